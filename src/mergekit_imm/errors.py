@@ -1,0 +1,50 @@
+"""Everything this library raises on purpose.
+
+    MergeError
+    ├── ArgumentError      a parameter has a value it cannot have (also a ValueError)
+    ├── CheckpointError    an input cannot be found, read or understood
+    ├── MismatchError      inputs that do not belong together (also a ValueError)
+    ├── NonFiniteError     NaN, infinity, or a value too large for the output dtype
+    ├── OutputError        the output cannot be written, or must not be
+    └── VerifyError        an output is not what its recipe says
+
+Each message is one line: what was asked, what was found, where, and the cure.
+"""
+
+
+class MergeError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class ArgumentError(MergeError, ValueError):
+    """A parameter has a value it cannot have."""
+
+
+class CheckpointError(MergeError):
+    """An input cannot be found, read or understood."""
+
+
+class MismatchError(MergeError, ValueError):
+    """Inputs do not belong together: names, shapes, kinds of dtype, architectures."""
+
+
+class NonFiniteError(MergeError):
+    """An input holds NaN or infinity, or a merged value is too large for the output dtype."""
+
+
+class OutputError(MergeError):
+    """The output cannot be written, or must not be."""
+
+
+class VerifyError(MergeError):
+    """An output is not what its recipe says."""
+
+
+def shown(name: object, limit: int = 120) -> str:
+    """Return a name from a file as it may stand in a message: escaped, and cut when long.
+
+    >>> shown("a\\nb")
+    'a\\\\nb'
+    """
+    text = str(name).encode("unicode_escape", "surrogatepass").decode("ascii")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
