@@ -1,0 +1,79 @@
+"""Merge LLM checkpoints for iterative self-improvement: exact, reproducible to the bit, streaming.
+
+    merged = alpha * base + (1 - alpha) * (start + factor * DARE(sft - start))
+
+Importing this package loads neither torch nor numba; each name below is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .errors import (
+        ArgumentError,
+        CheckpointError,
+        MergeError,
+        MismatchError,
+        NonFiniteError,
+        OutputError,
+        VerifyError,
+    )
+    from .importance import importance_factors
+    from .merge import iter_merged, merge_checkpoints
+    from .ops import dare, dare_merge, interpolate, keep_mask, task_vector
+    from .recipe import MergeReport
+    from .verify import verify
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ArgumentError": "errors",
+    "CheckpointError": "errors",
+    "MergeError": "errors",
+    "MergeReport": "recipe",
+    "MismatchError": "errors",
+    "NonFiniteError": "errors",
+    "OutputError": "errors",
+    "VerifyError": "errors",
+    "dare": "ops",
+    "dare_merge": "ops",
+    "importance_factors": "importance",
+    "interpolate": "ops",
+    "iter_merged": "merge",
+    "keep_mask": "ops",
+    "merge_checkpoints": "merge",
+    "task_vector": "ops",
+    "verify": "verify",
+}
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "MergeError",
+    "MergeReport",
+    "MismatchError",
+    "NonFiniteError",
+    "OutputError",
+    "VerifyError",
+    "dare",
+    "dare_merge",
+    "importance_factors",
+    "interpolate",
+    "iter_merged",
+    "keep_mask",
+    "merge_checkpoints",
+    "task_vector",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

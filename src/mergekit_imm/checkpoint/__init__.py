@@ -1,0 +1,1 @@
+"""What is on disk: safetensors files, the side files around them, the folder that is written."""

@@ -1,0 +1,281 @@
+"""An input of a merge: a folder, a safetensors file or a hub id, as far as headers tell."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
+
+from ..errors import CheckpointError, shown
+from . import hub
+from .sidefiles import is_side_file
+from .tensorfile import TensorFile, TensorInfo, open_tensorfile, parse_header
+
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# Forms of a model that are recognised and not read, and what to do about each.
+_OTHER_FORMS = (
+    (("adapter_config.json", "adapter_model.safetensors"), "a LoRA adapter",
+     "merge it into its base first: peft's `merge_and_unload()`, then `save_pretrained`"),
+    (("*.gguf",), "GGUF", "use the original safetensors checkpoint"),
+    (("*.bin", "*.pt", "*.pth", "*.ckpt"), "PyTorch pickles",
+     "load with transformers and `save_pretrained` (it writes safetensors)"),
+    ((".metadata", "*.distcp"), "a torch.distributed checkpoint",
+     "convert: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR model.pt`"),
+    (("zero_to_fp32.py", "latest"), "a DeepSpeed checkpoint",
+     "convert: `python zero_to_fp32.py . OUT --safe_serialization`"),
+    (("*.h5", "*.msgpack", "*.onnx", "*.tflite", "*.ot"), "TensorFlow, Flax or ONNX weights",
+     "use the safetensors checkpoint of this model"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a merge knows of one input before it reads a tensor."""
+
+    role: str  # base, start or sft, for messages
+    ref: str  # as the user typed it
+    folder: Path | None  # None: a dry run on a hub id
+    files: dict[str, TensorFile]
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any] | None
+    side: dict[str, Path | None]  # copied files, by their path within the folder
+    left_out: tuple[str, ...]  # files that are neither weights of this model nor copied
+    indexed: bool = False  # an index names the files
+    repo: str | None = None
+    commit: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How messages call it: its role and where it came from."""
+        return f"{self.role} {shown(self.ref)}"
+
+    def path(self, tensor: TensorInfo) -> Path:
+        """Return the file that holds a tensor."""
+        path = self.files[tensor.file].path
+        assert path is not None, "a dry run does not read tensors"
+        return path
+
+
+def open_checkpoint(
+    ref: str | Path,
+    role: str,
+    *,
+    copy_code: bool = False,
+    dry_run: bool = False,
+    out: Path | None = None,
+) -> Checkpoint:
+    """Find and read the headers of a model: a local folder, a .safetensors file, or `org/name[@revision]`.
+
+    An existing path wins over a hub id. A file is its tensors and nothing else. What lies in `out`, if that is
+    inside the folder, is not part of the model. Raises CheckpointError, one line that names the cure.
+    """
+    text = str(ref)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _from_folder(path, role, text, copy_code, out)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{role} {shown(text)} is not a .safetensors file;"
+                " convert it: load with transformers and `save_pretrained`"
+            )
+        file = open_tensorfile(path, path.name)
+        return _assembled(role, text, path.parent, {path.name: file}, None, {}, ())
+    if isinstance(ref, PurePath) or hub.split_ref(text) is None:
+        raise CheckpointError(
+            f"{role} {shown(text)} does not exist; give a folder, a .safetensors file or a hub id org/name[@revision]"
+        )
+    if dry_run:
+        return _from_listing(hub.list_remote(text), role, text, copy_code)
+    snapshot = hub.fetch(text, copy_code=copy_code)
+    found = _from_folder(snapshot.folder, role, text, copy_code)
+    return replace(found, repo=snapshot.repo, commit=snapshot.commit)
+
+
+def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, out: Path | None = None) -> Checkpoint:
+    try:
+        everything = sorted(_walk(folder, out))
+        folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    except OSError as error:
+        raise CheckpointError(f"{role} {shown(ref)} cannot be listed: {error.strerror}") from error
+    top = [name for name in everything if "/" not in name]
+    index = _json(folder / INDEX) if INDEX in top else None
+    names = _model_files(top, index, role, ref, folders)
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{role} {shown(ref)} lacks {shown(missing[0])} ({len(missing)} of {len(names)} files), which its"
+            f" {INDEX} names; copy or download it again"
+        )
+    files = {name: open_tensorfile(folder / name, name) for name in names}
+    side = {name: folder / name for name in everything if _is_side(name, copy_code)}
+    unreadable = [name for name, path in side.items() if not path.is_file()]
+    if unreadable:
+        raise CheckpointError(
+            f"{role} {shown(ref)}: {shown(unreadable[0])} is a broken link or no plain file; repair or remove it"
+        )
+    left = _left_out(everything, files, side)
+    config = _json(folder / "config.json") if "config.json" in top else None
+    return _assembled(role, ref, folder, files, config, side, left, index)
+
+
+def _from_listing(listing: hub.Listing, role: str, ref: str, copy_code: bool) -> Checkpoint:
+    everything = sorted(listing.sizes)
+    top = [name for name in everything if "/" not in name]
+    small = {name: _parsed(content, f"{ref}/{name}") for name, content in listing.small.items()}
+    index = small.get(INDEX)
+    folders = sorted({PurePosixPath(name).parts[0] for name in everything if "/" in name})
+    files = {}
+    for name in _model_files(top, index, role, ref, folders):
+        if name not in listing.headers:
+            raise CheckpointError(f"{role} {shown(ref)} lacks {shown(name)} on the hub, which its {INDEX} names")
+        files[name] = parse_header(listing.headers[name], name, listing.sizes[name], None)
+    side: dict[str, Path | None] = {n: None for n in everything if _is_side(n, copy_code)}
+    left = _left_out(everything, files, side)
+    config = small.get("config.json")
+    found = _assembled(role, ref, None, files, config, side, left, index)
+    return replace(found, repo=listing.repo, commit=listing.commit)
+
+
+def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, folders: list[str]) -> list[str]:
+    """Decide which files are the model, in the order in which they are read and written."""
+    if index is not None:
+        named = _index_files(index, f"{ref}/{INDEX}")
+        if MODEL not in top:
+            return named
+    if MODEL in top:
+        return [MODEL]
+    found = [n for n in top if n.endswith(".safetensors") and n != "adapter_model.safetensors"]
+    if len(found) == 1:
+        return found
+    if found:
+        raise CheckpointError(
+            f"{role} {shown(ref)} holds neither {MODEL} nor {INDEX}, but {len(found)} other safetensors files"
+            f" ({', '.join(map(shown, found[:4]))}{', …' if len(found) > 4 else ''}); give the one to use by its path"
+        )
+    for patterns, form, cure in _OTHER_FORMS:
+        if any(PurePath(name).match(pattern) for name in top for pattern in patterns):
+            raise CheckpointError(f"{role} {shown(ref)} is {form}, which is not read; {cure}")
+    checkpoints = [name for name in folders if re.fullmatch(r"checkpoint-\d+", name)]
+    if checkpoints:
+        latest = max(checkpoints, key=lambda name: int(name.rpartition("-")[2]))
+        raise CheckpointError(
+            f"{role} {shown(ref)} is a trainer's output folder without a model at its top; its latest is"
+            f" {shown(str(PurePath(ref) / latest))}: give that"
+        )
+    raise CheckpointError(f"{role} {shown(ref)} holds no *.safetensors file; is it a model folder?")
+
+
+def _index_files(index: dict[str, Any], where: str) -> list[str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{shown(where)} has no weight_map; download it again, or delete it if it is stale")
+    names = sorted(set(weight_map.values()), key=str)
+    for name in names:
+        # A lexical check: links, as in a hub's cache, are followed.
+        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):
+            raise CheckpointError(
+                f"{shown(where)} names {shown(name)!r}; only plain names of files beside it are allowed"
+            )
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(f"{shown(where)} names {shown(name)!r}, which is not a safetensors file")
+    return names
+
+
+def _assembled(
+    role: str,
+    ref: str,
+    folder: Path | None,
+    files: dict[str, TensorFile],
+    config: dict[str, Any] | None,
+    side: Mapping[str, Path | None],
+    left_out: tuple[str, ...],
+    index: dict[str, Any] | None = None,
+) -> Checkpoint:
+    tensors: dict[str, TensorInfo] = {}
+    for file in files.values():
+        for tensor in file.tensors:
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"{role} {shown(ref)} stores tensor {shown(tensor.name)!r} twice,"
+                    f" in {shown(tensors[tensor.name].file)} and in {shown(file.name)}; remove one of the files"
+                )
+            tensors[tensor.name] = tensor
+    if index is not None:
+        _check_index(index["weight_map"], tensors, role, ref)
+    indexed = index is not None and MODEL not in files
+    return Checkpoint(role, ref, folder, files, tensors, config, dict(side), left_out, indexed)
+
+
+def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], role: str, ref: str) -> None:
+    if MODEL in {tensor.file for tensor in tensors.values()} and set(weight_map) != set(tensors):
+        raise CheckpointError(
+            f"{role} {shown(ref)} holds both {MODEL} and {INDEX}, with different tensors; delete the stale one"
+        )
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file not in (file, MODEL):
+            place = f"lies in {shown(tensors[name].file)}" if name in tensors else "is in none of its files"
+            raise CheckpointError(
+                f"{role} {shown(ref)}: {INDEX} says tensor {shown(name)!r} lies in {shown(file)}, but it {place};"
+                " download the model again, or delete a stale index"
+            )
+    unnamed = sorted(set(tensors) - set(weight_map))
+    if unnamed:
+        raise CheckpointError(
+            f"{role} {shown(ref)} stores {len(unnamed)} tensors that its {INDEX} does not name, first"
+            f" {shown(unnamed[0])!r}; download the model again, or delete a stale index"
+        )
+
+
+def _left_out(
+    everything: list[str], files: Mapping[str, TensorFile], side: Mapping[str, Path | None]
+) -> tuple[str, ...]:
+    used = {*files, *side, INDEX}
+    return tuple(n for n in everything if n not in used and not any(p.startswith(".") for p in n.split("/")))
+
+
+def _walk(folder: Path, out: Path | None, prefix: str = "") -> list[str]:
+    """Paths of all files below a folder, relative, with forward slashes.
+
+    Not entered: hidden folders, other merges and `out` itself; and linked folders, which are listed with a
+    slash at the end.
+    """
+    found = []
+    for entry in folder.iterdir():
+        if not entry.is_dir():
+            found.append(prefix + entry.name)
+        elif entry.is_symlink():
+            found.append(f"{prefix}{entry.name}/")
+        elif not (
+            entry.name.startswith(".")
+            or entry.name.endswith(".partial")
+            or (entry / "imm_recipe.json").exists()
+            or (out is not None and out.exists() and entry.samefile(out))
+        ):
+            found += _walk(entry, out, f"{prefix}{entry.name}/")
+    return found
+
+
+def _is_side(name: str, copy_code: bool) -> bool:
+    return not name.endswith("/") and is_side_file(name, copy_code=copy_code)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return _parsed(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parsed(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{shown(where)} is not JSON: {error}; copy or download it again") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{shown(where)} is not a JSON object; copy or download it again")
+    return parsed

@@ -1,0 +1,185 @@
+"""One safetensors file: its header, its bytes by range, its fingerprint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, shown
+
+# Bits per element of every dtype a header may name. Float kinds that are merged; the rest is copied or refused.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+MERGED = ("BF16", "F16", "F32", "F64")
+WHOLE = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+
+HEADER_LIMIT = 100_000_000  # safetensors' own
+_PAGE, _STRIDE = 4096, 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies on disk."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str  # name of the file within its checkpoint
+    begin: int  # offset of its first byte in the file
+    nbytes: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return self.nbytes * 8 // DTYPE_BITS[self.dtype]
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file as its header describes it, tensors in the order of their bytes."""
+
+    name: str
+    path: Path | None  # None: on a hub, not downloaded
+    size: int
+    metadata: dict[str, str]
+    tensors: tuple[TensorInfo, ...]
+
+
+def open_tensorfile(path: Path, name: str) -> TensorFile:
+    """Read the header of a safetensors file, validated by the safetensors library. No tensor is read.
+
+    Raises CheckpointError for a file that is missing, truncated or malformed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+        size = path.stat().st_size
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {shown(error, 300)}; copy or download it again"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    return parse_header(header, name, size, path)
+
+
+def parse_header(header: bytes, name: str, size: int, path: Path | None) -> TensorFile:
+    """Build a TensorFile from the JSON header of a file of `size` bytes.
+
+    Raises CheckpointError for what the safetensors format forbids, duplicate names among it.
+    """
+    where = path or name
+    try:
+        content = json.loads(header, object_pairs_hook=_without_duplicates)
+        metadata = content.pop("__metadata__", None) or {}
+        tensors = [_tensor(key, entry, name, len(header) + 8) for key, entry in content.items()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{where} has a malformed header: {shown(error, 300)}") from error
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
+    end = len(header) + 8
+    for tensor in tensors:
+        if tensor.begin != end:
+            raise CheckpointError(
+                f"{where}: tensor {shown(tensor.name)!r} begins at byte {tensor.begin}, where the one before it"
+                f" ends at {end}; the file is malformed"
+            )
+        end += tensor.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{where} has {size} bytes, its header describes {end}; it was cut off or still being written:"
+            " copy or download it again"
+        )
+    return TensorFile(name, path, size, metadata, tuple(tensors))
+
+
+def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the name {key!r} stands there twice")
+        content[key] = value
+    return content
+
+
+def _tensor(name: str, entry: dict[str, Any], file: str, data: int) -> TensorInfo:
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not all(type(x) is int and x >= 0 for x in (*shape, begin, end)):
+        raise ValueError(f"tensor {name!r} has shape {shape} at bytes {begin}..{end}")
+    bits = DTYPE_BITS[dtype]
+    for size in shape:
+        bits *= size
+    if bits != (end - begin) * 8:
+        raise ValueError(f"tensor {name!r}, {dtype} {list(shape)}, does not fill its bytes {begin}..{end}")
+    return TensorInfo(name, dtype, shape, file, data + begin, end - begin)
+
+
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str]
+) -> tuple[bytes, list[int], int]:
+    """Lay out a file from (name, dtype, shape, nbytes), in this order.
+
+    Returns its first bytes (length and header), the offset of each tensor in the file, and the file's size.
+    """
+    content: dict[str, Any] = {"__metadata__": metadata}
+    begins, end = [], 0
+    for name, dtype, shape, nbytes in tensors:
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        begins.append(end)
+        end += nbytes
+    header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    head = len(header).to_bytes(8, "little") + header
+    if len(header) > HEADER_LIMIT:
+        raise CheckpointError(
+            f"an output file would need a header of {len(header)} bytes, and safetensors allows {HEADER_LIMIT};"
+            " use a smaller --max-shard-size"
+        )
+    return head, [len(head) + begin for begin in begins], len(head) + end
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int, where: object) -> None:
+    """Fill a buffer from a file's bytes at offset. Raises CheckpointError if the file ends or fails."""
+    done = 0
+    while done < len(buffer):
+        try:
+            got = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{where}: reading at byte {offset + done} failed: {error.strerror}") from error
+        if got == 0:
+            raise CheckpointError(f"{where} ended at byte {offset + done}: it was changed or cut off during the merge")
+        done += got
+
+
+def fingerprint(file: TensorFile) -> str:
+    """Return fingerprint v1: a blake2b of the header bytes, the size, and a page every 16 MiB and at the end.
+
+    It neither sees the path nor the time; it does not see a change that spares all those pages.
+    """
+    assert file.path is not None
+    digest = blake2b(digest_size=16)
+    try:
+        with file.path.open("rb") as handle:
+            length = handle.read(8)
+            digest.update(length + handle.read(int.from_bytes(length, "little")))
+            digest.update(file.size.to_bytes(8, "little"))
+            for offset in [*range(0, file.size, _STRIDE), max(0, file.size - _PAGE)]:
+                digest.update(os.pread(handle.fileno(), _PAGE, offset))
+    except OSError as error:
+        raise CheckpointError(f"{file.path} cannot be read: {error.strerror}") from error
+    return f"v1:{digest.hexdigest()}"

@@ -1,0 +1,297 @@
+"""The commands: parse, call one library function, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from . import __version__
+from .errors import MergeError
+
+if TYPE_CHECKING:
+    from .recipe import MergeReport
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+merge_epilog = """\b
+Examples:
+  imm-merge base/ sft/ --alpha 0.5 --drop 0.2 -o merged/
+  imm-merge base/ sft2/ --start merged/ -o merged2/        the next round
+  imm-merge org/base@main sft/ --dry-run -o merged/        what would happen
+"""
+
+
+@click.command("imm-merge", context_settings=_CONTEXT, epilog=merge_epilog)
+@click.argument("base")
+@click.argument("sft")
+@click.option("-o", "--out", required=True, metavar="OUT", help="Folder to make; it appears only when it is whole.")
+@click.option("--start", metavar="DIR", help="Model the fine-tuning started from.  [default: BASE]")
+@click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Weight of BASE.")
+@click.option(
+    "--drop", type=click.FloatRange(0, 1, max_open=True), default=0.2, show_default=True,
+    help="Share of the delta's elements that DARE drops.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Fixes the mask, with --iteration.")
+@click.option(
+    "--iteration", type=click.IntRange(0), metavar="N",
+    help="Round, from 0.  [default: one more than in START's recipe; 0 without]",
+)  # fmt: skip
+@click.option("--importance", metavar="FILE", help="JSON: layer -> importance; weights the delta (IIMM).")
+@click.option(
+    "--reference", type=click.Choice(["start", "base"]), default="start", show_default=True,
+    help="What the delta is taken from.",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["base", "bfloat16", "float16", "float32"]), default="base", show_default=True,
+    help="Of the output's float tensors; base: tensor by tensor.",
+)  # fmt: skip
+@click.option("--max-shard-size", metavar="SIZE", help="Lay the files anew, e.g. 5GB.  [default: as in BASE]")
+@click.option(
+    "--vocab", type=click.Choice(["strict"]), default="strict", show_default=True,
+    help="Vocabularies of different sizes are an error.",
+)  # fmt: skip
+@click.option("--keep", metavar="REGEX", multiple=True, help="Tensors to leave as in BASE; repeatable.")
+@click.option("--take", metavar="REGEX", multiple=True, help="Tensors to take from SFT; repeatable.")
+@click.option("--no-drop", metavar="REGEX", multiple=True, help="Tensors to merge without dropping; repeatable.")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute; same bits.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, CPUs)]")
+@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity in the inputs through.")
+@click.option("--copy-code", is_flag=True, help="Copy *.py files of the model too.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would happen, write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an OUT that holds something else.")
+@click.option("--restart", is_flag=True, help="Begin anew instead of going on with an unfinished merge.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar, no notes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@click.version_option(__version__, prog_name="imm-merge")
+def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **options: Any) -> None:
+    """Merge the fine-tuned model SFT back towards BASE, streaming, in constant memory.
+
+    \b
+      tuned  = start + factor * DARE(sft - start)
+      merged = alpha * BASE + (1 - alpha) * tuned
+
+    BASE, SFT and --start are folders, .safetensors files or hub ids (org/name[@revision]). An interrupted
+    merge goes on where it stopped when the same command is run again.
+    """
+    from .merge import merge_checkpoints
+
+    if options["dtype"] == "base":
+        options["dtype"] = None
+    dry_run = options["dry_run"]
+    with _progress("merging", shown=not (quiet or dry_run)) as progress:
+        report = merge_checkpoints(base, sft, out, progress=progress, **options)
+    if not quiet:
+        for note in report.notes:
+            click.echo(note, err=True)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    elif dry_run:
+        click.echo(_planned(report, base, sft, options["start"]))
+    elif not quiet:
+        click.echo(_finished(report))
+
+
+@click.command("imm-verify", context_settings=_CONTEXT)
+@click.argument("out")
+@click.option("--base", metavar="DIR", help="Where BASE is now, if not where the recipe says.")
+@click.option("--start", metavar="DIR", help="Where START is now.")
+@click.option("--sft", metavar="DIR", help="Where SFT is now.")
+@click.option(
+    "--sample", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+    help="Share of the tensors' bytes to recompute.",
+)  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute; same bits.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, CPUs)]")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@click.version_option(__version__, prog_name="imm-verify")
+def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None:
+    """Recompute a merge from the recipe in OUT, and compare bytes.
+
+    Compared are all tensors (or a --sample of them), headers, config and every other file of the merge. Exit
+    status 0 if all are equal, 1 with the first difference if not.
+    """
+    from .verify import verify
+
+    with _progress("verifying", shown=not quiet) as progress:
+        report = verify(out, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    elif not quiet:
+        share = "" if report.segments == report.of_segments else f" ({report.segments} of {report.of_segments} pieces)"
+        click.echo(
+            f"{out} is what its recipe says: {_bytes(report.bytes_compared)} of tensors{share} and"
+            f" {len(report.files_compared)} files compared"
+        )
+        if report.not_of_the_merge:
+            click.echo(f"not of the merge: {', '.join(report.not_of_the_merge)}")
+
+
+def imm_merge() -> NoReturn:
+    """Run `imm-merge`."""
+    _run(merge_command)
+
+
+def imm_verify() -> NoReturn:
+    """Run `imm-verify`."""
+    _run(verify_command)
+
+
+class _Stopped(BaseException):
+    """The process was asked to end."""
+
+
+def _run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
+    """Run a command; exit 0 done, 1 refused or failed, 2 wrong usage, 130/143 on signals."""
+
+    def stop(*_: object) -> None:
+        raise _Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        status = command.main(arguments, prog_name=command.name, standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.UsageError as error:
+        usage = error.ctx.get_usage() if error.ctx else f"Usage: {command.name} --help"
+        _fail(error.format_message(), 2, f"{usage}\n")
+    except MergeError as error:
+        if debug:
+            raise
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; what was written is kept, and the same command goes on where it stopped", 130)
+    except _Stopped:
+        _fail("terminated; what was written is kept, and the same command goes on where it stopped", 143)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it shows", 1)
+
+
+def _fail(message: str, status: int, before: str = "") -> NoReturn:
+    click.echo(f"{before}error: {' '.join(message.split())}", err=True)
+    sys.exit(status)
+
+
+@contextmanager
+def _progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with GB/s and time left on a terminal, nothing on a pipe."""
+    if not shown or not sys.stderr.isatty():
+        yield None
+        return
+    began = time.perf_counter()
+    bar: Any = None
+    first = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal bar, first
+        if bar is None:
+            first = done
+            bar = click.progressbar(
+                length=total, label=label, file=sys.stderr, show_eta=True, width=30,
+                item_show_func=lambda rate: rate, update_min_steps=max(1, total // 500),
+            )  # fmt: skip
+            bar.__enter__()
+        elapsed = time.perf_counter() - began
+        bar.update(max(0, done - bar.pos), f"{(done - first) / max(elapsed, 1e-9) / 1e9:.2f} GB/s written")
+
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+
+
+def _finished(report: MergeReport) -> str:
+    if report.status == "already merged":
+        return f"{report.out} already merged: it holds this very recipe"
+    seconds = report.seconds["total"]
+    moved = report.bytes_read + report.bytes_written
+    return (
+        f"merged {sum(report.tensors.values())} tensors, {_count(report.parameter_count)} parameters, into {report.out}"
+        f" in {seconds:.1f} s ({moved / max(seconds, 1e-9) / 1e9:.2f} GB/s read and written)"
+    )
+
+
+def _planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
+    """What a dry run prints."""
+    p = report.parameters
+    counts = ", ".join(f"{count} {action}" for action, count in report.tensors.items() if count)
+    rows: list[tuple[str, ...]] = [("kind of tensor", "tensors", "parameters", "base", "start", "sft", "out", "what")]
+    for kind in report.kinds:
+        what = {"merge": f"merge, drop {kind['drop']:.4g}" if kind["drop"] else "merge", "keep": "keep the base's",
+                "take": "take the sft's", "copy": "copy, must be equal"}[kind["action"]]  # fmt: skip
+        read = [kind["read"].get(role, "-") for role in ("base", "start", "sft")]
+        rows.append((kind["name"], str(kind["tensors"]), _count(kind["elements"]), *read, kind["write"], what))
+    if start is None:
+        rows = [(*row[:4], *row[5:]) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = ["  " + "  ".join(c.ljust(w) if i not in (1, 2) else c.rjust(w) for i, (c, w) in
+             enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]  # fmt: skip
+    inputs = [f"  base   {base}", f"  sft    {sft}", *([f"  start  {start}"] if start else [])]
+    side = [f"  {len(names)} other files from {role}: {', '.join(names)}" for role, names in report.side_files.items()]
+    left = [f"  left out of {role}: {', '.join(names)}" for role, names in report.left_out.items()]
+    changes = [f"  config.json: {key} = {json.dumps(value)}" for key, value in report.config_changes.items()]
+    lines = [
+        f"would merge {_count(report.parameter_count)} parameters ({counts}) into {report.out}"
+        if report.status == "dry run" else f"{report.out} already merged: it holds this very recipe",
+        *inputs,
+        f"  alpha {p['alpha']:g}, drop {p['drop']:g}, seed {p['seed']}, iteration {p['iteration']}"
+        + (f", reference {p['reference']}" if p["reference"] != "start" else "")
+        + (f", importance of {len(p['importance'])} layers" if p["importance"] is not None else ""),
+        "",
+        *table,
+        "",
+        f"  reads {_bytes(report.bytes_read)}, writes {_bytes(report.bytes_written)} to {', '.join(report.files[:3])}"
+        + (f", … ({len(report.files)} files)" if len(report.files) > 3 else ""),
+        *side,
+        *changes,
+        *left,
+        f"  memory about {_bytes(report.memory)} at its peak, with {report.workers} workers on {report.device}",
+        f"  disk needed {_bytes(report.disk_needed)}, free {_bytes(report.disk_free)}",
+        "nothing was written",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}" if unit == "GB" else f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _count(count: int) -> str:
+    for unit, size in ((" B", 1e9), (" M", 1e6), (" k", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(count)
+
+
+def main() -> NoReturn:
+    """Run `python -m mergekit_imm merge|verify`."""
+    commands = {"merge": merge_command, "verify": verify_command}
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in commands:
+        _run(commands[name], sys.argv[2:])
+    wanted = name in ("-h", "--help")
+    click.echo(f"usage: python -m mergekit_imm {{{','.join(commands)}}} ... (each has --help)", err=not wanted)
+    if not wanted:
+        click.echo(f"error: {name!r} is not one of {', '.join(commands)}", err=True)
+    sys.exit(0 if wanted else 2)

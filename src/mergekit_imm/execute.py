@@ -1,0 +1,303 @@
+"""Run a plan: workers take segments from end to end, read, merge, write; order does not matter to the bytes.
+
+Memory is (workers x buffer), whatever the model: a worker reads a piece of a segment into its own buffer,
+merges it with the GIL released, and hands the bytes on.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .checkpoint.source import Checkpoint
+from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, read_into
+from .errors import ArgumentError, MismatchError, NonFiniteError, shown
+from .mask import BLOCK, Arithmetic, arithmetic
+from .plan import Item, Plan, Segment
+
+BUFFERS = 64 << 20  # of all workers together
+BUFFER = 8 << 20  # of one: larger ones are no faster
+
+Record = npt.NDArray[np.float64]  # delta, base and change squared and summed; largest change; kept
+Sink = Callable[[TensorInfo, int, memoryview], None]  # where, first byte within the tensor, bytes
+Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
+
+SUMS = 3  # fields of a record that are sums; all finite exactly when everything in it is
+EMPTY_RECORD = (0.0,) * 5
+
+
+@dataclass(frozen=True)
+class Done:
+    """A segment whose bytes have been handed to the sink."""
+
+    segment: Segment
+    record: Record
+    bytes_read: int
+    bytes_written: int
+
+
+def default_workers() -> int:
+    """Return min(4, CPUs this process may use): those of its affinity mask and its cgroup."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, min(4, cpus))
+
+
+def check_workers(workers: int | None) -> int:
+    """Return the number of workers to use; the default for None. Raises ArgumentError unless it is >= 1."""
+    if workers is None:
+        return default_workers()
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ArgumentError(f"workers is {workers!r}; it is a number of threads, at least 1")
+    return workers
+
+
+def pick_merge(device: str) -> Merge:
+    """Return the function that merges a piece on a device: the compiled CPU kernel, or torch on a GPU."""
+    if device == "cpu":
+        from .kernel import merge_span
+
+        return merge_span
+    from .gpu import merge_span_on
+
+    return merge_span_on(device)
+
+
+def run(plan: Plan, todo: Iterable[Segment], sink: Sink, *, workers: int, merge: Merge) -> Iterator[Done | None]:
+    """Run segments of a plan on threads, and yield each as it is finished; None when nothing was for a while.
+
+    Segments are taken in order. The first failure in that order is raised, once the segments that were under way
+    have come to their end: the same failure whatever the number of workers. Closing the iterator stops the workers.
+    """
+    source = iter(todo)
+    turn = threading.Lock()
+    stop = threading.Event()
+    results: queue.SimpleQueue[Done | tuple[int, BaseException] | None] = queue.SimpleQueue()
+    with _Files(plan) as files:
+
+        def work() -> None:
+            buffer = np.empty(min(BUFFER, BUFFERS // workers), np.uint8)
+            segment = None
+            try:
+                while not stop.is_set():
+                    with turn:
+                        segment = next(source, None)
+                    if segment is None:
+                        break
+                    results.put(_process(plan, segment, buffer, files, sink, merge))
+            except BaseException as error:
+                stop.set()
+                results.put((segment.index if segment else -1, error))
+            results.put(None)
+
+        threads = [threading.Thread(target=work, name=f"merge-{i}", daemon=True) for i in range(workers)]
+        for thread in threads:
+            thread.start()
+        failures: list[tuple[int, BaseException]] = []
+        running = workers
+        try:
+            while running:
+                try:
+                    result = results.get(timeout=0.1)
+                except queue.Empty:
+                    yield None
+                    continue
+                if isinstance(result, Done):
+                    yield result
+                elif result is None:
+                    running -= 1
+                else:
+                    failures.append(result)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        if failures:
+            raise min(failures, key=lambda failure: failure[0])[1]
+
+
+class _Files:
+    """Read-only handles of the input files, opened when first needed."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._inputs = plan.inputs
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, role: str, tensor: TensorInfo, first: int, buffer: npt.NDArray[np.uint8]) -> None:
+        """Fill a buffer from byte `first` of a tensor."""
+        path = self._inputs[role].path(tensor)
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            descriptor = self._open[path]
+        read_into(descriptor, memoryview(buffer), tensor.begin + first, path)  # type: ignore[arg-type]
+
+
+def _process(
+    plan: Plan, segment: Segment, buffer: npt.NDArray[np.uint8], files: _Files, sink: Sink, merge: Merge
+) -> Done:
+    item = plan.items[segment.item]
+    record = np.zeros(5)
+    if item.raw:
+        _copy(plan, item, segment, buffer, files, sink)
+        read = segment.count * len(item.sides)
+    else:
+        _merge(plan, item, segment, buffer, files, sink, merge, record)
+        read = sum(segment.count * DTYPE_BITS[side.dtype] // 8 for side in item.sides.values())
+    written = segment.count if item.raw else segment.count * DTYPE_BITS[item.outs[0].dtype] // 8
+    return Done(segment, record, read, written * len(item.outs))
+
+
+def _merge(
+    plan: Plan,
+    item: Item,
+    segment: Segment,
+    buffer: npt.NDArray[np.uint8],
+    files: _Files,
+    sink: Sink,
+    merge: Merge,
+    record: Record,
+) -> None:
+    numbers, sides = item.numbers, dict(item.sides)
+    if item.action != "merge":  # kept or taken, in another dtype
+        numbers, sides = _CONVERT, {"base": item.source}
+    roles = {"base": next(iter(item.sides))} if item.action != "merge" else {role: role for role in sides}
+    out_dtype = item.outs[0].dtype
+    widths = {role: DTYPE_BITS[side.dtype] // 8 for role, side in sides.items()}
+    out_width = DTYPE_BITS[out_dtype] // 8
+    step = max(1, len(buffer) // (sum(widths.values()) + out_width) // BLOCK) * BLOCK
+    for first in range(segment.first, segment.first + segment.count, step):
+        count = min(step, segment.first + segment.count - first)
+        raws: dict[str, tuple[npt.NDArray[np.uint8], str]] = {}
+        at = 0
+        for role, side in sides.items():
+            raw = buffer[at : at + count * widths[role]]
+            files.read(roles[role], side, first * widths[role], raw)
+            raws[role] = (raw, side.dtype)
+            at += step * widths[role]
+        out = buffer[at : at + count * out_width]
+        base = raws["base"]
+        merge(
+            base, raws.get("start", base), raws.get("sft", base), (out, out_dtype),
+            count, first, item.key, numbers, record,
+        )  # fmt: skip
+        if item.action == "merge" and not np.isfinite(record[:SUMS]).all():
+            _look_closer(plan, item, raws, (out, out_dtype), first, files)
+        for target in item.outs:
+            sink(target, first * out_width, memoryview(out))  # type: ignore[arg-type]
+
+
+_CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)
+
+
+def _copy(plan: Plan, item: Item, segment: Segment, buffer: npt.NDArray[np.uint8], files: _Files, sink: Sink) -> None:
+    step = len(buffer) // 2
+    for first in range(segment.first, segment.first + segment.count, step):
+        count = min(step, segment.first + segment.count - first)
+        (role, source), *others = item.sides.items()
+        content = buffer[:count]
+        files.read(role, source, first, content)
+        for other, side in others:
+            mirror = buffer[step : step + count]
+            files.read(other, side, first, mirror)
+            if not np.array_equal(content, mirror):
+                width = DTYPE_BITS[side.dtype] // 8
+                element = (first + int(np.flatnonzero(content != mirror)[0])) // width
+                raise MismatchError(
+                    f"tensor {shown(item.name)!r} is {side.dtype} and not merged, but it differs at element {element}"
+                    f" between {plan.inputs[role].label} and {plan.inputs[other].label};"
+                    f" choose one with {_option('--keep', item.name)} or {_option('--take', item.name)}"
+                )
+        for target in item.outs:
+            sink(target, first, memoryview(content))  # type: ignore[arg-type]
+
+
+def _look_closer(
+    plan: Plan,
+    item: Item,
+    raws: dict[str, tuple[npt.NDArray[np.uint8], str]],
+    out: tuple[npt.NDArray[np.uint8], str],
+    first: int,
+    files: _Files,
+) -> None:
+    """Find out whether a sum that is not finite means that the merge must stop; raise if it does."""
+    from .kernel import decode
+
+    finite = {role: np.isfinite(decode(*raw)) for role, raw in raws.items()}
+    bad_inputs = [role for role, good in finite.items() if not good.all()]
+    if bad_inputs and not plan.parameters.allow_nonfinite:
+        role = bad_inputs[0]
+        bad, element = _count_nonfinite(item.sides[role], role, files)
+        raise NonFiniteError(
+            f"tensor {shown(item.name)!r} of {plan.inputs[role].label} has {bad} NaN or infinite of"
+            f" {item.source.count} elements, the first at index {element}; train or save it again, let them through"
+            f" with --allow-nonfinite, or use the base's with {_option('--keep', item.name)}"
+        )
+    overflown = ~np.isfinite(decode(*out)) & np.logical_and.reduce(list(finite.values()))
+    if overflown.any():
+        raise NonFiniteError(
+            f"tensor {shown(item.name)!r}: the merged value of element {first + int(np.argmax(overflown))} is too large"
+            f" for the output dtype {out[1]}; use --dtype {'bfloat16' if out[1] == 'F16' else 'float32'}"
+        )
+
+
+def _count_nonfinite(tensor: TensorInfo, role: str, files: _Files) -> tuple[int, int]:
+    from .kernel import decode
+
+    width = DTYPE_BITS[tensor.dtype] // 8
+    bad, element = 0, -1
+    for first in range(0, tensor.count, 1 << 18):
+        buffer = np.empty(min(1 << 18, tensor.count - first) * width, np.uint8)
+        files.read(role, tensor, first * width, buffer)
+        found = np.flatnonzero(~np.isfinite(decode(buffer, tensor.dtype)))
+        if len(found):
+            element = first + int(found[0]) if element < 0 else element
+            bad += len(found)
+    return bad, element
+
+
+def _option(option: str, name: str) -> str:
+    return f"{option} '^{shown(re.escape(name))}$'"
+
+
+def same_bytes(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
+    """Compare two tensors of a checkpoint on disk; stops at the first difference."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    files = [os.open(checkpoint.path(tensor), os.O_RDONLY) for tensor in (one, other)]
+    try:
+        for first in range(0, one.nbytes, BUFFER // 2):
+            count = min(BUFFER // 2, one.nbytes - first)
+            contents = []
+            for descriptor, tensor in zip(files, (one, other), strict=True):
+                content = bytearray(count)
+                read_into(descriptor, memoryview(content), tensor.begin + first, checkpoint.path(tensor))
+                contents.append(content)
+            if contents[0] != contents[1]:
+                return False
+        return True
+    finally:
+        for descriptor in files:
+            os.close(descriptor)

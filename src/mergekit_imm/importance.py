@@ -1,0 +1,57 @@
+"""Layer importance and the factors that IIMM makes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from .errors import ArgumentError, shown
+
+
+def importance_factors(importance: Mapping[str, float]) -> dict[str, float]:
+    """Turn layer importances into IIMM layer factors of mean 1.
+
+        c_n = N * I_n / sum(I)
+
+    Args: `importance`, layer key (`model.layers.3`, or `3`) -> I_n, finite and >= 0 with a positive sum. Any
+    unit: only ratios count. Returns the factors under the same keys, as doubles; N and the sum run over the
+    layers given. Raises ArgumentError for an empty mapping or values out of range.
+
+    Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), Eq. 7.
+
+    >>> importance_factors({"model.layers.0": 1.0, "model.layers.1": 3.0})
+    {'model.layers.0': 0.5, 'model.layers.1': 1.5}
+    """
+    if not importance:
+        raise ArgumentError("importance is empty; give one value for each layer")
+    values = {}
+    for key, value in importance.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value < 0:
+            raise ArgumentError(f"importance of layer {shown(key)!r} is {value!r}; it must be finite and >= 0")
+        values[str(key)] = float(value)
+    total = math.fsum(values.values())
+    if not 0 < total < math.inf:
+        raise ArgumentError(f"importances sum to {total}; at least one must be > 0, and the sum finite")
+    return {key: len(values) * value / total for key, value in values.items()}
+
+
+def read_importance(path: str | Path) -> dict[str, float]:
+    """Read an importance file: a JSON mapping layer key -> importance, bare or under "layers".
+
+    Raises ArgumentError if it is not one.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"importance file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ArgumentError(f"importance file {path} is not JSON: {error}") from error
+    layers = content.get("layers", content) if isinstance(content, dict) else content
+    if not isinstance(layers, dict):
+        raise ArgumentError(
+            f'importance file {path} must hold a mapping {{"model.layers.0": 1.5, ...}}, bare or under "layers"'
+        )
+    return layers

@@ -1,0 +1,125 @@
+"""Names of tensors: the layer they belong to, and the names that a tied embedding goes by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+from .errors import ArgumentError, shown
+
+# The two ends of a model that `tie_word_embeddings` makes one tensor, by the last parts of their names in the
+# files of today's architectures. A name missing here is not mishandled: it is a tensor of its own.
+_INPUT_END = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings|embedding|shared)\.weight$"
+)
+_OUTPUT_END = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out)\.weight$")
+
+
+def layer_key(name: str) -> str | None:
+    """Return the layer of a tensor: its name up to and including the first purely numeric component.
+
+    >>> layer_key("model.layers.3.mlp.experts.7.up_proj.weight")
+    'model.layers.3'
+    >>> layer_key("model.embed_tokens.weight") is None
+    True
+    """
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isascii() and part.isdigit():
+            return ".".join(parts[: i + 1])
+    return None
+
+
+def stacks(names: Iterable[str]) -> dict[str, set[str]]:
+    """Return the stacks of layers among tensor names: prefix -> layer keys.
+
+    >>> stacks(["h.0.w", "h.1.w", "wte.weight"]) == {"h": {"h.0", "h.1"}}
+    True
+    """
+    found: dict[str, set[str]] = {}
+    for name in names:
+        key = layer_key(name)
+        if key is not None:
+            found.setdefault(key.rpartition(".")[0], set()).add(key)
+    return found
+
+
+def resolve_layers(values: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Return values keyed by full layer keys, having checked them against a model's tensor names.
+
+    Keys are layer keys (`model.layers.3`) or, where the model has one stack of layers, plain indices (`3`).
+    Each stack that is named must be named whole. Raises ArgumentError that lists what is missing or unknown.
+    """
+    there = stacks(names)
+    if values and all(key.isascii() and key.isdigit() for key in values):
+        if len(there) != 1:
+            raise ArgumentError(
+                f"layers are given as plain indices, but the model has {len(there)} stacks of layers"
+                f" ({', '.join(map(shown, sorted(there))) or 'none'}); use full keys such as 'model.layers.0'"
+            )
+        prefix = next(iter(there))
+        values = {f"{prefix}.{key}" if prefix else key: value for key, value in values.items()}
+    known = set().union(*there.values())
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ArgumentError(
+            f"no tensor of the model lies in layer {shown(unknown[0])!r} ({len(unknown)} such keys);"
+            f" its layers are {_abbreviated(known)}"
+        )
+    for prefix in {key.rpartition(".")[0] for key in values}:
+        missing = there[prefix] - set(values)
+        if missing:
+            raise ArgumentError(
+                f"layers {shown(prefix)}.* are given for {len(there[prefix]) - len(missing)} of"
+                f" {len(there[prefix])}: missing {_abbreviated(missing)}; name every layer of a stack or none"
+            )
+    return dict(values)
+
+
+def is_input_embedding(name: str) -> bool:
+    """Whether a name is that of an input embedding, the end a tied tensor is called by."""
+    return bool(_INPUT_END.search(name))
+
+
+def is_output_head(name: str) -> bool:
+    """Whether a name is that of an output head, which `tie_word_embeddings` may tie to the embedding."""
+    return bool(_OUTPUT_END.search(name))
+
+
+def tied_key(names: Iterable[str]) -> str:
+    """Return the name a tied tensor is keyed by: the input embedding's, else the first.
+
+    >>> tied_key(["lm_head.weight", "model.embed_tokens.weight"])
+    'model.embed_tokens.weight'
+    """
+    ordered = sorted(names)
+    return next((name for name in ordered if is_input_embedding(name)), ordered[0])
+
+
+def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_label: str, option: str = "") -> str | None:
+    """Say in one line which names `one` has and `other` lacks, with the closest of the other's own; or None.
+
+    `option` names the option that permits it; the message shows it ready to paste.
+    """
+    others = set(other)
+    surplus = sorted(set(one) - others)
+    if not surplus:
+        return None
+    lines = []
+    free = sorted(others)
+    for name in surplus[:3]:
+        close = get_close_matches(name, free, n=1, cutoff=0.8) if len(free) <= 20_000 else []
+        lines.append(f"{shown(name)!r}" + (f" (closest there: {shown(close[0])!r})" if close else ""))
+    more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""
+    cure = ""
+    if option:
+        pattern = "|".join(f"^{re.escape(name)}$" for name in surplus[:3]) + ("|..." if more else "")
+        cure = f"; to let them through: {option} {shown(pattern, 400)!r}"
+    return f"{len(surplus)} tensors are in {one_label} only, not in {other_label}: {', '.join(lines)}{more}{cure}"
+
+
+def _abbreviated(keys: Iterable[str]) -> str:
+    ordered = sorted(keys, key=lambda key: (key.rpartition(".")[0], int(key.rpartition(".")[2])))
+    names = [shown(key) for key in ordered]
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, … {names[-1]}"

@@ -1,0 +1,363 @@
+"""The plan of a merge: from names and headers alone, what happens to every tensor and where every byte goes.
+
+A plan is data. It holds tensors; the segments that workers take are made on demand (`segments`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from .checkpoint.source import Checkpoint
+from .checkpoint.tensorfile import DTYPE_BITS, MERGED, WHOLE, TensorInfo
+from .config import check_configs, merged_config, says_tied
+from .errors import ArgumentError, CheckpointError, MismatchError, shown
+from .importance import importance_factors
+from .layers import (
+    is_input_embedding,
+    is_output_head,
+    layer_key,
+    only_in,
+    resolve_layers,
+    tied_key,
+)
+from .layout import OutputFile, lay_out
+from .mask import Arithmetic, arithmetic, mask_key
+from .recipe import DTYPES, Parameters
+
+RECORD = 1 << 20  # elements of a segment, and of one record of the statistics
+COPIED = 4 << 20  # bytes of a segment that is copied as it is
+
+Action = Literal["merge", "keep", "take", "copy"]
+SameBytes = Callable[[Checkpoint, TensorInfo, TensorInfo], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One tensor of the output: what it is made of, how, and where it goes."""
+
+    name: str  # the name its mask is keyed by
+    action: Action
+    sides: Mapping[str, TensorInfo]  # base, start, sft: those that are read
+    outs: tuple[TensorInfo, ...]  # one, or each name of a tied tensor
+    numbers: Arithmetic
+    key: tuple[int, int]
+
+    @property
+    def source(self) -> TensorInfo:
+        """The tensor whose shape and count the others share; the one that is copied, if any is."""
+        return self.sides["sft" if self.action == "take" else "base"]
+
+    @property
+    def raw(self) -> bool:
+        """Whether bytes are copied as they are."""
+        return self.action != "merge" and self.outs[0].dtype == self.source.dtype
+
+    @property
+    def segment_count(self) -> int:
+        """How many segments it is cut into."""
+        return -(-self.source.nbytes // COPIED) if self.raw else -(-self.source.count // RECORD)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of an item: elements (bytes, of a raw one) first..first+count."""
+
+    index: int
+    item: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a merge does."""
+
+    parameters: Parameters
+    inputs: Mapping[str, Checkpoint]
+    items: tuple[Item, ...]
+    files: tuple[OutputFile, ...]
+    index: bytes | None  # of model.safetensors.index.json
+    config: bytes | None  # of config.json, where it is not sft's as it stands
+    config_changes: Mapping[str, Any]
+    side: Mapping[str, tuple[str, Path | None]]  # path -> role it comes from, and the file
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def bytes_to_read(self) -> int:
+        """Bytes of all tensors that are read."""
+        return sum(side.nbytes for item in self.items for side in item.sides.values())
+
+    @cached_property
+    def bytes_to_write(self) -> int:
+        """Bytes of all safetensors files."""
+        return sum(file.size for file in self.files)
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """Elements of all tensors of the output, a tied one counted once."""
+        return sum(item.source.count for item in self.items)
+
+
+def segments(plan: Plan) -> Iterator[Segment]:
+    """Cut a plan into the pieces that workers take, in the order of the output."""
+    index = 0
+    for number, item in enumerate(plan.items):
+        total, step = (item.source.nbytes, COPIED) if item.raw else (item.source.count, RECORD)
+        for first in range(0, total, step):
+            yield Segment(index, number, first, min(step, total - first))
+            index += 1
+
+
+def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_bytes: SameBytes) -> Plan:
+    """Decide everything about a merge of base, sft and maybe start.
+
+    `same_bytes` compares two tensors of one checkpoint; it is asked only where one stores a tied tensor under
+    several names. Raises MismatchError, CheckpointError or ArgumentError: nothing is skipped in silence.
+    """
+    check_configs({role: (each.label, each.config) for role, each in inputs.items()})
+    used = {r: c for r, c in inputs.items() if r != "start" or parameters.reference == "start"}
+    base, sft = inputs["base"], inputs["sft"]
+    groups, broken = _tied_groups(used, same_bytes)
+    _check_names(used, parameters, groups)
+    choose = _selection(parameters, base, sft)
+    factors = (
+        resolve_layers(importance_factors(parameters.importance), base.tensors)
+        if (parameters.importance is not None)
+        else {}
+    )
+    main = _main_dtype(base)
+
+    items: list[Item] = []
+    done: set[str] = set()
+    for name in [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]:
+        if name in done:
+            continue
+        group = groups.get(name)
+        written = list(group.written) if group else [name]
+        key = group.key if group else name
+        done.update(group.names if group else [name])
+        sides = {role: found for role, each in used.items() if (found := _side(each, name, group))}
+        items.append(_item(key, written, sides, used, choose, factors, main, parameters))
+    placed, files, index = lay_out([out for item in items for out in item.outs], base, parameters.max_shard_size)
+    items = [replace(item, outs=tuple(placed[out.name] for out in item.outs)) for item in items]
+    order = {file.name: number for number, file in enumerate(files)}
+    items.sort(key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
+
+    tied = None if base.config is None else says_tied(base.config) and not broken
+    written_rows = {i.source.shape[0] for i in items if is_input_embedding(i.name) and i.source.shape}
+    floats = Counter[str]()
+    for item in items:
+        if item.outs[0].dtype in MERGED:
+            floats[item.outs[0].dtype] += item.source.count
+    names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
+    dtype = names[floats.most_common(1)[0][0]] if floats else None
+    config, changes = merged_config(sft.config, base.config, dtype=dtype, tied=tied, rows=written_rows)
+    side = {
+        path: (role, each.side[path])
+        for role, each in (("base", base), ("sft", sft))
+        for path in each.side
+        if path != "config.json" or not changes
+    }
+    notes = [
+        f"note: {broken}: both are merged under their own names, and config.json says untied"
+    ] if broken else []  # fmt: skip
+    return Plan(
+        parameters=parameters,
+        inputs=inputs,
+        items=tuple(items),
+        files=files,
+        index=index,
+        config=(json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode() if changes else None,
+        config_changes=changes,
+        side=dict(sorted(side.items())),
+        notes=tuple(notes),
+    )
+
+
+# --- tied embeddings
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Names that mean one tensor in the base; once an input breaks the tie, each is a group of its own."""
+
+    names: tuple[str, ...]  # merged as one, under `key`
+    key: str
+    written: tuple[str, ...]
+    siblings: tuple[str, ...]  # all names of the tie, broken or not
+
+
+def _tied_groups(used: Mapping[str, Checkpoint], same_bytes: SameBytes) -> tuple[dict[str, _Group], str]:
+    """Find the names that the base's config ties: name -> group, and what breaks the tie, if anything does."""
+    base = used["base"]
+    if not says_tied(base.config):
+        return {}, ""
+    ends: dict[tuple[int, ...], set[str]] = {}
+    for each in used.values():
+        for tensor in each.tensors.values():
+            end = is_input_embedding(tensor.name) or is_output_head(tensor.name)
+            if end and layer_key(tensor.name) is None and tensor.dtype in MERGED:
+                ends.setdefault(tensor.shape, set()).add(tensor.name)
+    groups: dict[str, _Group] = {}
+    broken = ""
+    for found in ends.values():
+        names = tuple(sorted(found))
+        stored = {role: [n for n in names if n in each.tensors] for role, each in used.items()}
+        if len(names) < 2 or not all(stored.values()) or not any(map(is_input_embedding, names)):
+            continue
+        breaker = ""
+        for role, each in used.items():
+            first, *rest = (each.tensors[name] for name in stored[role])
+            differing = [other.name for other in rest if not same_bytes(each, first, other)]
+            if differing:
+                breaker = (
+                    f"{each.label} holds {shown(first.name)!r} and {shown(differing[0])!r} with different values,"
+                    " though the base ties them"
+                )
+                if role == "base":
+                    breaker = breaker.replace("the base ties", "its config ties")
+                break
+        broken = broken or breaker
+        if breaker:
+            groups |= {name: _Group((name,), name, (name,), names) for name in names}
+        else:
+            key = tied_key(stored["base"])
+            key = key if is_input_embedding(key) else tied_key(names)
+            group = _Group(names, key, tuple(stored["base"]), names)
+            groups |= dict.fromkeys(names, group)
+    return groups, broken
+
+
+def _side(each: Checkpoint, name: str, group: _Group | None) -> TensorInfo | None:
+    """The tensor that a name means in a checkpoint."""
+    if name in each.tensors or group is None:
+        return each.tensors.get(name)
+    # Who stores the tied tensor under another of its names means it by this one, too.
+    return next((each.tensors[n] for n in group.siblings if n in each.tensors), None)
+
+
+# --- names, shapes, dtypes
+
+
+def _check_names(used: Mapping[str, Checkpoint], parameters: Parameters, groups: Mapping[str, _Group]) -> None:
+    base, sft = used["base"], used["sft"]
+    kept, taken = _matcher(parameters.keep), _matcher(parameters.take)
+    for role, each in used.items():
+        if role == "base":
+            continue
+        allowed = {n for n in base.tensors if kept(n)} | set(groups)
+        complaint = only_in(set(base.tensors) - allowed, each.tensors, base.label, each.label, "--keep")
+        if complaint:
+            raise MismatchError(complaint)
+        permitted = {n for n in each.tensors if taken(n) and n in sft.tensors} | set(groups)
+        option = "--take" if role == "sft" else ""
+        complaint = only_in(set(each.tensors) - permitted, base.tensors, each.label, base.label, option)
+        if complaint:
+            raise MismatchError(complaint)
+
+
+def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    compiled = [re.compile(pattern) for pattern in patterns]
+    return lambda name: any(pattern.search(name) for pattern in compiled)
+
+
+def _selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Callable[[str, list[str], str], bool]:
+    """Check the patterns against the names, and return a test: does an option name one of these tensors?"""
+    every = [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]
+    for option in ("keep", "take", "no_drop"):
+        names = every if option == "take" else list(base.tensors)
+        for pattern in getattr(parameters, option):
+            if not any(re.search(pattern, name) for name in names):
+                raise ArgumentError(
+                    f"--{option.replace('_', '-')} {shown(pattern)!r} matches none of the {len(names)} tensor names,"
+                    f" such as {shown(names[0]) if names else ''!r}"
+                )
+    matchers = {option: _matcher(getattr(parameters, option)) for option in ("keep", "take", "no_drop")}
+    for name in base.tensors:
+        if matchers["keep"](name) and matchers["take"](name):
+            raise ArgumentError(f"tensor {shown(name)!r} is both kept and taken; change --keep or --take")
+    return lambda option, names, key: any(map(matchers[option], {*names, key}))
+
+
+def _item(
+    key: str,
+    written: list[str],
+    sides: dict[str, TensorInfo],
+    used: Mapping[str, Checkpoint],
+    choose: Callable[[str, list[str], str], bool],
+    factors: Mapping[str, float],
+    main: str,
+    parameters: Parameters,
+) -> Item:
+    p = parameters
+    action: Action = "merge"
+    if choose("keep", written, key) and "base" in sides:
+        action, sides = "keep", {"base": sides["base"]}
+    elif choose("take", written, key) and "sft" in sides:
+        action = "take"
+    else:
+        kind = _check_alike(key, sides, used)
+        action = "merge" if kind == "float" else "copy"
+    source = sides["sft" if action == "take" else "base"]
+    dtype = source.dtype
+    if dtype in MERGED:
+        native = sides["base"].dtype if "base" in sides else main
+        dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
+    numbers = arithmetic(
+        alpha=p.alpha,
+        drop=0.0 if choose("no_drop", written, key) else p.drop,
+        factor=factors.get(layer_key(key) or "", 1.0),
+    )
+    # Placed there by the layout: beside the base's tensor, or at the end.
+    home = sides["base"].file if "base" in sides else list(used["base"].files)[-1]
+    outs = tuple(
+        TensorInfo(name, dtype, source.shape, home, 0, source.count * DTYPE_BITS[dtype] // 8) for name in written
+    )
+    if action == "take":
+        sides = {"sft": source}
+    return Item(key, action, sides, outs, numbers, mask_key(key, p.seed, p.iteration))
+
+
+def _check_alike(name: str, sides: Mapping[str, TensorInfo], used: Mapping[str, Checkpoint]) -> str:
+    """Return "float" or "whole"; raise unless all sides have one shape and one mergeable kind of dtype."""
+    base = sides["base"]
+    for role, side in sides.items():
+        if side.dtype not in (*MERGED, *WHOLE):
+            raise CheckpointError(
+                f"tensor {shown(name)!r} is {side.dtype} in {used[role].label}; quantised, float8 and complex"
+                f" tensors are not merged: use an unquantised checkpoint, or --keep or --take '^{re.escape(name)}$'"
+            )
+    for role, side in sides.items():
+        both = (
+            f"tensor {shown(name)!r} is {base.dtype} {list(base.shape)} in {used['base'].label} and"
+            f" {side.dtype} {list(side.shape)} in {used[role].label}"
+        )
+        if side.shape != base.shape:
+            hint = f"use --keep '^{re.escape(name)}$' for the base's"
+            if 0 in (side.count, base.count):
+                hint = "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
+            elif is_input_embedding(name) or is_output_head(name):
+                hint = "their vocabularies differ: resize the embeddings of one to the other's before the merge"
+            raise MismatchError(f"{both}; shapes must be equal: {hint}")
+        same = side.dtype in MERGED if base.dtype in MERGED else side.dtype == base.dtype
+        if not same:
+            raise MismatchError(
+                f"{both}; integers are merged with neither floats nor other integers: use --keep '^{re.escape(name)}$'"
+            )
+    return "float" if base.dtype in MERGED else "whole"
+
+
+def _main_dtype(base: Checkpoint) -> str:
+    """The dtype of most float elements; for tensors that only the sft has."""
+    floats = Counter[str]()
+    for tensor in base.tensors.values():
+        if tensor.dtype in MERGED:
+            floats[tensor.dtype] += tensor.count
+    return floats.most_common(1)[0][0] if floats else "F32"

@@ -1,0 +1,171 @@
+"""What a merge was made of, and what came out: frozen data, and the JSON it is written as."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ArgumentError, CheckpointError, shown
+from .mask import arithmetic, check_round
+
+RECIPE_FILE, REPORT_FILE, CARD_FILE = "imm_recipe.json", "imm_report.json", "README.md"
+RECIPE_FORMAT, RECIPE_VERSION = "mergekit_imm recipe", 1
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything that decides the bytes of a merge, beside its inputs."""
+
+    alpha: float = 0.5
+    drop: float = 0.2
+    seed: int = 0
+    iteration: int = 0
+    importance: Mapping[str, float] | None = None
+    reference: str = "start"
+    dtype: str = "base"
+    max_shard_size: int | None = None
+    keep: tuple[str, ...] = ()
+    take: tuple[str, ...] = ()
+    no_drop: tuple[str, ...] = ()
+    vocab: str = "strict"
+    allow_nonfinite: bool = False
+    copy_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ArgumentError for any value out of range."""
+        arithmetic(alpha=self.alpha, drop=self.drop)
+        check_round(self.seed, self.iteration)
+        if self.reference not in ("start", "base"):
+            raise ArgumentError(f"reference is {self.reference!r}; it must be 'start' or 'base'")
+        if self.dtype not in ("base", *DTYPES):
+            raise ArgumentError(f"dtype is {self.dtype!r}; it must be one of base, {', '.join(DTYPES)}")
+        if self.vocab != "strict":
+            raise ArgumentError(f"vocab is {self.vocab!r}; only 'strict' is offered: equal vocabularies")
+        for option in ("keep", "take", "no_drop"):
+            for pattern in getattr(self, option):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ArgumentError(
+                        f"{option} pattern {shown(pattern)!r} is not a regular expression: {error}"
+                    ) from error
+
+
+def parse_size(size: int | str) -> int:
+    """Return a number of bytes from 5000000000, "5GB", "500MB" or "4GiB".
+
+    >>> parse_size("5GB"), parse_size("4GiB")
+    (5000000000, 4294967296)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    if not match:
+        raise ArgumentError(f"size {size!r} is not understood; write it as 5GB, 500MB or 4GiB")
+    number, unit, binary = match.groups()
+    value = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
+    if value < 1:
+        raise ArgumentError(f"size {size!r} must be at least one byte")
+    return value
+
+
+def make_recipe(
+    parameters: Parameters,
+    inputs: Mapping[str, Mapping[str, Any]],
+    config_changes: Mapping[str, Any],
+    history: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return the recipe of a merge as it is written: all that is needed to make the same bytes again."""
+    return {
+        "format": RECIPE_FORMAT,
+        "version": RECIPE_VERSION,
+        "formula": "alpha*base + (1-alpha)*(start + factor*DARE(sft-start))",
+        "parameters": json.loads(json.dumps(asdict(parameters))),
+        "inputs": {role: dict(entry) for role, entry in inputs.items()},
+        "config_changes": dict(config_changes),
+        "history": history,
+    }
+
+
+def parse_parameters(recipe: Mapping[str, Any]) -> Parameters:
+    """Return the parameters of a recipe that `read_recipe` returned."""
+    values = dict(recipe["parameters"])
+    for option in ("keep", "take", "no_drop"):
+        values[option] = tuple(values[option])
+    return Parameters(**values)
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """Return the recipe in a folder, or None if it has none.
+
+    Raises CheckpointError for one that is damaged or of a later version.
+    """
+    path = folder / RECIPE_FILE
+    try:
+        recipe = json.loads(path.read_bytes())
+        if recipe["format"] != RECIPE_FORMAT:
+            raise ValueError(f"its format is {recipe['format']!r}")
+        if recipe["version"] != RECIPE_VERSION:
+            raise CheckpointError(
+                f"{path} is of version {recipe['version']}, this program reads {RECIPE_VERSION}; upgrade mergekit-imm"
+            )
+        parse_parameters(recipe)
+        if not isinstance(recipe["inputs"], dict) or not isinstance(recipe["history"], list):
+            raise ValueError("its inputs or its history are missing")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {shown(error, 200)}") from error
+    return recipe  # type: ignore[no-any-return]
+
+
+def history_of(recipe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the history for a round that starts from the model with this recipe, oldest first."""
+    if recipe is None:
+        return []
+    return [*recipe["history"], {key: value for key, value in recipe.items() if key != "history"}]
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """Return the bytes a recipe or report is written as."""
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge_checkpoints` did, and what `imm-merge --json` prints.
+
+    status: "merged", "already merged" or "dry run". Counts of tensors by what happened to them: `merged`,
+    `kept` (base's), `taken` (sft's), `copied` (integer and bool). Bytes are those of the streaming phase:
+    tensors read, and written. `disk_needed` and `disk_free` are bytes at the output when planning. `seconds`:
+    plan, stream (plan to last sync), total. `notes`: what is worth knowing and not an error.
+    """
+
+    status: str
+    out: str
+    parameters: dict[str, Any]
+    parameter_count: int
+    tensors: dict[str, int]
+    files: list[str]
+    bytes_read: int
+    bytes_written: int
+    disk_needed: int
+    disk_free: int
+    memory: int
+    workers: int
+    device: str
+    seconds: dict[str, float]
+    kinds: list[dict[str, Any]]
+    config_changes: dict[str, Any]
+    side_files: dict[str, list[str]]
+    left_out: dict[str, list[str]]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(self)

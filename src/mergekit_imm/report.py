@@ -1,0 +1,182 @@
+"""What a merge measured, as imm_report.json, and the model card beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .layers import layer_key
+from .plan import Item, Plan
+from .recipe import RECIPE_FILE, REPORT_FILE
+
+OUTSIDE = "outside the layers"
+
+
+def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Combine the records of all segments (one row each) into statistics per tensor and per layer.
+
+    Sums of squares are added with math.fsum, so the order does not matter. A value that is not finite is None.
+    """
+    tensors: dict[str, Any] = {}
+    layers: dict[str, list[npt.NDArray[np.float64]]] = defaultdict(list)
+    counts: dict[str, int] = defaultdict(int)
+    at = 0
+    for item in plan.items:
+        rows = records[at : at + item.segment_count]
+        at += item.segment_count
+        entry: dict[str, Any] = {"action": item.action, "elements": item.source.count}
+        if item.action == "merge":
+            layer = layer_key(item.name) or OUTSIDE
+            layers[layer].append(rows)
+            counts[layer] += item.source.count
+            entry |= _summary(rows, item.source.count)
+        tensors[item.name] = entry
+    return {
+        "format": "mergekit_imm report",
+        "version": 1,
+        "layers": {
+            layer: {"elements": counts[layer], **_summary(np.concatenate(rows), counts[layer])}
+            for layer, rows in layers.items()
+        },
+        "tensors": tensors,
+        "left_out": {role: list(each.left_out) for role, each in plan.inputs.items()},
+    }
+
+
+def _summary(rows: npt.NDArray[np.float64], elements: int) -> dict[str, Any]:
+    delta, base, change = (math.fsum(column) if np.isfinite(column).all() else math.nan for column in rows[:, :3].T)
+    return {
+        "kept_share": float(rows[:, 4].sum()) / elements if elements else None,
+        "delta_norm": _number(delta**0.5),
+        "base_norm": _number(base**0.5),
+        "change_norm": _number(change**0.5),
+        "largest_change": _number(float(rows[:, 3].max(initial=0.0))),
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def kinds(plan: Plan) -> list[dict[str, Any]]:
+    """Group the tensors of a plan by kind: names with their numbers blanked out, and what happens to them."""
+    groups: dict[tuple[Any, ...], list[Item]] = defaultdict(list)
+    for item in plan.items:
+        name = ".".join("*" if part.isdigit() else part for part in item.name.split("."))
+        dtypes = tuple((role, side.dtype) for role, side in item.sides.items())
+        drop = round(1 - item.numbers.keep16 / 65536, 6) if item.action == "merge" else None
+        groups[name, item.action, dtypes, item.outs[0].dtype, drop].append(item)
+    return [
+        {
+            "name": name,
+            "action": action,
+            "tensors": len(items),
+            "elements": sum(item.source.count for item in items),
+            "read": dict(dtypes),
+            "write": dtype,
+            "drop": drop,
+            "bytes_read": sum(side.nbytes for item in items for side in item.sides.values()),
+            "bytes_written": sum(out.nbytes for item in items for out in item.outs),
+        }
+        for (name, action, dtypes, dtype, drop), items in groups.items()
+    ]
+
+
+def actions(plan: Plan) -> dict[str, int]:
+    """Count the tensors by what happens to them."""
+    words = {"merge": "merged", "keep": "kept", "take": "taken", "copy": "copied"}
+    counts = dict.fromkeys(words.values(), 0)
+    for item in plan.items:
+        counts[words[item.action]] += 1
+    return counts
+
+
+def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
+    """Return the README.md of a merged model: tags, the recipe as a table, how to reproduce it."""
+    p = plan.parameters
+    inputs = {role: each.ref + (f" @ {each.commit}" if each.commit else "") for role, each in plan.inputs.items()}
+    models = list(dict.fromkeys(each.repo or each.ref for each in plan.inputs.values()))
+    rows = [
+        *((f"`{role}`", _cell(ref)) for role, ref in inputs.items()),
+        ("`alpha` (weight of the base)", f"{p.alpha}"),
+        ("`drop`", f"{p.drop}"),
+        ("`seed`", f"{p.seed}"),
+        ("`iteration`", f"{p.iteration}"),
+        ("`reference`", p.reference),
+        ("layer importance", "given; see the recipe" if p.importance is not None else "none"),
+        ("dtype", "as in the base" if p.dtype == "base" else p.dtype),
+        *((f"`{o}`", _cell(" ".join(getattr(p, o)))) for o in ("keep", "take", "no_drop") if getattr(p, o)),
+    ]
+    command = ["imm-merge", *(f"{plan.inputs[role].ref}" for role in ("base", "sft"))]
+    command += ["--start", plan.inputs["start"].ref] if "start" in plan.inputs else []
+    command += [
+        "--alpha",
+        str(p.alpha),
+        "--drop",
+        str(p.drop),
+        "--seed",
+        str(p.seed),
+        "--iteration",
+        str(p.iteration),
+    ]
+    command += ["--importance", "importance.json"] if p.importance is not None else []
+    command += ["--reference", p.reference] if p.reference != "start" else []
+    command += ["--dtype", p.dtype] if p.dtype != "base" else []
+    command += ["--max-shard-size", str(p.max_shard_size)] if p.max_shard_size else []
+    for option in ("keep", "take", "no_drop"):
+        for pattern in getattr(p, option):
+            command += [f"--{option.replace('_', '-')}", pattern]
+    command += [f"--{o.replace('_', '-')}" for o in ("allow_nonfinite", "copy_code") if getattr(p, o)]
+
+    lines = [
+        "---",
+        "base_model:",
+        *(f"- {json.dumps(model, ensure_ascii=False)}" for model in models),
+        "base_model_relation: merge",
+        "library_name: transformers",
+        "tags:",
+        "- merge",
+        "- mergekit_imm",
+        "- imm",
+        "---",
+        "",
+        "# A merged model",
+        "",
+        "A fine-tuned model pulled back towards its base (iterative model merging,",
+        "[arXiv 2503.02103](https://arxiv.org/abs/2503.02103)):",
+        "",
+        "    merged = alpha * base + (1 - alpha) * (start + factor * DARE(sft - start))",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+        "",
+        f"Round {p.iteration}; {len(recipe['history'])} earlier rounds are in `{RECIPE_FILE}`.",
+        f"What changed, per tensor and layer, is in `{REPORT_FILE}`.",
+        "",
+        "The same bytes again:",
+        "",
+        f"    {shlex.join([*command, '-o', 'OUT'])}",
+        "",
+        "Check these against the inputs:",
+        "",
+        "    imm-verify OUT",
+        "",
+    ]
+    return "\n".join(lines).encode()
+
+
+def _cell(text: str) -> str:
+    return "`" + text.replace("|", "\\|").replace("`", "'").replace("\n", " ") + "`"
+
+
+def segment_total(plan: Plan) -> int:
+    """Number of segments of a plan."""
+    return sum(item.segment_count for item in plan.items)

@@ -1,0 +1,182 @@
+"""Recompute a merge from its recipe, and compare every byte."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import random
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .build import Progress, written_files
+from .checkpoint.source import Checkpoint, open_checkpoint
+from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, fingerprint, read_into
+from .errors import ArgumentError, CheckpointError, VerifyError, shown
+from .execute import check_workers, pick_merge, run
+from .merge import plan_of
+from .plan import Plan, segments
+from .recipe import RECIPE_FILE, REPORT_FILE, parse_parameters, read_recipe
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` compared, and what `imm-verify --json` prints; that it was made means that all was equal."""
+
+    out: str
+    segments: int  # pieces of tensors recomputed, of how many
+    of_segments: int
+    bytes_compared: int
+    files_compared: list[str]
+    not_of_the_merge: list[str] = field(default_factory=list)  # other files in the folder
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(self)
+
+
+def verify(
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    start: str | Path | None = None,
+    sft: str | Path | None = None,
+    sample: float = 1.0,
+    device: str = "cpu",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Recompute a merge from the recipe in its folder and compare bytes: tensors, headers and side files.
+
+    Args: `out`, the merged folder; `base`, `start`, `sft`, where the inputs are now, if not where the recipe says;
+    `sample`, the share of the tensors' bytes to recompute, in random pieces of 2^20 elements (small files are always
+    compared, the report only with sample=1). With sample=1 one flipped bit anywhere in what the merge wrote is found.
+    Returns a VerifyReport. Raises VerifyError naming the first difference (tensor, element, file), CheckpointError
+    if an input is gone or has changed.
+
+    >>> verify(out_folder).files_compared[0]
+    'model.safetensors'
+    """
+    if not 0 < sample <= 1:
+        raise ArgumentError(f"sample is {sample!r}; it is the share to recompute, 0 < sample <= 1")
+    folder = Path(out).expanduser()
+    recipe = read_recipe(folder)
+    if recipe is None:
+        raise CheckpointError(f"{shown(out)} has no {RECIPE_FILE}; give a folder that imm-merge made")
+    workers = check_workers(workers)
+    given = {"base": base, "start": start, "sft": sft}
+    inputs = {role: _reopen(role, entry, given[role], recipe, folder) for role, entry in recipe["inputs"].items()}
+    surplus = [role for role, ref in given.items() if ref is not None and role not in inputs]
+    if surplus:
+        raise ArgumentError(f"--{surplus[0]} is given, but the recipe in {shown(out)} has no {surplus[0]}")
+    plan = plan_of(inputs, parse_parameters(recipe))
+    if dict(plan.config_changes) != recipe["config_changes"]:
+        raise VerifyError(f"{shown(folder / RECIPE_FILE)}: its config_changes are not those of this merge")
+
+    everything = list(segments(plan))
+    chosen = everything
+    if sample < 1:
+        chosen = random.sample(everything, max(1, round(sample * len(everything)))) if everything else []
+        chosen.sort(key=lambda segment: segment.index)
+    records = np.zeros((len(everything), 5))
+    compared = 0
+    with ExitStack() as stack:
+        handles = {file.name: stack.enter_context(_opened(folder / file.name)) for file in plan.files}
+        for file in plan.files:
+            _compare_head(handles[file.name], file.head, file.size, folder / file.name)
+
+        def check(tensor: TensorInfo, first: int, piece: memoryview) -> None:
+            found = np.empty(len(piece), np.uint8)
+            read_into(handles[tensor.file], memoryview(found), tensor.begin + first, folder / tensor.file)  # type: ignore[arg-type]
+            expected = np.frombuffer(piece, np.uint8)
+            if not np.array_equal(found, expected):
+                at = int(np.flatnonzero(found != expected)[0])
+                element = (first + at) * 8 // DTYPE_BITS[tensor.dtype]
+                raise VerifyError(
+                    f"tensor {shown(tensor.name)!r} in {shown(folder / tensor.file)} differs from its recipe, first at"
+                    f" element {element} (byte {tensor.begin + first + at} of the file); merge again"
+                )
+
+        total = sum(file.size for file in plan.files)
+        for done in run(plan, chosen, check, workers=workers, merge=pick_merge(device)):
+            if done is not None:
+                records[done.segment.index] = done.record
+                compared += done.bytes_written
+            if progress is not None:
+                progress(round(compared / sample), total)
+    expected = written_files(plan, recipe, records)
+    if sample < 1:
+        del expected[REPORT_FILE]
+    _compare_files(plan, folder, expected)
+    files = [*(file.name for file in plan.files), *plan.side, *expected]
+    others = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
+    return VerifyReport(
+        out=str(out),
+        segments=len(chosen),
+        of_segments=len(everything),
+        bytes_compared=compared,
+        files_compared=files,
+        not_of_the_merge=[name for name in others if name not in {*files, REPORT_FILE}],
+    )
+
+
+def _reopen(
+    role: str, entry: dict[str, Any], given: str | Path | None, recipe: dict[str, Any], out: Path
+) -> Checkpoint:
+    """Open an input of a recipe, there or where the user says it is now, and check that it is the same."""
+    ref = given if given is not None else entry["path"]
+    if given is None and entry.get("commit"):
+        ref = f"{entry['repo']}@{entry['commit']}"
+    try:
+        found = open_checkpoint(ref, role, copy_code=recipe["parameters"]["copy_code"], out=out)
+    except CheckpointError as error:
+        cure = "" if given is not None else f" (if it has moved, say where it is with --{role})"
+        raise CheckpointError(f"{error}{cure}") from error
+    for name, recorded in entry["files"].items():
+        same = name in found.files and found.files[name].size == recorded["size"]
+        if not same or fingerprint(found.files[name]) != recorded["fingerprint"]:
+            raise CheckpointError(
+                f"{role} {shown(ref)} is not what was merged: its {shown(name)} has changed; give the original"
+                f" with --{role}"
+            )
+    return replace(found, ref=entry["path"], repo=entry.get("repo"), commit=entry.get("commit"))
+
+
+class _opened:  # noqa: N801
+    """A read-only file descriptor as a context."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise VerifyError(f"{shown(path)} cannot be read: {error.strerror}; merge again") from error
+
+    def __enter__(self) -> int:
+        return self._descriptor
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def _compare_head(descriptor: int, head: bytes, size: int, path: Path) -> None:
+    found = os.fstat(descriptor).st_size
+    if found != size:
+        raise VerifyError(f"{shown(path)} has {found} bytes, its recipe gives {size}; merge again")
+    if os.pread(descriptor, len(head), 0) != head:
+        raise VerifyError(f"the header of {shown(path)} differs from its recipe; merge again")
+
+
+def _compare_files(plan: Plan, folder: Path, expected: dict[str, bytes]) -> None:
+    try:
+        for name, (role, source) in plan.side.items():
+            assert source is not None
+            if not filecmp.cmp(source, folder / name, shallow=False):
+                raise VerifyError(f"{shown(folder / name)} differs from that of the {role} ({shown(source)})")
+        for name, content in expected.items():
+            if (folder / name).read_bytes() != content:
+                raise VerifyError(f"{shown(folder / name)} differs from what its recipe gives; merge again")
+    except OSError as error:
+        raise VerifyError(f"{error.filename} cannot be read: {error.strerror}; merge again") from error
