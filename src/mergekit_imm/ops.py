@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, MismatchError, shown
-from .flat import CHUNK, FLOATS, boxes, flat, round_to, uniform16
+from .flat import CHUNK, FLOATS, boxes, flat, merge_flat, round_to, uniform16
 from .layers import layer_key, resolve_layers
 from .mask import KEEP_ALL, Arithmetic, arithmetic, check_round, keep_threshold, mask_key
 from .states import matched
