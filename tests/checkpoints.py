@@ -68,4 +68,6 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal in dtype, shape and every bit."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
+    if one.numel() == 0:
+        return True
     return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))

@@ -243,9 +243,9 @@ def _look_closer(
     files: _Files,
 ) -> None:
     """Find out whether a sum that is not finite means that the merge must stop; raise if it does."""
-    from .kernel import decode
+    from .kernel import is_finite
 
-    finite = {role: np.isfinite(decode(*raw)) for role, raw in raws.items()}
+    finite = {role: is_finite(*raw) for role, raw in raws.items()}
     bad_inputs = [role for role, good in finite.items() if not good.all()]
     if bad_inputs and not plan.parameters.allow_nonfinite:
         role = bad_inputs[0]
@@ -255,7 +255,7 @@ def _look_closer(
             f" {item.source.count} elements, the first at index {element}; train or save it again, let them through"
             f" with --allow-nonfinite, or use the base's with {_option('--keep', item.name)}"
         )
-    overflown = ~np.isfinite(decode(*out)) & np.logical_and.reduce(list(finite.values()))
+    overflown = ~is_finite(*out) & np.logical_and.reduce(list(finite.values()))
     if overflown.any():
         raise NonFiniteError(
             f"tensor {shown(item.name)!r}: the merged value of element {first + int(np.argmax(overflown))} is too large"
@@ -264,14 +264,14 @@ def _look_closer(
 
 
 def _count_nonfinite(tensor: TensorInfo, role: str, files: _Files) -> tuple[int, int]:
-    from .kernel import decode
+    from .kernel import is_finite
 
     width = DTYPE_BITS[tensor.dtype] // 8
     bad, element = 0, -1
     for first in range(0, tensor.count, 1 << 18):
         buffer = np.empty(min(1 << 18, tensor.count - first) * width, np.uint8)
         files.read(role, tensor, first * width, buffer)
-        found = np.flatnonzero(~np.isfinite(decode(buffer, tensor.dtype)))
+        found = np.flatnonzero(~is_finite(buffer, tensor.dtype))
         if len(found):
             element = first + int(found[0]) if element < 0 else element
             bad += len(found)

@@ -132,6 +132,6 @@ def boxes(shape: Sequence[int]) -> Iterator[tuple[tuple[slice | int, ...], slice
             return
 
 
-def flat(tensor: Tensor, index: tuple[slice | int, ...]) -> Tensor:
+def in_box(tensor: Tensor, index: tuple[slice | int, ...]) -> Tensor:
     """Return a box of a tensor as a 1-D tensor in row-major order."""
     return tensor.detach()[index].reshape(-1)

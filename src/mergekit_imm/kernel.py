@@ -351,10 +351,10 @@ def merge_span(
     run(*sides, count, first // BLOCK, *key, numbers.keep16, *constants, record)
 
 
-def decode(raw: Bytes, dtype: str) -> npt.NDArray[np.float64]:
-    """Return a buffer's elements as float64: for looking into what went wrong, not for speed."""
-    if dtype == "F64":
-        return raw.view(np.float64).copy()
-    if dtype == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return raw.view({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float64)
+def is_finite(raw: Bytes, dtype: str) -> npt.NDArray[np.bool_]:
+    """Return which elements of a buffer are neither NaN nor infinite."""
+    bits, exponent = {
+        "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000),
+        "F64": (np.uint64, 0x7FF0000000000000),
+    }[dtype]  # fmt: skip
+    return np.asarray((raw.view(bits) & bits(exponent)) != bits(exponent))

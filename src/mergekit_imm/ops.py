@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, MismatchError, shown
-from .flat import CHUNK, FLOATS, boxes, flat, merge_flat, round_to, uniform16
+from .flat import CHUNK, FLOATS, boxes, in_box, merge_flat, round_to, uniform16
 from .layers import layer_key, resolve_layers
 from .mask import KEEP_ALL, Arithmetic, arithmetic, check_round, keep_threshold, mask_key
 from .states import matched
@@ -48,7 +48,7 @@ def task_vector(sft: Tensor, start: Tensor) -> Tensor:
     wide = torch.float64 if torch.float64 in (sft.dtype, start.dtype) else torch.float32
     out = torch.empty(sft.shape, dtype=wide, device=sft.device)
     for index, span in boxes(sft.shape):
-        out.view(-1)[span] = flat(sft, index).to(wide) - flat(start, index).to(wide)
+        out.view(-1)[span] = in_box(sft, index).to(wide) - in_box(start, index).to(wide)
     return out
 
 
@@ -118,7 +118,7 @@ def dare(delta: Tensor, *, name: str, drop: float, seed: int = 0, iteration: int
     exact = delta.dtype == torch.float64
     out = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
     for index, span in boxes(delta.shape):
-        flat = flat(delta, index).to(torch.float64 if exact else torch.float32)
+        flat = in_box(delta, index).to(torch.float64 if exact else torch.float32)
         if numbers.draws:
             scaled = flat * (numbers.scale if exact else numbers.scale32)
             kept = uniform16(flat, offset + span.start, flat.numel(), *key) < numbers.keep16
@@ -275,7 +275,7 @@ def _merge(
     begin = base if start is None else start
     out = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
     for index, span in boxes(base.shape):
-        pieces = (flat(base, index), flat(begin, index), flat(sft, index))
+        pieces = (in_box(base, index), in_box(begin, index), in_box(sft, index))
         out.view(-1)[span] = merge_flat(*pieces, out.dtype, numbers, *key, span.start)
     return out
 

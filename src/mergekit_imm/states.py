@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import MismatchError
-from .flat import boxes, flat
+from .flat import boxes, in_box
 from .layers import only_in, tied_key
 
 
@@ -61,6 +61,6 @@ def _all_equal(tensors: Sequence[Tensor]) -> bool:
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     return all(
-        torch.equal(flat(one, index).view(torch.uint8), flat(other, index).view(torch.uint8))
+        torch.equal(in_box(one, index).view(torch.uint8), in_box(other, index).view(torch.uint8))
         for index, _ in boxes(one.shape)
     )
