@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -59,7 +60,9 @@ def merge_span(
     for field, blocks in enumerate(sums):
         for total in blocks.tolist():
             record[field] += total
-    record[3] = max(record[3], float(change.abs().nan_to_num(nan=0.0, posinf=torch.inf).max()))
+    largest = float(change.abs().max())
+    if largest > record[3] or math.isnan(largest):
+        record[3] = largest
     kept = count
     if numbers.keep16 < KEEP_ALL:
         kept = int((uniform16(b, first, count, *key) < numbers.keep16).sum())

@@ -137,25 +137,24 @@ def _tune(start, sft, bits, keep16, scale, plain, tuned):  # type: ignore[no-unt
         for i in range(BLOCK):
             tuned[i] = start[i] + (sft[i] - start[i]) * scale
     else:
+        limit = np.uint16(keep16)
         for i in range(BLOCK):
             moved = start[i] + (sft[i] - start[i]) * scale
-            tuned[i] = moved if bits[i] < keep16 else start[i]
+            tuned[i] = moved if bits[i] < limit else start[i]
 
 
 @_jit
-def _interpolate(base, tuned, alpha, weight, half, merged):  # type: ignore[no-untyped-def]
+def _interpolate(base, tuned, alpha, weight, half):  # type: ignore[no-untyped-def]
+    """In place: two arrays that may be one would keep the loops from being vectorised."""
     if weight == 0:
         for i in range(BLOCK):
-            merged[i] = base[i]
-    elif alpha == 0:
+            tuned[i] = base[i]
+    elif alpha != 0 and weight < half:
         for i in range(BLOCK):
-            merged[i] = tuned[i]
-    elif weight < half:
+            tuned[i] = base[i] + weight * (tuned[i] - base[i])
+    elif alpha != 0:
         for i in range(BLOCK):
-            merged[i] = base[i] + weight * (tuned[i] - base[i])
-    else:
-        for i in range(BLOCK):
-            merged[i] = tuned[i] - alpha * (tuned[i] - base[i])
+            tuned[i] = tuned[i] - alpha * (tuned[i] - base[i])
 
 
 @_jit
@@ -233,93 +232,94 @@ def _encode_wide(code, wide, tile, spare, raw, first, count):  # type: ignore[no
 
 
 @_jit
-def _sum(terms):  # type: ignore[no-untyped-def]
-    """The sum of a block in one fixed order: eight planes onto 128 lanes, then halves onto halves."""
+def _sum_squares(tile, lanes):  # type: ignore[no-untyped-def]
+    """Squares of a block summed in one fixed order: eight planes onto 128 lanes, then halves onto halves."""
     for j in range(LANES):
-        total = terms[j]
-        total += terms[j + 128]
-        total += terms[j + 256]
-        total += terms[j + 384]
-        total += terms[j + 512]
-        total += terms[j + 640]
-        total += terms[j + 768]
-        total += terms[j + 896]
-        terms[j] = total
+        x = np.float64(tile[j])
+        total = x * x
+        for plane in range(1, BLOCK // LANES):
+            x = np.float64(tile[plane * LANES + j])
+            total += x * x
+        lanes[j] = total
     width = LANES // 2
     while width:
         for j in range(width):
-            terms[j] += terms[j + width]
+            lanes[j] += lanes[j + width]
         width //= 2
-    return terms[0]
+    return lanes[0]
 
 
 @_jit
-def _measure(base, start, sft, merged, bits, keep16, count, terms, record):  # type: ignore[no-untyped-def]
+def _measure(base, start, sft, merged, bits, keep16, count, spare, patterns, lanes, record):  # type: ignore[no-untyped-def]
+    record[BASE] += _sum_squares(base, lanes)
     for i in range(BLOCK):
-        delta = np.float64(sft[i] - start[i])
-        terms[i] = delta * delta
-    record[DELTA] += _sum(terms)
+        spare[i] = sft[i] - start[i]
+    record[DELTA] += _sum_squares(spare, lanes)
     for i in range(BLOCK):
-        terms[i] = np.float64(base[i]) * np.float64(base[i])
-    record[BASE] += _sum(terms)
-    largest = 0.0
+        spare[i] = abs(merged[i] - base[i])
+    record[CHANGE] += _sum_squares(spare, lanes)
+    # The largest of floats >= 0 is that of their patterns as integers, which vectorises; a NaN is above them all.
+    largest = patterns[0]
     for i in range(BLOCK):
-        change = np.float64(merged[i] - base[i])
-        terms[i] = change * change
-        largest = max(largest, abs(change))
-    record[CHANGE] += _sum(terms)
-    record[LARGEST] = max(record[LARGEST], largest)
-    kept = 0
+        largest = max(largest, patterns[i])
+    patterns[0] = largest
+    if spare[0] > record[LARGEST] or spare[0] != spare[0]:
+        record[LARGEST] = spare[0]
     if keep16 == KEEP_ALL:
-        kept = count
+        record[KEPT] += count
     else:
+        limit, kept = np.uint16(keep16), np.uint16(0)
         for i in range(count):
-            kept += 1 if bits[i] < keep16 else 0
-    record[KEPT] += kept
+            kept = np.uint16(kept + np.uint16(bits[i] < limit))
+        record[KEPT] += kept
 
 
 @_jit
 def _run(  # type: ignore[no-untyped-def]
-    base, base_code, start, start_code, sft, sft_code, out, out_code, count, block,
+    base, base_code, start, start_code, sft, sft_code, out, out_code, alone, count, block,
     key0, key1, keep16, scale, plain, alpha, weight, record,
 ):  # fmt: skip
     bits = np.empty(BLOCK, np.uint16)
-    x, y, z = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    x, z = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    y = x if alone else np.empty(BLOCK, np.float32)
     merged, spare = np.empty(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
-    terms = np.empty(BLOCK, np.float64)
+    lanes = np.empty(LANES, np.float64)
     for first in range(0, count, BLOCK):
         here = min(BLOCK, count - first)
         if keep16 < KEEP_ALL:
             _fill(block + first // BLOCK, key0, key1, bits)
         _decode(base_code, base, first, here, x)
-        _decode(start_code, start, first, here, y)
+        if not alone:
+            _decode(start_code, start, first, here, y)
         _decode(sft_code, sft, first, here, z)
         _tune(y, z, bits, keep16, scale, plain, merged)
-        _interpolate(x, merged, alpha, weight, np.float32(0.5), merged)
+        _interpolate(x, merged, alpha, weight, np.float32(0.5))
         _encode(out_code, merged, spare, out, first, here)
-        _measure(x, y, z, merged, bits, keep16, here, terms, record)
+        _measure(x, y, z, merged, bits, keep16, here, spare, spare.view(np.uint32), lanes, record)
 
 
 @_jit
 def _run_wide(  # type: ignore[no-untyped-def]
-    base, base_code, start, start_code, sft, sft_code, out, out_code, count, block,
+    base, base_code, start, start_code, sft, sft_code, out, out_code, alone, count, block,
     key0, key1, keep16, scale, plain, alpha, weight, record,
 ):  # fmt: skip
     bits = np.empty(BLOCK, np.uint16)
-    x, y, z = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
-    merged, terms = np.empty(BLOCK), np.empty(BLOCK)
+    x, z = np.empty(BLOCK), np.empty(BLOCK)
+    y = x if alone else np.empty(BLOCK)
+    merged, change, lanes = np.empty(BLOCK), np.empty(BLOCK), np.empty(LANES)
     narrow, spare = np.empty(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
     for first in range(0, count, BLOCK):
         here = min(BLOCK, count - first)
         if keep16 < KEEP_ALL:
             _fill(block + first // BLOCK, key0, key1, bits)
         _decode_wide(base_code, base, first, here, narrow, x)
-        _decode_wide(start_code, start, first, here, narrow, y)
+        if not alone:
+            _decode_wide(start_code, start, first, here, narrow, y)
         _decode_wide(sft_code, sft, first, here, narrow, z)
         _tune(y, z, bits, keep16, scale, plain, merged)
-        _interpolate(x, merged, alpha, weight, 0.5, merged)
+        _interpolate(x, merged, alpha, weight, 0.5)
         _encode_wide(out_code, merged, narrow, spare, out, first, here)
-        _measure(x, y, z, merged, bits, keep16, here, terms, record)
+        _measure(x, y, z, merged, bits, keep16, here, change, change.view(np.uint64), lanes, record)
 
 
 Bytes = npt.NDArray[np.uint8]
@@ -348,7 +348,7 @@ def merge_span(
         scale, alpha, weight = map(np.float32, (numbers.scale32, numbers.alpha32, numbers.weight32))
         constants = (scale, numbers.plain, alpha, weight)
     run = _run_wide if exact else _run
-    run(*sides, count, first // BLOCK, *key, numbers.keep16, *constants, record)
+    run(*sides, start[0] is base[0], count, first // BLOCK, *key, numbers.keep16, *constants, record)
 
 
 def is_finite(raw: Bytes, dtype: str) -> npt.NDArray[np.bool_]:
