@@ -11,7 +11,7 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def pick_merge(device: str) -> Merge:
     return merge_span_on(device)
 
 
-def run(plan: Plan, todo: Iterable[Segment], sink: Sink, *, workers: int, merge: Merge) -> Iterator[Done | None]:
+def run(plan: Plan, todo: Iterable[Segment], sink: Sink, *, workers: int, merge: Merge) -> Generator[Done | None, None, None]:
     """Run segments of a plan on threads, and yield each as it is finished; None when nothing was for a while.
 
     Segments are taken in order. The first failure in that order is raised, once the segments that were under way

@@ -108,7 +108,7 @@ def dare(delta: Tensor, *, name: str, drop: float, seed: int = 0, iteration: int
 
     >>> import torch
     >>> dare(torch.ones(8), name="model.norm.weight", drop=0.5)
-    tensor([2., 0., 2., 2., 2., 0., 0., 2.])
+    tensor([2., 2., 2., 0., 2., 2., 2., 0.])
     """
     check_round(seed, iteration)
     _check_float("delta", delta)
@@ -222,7 +222,7 @@ def dare_merge(
     tensor([1.7500])
     >>> base, sft = {"h.0.w": torch.zeros(4)}, {"h.0.w": torch.ones(4)}
     >>> dare_merge(base, sft, alpha=0.5, drop=0.5)
-    {'h.0.w': tensor([0., 0., 0., 1.])}
+    {'h.0.w': tensor([1., 0., 1., 0.])}
     """
     check_round(seed, iteration)
     if reference not in ("start", "base"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import random
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,8 @@ def verify(
                 )
 
         total = sum(file.size for file in plan.files)
-        for done in run(plan, chosen, check, workers=workers, merge=pick_merge(device)):
+        results = run(plan, chosen, check, workers=workers, merge=pick_merge(device))
+        for done in stack.enter_context(closing(results)):
             if done is not None:
                 records[done.segment.index] = done.record
                 compared += done.bytes_written

@@ -16,7 +16,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,11 @@ def locked(folder: Path) -> Iterator[None]:
 class Journal:
     """Which segments are on disk, as far as it is certain."""
 
-    def __init__(self, folder: Path, recipe: bytes) -> None:
-        """Begin a new journal for a recipe, or take up the one that is there (see `unfinished`)."""
+    def __init__(self, folder: Path, recipe: bytes, segments: int) -> None:
+        """Begin a new journal for a recipe cut into so many segments, or take up the one that is there."""
         self.path = folder / JOURNAL
         self.entries: Entries = np.empty(0, ENTRY)
-        head = json.dumps(json.loads(recipe)).encode() + b"\n"
+        head = json.dumps({"segments": segments, "recipe": json.loads(recipe)}).encode() + b"\n"
         if self.path.exists():
             good = self._load()
             self._file = self.path.open("r+b")
@@ -174,12 +174,22 @@ class Journal:
 
 def unfinished(folder: Path) -> dict[str, Any] | None:
     """Return the recipe of the merge that a folder was being built for; None if it is no such folder."""
+    recipe = _journal_head(folder).get("recipe")
+    return recipe if isinstance(recipe, dict) else None
+
+
+def segments_planned(folder: Path) -> int | None:
+    """Return into how many segments the unfinished merge in a folder was cut."""
+    return _journal_head(folder).get("segments")
+
+
+def _journal_head(folder: Path) -> dict[str, Any]:
     try:
         with (folder / JOURNAL).open("rb") as file:
-            recipe = json.loads(file.readline())
+            head = json.loads(file.readline())
     except (OSError, ValueError):
-        return None
-    return recipe if isinstance(recipe, dict) else None
+        return {}
+    return head if isinstance(head, dict) else {}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> list[str]:
@@ -278,6 +288,12 @@ def publish(out: Path) -> None:
 
 def repair(out: Path) -> None:
     """Finish an exchange of folders that was cut off: the old folder goes where it stood, or goes away."""
+    if _marker_of(out).exists():
+        with locked(partial_of(out)) if partial_of(out).is_dir() else nullcontext():
+            _repair(out)
+
+
+def _repair(out: Path) -> None:
     partial, old, marker = partial_of(out), _old_of(out), _marker_of(out)
     try:
         content = marker.read_text().split()
