@@ -77,7 +77,9 @@ def pick_merge(device: str) -> Merge:
     return merge_span_on(device)
 
 
-def run(plan: Plan, todo: Iterable[Segment], sink: Sink, *, workers: int, merge: Merge) -> Generator[Done | None, None, None]:
+def run(
+    plan: Plan, todo: Iterable[Segment], sink: Sink, *, workers: int, merge: Merge
+) -> Generator[Done | None, None, None]:
     """Run segments of a plan on threads, and yield each as it is finished; None when nothing was for a while.
 
     Segments are taken in order. The first failure in that order is raised, once the segments that were under way

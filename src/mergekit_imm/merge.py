@@ -22,7 +22,6 @@ from .recipe import (
     history_of,
     make_recipe,
     parse_size,
-    read_recipe,
     to_json,
 )
 
@@ -234,8 +233,7 @@ def _open_inputs(
         del inputs["start"]
     found = None
     if "start" in inputs:
-        folder = inputs["start"].folder
-        found = read_recipe(folder) if folder is not None else None
+        found = inputs["start"].recipe
         if iteration is None:
             if found is None:
                 raise ArgumentError(

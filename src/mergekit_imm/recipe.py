@@ -99,29 +99,34 @@ def parse_parameters(recipe: Mapping[str, Any]) -> Parameters:
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
-    """Return the recipe in a folder, or None if it has none.
-
-    Raises CheckpointError for one that is damaged or of a later version.
-    """
+    """Return the recipe in a folder, or None if it has none. Raises CheckpointError as `parse_recipe` does."""
     path = folder / RECIPE_FILE
     try:
-        recipe = json.loads(path.read_bytes())
-        if recipe["format"] != RECIPE_FORMAT:
-            raise ValueError(f"its format is {recipe['format']!r}")
-        if recipe["version"] != RECIPE_VERSION:
-            raise CheckpointError(
-                f"{path} is of version {recipe['version']}, this program reads {RECIPE_VERSION}; upgrade mergekit-imm"
-            )
-        parse_parameters(recipe)
-        if not isinstance(recipe["inputs"], dict) or not isinstance(recipe["history"], list):
-            raise ValueError("its inputs or its history are missing")
+        return parse_recipe(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
+    """Return the recipe in a file's bytes. Raises CheckpointError for one that is damaged or of a later version."""
+    try:
+        recipe: dict[str, Any] = json.loads(content)
+        if recipe["format"] != RECIPE_FORMAT:
+            raise ValueError(f"its format is {recipe['format']!r}")
+        if recipe["version"] == RECIPE_VERSION:
+            parse_parameters(recipe)
+            if not isinstance(recipe["inputs"], dict) or not isinstance(recipe["history"], list):
+                raise ValueError("its inputs or its history are missing")
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {shown(error, 200)}") from error
-    return recipe  # type: ignore[no-any-return]
+        raise CheckpointError(f"{where} is damaged: {shown(error, 200)}; merge again, or restore it") from error
+    if recipe["version"] != RECIPE_VERSION:
+        raise CheckpointError(
+            f"{where} is of version {shown(recipe['version'])}, this program reads {RECIPE_VERSION};"
+            " upgrade mergekit-imm"
+        )
+    return recipe
 
 
 def history_of(recipe: Mapping[str, Any] | None) -> list[dict[str, Any]]:

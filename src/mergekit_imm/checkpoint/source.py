@@ -10,6 +10,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError, shown
+from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
 from .sidefiles import is_side_file
 from .tensorfile import TensorFile, TensorInfo, open_tensorfile, parse_header
@@ -45,6 +46,7 @@ class Checkpoint:
     side: dict[str, Path | None]  # copied files, by their path within the folder
     left_out: tuple[str, ...]  # files that are neither weights of this model nor copied
     indexed: bool = False  # an index names the files
+    recipe: dict[str, Any] | None = None  # of the merge that made it
     repo: str | None = None
     commit: str | None = None
 
@@ -120,7 +122,8 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, out: Path |
         )
     left = _left_out(everything, files, side)
     config = _json(folder / "config.json") if "config.json" in top else None
-    return _assembled(role, ref, folder, files, config, side, left, index)
+    found = _assembled(role, ref, folder, files, config, side, left, index)
+    return replace(found, recipe=read_recipe(folder)) if role == "start" else found
 
 
 def _from_listing(listing: hub.Listing, role: str, ref: str, copy_code: bool) -> Checkpoint:
@@ -138,7 +141,9 @@ def _from_listing(listing: hub.Listing, role: str, ref: str, copy_code: bool) ->
     left = _left_out(everything, files, side)
     config = small.get("config.json")
     found = _assembled(role, ref, None, files, config, side, left, index)
-    return replace(found, repo=listing.repo, commit=listing.commit)
+    content = listing.small.get(RECIPE_FILE) if role == "start" else None
+    recipe = None if content is None else parse_recipe(content, f"{ref}/{RECIPE_FILE}")
+    return replace(found, repo=listing.repo, commit=listing.commit, recipe=recipe)
 
 
 def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, folders: list[str]) -> list[str]:
