@@ -36,7 +36,7 @@ LEVELS = [
     ["execute", "report"],
     ["build"],
     ["merge"],
-    ["verify"],
+    ["verification"],
     ["cli"],
     ["__main__"],
 ]
@@ -127,7 +127,7 @@ def test_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pyte
         "sft_folder": write_model(tmp_path / "sft", {n: t + 0.01 for n, t in state.items()}),
         "out_folder": tmp_path / "out",
     }
-    if name == "verify":
+    if name == "verification":
         mergekit_imm.merge_checkpoints(folders["base_folder"], folders["sft_folder"], folders["out_folder"])
     module = importlib.import_module(f"mergekit_imm.{name}")
     result = doctest.testmod(module, extraglobs={**folders, "torch": torch}, verbose=False)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .merge import iter_merged, merge_checkpoints
     from .ops import dare, dare_merge, interpolate, keep_mask, task_vector
     from .recipe import MergeReport
-    from .verify import verify
+    from .verification import verify
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,7 @@ _HOME = {
     "keep_mask": "ops",
     "merge_checkpoints": "merge",
     "task_vector": "ops",
-    "verify": "verify",
+    "verify": "verification",
 }
 
 __all__ = [

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ def build(job: Job, recipe: Mapping[str, Any], merge: Merge, *, restart: bool, p
     plan, partial = job.plan, output.partial_of(job.out)
     with ExitStack() as stack:
         stack.enter_context(output.output_errors(job.out))
+        parents = [folder for folder in partial.parents if not folder.exists()]
         partial.mkdir(parents=True, exist_ok=True)
         stack.enter_context(output.locked(partial))
         if restart:
@@ -104,6 +105,9 @@ def build(job: Job, recipe: Mapping[str, Any], merge: Merge, *, restart: bool, p
                 records = _stream(job, partial, recipe_bytes, merge, progress)
             except (NonFiniteError, MismatchError):
                 shutil.rmtree(partial)
+                for folder in parents:
+                    with suppress(OSError):
+                        folder.rmdir()
                 raise
             _write_side(plan, partial, recipe, records)
         output.publish(job.out)
@@ -130,6 +134,8 @@ def check_unfinished(partial: Path, recipe: Mapping[str, Any]) -> None:
         return
     found = output.unfinished(partial)
     if found is None:
+        if [entry.name for entry in partial.iterdir()] == [output.JOURNAL + ".new"]:
+            return  # cut off before anything else was written
         if output.is_whole(partial, to_json(recipe), {}):
             return
         raise OutputError(

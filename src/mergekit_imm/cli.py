@@ -121,7 +121,7 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None
     Compared are all tensors (or a --sample of them), headers, config and every other file of the merge. Exit
     status 0 if all are equal, 1 with the first difference if not.
     """
-    from .verify import verify
+    from .verification import verify
 
     with _progress("verifying", shown=not quiet) as progress:
         report = verify(out, progress=progress, **options)

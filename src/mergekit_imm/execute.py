@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import queue
-import re
 import threading
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, read_into
 from .errors import ArgumentError, MismatchError, NonFiniteError, shown
+from .layers import ready_option
 from .mask import BLOCK, Arithmetic, arithmetic
 from .plan import Item, Plan, Segment
 
@@ -205,7 +205,7 @@ def _merge(
             base, raws.get("start", base), raws.get("sft", base), (out, out_dtype),
             count, first, item.key, numbers, record,
         )  # fmt: skip
-        if item.action == "merge" and not np.isfinite(record[:SUMS]).all():
+        if not np.isfinite(record[:SUMS]).all():
             _look_closer(plan, item, raws, (out, out_dtype), first, files)
         for target in item.outs:
             sink(target, first * out_width, memoryview(out))  # type: ignore[arg-type]
@@ -230,7 +230,7 @@ def _copy(plan: Plan, item: Item, segment: Segment, buffer: npt.NDArray[np.uint8
                 raise MismatchError(
                     f"tensor {shown(item.name)!r} is {side.dtype} and not merged, but it differs at element {element}"
                     f" between {plan.inputs[role].label} and {plan.inputs[other].label};"
-                    f" choose one with {_option('--keep', item.name)} or {_option('--take', item.name)}"
+                    f" choose one with {ready_option('--keep', item.name)} or {ready_option('--take', item.name)}"
                 )
         for target in item.outs:
             sink(target, first, memoryview(content))  # type: ignore[arg-type]
@@ -249,19 +249,21 @@ def _look_closer(
 
     finite = {role: is_finite(*raw) for role, raw in raws.items()}
     bad_inputs = [role for role, good in finite.items() if not good.all()]
-    if bad_inputs and not plan.parameters.allow_nonfinite:
+    if bad_inputs and item.action == "merge" and not plan.parameters.allow_nonfinite:
         role = bad_inputs[0]
+        other, option = ("sft", "--take") if role == "base" else ("base", "--keep")
         bad, element = _count_nonfinite(item.sides[role], role, files)
         raise NonFiniteError(
             f"tensor {shown(item.name)!r} of {plan.inputs[role].label} has {bad} NaN or infinite of"
             f" {item.source.count} elements, the first at index {element}; train or save it again, let them through"
-            f" with --allow-nonfinite, or use the base's with {_option('--keep', item.name)}"
+            f" with --allow-nonfinite, or use the {other}'s with {ready_option(option, item.name)}"
         )
     overflown = ~is_finite(*out) & np.logical_and.reduce(list(finite.values()))
     if overflown.any():
+        wider = {"F16": "--dtype bfloat16", "BF16": "--dtype float32"}.get(out[1], ready_option("--keep", item.name))
         raise NonFiniteError(
             f"tensor {shown(item.name)!r}: the merged value of element {first + int(np.argmax(overflown))} is too large"
-            f" for the output dtype {out[1]}; use --dtype {'bfloat16' if out[1] == 'F16' else 'float32'}"
+            f" for the output dtype {out[1]}; use {wider}"
         )
 
 
@@ -278,10 +280,6 @@ def _count_nonfinite(tensor: TensorInfo, role: str, files: _Files) -> tuple[int,
             element = first + int(found[0]) if element < 0 else element
             bad += len(found)
     return bad, element
-
-
-def _option(option: str, name: str) -> str:
-    return f"{option} '^{shown(re.escape(name))}$'"
 
 
 def same_bytes(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:

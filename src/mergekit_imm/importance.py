@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,8 +30,10 @@ def importance_factors(importance: Mapping[str, float]) -> dict[str, float]:
     values = {}
     for key, value in importance.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value < 0:
-            raise ArgumentError(f"importance of layer {shown(key)!r} is {value!r}; it must be finite and >= 0")
+        if not is_number or not 0 <= value <= sys.float_info.max:
+            raise ArgumentError(
+                f"importance of layer {shown(key)!r} is {shown(repr(value), 60)}; it must be a finite number >= 0"
+            )
         values[str(key)] = float(value)
     total = math.fsum(values.values())
     if not 0 < total < math.inf:
@@ -46,12 +49,12 @@ def read_importance(path: str | Path) -> dict[str, float]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArgumentError(f"importance file {path} cannot be read: {error.strerror}") from error
+        raise ArgumentError(f"importance file {shown(path)} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ArgumentError(f"importance file {path} is not JSON: {error}") from error
+        raise ArgumentError(f"importance file {shown(path)} is not JSON: {error}") from error
     layers = content.get("layers", content) if isinstance(content, dict) else content
     if not isinstance(layers, dict):
         raise ArgumentError(
-            f'importance file {path} must hold a mapping {{"model.layers.0": 1.5, ...}}, bare or under "layers"'
+            f'importance file {shown(path)} must hold a mapping {{"model.layers.0": 1.5, ...}}, bare or under "layers"'
         )
     return layers

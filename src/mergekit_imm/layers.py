@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
@@ -110,13 +111,24 @@ def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_labe
     free = sorted(others)
     for name in surplus[:3]:
         close = get_close_matches(name, free, n=1, cutoff=0.8) if len(free) <= 20_000 else []
-        lines.append(f"{shown(name)!r}" + (f" (closest there: {shown(close[0])!r})" if close else ""))
+        lines.append(f"'{shown(name)}'" + (f" (closest there: '{shown(close[0])}')" if close else ""))
     more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""
-    cure = ""
-    if option:
-        pattern = "|".join(f"^{re.escape(name)}$" for name in surplus[:3]) + ("|..." if more else "")
-        cure = f"; to let them through: {option} {shown(pattern, 400)!r}"
+    cure = f"; to let {'these 3' if more else 'them'} through: {ready_option(option, *surplus[:3])}" if option else ""
     return f"{len(surplus)} tensors are in {one_label} only, not in {other_label}: {', '.join(lines)}{more}{cure}"
+
+
+def ready_option(option: str, *names: str) -> str:
+    r"""Return an option whose pattern matches exactly these names, as it can be pasted into a shell.
+
+    >>> print(ready_option("--keep", "lm_head.weight"))
+    --keep '^lm_head\\.weight$'
+    """
+    exact = (
+        "".join(re.escape(c) if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name[:200])
+        for name in names
+    )
+    ends = ("$" if len(name) <= 200 else "" for name in names)
+    return f"{option} {shlex.quote('|'.join(f'^{each}{end}' for each, end in zip(exact, ends, strict=True)))}"
 
 
 def _abbreviated(keys: Iterable[str]) -> str:

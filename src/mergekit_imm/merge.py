@@ -93,14 +93,18 @@ def merge_checkpoints(
     from .checkpoint import output
 
     began = time.perf_counter()
-    target = Path(out).expanduser()
+    target = output.expanded(out)
     workers = check_workers(workers)
+    check_device(device)
     inputs, parameters, history = _open_inputs(
         base, sft, start, out=target, dry_run=dry_run, iteration=iteration, importance=importance,
         alpha=alpha, drop=drop, seed=seed, reference=reference, dtype=dtype, max_shard_size=max_shard_size,
         keep=keep, take=take, no_drop=no_drop, vocab=vocab, allow_nonfinite=allow_nonfinite, copy_code=copy_code,
     )  # fmt: skip
-    output.check_place(target, _places(inputs))
+    places = _places(inputs)
+    if isinstance(importance, str | Path):
+        places["the importance file"] = Path(importance)
+    output.check_place(target, places)
     job = Job(plan_of(inputs, parameters), target, workers, device, began)
     if any(each.folder is None for each in inputs.values()):  # a dry run on a hub id
         job.check_space()
@@ -211,10 +215,14 @@ def _open_inputs(
         if isinstance(values[option], str):
             raise ArgumentError(f"{option} is a string; give a list of patterns, [{values[option]!r}]")
         values[option] = tuple(values[option])
-    if importance is not None and not isinstance(importance, Mapping):
+    if isinstance(importance, str | Path):
         importance = read_importance(importance)
+    if importance is not None and not isinstance(importance, Mapping):
+        raise ArgumentError(
+            f"importance is {importance!r:.60}; give a mapping of layers, or a JSON file that holds one"
+        )
     parameters = Parameters(  # checks the values before anything is opened
-        iteration=iteration or 0,
+        iteration=0 if iteration is None else iteration,
         importance=None if importance is None else dict(importance),
         dtype=dtype or "base",
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
@@ -255,7 +263,11 @@ def _places(inputs: Mapping[str, Checkpoint]) -> dict[str, Path]:
         f"{role} file {name}" if name else role: path
         for role, each in inputs.items()
         if each.folder is not None
-        for name, path in [("", each.folder), *((n, f.path) for n, f in each.files.items() if f.path)]
+        for name, path in [
+            ("", each.folder),
+            *((n, f.path) for n, f in each.files.items() if f.path),
+            *((n, path) for n, path in each.side.items() if path),
+        ]
     }
 
 
@@ -283,7 +295,12 @@ def _recipe(plan: Plan, history: list[dict[str, Any]]) -> dict[str, Any]:
     return make_recipe(plan.parameters, inputs, plan.config_changes, history)
 
 
-def _pick_merge(device: str) -> Merge:
+def check_device(device: str) -> None:
+    """Raise ArgumentError unless a device is one that merges run on; whether it is there is not looked up."""
     if device != "cpu" and not (device == "cuda" or device.startswith("cuda:")):
         raise ArgumentError(f"device is {device!r}; it must be cpu or cuda")
+
+
+def _pick_merge(device: str) -> Merge:
+    check_device(device)
     return pick_merge(device)

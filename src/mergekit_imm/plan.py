@@ -24,6 +24,7 @@ from .layers import (
     is_output_head,
     layer_key,
     only_in,
+    ready_option,
     resolve_layers,
     tied_key,
 )
@@ -332,7 +333,8 @@ def _check_alike(name: str, sides: Mapping[str, TensorInfo], used: Mapping[str, 
         if side.dtype not in (*MERGED, *WHOLE):
             raise CheckpointError(
                 f"tensor {shown(name)!r} is {side.dtype} in {used[role].label}; quantised, float8 and complex"
-                f" tensors are not merged: use an unquantised checkpoint, or --keep or --take '^{re.escape(name)}$'"
+                f" tensors are not merged: use an unquantised checkpoint, or {ready_option('--keep', name)} or"
+                f" {ready_option('--take', name)}"
             )
     for role, side in sides.items():
         both = (
@@ -340,7 +342,7 @@ def _check_alike(name: str, sides: Mapping[str, TensorInfo], used: Mapping[str, 
             f" {side.dtype} {list(side.shape)} in {used[role].label}"
         )
         if side.shape != base.shape:
-            hint = f"use --keep '^{re.escape(name)}$' for the base's"
+            hint = f"use {ready_option('--keep', name)} for the base's"
             if 0 in (side.count, base.count):
                 hint = "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
             elif is_input_embedding(name) or is_output_head(name):
@@ -349,7 +351,7 @@ def _check_alike(name: str, sides: Mapping[str, TensorInfo], used: Mapping[str, 
         same = side.dtype in MERGED if base.dtype in MERGED else side.dtype == base.dtype
         if not same:
             raise MismatchError(
-                f"{both}; integers are merged with neither floats nor other integers: use --keep '^{re.escape(name)}$'"
+                f"{both}; integers are merged with neither floats nor other integers: use {ready_option('--keep', name)}"
             )
     return "float" if base.dtype in MERGED else "whole"
 

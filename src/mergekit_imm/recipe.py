@@ -49,8 +49,10 @@ class Parameters:
         for option in ("keep", "take", "no_drop"):
             for pattern in getattr(self, option):
                 try:
+                    if not isinstance(pattern, str):
+                        raise TypeError("give a string")
                     re.compile(pattern)
-                except re.error as error:
+                except (re.error, TypeError) as error:
                     raise ArgumentError(
                         f"{option} pattern {shown(pattern)!r} is not a regular expression: {error}"
                     ) from error

@@ -49,6 +49,14 @@ def output_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{error.filename or path} cannot be written: {error.strerror or error}{cure}") from error
 
 
+def expanded(out: str | Path) -> Path:
+    """Return an output's path with ~ expanded. Raises OutputError where there is no such home."""
+    try:
+        return Path(out).expanduser()
+    except RuntimeError as error:
+        raise OutputError(f"output {shown(out)} cannot be: {error}") from error
+
+
 def partial_of(out: Path) -> Path:
     """Return the folder that `out` is built in."""
     return out.with_name(out.name + ".partial")
@@ -67,6 +75,11 @@ def check_place(out: Path, inputs: Mapping[str, Path]) -> None:
 
     Raises OutputError. Decided before anything is read.
     """
+    with output_errors(out):
+        _check_place(out, inputs)
+
+
+def _check_place(out: Path, inputs: Mapping[str, Path]) -> None:
     if out.name in ("", ".", ".."):
         raise OutputError(f"output {shown(out)} has no name of its own; give a folder that can be created")
     if out.is_symlink():
@@ -75,6 +88,13 @@ def check_place(out: Path, inputs: Mapping[str, Path]) -> None:
         raise OutputError(f"output {shown(out)} is a file; an output is a folder")
     if out.is_dir() and out.is_mount():
         raise OutputError(f"output {shown(out)} is a mount point, which cannot be renamed; give a folder inside it")
+    if partial_of(out).is_symlink():
+        raise OutputError(f"{shown(partial_of(out))}, where the output is built, is a link; remove it")
+    if partial_of(out).exists() and not partial_of(out).is_dir():
+        raise OutputError(f"{shown(partial_of(out))}, where the output is built, is a file; remove it")
+    file = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
+    if file is not None:
+        raise OutputError(f"output {shown(out)} lies below a file: {shown(file)}: Not a directory; give another output")
     for label, path in inputs.items():
         place = path.resolve()
         for ours in (out, partial_of(out)):

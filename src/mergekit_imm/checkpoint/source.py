@@ -76,7 +76,13 @@ def open_checkpoint(
     inside the folder, is not part of the model. Raises CheckpointError, one line that names the cure.
     """
     text = str(ref)
-    path = Path(text).expanduser()
+    if not text:
+        raise CheckpointError(f"{role} is empty; give a folder, a .safetensors file or a hub id org/name[@revision]")
+    try:
+        path = Path(text).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{role} {shown(text)} cannot be opened: {getattr(error, 'strerror', error)}") from error
     if path.is_dir():
         return _from_folder(path, role, text, copy_code, out)
     if path.is_file():
@@ -108,6 +114,10 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, out: Path |
     index = _json(folder / INDEX) if INDEX in top else None
     names = _model_files(top, index, role, ref, folders)
     missing = [name for name in names if not (folder / name).exists()]
+    if missing and (folder / missing[0]).is_symlink():
+        raise CheckpointError(
+            f"{role} {shown(ref)}: {shown(missing[0])} is a broken link; copy or download the model again"
+        )
     if missing:
         raise CheckpointError(
             f"{role} {shown(ref)} lacks {shown(missing[0])} ({len(missing)} of {len(names)} files), which its"
@@ -179,7 +189,8 @@ def _index_files(index: dict[str, Any], where: str) -> list[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{shown(where)} has no weight_map; download it again, or delete it if it is stale")
-    names = sorted(set(weight_map.values()), key=str)
+    strange = [name for name in weight_map.values() if not isinstance(name, str)]
+    names = strange[:1] or sorted(set(weight_map.values()))
     for name in names:
         # A lexical check: links, as in a hub's cache, are followed.
         if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):

@@ -69,10 +69,10 @@ def open_tensorfile(path: Path, name: str) -> TensorFile:
         size = path.stat().st_size
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file: {shown(error, 300)}; copy or download it again"
+            f"{shown(path)} is not a whole safetensors file: {shown(error, 300)}; copy or download it again"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
     return parse_header(header, name, size, path)
 
 
@@ -81,7 +81,7 @@ def parse_header(header: bytes, name: str, size: int, path: Path | None) -> Tens
 
     Raises CheckpointError for what the safetensors format forbids, duplicate names among it.
     """
-    where = path or name
+    where = shown(path or name)
     try:
         content = json.loads(header, object_pairs_hook=_without_duplicates)
         metadata = content.pop("__metadata__", None) or {}

@@ -19,7 +19,7 @@ from .errors import ArgumentError, CheckpointError, VerifyError, shown
 from .execute import check_workers, pick_merge, run
 from .merge import plan_of
 from .plan import Plan, segments
-from .recipe import RECIPE_FILE, REPORT_FILE, parse_parameters, read_recipe
+from .recipe import RECIPE_FILE, REPORT_FILE, history_of, make_recipe, parse_parameters, read_recipe
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,14 @@ def verify(
     plan = plan_of(inputs, parse_parameters(recipe))
     if dict(plan.config_changes) != recipe["config_changes"]:
         raise VerifyError(f"{shown(folder / RECIPE_FILE)}: its config_changes are not those of this merge")
+
+    found = inputs["start"].recipe if "start" in inputs else None
+    again = make_recipe(plan.parameters, recipe["inputs"], plan.config_changes, history_of(found))
+    wrong = next((key for key in again if again[key] != recipe.get(key)), None) or next(
+        iter(set(recipe) - set(again)), None
+    )
+    if wrong is not None:
+        raise VerifyError(f"{shown(folder / RECIPE_FILE)}: its {shown(wrong)} is not that of this merge; merge again")
 
     everything = list(segments(plan))
     chosen = everything
