@@ -121,7 +121,7 @@ def ready_option(option: str, *names: str) -> str:
     r"""Return an option whose pattern matches exactly these names, as it can be pasted into a shell.
 
     >>> print(ready_option("--keep", "lm_head.weight"))
-    --keep '^lm_head\\.weight$'
+    --keep '^lm_head\.weight$'
     """
     exact = (
         "".join(re.escape(c) if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name[:200])

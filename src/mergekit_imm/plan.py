@@ -209,31 +209,45 @@ def _tied_groups(used: Mapping[str, Checkpoint], same_bytes: SameBytes) -> tuple
     groups: dict[str, _Group] = {}
     broken = ""
     for found in ends.values():
-        names = tuple(sorted(found))
-        stored = {role: [n for n in names if n in each.tensors] for role, each in used.items()}
-        if len(names) < 2 or not all(stored.values()) or not any(map(is_input_embedding, names)):
+        names = sorted(found)
+        if not all(any(name in each.tensors for name in names) for each in used.values()):
+            continue  # a name is missing altogether: an error, but not about ties
+        classes = _equal_classes(base, [name for name in names if name in base.tensors], same_bytes)
+        if len(classes) > 1 and any(all(map(is_output_head, each)) for each in classes):
+            broken = _breaks(base, classes[0][0], classes[1][0], "its config ties them")
+            groups |= {name: _Group((name,), name, (name,), tuple(names)) for name in names}
             continue
-        breaker = ""
-        for role, each in used.items():
-            first, *rest = (each.tensors[name] for name in stored[role])
-            differing = [other.name for other in rest if not same_bytes(each, first, other)]
-            if differing:
-                breaker = (
-                    f"{each.label} holds {shown(first.name)!r} and {shown(differing[0])!r} with different values,"
-                    " though the base ties them"
-                )
-                if role == "base":
-                    breaker = breaker.replace("the base ties", "its config ties")
-                break
-        broken = broken or breaker
-        if breaker:
-            groups |= {name: _Group((name,), name, (name,), names) for name in names}
-        else:
-            key = tied_key(stored["base"])
-            key = key if is_input_embedding(key) else tied_key(names)
-            group = _Group(names, key, tuple(stored["base"]), names)
-            groups |= dict.fromkeys(names, group)
+        for members in [names] if len(classes) == 1 else classes:
+            stored = {role: [n for n in members if n in each.tensors] for role, each in used.items()}
+            if len(members) < 2 or not all(stored.values()) or not any(map(is_input_embedding, members)):
+                continue
+            split = {role: _equal_classes(each, stored[role], same_bytes) for role, each in used.items()}
+            breaker = next((role for role, parts in split.items() if len(parts) > 1), None)
+            if breaker is None:
+                group = _Group(tuple(members), tied_key(stored["base"]), tuple(stored["base"]), tuple(members))
+                groups |= dict.fromkeys(members, group)
+            else:
+                one, other = split[breaker][0][0], split[breaker][1][0]
+                broken = broken or _breaks(used[breaker], one, other, "the base ties them")
+                groups |= {name: _Group((name,), name, (name,), tuple(members)) for name in members}
     return groups, broken
+
+
+def _equal_classes(each: Checkpoint, names: list[str], same_bytes: SameBytes) -> list[list[str]]:
+    """Sort names of a checkpoint into those that hold the same bytes."""
+    classes: list[list[str]] = []
+    for name in names:
+        for known in classes:
+            if same_bytes(each, each.tensors[known[0]], each.tensors[name]):
+                known.append(name)
+                break
+        else:
+            classes.append([name])
+    return classes
+
+
+def _breaks(each: Checkpoint, one: str, other: str, though: str) -> str:
+    return f"{each.label} holds '{shown(one)}' and '{shown(other)}' with different values, though {though}"
 
 
 def _side(each: Checkpoint, name: str, group: _Group | None) -> TensorInfo | None:
@@ -346,12 +360,13 @@ def _check_alike(name: str, sides: Mapping[str, TensorInfo], used: Mapping[str, 
             if 0 in (side.count, base.count):
                 hint = "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
             elif is_input_embedding(name) or is_output_head(name):
-                hint = "their vocabularies differ: resize the embeddings of one to the other's before the merge"
+                hint = "the vocabularies differ: resize the embeddings of one to the other's before the merge"
             raise MismatchError(f"{both}; shapes must be equal: {hint}")
         same = side.dtype in MERGED if base.dtype in MERGED else side.dtype == base.dtype
         if not same:
             raise MismatchError(
-                f"{both}; integers are merged with neither floats nor other integers: use {ready_option('--keep', name)}"
+                f"{both}; integers are merged with neither floats nor other integers:"
+                f" use {ready_option('--keep', name)}"
             )
     return "float" if base.dtype in MERGED else "whole"
 
