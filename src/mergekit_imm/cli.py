@@ -193,6 +193,7 @@ def _fail(message: str, status: int, before: str = "") -> NoReturn:
 def _progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar with GB/s and time left on a terminal, nothing on a pipe."""
     if not shown or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads
         yield None
         return
     began = time.perf_counter()

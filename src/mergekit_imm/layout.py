@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .checkpoint.source import MODEL, Checkpoint
-from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, build_header
+from .checkpoint.source import Checkpoint
+from .checkpoint.tensorfile import DTYPE_BITS, MODEL, TensorInfo, build_header
 
 Shard = tuple[dict[str, str], list[TensorInfo]]  # metadata, tensors in order
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint.source import Checkpoint, open_checkpoint
+from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import TensorInfo, fingerprint
 from .errors import ArgumentError, CheckpointError, OutputError, shown
 from .execute import Merge, check_workers, pick_merge, run, same_bytes
@@ -232,11 +232,15 @@ def _open_inputs(
         raise CheckpointError(
             "merging checkpoints on disk needs Linux or macOS (use WSL); the functions of tensors work everywhere"
         )
-    inputs = {
-        role: open_checkpoint(ref, role, copy_code=parameters.copy_code, dry_run=dry_run, out=out)
-        for role, ref in (("base", base), ("sft", sft), ("start", start))
-        if ref is not None
-    }
+    refs = {role: ref for role, ref in (("base", base), ("sft", sft), ("start", start)) if ref is not None}
+
+    def opened(dry_run: bool) -> dict[str, Checkpoint]:
+        copy_code = parameters.copy_code
+        return {r: open_checkpoint(ref, r, copy_code=copy_code, dry_run=dry_run, out=out) for r, ref in refs.items()}
+
+    if not dry_run and any(is_hub_id(ref) for ref in refs.values()):
+        plan_of(opened(dry_run=True), parameters)  # refuse from headers, before hours of downloading
+    inputs = opened(dry_run)
     if "start" in inputs and _same_place(inputs["start"], inputs["base"]):
         del inputs["start"]
     found = None

@@ -46,7 +46,8 @@ def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
             for layer, rows in layers.items()
         },
         "tensors": tensors,
-        "left_out": {role: list(each.left_out) for role, each in plan.inputs.items()},
+        # Of a hub id it depends on what else is in the cache; the report must not.
+        "left_out": {role: list(each.left_out) for role, each in plan.inputs.items() if not each.repo},
     }
 
 

@@ -13,9 +13,7 @@ from ..errors import CheckpointError, shown
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
 from .sidefiles import is_side_file
-from .tensorfile import TensorFile, TensorInfo, open_tensorfile, parse_header
-
-MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+from .tensorfile import INDEX, MODEL, TensorFile, TensorInfo, open_tensorfile, parse_header
 
 # Forms of a model that are recognised and not read, and what to do about each.
 _OTHER_FORMS = (
@@ -62,6 +60,11 @@ class Checkpoint:
         return path
 
 
+def is_hub_id(ref: str | Path) -> bool:
+    """Whether an input is on a hub: it has the form of a hub id, and no such path exists."""
+    return not isinstance(ref, PurePath) and hub.split_ref(ref) is not None and not Path(ref).exists()
+
+
 def open_checkpoint(
     ref: str | Path,
     role: str,
@@ -93,7 +96,7 @@ def open_checkpoint(
             )
         file = open_tensorfile(path, path.name)
         return _assembled(role, text, path.parent, {path.name: file}, None, {}, ())
-    if isinstance(ref, PurePath) or hub.split_ref(text) is None:
+    if not is_hub_id(ref):
         raise CheckpointError(
             f"{role} {shown(text)} does not exist; give a folder, a .safetensors file or a hub id org/name[@revision]"
         )

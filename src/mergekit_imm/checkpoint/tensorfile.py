@@ -21,6 +21,7 @@ DTYPE_BITS = {
 MERGED = ("BF16", "F16", "F32", "F64")
 WHOLE = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000  # safetensors' own
 _PAGE, _STRIDE = 4096, 16 << 20
 

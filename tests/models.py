@@ -1,0 +1,169 @@
+"""Tiny random models of real architectures, written and read by transformers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+
+transformers.utils.logging.disable_progress_bar()
+
+_SIZES: dict[str, int] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An architecture: how to make its config, what loads it, a name its files are known by."""
+
+    config: Callable[[], Any]
+    known_by: str
+    embedding: str  # the input embedding's name in the files
+    tied: bool
+    auto: Any = transformers.AutoModelForCausalLM
+
+
+def _gemma3() -> Any:
+    return transformers.Gemma3Config(
+        text_config={**_SIZES, "head_dim": 8, "sliding_window": 16},
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+        mm_tokens_per_image=4, boi_token_index=90, eoi_token_index=91, image_token_index=92,
+    )  # fmt: skip
+
+
+LAYOUTS = {
+    "llama": Layout(
+        lambda: transformers.LlamaConfig(**_SIZES, tie_word_embeddings=False),
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        tied=False,
+    ),
+    "qwen2": Layout(
+        lambda: transformers.Qwen2Config(**_SIZES, tie_word_embeddings=True),
+        "model.layers.1.self_attn.k_proj.bias",
+        "model.embed_tokens.weight",
+        tied=True,
+    ),
+    "qwen3_moe": Layout(
+        lambda: transformers.Qwen3MoeConfig(
+            **_SIZES, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
+        ),
+        "model.layers.1.mlp.experts.3.gate_proj.weight",
+        "model.embed_tokens.weight",
+        tied=False,
+    ),
+    "gpt2": Layout(
+        lambda: transformers.GPT2Config(
+            vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+        ),
+        "transformer.h.1.attn.c_attn.weight",
+        "transformer.wte.weight",
+        tied=True,
+    ),
+    "gemma3": Layout(
+        _gemma3,
+        "multi_modal_projector.mm_input_projection_weight",
+        "language_model.model.embed_tokens.weight",
+        tied=True,
+        auto=transformers.AutoModelForImageTextToText,
+    ),
+    "mamba": Layout(
+        lambda: transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=8),
+        "backbone.layers.1.mixer.A_log",
+        "backbone.embeddings.weight",
+        tied=True,
+    ),
+}
+
+
+def new_model(layout: str) -> Any:
+    """A bfloat16 model with every tensor random; Mamba's A_log and D in float32, as its trainers leave them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = LAYOUTS[layout].auto.from_config(LAYOUTS[layout].config())
+    model = _noisy(model, seed=1).to(torch.bfloat16)
+    if layout == "mamba":
+        for layer in model.backbone.layers:
+            layer.mixer.A_log.data = layer.mixer.A_log.data.float()
+            layer.mixer.D.data = layer.mixer.D.data.float()
+    return model
+
+
+def fine_tuned(model: Any, seed: int, dtype: torch.dtype | None = None) -> Any:
+    """A copy of a model with every tensor a little different, all in `dtype` if one is given."""
+    tuned = copy.deepcopy(model)
+    return _noisy(tuned if dtype is None else tuned.to(dtype), seed)
+
+
+def untied(model: Any, seed: int) -> Any:
+    """A copy of a tied model whose head was trained on its own."""
+    copied = copy.deepcopy(model)
+    for config in (copied.config, copied.config.get_text_config()):
+        config.tie_word_embeddings = False
+    head = copied.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    return _noisy(copied, seed)
+
+
+def save(model: Any, folder: Path, voice: str, shard: str = "5GB") -> Path:
+    """Write a model with a tokenizer, a chat template and a generation config, each of which tells its `voice`."""
+    model.generation_config = transformers.GenerationConfig(max_new_tokens=len(voice), stop_strings=[voice])
+    model.save_pretrained(folder, max_shard_size=shard)
+    words = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "merge", "back", voice])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.chat_template = template(voice)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def template(voice: str) -> str:
+    """The chat template that `save` gives a model."""
+    return "{% for message in messages %}" + voice + ": {{ message['content'] }}{% endfor %}"
+
+
+def load(folder: Path, layout: str, **options: Any) -> Any:
+    """Load a model as its users do, and check that its files gave every tensor it has and no other."""
+    model, told = LAYOUTS[layout].auto.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(told.values()), told
+    return model
+
+
+def exact_state(folder: Path, layout: str) -> dict[str, Tensor]:
+    """The tensors of a loaded model, names and fusions its own, in float64."""
+    model = load(folder, layout, dtype=torch.float32)
+    return {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+
+def dtypes_in(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a config and the configs nested in it say about dtypes: place -> dtype."""
+    found = {key: value for key, value in config.items() if key in ("dtype", "torch_dtype")}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{place}": dtype for place, dtype in dtypes_in(value).items()}
+    return found
+
+
+@torch.no_grad()
+def _noisy(model: Any, seed: int, size: float = 0.01) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * size)
+    return model

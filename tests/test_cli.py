@@ -1,0 +1,753 @@
+"""The commands as a user runs them: what they print, how they end, what they leave."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+
+import mergekit_imm
+from checkpoints import files_of, random_state, write_model
+from mergekit_imm import MergeReport, cli, merge_checkpoints
+from mergekit_imm.errors import CheckpointError
+
+SHAPES = {
+    "model.embed_tokens.weight": (32, 8), "model.layers.0.mlp.weight": (8, 8), "model.layers.1.mlp.weight": (8, 8),
+    "model.norm.weight": (8,), "lm_head.weight": (32, 8),
+}  # fmt: skip
+NAMES = list(SHAPES)
+CONFIG = {"architectures": ["Tiny"], "dtype": "bfloat16", "model_type": "tiny", "tie_word_embeddings": False}
+SIDE = {"tokenizer.json": '{"a": 1}\n', "templates/chat.jinja": "{{ x }}", "optimizer.pt": "x"}
+SHARD = "model-00001-of-00002.safetensors"
+
+
+def write_pair(folder: Path) -> Path:
+    """Write base and sft into a folder."""
+    for seed, role in enumerate(("base", "sft")):
+        write_model(folder / role, random_state(SHAPES, seed=seed), config=CONFIG, side=SIDE)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with base and sft, and it is the current one."""
+    monkeypatch.chdir(write_pair(tmp_path))
+    return tmp_path
+
+
+@dataclass
+class Ended:
+    """A command that ran."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """Its last line on standard error, which must be an error message."""
+        assert "Traceback" not in self.err
+        last = self.err.splitlines()[-1]
+        assert last.startswith("error: ")
+        return last.removeprefix("error: ")
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Run a command in this process, as its script does."""
+
+    def run(which: click.Command, *arguments: object) -> Ended:
+        with pytest.raises(SystemExit) as ended:
+            cli._run(which, list(map(str, arguments)))
+        out, err = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Ended(ended.value.code, out, err)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def merge(command: Command) -> Command:
+    return lambda *arguments: command(cli.merge_command, *arguments)
+
+
+@pytest.fixture
+def check(command: Command) -> Command:
+    return lambda *arguments: command(cli.verify_command, *arguments)
+
+
+def subprocess_of(*arguments: object, code: str | None = None, **options: Any) -> Ended:
+    """Run `python -m mergekit_imm`, or code that stands for it, in a process of its own."""
+    program = ["-m", "mergekit_imm"] if code is None else ["-c", code]
+    ended = subprocess.run(
+        [sys.executable, *program, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+# --- done
+
+
+def test_a_merge_ends_with_one_line_and_status_0(here: Path, merge: Command) -> None:
+    ended = merge("base", "sft", "-o", "out")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.startswith("merged 5 tensors, 648 parameters, into out in ")
+    assert ended.out.count("\n") == 1
+    assert "GB/s" in ended.out
+    merge_checkpoints("base", "sft", "same")
+    assert files_of(here / "out") == files_of(here / "same")
+
+
+def test_the_home_folder_is_expanded(here: Path, merge: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.chdir("/")
+    assert merge("~/base", "~/sft", "-o", "~/out").status == 0
+    assert (here / "out" / "model.safetensors").exists()
+
+
+OPTIONS: list[tuple[list[str], dict[str, object]]] = [
+    ([], {
+        "alpha": 0.5, "drop": 0.2, "seed": 0, "iteration": 0, "importance": None, "reference": "start",
+        "dtype": "base", "max_shard_size": None, "keep": [], "take": [], "no_drop": [], "vocab": "strict",
+        "allow_nonfinite": False, "copy_code": False,
+    }),
+    (["--alpha", "0.3", "--drop", "0", "--seed", "-7", "--iteration", "3"],
+     {"alpha": 0.3, "drop": 0.0, "seed": -7, "iteration": 3}),
+    (["--importance", "importance.json"], {"importance": {"0": 1.0, "1": 3.0}}),
+    (["--reference", "base", "--dtype", "float16"], {"reference": "base", "dtype": "float16"}),
+    (["--max-shard-size", "1.5KB"], {"max_shard_size": 1500}),
+    (["--keep", "norm", "--keep", "lm_head", "--take", "embed"], {"keep": ["norm", "lm_head"], "take": ["embed"]}),
+    (["--no-drop", "norm", "--no-drop", "embed"], {"no_drop": ["norm", "embed"]}),
+    (["--allow-nonfinite", "--copy-code"], {"allow_nonfinite": True, "copy_code": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "expected"), OPTIONS, ids=[" ".join(options) for options, _ in OPTIONS])
+def test_options_become_parameters(
+    here: Path, merge: Command, arguments: list[str], expected: dict[str, object]
+) -> None:
+    (here / "importance.json").write_text('{"0": 1.0, "1": 3.0}')
+    parameters = json.loads(merge("base", "sft", "-o", "out", "--dry-run", "--json", *arguments).out)["parameters"]
+    assert {key: parameters[key] for key in expected} == expected
+
+
+def test_start_workers_and_device_are_taken(here: Path, merge: Command) -> None:
+    merge("base", "sft", "-o", "first")
+    arguments = ["--start", "first", "--workers", "3", "--device", "cpu", "--dry-run", "--json"]
+    report = json.loads(merge("base", "sft", "-o", "out", *arguments).out)
+    assert (report["parameters"]["iteration"], report["workers"], report["device"]) == (1, 3, "cpu")
+    assert any("start" in kind["read"] for kind in report["kinds"])
+
+
+def test_every_argument_of_the_function_has_an_option_and_every_option_stands_in_the_help(merge: Command) -> None:
+    ended = merge("--help")
+    assert (ended.status, ended.err) == (0, "")
+    assert merge("-h").out == ended.out
+    options = {option for each in cli.merge_command.params for option in each.opts if option.startswith("-")}
+    assert all(option in ended.out for option in options)
+    arguments = set(inspect.signature(merge_checkpoints).parameters) - {"base", "sft", "out", "progress"}
+    assert {f"--{name.replace('_', '-')}" for name in arguments} <= options
+    assert max(map(len, ended.out.splitlines())) <= 110
+
+
+def test_every_option_of_verify_stands_in_its_help(check: Command) -> None:
+    ended = check("--help")
+    assert (ended.status, ended.err) == (0, "")
+    options = {option for each in cli.verify_command.params for option in each.opts if option.startswith("-")}
+    assert all(option in ended.out for option in options)
+    assert {"--base", "--start", "--sft", "--sample", "--device", "--workers", "--json", "--quiet"} <= options
+
+
+def test_the_version_is_that_of_the_package(merge: Command, check: Command) -> None:
+    for ended in (merge("--version"), check("--version")):
+        assert (ended.status, ended.err) == (0, "")
+        assert mergekit_imm.__version__ in ended.out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"], ["--quiet"], ["--start", "sft", "--iteration", "1"]])
+def test_json_is_one_document_with_the_fields_of_the_report(here: Path, merge: Command, arguments: list[str]) -> None:
+    for status in ["dry run"] * 2 if "--dry-run" in arguments else ["merged", "already merged"]:
+        ended = merge("base", "sft", "-o", "out", "--json", *arguments)
+        assert (ended.status, ended.err) == (0, "")
+        report = json.loads(ended.out, parse_constant=pytest.fail)
+        assert list(report) == [field.name for field in fields(MergeReport)]
+        assert report["status"] == status
+        assert report["tensors"] == {"merged": 5, "kept": 0, "taken": 0, "copied": 0}
+        assert {"plan", "total"} <= set(report["seconds"])
+
+
+def test_quiet_prints_nothing(here: Path, merge: Command) -> None:
+    for _ in range(2):  # the second time it is already merged
+        assert merge("base", "base", "-o", "out", "--quiet") == Ended(0, "", "")
+
+
+def test_notes_go_to_standard_error(here: Path, merge: Command) -> None:
+    ended = merge("base", "base", "-o", "out")
+    assert ended.err == "note: BASE and SFT are the same model; the result is that model\n"
+    assert "note" not in ended.out
+
+
+def test_a_dry_run_writes_nothing_and_prints_what_would_be_read_and_written(here: Path, merge: Command) -> None:
+    before = files_of(here)
+    ended = merge("base", "sft", "-o", "out", "--dry-run", "--keep", "norm", "--dtype", "float16")
+    assert (ended.status, ended.err) == (0, "")
+    assert files_of(here) == before
+    assert sorted(path.name for path in here.iterdir()) == ["base", "sft"]
+    expected = [
+        "would merge 648 parameters (4 merged, 1 kept) into out", "base   base", "sft    sft", "alpha 0.5", "drop 0.2",
+        "seed 0", "iteration 0", "model.layers.*.mlp.weight", "keep the base's", "BF16", "F16", "reads", "writes",
+        "to model.safetensors", "2 other files from sft: templates/chat.jinja, tokenizer.json",
+        'config.json: dtype = "float16"', "left out of base: optimizer.pt", "memory about", "disk needed", "free",
+    ]  # fmt: skip
+    assert [words for words in expected if words not in ended.out] == []
+    assert ended.out.splitlines()[-1] == "nothing was written"
+
+
+def test_what_a_dry_run_says_is_what_happens(here: Path, merge: Command) -> None:
+    arguments = ["base", "sft", "-o", "out", "--json", "--take", "norm", "--max-shard-size", "1KB"]
+    planned = json.loads(merge(*arguments, "--dry-run").out)
+    done = json.loads(merge(*arguments).out)
+    same = set(planned) - {"status", "seconds", "disk_free"}
+    assert {key: planned[key] for key in same} == {key: done[key] for key in same}
+    assert sorted(done["files"]) == sorted(path.name for path in (here / "out").glob("*.safetensors"))
+    assert done["bytes_written"] == sum((here / "out" / name).stat().st_size for name in done["files"])
+
+
+def test_the_same_merge_again_is_already_merged(here: Path, merge: Command) -> None:
+    merge("base", "sft", "-o", "out")
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    for arguments in ([], ["--overwrite"], ["--restart"], ["--dry-run"]):
+        ended = merge("base", "sft", "-o", "out", *arguments)
+        assert (ended.status, ended.err) == (0, "")
+        assert "out already merged" in ended.out
+        assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+
+
+def test_overwrite_replaces_an_output(here: Path, merge: Command) -> None:
+    merge("base", "sft", "-o", "out")
+    before = files_of(here / "out")
+    ended = merge("base", "sft", "-o", "out", "--alpha", "0.1")
+    assert ended.status == 1
+    assert "--overwrite" in ended.error
+    assert files_of(here / "out") == before
+    assert merge("base", "sft", "-o", "out", "--alpha", "0.1", "--overwrite").status == 0
+    merge("base", "sft", "-o", "fresh", "--alpha", "0.1")
+    assert files_of(here / "out") == files_of(here / "fresh") != before
+    assert sorted(path.name for path in here.iterdir()) == ["base", "fresh", "out", "sft"]
+
+
+def test_restart_begins_anew(here: Path, merge: Command) -> None:
+    (here / "out.partial").mkdir()
+    (here / "out.partial" / "notes.txt").write_text("mine")
+    ended = merge("base", "sft", "-o", "out")
+    assert ended.status == 1
+    assert "out.partial" in ended.error
+    assert "--restart" in ended.error
+    assert merge("base", "sft", "-o", "out", "--restart").status == 0
+    assert sorted(path.name for path in here.iterdir()) == ["base", "out", "sft"]
+
+
+# --- refused, failed, used wrongly
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gone", "sft", "-o", "out"], ["base gone does not exist"]),
+        (["base", "sft", "-o", "base"], ["output base is, or contains, base"]),
+        (["base", "sft", "-o", "out", "--alpha", "nan"], ["alpha is nan"]),
+        (["base", "sft", "-o", "out", "--seed", "1", "--keep", "nrom"], ["--keep 'nrom' matches none"]),
+        (["base", "sft", "-o", "out", "--max-shard-size", "big"], ["size 'big' is not understood", "5GB"]),
+        (["base", "sft", "-o", "out", "--start", "sft2"], ["start sft2 does not exist"]),
+        (["base", "sft", "-o", "out", "--importance", "gone.json"], ["gone.json", "cannot be read"]),
+        (["base", "sft", "-o", "out", "--device", "tpu"], ["device is 'tpu'"]),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--quiet"], ["--json"]], ids=str)
+def test_a_refusal_is_one_line_and_status_1(
+    here: Path, merge: Command, arguments: list[str], words: list[str], more: list[str]
+) -> None:
+    ended = merge(*arguments, *more)
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.count("\n") == 1
+    assert [word for word in words if word not in ended.error] == []
+    assert sorted(path.name for path in here.iterdir()) == ["base", "sft"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["base", "sft", "-o", "out", "--alhpa", "0.5"], "--alhpa"),
+        (["base", "sft", "-o", "out", "more"], "more"),
+        (["base", "sft"], "-o"),
+        (["base", "-o", "out"], "SFT"),
+        ([], "BASE"),
+        (["base", "sft", "-o", "out", "--alpha", "1.5"], "1.5"),
+        (["base", "sft", "-o", "out", "--alpha", "half"], "half"),
+        (["base", "sft", "-o", "out", "--alpha"], "--alpha"),
+        (["base", "sft", "-o", "out", "--drop", "1"], "--drop"),
+        (["base", "sft", "-o", "out", "--seed", "1.5"], "--seed"),
+        (["base", "sft", "-o", "out", "--iteration", "-1"], "--iteration"),
+        (["base", "sft", "-o", "out", "--dtype", "float8"], "float8"),
+        (["base", "sft", "-o", "out", "--reference", "sft"], "--reference"),
+        (["base", "sft", "-o", "out", "--vocab", "larger"], "--vocab"),
+        (["base", "sft", "-o", "out", "--workers", "0"], "--workers"),
+    ],
+)
+def test_wrong_usage_is_status_2(here: Path, merge: Command, arguments: list[str], word: str) -> None:
+    ended = merge(*arguments)
+    assert (ended.status, ended.out) == (2, "")
+    assert word in ended.error
+    assert "Usage: imm-merge" in ended.err
+    assert sorted(path.name for path in here.iterdir()) == ["base", "sft"]
+
+
+def test_wrong_usage_of_verify_is_status_2(check: Command) -> None:
+    for arguments in ([], ["out", "more"], ["out", "--sample", "0"], ["out", "--sample", "2"], ["out", "--nothing"]):
+        ended = check(*arguments)
+        assert (ended.status, ended.out) == (2, "")
+        assert ended.error
+
+
+def test_what_nobody_thought_of_is_one_line_too(here: Path, merge: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("first line\nsecond line")
+
+    monkeypatch.setattr(mergekit_imm.merge, "merge_checkpoints", fail)
+    ended = merge("base", "sft", "-o", "out")
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.count("\n") == 1
+    assert "ZeroDivisionError: first line second line" in ended.error
+    assert "--debug" in ended.error
+
+
+def test_an_interruption_that_click_turns_into_its_own_is_status_130(
+    here: Path, merge: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mergekit_imm.merge, "merge_checkpoints", fail)
+    ended = merge("base", "sft", "-o", "out")
+    assert ended.status == 130
+    assert "interrupted" in ended.error
+
+
+def test_a_traceback_is_shown_with_debug_only(here: Path) -> None:
+    ended = subprocess_of("merge", "gone", "sft", "-o", "out")
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.error.startswith("base gone does not exist")
+    assert ended.err.count("\n") == 1
+    ended = subprocess_of("merge", "gone", "sft", "-o", "out", "--debug")
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.startswith("Traceback")
+    assert "CheckpointError: base gone does not exist" in ended.err.splitlines()[-1]
+
+
+def test_a_reader_that_goes_away_is_no_traceback(here: Path) -> None:
+    merge_checkpoints("base", "sft", "out")
+    arguments = [sys.executable, "-m", "mergekit_imm", "merge", "base", "sft", "-o", "out", "--json"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 1
+
+
+# --- how they are called, and what they import
+
+
+def test_the_scripts_are_these_commands() -> None:
+    scripts = {each.name: each.value for each in entry_points(group="console_scripts") if each.name.startswith("imm-")}
+    assert scripts["imm-merge"] == "mergekit_imm.cli:imm_merge"
+    assert scripts["imm-verify"] == "mergekit_imm.cli:imm_verify"
+
+
+def test_the_module_runs_both_commands() -> None:
+    for name in ("merge", "verify"):
+        ended = subprocess_of(name, "--version")
+        assert (ended.status, ended.err) == (0, "")
+        assert ended.out == f"imm-{name}, version {mergekit_imm.__version__}\n"
+
+
+@pytest.mark.parametrize(("arguments", "status"), [([], 2), (["mrege"], 2), (["--help"], 0)], ids=str)
+def test_the_module_names_its_commands(
+    arguments: list[str], status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mergekit_imm", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = capsys.readouterr()
+    assert ended.value.code == status
+    assert "merge" in (printed.err if status else printed.out)
+    assert "verify" in (printed.err if status else printed.out)
+    assert bool(printed.out) != bool(printed.err)
+
+
+IMPORTS = """
+import sys
+from mergekit_imm import cli
+try:
+    cli.main()
+except SystemExit as ended:
+    assert ended.code == 0, ended.code
+found = {name.partition(".")[0] for name in sys.modules}
+print(*sorted(found & {"torch", "transformers", "huggingface_hub", "numba", "numpy", "safetensors"}), file=sys.stderr)
+"""
+
+
+def test_what_is_not_needed_is_not_imported(here: Path) -> None:
+    def imported(*arguments: str) -> set[str]:
+        ended = subprocess_of(*arguments, code=IMPORTS)
+        assert ended.status == 0, ended.err
+        return set(ended.err.splitlines()[-1].split())
+
+    arguments = ["merge", "base", "sft", "-o", "out"]
+    assert imported("merge", "--help") == set()
+    assert imported(*arguments, "--dry-run") <= {"numpy", "safetensors"}
+    assert imported(*arguments) == {"numba", "numpy", "safetensors"}
+    assert imported("verify", "out") == {"numba", "numpy", "safetensors"}
+
+
+def test_importing_the_package_imports_neither_torch_nor_numpy() -> None:
+    code = "import sys, mergekit_imm; sys.exit(bool({'torch', 'numpy', 'numba', 'click'} & set(sys.modules)))"
+    assert subprocess_of(code=code).status == 0
+
+
+def test_a_read_only_install_without_a_home_works_with_one_notice(here: Path) -> None:
+    package = Path(mergekit_imm.__file__).parent
+    install = here / "install" / "mergekit_imm"
+    shutil.copytree(package, install, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (install, install / "checkpoint"):
+        (folder / "__pycache__").write_text("a file, so that nothing can be cached, whoever runs this")
+    (here / "home").write_text("a file, too")
+    environment = {**os.environ, "HOME": str(here / "home"), "PYTHONPATH": str(install.parent)}
+    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        environment.pop(name, None)
+    arguments = ["merge", "base", "sft", "-o", "out"]
+    ended = subprocess_of(*arguments, env=environment)
+    assert ended.status == 0
+    assert ended.err.count("\n") == ended.err.count("NUMBA_CACHE_DIR") == 1
+    assert ended.err.startswith("note: ")
+    merge_checkpoints("base", "sft", "same")
+    assert files_of(here / "out") == files_of(here / "same")
+    # Where it can be cached, there is nothing to say.
+    environment["NUMBA_CACHE_DIR"] = str(here / "cache")
+    assert subprocess_of(code="import mergekit_imm.kernel", env=environment) == Ended(0, "", "")
+
+
+# --- on a terminal, and interrupted
+
+# A merge that takes seconds, whatever the machine.
+SLOW = """
+import time
+from mergekit_imm import cli, kernel
+merge_span = kernel.merge_span
+def slowly(*arguments):
+    time.sleep(0.1)
+    merge_span(*arguments)
+kernel.merge_span = slowly
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with base and sft of 50 MB each, and the merge of them."""
+    folder = tmp_path_factory.mktemp("large")
+    for seed, role in enumerate(("base", "sft")):
+        row = random_state({"": (1 << 20,)}, seed=seed)[""]
+        state = {f"layers.{i}.weight": row.roll(i).view(1 << 10, 1 << 10) for i in range(24)}
+        write_model(folder / role, state, config=CONFIG, side=SIDE)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        merge_checkpoints("base", "sft", "whole")
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_ends_a_merge_that_the_same_command_finishes(
+    large: Path, number: signal.Signals, status: int, word: str
+) -> None:
+    inputs = {role: files_of(large / role) for role in ("base", "sft")}
+    out, partial = large / f"out{number}", large / f"out{number}.partial"
+    arguments = ["merge", "base", "sft", "-o", out.name, "--workers", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments], cwd=large, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (partial / "model.safetensors").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(number)
+        ended = Ended(process.wait(60), *process.communicate())
+    assert (ended.status, ended.out) == (status, "")
+    assert ended.err.strip() == f"error: {ended.error}"
+    assert word in ended.error
+    assert "same command goes on" in ended.error
+    assert not out.exists()
+    assert partial.is_dir()
+    assert subprocess_of(*arguments, cwd=large).status == 0
+    assert files_of(out) == files_of(large / "whole")
+    assert not partial.exists()
+    assert {role: files_of(large / role) for role in ("base", "sft")} == inputs
+
+
+def on_a_terminal(*arguments: object, cwd: Path) -> str:
+    """What a command prints on a terminal."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *map(str, arguments)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=slave
+    ) as process:
+        os.close(slave)
+        printed = b""
+        while True:
+            try:
+                piece = os.read(master, 1 << 16)
+            except OSError:  # the other end is closed
+                break
+            if not piece:
+                break
+            printed += piece
+        assert process.wait(60) == 0
+    os.close(master)
+    return printed.decode()
+
+
+def test_a_terminal_shows_a_bar_with_speed_and_time_left(here: Path) -> None:
+    printed = on_a_terminal("merge", "base", "sft", "-o", "out", cwd=here)
+    assert "merging" in printed
+    assert "GB/s" in printed
+    assert "100%" in printed
+    assert len({word for word in printed.split() if word.endswith("%")}) > 3
+    assert max(map(len, printed.replace("\r", "\n").splitlines())) < 120
+
+
+def test_quiet_shows_no_bar_on_a_terminal(here: Path) -> None:
+    assert on_a_terminal("merge", "base", "sft", "-o", "out", "--quiet", cwd=here) == ""
+
+
+def test_a_pipe_shows_no_bar(here: Path) -> None:
+    ended = subprocess_of("merge", "base", "sft", "-o", "out", cwd=here, code=SLOW)
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.count("\n") == 1
+
+
+# --- verify
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rounds of merges, the second with a start, shards, a changed config and side files."""
+    folder = write_pair(tmp_path_factory.mktemp("rounds"))
+    (folder / "base" / "model.safetensors").unlink()
+    write_model(folder / "base", random_state(SHAPES, seed=5), shards=[NAMES[:2], NAMES[2:]])
+    merge_checkpoints(folder / "base", folder / "sft", folder / "first")
+    merge_checkpoints(
+        folder / "base", folder / "sft", folder / "second", start=folder / "first", dtype="float32", keep=["norm"]
+    )
+    return folder
+
+
+@contextmanager
+def flipped(path: Path, position: int, bit: int = 0) -> Iterator[None]:
+    """Flip one bit of a file for a while."""
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[position] ^= 1 << bit
+    path.write_bytes(changed)
+    try:
+        yield
+    finally:
+        path.write_bytes(content)
+
+
+def test_a_merge_is_what_its_recipe_says(rounds: Path, check: Command) -> None:
+    ended = check(rounds / "second")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.startswith(f"{rounds}/second is what its recipe says: 2.6 kB of tensors and 9 files compared")
+    assert check(rounds / "second", "--quiet") == Ended(0, "", "")
+    ended = check(rounds / "second", "--json")
+    report = json.loads(ended.out, parse_constant=pytest.fail)
+    assert set(report) == {
+        "out", "segments", "of_segments", "bytes_compared", "files_compared", "not_of_the_merge"
+    }  # fmt: skip
+    assert sorted(report["files_compared"]) == sorted(files_of(rounds / "second"))
+    assert (report["segments"], report["not_of_the_merge"]) == (report["of_segments"], [])
+
+
+@pytest.mark.parametrize(
+    ("file", "position", "words"),
+    [
+        (SHARD, -1, ["model.layers.0.mlp.weight", "element 63"]),
+        ("model-00002-of-00002.safetensors", -1, ["model.norm.weight", "element 7"]),
+        (SHARD, 0, []),
+        (SHARD, 12, ["header"]),
+        (SHARD, 60, ["header"]),
+        ("model.safetensors.index.json", 30, []),
+        ("config.json", 5, []),
+        ("config.json", -1, []),
+        ("imm_report.json", 20, []),
+        ("imm_report.json", -2, []),
+        ("README.md", 0, []),
+        ("README.md", -1, []),
+        ("tokenizer.json", 3, []),
+        ("templates/chat.jinja", -1, []),
+        ("imm_recipe.json", 1, []),
+        ("imm_recipe.json", -1, []),
+    ],
+)
+@pytest.mark.parametrize("bit", [0, 6])
+def test_a_flipped_bit_is_found_and_its_place_named(
+    rounds: Path, check: Command, file: str, position: int, words: list[str], bit: int
+) -> None:
+    with flipped(rounds / "second" / file, position, bit):
+        ended = check(rounds / "second")
+    assert (ended.status, ended.out) == (1, "")
+    assert [word for word in [f"second/{file}", *words] if word not in ended.error] == []
+    assert check(rounds / "second").status == 0
+
+
+@pytest.mark.parametrize("keys", [["formula"], ["version"], ["format"], ["parameters"], ["inputs"], ["history"],
+                                  ["history", "formula"], ["config_changes"]], ids=str)  # fmt: skip
+def test_a_flipped_bit_in_any_part_of_the_recipe_is_found(rounds: Path, check: Command, keys: list[str]) -> None:
+    path = rounds / "second" / "imm_recipe.json"
+    content = path.read_bytes()
+    first = 0
+    for key in keys:
+        first = content.index(f'"{key}"'.encode(), first)
+    for position in range(first, min(first + 60, len(content)), 3):
+        with flipped(path, position):
+            assert check(rounds / "second").status == 1, content[first : position + 1]
+
+
+def test_every_byte_of_the_tensors_is_compared(rounds: Path, check: Command) -> None:
+    path = rounds / "first" / SHARD
+    begin = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    for position in range(begin, path.stat().st_size, 37):
+        with flipped(path, position, position % 8):
+            assert f"byte {position} of the file" in check(rounds / "first").error
+
+
+def test_a_sample_compares_a_share(rounds: Path, check: Command) -> None:
+    ended = check(rounds / "second", "--sample", "0.01")
+    assert (ended.status, ended.err) == (0, "")
+    assert "(1 of 5 pieces)" in ended.out
+    with flipped(rounds / "second" / "config.json", 5):
+        assert check(rounds / "second", "--sample", "0.01").status == 1
+
+
+@pytest.mark.parametrize("file", [SHARD, "config.json", "model.safetensors.index.json", "tokenizer.json", "README.md"])
+def test_a_missing_or_shorter_file_is_found(rounds: Path, check: Command, file: str) -> None:
+    path = rounds / "second" / file
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:-1])
+        shorter = check(rounds / "second")
+        path.unlink()
+        missing = check(rounds / "second")
+    finally:
+        path.write_bytes(content)
+    for ended in (shorter, missing):
+        assert (ended.status, ended.out) == (1, "")
+        assert f"second/{file}" in ended.error
+
+
+def test_other_files_in_the_folder_are_named_and_no_error(rounds: Path, check: Command) -> None:
+    path = rounds / "second" / "model-q4.gguf"
+    path.write_text("x")
+    ended = check(rounds / "second")
+    path.unlink()
+    assert ended.status == 0
+    assert "not of the merge: model-q4.gguf" in ended.out
+
+
+def test_a_folder_that_is_no_merge_is_refused(rounds: Path, check: Command) -> None:
+    for folder in (rounds / "base", rounds / "gone"):
+        ended = check(folder)
+        assert (ended.status, ended.out) == (1, "")
+        assert f"{folder} has no imm_recipe.json" in ended.error
+
+
+def test_inputs_that_moved_are_found_with_an_option(here: Path, merge: Command, check: Command) -> None:
+    merge("base", "sft", "-o", "out")
+    Path("base").rename("base2")
+    Path("sft").rename("sft2")
+    Path("out").rename("out2")
+    ended = check("out2")
+    assert ended.status == 1
+    assert "base base does not exist" in ended.error
+    assert "--base" in ended.error
+    ended = check("out2", "--base", "base2")
+    assert ended.status == 1
+    assert "sft sft does not exist" in ended.error
+    assert "--sft" in ended.error
+    assert check("out2", "--base", "base2", "--sft", "sft2").status == 0
+    ended = check("out2", "--base", "base2", "--sft", "base2")
+    assert ended.status == 1
+    assert "sft base2 is not what was merged" in ended.error
+    ended = check("out2", "--base", "base2", "--sft", "sft2", "--start", "base2")
+    assert ended.status == 1
+    assert "--start" in ended.error
+
+
+def test_an_input_that_changed_is_refused(here: Path, merge: Command, check: Command) -> None:
+    merge("base", "sft", "-o", "out")
+    state = random_state(SHAPES, seed=1)
+    state["model.norm.weight"] += torch.ones(8, dtype=torch.bfloat16)
+    write_model(here / "sft", state)
+    ended = check("out")
+    assert (ended.status, ended.out) == (1, "")
+    assert "sft sft is not what was merged: its model.safetensors has changed" in ended.error
+    assert "--sft" in ended.error
+
+
+def test_a_side_file_of_an_input_that_changed_is_named(here: Path, merge: Command, check: Command) -> None:
+    merge("base", "sft", "-o", "out")
+    (here / "sft" / "tokenizer.json").write_text("{}")
+    ended = check("out")
+    assert ended.status == 1
+    assert "out/tokenizer.json differs from that of the sft (sft/tokenizer.json)" in ended.error
+
+
+def test_verify_as_a_function_returns_what_it_compared(rounds: Path) -> None:
+    for _ in range(2):
+        report = mergekit_imm.verify(rounds / "first", workers=2)
+        assert report.bytes_compared == sum(torch.Size(shape).numel() * 2 for shape in SHAPES.values())
+    with pytest.raises(CheckpointError, match=r"has no imm_recipe\.json"):
+        mergekit_imm.verify(rounds / "base")
+
+
+def test_public_names_stay_what_they_are_when_modules_are_imported() -> None:
+    for path in Path(mergekit_imm.__file__).parent.glob("[a-z]*.py"):
+        importlib.import_module(f"mergekit_imm.{path.stem}")
+    assert [name for name in mergekit_imm.__all__ if inspect.ismodule(getattr(mergekit_imm, name))] == []

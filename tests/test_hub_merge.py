@@ -1,0 +1,97 @@
+"""Merges of hub ids, whole: a dry run, a refusal, a merge, and the same again offline from the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mergekit_imm
+from checkpoints import files_of, random_state, write_model
+from fake_hub import FakeHub, commit_of, fake_hub
+from mergekit_imm import merge_checkpoints
+
+SHAPES = {f"model.layers.{i}.w": (100, 300) for i in range(2)}
+CONFIG = {"model_type": "x", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Path]:
+    """base and sft, and the result of merging them locally, as a start."""
+    names = list(SHAPES)
+    base = write_model(tmp_path / "base", random_state(SHAPES, seed=1), shards=[names[:1], names[1:]], config=CONFIG)
+    side = {"tokenizer.json": "{}", "modeling_x.py": "raise SystemExit"}
+    sft = write_model(tmp_path / "sft", random_state(SHAPES, seed=2), config=CONFIG, side=side)
+    merge_checkpoints(base, sft, tmp_path / "start", seed=5)
+    other = random_state({**SHAPES, "extra.w": (3,)}, seed=3)
+    return {
+        "base": base, "sft": sft, "start": tmp_path / "start",
+        "other": write_model(tmp_path / "other", other, config=CONFIG),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def hub(models: dict[str, Path]) -> Iterator[FakeHub]:
+    with fake_hub() as server:
+        for name, folder in models.items():
+            server.add(f"org/{name}", files_of(folder))
+        yield server
+
+
+def imm_merge(home: Path, hub: FakeHub | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command with a cache of its own; without a hub, offline."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    env |= {"PYTHONPATH": str(Path(mergekit_imm.__file__).parents[1]), "HF_HOME": str(home)}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env |= {"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "error", "-m", "mergekit_imm", "merge", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_a_pair_on_a_hub_is_planned_refused_merged_and_merged_again_offline(
+    tmp_path: Path, models: dict[str, Path], hub: FakeHub
+) -> None:
+    home, out = tmp_path / "home", tmp_path / "out"
+    planned = imm_merge(home, hub, "org/base", "org/sft@main", "--dry-run", "--json", "-o", str(out))
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["status"] == "dry run"
+    assert not out.exists()
+    assert not list(home.rglob("*.safetensors"))
+
+    refused = imm_merge(home, hub, "org/base", "org/other", "-o", str(out))
+    assert refused.returncode == 1
+    assert "'extra.w'" in refused.stderr.splitlines()[-1]
+    assert not list(home.rglob("*.safetensors")), "refused from headers, before anything was downloaded"
+
+    done = imm_merge(home, hub, "org/base", "org/sft@main", "-o", str(out))
+    assert done.returncode == 0, done.stderr
+    local = tmp_path / "local"
+    merge_checkpoints(models["base"], models["sft"], local)
+    own = {"README.md", "imm_recipe.json", "imm_report.json"}
+    got, expected = files_of(out), files_of(local)
+    assert set(got) == set(expected)
+    assert all(got[name] == expected[name] for name in set(got) - own)
+    inputs = json.loads(got["imm_recipe.json"])["inputs"]
+    assert inputs["base"]["commit"] == commit_of("org/base", files_of(models["base"]))
+    assert inputs["sft"]["path"] == "org/sft@main"
+
+    again = imm_merge(home, None, "org/base", "org/sft@main", "-o", str(tmp_path / "again"))
+    assert again.returncode == 0, again.stderr
+    assert files_of(tmp_path / "again") == got
+    assert "already merged" in imm_merge(home, None, "org/base", "org/sft@main", "-o", str(out)).stdout
+
+
+def test_a_start_on_a_hub_tells_its_round(tmp_path: Path, models: dict[str, Path], hub: FakeHub) -> None:
+    out = tmp_path / "out"
+    for extra in (["--dry-run"], []):
+        arguments = [str(models["base"]), str(models["sft"]), "--start", "org/start", *extra, "--json", "-o", str(out)]
+        done = imm_merge(tmp_path / "home", hub, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["parameters"]["iteration"] == 1
+    history = json.loads((out / "imm_recipe.json").read_text())["history"]
+    assert [recipe["parameters"]["seed"] for recipe in history] == [5]
