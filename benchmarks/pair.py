@@ -62,7 +62,8 @@ def make_pair(size: str, folder: Path) -> tuple[Path, Path]:
     noise = (torch.randn(1 << 24, generator=generator) * 0.02).bfloat16()
     step = (torch.randn(1 << 24, generator=generator) * 0.0004).bfloat16()
     shards: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = [{}]
-    weight_map, filled, at = [], 0, 0
+    weight_map: list[list[str]] = []
+    filled, at = 0, 0
     for name, shape in shapes(size):
         count = torch.Size(shape).numel()
         at = (at + 7919) % (1 << 20)

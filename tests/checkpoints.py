@@ -27,7 +27,7 @@ def write_model(
     if shards is None:
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})

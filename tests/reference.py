@@ -60,14 +60,14 @@ def widen(values: Array, wide: type) -> Array:
 
 def bfloat16_of(values: Array) -> Array:
     """Round float32 or float64 to the nearest bfloat16, ties to even, by looking at both neighbours."""
-    size = np.abs(widen(values, np.float64))
+    size: Array = np.abs(widen(values, np.float64))
     # Every bfloat16 >= 0 in order, the infinity counted as the power of two it stands at.
     grid = (np.arange(0x7F81, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
     grid[-1] = 2.0**128
     above = np.clip(np.searchsorted(grid, size, side="left"), 1, len(grid) - 1)
     low, high = grid[above - 1], grid[above]
     nearer_high = (size - low > high - size) | ((size - low == high - size) & (above % 2 == 0))
-    bits = np.where(nearer_high, above, above - 1).astype(np.uint16)
+    bits: Array = np.where(nearer_high, above, above - 1).astype(np.uint16)
     bits = np.where(size >= grid[-1], np.uint16(0x7F80), bits) | np.where(np.signbit(values), 0x8000, 0).astype(
         np.uint16
     )

@@ -164,9 +164,9 @@ def test_integers_are_copied_when_equal_and_refused_when_not() -> None:
         (lambda x: dare_merge(x, x, drop=1.0, name="n"), ArgumentError, "drop is 1.0"),
         (lambda x: dare_merge(x, x, drop=float("nan"), name="n"), ArgumentError, "drop is nan"),
         (lambda x: dare_merge(x, x, factor=-1.0, name="n"), ArgumentError, "factor is -1.0"),
-        (lambda x: dare_merge(x, x, seed=0.5, name="n"), ArgumentError, "seed is 0.5"),
+        (lambda x: dare_merge(x, x, seed=0.5, name="n"), ArgumentError, "seed is 0.5"),  # type: ignore[call-overload]
         (lambda x: dare_merge(x, x, iteration=-1, name="n"), ArgumentError, "iteration is -1"),
-        (lambda x: dare_merge(x, x, reference="sft", name="n"), ArgumentError, "reference is 'sft'"),
+        (lambda x: dare_merge(x, x, reference="sft", name="n"), ArgumentError, "reference is 'sft'"),  # type: ignore[call-overload]
         (lambda x: dare_merge(x, {"a": x}, drop=0.0), ArgumentError, "base is a Tensor, sft is a dict"),
         (lambda x: dare_merge(x, x, drop=0.0, dtype=torch.int8), ArgumentError, "dtype is torch.int8"),
         (lambda x: dare_merge(x.to(torch.float8_e4m3fn), x, drop=0.0), MismatchError, "float8_e4m3fn is not merged"),
