@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +17,11 @@ import numpy.typing as npt
 from .checkpoint import output
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, open_tensorfile
 from .errors import MismatchError, NonFiniteError, OutputError, shown
-from .execute import BUFFER, BUFFERS, Merge, run
+from .execute import BUFFER, BUFFERS, Merge, Progress, run
 from .plan import Plan, Segment, segments
 from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, MergeReport, to_json
 from .report import actions, kinds, model_card, statistics
 
-Progress = Callable[[int, int], None]  # bytes of the output done, and of all
 Records = npt.NDArray[np.float64]  # one row for each segment of a plan
 
 SYNC_BYTES, SYNC_SECONDS = 512 << 20, 5.0

@@ -29,6 +29,7 @@ BUFFER = 8 << 20  # of one: larger ones are no faster
 
 Record = npt.NDArray[np.float64]  # delta, base and change squared and summed; largest change; kept
 Sink = Callable[[TensorInfo, int, memoryview], None]  # where, first byte within the tensor, bytes
+Progress = Callable[[int, int], None]  # bytes of the output done, and of all
 Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
 
 SUMS = 3  # fields of a record that are sums; all finite exactly when everything in it is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import TensorInfo, fingerprint
 from .errors import ArgumentError, CheckpointError, OutputError, shown
-from .execute import Merge, check_workers, pick_merge, run, same_bytes
+from .execute import Merge, Progress, check_workers, pick_merge, run, same_bytes
 from .importance import read_importance
 from .plan import Plan, make_plan, segments
 from .recipe import (
@@ -27,8 +27,6 @@ from .recipe import (
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[int, int], None]  # bytes of the output done, and of all
 
 
 def merge_checkpoints(
@@ -89,7 +87,8 @@ def merge_checkpoints(
     >>> report.status
     'merged'
     """
-    from .build import Job, build, check_unfinished
+    _check_platform()
+    from .build import Job, build, check_unfinished  # not on every platform
     from .checkpoint import output
 
     began = time.perf_counter()
@@ -154,6 +153,7 @@ def iter_merged(
 
     >>> names = [name for name, tensor in iter_merged(base_folder, sft_folder, alpha=0.5)]
     """
+    _check_platform()
     import torch
 
     inputs, parameters, _ = _open_inputs(
@@ -228,10 +228,6 @@ def _open_inputs(
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         **values,
     )
-    if sys.platform == "win32":
-        raise CheckpointError(
-            "merging checkpoints on disk needs Linux or macOS (use WSL); the functions of tensors work everywhere"
-        )
     refs = {role: ref for role, ref in (("base", base), ("sft", sft), ("start", start)) if ref is not None}
 
     def opened(dry_run: bool) -> dict[str, Checkpoint]:
@@ -254,6 +250,13 @@ def _open_inputs(
                 )
             parameters = replace(parameters, iteration=found["parameters"]["iteration"] + 1)
     return inputs, parameters, history_of(found)
+
+
+def _check_platform() -> None:
+    if sys.platform == "win32":
+        raise CheckpointError(
+            "merging checkpoints on disk needs Linux or macOS (use WSL); the functions of tensors work everywhere"
+        )
 
 
 def _same_place(one: Checkpoint, other: Checkpoint) -> bool:

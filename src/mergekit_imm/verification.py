@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .build import Progress, written_files
+from .build import written_files
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, fingerprint, read_into
 from .errors import ArgumentError, CheckpointError, VerifyError, shown
-from .execute import check_workers, pick_merge, run
+from .execute import Progress, check_workers, pick_merge, run
 from .merge import plan_of
 from .plan import Plan, segments
 from .recipe import RECIPE_FILE, REPORT_FILE, history_of, make_recipe, parse_parameters, read_recipe

@@ -62,7 +62,12 @@ class Checkpoint:
 
 def is_hub_id(ref: str | Path) -> bool:
     """Whether an input is on a hub: it has the form of a hub id, and no such path exists."""
-    return not isinstance(ref, PurePath) and hub.split_ref(ref) is not None and not Path(ref).exists()
+    if isinstance(ref, PurePath) or hub.split_ref(str(ref)) is None:
+        return False
+    try:
+        return not Path(ref).exists()
+    except OSError:
+        return False
 
 
 def open_checkpoint(
