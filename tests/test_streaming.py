@@ -68,6 +68,18 @@ def test_every_combination_of_dtypes(
         assert same_bits(pure[name], merged), name
 
 
+@pytest.mark.parametrize("out", DTYPES, ids=lambda d: str(d)[6:])
+def test_float64_is_rounded_once(tmp_path: Path, out: torch.dtype) -> None:
+    """Not by way of float32, which would take a value just beside a half for the half."""
+    sft = tensor(2000, torch.float64, seed=1, kind="edges", specials=False)
+    sft = torch.where(sft.abs() < 1e4, sft, 1.0)
+    write_model(tmp_path / "base", {"w": torch.zeros(2000)})
+    write_model(tmp_path / "sft", {"w": sft})
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", alpha=0, drop=0, dtype=OUT_DTYPE[out])
+    expected = reference.to_tensor(reference.narrow(sft.numpy(), out), out, (2000,))
+    assert same_bits(read_model(tmp_path / "out")["w"], expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_cut_of_the_work_gives_the_same_bytes(data: st.DataObject) -> None:
