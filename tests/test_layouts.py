@@ -298,7 +298,8 @@ def test_a_tie_that_an_input_breaks_is_merged_as_two_tensors_and_said(
     assert config_of(out)["tie_word_embeddings"] is False
     assert report.config_changes == {"tie_word_embeddings": False}
     (note,) = report.notes
-    assert str(folders[blamed]) in note
+    assert note.startswith(f"note: {blamed} ")
+    assert ("its config ties them" in note) == (blamed == "base")
     assert all(word in note for word in (EMBED, HEAD, "under their own names", "untied"))
     model = load(out, "qwen2")
     assert same_bits(model.get_input_embeddings().weight.detach(), expected[EMBED])
@@ -326,14 +327,22 @@ def test_the_mask_of_a_tied_tensor_does_not_depend_on_the_names_in_the_sft(tied:
     assert_same_bits(*merged)
 
 
-def test_an_encoder_s_and_a_decoder_s_embedding_are_two_tensors_and_break_no_tie(tmp_path: Path) -> None:
-    """As in Marian without shared embeddings: its head is not stored, and tied to the decoder's."""
-    state = random_state({f"model.{part}.embed_tokens.weight": (8, 4) for part in ("encoder", "decoder")})
+@pytest.mark.parametrize("head", [[], [HEAD]], ids=["no head stored", "a head stored"])
+def test_an_encoder_s_and_a_decoder_s_embedding_are_two_tensors_and_break_no_tie(
+    tmp_path: Path, head: list[str]
+) -> None:
+    """As in Marian without shared embeddings: its head is tied to the decoder's."""
+    encoder, decoder = (f"model.{part}.embed_tokens.weight" for part in ("encoder", "decoder"))
+    base = random_state({encoder: (8, 64), decoder: (8, 64)})
+    sft = {name: tensor + torch.ones_like(tensor) for name, tensor in base.items()}
     config = {"model_type": "marian", "dtype": "bfloat16", "tie_word_embeddings": True}
-    tuned = {name: tensor + torch.ones_like(tensor) for name, tensor in state.items()}
-    base = write_model(tmp_path / "base", state, config=config)
-    sft = write_model(tmp_path / "sft", tuned, config=config)
-    report = merge_checkpoints(base, sft, tmp_path / "out")
+    folders = [
+        write_model(tmp_path / role, state | {name: state[decoder].clone() for name in head}, config=config)
+        for role, state in (("base", base), ("sft", sft))
+    ]
+    report = merge_checkpoints(*folders, tmp_path / "out", drop=0.5)
+    expected = dare_merge(base, sft, drop=0.5)
+    assert_same_bits(read_model(tmp_path / "out"), expected | dict.fromkeys(head, expected[decoder]))
     assert report.notes == []
     assert config_of(tmp_path / "out") == config
 

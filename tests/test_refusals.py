@@ -1046,6 +1046,15 @@ def test_kept_and_taken_tensors_are_not_checked_and_stay_bit_for_bit(models: Mod
     assert same_bits(models.merged()[UP0], values)
 
 
+@pytest.mark.parametrize(("option", "role"), [("keep", "base"), ("take", "sft")])
+def test_kept_and_taken_tensors_are_not_checked_in_another_dtype_either(models: Models, option: str, role: str) -> None:
+    values = from_bits([*BITS[torch.bfloat16][2], 0x3F80], torch.bfloat16)
+    models.change(role, {UP0: values})
+    models.merge(dtype="float32", **{option: [re.escape(UP0)]})
+    canonical = from_bits([BITS[torch.float32][1]], torch.float32)
+    assert same_bits(models.merged()[UP0], torch.where(values.isnan(), canonical, values.float()))
+
+
 def test_a_value_too_large_for_the_output_dtype_is_refused(models: Models) -> None:
     for role in ("base", "sft"):
         models.change(role, {UP0: torch.full((8, 8), 1e5, dtype=torch.bfloat16)})
