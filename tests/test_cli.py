@@ -116,7 +116,7 @@ def test_a_merge_ends_with_one_line_and_status_0(here: Path, merge: Command) -> 
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.startswith("merged 5 tensors, 648 parameters, into out in ")
     assert ended.out.count("\n") == 1
-    assert "GB/s" in ended.out
+    assert "GB/s" not in ended.out, "a rate of so few bytes says nothing"
     merge_checkpoints("base", "sft", "same")
     assert files_of(here / "out") == files_of(here / "same")
 

@@ -260,7 +260,7 @@ def test_quantised_models_are_refused(models: Models, role: str, key: str) -> No
 @pytest.mark.parametrize("other", ["other", None])
 def test_different_architectures_are_refused(models: Models, key: str, other: str | None) -> None:
     models.change("sft", {}, {**CONFIG, key: other})
-    models.refused(MismatchError, rf"base .* has {key} .*[tT]iny.*sft .* has {other}.*one architecture")
+    models.refused(MismatchError, rf"base .* has {key} .*[tT]iny.*sft .* has {other or 'none'}.*one architecture")
 
 
 def test_the_architecture_of_start_counts_too(models: Models) -> None:
@@ -275,7 +275,7 @@ def test_the_architecture_of_start_counts_too(models: Models) -> None:
     ("files", "match"),
     [
         ({}, r"sft \S+ holds no \*\.safetensors file; is it a model folder\?"),
-        ({"pytorch_model.bin": "x"}, r"PyTorch pickles, which is not read; .*save_pretrained"),
+        ({"pytorch_model.bin": "x"}, r"PyTorch pickles; it is not read: .*save_pretrained"),
         ({"consolidated.00.pth": "x"}, r"PyTorch pickles.*save_pretrained"),
         ({"model-q4.gguf": "x"}, r"GGUF.*use the original safetensors checkpoint"),
         ({"tf_model.h5": "x"}, r"TensorFlow, Flax or ONNX.*use the safetensors"),
@@ -580,7 +580,7 @@ def test_arguments_out_of_range_are_refused(models: Models, options: dict[str, A
 
 @pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf"), "2"])
 def test_layer_factors_out_of_range_are_refused(factor: float) -> None:
-    with pytest.raises(ArgumentError, match=r"factor is .*finite and >= 0"):
+    with pytest.raises(ArgumentError, match=r"factor is .*finite number >= 0"):
         dare_merge(torch.zeros(2), torch.ones(2), drop=0, factor=factor)
 
 
@@ -865,7 +865,7 @@ def test_an_unfinished_merge_of_another_recipe_is_refused(models: Models) -> Non
 def test_an_unfinished_merge_of_an_input_that_changed_is_refused(models: Models) -> None:
     interrupt(models)
     models.change("sft", {UP0: torch.ones(8, 8, dtype=torch.bfloat16)})
-    models.refused(OutputError, r"unfinished merge of another recipe \(inputs\.sft\.files.*fingerprint: .*--restart")
+    models.refused(OutputError, r"unfinished merge of another recipe \(inputs\.sft\.files\.model\.safetensors has changed.*--restart")
 
 
 def test_a_folder_of_others_in_the_place_of_the_unfinished_merge_is_refused(models: Models) -> None:

@@ -55,9 +55,9 @@ def test_plain_indices_need_one_stack() -> None:
 
 def test_names_must_be_the_same() -> None:
     fewer = {name: tensor for name, tensor in SFT.items() if name != "h.1.w"}
-    with pytest.raises(MismatchError, match=r"1 tensors are in base only, not in sft: 'h\.1\.w'"):
+    with pytest.raises(MismatchError, match=r"1 tensor is in base only, not in sft: 'h\.1\.w'"):
         dare_merge(BASE, fewer, drop=0.5)
-    with pytest.raises(MismatchError, match=r"1 tensors are in sft only, not in base: 'h\.2\.w' \(closest there"):
+    with pytest.raises(MismatchError, match=r"1 tensor is in sft only, not in base: 'h\.2\.w' \(closest there"):
         dare_merge(BASE, {**SFT, "h.2.w": SFT["h.1.w"]}, drop=0.5)
     with pytest.raises(MismatchError, match="in base only, not in start"):
         dare_merge(BASE, SFT, start=fewer, drop=0.5)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .checkpoint import output
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, open_tensorfile
-from .errors import MismatchError, NonFiniteError, OutputError, shown
+from .errors import MismatchError, NonFiniteError, OutputError, bytes_text, shown
 from .execute import BUFFER, BUFFERS, Merge, Progress, run
 from .plan import Plan, Segment, segments
 from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, MergeReport, to_json
@@ -48,8 +48,8 @@ class Job:
         """Raise OutputError unless the output fits on its disk."""
         if self.needed > self.free:
             raise OutputError(
-                f"output {shown(self.out)} needs {_gigabytes(self.needed)} and its disk has"
-                f" {_gigabytes(self.free)} free; free some space or give an OUT on another disk"
+                f"output {shown(self.out)} needs {bytes_text(self.needed)} and its disk has"
+                f" {bytes_text(self.free)} free; free some space or give an OUT on another disk"
             )
 
     def report(self, status: str) -> MergeReport:
@@ -121,10 +121,6 @@ def _blocks(path: Path) -> int:
         return path.stat().st_blocks * 512
     except OSError:
         return 0
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
 
 
 def check_unfinished(partial: Path, recipe: Mapping[str, Any]) -> None:

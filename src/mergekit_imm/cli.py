@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .errors import MergeError
+from .errors import MergeError, bytes_text
 
 if TYPE_CHECKING:
     from .recipe import MergeReport
@@ -130,7 +130,7 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None
     elif not quiet:
         share = "" if report.segments == report.of_segments else f" ({report.segments} of {report.of_segments} pieces)"
         click.echo(
-            f"{out} is what its recipe says: {_bytes(report.bytes_compared)} of tensors{share} and"
+            f"{out} is what its recipe says: {bytes_text(report.bytes_compared)} of tensors{share} and"
             f" {len(report.files_compared)} files compared"
         )
         if report.not_of_the_merge:
@@ -222,11 +222,11 @@ def _progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None]
 def _finished(report: MergeReport) -> str:
     if report.status == "already merged":
         return f"{report.out} already merged: it holds this very recipe"
-    seconds = report.seconds["total"]
-    moved = report.bytes_read + report.bytes_written
+    seconds, moved = report.seconds["total"], report.bytes_read + report.bytes_written
+    rate = f" ({moved / seconds / 1e9:.2f} GB/s read and written)" if moved >= 1e8 else ""
     return (
         f"merged {sum(report.tensors.values())} tensors, {_count(report.parameter_count)} parameters, into {report.out}"
-        f" in {seconds:.1f} s ({moved / max(seconds, 1e-9) / 1e9:.2f} GB/s read and written)"
+        f" in {seconds:.1f} s{rate}"
     )
 
 
@@ -259,23 +259,17 @@ def _planned(report: MergeReport, base: str, sft: str, start: str | None) -> str
         "",
         *table,
         "",
-        f"  reads {_bytes(report.bytes_read)}, writes {_bytes(report.bytes_written)} to {', '.join(report.files[:3])}"
+        f"  reads {bytes_text(report.bytes_read)}, writes {bytes_text(report.bytes_written)} to"
+        f" {', '.join(report.files[:3])}"
         + (f", … ({len(report.files)} files)" if len(report.files) > 3 else ""),
         *side,
         *changes,
         *left,
-        f"  memory about {_bytes(report.memory)} at its peak, with {report.workers} workers on {report.device}",
-        f"  disk needed {_bytes(report.disk_needed)}, free {_bytes(report.disk_free)}",
+        f"  memory about {bytes_text(report.memory)} at its peak, with {report.workers} workers on {report.device}",
+        f"  disk needed {bytes_text(report.disk_needed)}, free {bytes_text(report.disk_free)}",
         "nothing was written",
     ]  # fmt: skip
     return "\n".join(lines)
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}" if unit == "GB" else f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def _count(count: int) -> str:

@@ -29,7 +29,7 @@ def check_configs(configs: Mapping[str, tuple[str, Config | None]]) -> None:
         for key in ("model_type", "architectures"):
             if role != "base" and base and config and base.get(key) and config.get(key) != base[key]:
                 raise MismatchError(
-                    f"{base_label} has {key} {shown(base[key])}, {label} has {shown(config.get(key))};"
+                    f"{base_label} has {key} {shown(base[key])}, {label} has {shown(config.get(key) or 'none')};"
                     " they must be one architecture"
                 )
 

@@ -40,6 +40,18 @@ class VerifyError(MergeError):
     """An output is not what its recipe says."""
 
 
+def bytes_text(count: int) -> str:
+    """Return a number of bytes as it may stand in a message.
+
+    >>> bytes_text(3_090_000_000), bytes_text(512)
+    ('3.09 GB', '512 bytes')
+    """
+    for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if count >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count} bytes"
+
+
 def shown(name: object, limit: int = 120) -> str:
     """Return a name from a file as it may stand in a message: escaped, and cut when long.
 

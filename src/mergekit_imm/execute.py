@@ -229,7 +229,7 @@ def _copy(plan: Plan, item: Item, segment: Segment, buffer: npt.NDArray[np.uint8
                 width = DTYPE_BITS[side.dtype] // 8
                 element = (first + int(np.flatnonzero(content != mirror)[0])) // width
                 raise MismatchError(
-                    f"tensor {shown(item.name)!r} is {side.dtype} and not merged, but it differs at element {element}"
+                    f"tensor '{shown(item.name)}' is {side.dtype} and not merged, but it differs at element {element}"
                     f" between {plan.inputs[role].label} and {plan.inputs[other].label};"
                     f" choose one with {ready_option('--keep', item.name)} or {ready_option('--take', item.name)}"
                 )
@@ -255,7 +255,7 @@ def _look_closer(
         other, option = ("sft", "--take") if role == "base" else ("base", "--keep")
         bad, element = _count_nonfinite(item.sides[role], role, files)
         raise NonFiniteError(
-            f"tensor {shown(item.name)!r} of {plan.inputs[role].label} has {bad} NaN or infinite of"
+            f"tensor '{shown(item.name)}' of {plan.inputs[role].label} has {bad} NaN or infinite of"
             f" {item.source.count} elements, the first at index {element}; train or save it again, let them through"
             f" with --allow-nonfinite, or use the {other}'s with {ready_option(option, item.name)}"
         )
@@ -263,7 +263,7 @@ def _look_closer(
     if overflown.any():
         wider = {"F16": "--dtype bfloat16", "BF16": "--dtype float32"}.get(out[1], ready_option("--keep", item.name))
         raise NonFiniteError(
-            f"tensor {shown(item.name)!r}: the merged value of element {first + int(np.argmax(overflown))} is too large"
+            f"tensor '{shown(item.name)}': the merged value of element {first + int(np.argmax(overflown))} is too large"
             f" for the output dtype {out[1]}; use {wider}"
         )
 

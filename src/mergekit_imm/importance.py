@@ -32,7 +32,7 @@ def importance_factors(importance: Mapping[str, float]) -> dict[str, float]:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not 0 <= value <= sys.float_info.max:
             raise ArgumentError(
-                f"importance of layer {shown(key)!r} is {shown(repr(value), 60)}; it must be a finite number >= 0"
+                f"importance of layer '{shown(key)}' is {shown(repr(value), 60)}; it must be a finite number >= 0"
             )
         values[str(key)] = float(value)
     total = math.fsum(values.values())

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from os.path import commonprefix
 
 from .errors import ArgumentError, shown
 
@@ -65,7 +66,7 @@ def resolve_layers(values: Mapping[str, float], names: Iterable[str]) -> dict[st
     unknown = sorted(set(values) - known)
     if unknown:
         raise ArgumentError(
-            f"no tensor of the model lies in layer {shown(unknown[0])!r} ({len(unknown)} such keys);"
+            f"no tensor of the model lies in layer '{shown(unknown[0])}' ({len(unknown)} such keys);"
             f" its layers are {_abbreviated(known)}"
         )
     for prefix in {key.rpartition(".")[0] for key in values}:
@@ -103,8 +104,8 @@ def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_labe
 
     `option` names the option that permits it; the message shows it ready to paste.
     """
-    others = set(other)
-    surplus = sorted(set(one) - others)
+    one, others = set(one), set(other)
+    surplus = sorted(one - others)
     if not surplus:
         return None
     lines = []
@@ -113,8 +114,16 @@ def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_labe
         close = get_close_matches(name, free, n=1, cutoff=0.8) if len(free) <= 20_000 else []
         lines.append(f"'{shown(name)}'" + (f" (closest there: '{shown(close[0])}')" if close else ""))
     more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""
-    cure = f"; to let {'these 3' if more else 'them'} through: {ready_option(option, *surplus[:3])}" if option else ""
-    return f"{len(surplus)} tensors are in {one_label} only, not in {other_label}: {', '.join(lines)}{more}{cure}"
+    cure = ""
+    if option and not more:
+        cure = f"; to let them through: {ready_option(option, *surplus)}"
+    elif option:
+        prefix = commonprefix(surplus)  # noqa: RUF071 - names, not paths
+        alone = prefix and not any(name.startswith(prefix) for name in {*one, *others} - set(surplus))
+        ready = f"{option} {shlex.quote('^' + re.escape(prefix))}" if alone and prefix.isprintable() else ""
+        cure = f"; to let {'them' if ready else 'these 3'} through: {ready or ready_option(option, *surplus[:3])}"
+    there = "1 tensor is" if len(surplus) == 1 else f"{len(surplus)} tensors are"
+    return f"{there} in {one_label} only, not in {other_label}: {', '.join(lines)}{more}{cure}"
 
 
 def ready_option(option: str, *names: str) -> str:

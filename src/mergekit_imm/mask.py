@@ -95,7 +95,7 @@ def arithmetic(*, alpha: float, drop: float, factor: float = 1.0) -> Arithmetic:
 def check_alpha(alpha: float) -> float:
     """Return alpha, or raise ArgumentError unless 0 <= alpha <= 1."""
     if not _is_number(alpha) or not 0 <= alpha <= 1:
-        raise ArgumentError(f"alpha is {alpha!r}; it is the weight of the base and must lie in 0 <= alpha <= 1")
+        raise ArgumentError(f"alpha is {alpha!r}; it is the weight of the base, a number in 0 <= alpha <= 1")
     return float(alpha)
 
 
@@ -103,7 +103,7 @@ def check_drop(drop: float) -> float:
     """Return drop, or raise ArgumentError unless 0 <= drop < 1."""
     if not _is_number(drop) or not 0 <= drop < 1:
         raise ArgumentError(
-            f"drop is {drop!r}; it is the share of delta elements dropped and must lie in 0 <= drop < 1"
+            f"drop is {drop!r}; it is the share of delta elements dropped, a number in 0 <= drop < 1"
             " (for no change at all use alpha=1)"
         )
     return float(drop)
@@ -112,7 +112,7 @@ def check_drop(drop: float) -> float:
 def check_factor(factor: float) -> float:
     """Return factor, or raise ArgumentError unless it is finite and >= 0."""
     if not _is_number(factor) or not math.isfinite(factor) or factor < 0:
-        raise ArgumentError(f"factor is {factor!r}; a layer factor must be finite and >= 0")
+        raise ArgumentError(f"factor is {factor!r}; a layer factor is a finite number >= 0")
     return float(factor)
 
 

@@ -173,7 +173,7 @@ def iter_merged(
         for item in plan.items:
             out = item.outs[0]
             if out.dtype not in dtypes:
-                raise CheckpointError(f"tensor {shown(out.name)!r} is {out.dtype}, which has no torch dtype here")
+                raise CheckpointError(f"tensor '{shown(out.name)}' is {out.dtype}, which has no torch dtype here")
             content = bytearray(out.nbytes)
             view = memoryview(content)
 
@@ -229,6 +229,9 @@ def _open_inputs(
         **values,
     )
     refs = {role: ref for role, ref in (("base", base), ("sft", sft), ("start", start)) if ref is not None}
+    for role, ref in refs.items():
+        if str(ref) != str(ref).encode(errors="replace").decode():  # a recipe is JSON
+            raise CheckpointError(f"the path of {role}, {shown(ref)}, is not valid UTF-8; rename it, or link to it")
 
     def opened(dry_run: bool) -> dict[str, Checkpoint]:
         copy_code = parameters.copy_code

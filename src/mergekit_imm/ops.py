@@ -317,7 +317,7 @@ def _check_float(label: str, tensor: Tensor, name: str = "") -> None:
 
 
 def _of(name: str) -> str:
-    return f"tensor {shown(name)!r}: " if name else ""
+    return f"tensor '{shown(name)}': " if name else ""
 
 
 def _described(tensor: Tensor) -> str:

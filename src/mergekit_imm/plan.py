@@ -274,6 +274,9 @@ def _check_names(used: Mapping[str, Checkpoint], parameters: Parameters, groups:
         permitted = {n for n in each.tensors if taken(n) and n in sft.tensors} | set(groups)
         option = "--take" if role == "sft" else ""
         complaint = only_in(set(each.tensors) - permitted, base.tensors, each.label, base.label, option)
+        if complaint and not option:
+            complaint += "; a start holds the base's tensors: save it again, or take the delta from the base instead"
+            complaint += " (--reference base)"
         if complaint:
             raise MismatchError(complaint)
 
@@ -291,13 +294,13 @@ def _selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Cal
         for pattern in getattr(parameters, option):
             if not any(re.search(pattern, name) for name in names):
                 raise ArgumentError(
-                    f"--{option.replace('_', '-')} {shown(pattern)!r} matches none of the {len(names)} tensor names,"
+                    f"--{option.replace('_', '-')} '{shown(pattern)}' matches none of the {len(names)} tensor names,"
                     f" such as {shown(names[0]) if names else ''!r}"
                 )
     matchers = {option: _matcher(getattr(parameters, option)) for option in ("keep", "take", "no_drop")}
     for name in base.tensors:
         if matchers["keep"](name) and matchers["take"](name):
-            raise ArgumentError(f"tensor {shown(name)!r} is both kept and taken; change --keep or --take")
+            raise ArgumentError(f"tensor '{shown(name)}' is both kept and taken; change --keep or --take")
     return lambda option, names, key: any(map(matchers[option], {*names, key}))
 
 
@@ -346,13 +349,13 @@ def _check_alike(name: str, sides: Mapping[str, TensorInfo], used: Mapping[str, 
     for role, side in sides.items():
         if side.dtype not in (*MERGED, *WHOLE):
             raise CheckpointError(
-                f"tensor {shown(name)!r} is {side.dtype} in {used[role].label}; quantised, float8 and complex"
+                f"tensor '{shown(name)}' is {side.dtype} in {used[role].label}; quantised, float8 and complex"
                 f" tensors are not merged: use an unquantised checkpoint, or {ready_option('--keep', name)} or"
                 f" {ready_option('--take', name)}"
             )
     for role, side in sides.items():
         both = (
-            f"tensor {shown(name)!r} is {base.dtype} {list(base.shape)} in {used['base'].label} and"
+            f"tensor '{shown(name)}' is {base.dtype} {list(base.shape)} in {used['base'].label} and"
             f" {side.dtype} {list(side.shape)} in {used[role].label}"
         )
         if side.shape != base.shape:

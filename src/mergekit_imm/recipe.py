@@ -54,7 +54,7 @@ class Parameters:
                     re.compile(pattern)
                 except (re.error, TypeError) as error:
                     raise ArgumentError(
-                        f"{option} pattern {shown(pattern)!r} is not a regular expression: {error}"
+                        f"{option} pattern '{shown(pattern)}' is not a regular expression: {error}"
                     ) from error
 
 
@@ -121,7 +121,9 @@ def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
             parse_parameters(recipe)
             if not isinstance(recipe["inputs"], dict) or not isinstance(recipe["history"], list):
                 raise ValueError("its inputs or its history are missing")
-    except (ValueError, KeyError, TypeError) as error:
+    except TypeError as error:
+        raise CheckpointError(f"{where} is damaged: its parameters are not those of a merge; restore it") from error
+    except (ValueError, KeyError) as error:
         raise CheckpointError(f"{where} is damaged: {shown(error, 200)}; merge again, or restore it") from error
     if recipe["version"] != RECIPE_VERSION:
         raise CheckpointError(

@@ -104,7 +104,7 @@ def verify(
                 at = int(np.flatnonzero(found != expected)[0])
                 element = (first + at) * 8 // DTYPE_BITS[tensor.dtype]
                 raise VerifyError(
-                    f"tensor {shown(tensor.name)!r} in {shown(folder / tensor.file)} differs from its recipe, first at"
+                    f"tensor '{shown(tensor.name)}' in {shown(folder / tensor.file)} differs from its recipe, first at"
                     f" element {element} (byte {tensor.begin + first + at} of the file); merge again"
                 )
 

@@ -219,6 +219,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "")
         one, other = old.get(key), new.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             found += differences(one, other, f"{place}{key}.")
+        elif one != other and key == "fingerprint":
+            found.append(f"{place.rstrip('.')} has changed")
         elif one != other:
             found.append(f"{place}{key}: {shown(json.dumps(one), 60)}, now {shown(json.dumps(other), 60)}")
     return found

@@ -19,7 +19,7 @@ from .tensorfile import INDEX, MODEL, TensorFile, TensorInfo, open_tensorfile, p
 _OTHER_FORMS = (
     (("adapter_config.json", "adapter_model.safetensors"), "a LoRA adapter",
      "merge it into its base first: peft's `merge_and_unload()`, then `save_pretrained`"),
-    (("*.gguf",), "GGUF", "use the original safetensors checkpoint"),
+    (("*.gguf",), "GGUF weights", "use the original safetensors checkpoint"),
     (("*.bin", "*.pt", "*.pth", "*.ckpt"), "PyTorch pickles",
      "load with transformers and `save_pretrained` (it writes safetensors)"),
     ((".metadata", "*.distcp"), "a torch.distributed checkpoint",
@@ -182,7 +182,7 @@ def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: s
         )
     for patterns, form, cure in _OTHER_FORMS:
         if any(PurePath(name).match(pattern) for name in top for pattern in patterns):
-            raise CheckpointError(f"{role} {shown(ref)} is {form}, which is not read; {cure}")
+            raise CheckpointError(f"{role} {shown(ref)} holds {form}; it is not read: {cure}")
     checkpoints = [name for name in folders if re.fullmatch(r"checkpoint-\d+", name)]
     if checkpoints:
         latest = max(checkpoints, key=lambda name: int(name.rpartition("-")[2]))
@@ -203,10 +203,10 @@ def _index_files(index: dict[str, Any], where: str) -> list[str]:
         # A lexical check: links, as in a hub's cache, are followed.
         if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):
             raise CheckpointError(
-                f"{shown(where)} names {shown(name)!r}; only plain names of files beside it are allowed"
+                f"{shown(where)} names '{shown(name)}'; only plain names of files beside it are allowed"
             )
         if not name.endswith(".safetensors"):
-            raise CheckpointError(f"{shown(where)} names {shown(name)!r}, which is not a safetensors file")
+            raise CheckpointError(f"{shown(where)} names '{shown(name)}', which is not a safetensors file")
     return names
 
 
@@ -225,7 +225,7 @@ def _assembled(
         for tensor in file.tensors:
             if tensor.name in tensors:
                 raise CheckpointError(
-                    f"{role} {shown(ref)} stores tensor {shown(tensor.name)!r} twice,"
+                    f"{role} {shown(ref)} stores tensor '{shown(tensor.name)}' twice,"
                     f" in {shown(tensors[tensor.name].file)} and in {shown(file.name)}; remove one of the files"
                 )
             tensors[tensor.name] = tensor
@@ -244,14 +244,14 @@ def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], rol
         if name not in tensors or tensors[name].file not in (file, MODEL):
             place = f"lies in {shown(tensors[name].file)}" if name in tensors else "is in none of its files"
             raise CheckpointError(
-                f"{role} {shown(ref)}: {INDEX} says tensor {shown(name)!r} lies in {shown(file)}, but it {place};"
+                f"{role} {shown(ref)}: {INDEX} says tensor '{shown(name)}' lies in {shown(file)}, but it {place};"
                 " download the model again, or delete a stale index"
             )
     unnamed = sorted(set(tensors) - set(weight_map))
     if unnamed:
         raise CheckpointError(
             f"{role} {shown(ref)} stores {len(unnamed)} tensors that its {INDEX} does not name, first"
-            f" {shown(unnamed[0])!r}; download the model again, or delete a stale index"
+            f" '{shown(unnamed[0])}'; download the model again, or delete a stale index"
         )
 
 

@@ -94,7 +94,7 @@ def parse_header(header: bytes, name: str, size: int, path: Path | None) -> Tens
     for tensor in tensors:
         if tensor.begin != end:
             raise CheckpointError(
-                f"{where}: tensor {shown(tensor.name)!r} begins at byte {tensor.begin}, where the one before it"
+                f"{where}: tensor '{shown(tensor.name)}' begins at byte {tensor.begin}, where the one before it"
                 f" ends at {end}; the file is malformed"
             )
         end += tensor.nbytes
