@@ -78,8 +78,10 @@ class Tied(nn.Module):
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
-def test_names_that_share_storage_are_one_tensor_keyed_by_the_embedding() -> None:
-    base, sft = Tied(0).state_dict(), Tied(1).state_dict()
+@pytest.mark.parametrize("order", [[EMBED, HEAD], [HEAD, EMBED]])
+def test_names_that_share_storage_are_one_tensor_keyed_by_the_embedding(order: list[str]) -> None:
+    base, sft = ({name: Tied(seed).state_dict()[name] for name in order} for seed in (0, 1))
+    base[HEAD] = base[EMBED]
     merged = dare_merge(base, sft, drop=0.5)
     assert same_bits(merged[EMBED], dare_merge(base[EMBED], sft[EMBED], drop=0.5, name=EMBED))
     assert merged[HEAD].data_ptr() == merged[EMBED].data_ptr()
