@@ -336,11 +336,11 @@ def test_an_encoder_s_and_a_decoder_s_embedding_are_two_tensors_and_break_no_tie
     base = random_state({encoder: (8, 64), decoder: (8, 64)})
     sft = {name: tensor + torch.ones_like(tensor) for name, tensor in base.items()}
     config = {"model_type": "marian", "dtype": "bfloat16", "tie_word_embeddings": True}
-    folders = [
+    base_folder, sft_folder = (
         write_model(tmp_path / role, state | {name: state[decoder].clone() for name in head}, config=config)
         for role, state in (("base", base), ("sft", sft))
-    ]
-    report = merge_checkpoints(*folders, tmp_path / "out", drop=0.5)
+    )
+    report = merge_checkpoints(base_folder, sft_folder, tmp_path / "out", drop=0.5)
     expected = dare_merge(base, sft, drop=0.5)
     assert_same_bits(read_model(tmp_path / "out"), expected | dict.fromkeys(head, expected[decoder]))
     assert report.notes == []
@@ -466,7 +466,8 @@ def test_a_new_layout_of_one_file_has_no_index(llama: Pair, tmp_path: Path) -> N
 
 def test_a_file_as_base_gives_a_folder_with_all_else_from_the_sft(qwen2: Pair, tmp_path: Path) -> None:
     merge_checkpoints(qwen2.base, qwen2.sft, tmp_path / "folders", drop=0.5)
-    report = merge_checkpoints(qwen2.base / "model.safetensors", qwen2.sft, tmp_path / "out", drop=0.5)
+    folder = write_model(tmp_path / "base", read_model(qwen2.base), side={"config.json": "not read", "NOTICE": ""})
+    report = merge_checkpoints(folder / "model.safetensors", qwen2.sft, tmp_path / "out", drop=0.5)
     assert_same_bits(read_model(tmp_path / "out"), read_model(tmp_path / "folders"))
     assert set(report.side_files) == {"sft"}
     assert config_of(tmp_path / "out") == config_of(qwen2.sft)

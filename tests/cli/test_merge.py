@@ -1,114 +1,27 @@
-"""The commands as a user runs them: what they print, how they end, what they leave."""
+"""`imm-merge` as a user runs it."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import os
-import pty
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
-import torch
 
 import mergekit_imm
-from checkpoints import files_of, random_state, write_model
+from checkpoints import files_of
+from commands import (
+    Command,
+    Ended,
+    subprocess_of,
+)
 from mergekit_imm import MergeReport, cli, merge_checkpoints
-from mergekit_imm.errors import CheckpointError
-
-SHAPES = {
-    "model.embed_tokens.weight": (32, 8), "model.layers.0.mlp.weight": (8, 8), "model.layers.1.mlp.weight": (8, 8),
-    "model.norm.weight": (8,), "lm_head.weight": (32, 8),
-}  # fmt: skip
-NAMES = list(SHAPES)
-CONFIG = {"architectures": ["Tiny"], "dtype": "bfloat16", "model_type": "tiny", "tie_word_embeddings": False}
-SIDE = {"tokenizer.json": '{"a": 1}\n', "templates/chat.jinja": "{{ x }}", "optimizer.pt": "x"}
-SHARD = "model-00001-of-00002.safetensors"
-
-
-def write_pair(folder: Path) -> Path:
-    """Write base and sft into a folder."""
-    for seed, role in enumerate(("base", "sft")):
-        write_model(folder / role, random_state(SHAPES, seed=seed), config=CONFIG, side=SIDE)
-    return folder
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with base and sft, and it is the current one."""
-    monkeypatch.chdir(write_pair(tmp_path))
-    return tmp_path
-
-
-@dataclass
-class Ended:
-    """A command that ran."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """Its last line on standard error, which must be an error message."""
-        assert "Traceback" not in self.err
-        last = self.err.splitlines()[-1]
-        assert last.startswith("error: ")
-        assert not last.startswith("error: unexpected")
-        return last.removeprefix("error: ")
-
-
-Command = Callable[..., Ended]
-
-
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """Run a command in this process, as its script does."""
-
-    def run(which: click.Command, *arguments: object) -> Ended:
-        with pytest.raises(SystemExit) as ended:
-            cli._run(which, list(map(str, arguments)))
-        out, err = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Ended(ended.value.code, out, err)
-
-    handler = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture
-def merge(command: Command) -> Command:
-    return lambda *arguments: command(cli.merge_command, *arguments)
-
-
-@pytest.fixture
-def check(command: Command) -> Command:
-    return lambda *arguments: command(cli.verify_command, *arguments)
-
-
-def subprocess_of(*arguments: object, code: str | None = None, **options: Any) -> Ended:
-    """Run `python -m mergekit_imm`, or code that stands for it, in a process of its own."""
-    program = ["-m", "mergekit_imm"] if code is None else ["-c", code]
-    ended = subprocess.run(
-        [sys.executable, *program, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
-    )
-    return Ended(ended.returncode, ended.stdout, ended.stderr)
-
-
-# --- done
 
 
 def test_a_merge_ends_with_one_line_and_status_0(here: Path, merge: Command) -> None:
@@ -270,9 +183,6 @@ def test_restart_begins_anew(here: Path, merge: Command) -> None:
     assert sorted(path.name for path in here.iterdir()) == ["base", "out", "sft"]
 
 
-# --- refused, failed, used wrongly
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -378,9 +288,6 @@ def test_a_reader_that_goes_away_is_no_traceback(here: Path) -> None:
         assert process.wait(60) == 1
 
 
-# --- how they are called, and what they import
-
-
 def test_the_scripts_are_these_commands() -> None:
     scripts = {each.name: each.value for each in entry_points(group="console_scripts") if each.name.startswith("imm-")}
     assert scripts["imm-merge"] == "mergekit_imm.cli:imm_merge"
@@ -458,297 +365,3 @@ def test_a_read_only_install_without_a_home_works_with_one_notice(here: Path) ->
     # Where it can be cached, there is nothing to say.
     environment["NUMBA_CACHE_DIR"] = str(here / "cache")
     assert subprocess_of(code="import mergekit_imm.kernel", env=environment) == Ended(0, "", "")
-
-
-# --- on a terminal, and interrupted
-
-# A merge that takes seconds, whatever the machine.
-SLOW = """
-import time
-from mergekit_imm import cli, kernel
-merge_span = kernel.merge_span
-def slowly(*arguments):
-    time.sleep(0.1)
-    merge_span(*arguments)
-kernel.merge_span = slowly
-cli.main()
-"""
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with base and sft of 50 MB each, and the merge of them."""
-    folder = tmp_path_factory.mktemp("large")
-    for seed, role in enumerate(("base", "sft")):
-        row = random_state({"": (1 << 20,)}, seed=seed)[""]
-        state = {f"layers.{i}.weight": row.roll(i).view(1 << 10, 1 << 10) for i in range(24)}
-        write_model(folder / role, state, config=CONFIG, side=SIDE)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        merge_checkpoints("base", "sft", "whole")
-    finally:
-        os.chdir(before)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("number", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
-)
-def test_a_signal_ends_a_merge_that_the_same_command_finishes(
-    large: Path, number: signal.Signals, status: int, word: str
-) -> None:
-    inputs = {role: files_of(large / role) for role in ("base", "sft")}
-    out, partial = large / f"out{number}", large / f"out{number}.partial"
-    arguments = ["merge", "base", "sft", "-o", out.name, "--workers", "1"]
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, *arguments], cwd=large, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not (partial / "model.safetensors").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(number)
-        ended = Ended(process.wait(60), *process.communicate())
-    assert (ended.status, ended.out) == (status, "")
-    assert ended.err.strip() == f"error: {ended.error}"
-    assert word in ended.error
-    assert "same command goes on" in ended.error
-    assert not out.exists()
-    assert partial.is_dir()
-    assert subprocess_of(*arguments, cwd=large).status == 0
-    assert files_of(out) == files_of(large / "whole")
-    assert not partial.exists()
-    assert {role: files_of(large / role) for role in ("base", "sft")} == inputs
-
-
-def on_a_terminal(*arguments: object, cwd: Path) -> str:
-    """What a command prints on a terminal."""
-    master, slave = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, arguments)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=slave
-    ) as process:
-        os.close(slave)
-        printed = b""
-        while True:
-            try:
-                piece = os.read(master, 1 << 16)
-            except OSError:  # the other end is closed
-                break
-            if not piece:
-                break
-            printed += piece
-        assert process.wait(60) == 0
-    os.close(master)
-    return printed.decode()
-
-
-def test_a_terminal_shows_a_bar_with_speed_and_time_left(here: Path) -> None:
-    printed = on_a_terminal("merge", "base", "sft", "-o", "out", cwd=here)
-    assert "merging" in printed
-    assert "GB/s" in printed
-    assert "100%" in printed
-    assert len({word for word in printed.split() if word.endswith("%")}) > 3
-    assert max(map(len, printed.replace("\r", "\n").splitlines())) < 120
-
-
-def test_quiet_shows_no_bar_on_a_terminal(here: Path) -> None:
-    assert on_a_terminal("merge", "base", "sft", "-o", "out", "--quiet", cwd=here) == ""
-
-
-def test_a_pipe_shows_no_bar(here: Path) -> None:
-    ended = subprocess_of("merge", "base", "sft", "-o", "out", cwd=here, code=SLOW)
-    assert (ended.status, ended.err) == (0, "")
-    assert ended.out.count("\n") == 1
-
-
-# --- verify
-
-
-@pytest.fixture(scope="module")
-def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two rounds of merges, the second with a start, shards, a changed config and side files."""
-    folder = write_pair(tmp_path_factory.mktemp("rounds"))
-    (folder / "base" / "model.safetensors").unlink()
-    write_model(folder / "base", random_state(SHAPES, seed=5), shards=[NAMES[:2], NAMES[2:]])
-    merge_checkpoints(folder / "base", folder / "sft", folder / "first")
-    merge_checkpoints(
-        folder / "base", folder / "sft", folder / "second", start=folder / "first", dtype="float32", keep=["norm"]
-    )
-    return folder
-
-
-@contextmanager
-def flipped(path: Path, position: int, bit: int = 0) -> Iterator[None]:
-    """Flip one bit of a file for a while."""
-    content = path.read_bytes()
-    changed = bytearray(content)
-    changed[position] ^= 1 << bit
-    path.write_bytes(changed)
-    try:
-        yield
-    finally:
-        path.write_bytes(content)
-
-
-def test_a_merge_is_what_its_recipe_says(rounds: Path, check: Command) -> None:
-    ended = check(rounds / "second")
-    assert (ended.status, ended.err) == (0, "")
-    assert ended.out.startswith(f"{rounds}/second is what its recipe says: 2.6 kB of tensors and 9 files compared")
-    assert check(rounds / "second", "--quiet") == Ended(0, "", "")
-    ended = check(rounds / "second", "--json")
-    report = json.loads(ended.out, parse_constant=pytest.fail)
-    assert set(report) == {
-        "out", "segments", "of_segments", "bytes_compared", "files_compared", "not_of_the_merge"
-    }  # fmt: skip
-    assert sorted(report["files_compared"]) == sorted(files_of(rounds / "second"))
-    assert (report["segments"], report["not_of_the_merge"]) == (report["of_segments"], [])
-
-
-@pytest.mark.parametrize(
-    ("file", "position", "words"),
-    [
-        (SHARD, -1, ["model.layers.0.mlp.weight", "element 63"]),
-        ("model-00002-of-00002.safetensors", -1, ["model.norm.weight", "element 7"]),
-        (SHARD, 0, []),
-        (SHARD, 12, ["header"]),
-        (SHARD, 60, ["header"]),
-        ("model.safetensors.index.json", 30, []),
-        ("config.json", 5, []),
-        ("config.json", -1, []),
-        ("imm_report.json", 20, []),
-        ("imm_report.json", -2, []),
-        ("README.md", 0, []),
-        ("README.md", -1, []),
-        ("tokenizer.json", 3, []),
-        ("templates/chat.jinja", -1, []),
-        ("imm_recipe.json", 1, []),
-        ("imm_recipe.json", -1, []),
-    ],
-)
-@pytest.mark.parametrize("bit", [0, 6])
-def test_a_flipped_bit_is_found_and_its_place_named(
-    rounds: Path, check: Command, file: str, position: int, words: list[str], bit: int
-) -> None:
-    with flipped(rounds / "second" / file, position, bit):
-        ended = check(rounds / "second")
-    assert (ended.status, ended.out) == (1, "")
-    assert [word for word in [f"second/{file}", *words] if word not in ended.error] == []
-    assert check(rounds / "second").status == 0
-
-
-@pytest.mark.parametrize("keys", [["formula"], ["version"], ["format"], ["parameters"], ["inputs"], ["history"],
-                                  ["history", "formula"], ["config_changes"]], ids=str)  # fmt: skip
-def test_a_flipped_bit_in_any_part_of_the_recipe_is_found(rounds: Path, check: Command, keys: list[str]) -> None:
-    path = rounds / "second" / "imm_recipe.json"
-    content = path.read_bytes()
-    first = 0
-    for key in keys:
-        first = content.index(f'"{key}"'.encode(), first)
-    for position in range(first, min(first + 60, len(content)), 3):
-        with flipped(path, position):
-            assert check(rounds / "second").status == 1, content[first : position + 1]
-
-
-def test_every_byte_of_the_tensors_is_compared(rounds: Path, check: Command) -> None:
-    path = rounds / "first" / SHARD
-    begin = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    for position in range(begin, path.stat().st_size, 37):
-        with flipped(path, position, position % 8):
-            assert f"byte {position} of the file" in check(rounds / "first").error
-
-
-def test_a_sample_compares_a_share(rounds: Path, check: Command) -> None:
-    ended = check(rounds / "second", "--sample", "0.01")
-    assert (ended.status, ended.err) == (0, "")
-    assert "(1 of 5 pieces)" in ended.out
-    with flipped(rounds / "second" / "config.json", 5):
-        assert check(rounds / "second", "--sample", "0.01").status == 1
-
-
-@pytest.mark.parametrize("file", [SHARD, "config.json", "model.safetensors.index.json", "tokenizer.json", "README.md"])
-def test_a_missing_or_shorter_file_is_found(rounds: Path, check: Command, file: str) -> None:
-    path = rounds / "second" / file
-    content = path.read_bytes()
-    try:
-        path.write_bytes(content[:-1])
-        shorter = check(rounds / "second")
-        path.unlink()
-        missing = check(rounds / "second")
-    finally:
-        path.write_bytes(content)
-    for ended in (shorter, missing):
-        assert (ended.status, ended.out) == (1, "")
-        assert f"second/{file}" in ended.error
-
-
-def test_other_files_in_the_folder_are_named_and_no_error(rounds: Path, check: Command) -> None:
-    path = rounds / "second" / "model-q4.gguf"
-    path.write_text("x")
-    ended = check(rounds / "second")
-    path.unlink()
-    assert ended.status == 0
-    assert "not of the merge: model-q4.gguf" in ended.out
-
-
-def test_a_folder_that_is_no_merge_is_refused(rounds: Path, check: Command) -> None:
-    for folder in (rounds / "base", rounds / "gone"):
-        ended = check(folder)
-        assert (ended.status, ended.out) == (1, "")
-        assert f"{folder} has no imm_recipe.json" in ended.error
-
-
-def test_inputs_that_moved_are_found_with_an_option(here: Path, merge: Command, check: Command) -> None:
-    merge("base", "sft", "-o", "out")
-    Path("base").rename("base2")
-    Path("sft").rename("sft2")
-    Path("out").rename("out2")
-    ended = check("out2")
-    assert ended.status == 1
-    assert "base base does not exist" in ended.error
-    assert "--base" in ended.error
-    ended = check("out2", "--base", "base2")
-    assert ended.status == 1
-    assert "sft sft does not exist" in ended.error
-    assert "--sft" in ended.error
-    assert check("out2", "--base", "base2", "--sft", "sft2").status == 0
-    ended = check("out2", "--base", "base2", "--sft", "base2")
-    assert ended.status == 1
-    assert "sft base2 is not what was merged" in ended.error
-    ended = check("out2", "--base", "base2", "--sft", "sft2", "--start", "base2")
-    assert ended.status == 1
-    assert "--start" in ended.error
-
-
-def test_an_input_that_changed_is_refused(here: Path, merge: Command, check: Command) -> None:
-    merge("base", "sft", "-o", "out")
-    state = random_state(SHAPES, seed=1)
-    state["model.norm.weight"] += torch.ones(8, dtype=torch.bfloat16)
-    write_model(here / "sft", state)
-    ended = check("out")
-    assert (ended.status, ended.out) == (1, "")
-    assert "sft sft is not what was merged: its model.safetensors has changed" in ended.error
-    assert "--sft" in ended.error
-
-
-def test_a_side_file_of_an_input_that_changed_is_named(here: Path, merge: Command, check: Command) -> None:
-    merge("base", "sft", "-o", "out")
-    (here / "sft" / "tokenizer.json").write_text("{}")
-    ended = check("out")
-    assert ended.status == 1
-    assert "out/tokenizer.json differs from that of the sft (sft/tokenizer.json)" in ended.error
-
-
-def test_verify_as_a_function_returns_what_it_compared(rounds: Path) -> None:
-    for _ in range(2):
-        report = mergekit_imm.verify(rounds / "first", workers=2)
-        assert report.bytes_compared == sum(torch.Size(shape).numel() * 2 for shape in SHAPES.values())
-    with pytest.raises(CheckpointError, match=r"has no imm_recipe\.json"):
-        mergekit_imm.verify(rounds / "base")
-
-
-def test_public_names_stay_what_they_are_when_modules_are_imported() -> None:
-    for path in Path(mergekit_imm.__file__).parent.glob("[a-z]*.py"):
-        importlib.import_module(f"mergekit_imm.{path.stem}")
-    assert [name for name in mergekit_imm.__all__ if inspect.ismodule(getattr(mergekit_imm, name))] == []

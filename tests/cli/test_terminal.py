@@ -1,0 +1,70 @@
+"""`imm-merge` on a terminal, and interrupted."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoints import files_of
+from commands import (
+    SLOW,
+    Ended,
+    on_a_terminal,
+    subprocess_of,
+)
+
+
+# A merge that takes seconds, whatever the machine.
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_ends_a_merge_that_the_same_command_finishes(
+    large: Path, number: signal.Signals, status: int, word: str
+) -> None:
+    inputs = {role: files_of(large / role) for role in ("base", "sft")}
+    out, partial = large / f"out{number}", large / f"out{number}.partial"
+    arguments = ["merge", "base", "sft", "-o", out.name, "--workers", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments], cwd=large, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (partial / "model.safetensors").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(number)
+        ended = Ended(process.wait(60), *process.communicate())
+    assert (ended.status, ended.out) == (status, "")
+    assert ended.err.strip() == f"error: {ended.error}"
+    assert word in ended.error
+    assert "same command goes on" in ended.error
+    assert not out.exists()
+    assert partial.is_dir()
+    assert subprocess_of(*arguments, cwd=large).status == 0
+    assert files_of(out) == files_of(large / "whole")
+    assert not partial.exists()
+    assert {role: files_of(large / role) for role in ("base", "sft")} == inputs
+
+
+def test_a_terminal_shows_a_bar_with_speed_and_time_left(here: Path) -> None:
+    printed = on_a_terminal("merge", "base", "sft", "-o", "out", cwd=here)
+    assert "merging" in printed
+    assert "GB/s" in printed
+    assert "100%" in printed
+    assert len({word for word in printed.split() if word.endswith("%")}) > 3
+    assert max(map(len, printed.replace("\r", "\n").splitlines())) < 120
+
+
+def test_quiet_shows_no_bar_on_a_terminal(here: Path) -> None:
+    assert on_a_terminal("merge", "base", "sft", "-o", "out", "--quiet", cwd=here) == ""
+
+
+def test_a_pipe_shows_no_bar(here: Path) -> None:
+    ended = subprocess_of("merge", "base", "sft", "-o", "out", cwd=here, code=SLOW)
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.count("\n") == 1

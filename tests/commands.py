@@ -1,0 +1,107 @@
+"""The commands as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints import random_state, write_model
+
+SHAPES = {
+    "model.embed_tokens.weight": (32, 8), "model.layers.0.mlp.weight": (8, 8), "model.layers.1.mlp.weight": (8, 8),
+    "model.norm.weight": (8,), "lm_head.weight": (32, 8),
+}  # fmt: skip
+NAMES = list(SHAPES)
+CONFIG = {"architectures": ["Tiny"], "dtype": "bfloat16", "model_type": "tiny", "tie_word_embeddings": False}
+SIDE = {"tokenizer.json": '{"a": 1}\n', "templates/chat.jinja": "{{ x }}", "optimizer.pt": "x"}
+SHARD = "model-00001-of-00002.safetensors"
+
+
+def write_pair(folder: Path) -> Path:
+    """Write base and sft into a folder."""
+    for seed, role in enumerate(("base", "sft")):
+        write_model(folder / role, random_state(SHAPES, seed=seed), config=CONFIG, side=SIDE)
+    return folder
+
+
+SLOW = """
+import time
+from mergekit_imm import cli, kernel
+merge_span = kernel.merge_span
+def slowly(*arguments):
+    time.sleep(0.1)
+    merge_span(*arguments)
+kernel.merge_span = slowly
+cli.main()
+"""
+
+
+@dataclass
+class Ended:
+    """A command that ran."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """Its last line on standard error, which must be an error message."""
+        assert "Traceback" not in self.err
+        last = self.err.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert not last.startswith("error: unexpected")
+        return last.removeprefix("error: ")
+
+
+Command = Callable[..., Ended]
+
+
+def subprocess_of(*arguments: object, code: str | None = None, **options: Any) -> Ended:
+    """Run `python -m mergekit_imm`, or code that stands for it, in a process of its own."""
+    program = ["-m", "mergekit_imm"] if code is None else ["-c", code]
+    ended = subprocess.run(
+        [sys.executable, *program, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+def on_a_terminal(*arguments: object, cwd: Path) -> str:
+    """What a command prints on a terminal."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *map(str, arguments)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=slave
+    ) as process:
+        os.close(slave)
+        printed = b""
+        while True:
+            try:
+                piece = os.read(master, 1 << 16)
+            except OSError:  # the other end is closed
+                break
+            if not piece:
+                break
+            printed += piece
+        assert process.wait(60) == 0
+    os.close(master)
+    return printed.decode()
+
+
+@contextmanager
+def flipped(path: Path, position: int, bit: int = 0) -> Iterator[None]:
+    """Flip one bit of a file for a while."""
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[position] ^= 1 << bit
+    path.write_bytes(changed)
+    try:
+        yield
+    finally:
+        path.write_bytes(content)

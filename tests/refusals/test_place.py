@@ -1,0 +1,229 @@
+"""Outputs that must not be written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import files_of, random_state, write_model
+from mergekit_imm.checkpoint import output
+from mergekit_imm.errors import (
+    OutputError,
+)
+from refused import (
+    CONFIG,
+    MODEL,
+    PARTIAL,
+    SHAPES,
+    SIDE,
+    UP0,
+    Models,
+    everything,
+    interrupt,
+    linked,
+)
+
+
+def test_an_output_that_is_a_file_is_refused(models: Models) -> None:
+    models.out.write_text("mine")
+    models.refused(OutputError, r"output \S+out is a file; an output is a folder", overwrite=True)
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "gone"])
+def test_an_output_that_is_a_link_is_refused(models: Models, target: str) -> None:
+    (models.folder / "elsewhere").mkdir()
+    models.out.symlink_to(models.folder / target)
+    models.refused(OutputError, r"output \S+out is a link; give the folder it points to", overwrite=True)
+
+
+@pytest.mark.parametrize("out", ["..", ".", "", "sub/..", "/"])
+def test_an_output_without_a_name_of_its_own_is_refused(
+    models: Models, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (models.folder / "sub").mkdir()
+    monkeypatch.chdir(models.folder / "sub")
+    models.refused(OutputError, r"output .* has no name of its own; give a folder", out=out, overwrite=True)
+
+
+def test_an_output_that_is_a_mount_point_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    models.out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == models.out)
+    models.refused(OutputError, r"output \S+out is a mount point.*give a folder inside it")
+
+
+@pytest.mark.parametrize("role", ["base", "sft", "start"])
+def test_an_output_that_is_an_input_is_refused(models: Models, role: str) -> None:
+    start = write_model(models.folder / "start", random_state(SHAPES), config=CONFIG)
+    models.refused(
+        OutputError, rf"output \S+{role} is, or contains, {role} .*give another output", out=models.folder / role,
+        start=start, iteration=1, overwrite=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "relative", "input is a link", "input behind a link", "output behind a link", "a file",
+     "its file is a link", "its tokenizer is a link"],
+)  # fmt: skip
+def test_an_input_inside_the_output_is_refused(models: Models, kind: str) -> None:
+    sft, out = linked(models, kind)
+    models.refused(OutputError, r"output \S+out is, or contains, sft .*give another", sft=sft, out=out, overwrite=True)
+
+
+def test_an_input_inside_the_folder_that_the_output_is_built_in_is_refused(models: Models) -> None:
+    (models.folder / PARTIAL).mkdir()
+    sft = models.sft.rename(models.folder / PARTIAL / "sft")
+    models.refused(OutputError, r"out\.partial is, or contains, sft", sft=sft, restart=True)
+
+
+def test_an_importance_file_inside_the_output_survives(models: Models) -> None:
+    models.merge()
+    path = models.out / "importance.json"
+    path.write_text(json.dumps({"model.layers.0": 1.0, "model.layers.1": 2.0}))
+    models.refused(OutputError, r"output \S+out is, or contains, .*importance", importance=path, overwrite=True)
+
+
+def test_an_output_inside_an_input_is_fine_and_not_part_of_it(models: Models) -> None:
+    models.merge()
+    first, second = models.base / "merged", models.sft / "runs-of-mine" / "merged"
+    for out in (first, second, models.base / "again"):
+        models.merge(out=out)
+        assert files_of(out) == files_of(models.out)
+    models.merge(out=first, alpha=0.3, overwrite=True)
+    models.merge(alpha=0.3, overwrite=True)
+    assert files_of(first) == files_of(models.out)
+
+
+def test_an_unfinished_output_inside_an_input_is_not_part_of_it(models: Models) -> None:
+    models.merge(out=models.folder / "before")
+    interrupt(models, out=models.base / "other")
+    (models.base / "other.partial" / "merges.txt").write_text("copied just before the interruption")
+    models.merge()
+    assert files_of(models.out) == files_of(models.folder / "before")
+
+
+def test_what_an_output_inside_an_input_held_is_not_part_of_it(models: Models) -> None:
+    models.merge()
+    inside = models.base / "merged"
+    inside.mkdir()
+    (inside / "vocab.txt").write_text("something else")
+    models.merge(out=inside, overwrite=True)
+    assert files_of(inside) == files_of(models.out)
+
+
+def test_an_output_that_holds_something_is_refused_without_overwrite(models: Models) -> None:
+    models.out.mkdir()
+    assert models.merge(dry_run=True).status == "dry run"
+    (models.out / "notes.txt").write_text("mine")
+    models.refused(OutputError, r"output \S+out is there and not empty; .*--overwrite")
+    assert models.merge(overwrite=True).status == "merged"
+    assert "notes.txt" not in files_of(models.out)
+
+
+def test_an_output_of_another_recipe_is_refused_without_overwrite(models: Models) -> None:
+    models.merge(alpha=0.3)
+    models.refused(OutputError, r"is there and not empty; .*--overwrite")
+    assert models.merge(alpha=0.3).status == "already merged"
+
+
+def test_an_empty_output_is_fine(models: Models) -> None:
+    models.out.mkdir()
+    assert models.merge().status == "merged"
+
+
+def test_an_output_in_the_home_of_nobody_is_refused(models: Models) -> None:
+    models.refused(OutputError, r"output ~nobody\.here/out", out="~nobody.here/out")
+
+
+def test_an_output_below_a_file_is_refused(models: Models) -> None:
+    (models.folder / "file").write_text("mine")
+    models.refused(OutputError, r"file.*Not a directory", out=models.folder / "file" / "out")
+
+
+def test_an_unfinished_merge_of_another_recipe_is_refused(models: Models) -> None:
+    interrupt(models, alpha=0.3)
+    models.refused(
+        OutputError, r"out\.partial is an unfinished merge of another recipe \(parameters\.alpha: 0\.3, now 0\.5\)"
+        r"; finish that one, or --restart to begin anew",
+    )  # fmt: skip
+    models.merge(out=models.folder / "fresh")
+    models.merge(restart=True)
+    assert files_of(models.out) == files_of(models.folder / "fresh")
+    assert not (models.folder / PARTIAL).exists()
+
+
+def test_an_unfinished_merge_of_an_input_that_changed_is_refused(models: Models) -> None:
+    interrupt(models)
+    models.change("sft", {UP0: torch.ones(8, 8, dtype=torch.bfloat16)})
+    models.refused(
+        OutputError,
+        r"unfinished merge of another recipe \(inputs\.sft\.files\.model\.safetensors has changed.*--restart",
+    )
+
+
+def test_a_folder_of_others_in_the_place_of_the_unfinished_merge_is_refused(models: Models) -> None:
+    partial = models.folder / PARTIAL
+    partial.mkdir()
+    (partial / "notes.txt").write_text("mine")
+    models.refused(OutputError, r"out\.partial is there and is not a merge under way; remove it, or --restart")
+    models.merge(restart=True)
+    assert "notes.txt" not in files_of(models.out)
+
+
+def test_a_file_in_the_place_of_the_unfinished_merge_is_refused(models: Models) -> None:
+    (models.folder / PARTIAL).write_text("mine")
+    models.refused(OutputError, r"out\.partial")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_link_in_the_place_of_the_unfinished_merge_is_refused(models: Models, restart: bool) -> None:
+    elsewhere = models.folder / "elsewhere"
+    elsewhere.mkdir()
+    if restart:
+        (elsewhere / "notes.txt").write_text("mine")
+    (models.folder / PARTIAL).symlink_to(elsewhere)
+    models.refused(OutputError, r"out\.partial.* is a link", restart=restart)
+
+
+def test_a_merge_that_was_cut_off_at_its_first_byte_goes_on(models: Models) -> None:
+    partial = models.folder / PARTIAL
+    partial.mkdir()
+    (partial / (output.JOURNAL + ".new")).write_bytes(b'{"form')
+    assert models.merge().status == "merged"
+    assert set(files_of(models.out)) == {
+        MODEL, "config.json", "imm_recipe.json", "imm_report.json", "README.md", *SIDE
+    }  # fmt: skip
+
+
+def test_a_merge_that_another_process_writes_is_refused(models: Models) -> None:
+    interrupt(models)
+    with output.locked(models.folder / PARTIAL):
+        models.refused(OutputError, r"out\.partial is being written by another merge; wait", streaming=True)
+    assert models.merge().status == "merged"
+
+
+def test_too_little_space_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = models.merge(dry_run=True).disk_needed
+    monkeypatch.setattr(output, "free_space", lambda _: needed - 1)
+    models.refused(OutputError, r"output \S+out needs .* and its disk has .* free; free some space or give")
+    monkeypatch.setattr(output, "free_space", lambda _: needed)
+    assert models.merge().status == "merged"
+
+
+def test_a_disk_that_fills_up_is_no_end(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    inputs = everything(models.base) | everything(models.sft)
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "write_all", full)
+        with pytest.raises(OutputError, match=r"\Sout.* cannot be written: No space left.*the same command again"):
+            models.merge()
+    assert not models.out.exists()
+    assert models.merge().status == "merged"
+    assert everything(models.base) | everything(models.sft) == inputs
