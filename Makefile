@@ -17,8 +17,12 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Builds the pages, and runs every command and number on them.
 docs: .venv/ready
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python docs/scripts/help.py --check
+	$(BIN)/python docs/scripts/check_values.py --check
+	$(BIN)/python docs/scripts/run_examples.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

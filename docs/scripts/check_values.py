@@ -1,4 +1,4 @@
-"""Assert the check values of docs/arithmetic.md and write them into it.
+"""Assert the check values of docs/arithmetic.md; write them and the program that gives them into it.
 
     python docs/scripts/check_values.py [--check]
 
@@ -7,6 +7,8 @@ version 1 of the mask, and then with what the library gives.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,4 +109,6 @@ def merge_values() -> str:
 if __name__ == "__main__":
     check_mask()
     many()
-    update("arithmetic.md", {"mask values": mask_values(), "merge values": merge_values()}, __doc__)
+    program = Path(ref.__file__).read_text(encoding="utf-8").split("\n\n", 1)[1]
+    parts = {"program": f"```python\n{program}```", "mask values": mask_values(), "merge values": merge_values()}
+    update("arithmetic.md", parts, __doc__)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .merge import iter_merged, merge_checkpoints
     from .ops import dare, dare_merge, interpolate, keep_mask, task_vector
     from .recipe import MergeReport
-    from .verification import verify
+    from .verification import VerifyReport, verify
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "OutputError": "errors",
     "VerifyError": "errors",
+    "VerifyReport": "verification",
     "dare": "ops",
     "dare_merge": "ops",
     "importance_factors": "importance",
@@ -57,6 +58,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "VerifyError",
+    "VerifyReport",
     "dare",
     "dare_merge",
     "importance_factors",

@@ -80,7 +80,7 @@ class Job:
             kinds=kinds(self.plan),
             config_changes=dict(self.plan.config_changes),
             side_files=side,
-            left_out={role: list(each.left_out) for role, each in self.plan.inputs.items() if each.left_out},
+            left_out={r: list(each.left_out) for r, each in self.plan.inputs.items() if each.left_out and r != "start"},
             notes=self.notes,
         )
 

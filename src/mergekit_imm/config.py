@@ -38,10 +38,18 @@ def says_tied(config: Config | None) -> bool:
     """Whether a config ties the output head to the input embedding; transformers' default is that it does."""
     if config is None:
         return False
+    return next((bool(level["tie_word_embeddings"]) for level in _tie_levels(config)), True)
+
+
+def mentions_tie(config: Config | None) -> bool:
+    """Whether a config says in so many words if the head is tied."""
+    return config is not None and any(True for _ in _tie_levels(config))
+
+
+def _tie_levels(config: Config) -> Iterator[Mapping[str, Any]]:
     for level in (config, config.get("text_config")):
         if isinstance(level, Mapping) and "tie_word_embeddings" in level:
-            return bool(level["tie_word_embeddings"])
-    return True
+            yield level
 
 
 def merged_config(

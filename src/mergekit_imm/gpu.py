@@ -70,7 +70,7 @@ def merge_span(
 
 
 def _block_sums(values: Tensor) -> Tensor:
-    """Sums of squares of each block of 1024, in the order of `kernel._sum`: element-wise additions alone."""
+    """Sums of squares of each block of 1024, in the order of `kernel._sum_squares`: element-wise additions alone."""
     padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK))
     planes = (padded * padded).view(-1, BLOCK // LANES, LANES)
     lanes = planes[:, 0]

@@ -22,6 +22,7 @@ from .recipe import (
     history_of,
     make_recipe,
     parse_size,
+    read_recipe,
     to_json,
 )
 
@@ -72,8 +73,11 @@ def merge_checkpoints(
         max_shard_size: bytes, or "5GB"; if None, the base's own files.
         keep, take, no_drop: regular expressions (re.search on the base's names): tensors to leave as in the
             base, to take from the sft, to merge without dropping.
-        device: "cpu", or "cuda" to compute the same bits there. workers: threads; min(4, CPUs) if None.
-        overwrite: replace an `out` that holds something else. restart: do not resume an unfinished merge.
+        vocab: "strict": vocabularies of different sizes are an error.
+        device: "cpu", or "cuda" to compute the same bits there.
+        workers: threads; min(4, CPUs) if None.
+        overwrite: replace an `out` that holds something else.
+        restart: do not resume an unfinished merge.
         allow_nonfinite: let NaN and infinity in the inputs through.
         copy_code: copy *.py files too.
         dry_run: plan and check everything, write nothing.
@@ -115,7 +119,9 @@ def merge_checkpoints(
     if output.is_whole(target, to_json(recipe), job.sizes):
         return job.report("already merged")
     if output.is_occupied(target) and not overwrite:
-        raise OutputError(f"output {shown(target)} is there and not empty; give another, or --overwrite it")
+        raise OutputError(
+            f"output {shown(target)} is there and {_what_is_there(target, recipe)}; give another, or --overwrite it"
+        )
     if not restart:
         check_unfinished(output.partial_of(target), recipe)
     job.check_space()
@@ -303,6 +309,19 @@ def _recipe(plan: Plan, history: list[dict[str, Any]]) -> dict[str, Any]:
             "files": {name: {"size": file.size, "fingerprint": fingerprint(file)} for name, file in each.files.items()},
         }
     return make_recipe(plan.parameters, inputs, plan.config_changes, history)
+
+
+def _what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
+    from .checkpoint.output import differences
+
+    try:
+        found = read_recipe(out)
+    except CheckpointError:
+        found = None
+    changes = differences(found, recipe) if found else []
+    return (
+        f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})" if changes else "not empty"
+    )
 
 
 def check_device(device: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, MERGED, WHOLE, TensorInfo
-from .config import check_configs, merged_config, says_tied
+from .config import check_configs, mentions_tie, merged_config, says_tied
 from .errors import ArgumentError, CheckpointError, MismatchError, shown
 from .importance import importance_factors
 from .layers import (
@@ -125,7 +125,7 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
     check_configs({role: (each.label, each.config) for role, each in inputs.items()})
     used = {r: c for r, c in inputs.items() if r != "start" or parameters.reference == "start"}
     base, sft = inputs["base"], inputs["sft"]
-    groups, broken = _tied_groups(used, same_bytes)
+    groups, broken, tied = _tied_groups(used, same_bytes)
     _check_names(used, parameters, groups)
     choose = _selection(parameters, base, sft)
     factors = (
@@ -151,7 +151,6 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
     order = {file.name: number for number, file in enumerate(files)}
     items.sort(key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
 
-    tied = None if base.config is None else says_tied(base.config) and not broken
     written_rows = {i.source.shape[0] for i in items if is_input_embedding(i.name) and i.source.shape}
     floats = Counter[str]()
     for item in items:
@@ -195,11 +194,11 @@ class _Group:
     siblings: tuple[str, ...]  # all names of the tie, broken or not
 
 
-def _tied_groups(used: Mapping[str, Checkpoint], same_bytes: SameBytes) -> tuple[dict[str, _Group], str]:
-    """Find the names that the base's config ties: name -> group, and what breaks the tie, if anything does."""
+def _tied_groups(used: Mapping[str, Checkpoint], same_bytes: SameBytes) -> tuple[dict[str, _Group], str, bool | None]:
+    """Find the names that the base's config ties: name -> group, what breaks the tie, and what a config must say."""
     base = used["base"]
     if not says_tied(base.config):
-        return {}, ""
+        return {}, "", None if base.config is None else False
     ends: dict[tuple[int, ...], set[str]] = {}
     for each in used.values():
         for tensor in each.tensors.values():
@@ -209,11 +208,16 @@ def _tied_groups(used: Mapping[str, Checkpoint], same_bytes: SameBytes) -> tuple
     groups: dict[str, _Group] = {}
     broken = ""
     for found in ends.values():
-        names = sorted(found)
-        if not all(any(name in each.tensors for name in names) for each in used.values()):
+        embeddings = {name for name in found if is_input_embedding(name)}
+        # A head belongs to an embedding of its own sub-model: that of `expert.lm_head` is below `expert.`
+        heads = {n for n in found - embeddings if any(e.startswith(n[: n.rfind(".", 0, -7) + 1]) for e in embeddings)}
+        names = sorted(embeddings | heads)
+        if not names or not all(any(name in each.tensors for name in names) for each in used.values()):
             continue  # a name is missing altogether: an error, but not about ties
         classes = _equal_classes(base, [name for name in names if name in base.tensors], same_bytes)
         if len(classes) > 1 and any(all(map(is_output_head, each)) for each in classes):
+            if not mentions_tie(base.config):
+                return {}, "", None  # what its config does not say, its tensors do: they are not tied
             broken = _breaks(base, classes[0][0], classes[1][0], "its config ties them")
             groups |= {name: _Group((name,), name, (name,), tuple(names)) for name in names}
             continue
@@ -230,7 +234,7 @@ def _tied_groups(used: Mapping[str, Checkpoint], same_bytes: SameBytes) -> tuple
                 one, other = split[breaker][0][0], split[breaker][1][0]
                 broken = broken or _breaks(used[breaker], one, other, "the base ties them")
                 groups |= {name: _Group((name,), name, (name,), tuple(members)) for name in members}
-    return groups, broken
+    return groups, broken, not broken
 
 
 def _equal_classes(each: Checkpoint, names: list[str], same_bytes: SameBytes) -> list[list[str]]:

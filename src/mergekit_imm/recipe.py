@@ -150,9 +150,10 @@ class MergeReport:
     """What `merge_checkpoints` did, and what `imm-merge --json` prints.
 
     status: "merged", "already merged" or "dry run". Counts of tensors by what happened to them: `merged`,
-    `kept` (base's), `taken` (sft's), `copied` (integer and bool). Bytes are those of the streaming phase:
-    tensors read, and written. `disk_needed` and `disk_free` are bytes at the output when planning. `seconds`:
-    plan, stream (plan to last sync), total. `notes`: what is worth knowing and not an error.
+    `kept` (base's), `taken` (sft's), `copied` (integer and bool). Bytes are those of the streaming phase of this
+    run, tensors read and files written; where nothing was merged, those that were planned. `disk_needed` and
+    `disk_free` are bytes at the output when planning, `memory` an estimate of the peak. `seconds`: plan, total, and,
+    of a merge, stream (plan to last sync). `notes`: what is worth knowing and not an error.
     """
 
     status: str

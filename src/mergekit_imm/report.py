@@ -47,7 +47,9 @@ def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
         },
         "tensors": tensors,
         # Of a hub id it depends on what else is in the cache; the report must not.
-        "left_out": {role: list(each.left_out) for role, each in plan.inputs.items() if not each.repo},
+        "left_out": {
+            role: list(each.left_out) for role, each in plan.inputs.items() if not each.repo and role != "start"
+        },
     }
 
 

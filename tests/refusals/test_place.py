@@ -127,7 +127,7 @@ def test_an_output_that_holds_something_is_refused_without_overwrite(models: Mod
 
 def test_an_output_of_another_recipe_is_refused_without_overwrite(models: Models) -> None:
     models.merge(alpha=0.3)
-    models.refused(OutputError, r"is there and not empty; .*--overwrite")
+    models.refused(OutputError, r"is there and holds another merge \(parameters\.alpha: .*--overwrite")
     assert models.merge(alpha=0.3).status == "already merged"
 
 

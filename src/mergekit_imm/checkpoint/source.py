@@ -84,6 +84,7 @@ def open_checkpoint(
     inside the folder, is not part of the model. Raises CheckpointError, one line that names the cure.
     """
     text = str(ref)
+    text = text.rstrip("/") or text  # a shell's completion adds one; it is no other model
     if not text:
         raise CheckpointError(f"{role} is empty; give a folder, a .safetensors file or a hub id org/name[@revision]")
     try:
@@ -259,24 +260,23 @@ def _left_out(
     everything: list[str], files: Mapping[str, TensorFile], side: Mapping[str, Path | None]
 ) -> tuple[str, ...]:
     used = {*files, *side, INDEX}
-    return tuple(n for n in everything if n not in used and not any(p.startswith(".") for p in n.split("/")))
+    return tuple(name for name in everything if name not in used)
 
 
 def _walk(folder: Path, out: Path | None, prefix: str = "") -> list[str]:
     """Paths of all files below a folder, relative, with forward slashes.
 
-    Not entered: hidden folders, other merges and `out` itself; and linked folders, which are listed with a
-    slash at the end.
+    Not entered: other merges and `out` itself; and hidden and linked folders, which are listed with a slash at the
+    end.
     """
     found = []
     for entry in folder.iterdir():
         if not entry.is_dir():
             found.append(prefix + entry.name)
-        elif entry.is_symlink():
+        elif entry.is_symlink() or entry.name.startswith("."):
             found.append(f"{prefix}{entry.name}/")
         elif not (
-            entry.name.startswith(".")
-            or entry.name.endswith(".partial")
+            entry.name.endswith(".partial")
             or (entry / "imm_recipe.json").exists()
             or (out is not None and out.exists() and entry.samefile(out))
         ):

@@ -1,0 +1,1 @@
+"""Merges of real models, small ones built with transformers, loaded back with transformers."""
