@@ -50,7 +50,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=".", prefix="benchmark-") as folder:
         root = Path(folder)
-        # A process of its own: a child starts with the peak memory of the one it was forked from.
+        # A process of its own: a child starts with the peak memory of the one it was forked from, so this one
+        # stays small.
         maker = Path(__file__).with_name("pair.py")
         subprocess.run([sys.executable, maker, arguments.size, root], check=True, stdout=subprocess.DEVNULL)
         base, sft = root / "base", root / "sft"

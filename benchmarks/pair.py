@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
+if TYPE_CHECKING:  # imported where it is used: who measures memory must not have it loaded
+    import torch
 
 # hidden, intermediate, layers, width of k and v, vocabulary, tied head
 SIZES = {
@@ -47,6 +49,8 @@ def shapes(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def make_pair(size: str, folder: Path) -> tuple[Path, Path]:
     """Write base and sft below a folder, and return both."""
+    import torch
+
     hidden, inner, layers, kv, vocab, tied = SIZES[size]
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden,
@@ -65,7 +69,7 @@ def make_pair(size: str, folder: Path) -> tuple[Path, Path]:
     weight_map: list[list[str]] = []
     filled, at = 0, 0
     for name, shape in shapes(size):
-        count = torch.Size(shape).numel()
+        count = prod(shape)
         at = (at + 7919) % (1 << 20)
         source = noise[at:].repeat(count // (len(noise) - at) + 1)[:count]
         moved = source + step[at:].repeat(count // (len(step) - at) + 1)[:count]
@@ -82,6 +86,8 @@ def make_pair(size: str, folder: Path) -> tuple[Path, Path]:
 def _write(
     shard: dict[str, tuple[torch.Tensor, torch.Tensor]], paths: tuple[Path, Path], weight_map: list[list[str]]
 ) -> None:
+    from safetensors.torch import save_file
+
     for side, path in enumerate(paths):
         tensors = {name: pair[side].contiguous() for name, pair in shard.items()}
         save_file(tensors, path / f"part-{len(weight_map)}.safetensors", metadata={"format": "pt"})

@@ -25,7 +25,7 @@ from .report import actions, kinds, model_card, statistics
 Records = npt.NDArray[np.float64]  # one row for each segment of a plan
 
 SYNC_BYTES, SYNC_SECONDS = 512 << 20, 5.0
-INTERPRETER = 205 << 20  # measured on 1.5 B parameters: Python, numpy, numba, the compiled kernel
+INTERPRETER = 150 << 20  # measured on 1.5 B parameters: Python, numpy, numba, the compiled kernel
 PER_TENSOR = 1024
 
 
