@@ -25,7 +25,7 @@ from .mask import BLOCK, Arithmetic, arithmetic
 from .plan import Item, Plan, Segment
 
 BUFFERS = 64 << 20  # of all workers together
-BUFFER = 8 << 20  # of one: larger ones are no faster
+BUFFER = 8 << 20  # of one: a segment of two 16-bit inputs and its output fits
 
 Record = npt.NDArray[np.float64]  # delta, base and change squared and summed; largest change; kept
 Sink = Callable[[TensorInfo, int, memoryview], None]  # where, first byte within the tensor, bytes
