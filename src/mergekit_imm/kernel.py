@@ -1,10 +1,10 @@
 """The merge formula on raw bytes, compiled by numba: what a streaming worker runs, with the GIL released.
 
 It works on blocks of 1024 elements, in tiles that stay in the L1 cache, in steps that are functions of their own:
-random numbers (`_fill`), decoding (one per dtype), the arithmetic (`_merge`), encoding (one per dtype), sums
-(`_measure`). Each is a run of straight loops over contiguous arrays, so every one vectorises; as one big loop
-they take twice as long, because the random numbers alone need all the registers. Adding a dtype is adding its
-two functions.
+random numbers (`_fill`), decoding (one per dtype), the arithmetic (`_tune`, `_interpolate`), encoding (one per
+dtype), sums (`_measure`). Each is a run of straight loops over contiguous arrays that do not overlap, so that every
+one vectorises; the random numbers alone would take all the registers of a loop that did everything. Adding a dtype is
+adding its two functions.
 
 No operation is contracted or reassociated (numba's default), so the bits are those of `flat.merge_flat`.
 

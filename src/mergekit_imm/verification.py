@@ -5,7 +5,8 @@ from __future__ import annotations
 import filecmp
 import os
 import random
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,20 +155,17 @@ def _reopen(
     return replace(found, ref=entry["path"], repo=entry.get("repo"), commit=entry.get("commit"))
 
 
-class _opened:  # noqa: N801
-    """A read-only file descriptor as a context."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise VerifyError(f"{shown(path)} cannot be read: {error.strerror}; merge again") from error
-
-    def __enter__(self) -> int:
-        return self._descriptor
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Open a file for reading, as a descriptor."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise VerifyError(f"{shown(path)} cannot be read: {error.strerror}; merge again") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _compare_head(descriptor: int, head: bytes, size: int, path: Path) -> None:
