@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint import output
-from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, open_tensorfile
+from .checkpoint.tensorfile import TensorInfo, open_tensorfile
 from .errors import MismatchError, NonFiniteError, OutputError, bytes_text, shown
 from .execute import BUFFER, BUFFERS, Merge, Progress, run
-from .plan import Plan, Segment, segments
+from .plan import Plan, segments
 from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, MergeReport, to_json
 from .report import actions, kinds, model_card, statistics
 
@@ -227,13 +227,7 @@ def _stream(job: Job, partial: Path, recipe: bytes, merge: Merge, progress: Prog
 def _bytes_done(plan: Plan, finished: npt.NDArray[np.bool_]) -> int:
     if not finished.any():
         return 0
-    return sum(_written_by(plan, segment) for segment in segments(plan) if finished[segment.index])
-
-
-def _written_by(plan: Plan, segment: Segment) -> int:
-    item = plan.items[segment.item]
-    width = 1 if item.raw else DTYPE_BITS[item.outs[0].dtype] // 8
-    return segment.count * width * len(item.outs)
+    return sum(plan.items[s.item].bytes_written(s.count) for s in segments(plan) if finished[s.index])
 
 
 def _size(path: Path) -> int:

@@ -160,6 +160,8 @@ def _run(command: click.Command, arguments: list[str] | None = None) -> NoReturn
     signal.signal(signal.SIGTERM, stop)
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    merging = command is merge_command
+    kept = "; what was written is kept, and the same command goes on where it stopped" if merging else ""
     try:
         status = command.main(arguments, prog_name=command.name, standalone_mode=False)
         sys.stdout.flush()
@@ -172,9 +174,9 @@ def _run(command: click.Command, arguments: list[str] | None = None) -> NoReturn
             raise
         _fail(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; what was written is kept, and the same command goes on where it stopped", 130)
+        _fail(f"interrupted{kept}", 130)
     except _Stopped:
-        _fail("terminated; what was written is kept, and the same command goes on where it stopped", 143)
+        _fail(f"terminated{kept}", 143)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

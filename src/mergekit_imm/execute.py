@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint.source import Checkpoint
-from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, read_into
+from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, open_to_read, read_into
 from .errors import ArgumentError, MismatchError, NonFiniteError, shown
 from .layers import ready_option
 from .mask import BLOCK, Arithmetic, arithmetic
@@ -33,7 +34,6 @@ Progress = Callable[[int, int], None]  # bytes of the output done, and of all
 Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
 
 SUMS = 3  # fields of a record that are sums; all finite exactly when everything in it is
-EMPTY_RECORD = (0.0,) * 5
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class _Files:
         path = self._inputs[role].path(tensor)
         with self._lock:
             if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self._open[path] = open_to_read(path)
             descriptor = self._open[path]
         read_into(descriptor, memoryview(buffer), tensor.begin + first, path)  # type: ignore[arg-type]
 
@@ -169,8 +169,7 @@ def _process(
     else:
         _merge(plan, item, segment, buffer, files, sink, merge, record)
         read = sum(segment.count * DTYPE_BITS[side.dtype] // 8 for side in item.sides.values())
-    written = segment.count if item.raw else segment.count * DTYPE_BITS[item.outs[0].dtype] // 8
-    return Done(segment, record, read, written * len(item.outs))
+    return Done(segment, record, read, item.bytes_written(segment.count))
 
 
 def _merge(
@@ -287,8 +286,11 @@ def same_bytes(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bo
     """Compare two tensors of a checkpoint on disk; stops at the first difference."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    files = [os.open(checkpoint.path(tensor), os.O_RDONLY) for tensor in (one, other)]
-    try:
+    with ExitStack() as stack:
+        files = []
+        for tensor in (one, other):
+            files.append(open_to_read(checkpoint.path(tensor)))
+            stack.callback(os.close, files[-1])
         for first in range(0, one.nbytes, BUFFER // 2):
             count = min(BUFFER // 2, one.nbytes - first)
             contents = []
@@ -299,6 +301,3 @@ def same_bytes(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bo
             if contents[0] != contents[1]:
                 return False
         return True
-    finally:
-        for descriptor in files:
-            os.close(descriptor)

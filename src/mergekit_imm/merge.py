@@ -175,11 +175,16 @@ def iter_merged(
         "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     }  # fmt: skip
 
+    for item in plan.items:
+        if item.outs[0].dtype not in dtypes:
+            raise CheckpointError(
+                f"tensor '{shown(item.name)}' is {item.outs[0].dtype}, which cannot be given as a torch tensor;"
+                " merge into a folder instead"
+            )
+
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for item in plan.items:
             out = item.outs[0]
-            if out.dtype not in dtypes:
-                raise CheckpointError(f"tensor '{shown(out.name)}' is {out.dtype}, which has no torch dtype here")
             content = bytearray(out.nbytes)
             view = memoryview(content)
 

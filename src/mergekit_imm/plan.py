@@ -65,6 +65,11 @@ class Item:
         """How many segments it is cut into."""
         return -(-self.source.nbytes // COPIED) if self.raw else -(-self.source.count // RECORD)
 
+    def bytes_written(self, count: int) -> int:
+        """Bytes that a segment of `count` writes, under all names."""
+        width = 1 if self.raw else DTYPE_BITS[self.outs[0].dtype] // 8
+        return count * width * len(self.outs)
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:

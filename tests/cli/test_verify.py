@@ -167,7 +167,7 @@ def test_a_side_file_of_an_input_that_changed_is_named(here: Path, merge: Comman
     (here / "sft" / "tokenizer.json").write_text("{}")
     ended = check("out")
     assert ended.status == 1
-    assert "out/tokenizer.json differs from that of the sft (sft/tokenizer.json)" in ended.error
+    assert "out/tokenizer.json differs from the sft's, sft/tokenizer.json; merge again" in ended.error
 
 
 def test_verify_as_a_function_returns_what_it_compared(rounds: Path) -> None:

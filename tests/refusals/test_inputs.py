@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from checkpoints import random_state, write_model
+from mergekit_imm import build, iter_merged
 from mergekit_imm.errors import (
     CheckpointError,
     MergeError,
@@ -280,3 +281,23 @@ def test_links_to_files_elsewhere_are_followed(models: Models) -> None:
     (models.sft / MODEL).symlink_to("../blobs/weights")
     assert models.merge().status == "merged"
     assert not any(path.is_symlink() for path in models.out.rglob("*"))
+
+
+def test_a_file_that_vanishes_before_it_is_read_is_blamed_on_the_input(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanish(*arguments: Any, **options: Any) -> Any:
+        (models.sft / MODEL).unlink()
+        return run(*arguments, **options)
+
+    run = build.run
+    monkeypatch.setattr(build, "run", vanish)
+    with pytest.raises(CheckpointError, match=r"sft/model\.safetensors cannot be read: No such file.*run the same"):
+        models.merge()
+
+
+def test_a_stream_refuses_a_dtype_torch_lacks_before_its_first_tensor(models: Models) -> None:
+    for role in ("base", "sft"):
+        write_zeros(getattr(models, role) / MODEL, {"a": ("BF16", [4]), "b": ("F4", [4])})
+    with pytest.raises(CheckpointError, match=r"tensor 'b' is F4.*merge into a folder instead"):
+        iter_merged(models.base, models.sft, keep=["^b$"])

@@ -154,6 +154,16 @@ def build_header(
     return head, [len(head) + begin for begin in begins], len(head) + end
 
 
+def open_to_read(path: Path) -> int:
+    """Return a descriptor of an input file. Raises CheckpointError if it cannot be opened."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(
+            f"{shown(path)} cannot be read: {error.strerror}; make it readable and run the same command again"
+        ) from error
+
+
 def read_into(descriptor: int, buffer: memoryview, offset: int, where: object) -> None:
     """Fill a buffer from a file's bytes at offset. Raises CheckpointError if the file ends or fails."""
     done = 0
