@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from checkpoints import random_state, write_model
-from mergekit_imm import build, iter_merged
+from mergekit_imm import iter_merged
 from mergekit_imm.errors import (
     CheckpointError,
     MergeError,
     MismatchError,
 )
+from mergekit_imm.execute import run
 from refused import (
     CONFIG,
     HEAD,
@@ -290,8 +291,7 @@ def test_a_file_that_vanishes_before_it_is_read_is_blamed_on_the_input(
         (models.sft / MODEL).unlink()
         return run(*arguments, **options)
 
-    run = build.run
-    monkeypatch.setattr(build, "run", vanish)
+    monkeypatch.setattr("mergekit_imm.build.run", vanish)
     with pytest.raises(CheckpointError, match=r"sft/model\.safetensors cannot be read: No such file.*run the same"):
         models.merge()
 
