@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .errors import MergeError, bytes_text
+from .errors import ArgumentError, MergeError, bytes_text
 
 if TYPE_CHECKING:
     from .recipe import MergeReport
@@ -26,7 +26,21 @@ Examples:
   imm-merge base/ sft/ --alpha 0.5 --drop 0.2 -o merged/
   imm-merge base/ sft2/ --start merged/ -o merged2/        the next round
   imm-merge org/base@main sft/ --dry-run -o merged/        what would happen
+  imm-merge base/ sft/ --alpha 0.3,0.5,0.7 -o 'merged-{alpha}'     three merges, one reading
 """
+
+
+class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.2 only
+    """Values separated by commas, kept as they were typed: outputs are named by them."""
+
+    def __init__(self, each: click.ParamType[Any]) -> None:
+        self.each, self.name = each, each.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        typed = [part.strip() for part in str(value).split(",")]
+        for part in typed:
+            self.each.convert(part, param, ctx)
+        return typed
 
 
 @click.command("imm-merge", context_settings=_CONTEXT, epilog=merge_epilog)
@@ -34,12 +48,18 @@ Examples:
 @click.argument("sft")
 @click.option("-o", "--out", required=True, metavar="OUT", help="Folder to make; it appears only when it is whole.")
 @click.option("--start", metavar="DIR", help="Model the fine-tuning started from.  [default: BASE]")
-@click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Weight of BASE.")
 @click.option(
-    "--drop", type=click.FloatRange(0, 1, max_open=True), default=0.2, show_default=True,
-    help="Share of the delta's elements that DARE drops.",
+    "--alpha", type=_Several(click.FloatRange(0, 1)), default="0.5", show_default=True, metavar="A[,A...]",
+    help="Weight of BASE. Several values, of this and the next two: a sweep; OUT names them.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Fixes the mask, with --iteration.")
+@click.option(
+    "--drop", type=_Several(click.FloatRange(0, 1, max_open=True)), default="0.2", show_default=True,
+    metavar="P[,P...]", help="Share of the delta's elements that DARE drops.",
+)  # fmt: skip
+@click.option(
+    "--seed", type=_Several(click.INT), default="0", show_default=True, metavar="N[,N...]",
+    help="Fixes the mask, with --iteration.",
+)  # fmt: skip
 @click.option(
     "--iteration", type=click.IntRange(0), metavar="N",
     help="Round, from 0.  [default: one more than in START's recipe; 0 without]",
@@ -62,7 +82,7 @@ Examples:
 @click.option("--take", metavar="REGEX", multiple=True, help="Tensors to take from SFT; repeatable.")
 @click.option("--no-drop", metavar="REGEX", multiple=True, help="Tensors to merge without dropping; repeatable.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute; same bits.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, CPUs)]")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, 2 x CPUs)]")
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity in the inputs through.")
 @click.option("--copy-code", is_flag=True, help="Copy *.py files of the model too.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would happen, write nothing.")
@@ -83,21 +103,29 @@ def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **o
     merge goes on where it stopped when the same command is run again.
     """
     from .merge import merge_checkpoints
+    from .sweep import SWEPT, points
 
     if options["dtype"] == "base":
         options["dtype"] = None
     dry_run = options["dry_run"]
+    try:
+        several = len(points(out, {name: options[name] for name in SWEPT})) > 1
+    except ArgumentError as error:
+        raise click.UsageError(str(error)) from error
     with _progress("merging", shown=not (quiet or dry_run)) as progress:
-        report = merge_checkpoints(base, sft, out, progress=progress, **options)
+        reports = merge_checkpoints(base, sft, out, progress=progress, **options)
     if not quiet:
-        for note in report.notes:
+        for note in dict.fromkeys(note for report in reports for note in report.notes):
             click.echo(note, err=True)
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
-    elif dry_run:
-        click.echo(_planned(report, base, sft, options["start"]))
-    elif not quiet:
-        click.echo(_finished(report))
+        content = [report.to_dict() for report in reports]
+        click.echo(json.dumps(content if several else content[0], indent=2, ensure_ascii=False))
+        return
+    for report in reports:
+        if dry_run:
+            click.echo(_planned(report, base, sft, options["start"]))
+        elif not quiet:
+            click.echo(_finished(report))
 
 
 @click.command("imm-verify", context_settings=_CONTEXT)
@@ -110,7 +138,7 @@ def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **o
     help="Share of the tensors' bytes to recompute.",
 )  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute; same bits.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, CPUs)]")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, 2 x CPUs)]")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")

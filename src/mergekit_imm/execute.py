@@ -1,7 +1,8 @@
-"""Run a plan: workers take segments from end to end, read, merge, write; order does not matter to the bytes.
+"""Run plans: workers take segments from end to end, read, merge, write; order does not matter to the bytes.
 
 Memory is (workers x buffer), whatever the model: a worker reads a piece of a segment into its own buffer,
-merges it with the GIL released, and hands the bytes on.
+merges it with the GIL released, and hands the bytes on. Several plans of the same inputs (a sweep) are run together:
+what is read is merged once for each.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +19,23 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .checkpoint.disk import PAGE, place
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, open_to_read, read_into
 from .errors import ArgumentError, MismatchError, NonFiniteError, shown
 from .layers import ready_option
 from .mask import BLOCK, Arithmetic, arithmetic
 from .plan import Item, Plan, Segment
+from .sums import RECORD, Record, is_finite, new_tally, to_record
 
 BUFFERS = 64 << 20  # of all workers together
-BUFFER = 8 << 20  # of one: a segment of two 16-bit inputs and its output fits
+BUFFER = (8 << 20) + (4 * PAGE)  # of one: a segment of three 16-bit inputs and its output fits
 
-Record = npt.NDArray[np.float64]  # delta, base and change squared and summed; largest change; kept
-Sink = Callable[[TensorInfo, int, memoryview], None]  # where, first byte within the tensor, bytes
+Raw = npt.NDArray[np.uint8]
+Sink = Callable[[int, TensorInfo, int, memoryview], None]  # number of the plan, where, first byte of the tensor, bytes
 Progress = Callable[[int, int], None]  # bytes of the output done, and of all
 Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
-
-SUMS = 3  # fields of a record that are sums; all finite exactly when everything in it is
+Task = tuple[Segment, Sequence[int]]  # a segment, and the numbers of the plans that lack it
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,13 @@ class Done:
     """A segment whose bytes have been handed to the sink."""
 
     segment: Segment
-    record: Record
+    records: Mapping[int, Record]  # number of the plan -> what was measured
     bytes_read: int
-    bytes_written: int
+    bytes_written: int  # of each plan
 
 
 def default_workers() -> int:
-    """Return min(4, CPUs this process may use): those of its affinity mask and its cgroup."""
+    """Return min(4, 2 x CPUs this process may use): one computes while another waits for the disk."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -55,7 +57,7 @@ def default_workers() -> int:
             cpus = min(cpus, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):
         pass
-    return max(1, min(4, cpus))
+    return max(1, min(4, 2 * cpus))
 
 
 def check_workers(workers: int | None) -> int:
@@ -79,32 +81,34 @@ def pick_merge(device: str) -> Merge:
 
 
 def run(
-    plan: Plan, todo: Iterable[Segment], sink: Sink, *, workers: int, merge: Merge
+    plans: Sequence[Plan], todo: Iterable[Task], sink: Sink, *, workers: int, merge: Merge
 ) -> Generator[Done | None, None, None]:
-    """Run segments of a plan on threads, and yield each as it is finished; None when nothing was for a while.
+    """Run segments of plans on threads, and yield each as it is finished; None when nothing was for a while.
 
-    Segments are taken in order. The first failure in that order is raised, once the segments that were under way
-    have come to their end: the same failure whatever the number of workers. Closing the iterator stops the workers.
+    The plans are of the same inputs and lay out the same files; their numbers differ. Segments are taken in order. The
+    first failure in that order is raised, once the segments that were under way have come to their end: the same
+    failure whatever the number of workers. Closing the iterator stops the workers.
     """
     source = iter(todo)
     turn = threading.Lock()
     stop = threading.Event()
     results: queue.SimpleQueue[Done | tuple[int, BaseException] | None] = queue.SimpleQueue()
-    with _Files(plan) as files:
+    with _Files(plans[0]) as files:
 
         def work() -> None:
             buffer = np.empty(min(BUFFER, BUFFERS // workers), np.uint8)
-            segment = None
+            index = -1
             try:
                 while not stop.is_set():
                     with turn:
-                        segment = next(source, None)
-                    if segment is None:
+                        task = next(source, None)
+                    if task is None:
                         break
-                    results.put(_process(plan, segment, buffer, files, sink, merge))
+                    index = task[0].index
+                    results.put(_process(plans, task, buffer, files, sink, merge))
             except BaseException as error:
                 stop.set()
-                results.put((segment.index if segment else -1, error))
+                results.put((index, error))
             results.put(None)
 
         threads = [threading.Thread(target=work, name=f"merge-{i}", daemon=True) for i in range(workers)]
@@ -148,7 +152,7 @@ class _Files:
         for descriptor in self._open.values():
             os.close(descriptor)
 
-    def read(self, role: str, tensor: TensorInfo, first: int, buffer: npt.NDArray[np.uint8]) -> None:
+    def read(self, role: str, tensor: TensorInfo, first: int, buffer: Raw) -> None:
         """Fill a buffer from byte `first` of a tensor."""
         path = self._inputs[role].path(tensor)
         with self._lock:
@@ -158,71 +162,71 @@ class _Files:
         read_into(descriptor, memoryview(buffer), tensor.begin + first, path)  # type: ignore[arg-type]
 
 
-def _process(
-    plan: Plan, segment: Segment, buffer: npt.NDArray[np.uint8], files: _Files, sink: Sink, merge: Merge
-) -> Done:
-    item = plan.items[segment.item]
-    record = np.zeros(5)
+def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: _Files, sink: Sink, merge: Merge) -> Done:
+    segment, wanted = task
+    item = plans[0].items[segment.item]
     if item.raw:
-        _copy(plan, item, segment, buffer, files, sink)
+        _copy(plans[0], item, task, buffer, files, sink)
+        records = {number: np.zeros(RECORD) for number in wanted}
         read = segment.count * len(item.sides)
     else:
-        _merge(plan, item, segment, buffer, files, sink, merge, record)
+        records = _merge(plans, task, buffer, files, sink, merge)
         read = sum(segment.count * DTYPE_BITS[side.dtype] // 8 for side in item.sides.values())
-    return Done(segment, record, read, item.bytes_written(segment.count))
+    return Done(segment, records, read, item.bytes_written(segment.count))
 
 
 def _merge(
-    plan: Plan,
-    item: Item,
-    segment: Segment,
-    buffer: npt.NDArray[np.uint8],
-    files: _Files,
-    sink: Sink,
-    merge: Merge,
-    record: Record,
-) -> None:
-    numbers, sides = item.numbers, dict(item.sides)
-    if item.action != "merge":  # kept or taken, in another dtype
-        numbers, sides = _CONVERT, {"base": item.source}
-    roles = {"base": next(iter(item.sides))} if item.action != "merge" else {role: role for role in sides}
-    out_dtype = item.outs[0].dtype
+    plans: Sequence[Plan], task: Task, buffer: Raw, files: _Files, sink: Sink, merge: Merge
+) -> dict[int, Record]:
+    segment, wanted = task
+    item = plans[0].items[segment.item]
+    converted = item.action != "merge"  # kept or taken, in another dtype
+    sides = {"base": item.source} if converted else dict(item.sides)
+    roles = {"base": next(iter(item.sides))} if converted else {role: role for role in sides}
+    out_dtype, out_begin = item.outs[0].dtype, item.outs[0].begin
     widths = {role: DTYPE_BITS[side.dtype] // 8 for role, side in sides.items()}
     out_width = DTYPE_BITS[out_dtype] // 8
-    step = max(1, len(buffer) // (sum(widths.values()) + out_width) // BLOCK) * BLOCK
+    step = max(1, (len(buffer) - PAGE) // (sum(widths.values()) + out_width) // BLOCK) * BLOCK
+    tallies = {number: new_tally() for number in wanted}
     for first in range(segment.first, segment.first + segment.count, step):
         count = min(step, segment.first + segment.count - first)
-        raws: dict[str, tuple[npt.NDArray[np.uint8], str]] = {}
+        raws: dict[str, tuple[Raw, str]] = {}
         at = 0
         for role, side in sides.items():
             raw = buffer[at : at + count * widths[role]]
             files.read(roles[role], side, first * widths[role], raw)
             raws[role] = (raw, side.dtype)
             at += step * widths[role]
+        at = place(buffer, at, out_begin + first * out_width)
         out = buffer[at : at + count * out_width]
         base = raws["base"]
-        merge(
-            base, raws.get("start", base), raws.get("sft", base), (out, out_dtype),
-            count, first, item.key, numbers, record,
-        )  # fmt: skip
-        if not np.isfinite(record[:SUMS]).all():
-            _look_closer(plan, item, raws, (out, out_dtype), first, files)
-        for target in item.outs:
-            sink(target, first * out_width, memoryview(out))  # type: ignore[arg-type]
+        for number, tally in tallies.items():
+            each = plans[number].items[segment.item]
+            merge(
+                base, raws.get("start", base), raws.get("sft", base), (out, out_dtype),
+                count, first, each.key, _CONVERT if converted else each.numbers, tally,
+            )  # fmt: skip
+            if not is_finite(tally):
+                _look_closer(plans[number], each, raws, (out, out_dtype), first, files)
+            for target in each.outs:
+                sink(number, target, first * out_width, memoryview(out))  # type: ignore[arg-type]
+    return {number: to_record(tally) for number, tally in tallies.items()}
 
 
 _CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)
 
 
-def _copy(plan: Plan, item: Item, segment: Segment, buffer: npt.NDArray[np.uint8], files: _Files, sink: Sink) -> None:
-    step = len(buffer) // 2
+def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: _Files, sink: Sink) -> None:
+    segment, wanted = task
+    step = (len(buffer) - PAGE) // 2
     for first in range(segment.first, segment.first + segment.count, step):
         count = min(step, segment.first + segment.count - first)
         (role, source), *others = item.sides.items()
-        content = buffer[:count]
+        at = place(buffer, 0, item.outs[0].begin + first)
+        content = buffer[at : at + count]
         files.read(role, source, first, content)
         for other, side in others:
-            mirror = buffer[step : step + count]
+            mirror = buffer[step + PAGE : step + PAGE + count]
             files.read(other, side, first, mirror)
             if not np.array_equal(content, mirror):
                 width = DTYPE_BITS[side.dtype] // 8
@@ -232,22 +236,23 @@ def _copy(plan: Plan, item: Item, segment: Segment, buffer: npt.NDArray[np.uint8
                     f" between {plan.inputs[role].label} and {plan.inputs[other].label};"
                     f" choose one with {ready_option('--keep', item.name)} or {ready_option('--take', item.name)}"
                 )
-        for target in item.outs:
-            sink(target, first, memoryview(content))  # type: ignore[arg-type]
+        for number in wanted:
+            for target in item.outs:
+                sink(number, target, first, memoryview(content))  # type: ignore[arg-type]
 
 
 def _look_closer(
     plan: Plan,
     item: Item,
-    raws: dict[str, tuple[npt.NDArray[np.uint8], str]],
-    out: tuple[npt.NDArray[np.uint8], str],
+    raws: dict[str, tuple[Raw, str]],
+    out: tuple[Raw, str],
     first: int,
     files: _Files,
 ) -> None:
     """Find out whether a sum that is not finite means that the merge must stop; raise if it does."""
-    from .kernel import is_finite
+    from .kernel import finite_elements
 
-    finite = {role: is_finite(*raw) for role, raw in raws.items()}
+    finite = {role: finite_elements(*raw) for role, raw in raws.items()}
     bad_inputs = [role for role, good in finite.items() if not good.all()]
     if bad_inputs and item.action == "merge" and not plan.parameters.allow_nonfinite:
         role = bad_inputs[0]
@@ -258,7 +263,7 @@ def _look_closer(
             f" {item.source.count} elements, the first at index {element}; train or save it again, let them through"
             f" with --allow-nonfinite, or use the {other}'s with {ready_option(option, item.name)}"
         )
-    overflown = ~is_finite(*out) & np.logical_and.reduce(list(finite.values()))
+    overflown = ~finite_elements(*out) & np.logical_and.reduce(list(finite.values()))
     if overflown.any():
         wider = {"F16": "--dtype bfloat16", "BF16": "--dtype float32"}.get(out[1], ready_option("--keep", item.name))
         raise NonFiniteError(
@@ -268,14 +273,14 @@ def _look_closer(
 
 
 def _count_nonfinite(tensor: TensorInfo, role: str, files: _Files) -> tuple[int, int]:
-    from .kernel import is_finite
+    from .kernel import finite_elements
 
     width = DTYPE_BITS[tensor.dtype] // 8
     bad, element = 0, -1
     for first in range(0, tensor.count, 1 << 18):
         buffer = np.empty(min(1 << 18, tensor.count - first) * width, np.uint8)
         files.read(role, tensor, first * width, buffer)
-        found = np.flatnonzero(~is_finite(buffer, tensor.dtype))
+        found = np.flatnonzero(~finite_elements(buffer, tensor.dtype))
         if len(found):
             element = first + int(found[0]) if element < 0 else element
             bad += len(found)

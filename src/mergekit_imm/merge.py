@@ -7,27 +7,56 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack, overload
 
-from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
-from .checkpoint.tensorfile import TensorInfo, fingerprint
+from .checkpoint.tensorfile import TensorInfo
 from .errors import ArgumentError, CheckpointError, OutputError, shown
-from .execute import Merge, Progress, check_workers, pick_merge, run, same_bytes
-from .importance import read_importance
-from .plan import Plan, make_plan, segments
-from .recipe import (
-    RECIPE_FILE,
-    MergeReport,
-    Parameters,
-    history_of,
-    make_recipe,
-    parse_size,
-    read_recipe,
-    to_json,
-)
+from .execute import Merge, Progress, check_workers, pick_merge, run
+from .plan import segments
+from .prepare import open_inputs, places_of, plans_of, recipe_of, what_is_there
+from .recipe import MergeReport, to_json
+from .sweep import is_list, points
 
 if TYPE_CHECKING:
     import torch
+
+
+class MergeOptions(TypedDict, total=False):
+    """The keyword arguments of `merge_checkpoints` that are no lists of numbers."""
+
+    start: str | Path | None
+    iteration: int | None
+    importance: Mapping[str, float] | str | Path | None
+    reference: str
+    dtype: str | None
+    max_shard_size: int | str | None
+    keep: Sequence[str]
+    take: Sequence[str]
+    no_drop: Sequence[str]
+    vocab: str
+    device: str
+    workers: int | None
+    overwrite: bool
+    restart: bool
+    allow_nonfinite: bool
+    copy_code: bool
+    dry_run: bool
+    progress: Progress | None
+
+
+@overload
+def merge_checkpoints(
+    base: str | Path, sft: str | Path, out: str | Path, *,
+    alpha: float = 0.5, drop: float = 0.2, seed: int = 0, **options: Unpack[MergeOptions],
+) -> MergeReport: ...  # fmt: skip
+
+
+@overload
+def merge_checkpoints(
+    base: str | Path, sft: str | Path, out: str | Path, *,
+    alpha: float | Sequence[float] = 0.5, drop: float | Sequence[float] = 0.2, seed: int | Sequence[int] = 0,
+    **options: Unpack[MergeOptions],
+) -> list[MergeReport]: ...  # fmt: skip
 
 
 def merge_checkpoints(
@@ -36,9 +65,9 @@ def merge_checkpoints(
     out: str | Path,
     *,
     start: str | Path | None = None,
-    alpha: float = 0.5,
-    drop: float = 0.2,
-    seed: int = 0,
+    alpha: float | Sequence[float] = 0.5,
+    drop: float | Sequence[float] = 0.2,
+    seed: int | Sequence[int] = 0,
     iteration: int | None = None,
     importance: Mapping[str, float] | str | Path | None = None,
     reference: str = "start",
@@ -56,7 +85,7 @@ def merge_checkpoints(
     copy_code: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
-) -> MergeReport:
+) -> MergeReport | list[MergeReport]:
     """Merge two checkpoints on disk (three, with start) into a third, streaming, in constant memory.
 
         tuned  = start + factor * DARE(sft - start)
@@ -66,7 +95,8 @@ def merge_checkpoints(
         base, sft, start: a folder, a .safetensors file, or a hub id org/name[@revision]. `start` is what the
             fine-tuning started from; the base if None.
         out: the folder to make. It appears only when it is whole.
-        alpha, drop, seed, reference: as in `dare_merge`.
+        alpha, drop, seed, reference: as in `dare_merge`. Of alpha, drop and seed lists may be given: a sweep, one
+            output for each of their product, all from one reading of the inputs; `out` names them, "out-{alpha}".
         iteration: the round, from 0; if None, one more than in start's recipe, and 0 without start.
         importance: IIMM layer importance, a mapping or a JSON file; see `importance_factors`.
         dtype: "bfloat16", "float16" or "float32" for all float tensors; if None, the base's, tensor by tensor.
@@ -75,7 +105,7 @@ def merge_checkpoints(
             base, to take from the sft, to merge without dropping.
         vocab: "strict": vocabularies of different sizes are an error.
         device: "cpu", or "cuda" to compute the same bits there.
-        workers: threads; min(4, CPUs) if None.
+        workers: threads; min(4, 2 x CPUs) if None.
         overwrite: replace an `out` that holds something else.
         restart: do not resume an unfinished merge.
         allow_nonfinite: let NaN and infinity in the inputs through.
@@ -83,52 +113,66 @@ def merge_checkpoints(
         dry_run: plan and check everything, write nothing.
         progress: called with (bytes done, bytes in all) now and then, in this thread.
 
-    Returns a MergeReport; its status is "already merged" where `out` holds this very merge. Raises MergeError
-    (see `mergekit_imm.errors`), one line that names the cure. After an interruption the same call goes on where
-    it stopped. Source: arXiv 2503.02103, Eq. 5 to 7.
+    Returns a MergeReport, of a sweep a list; its status is "already merged" where `out` holds this very merge. Raises
+    MergeError (see `mergekit_imm.errors`), one line that names the cure. After an interruption the same call goes on
+    where it stopped. Source: arXiv 2503.02103, Eq. 5 to 7.
 
     >>> report = merge_checkpoints(base_folder, sft_folder, out_folder, alpha=0.5, drop=0.9)
     >>> report.status
     'merged'
+    >>> reports = merge_checkpoints(base_folder, sft_folder, "out-{alpha}", alpha=[0.3, 0.7])
+    >>> [report.out for report in reports]
+    ['out-0.3', 'out-0.7']
     """
     _check_platform()
-    from .build import Job, build, check_unfinished  # not on every platform
+    from .build import build, check_unfinished  # not on every platform
     from .checkpoint import output
+    from .stream import Job, check_space
 
     began = time.perf_counter()
-    target = output.expanded(out)
+    numbers = {"alpha": alpha, "drop": drop, "seed": seed}
+    found = points(str(out), numbers)
+    targets = [output.expanded(point.out) for point in found]
     workers = check_workers(workers)
     check_device(device)
-    inputs, parameters, history = _open_inputs(
-        base, sft, start, out=target, dry_run=dry_run, iteration=iteration, importance=importance,
-        alpha=alpha, drop=drop, seed=seed, reference=reference, dtype=dtype, max_shard_size=max_shard_size,
+    inputs, parameters, history = open_inputs(
+        base, sft, start, outs=targets, dry_run=dry_run, iteration=iteration, importance=importance,
+        points=[point.values for point in found], reference=reference, dtype=dtype, max_shard_size=max_shard_size,
         keep=keep, take=take, no_drop=no_drop, vocab=vocab, allow_nonfinite=allow_nonfinite, copy_code=copy_code,
     )  # fmt: skip
-    places = _places(inputs)
+    places = places_of(inputs)
     if isinstance(importance, str | Path):
         places["the importance file"] = Path(importance)
-    output.check_place(target, places)
-    job = Job(plan_of(inputs, parameters), target, workers, device, began)
+    for target in targets:
+        output.check_place(target, places)
+    plans = plans_of(inputs, parameters)
+    jobs = [Job(plan, target, workers, device, began) for plan, target in zip(plans, targets, strict=True)]
+
+    def reported(reports: list[MergeReport]) -> MergeReport | list[MergeReport]:
+        return reports if any(map(is_list, numbers.values())) else reports[0]
+
     if any(each.folder is None for each in inputs.values()):  # a dry run on a hub id
-        job.check_space()
-        return job.report("dry run")
-    recipe = _recipe(job.plan, history)
+        check_space(jobs)
+        return reported([job.report("dry run") for job in jobs])
+    recipes = [recipe_of(plan, history) for plan in plans]
     if not dry_run:
-        with output.output_errors(target):
-            output.repair(target)
-    if output.is_whole(target, to_json(recipe), job.sizes):
-        return job.report("already merged")
-    if output.is_occupied(target) and not overwrite:
-        raise OutputError(
-            f"output {shown(target)} is there and {_what_is_there(target, recipe)}; give another, or --overwrite it"
-        )
-    if not restart:
-        check_unfinished(output.partial_of(target), recipe)
-    job.check_space()
-    if dry_run:
-        return job.report("dry run")
-    build(job, recipe, _pick_merge(device), restart=restart, progress=progress)
-    return job.report("merged")
+        for target in targets:
+            with output.output_errors(target):
+                output.repair(target)
+    whole = [output.is_whole(job.out, to_json(each), job.sizes) for job, each in zip(jobs, recipes, strict=True)]
+    left = [(job, each) for job, each, done in zip(jobs, recipes, whole, strict=True) if not done]
+    for job, each in left:
+        if output.is_occupied(job.out) and not overwrite:
+            there = what_is_there(job.out, each)
+            raise OutputError(f"output {shown(job.out)} is there and {there}; give another, or --overwrite it")
+        if not restart:
+            check_unfinished(job.partial, each)
+    check_space([job for job, _ in left])
+    if left and not dry_run:
+        jobs_left, recipes_left = zip(*left, strict=True)
+        build(jobs_left, recipes_left, _pick_merge(device), restart=restart, progress=progress)
+    merged = "dry run" if dry_run else "merged"
+    return reported([job.report("already merged" if w else merged) for job, w in zip(jobs, whole, strict=True)])
 
 
 def iter_merged(
@@ -162,12 +206,12 @@ def iter_merged(
     _check_platform()
     import torch
 
-    inputs, parameters, _ = _open_inputs(
-        base, sft, start, out=None, dry_run=False, iteration=iteration, importance=importance,
-        alpha=alpha, drop=drop, seed=seed, reference=reference, dtype=dtype, max_shard_size=None,
+    inputs, parameters, _ = open_inputs(
+        base, sft, start, outs=(), dry_run=False, iteration=iteration, importance=importance,
+        points=[{"alpha": alpha, "drop": drop, "seed": seed}], reference=reference, dtype=dtype, max_shard_size=None,
         keep=keep, take=take, no_drop=no_drop, vocab=vocab, allow_nonfinite=allow_nonfinite, copy_code=False,
     )  # fmt: skip
-    plan = plan_of(inputs, parameters)
+    (plan,) = plans_of(inputs, parameters)
     workers, merge = check_workers(workers), _pick_merge(device)
     dtypes = {
         "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
@@ -188,13 +232,14 @@ def iter_merged(
             content = bytearray(out.nbytes)
             view = memoryview(content)
 
-            def sink(tensor: TensorInfo, first: int, piece: memoryview, name: str = out.name,
+            def sink(_: int, tensor: TensorInfo, first: int, piece: memoryview, name: str = out.name,
                      view: memoryview = view) -> None:  # fmt: skip
                 if tensor.name == name:
                     view[first : first + len(piece)] = piece
 
             one = replace(plan, items=(item,))
-            for _ in run(one, segments(one), sink, workers=workers, merge=merge):
+            todo = ((segment, (0,)) for segment in segments(one))
+            for _ in run([one], todo, sink, workers=workers, merge=merge):
                 pass
             if content:
                 tensor = torch.frombuffer(content, dtype=dtypes[out.dtype]).view(out.shape)
@@ -206,127 +251,11 @@ def iter_merged(
     return tensors()
 
 
-# --- from arguments to a plan
-
-
-def _open_inputs(
-    base: str | Path,
-    sft: str | Path,
-    start: str | Path | None,
-    *,
-    out: Path | None,
-    dry_run: bool,
-    iteration: int | None,
-    importance: Mapping[str, float] | str | Path | None,
-    dtype: str | None,
-    max_shard_size: int | str | None,
-    **values: Any,
-) -> tuple[dict[str, Checkpoint], Parameters, list[dict[str, Any]]]:
-    for option in ("keep", "take", "no_drop"):
-        if isinstance(values[option], str):
-            raise ArgumentError(f"{option} is a string; give a list of patterns, [{values[option]!r}]")
-        values[option] = tuple(values[option])
-    if isinstance(importance, str | Path):
-        importance = read_importance(importance)
-    if importance is not None and not isinstance(importance, Mapping):
-        raise ArgumentError(
-            f"importance is {importance!r:.60}; give a mapping of layers, or a JSON file that holds one"
-        )
-    parameters = Parameters(  # checks the values before anything is opened
-        iteration=0 if iteration is None else iteration,
-        importance=None if importance is None else dict(importance),
-        dtype=dtype or "base",
-        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
-        **values,
-    )
-    refs = {role: ref for role, ref in (("base", base), ("sft", sft), ("start", start)) if ref is not None}
-    for role, ref in refs.items():
-        if str(ref) != str(ref).encode(errors="replace").decode():  # a recipe is JSON
-            raise CheckpointError(f"the path of {role}, {shown(ref)}, is not valid UTF-8; rename it, or link to it")
-
-    def opened(dry_run: bool) -> dict[str, Checkpoint]:
-        copy_code = parameters.copy_code
-        return {r: open_checkpoint(ref, r, copy_code=copy_code, dry_run=dry_run, out=out) for r, ref in refs.items()}
-
-    if not dry_run and any(is_hub_id(ref) for ref in refs.values()):
-        plan_of(opened(dry_run=True), parameters)  # refuse from headers, before hours of downloading
-    inputs = opened(dry_run)
-    if "start" in inputs and _same_place(inputs["start"], inputs["base"]):
-        del inputs["start"]
-    found = None
-    if "start" in inputs:
-        found = inputs["start"].recipe
-        if iteration is None:
-            if found is None:
-                raise ArgumentError(
-                    f"{inputs['start'].label} has no {RECIPE_FILE} that tells its round; say which round this one is"
-                    " with --iteration N (counted from 0)"
-                )
-            parameters = replace(parameters, iteration=found["parameters"]["iteration"] + 1)
-    return inputs, parameters, history_of(found)
-
-
 def _check_platform() -> None:
     if sys.platform == "win32":
         raise CheckpointError(
             "merging checkpoints on disk needs Linux or macOS (use WSL); the functions of tensors work everywhere"
         )
-
-
-def _same_place(one: Checkpoint, other: Checkpoint) -> bool:
-    if one.folder is None or other.folder is None:
-        return (one.repo, one.commit) == (other.repo, other.commit) and one.repo is not None
-    return one.folder.samefile(other.folder) and list(one.files) == list(other.files)
-
-
-def _places(inputs: Mapping[str, Checkpoint]) -> dict[str, Path]:
-    return {
-        f"{role} file {name}" if name else role: path
-        for role, each in inputs.items()
-        if each.folder is not None
-        for name, path in [
-            ("", each.folder),
-            *((n, f.path) for n, f in each.files.items() if f.path),
-            *((n, path) for n, path in each.side.items() if path),
-        ]
-    }
-
-
-def plan_of(inputs: Mapping[str, Checkpoint], parameters: Parameters) -> Plan:
-    """Plan a merge of opened inputs."""
-
-    def equal(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
-        # A dry run on a hub id downloads no tensors; it takes the config's word for the tie.
-        return checkpoint.folder is None or same_bytes(checkpoint, one, other)
-
-    plan = make_plan(inputs, parameters, equal)
-    if _same_place(inputs["base"], inputs["sft"]):
-        plan = replace(plan, notes=(*plan.notes, "note: BASE and SFT are the same model; the result is that model"))
-    return plan
-
-
-def _recipe(plan: Plan, history: list[dict[str, Any]]) -> dict[str, Any]:
-    inputs = {}
-    for role, each in plan.inputs.items():
-        inputs[role] = {
-            "path": each.ref,
-            **({"repo": each.repo, "commit": each.commit} if each.repo else {}),
-            "files": {name: {"size": file.size, "fingerprint": fingerprint(file)} for name, file in each.files.items()},
-        }
-    return make_recipe(plan.parameters, inputs, plan.config_changes, history)
-
-
-def _what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
-    from .checkpoint.output import differences
-
-    try:
-        found = read_recipe(out)
-    except CheckpointError:
-        found = None
-    changes = differences(found, recipe) if found else []
-    return (
-        f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})" if changes else "not empty"
-    )
 
 
 def check_device(device: str) -> None:

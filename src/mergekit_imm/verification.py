@@ -18,9 +18,10 @@ from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, fingerprint, read_into
 from .errors import ArgumentError, CheckpointError, VerifyError, shown
 from .execute import Progress, check_workers, pick_merge, run
-from .merge import plan_of
 from .plan import Plan, segments
+from .prepare import plans_of
 from .recipe import RECIPE_FILE, REPORT_FILE, history_of, make_recipe, parse_parameters, read_recipe
+from .sums import RECORD
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def verify(
     surplus = [role for role, ref in given.items() if ref is not None and role not in inputs]
     if surplus:
         raise ArgumentError(f"--{surplus[0]} is given, but the recipe in {shown(out)} has no {surplus[0]}")
-    plan = plan_of(inputs, parse_parameters(recipe))
+    (plan,) = plans_of(inputs, [parse_parameters(recipe)])
 
     found = inputs["start"].recipe if "start" in inputs else None
     again = make_recipe(plan.parameters, recipe["inputs"], plan.config_changes, history_of(found))
@@ -88,14 +89,14 @@ def verify(
     if sample < 1:
         chosen = random.sample(everything, max(1, round(sample * len(everything)))) if everything else []
         chosen.sort(key=lambda segment: segment.index)
-    records = np.zeros((len(everything), 5))
+    records = np.zeros((len(everything), RECORD))
     compared = 0
     with ExitStack() as stack:
         handles = {file.name: stack.enter_context(_opened(folder / file.name)) for file in plan.files}
         for file in plan.files:
             _compare_head(handles[file.name], file.head, file.size, folder / file.name)
 
-        def check(tensor: TensorInfo, first: int, piece: memoryview) -> None:
+        def check(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
             found = np.empty(len(piece), np.uint8)
             read_into(handles[tensor.file], memoryview(found), tensor.begin + first, folder / tensor.file)  # type: ignore[arg-type]
             expected = np.frombuffer(piece, np.uint8)
@@ -108,10 +109,11 @@ def verify(
                 )
 
         total = sum(file.size for file in plan.files)
-        results = run(plan, chosen, check, workers=workers, merge=pick_merge(device))
+        todo = ((segment, (0,)) for segment in chosen)
+        results = run([plan], todo, check, workers=workers, merge=pick_merge(device))
         for done in stack.enter_context(closing(results)):
             if done is not None:
-                records[done.segment.index] = done.record
+                records[done.segment.index] = done.records[0]
                 compared += done.bytes_written
             if progress is not None:
                 progress(round(compared / sample), total)
@@ -139,7 +141,7 @@ def _reopen(
     if given is None and entry.get("commit"):
         ref = f"{entry['repo']}@{entry['commit']}"
     try:
-        found = open_checkpoint(ref, role, copy_code=recipe["parameters"]["copy_code"], out=out)
+        found = open_checkpoint(ref, role, copy_code=recipe["parameters"]["copy_code"], outs=[out])
     except CheckpointError as error:
         cure = "" if given is not None else f" (if it has moved, say where it is with --{role})"
         raise CheckpointError(f"{error}{cure}") from error

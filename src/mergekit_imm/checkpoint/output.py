@@ -7,7 +7,6 @@ OUT.replacing              exists while --overwrite exchanges the folders: devic
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -24,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import OutputError, shown
+from .disk import libc, sync, sync_folder, write_file
 
 JOURNAL = ".imm_journal"
 # One finished segment: its index, and its record of the statistics (zeros for a copied one).
 ENTRY = np.dtype([("segment", "<u8"), ("record", "<f8", 5)])
 Entries = npt.NDArray[Any]
 
-_libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -104,8 +103,16 @@ def _check_place(out: Path, inputs: Mapping[str, Path]) -> None:
 
 def free_space(out: Path) -> int:
     """Return the bytes free where `out` would be written."""
-    there = next((p for p in (out.parent, *out.parent.parents) if p.exists()), Path("/"))
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(_parent_of(out)).free
+
+
+def device_of(out: Path) -> int:
+    """Return the number of the device where `out` would be written."""
+    return _parent_of(out).stat().st_dev
+
+
+def _parent_of(out: Path) -> Path:
+    return next((p for p in (out.parent, *out.parent.parents) if p.exists()), Path("/"))
 
 
 def is_whole(out: Path, recipe: bytes, sizes: Mapping[str, int]) -> bool:
@@ -226,62 +233,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "")
     return found
 
 
-# --- bytes
-
-
-def sync(descriptor: int) -> None:
-    """Wait until a file's bytes are on the disk."""
-    getattr(os, "fdatasync", os.fsync)(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def allocate(descriptor: int, size: int) -> None:
-    """Give a file its size, with its blocks where the filesystem can; raises OSError if there is no room.
-
-    By fallocate(2) itself: os.posix_fallocate touches every block where the filesystem lacks it.
-    """
-    if sys.platform == "linux" and size:
-        if _libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
-            return
-        error = ctypes.get_errno()
-        if error not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            raise OSError(error, os.strerror(error))
-    os.ftruncate(descriptor, size)
-
-
-def write_all(descriptor: int, content: bytes | memoryview, offset: int) -> None:
-    """Write all of a buffer at an offset."""
-    view = memoryview(content)
-    while view:
-        done = os.pwrite(descriptor, view, offset)
-        view, offset = view[done:], offset + done
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file and sync it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a side file's bytes and sync it; the permissions are those of a new file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 # --- the swap
 
 
@@ -339,6 +290,6 @@ def _repair(out: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two names at once; False where the system or the filesystem cannot."""
-    if sys.platform != "linux" or not hasattr(_libc, "renameat2"):
+    if sys.platform != "linux" or not hasattr(libc, "renameat2"):
         return False
-    return bool(_libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+    return bool(libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -76,12 +76,12 @@ def open_checkpoint(
     *,
     copy_code: bool = False,
     dry_run: bool = False,
-    out: Path | None = None,
+    outs: Sequence[Path] = (),
 ) -> Checkpoint:
     """Find and read the headers of a model: a local folder, a .safetensors file, or `org/name[@revision]`.
 
-    An existing path wins over a hub id. A file is its tensors and nothing else. What lies in `out`, if that is
-    inside the folder, is not part of the model. Raises CheckpointError, one line that names the cure.
+    An existing path wins over a hub id. A file is its tensors and nothing else. What lies in one of `outs`, if that
+    is inside the folder, is not part of the model. Raises CheckpointError, one line that names the cure.
     """
     text = str(ref)
     text = text.rstrip("/") or text  # a shell's completion adds one; it is no other model
@@ -93,7 +93,7 @@ def open_checkpoint(
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{role} {shown(text)} cannot be opened: {getattr(error, 'strerror', error)}") from error
     if path.is_dir():
-        return _from_folder(path, role, text, copy_code, out)
+        return _from_folder(path, role, text, copy_code, outs)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(
@@ -113,9 +113,9 @@ def open_checkpoint(
     return replace(found, repo=snapshot.repo, commit=snapshot.commit)
 
 
-def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, out: Path | None = None) -> Checkpoint:
+def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Sequence[Path] = ()) -> Checkpoint:
     try:
-        everything = sorted(_walk(folder, out))
+        everything = sorted(_walk(folder, outs))
         folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
     except OSError as error:
         raise CheckpointError(f"{role} {shown(ref)} cannot be listed: {error.strerror}") from error
@@ -263,10 +263,10 @@ def _left_out(
     return tuple(name for name in everything if name not in used)
 
 
-def _walk(folder: Path, out: Path | None, prefix: str = "") -> list[str]:
+def _walk(folder: Path, outs: Sequence[Path], prefix: str = "") -> list[str]:
     """Paths of all files below a folder, relative, with forward slashes.
 
-    Not entered: other merges and `out` itself; and hidden and linked folders, which are listed with a slash at the
+    Not entered: other merges and `outs`; and hidden and linked folders, which are listed with a slash at the
     end.
     """
     found = []
@@ -278,9 +278,9 @@ def _walk(folder: Path, out: Path | None, prefix: str = "") -> list[str]:
         elif not (
             entry.name.endswith(".partial")
             or (entry / "imm_recipe.json").exists()
-            or (out is not None and out.exists() and entry.samefile(out))
+            or any(out.exists() and entry.samefile(out) for out in outs)
         ):
-            found += _walk(entry, out, f"{prefix}{entry.name}/")
+            found += _walk(entry, outs, f"{prefix}{entry.name}/")
     return found
 
 

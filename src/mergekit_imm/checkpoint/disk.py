@@ -1,0 +1,169 @@
+"""Bytes of output files, on their way to the disk.
+
+Where the filesystem is known to sit on a local disk, whole pages bypass the page cache (O_DIRECT): the system neither
+copies them nor makes the writer wait until others are written back, and what was cached (the inputs) stays. Pages that
+two pieces share, and other filesystems, go through the cache, and are sent on to the disk at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+PAGE = 4096  # no disk has larger blocks
+# f_type of statfs(2): ext2 to 4, xfs, f2fs, overlayfs (which passes on what is below)
+_LOCAL = (0xEF53, 0x58465342, 0xF2F52010, 0x794C7630)
+_NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+@dataclass(frozen=True)
+class Handle:
+    """An output file that is being written."""
+
+    path: Path
+    descriptor: int
+    direct: bool  # the descriptor takes whole pages only, and they bypass the cache
+
+
+def open_output(path: Path, size: int) -> Handle:
+    """Open a file to be written, as it is or new, with room for `size` bytes. Raises OSError if there is none."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        allocate(descriptor, size)
+        if _is_local(path):
+            try:
+                direct = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno not in _NOT_OFFERED:
+                    raise
+            else:
+                os.close(descriptor)
+                return Handle(path, direct, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return Handle(path, descriptor, False)
+
+
+def _is_local(path: Path) -> bool:
+    if sys.platform != "linux":
+        return False
+    status = ctypes.create_string_buffer(512)  # struct statfs, of which f_type is the first word
+    if libc.statfs(os.fsencode(path), status) != 0:
+        return False
+    return int.from_bytes(status.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) & 0xFFFFFFFF in _LOCAL
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Give a file its size, with its blocks where the filesystem can; raises OSError if there is no room.
+
+    By fallocate(2) itself: os.posix_fallocate touches every block where the filesystem lacks it.
+    """
+    if sys.platform == "linux" and size:
+        if libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+            return
+        error = ctypes.get_errno()
+        if error not in _NOT_OFFERED:
+            raise OSError(error, os.strerror(error))
+    os.ftruncate(descriptor, size)
+
+
+def write_at(handle: Handle, content: memoryview, offset: int) -> None:
+    """Write all of a buffer at an offset of a file, and see to it that it is on its way to the disk.
+
+    Pages go to the disk itself if the buffer lies in memory as it will in the file, modulo a page: see `place`.
+    """
+    if not handle.direct:
+        _write_all(handle.descriptor, content, offset)
+        if sys.platform == "linux":  # else it would wait, and all of it at once make the last writer wait
+            length = ctypes.c_int64(len(content))
+            libc.sync_file_range(handle.descriptor, ctypes.c_int64(offset), length, _SYNC_FILE_RANGE_WRITE)
+        return
+    end = offset + len(content)
+    first, last = -(-offset // PAGE) * PAGE, end // PAGE * PAGE
+    if first < last and (_address(content) - offset) % PAGE == 0:
+        written = _write_pages(handle.descriptor, content[first - offset : last - offset], first)
+    else:
+        first = written = offset
+    _write_through_cache(handle.path, content[: first - offset], offset)
+    _write_through_cache(handle.path, content[written - offset :], written)
+
+
+def place(buffer: np.ndarray[tuple[int], np.dtype[np.uint8]], at: int, offset: int) -> int:
+    """Return the first index >= at of a buffer where bytes for `offset` of a file can be written as pages."""
+    return at + (offset - buffer.ctypes.data - at) % PAGE
+
+
+def _address(content: memoryview) -> int:
+    return int(np.frombuffer(content, np.uint8).ctypes.data)
+
+
+def _write_pages(descriptor: int, pages: memoryview, offset: int) -> int:
+    """Write whole pages, as far as the disk takes them; returns the offset behind the last byte written."""
+    while pages:
+        try:
+            done = os.pwrite(descriptor, pages, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            break  # larger blocks than a page, or another rule: it goes through the cache
+        pages, offset = pages[done:], offset + done
+        if done % PAGE:
+            break
+    return offset
+
+
+def _write_through_cache(path: Path, content: memoryview, offset: int) -> None:
+    if content:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            _write_all(descriptor, content, offset)
+        finally:
+            os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
+    while content:
+        done = os.pwrite(descriptor, content, offset)
+        content, offset = content[done:], offset + done
+
+
+def sync(descriptor: int) -> None:
+    """Wait until a file's bytes are on the disk."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file and sync it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a side file's bytes and sync it; the permissions are those of a new file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())

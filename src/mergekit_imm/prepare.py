@@ -1,0 +1,145 @@
+"""From the arguments of a merge to its plans: inputs opened, parameters checked, recipes made."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
+from .checkpoint.tensorfile import TensorInfo, fingerprint
+from .errors import ArgumentError, CheckpointError, shown
+from .execute import same_bytes
+from .importance import read_importance
+from .plan import Plan, make_plan
+from .recipe import RECIPE_FILE, Parameters, history_of, make_recipe, parse_size, read_recipe
+
+
+def open_inputs(
+    base: str | Path,
+    sft: str | Path,
+    start: str | Path | None,
+    *,
+    outs: Sequence[Path],
+    dry_run: bool,
+    iteration: int | None,
+    importance: Mapping[str, float] | str | Path | None,
+    dtype: str | None,
+    max_shard_size: int | str | None,
+    points: Sequence[Mapping[str, Any]],
+    **values: Any,
+) -> tuple[dict[str, Checkpoint], list[Parameters], list[dict[str, Any]]]:
+    """Check the arguments, open the inputs, and return the parameters of each merge, and the rounds before it."""
+    for option in ("keep", "take", "no_drop"):
+        if isinstance(values[option], str):
+            raise ArgumentError(f"{option} is a string; give a list of patterns, [{values[option]!r}]")
+        values[option] = tuple(values[option])
+    if isinstance(importance, str | Path):
+        importance = read_importance(importance)
+    if importance is not None and not isinstance(importance, Mapping):
+        raise ArgumentError(
+            f"importance is {importance!r:.60}; give a mapping of layers, or a JSON file that holds one"
+        )
+    parameters = [
+        Parameters(  # checks the values before anything is opened
+            iteration=0 if iteration is None else iteration,
+            importance=None if importance is None else dict(importance),
+            dtype=dtype or "base",
+            max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+            **point,
+            **values,
+        )
+        for point in points
+    ]
+    refs = {role: ref for role, ref in (("base", base), ("sft", sft), ("start", start)) if ref is not None}
+    for role, ref in refs.items():
+        if str(ref) != str(ref).encode(errors="replace").decode():  # a recipe is JSON
+            raise CheckpointError(f"the path of {role}, {shown(ref)}, is not valid UTF-8; rename it, or link to it")
+
+    def opened(dry_run: bool) -> dict[str, Checkpoint]:
+        code = parameters[0].copy_code
+        return {r: open_checkpoint(ref, r, copy_code=code, dry_run=dry_run, outs=outs) for r, ref in refs.items()}
+
+    if not dry_run and any(is_hub_id(ref) for ref in refs.values()):
+        plans_of(opened(dry_run=True), parameters)  # refuse from headers, before hours of downloading
+    inputs = opened(dry_run)
+    if "start" in inputs and _same_place(inputs["start"], inputs["base"]):
+        del inputs["start"]
+    found = None
+    if "start" in inputs:
+        found = inputs["start"].recipe
+        if iteration is None:
+            if found is None:
+                raise ArgumentError(
+                    f"{inputs['start'].label} has no {RECIPE_FILE} that tells its round; say which round this one is"
+                    " with --iteration N (counted from 0)"
+                )
+            parameters = [replace(each, iteration=found["parameters"]["iteration"] + 1) for each in parameters]
+    return inputs, parameters, history_of(found)
+
+
+def _same_place(one: Checkpoint, other: Checkpoint) -> bool:
+    if one.folder is None or other.folder is None:
+        return (one.repo, one.commit) == (other.repo, other.commit) and one.repo is not None
+    return one.folder.samefile(other.folder) and list(one.files) == list(other.files)
+
+
+def places_of(inputs: Mapping[str, Checkpoint]) -> dict[str, Path]:
+    """Return every file and folder of the inputs, each under a label for messages."""
+    return {
+        f"{role} file {name}" if name else role: path
+        for role, each in inputs.items()
+        if each.folder is not None
+        for name, path in [
+            ("", each.folder),
+            *((n, f.path) for n, f in each.files.items() if f.path),
+            *((n, path) for n, path in each.side.items() if path),
+        ]
+    }
+
+
+def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters]) -> list[Plan]:
+    """Plan merges of opened inputs that differ in their numbers."""
+
+    @functools.cache
+    def compare(role: str, one: str, other: str) -> bool:
+        tensors = inputs[role].tensors
+        return same_bytes(inputs[role], tensors[one], tensors[other])
+
+    def equal(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
+        # A dry run on a hub id downloads no tensors; it takes the config's word for the tie.
+        return checkpoint.folder is None or compare(checkpoint.role, one.name, other.name)
+
+    plans = [make_plan(inputs, each, equal) for each in parameters]
+    if _same_place(inputs["base"], inputs["sft"]):
+        note = "note: BASE and SFT are the same model; the result is that model"
+        plans = [replace(plan, notes=(*plan.notes, note)) for plan in plans]
+    return plans
+
+
+def recipe_of(plan: Plan, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the recipe of a plan, with the fingerprints of its inputs."""
+    inputs = {}
+    for role, each in plan.inputs.items():
+        inputs[role] = {
+            "path": each.ref,
+            **({"repo": each.repo, "commit": each.commit} if each.repo else {}),
+            "files": {name: {"size": file.size, "fingerprint": fingerprint(file)} for name, file in each.files.items()},
+        }
+    return make_recipe(plan.parameters, inputs, plan.config_changes, history)
+
+
+def what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
+    """Say what an output holds that is not this merge."""
+    from .checkpoint.output import differences
+
+    try:
+        found = read_recipe(out)
+    except CheckpointError:
+        found = None
+    changes = differences(found, recipe) if found else []
+    return (
+        f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})" if changes else "not empty"
+    )

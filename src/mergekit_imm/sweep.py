@@ -1,0 +1,62 @@
+"""Sweeps: lists of values in place of one, and an output for each."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ArgumentError, shown
+
+SWEPT = ("alpha", "drop", "seed")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One merge of a sweep."""
+
+    out: str
+    values: Mapping[str, Any]  # of alpha, drop and seed
+
+
+def is_list(value: object) -> bool:
+    """Whether a value stands for several."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def points(out: str, values: Mapping[str, Any]) -> list[Point]:
+    """Return the merges that values of alpha, drop and seed stand for: the product of those that are lists.
+
+    `out` names each by {alpha}, {drop} and {seed}, replaced by the values as they were given; other braces stay.
+    Raises ArgumentError for an empty list, and where two merges would go to one output.
+
+    >>> [point.out for point in points("out-{alpha}", {"alpha": [0.3, 0.5], "drop": 0.9, "seed": 0})]
+    ['out-0.3', 'out-0.5']
+    """
+    lists = {name: list(value) if is_list(value) else [value] for name, value in values.items()}
+    for name, several in lists.items():
+        if not several:
+            raise ArgumentError(f"{name} is an empty list; give a value, or several")
+        if len(several) > 1 and f"{{{name}}}" not in out:
+            raise ArgumentError(
+                f"{name} is a list of {len(several)} values, and the output {shown(out)} does not say which is which;"
+                f" name it such as '{shown(out)}-{{{name}}}'"
+            )
+    found = []
+    for chosen in itertools.product(*lists.values()):
+        given = dict(zip(lists, chosen, strict=True))
+        name = re.sub(r"\{(alpha|drop|seed)\}", lambda match, given=given: str(given[match[1]]), out)  # type: ignore[misc]
+        found.append(Point(name, {key: _number(key, value) for key, value in given.items()}))
+    twice = [point.out for number, point in enumerate(found) if point.out in {p.out for p in found[:number]}]
+    if twice:
+        raise ArgumentError(f"two merges would go to the output {shown(twice[0])}; give each value once")
+    return found
+
+
+def _number(name: str, value: Any) -> Any:
+    """A value as the number it is; a command gives it as typed, so that outputs can be named by it."""
+    if isinstance(value, str):
+        return int(value) if name == "seed" else float(value)
+    return float(value) if name != "seed" and type(value) is int else value
