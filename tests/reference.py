@@ -141,3 +141,19 @@ def merge_tensors(
     begin = base if start is None else start
     merged = merge(to_array(base), to_array(sft), to_array(begin), out, **parameters)
     return to_tensor(merged, out, base.shape)
+
+
+def squares(values: Array) -> float:
+    """The sum of squares in the order that reports are made in: by pairs and halves, in the precision of `values`."""
+    with np.errstate(all="ignore"):
+        lanes = [0.0] * 16
+        padded = np.concatenate([values, np.zeros(-len(values) % 1024, values.dtype)])
+        for x in padded.reshape(-1, 1024):
+            s = [(x[2 * i] * x[2 * i] + x[2 * i + 1] * x[2 * i + 1])
+                 + (x[512 + 2 * i] * x[512 + 2 * i] + x[513 + 2 * i] * x[513 + 2 * i]) for i in range(256)]  # fmt: skip
+            while len(s) > 16:
+                s = [s[i] + s[i + len(s) // 2] for i in range(len(s) // 2)]
+            lanes = [lane + float(each) for lane, each in zip(lanes, s, strict=True)]
+        while len(lanes) > 1:
+            lanes = [lanes[i] + lanes[i + len(lanes) // 2] for i in range(len(lanes) // 2)]
+        return lanes[0]

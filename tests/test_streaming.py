@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -23,7 +24,10 @@ import reference
 from checkpoints import State, files_of, random_state, read_model, same_bits, write_model
 from mergekit_imm import dare_merge, iter_merged, merge_checkpoints
 from mergekit_imm.errors import NonFiniteError
-from mergekit_imm.mask import BLOCK
+from mergekit_imm.gpu import merge_span as merge_span_on_torch
+from mergekit_imm.kernel import CODES, merge_span
+from mergekit_imm.mask import BLOCK, arithmetic, mask_key
+from mergekit_imm.sums import is_finite, new_tally, to_record
 from strategies import DTYPES, WIDER, alphas, drops, kinds, seeds, tensor
 
 OUT_DTYPE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -182,6 +186,9 @@ def test_a_stream_of_tensors_is_the_folder(tmp_path: Path) -> None:
     assert all(same_bits(streamed[name], written[name]) for name in written)
 
 
+SUMMED = 2**-21  # eight roundings to float32 of a sum of squares, at most, and a square root
+
+
 def test_statistics_are_those_of_a_naive_count(tmp_path: Path) -> None:
     base, sft, b, s = pair(tmp_path)
     merge_checkpoints(base, sft, tmp_path / "out", alpha=0.3, drop=0.9)
@@ -196,13 +203,13 @@ def test_statistics_are_those_of_a_naive_count(tmp_path: Path) -> None:
         count = b[name].numel()
         assert entry["elements"] == count
         assert entry["kept_share"] == reference.mask(name, 0, count, 0.9).mean()
-        assert entry["delta_norm"] == pytest.approx(norm(s[name].float() - b[name].float()), rel=1e-12)
-        assert entry["base_norm"] == pytest.approx(norm(b[name]), rel=1e-12)
-        assert entry["change_norm"] == pytest.approx(norm(change), rel=1e-12)
+        assert entry["delta_norm"] == pytest.approx(norm(s[name].float() - b[name].float()), rel=SUMMED)
+        assert entry["base_norm"] == pytest.approx(norm(b[name]), rel=SUMMED)
+        assert entry["change_norm"] == pytest.approx(norm(change), rel=SUMMED)
         assert entry["largest_change"] == float(change.abs().max())
     inside = [n for n in b if n.startswith("model.layers.1.")]
     layer = report["layers"]["model.layers.1"]
-    assert layer["base_norm"] == pytest.approx(norm(*(b[n] for n in inside)), rel=1e-12)
+    assert layer["base_norm"] == pytest.approx(norm(*(b[n] for n in inside)), rel=SUMMED)
     assert layer["elements"] == sum(b[n].numel() for n in inside)
 
 
@@ -224,27 +231,71 @@ def test_cuda_gives_the_same_folder(tmp_path: Path) -> None:
     assert files_of(tmp_path / "cpu") == files_of(tmp_path / "cuda")
 
 
-@pytest.mark.parametrize("dtype", WIDER, ids=str)
-def test_the_torch_path_and_the_kernel_agree_on_records(dtype: torch.dtype) -> None:
-    from mergekit_imm.gpu import merge_span as on_torch
-    from mergekit_imm.kernel import CODES, merge_span
-    from mergekit_imm.mask import arithmetic, mask_key
+KERNELS = {"numba": merge_span, "torch": functools.partial(merge_span_on_torch, torch.device("cpu"))}
 
+
+@pytest.mark.parametrize("merge", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("count", [5000, 1, 2048])
+@pytest.mark.parametrize("dtype", WIDER, ids=str)
+def test_a_record_is_what_its_definition_says(dtype: torch.dtype, count: int, merge: Callable[..., None]) -> None:
     code = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}[dtype]
     assert code in CODES
-    base, start, sft = (
-        (tensor(5000, dtype, seed=seed, kind="gauss", specials=False).view(torch.uint8).numpy(), code)
-        for seed in range(3)
+    inputs = [tensor(count, dtype, seed=seed, kind="gauss", specials=False) for seed in range(3)]
+    sides = [(each.view(torch.uint8).numpy(), code) for each in inputs]
+    tally, out = new_tally(), np.zeros(count * dtype.itemsize, np.uint8)
+    numbers = arithmetic(alpha=0.4, drop=0.7, factor=1.1)
+    merge(*sides, (out, code), count, 2048, mask_key("n"), numbers, tally)
+
+    wide = np.float64 if dtype == torch.float64 else np.float32
+    arrays = [reference.to_array(each) for each in inputs]
+    merged = reference.merge(
+        arrays[0], arrays[2], arrays[1], dtype, alpha=0.4, drop=0.7, factor=1.1, name="n", first=2048
     )
-    records, outs = [], []
-    for merge in (merge_span, functools.partial(on_torch, torch.device("cpu"))):
-        record, out = np.zeros(5), np.zeros(5000 * dtype.itemsize, np.uint8)
-        numbers = arithmetic(alpha=0.4, drop=0.7, factor=1.1)
-        merge(base, start, sft, (out, code), 5000, 2048, mask_key("n"), numbers, record)
-        records.append(record.tolist())
-        outs.append(out.tobytes())
-    assert records[0] == records[1]
-    assert outs[0] == outs[1]
+    assert out.tobytes() == np.ascontiguousarray(merged).tobytes()
+    base, start, sft, result = (reference.widen(each, wide) for each in (*arrays, merged))
+    expected = [reference.squares(each) for each in (sft - start, base, result - base)]
+    kept = reference.mask("n", 2048, count, 0.7).sum()
+    assert to_record(tally).tolist() == [*expected, float(np.abs(result - base).max()), float(kept)]
+
+
+@pytest.mark.parametrize("merge", KERNELS.values(), ids=KERNELS)
+def test_pieces_add_up_to_one_record(merge: Callable[..., None]) -> None:
+    count = 5 * BLOCK + 77
+    sides = [(tensor(count, torch.bfloat16, seed=n, kind="gauss", specials=False).view(torch.uint8).numpy(), "BF16")
+             for n in range(2)]  # fmt: skip
+    records = []
+    for step in (count, BLOCK, 2 * BLOCK):
+        tally = new_tally()
+        for first in range(0, count, step):
+            pieces = [(raw[2 * first :][: 2 * step], dtype) for raw, dtype in sides]
+            length = len(pieces[0][0]) // 2
+            out = (np.zeros(2 * length, np.uint8), "BF16")
+            merge(
+                pieces[0],
+                pieces[0],
+                pieces[1],
+                out,
+                length,
+                first,
+                mask_key("n"),
+                arithmetic(alpha=0.5, drop=0.9),
+                tally,
+            )
+        records.append(to_record(tally).tolist())
+    assert records[0] == records[1] == records[2]
+
+
+@pytest.mark.parametrize("merge", KERNELS.values(), ids=KERNELS)
+def test_a_record_shows_what_is_not_finite(merge: Callable[..., None]) -> None:
+    base, sft = torch.zeros(1500, dtype=torch.bfloat16), torch.ones(1500, dtype=torch.bfloat16)
+    sft[7], base[1400] = torch.nan, torch.inf
+    sides = [(each.view(torch.uint8).numpy(), "BF16") for each in (base, base, sft)]
+    sides[1] = sides[0]
+    tally, out = new_tally(), (np.zeros(3000, np.uint8), "BF16")
+    merge(*sides, out, 1500, 0, mask_key("n"), arithmetic(alpha=0.5, drop=0.0), tally)
+    assert not is_finite(tally)
+    assert np.isnan(to_record(tally)[3])
+    assert to_record(tally)[4] == 1500
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts by the kernel need Linux")

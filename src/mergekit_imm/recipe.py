@@ -40,6 +40,8 @@ class Parameters:
         """Raise ArgumentError for any value out of range."""
         arithmetic(alpha=self.alpha, drop=self.drop)
         check_round(self.seed, self.iteration)
+        for name in ("alpha", "drop"):  # 1 and 1.0 are one recipe
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.reference not in ("start", "base"):
             raise ArgumentError(f"reference is {self.reference!r}; it must be 'start' or 'base'")
         if self.dtype not in ("base", *DTYPES):

@@ -35,7 +35,10 @@ def points(out: str, values: Mapping[str, Any]) -> list[Point]:
     >>> [point.out for point in points("out-{alpha}", {"alpha": [0.3, 0.5], "drop": 0.9, "seed": 0})]
     ['out-0.3', 'out-0.5']
     """
-    lists = {name: list(value) if is_list(value) else [value] for name, value in values.items()}
+    lists = {
+        name: [(str(each), _number(name, each)) for each in value] if is_list(value) else [(str(value), value)]
+        for name, value in values.items()
+    }
     for name, several in lists.items():
         if not several:
             raise ArgumentError(f"{name} is an empty list; give a value, or several")
@@ -47,8 +50,8 @@ def points(out: str, values: Mapping[str, Any]) -> list[Point]:
     found = []
     for chosen in itertools.product(*lists.values()):
         given = dict(zip(lists, chosen, strict=True))
-        name = re.sub(r"\{(alpha|drop|seed)\}", lambda match, given=given: str(given[match[1]]), out)  # type: ignore[misc]
-        found.append(Point(name, {key: _number(key, value) for key, value in given.items()}))
+        name = re.sub(r"\{(alpha|drop|seed)\}", lambda match, given=given: given[match[1]][0], out)  # type: ignore[misc]
+        found.append(Point(name, {key: value for key, (_, value) in given.items()}))
     twice = [point.out for number, point in enumerate(found) if point.out in {p.out for p in found[:number]}]
     if twice:
         raise ArgumentError(f"two merges would go to the output {shown(twice[0])}; give each value once")
@@ -56,7 +59,7 @@ def points(out: str, values: Mapping[str, Any]) -> list[Point]:
 
 
 def _number(name: str, value: Any) -> Any:
-    """A value as the number it is; a command gives it as typed, so that outputs can be named by it."""
-    if isinstance(value, str):
-        return int(value) if name == "seed" else float(value)
-    return float(value) if name != "seed" and type(value) is int else value
+    """A value of a list as a number; a command gives it as typed, so that outputs can be named by it."""
+    if not isinstance(value, str):
+        return value
+    return int(value) if name == "seed" else float(value)

@@ -291,7 +291,7 @@ def test_a_file_that_vanishes_before_it_is_read_is_blamed_on_the_input(
         (models.sft / MODEL).unlink()
         return run(*arguments, **options)
 
-    monkeypatch.setattr("mergekit_imm.build.run", vanish)
+    monkeypatch.setattr("mergekit_imm.stream.run", vanish)
     with pytest.raises(CheckpointError, match=r"sft/model\.safetensors cannot be read: No such file.*run the same"):
         models.merge()
 

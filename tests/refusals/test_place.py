@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoints import files_of, random_state, write_model
-from mergekit_imm.checkpoint import output
+from mergekit_imm.checkpoint import disk, output
 from mergekit_imm.errors import (
     OutputError,
 )
@@ -210,7 +210,7 @@ def test_a_merge_that_another_process_writes_is_refused(models: Models) -> None:
 def test_too_little_space_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = models.merge(dry_run=True).disk_needed
     monkeypatch.setattr(output, "free_space", lambda _: needed - 1)
-    models.refused(OutputError, r"output \S+out needs .* and its disk has .* free; free some space or give")
+    models.refused(OutputError, r"output \S+out needs .* and the disk has .* free; free some space or give")
     monkeypatch.setattr(output, "free_space", lambda _: needed)
     assert models.merge().status == "merged"
 
@@ -221,7 +221,7 @@ def test_a_disk_that_fills_up_is_no_end(models: Models, monkeypatch: pytest.Monk
 
     inputs = everything(models.base) | everything(models.sft)
     with monkeypatch.context() as patch:
-        patch.setattr(output, "write_all", full)
+        patch.setattr(disk, "write_at", full)
         with pytest.raises(OutputError, match=r"\Sout.* cannot be written: No space left.*the same command again"):
             models.merge()
     assert not models.out.exists()

@@ -12,7 +12,7 @@ import torch
 
 from checkpoints import files_of, random_state, read_model, same_bits, write_model
 from mergekit_imm import iter_merged
-from mergekit_imm.checkpoint import output
+from mergekit_imm.checkpoint import disk
 from mergekit_imm.errors import (
     ArgumentError,
     CheckpointError,
@@ -43,7 +43,7 @@ def test_an_input_that_is_cut_off_during_the_merge_is_refused(models: Models, mo
         with (models.sft / MODEL).open("r+b") as file:
             file.truncate(1000)
 
-    monkeypatch.setattr(output, "allocate", cut)
+    monkeypatch.setattr(disk, "allocate", cut)
     with pytest.raises(CheckpointError, match=rf"sft/{MODEL} ended at byte 1000: it was changed or cut off during"):
         models.merge()
     assert not models.out.exists()
