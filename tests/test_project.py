@@ -27,6 +27,7 @@ LEVELS = [
     ["recipe", "flat"],
     ["states"],
     ["ops"],
+    ["jit"],
     ["compiled"],
     ["kernel", "gpu"],
     ["checkpoint.sidefiles", "checkpoint.tensorfile"],

@@ -93,7 +93,7 @@ def _merge_blocks(
         run(_held(base), begin, _held(sft), _held(out), *rest)
     else:
         sides = [part for raw, dtype in (base, start, sft) for part in (raw, CODES[dtype])]
-        run_decoded(*sides, _held(out), *rest)
+        run_decoded(*sides, start[0] is base[0], _held(out), *rest)
 
 
 def _held(side: Side) -> npt.NDArray[Any]:
