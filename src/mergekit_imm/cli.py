@@ -112,6 +112,8 @@ def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **o
         several = len(points(out, {name: options[name] for name in SWEPT})) > 1
     except ArgumentError as error:
         raise click.UsageError(str(error)) from error
+    if not dry_run:
+        _widen_vectors(options["device"])
     with _progress("merging", shown=not (quiet or dry_run)) as progress:
         reports = merge_checkpoints(base, sft, out, progress=progress, **options)
     if not quiet:
@@ -151,6 +153,7 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None
     """
     from .verification import verify
 
+    _widen_vectors(options["device"])
     with _progress("verifying", shown=not quiet) as progress:
         report = verify(out, progress=progress, **options)
     if as_json:
@@ -163,6 +166,14 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None
         )
         if report.not_of_the_merge:
             click.echo(f"not of the merge: {', '.join(report.not_of_the_merge)}")
+
+
+def _widen_vectors(device: str) -> None:
+    """The process is ours: numba may take the widest vectors."""
+    if device == "cpu":
+        from .jit import widen_vectors
+
+        widen_vectors()
 
 
 def imm_merge() -> NoReturn:

@@ -8,8 +8,8 @@ counters beside those of the odd ones, the low halves belong to the first 256 pa
 halves to the others.
 
 The type of an array says what it holds: pairs of bfloat16 are uint32, pairs of float16 int32; float32 and float64 are
-themselves. `_pair` and `_put` are chosen by it when compiling: a dtype is one implementation of each. Inputs of
-different dtypes are first decoded into tiles of a block (`_decode`).
+themselves. `_pair` and `_put` are chosen by it when compiling: a dtype is one implementation of each. Rarer mixtures
+of dtypes, of which there are hundreds, are first decoded into tiles of a block (`_decode`).
 
 No operation is contracted or reassociated (numba's default), so the bits are those of `flat.merge_flat`. Arrays that a
 loop writes are few, because the vectoriser gives up where it must compare many addresses: words and sums share one,
@@ -38,6 +38,8 @@ _COUNTERS = BLOCK // 8
 _ROW = _PAIRS + 16
 _SUMS = 2 * _PAIRS + 16
 WORK = _SUMS + 3 * _ROW
+
+FAST = 3  # numbers of a `how` that leaves out what is rarely needed
 
 _u16, _u32, _u64, _f32, _f64 = np.uint16, np.uint32, np.uint64, np.float32, np.float64
 
@@ -68,12 +70,8 @@ def _fill(block, key0, key1, work):
             for _ in range(PHILOX_ROUNDS - 2):
                 k0, k1 = _u32(k0 + _B0), _u32(k1 + _B1)
                 p0, p1 = _u64(c0) * _M0, _u64(c2) * _M1
-                c0, c1, c2, c3 = (
-                    _u32(p1 >> _u64(32)) ^ c1 ^ k0,
-                    _u32(p1),
-                    _u32(p0 >> _u64(32)) ^ c3 ^ k1,
-                    _u32(p0),
-                )
+                c0, c2 = _u32(p1 >> _u64(32)) ^ c1 ^ k0, _u32(p0 >> _u64(32)) ^ c3 ^ k1
+                c1, c3 = _u32(p1), _u32(p0)
             at = _PAIRS * odd + j
             work[at] = _held(_u32(c0), work[at])
             work[64 + at] = _held(_u32(c1), work[at])
@@ -152,16 +150,24 @@ def _decode(code, raw, tile):
 # --- encoding: rounded once, to nearest even; a NaN becomes the canonical one
 
 
+@by_type
+def _unless_nan(x, how, bits, canonical):
+    """Bits, or those of the canonical NaN if x is one: looked for when there is something to be careful about."""
+    if len(how) == FAST:
+        return lambda x, how, bits, canonical: bits
+    return lambda x, how, bits, canonical: canonical if x != x else bits
+
+
 @inline
-def _to_bf16(x):
+def _to_bf16(x, how):
     """Rounded to bfloat16, as a float32's bits."""
     bits = _f32(x).view(_u32)
     rounded = _u32(_u32(bits + _u32(0x7FFF) + ((bits >> _u32(16)) & _u32(1))) & _u32(0xFFFF0000))
-    return _u32(0x7FC00000) if x != x else rounded
+    return _unless_nan(x, how, rounded, _u32(0x7FC00000))
 
 
 @inline
-def _to_f16(x):
+def _to_f16(x, how):
     """Rounded to float16: its bits, and its value as a float32's bits.
 
     Below 2^-14 adding 0.5 rounds to the grid of float16's subnormals; above, integers round the mantissa.
@@ -175,10 +181,9 @@ def _to_f16(x):
     value = _u32(0x7F800000) if huge else value
     half = _u32(shifted.view(_u32) - _u32(0x3F000000)) if tiny else _u32(_u32(normal - _u32(0x38000000)) >> _u32(13))
     half = _u32(0x7C00) if huge else half
-    nan = x != x
     return (
-        _u32(0x7E00) if nan else _u32(half | _u32(sign >> _u32(16))),
-        _u32(0x7FC00000) if nan else _u32(value | sign),
+        _unless_nan(x, how, _u32(half | _u32(sign >> _u32(16))), _u32(0x7E00)),
+        _unless_nan(x, how, _u32(value | sign), _u32(0x7FC00000)),
     )
 
 
@@ -198,28 +203,30 @@ def _single(x):
 
 
 @by_type
-def _put(held, j, even, odd):
+def _put(held, j, even, odd, how):
     """Elements 2j and 2j+1 into a block; returns their rounded values."""
     if held.dtype == types.uint32:
 
-        def put(held, j, even, odd):
-            e, o = _u32(_to_bf16(_single(even))), _u32(_to_bf16(_single(odd)))
+        def put_bf16(held, j, even, odd, how):
+            e, o = _u32(_to_bf16(_single(even), how)), _u32(_to_bf16(_single(odd), how))
             held[j] = _u32(o | _u32(e >> _u32(16)))
             return _u32(e).view(_f32), _u32(o).view(_f32)
-    elif held.dtype == types.int32:
 
-        def put(held, j, even, odd):
-            (e, even_value), (o, odd_value) = _to_f16(_single(even)), _to_f16(_single(odd))
+        return put_bf16
+    if held.dtype == types.int32:
+
+        def put_f16(held, j, even, odd, how):
+            (e, even_value), (o, odd_value) = _to_f16(_single(even), how), _to_f16(_single(odd), how)
             held[j] = np.int32(_u32(_u32(o << _u32(16)) | e))
             return _u32(even_value).view(_f32), _u32(odd_value).view(_f32)
-    else:
-        kind = _f32 if held.dtype == types.float32 else _f64
 
-        def put(held, j, even, odd):
-            e = kind(np.nan) if even != even else kind(even)
-            o = kind(np.nan) if odd != odd else kind(odd)
-            held[2 * j], held[2 * j + 1] = e, o
-            return e, o
+        return put_f16
+    kind = _f32 if held.dtype == types.float32 else _f64
+
+    def put(held, j, even, odd, how):
+        e, o = _unless_nan(even, how, kind(even), kind(np.nan)), _unless_nan(odd, how, kind(odd), kind(np.nan))
+        held[2 * j], held[2 * j + 1] = e, o
+        return e, o
 
     return put
 
@@ -239,15 +246,23 @@ def _choose(mask, one, other):
     ).view(_f64)
 
 
-@inline
+@by_type
 def _merge_one(base, start, sft, kept, how):
     """Delta and merged value of one element; `how` is constant over a tensor."""
-    scale, step, nothing, plain, from_base, at_end = how
-    delta = sft - start
-    tuned = start + delta * scale if kept else start
-    tuned = _choose(plain, sft, tuned)
-    anchor = _choose(from_base, base, tuned)
-    return delta, anchor + _choose(at_end, nothing, step * (tuned - base))
+
+    def fast(base, start, sft, kept, how):
+        delta = sft - start
+        tuned = start + delta * how[0] if kept else start
+        return delta, _choose(how[2], base, tuned) + how[1] * (tuned - base)
+
+    def careful(base, start, sft, kept, how):
+        scale, step, from_base, nothing, plain, at_end = how
+        delta = sft - start
+        tuned = start + delta * scale if kept else start
+        tuned = _choose(plain, sft, tuned)
+        return delta, _choose(from_base, base, tuned) + _choose(at_end, nothing, step * (tuned - base))
+
+    return fast if len(how) == FAST else careful
 
 
 @by_type
@@ -267,28 +282,29 @@ def _cut(held, first, last):
 
 
 @by_type
-def _size(x):
-    """The bits of |x|: in their order, and a NaN above all."""
+def _order(x):
+    """The bits of a float >= 0: as integers they are in the same order, and vectorise; a NaN is above all."""
     if x == types.float32:
-        return lambda x: _u32(_f32(x).view(_u32) & _u32(0x7FFFFFFF))
-    return lambda x: _u64(_f64(x).view(_u64) & _u64(0x7FFFFFFFFFFFFFFF))
+        return lambda x: _f32(x).view(_u32)
+    return lambda x: _f64(x).view(_u64)
 
 
 @inline
 def _merge_pair(base, start, sft, out, j, even_kept, odd_kept, how):
-    """Merge elements 2j and 2j+1 of a block; what is measured of both: squares added, and the larger change."""
+    """Merge elements 2j and 2j+1 of a block; what is measured of both: sums of squares, the larger change."""
     even, odd = _pair(base, j)
     even_start, odd_start = _pair_or(start, j, even, odd)
     even_sft, odd_sft = _pair(sft, j)
     even_delta, even_out = _merge_one(even, even_start, even_sft, even_kept, how)
     odd_delta, odd_out = _merge_one(odd, odd_start, odd_sft, odd_kept, how)
-    even_out, odd_out = _put(out, j, even_out, odd_out)
+    even_out, odd_out = _put(out, j, even_out, odd_out, how)
     even_change, odd_change = even_out - even, odd_out - odd
+    even_square, odd_square = even_change * even_change, odd_change * odd_change
     return (
         even_delta * even_delta + odd_delta * odd_delta,
         even * even + odd * odd,
-        even_change * even_change + odd_change * odd_change,
-        max(_size(even_change), _size(odd_change)),
+        even_square + odd_square,
+        max(_order(even_square), _order(odd_square)),
         _u32(_u32(even_kept) + _u32(odd_kept)),
     )
 
@@ -302,9 +318,9 @@ def _halve(work, n):
 
 
 @jit
-def _merge_block(base, start, sft, out, work, limit, how, tally):
-    """Merge a block whose words stand in `work`; returns the largest change and how many were kept."""
-    largest, kept = _size(how[2]), _u32(0)
+def _merge_block(base, start, sft, out, work, limit, how, largest, tally):
+    """Merge a block whose words stand in `work`; returns the largest change so far and how many were kept."""
+    kept = _u32(0)
     for i in range(_PAIRS):
         e, o = _u32(_word(work[i])), _u32(_word(work[_PAIRS + i]))
         e_low, o_low = _u32(e << _u32(16)) <= limit, _u32(o << _u32(16)) <= limit
@@ -327,21 +343,19 @@ def _merge_block(base, start, sft, out, work, limit, how, tally):
 
 
 @by_type
-def _value(bits):
-    """The float that `_size` made bits of."""
+def _root(bits):
+    """The root of what `_order` made bits of; that of a square is exact."""
     if bits == types.uint32:
-        return lambda bits: _f64(_u32(bits).view(_f32))
-    return lambda bits: _u64(bits).view(_f64)
+        return lambda bits: _f64(np.sqrt(_u32(bits).view(_f32)))
+    return lambda bits: np.sqrt(_u64(bits).view(_f64))
 
 
 @jit
 def _close(work, limit, largest, kept, count, tally):
     """Put the largest change and the count into a tally; the words are those of the last block."""
-    change = _value(largest)
-    if change > tally[LARGEST]:
-        tally[LARGEST] = change
-    last = count % BLOCK
-    for r in range(last if last else BLOCK, BLOCK):  # what only fills the last block up
+    if _root(largest) > tally[LARGEST]:
+        tally[LARGEST] = _root(largest)
+    for r in range((count - 1) % BLOCK + 1, BLOCK):  # what only fills the last block up
         counter, word = r % _COUNTERS, r // _COUNTERS
         bits = _u32(_word(work[_PAIRS * (counter % 2) + 64 * (word % 4) + counter // 2]))
         if word < 4:
@@ -352,18 +366,16 @@ def _close(work, limit, largest, kept, count, tally):
 
 @jit
 def run(base, start, sft, out, work, count, block, draws, key0, key1, limit, how, tally):
-    """Merge blocks of one dtype, the last one filled up with zeros."""
-    blocks, kept, largest = (count + BLOCK - 1) // BLOCK, 0, _size(how[2])
-    size, size_out = len(base) // blocks, len(out) // blocks
+    """Merge blocks, each input as it is held, the last block filled up with zeros. A `start` of None is the base."""
+    blocks, kept, largest = (count + BLOCK - 1) // BLOCK, 0, _order(work[0])
+    size, size_sft, size_out = len(base) // blocks, len(sft) // blocks, len(out) // blocks
     for b in range(blocks):
         if draws:
             _fill(block + b, key0, key1, work)
-        i, o = size * b, size_out * b
-        begin = _cut(start, i, i + size)
-        most, some = _merge_block(
-            base[i : i + size], begin, sft[i : i + size], out[o : o + size_out], work, limit, how, tally
-        )
-        largest, kept = max(largest, most), kept + some
+        bases, sfts = base[size * b : size * (b + 1)], sft[size_sft * b : size_sft * (b + 1)]
+        starts, outs = _cut(start, size * b, size * (b + 1)), out[size_out * b : size_out * (b + 1)]
+        largest, some = _merge_block(bases, starts, sfts, outs, work, limit, how, largest, tally)
+        kept += some
     _close(work, limit, largest, kept, count, tally)
 
 
@@ -373,7 +385,7 @@ def run_decoded(
     out, work, count, block, draws, key0, key1, limit, how, tally,
 ):  # fmt: skip
     """The same for bytes of different dtypes, by way of tiles; `alone` if start is the base."""
-    blocks, kept, largest = (count + BLOCK - 1) // BLOCK, 0, _size(how[2])
+    blocks, kept, largest = (count + BLOCK - 1) // BLOCK, 0, _order(work[0])
     size, size_start = len(base) // blocks, len(start) // blocks
     size_sft, size_out = len(sft) // blocks, len(out) // blocks
     x, y, z = np.empty(BLOCK, work.dtype), np.empty(BLOCK, work.dtype), np.empty(BLOCK, work.dtype)
@@ -383,6 +395,7 @@ def run_decoded(
         _decode(base_code, base[size * b : size * (b + 1)], x)
         _decode(sft_code, sft[size_sft * b : size_sft * (b + 1)], z)
         begin = x if alone else _decode(start_code, start[size_start * b : size_start * (b + 1)], y)
-        most, some = _merge_block(x, begin, z, out[size_out * b : size_out * (b + 1)], work, limit, how, tally)
-        largest, kept = max(largest, most), kept + some
+        outs = out[size_out * b : size_out * (b + 1)]
+        largest, some = _merge_block(x, begin, z, outs, work, limit, how, largest, tally)
+        kept += some
     _close(work, limit, largest, kept, count, tally)

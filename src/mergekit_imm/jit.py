@@ -6,10 +6,22 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding
 import numba
 from numba.extending import overload
 
 _notices: list[str] = []
+
+
+def widen_vectors() -> None:
+    """Let this process's numba use the widest vectors of the CPU: LLVM avoids those of 512 bits where they once were slow.
+
+    For a process of our own: it concerns all that numba compiles. Without effect if NUMBA_CPU_FEATURES is set.
+    """
+    if numba.config.CPU_FEATURES is None:
+        features = llvmlite.binding.get_host_cpu_features()
+        if features.get("avx512f"):
+            numba.config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .compiled import WORK, run, run_decoded
 from .mask import BLOCK, Arithmetic
-from .sums import Tally
+from .sums import Tally, is_finite
 
 # Dtypes as safetensors headers name them -> codes of `run_decoded`, and the arrays that `run` takes.
 CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
@@ -84,16 +84,23 @@ def _merge_blocks(
     from_base = weight == 0 or (weight < 0.5 and numbers.alpha != 0)
     at_end = weight == 0 or numbers.alpha == 0
     masks = [np.array(flag).astype(np.uint64 if exact else np.uint32)[()] for flag in (0, -1)]
-    step = wide(weight if from_base else -alpha)
-    how = (wide(scale), step, wide(-0.0), masks[numbers.plain], masks[from_base], masks[at_end])
+    fast = (wide(scale), wide(weight if from_base else -alpha), masks[from_base])
+    careful = (*fast, wide(-0.0), masks[numbers.plain], masks[at_end])
     limit = np.uint32(numbers.keep16 * 65536 - 1)  # kept: sixteen bits, followed by any others, are at most this
-    rest = (np.zeros(WORK, wide), count, first // BLOCK, numbers.draws, *map(np.uint32, key), limit, how, tally)
-    if len(dtypes) == 1:
-        begin = None if start[0] is base[0] else _held(start)
-        run(_held(base), begin, _held(sft), _held(out), *rest)
-    else:
-        sides = [part for raw, dtype in (base, start, sft) for part in (raw, CODES[dtype])]
-        run_decoded(*sides, start[0] is base[0], _held(out), *rest)
+    # As they are held: inputs of one dtype, and an sft in float32. Each mixture takes seconds to compile, once.
+    as_held = len(dtypes) == 1 or (start[0] is base[0] and base[1] == out[1] and dtypes == {"BF16", "F32"})
+    before = tally.copy()
+    for how in (careful,) if numbers.plain or at_end else (fast, careful):
+        rest = (np.zeros(WORK, wide), count, first // BLOCK, numbers.draws, *map(np.uint32, key), limit, how, tally)
+        if as_held:
+            begin = None if start[0] is base[0] else _held(start)
+            run(_held(base), begin, _held(sft), _held(out), *rest)
+        else:
+            sides = [part for raw, dtype in (base, start, sft) for part in (raw, CODES[dtype])]
+            run_decoded(*sides, start[0] is base[0], _held(out), *rest)
+        if how is careful or is_finite(tally):
+            break
+        tally[:] = before  # a NaN is not what the fast way makes canonical: do it again
 
 
 def _held(side: Side) -> npt.NDArray[Any]:
