@@ -274,6 +274,13 @@ def _merge(
     _check_alike(sides, name)
     begin = base if start is None else start
     out = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
+    if out.is_cuda and not torch.compiler.is_compiling():
+        from . import fused  # imports Triton
+
+        if fused.fits(base, begin, sft, out):
+            b, s, f, o = (each.detach().view(-1) for each in (base, begin, sft, out))
+            fused.merge_flat_fused(b, s, f, o, numbers, *key, 0)
+            return out
     for index, span in boxes(base.shape):
         pieces = (in_box(base, index), in_box(begin, index), in_box(sft, index))
         out.view(-1)[span] = merge_flat(*pieces, out.dtype, numbers, *key, span.start)

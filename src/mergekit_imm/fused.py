@@ -1,0 +1,209 @@
+"""The formula in one pass over a GPU's memory: `flat.merge_flat` as a Triton kernel, bit for bit.
+
+A program takes a few blocks of 1024 elements. A thread computes the random words of some neighbouring counters and
+merges the elements that belong to them: neighbours too, in each of a block's eight planes. So every access to memory
+is contiguous, and no thread needs what another knows.
+
+Triton comes with torch for CUDA. Without it, or where it gives other bits, `fits` says no and `flat` does the work.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flat import merge_flat
+from .mask import BLOCK, Arithmetic, arithmetic
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Blocks of a program, and its warps: each thread has 4 counters, and moves 8 or 16 bytes at a time.
+ROWS, WARPS = 4, 4
+# A count that is no multiple of this would make the compiler move one element at a time.
+_ALIGNED = 16
+
+_one_at_a_time = threading.Lock()  # what Triton does when a kernel is first used is not known to bear threads
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    # Numbers that vary from tensor to tensor: none of their values is worth a kernel of its own.
+    vary = {"first_tile", "key0", "key1", "keep16"} & set(function.__code__.co_varnames)
+    return triton.jit(function, do_not_specialize=sorted(vary)) if triton else function
+
+
+@_jit
+def _load(base, start, sft, at, low, high, alone: tl.constexpr):
+    """Elements of base, start and sft; the compiler drops what is not used."""
+    here = (at >= low) & (at < high)
+    b = tl.load(base + at, mask=here)
+    s = b if alone else tl.load(start + at, mask=here)
+    return b, s, tl.load(sft + at, mask=here)
+
+
+@_jit
+def _wide(x):
+    """An input in float32."""
+    if x.dtype == tl.bfloat16:  # the high half of a float32
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@_jit
+def _merged(inputs, word, numbers, plain: tl.constexpr, draws: tl.constexpr, mix: tl.constexpr):
+    """The formula in float32; the random bits are the high half of `word`."""
+    limit, scale, alpha, weight = numbers
+    base, start, tuned = _wide(inputs[0]), _wide(inputs[1]), _wide(inputs[2])
+    if not plain:
+        tuned = start + (tuned - start) * scale
+        if draws:
+            tuned = tl.where(word < limit, tuned, start)
+    if mix == "base":
+        tuned = base
+    elif mix == "from base":
+        tuned = base + weight * (tuned - base)
+    elif mix == "from tuned":
+        tuned = tuned - alpha * (tuned - base)
+    return tuned
+
+
+@_jit
+def _store(out, at, low, high, merged):
+    """Round once, to nearest even, a NaN to the canonical one: by hand where GPUs and compilers differ."""
+    if out.dtype.element_ty == tl.bfloat16:
+        bits = merged.to(tl.uint32, bitcast=True)
+        bits = tl.where(merged != merged, 0x7FC00000, bits + (0x7FFF + ((bits >> 16) & 1)))
+        rounded = (bits >> 16).to(tl.uint16)
+    elif out.dtype.element_ty == tl.float16:
+        rounded = tl.where(merged != merged, 0x7E00, merged.to(tl.float16).to(tl.uint16, bitcast=True)).to(tl.uint16)
+    else:
+        rounded = tl.where(merged != merged, 0x7FC00000, merged.to(tl.uint32, bitcast=True))
+    tl.store(out + at, rounded.to(out.dtype.element_ty, bitcast=True), mask=(at >= low) & (at < high))
+
+
+@_jit
+def _words(counter, high, key0, key1, like):
+    """Philox4x32-10 of the counters (counter, high, 0, 0): four words for each.
+
+    `like`, loaded elements, has no part in the numbers: it makes the compiler give every thread the counters of its
+    own elements. Else words would go through shared memory to where they are used.
+    """
+    if like.dtype == tl.float32:
+        bits = like.to(tl.uint32, bitcast=True)
+    else:
+        bits = like.to(tl.uint16, bitcast=True).to(tl.uint32)
+    none = (bits.to(tl.uint64) >> 32).to(tl.uint32)
+    return tl.philox_impl(counter + none, high + none, none, none, key0, key1)
+
+
+@_jit
+def _merge(
+    base, start, sft, out, count, before, first_tile, key0, key1, keep16, scale, alpha, weight,
+    alone: tl.constexpr, plain: tl.constexpr, draws: tl.constexpr, mix: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    """Merge `count` elements, of which the first is number `before` of tile `first_tile`; a tile is `rows` blocks."""
+    program = tl.program_id(0).to(tl.int64)
+    origin = program * (rows * 1024) - before  # the tile's first element; of the first tile perhaps < 0
+    base, start, sft, out = base + origin, start + origin, sft + origin, out + origin
+    low, high = tl.maximum(-origin, 0).to(tl.int32), tl.minimum(count - origin, rows * 1024).to(tl.int32)
+    row, lane = tl.arange(0, rows)[:, None], tl.arange(0, 128)[None, :]
+    numbers = (keep16.to(tl.uint32) << 16, scale, alpha, weight)
+
+    w0, w1, w2, w3 = 0, 0, 0, 0
+    for half in tl.static_range(2):
+        # Four planes are read before one is written: so much more of memory is waited for at a time.
+        at = row * 1024 + lane + 512 * half
+        x0 = _load(base, start, sft, at, low, high, alone)
+        x1 = _load(base, start, sft, at + 128, low, high, alone)
+        x2 = _load(base, start, sft, at + 256, low, high, alone)
+        x3 = _load(base, start, sft, at + 384, low, high, alone)
+        if draws and half == 0:
+            counter = (first_tile + program) * (rows * 128)  # its high word is that of the whole tile
+            w0, w1, w2, w3 = _words(
+                counter.to(tl.uint32) + (row * 128 + lane).to(tl.uint32), (counter >> 32).to(tl.uint32),
+                key0.to(tl.uint32), key1.to(tl.uint32), x0[2],
+            )  # fmt: skip
+        shift = 16 - 16 * half
+        _store(out, at, low, high, _merged(x0, w0 << shift, numbers, plain, draws, mix))
+        _store(out, at + 128, low, high, _merged(x1, w1 << shift, numbers, plain, draws, mix))
+        _store(out, at + 256, low, high, _merged(x2, w2 << shift, numbers, plain, draws, mix))
+        _store(out, at + 384, low, high, _merged(x3, w3 << shift, numbers, plain, draws, mix))
+
+
+def merge_flat_fused(
+    base: Tensor, start: Tensor, sft: Tensor, out: Tensor, numbers: Arithmetic, key0: int, key1: int, offset: int
+) -> None:
+    """Merge elements offset..offset+n of one tensor into `out`: `flat.merge_flat` for tensors that `fits` allows."""
+    count = out.numel()
+    aligned = count - count % _ALIGNED
+    with torch.cuda.device_of(out), _one_at_a_time:
+        for first, last in ((0, aligned), (aligned, count)):
+            if first < last:
+                b, s, f, o = (each[first:last] for each in (base, start, sft, out))
+                _launch(b, s, f, o, numbers, key0, key1, offset + first)
+
+
+def _launch(
+    base: Tensor, start: Tensor, sft: Tensor, out: Tensor, numbers: Arithmetic, key0: int, key1: int, offset: int
+) -> None:
+    first_tile, before = divmod(offset, ROWS * BLOCK)
+    if numbers.weight32 == 0:
+        mix = "base"
+    elif numbers.alpha == 0:
+        mix = "tuned"
+    else:
+        mix = "from base" if numbers.weight32 < 0.5 else "from tuned"
+    programs = -(-(before + out.numel()) // (ROWS * BLOCK))
+    _merge[(programs,)](
+        base, start, sft, out, out.numel(), before, first_tile, _signed(key0), _signed(key1), numbers.keep16,
+        numbers.scale32, numbers.alpha32, numbers.weight32,
+        alone=start.data_ptr() == base.data_ptr() and start.dtype == base.dtype,
+        plain=numbers.plain, draws=numbers.draws, mix=mix, rows=ROWS,
+        num_warps=WARPS, enable_fp_fusion=False,  # else a multiply and an add become one operation, rounded once
+    )  # fmt: skip
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word  # always an int32 to Triton, so that one kernel serves all keys
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether `merge_flat_fused` can merge tensors of one device: plain, contiguous, of at most 32 bits."""
+    return (
+        triton is not None
+        and torch.version.cuda is not None
+        and all(
+            type(x) in (Tensor, torch.nn.Parameter)
+            and x.is_cuda
+            and x.dtype in DTYPES
+            and x.is_contiguous()
+            and not x.is_neg()
+            for x in tensors
+        )
+        and _agrees(tensors[0].device)
+    )
+
+
+@functools.cache
+def _agrees(device: torch.device) -> bool:
+    """Whether the kernel works on a device and gives the bits of `flat`: all kinds of float32 are tried."""
+    numbers, bits = arithmetic(alpha=0.3, drop=0.5), torch.arange(3 * 4096, dtype=torch.int64, device=device)
+    base, start, sft = ((bits * 2654435761) & 0xFFFFFFFF).sub(1 << 31).to(torch.int32).view(3, -1).view(torch.float32)
+    out = torch.empty_like(base)
+    try:
+        merge_flat_fused(base, start, sft, out, numbers, 1, 2, 0)
+        eager = merge_flat(base, start, sft, out.dtype, numbers, 1, 2, 0)
+        return torch.equal(out.view(torch.int32), eager.view(torch.int32))
+    except Exception:  # no C compiler for Triton's launcher, a GPU too old: whatever it is, there is another way
+        return False
