@@ -13,7 +13,7 @@ import torch
 
 import reference
 from checkpoints import same_bits
-from mergekit_imm.fused import merge_flat_fused
+from mergekit_imm.fused import keep_flat_fused, merge_flat_fused
 from mergekit_imm.mask import KEEP_ALL, arithmetic, mask_key
 from strategies import DTYPES, tensor
 from test_mask import CHECK_VALUES, NAME
@@ -53,9 +53,17 @@ def check_values() -> None:
             assert (out != 0).tolist() == [value < limit for value in values], (first, limit)
 
 
+def check_masks() -> None:
+    for case, (first, count) in enumerate(SPANS):
+        out = torch.zeros(count, dtype=torch.bool)
+        keep_flat_fused(out, reference.keep16_of(0.3), *mask_key(NAME, case), first)
+        assert out.tolist() == reference.mask(NAME, first, count, 0.3, case).tolist(), (first, count)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # numpy's, of infinities
     check_values()
+    check_masks()
     for case, dtypes in enumerate(product(DTYPES, repeat=4)):
         compare(dtypes, case)
     for case, (dtype, _) in enumerate(product(DTYPES, NUMBERS)):

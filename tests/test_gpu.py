@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 import reference
 from checkpoints import files_of, random_state, same_bits, write_model
-from mergekit_imm import dare_merge, fused, gpu, merge_checkpoints
+from mergekit_imm import dare_merge, fused, gpu, keep_mask, merge_checkpoints
 from mergekit_imm.flat import CHUNK, merge_flat
 from mergekit_imm.mask import BLOCK, arithmetic, mask_key
 from mergekit_imm.sums import KEPT, LANES, LARGEST, TALLY, new_tally, to_record
@@ -142,21 +143,26 @@ def test_the_kernel_interpreted_has_the_bits_of_the_reference() -> None:
 class CompilesOnly:
     """Stands in for a kernel: compiles what would be launched, for a GPU that need not be there."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, launched: list[Any]) -> None:
         self.kernel = kernel
-        self.compiled: list[Any] = []
+        self.launched = launched
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+        return lambda *args, **options: self.launched.append(self.kernel.warmup(*args, grid=grid, **options))
+
+
+Compiled = Callable[[int, Callable[[], None]], list[Any]]
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    """A function that compiles the kernel for tensors of some dtypes and returns it."""
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
+    """A function that returns what a call would launch, compiled for a GPU of some capability."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    def compile_for(capability: int, dtypes: tuple[torch.dtype, ...], numbers: Any, *, alone: bool = False) -> Any:
+    kernels = {name: getattr(fused, name) for name in ("_merge", "_keep")}
+
+    def compile_for(capability: int, call: Callable[[], None]) -> list[Any]:
         class Driver:
             def get_current_target(self) -> Any:
                 return GPUTarget("cuda", capability, 32)
@@ -168,15 +174,20 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., A
                 return 0
 
         monkeypatch.setattr(driver, "_active", Driver())  # reset_active() looks for a GPU
-        stand_in = CompilesOnly(kernel)
-        monkeypatch.setattr(fused, "_merge", stand_in)
-        base, start, sft, out = (torch.zeros((1 << 14) + 5, dtype=dtype) for dtype in dtypes)
-        fused.merge_flat_fused(base, base if alone else start, sft, out, numbers, 1, 2, 1 << 40)
-        return stand_in.compiled[0]  # the second is for the last five elements
+        launched: list[Any] = []
+        for name, kernel in kernels.items():
+            monkeypatch.setattr(fused, name, CompilesOnly(kernel, launched))
+        call()
+        return launched
 
-    kernel = fused._merge
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     return compile_for
+
+
+def merge_of(dtypes: tuple[torch.dtype, ...], alpha: float, drop: float, alone: bool = False) -> Callable[[], None]:
+    base, start, sft, out = (torch.zeros((1 << 14) + 5, dtype=dtype) for dtype in dtypes)
+    numbers = arithmetic(alpha=alpha, drop=drop)
+    return lambda: fused.merge_flat_fused(base, base if alone else start, sft, out, numbers, 1, 2, 1 << 40)
 
 
 MIXES = [
@@ -192,9 +203,9 @@ MIXES = [
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("dtypes", "alone"), MIXES, ids=str)
 def test_the_kernel_compiled_rounds_every_operation_and_moves_vectors(
-    compiled: Callable[..., Any], dtypes: tuple[torch.dtype, ...], alone: bool, capability: int
+    compiled: Compiled, dtypes: tuple[torch.dtype, ...], alone: bool, capability: int
 ) -> None:
-    kernel = compiled(capability, dtypes, arithmetic(alpha=0.3, drop=0.5), alone=alone)
+    kernel, _ = compiled(capability, merge_of(dtypes, 0.3, 0.5, alone))  # and one for the last five elements
     code = kernel.asm["ptx"]
     found = set(re.findall(r"^\s*(?:@%?!?\w+\s+)?([a-z]\w*\.[\w.:]+)", code, re.MULTILINE))
     floats = {name for name in found if re.match(r"(add|sub|mul|fma|mad|div|rcp|cvt)\.", name) and "f32" in name}
@@ -212,10 +223,36 @@ def test_the_kernel_compiled_rounds_every_operation_and_moves_vectors(
     ("alpha", "drop", "inputs"), [(1.0, 0.5, 1), (0.5, 0.0, 2), (0.0, 0.0, 1), (0.0, 0.5, 2), (0.7, 0.5, 3)]
 )
 def test_the_kernel_reads_only_what_the_formula_looks_at(
-    compiled: Callable[..., Any], alpha: float, drop: float, inputs: int
+    compiled: Compiled, alpha: float, drop: float, inputs: int
 ) -> None:
-    kernel = compiled(80, (torch.bfloat16,) * 4, arithmetic(alpha=alpha, drop=drop))
+    kernel, _ = compiled(80, merge_of((torch.bfloat16,) * 4, alpha, drop))
     assert len(re.findall(r"ld\.global", kernel.asm["ptx"])) == 8 * inputs
+
+
+@needs_triton
+def test_one_kernel_serves_all_keys_names_and_drops(compiled: Compiled) -> None:
+    """Compiling takes a second; a model has hundreds of names."""
+    base, sft, out = (torch.zeros(1 << 14) for _ in range(3))
+    kernels = []
+    for key, drop, alpha, first in (
+        (1, 0.5, 0.3, 0),
+        (16, 0.75, 0.7, 0),
+        (1 << 31, 0.9, 0.8, 1 << 14),
+        (77, 0.2, 0.6, 0),
+    ):
+        numbers = arithmetic(alpha=alpha, drop=drop)
+        call = functools.partial(fused.merge_flat_fused, base, base, sft, out, numbers, key, 2**32 - key, first)
+        kernels += compiled(90, call)
+    hashes = [kernel.hash for kernel in kernels]
+    assert len(set(hashes[1:])) == 1  # 0.3 is mixed the other way round
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_of_masks_compiles(compiled: Compiled, capability: int) -> None:
+    out = torch.empty(1 << 14, dtype=torch.bool)
+    (kernel,) = compiled(capability, lambda: fused.keep_flat_fused(out, 100, 1, 2, 0))
+    assert "st.global" in kernel.asm["ptx"]
 
 
 def test_tensors_elsewhere_are_left_to_the_readable_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +302,7 @@ def test_pure_functions_on_cuda_are_those_on_the_cpu(dtype: torch.dtype, shape: 
         merged = dare_merge(base, sft, start=begin, name=NAME)
         on_gpu = dare_merge(base.cuda(), sft.cuda(), start=begin.cuda() if with_start else None, name=NAME)  # type: ignore[union-attr]
         assert same_bits(on_gpu.cpu(), merged)
+    assert torch.equal(keep_mask(NAME, shape, drop=0.5, device="cuda").cpu(), keep_mask(NAME, shape, drop=0.5))
     transposed = dare_merge(base.cuda().transpose(0, -1), sft.cuda().transpose(0, -1), name=NAME) if shape else None
     if transposed is not None:
         assert same_bits(transposed.cpu(), dare_merge(base.transpose(0, -1), sft.transpose(0, -1), name=NAME))

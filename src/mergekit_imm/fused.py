@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ try:
 except ImportError:
     triton = None
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.bool)
 
 # Blocks of a program, and its warps: each thread has 4 counters, and moves 8 or 16 bytes at a time.
 ROWS, WARPS = 4, 4
@@ -93,18 +94,27 @@ def _store(out, at, low, high, merged):
 
 
 @_jit
-def _words(counter, high, key0, key1, like):
-    """Philox4x32-10 of the counters (counter, high, 0, 0): four words for each.
+def _nothing(x):
+    """Zeros, which only the compiler knows to be zeros once it has laid them out over the threads as `x` is."""
+    bits = x.to(tl.uint32, bitcast=True) if x.dtype == tl.float32 else x.to(tl.uint16, bitcast=True)
+    return (bits.to(tl.uint64) >> 32).to(tl.uint32)
 
-    `like`, loaded elements, has no part in the numbers: it makes the compiler give every thread the counters of its
-    own elements. Else words would go through shared memory to where they are used.
-    """
-    if like.dtype == tl.float32:
-        bits = like.to(tl.uint32, bitcast=True)
-    else:
-        bits = like.to(tl.uint16, bitcast=True).to(tl.uint32)
-    none = (bits.to(tl.uint64) >> 32).to(tl.uint32)
-    return tl.philox_impl(counter + none, high + none, none, none, key0, key1)
+
+@_jit
+def _words(tile, row, lane, none, key0, key1, rows: tl.constexpr):
+    """Philox4x32-10 of the counters of a tile: four words for each, laid out as the zeros `none` are."""
+    counter = tile * (rows * 128)  # its high word is that of the whole tile
+    low, high = counter.to(tl.uint32) + (row * 128 + lane).to(tl.uint32), (counter >> 32).to(tl.uint32)
+    return tl.philox_impl(low + none, high + none, none, none, key0.to(tl.uint32), key1.to(tl.uint32))
+
+
+@_jit
+def _tile(count, before, rows: tl.constexpr):
+    """Where the program's tile begins in the tensor (the first one perhaps before it), and its part inside."""
+    program = tl.program_id(0).to(tl.int64)
+    origin = program * (rows * 1024) - before
+    low, high = tl.maximum(-origin, 0).to(tl.int32), tl.minimum(count - origin, rows * 1024).to(tl.int32)
+    return program, origin, low, high
 
 
 @_jit
@@ -113,13 +123,10 @@ def _merge(
     alone: tl.constexpr, plain: tl.constexpr, draws: tl.constexpr, mix: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     """Merge `count` elements, of which the first is number `before` of tile `first_tile`; a tile is `rows` blocks."""
-    program = tl.program_id(0).to(tl.int64)
-    origin = program * (rows * 1024) - before  # the tile's first element; of the first tile perhaps < 0
+    program, origin, low, high = _tile(count, before, rows)
     base, start, sft, out = base + origin, start + origin, sft + origin, out + origin
-    low, high = tl.maximum(-origin, 0).to(tl.int32), tl.minimum(count - origin, rows * 1024).to(tl.int32)
     row, lane = tl.arange(0, rows)[:, None], tl.arange(0, 128)[None, :]
     numbers = (keep16.to(tl.uint32) << 16, scale, alpha, weight)
-
     w0, w1, w2, w3 = 0, 0, 0, 0
     for half in tl.static_range(2):
         # Four planes are read before one is written: so much more of memory is waited for at a time.
@@ -129,11 +136,8 @@ def _merge(
         x2 = _load(base, start, sft, at + 256, low, high, alone)
         x3 = _load(base, start, sft, at + 384, low, high, alone)
         if draws and half == 0:
-            counter = (first_tile + program) * (rows * 128)  # its high word is that of the whole tile
-            w0, w1, w2, w3 = _words(
-                counter.to(tl.uint32) + (row * 128 + lane).to(tl.uint32), (counter >> 32).to(tl.uint32),
-                key0.to(tl.uint32), key1.to(tl.uint32), x0[2],
-            )  # fmt: skip
+            # Words laid out otherwise than the elements would go through shared memory to them.
+            w0, w1, w2, w3 = _words(first_tile + program, row, lane, _nothing(x0[2]), key0, key1, rows)
         shift = 16 - 16 * half
         _store(out, at, low, high, _merged(x0, w0 << shift, numbers, plain, draws, mix))
         _store(out, at + 128, low, high, _merged(x1, w1 << shift, numbers, plain, draws, mix))
@@ -141,37 +145,66 @@ def _merge(
         _store(out, at + 384, low, high, _merged(x3, w3 << shift, numbers, plain, draws, mix))
 
 
+@_jit
+def _keep(out, count, before, first_tile, key0, key1, keep16, rows: tl.constexpr):
+    """Which of `count` elements are kept, a byte for each."""
+    program, origin, low, high = _tile(count, before, rows)
+    row, lane = tl.arange(0, rows)[:, None], tl.arange(0, 128)[None, :]
+    none = tl.zeros((rows, 128), tl.uint32)
+    w0, w1, w2, w3 = _words(first_tile + program, row, lane, none, key0, key1, rows)
+    out, limit = out + origin, keep16.to(tl.uint32) << 16
+    for half in tl.static_range(2):
+        at, shift = row * 1024 + lane + 512 * half, 16 - 16 * half
+        tl.store(out + at, (w0 << shift) < limit, mask=(at >= low) & (at < high))
+        tl.store(out + at + 128, (w1 << shift) < limit, mask=(at + 128 >= low) & (at + 128 < high))
+        tl.store(out + at + 256, (w2 << shift) < limit, mask=(at + 256 >= low) & (at + 256 < high))
+        tl.store(out + at + 384, (w3 << shift) < limit, mask=(at + 384 >= low) & (at + 384 < high))
+
+
 def merge_flat_fused(
     base: Tensor, start: Tensor, sft: Tensor, out: Tensor, numbers: Arithmetic, key0: int, key1: int, offset: int
 ) -> None:
     """Merge elements offset..offset+n of one tensor into `out`: `flat.merge_flat` for tensors that `fits` allows."""
-    count = out.numel()
-    aligned = count - count % _ALIGNED
-    with torch.cuda.device_of(out), _one_at_a_time:
-        for first, last in ((0, aligned), (aligned, count)):
-            if first < last:
-                b, s, f, o = (each[first:last] for each in (base, start, sft, out))
-                _launch(b, s, f, o, numbers, key0, key1, offset + first)
-
-
-def _launch(
-    base: Tensor, start: Tensor, sft: Tensor, out: Tensor, numbers: Arithmetic, key0: int, key1: int, offset: int
-) -> None:
-    first_tile, before = divmod(offset, ROWS * BLOCK)
     if numbers.weight32 == 0:
         mix = "base"
     elif numbers.alpha == 0:
         mix = "tuned"
     else:
         mix = "from base" if numbers.weight32 < 0.5 else "from tuned"
-    programs = -(-(before + out.numel()) // (ROWS * BLOCK))
-    _merge[(programs,)](
-        base, start, sft, out, out.numel(), before, first_tile, _signed(key0), _signed(key1), numbers.keep16,
-        numbers.scale32, numbers.alpha32, numbers.weight32,
-        alone=start.data_ptr() == base.data_ptr() and start.dtype == base.dtype,
-        plain=numbers.plain, draws=numbers.draws, mix=mix, rows=ROWS,
-        num_warps=WARPS, enable_fp_fusion=False,  # else a multiply and an add become one operation, rounded once
-    )  # fmt: skip
+    how = {
+        "alone": start.data_ptr() == base.data_ptr() and start.dtype == base.dtype,
+        "plain": numbers.plain, "draws": numbers.draws, "mix": mix,
+    }  # fmt: skip
+    constants = numbers.scale32, numbers.alpha32, numbers.weight32
+    for first, count in _parts(out.numel()):
+        parts = [each[first : first + count] for each in (base, start, sft, out)]
+        _launch(_merge, parts, key0, key1, numbers.keep16, offset + first, constants, how)
+
+
+def keep_flat_fused(out: Tensor, keep16: int, key0: int, key1: int, offset: int) -> None:
+    """Write into a flat bool tensor which of elements offset..offset+n are kept; keep16 is less than 65536."""
+    for first, count in _parts(out.numel()):
+        _launch(_keep, [out[first : first + count].view(torch.int8)], key0, key1, keep16, offset + first)
+
+
+def _parts(count: int) -> list[tuple[int, int]]:
+    """(first, count) of what is moved by vectors, and of the last few elements."""
+    rest = count % _ALIGNED
+    return [part for part in ((0, count - rest), (count - rest, rest)) if part[1]]
+
+
+def _launch(
+    kernel: Any, tensors: list[Tensor], key0: int, key1: int, keep16: int, offset: int,
+    constants: tuple[float, ...] = (), how: Mapping[str, Any] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    count = tensors[0].numel()
+    first_tile, before = divmod(offset, ROWS * BLOCK)
+    programs = -(-(before + count) // (ROWS * BLOCK))
+    with torch.cuda.device_of(tensors[0]), _one_at_a_time:
+        kernel[(programs,)](
+            *tensors, count, before, first_tile, _signed(key0), _signed(key1), keep16, *constants, **how, rows=ROWS,
+            num_warps=WARPS, enable_fp_fusion=False,  # else a multiply and an add become one operation, rounded once
+        )  # fmt: skip
 
 
 def _signed(word: int) -> int:
@@ -179,7 +212,7 @@ def _signed(word: int) -> int:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether `merge_flat_fused` can merge tensors of one device: plain, contiguous, of at most 32 bits."""
+    """Whether the kernels can work on tensors of one device: plain, contiguous, of at most 32 bits."""
     return (
         triton is not None
         and torch.version.cuda is not None

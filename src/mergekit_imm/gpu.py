@@ -88,7 +88,7 @@ def merge_span(
         largest = change.abs().nan_to_num(nan=0.0, posinf=torch.inf).max().double()
         kept = torch.full_like(largest, count)
         if numbers.draws:
-            kept = (uniform16(b, first, count, *key) < numbers.keep16).sum().double()
+            kept = _kept(b, first, key, numbers.keep16).sum().double()
         # The host waits here, for this stream alone: what was put on it before, the copy of the output too, is done.
         lanes, (most, number) = sums.cpu().numpy(), torch.stack((largest, kept)).tolist()
 
@@ -109,6 +109,14 @@ def _stream(device: torch.device) -> AbstractContextManager[object]:
     if device not in streams:
         streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return torch.cuda.stream(streams[device])
+
+
+def _kept(like: Tensor, first: int, key: tuple[int, int], keep16: int) -> Tensor:
+    out = torch.empty(len(like), dtype=torch.bool, device=like.device)
+    if not fused.fits(out):
+        return uniform16(like, first, len(like), *key) < keep16
+    fused.keep_flat_fused(out, keep16, *key, first)
+    return out
 
 
 def _block_sums(values: Tensor) -> Tensor:
