@@ -47,12 +47,10 @@ def add_naively(tally: Any, base: Any, start: Any, sft: Any, merged: Any, kept: 
         for first in range(0, len(values), 1024):
             block = np.zeros(1024, wide)
             block[: len(values[first : first + 1024])] = values[first : first + 1024]
-            s = [wide(0)] * 64
-            for p, j in product(range(8), range(64)):
-                even, odd = block[128 * p + 2 * j], block[128 * p + 2 * j + 1]
-                s[j] = s[j] + (even * even + odd * odd)
-            s = [s[j] + s[j + 32] for j in range(32)]
-            s = [s[j] + s[j + 16] for j in range(16)]
+            x = block * block
+            s = [(x[2 * i] + x[2 * i + 1]) + (x[512 + 2 * i] + x[513 + 2 * i]) for i in range(256)]
+            for half in (128, 64, 32, 16):
+                s = [s[i] + s[i + half] for i in range(half)]
             for j in range(16):
                 tally[16 * which + j] = tally[16 * which + j] + np.float64(s[j])
     for size in np.abs(change):

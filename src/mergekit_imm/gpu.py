@@ -20,7 +20,7 @@ from . import fused
 from .errors import ArgumentError
 from .flat import merge_flat, uniform16
 from .mask import BLOCK, Arithmetic
-from .sums import KEPT, LANES, LARGEST, PAIRS, PLANES, Tally
+from .sums import KEPT, LANES, LARGEST, Tally
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -72,15 +72,15 @@ def merge_span(
         pieces: dict[int, Tensor] = {}
         for raw, dtype in (base, start, sft):
             if id(raw) not in pieces:
-                pieces[id(raw)] = _typed(raw, dtype).to(device, non_blocking=True)
+                # As bytes: on the host they may begin anywhere, on the device they are aligned.
+                pieces[id(raw)] = torch.from_numpy(raw).to(device, non_blocking=True).view(_DTYPES[dtype])
         b, s, f = (pieces[id(raw)] for raw, _ in (base, start, sft))
         merged = torch.empty(count, dtype=_DTYPES[out[1]], device=device)
         if fused.fits(b, s, f, merged):
             fused.merge_flat_fused(b, s, f, merged, numbers, *key, first)
         else:
             merged = merge_flat(b, s, f, merged.dtype, numbers, *key, first)
-        written = _typed(*out)
-        written.copy_(merged, non_blocking=True)
+        torch.from_numpy(out[0]).copy_(merged.view(torch.uint8), non_blocking=True)
 
         wide = torch.float64 if torch.float64 in (b.dtype, s.dtype, f.dtype) else torch.float32
         change = merged.to(wide) - b.to(wide)
@@ -95,10 +95,6 @@ def merge_span(
     tally[:LARGEST] = np.add.accumulate(np.vstack((tally[None, :LARGEST], lanes)), axis=0)[-1]
     tally[LARGEST] = max(tally[LARGEST], most)
     tally[KEPT] += number
-
-
-def _typed(raw: Bytes, dtype: str) -> Tensor:
-    return torch.from_numpy(raw).view(_DTYPES[dtype])
 
 
 def _stream(device: torch.device) -> AbstractContextManager[object]:
@@ -121,12 +117,10 @@ def _kept(like: Tensor, first: int, key: tuple[int, int], keep16: int) -> Tensor
 
 def _block_sums(values: Tensor) -> Tensor:
     """Lanes of each block of 1024, in the order of `sums`: element-wise additions alone give everybody's bits."""
-    padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, PLANES, PAIRS, 2)
+    padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, 2, BLOCK // 4, 2)
     squares = padded * padded
     pairs = squares[..., 0] + squares[..., 1]
-    lanes = pairs[:, 0]
-    for plane in range(1, PLANES):
-        lanes = lanes + pairs[:, plane]
+    lanes = pairs[:, 0] + pairs[:, 1]
     while lanes.shape[1] > LANES:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
