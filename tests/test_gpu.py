@@ -253,6 +253,10 @@ def test_the_kernel_of_masks_compiles(compiled: Compiled, capability: int) -> No
     assert "st.global" in kernel.asm["ptx"]
 
 
+def test_a_kernel_that_cannot_be_run_is_not_used() -> None:
+    assert not fused._agrees.__wrapped__(torch.device("cpu"))
+
+
 def test_tensors_elsewhere_are_left_to_the_readable_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_agrees", lambda _: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
