@@ -232,7 +232,7 @@ def fits(*tensors: Tensor) -> bool:
 def _agrees(device: torch.device) -> bool:
     """Whether the kernel works on a device and gives the bits of `flat`, tried on float32 of every exponent."""
     numbers, low, high = arithmetic(alpha=0.3, drop=0.3), 0x7FFFFF, 0xFF800000
-    words = torch.arange(3 * 4096, dtype=torch.int64, device=device).mul(2654435761).view(3, -1)
+    words = torch.arange(3 * 4096, dtype=torch.int64, device=device).square().mul(2654435761).view(3, -1)
     bits = (words[0] & high) | (words & low)  # of one exponent the three, so that every rounding is seen
     base, start, sft = (bits - ((bits >> 31) << 32)).to(torch.int32).view(torch.float32)
     out = torch.empty_like(base)
