@@ -25,6 +25,7 @@ LEVELS = [
     ["errors"],
     ["mask", "layers", "importance", "config", "sums", "sweep"],
     ["recipe", "flat"],
+    ["fused"],
     ["states"],
     ["ops"],
     ["jit"],

@@ -87,6 +87,11 @@ def keep_mask(
     out = torch.ones(tuple(shape), dtype=torch.bool, device=device)
     if keep16 < KEEP_ALL:
         flat = out.view(-1)
+        if _is_fused(out):
+            from . import fused
+
+            fused.keep_flat_fused(flat, keep16, *key, offset)
+            return out
         for begin in range(0, flat.numel(), CHUNK):
             count = min(CHUNK, flat.numel() - begin)
             flat[begin : begin + count] = uniform16(out, offset + begin, count, *key) < keep16
@@ -274,10 +279,25 @@ def _merge(
     _check_alike(sides, name)
     begin = base if start is None else start
     out = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
+    if _is_fused(base, begin, sft, out):
+        from . import fused
+
+        b, s, f, o = (each.detach().view(-1) for each in (base, begin, sft, out))
+        fused.merge_flat_fused(b, s, f, o, numbers, *key, 0)
+        return out
     for index, span in boxes(base.shape):
         pieces = (in_box(base, index), in_box(begin, index), in_box(sft, index))
         out.view(-1)[span] = merge_flat(*pieces, out.dtype, numbers, *key, span.start)
     return out
+
+
+def _is_fused(*tensors: Tensor) -> bool:
+    """Whether one kernel can do it all; inside a graph that torch compiles, torch does that."""
+    if not tensors[0].is_cuda or torch.compiler.is_compiling():
+        return False
+    from . import fused  # imports Triton
+
+    return fused.fits(*tensors)
 
 
 def _copy_equal(name: str, sides: Mapping[str, Tensor]) -> Tensor:
