@@ -94,7 +94,7 @@ def config(size: str) -> dict[str, object]:
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden,
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": tied,
-        "torch_dtype": "bfloat16",
+        "dtype": "bfloat16",
     }  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def measure_all(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
         results["peer_versions"] = versions(arguments.peers_python, packages)
     if "startup" in arguments.parts:
         say("help, dry run, first merge")
-        results["startup"] = startup.measure(root, 5)
+        results["startup"] = startup.measure(root / "startup", 5)
     if "kernel" in arguments.parts:
         say("kernel")
         command = [sys.executable, str(HERE / "kernel.py"), "--json", "--seconds", "2"]

@@ -101,6 +101,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def measure(folder: Path, runs: int) -> dict[str, dict[str, dict[str, float]]]:
     """Time each command several times, in alternation; the first of each is not counted, but for the compile."""
+    folder.mkdir()
     for role in ("base", "sft"):
         make_llama(folder / f"{role}-405b")
     make_models("tiny", folder / "tiny")
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".", prefix="bench-") as folder:
-        results = measure(Path(folder), arguments.runs)
+        results = measure(Path(folder) / "startup", arguments.runs)
     if arguments.json:
         print(json.dumps(results, indent=2))
         return
