@@ -90,16 +90,16 @@ def _memory(sizes: Mapping[str, Any]) -> Iterator[Goal]:
 
 def _scaling(sizes: Mapping[str, Any]) -> Iterator[Goal]:
     """Slope of log(seconds) over log(bytes): 1 is linear."""
-    points = []
-    for entry in sizes.values():
+    points, names = [], []
+    for size, entry in sizes.items():
         ours = entry["summary"].get("imm-merge", {}).get("cold")
-        if ours:
+        if ours and size != "tiny":
+            names.append(size)
             moved = ours["read"]["median"] + ours["written"]["median"]
             points.append((math.log(moved), math.log(ours["stream"]["median"])))
     if len(points) > 1:
         mean_x, mean_y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
         slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-        names = list(sizes)
         where = f"{names[0]} to {names[-1]}, cold"
         yield goal("growth of time with bytes: exponent", where, slope, "", most=1.1)
 

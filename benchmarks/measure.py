@@ -29,7 +29,7 @@ def measured(
 
     wall: seconds from start to exit; to_disk: until the files of `out` are on the disk as well (the same for a command
     that forces them there itself); cpu: seconds of all its threads; peak: largest resident bytes as the system counts
-    them, mapped files included; anonymous: the same without mapped files, sampled every 10 ms.
+    them, mapped files included; anonymous: the same without mapped files, sampled every 50 ms.
 
     A child starts with the peak memory of the process it was forked from: whoever calls this must stay small.
     """
@@ -74,7 +74,7 @@ def measured(
 
 def _sample(pid: int, ended: threading.Event, largest: list[int]) -> None:
     """Keep the largest anonymous resident memory of a process in largest[0]."""
-    while not ended.wait(0.01):
+    while not ended.wait(0.05):
         try:
             status = Path(f"/proc/{pid}/status").read_text()
         except OSError:
@@ -126,17 +126,17 @@ def cpu_name() -> str:
 
 def machine(folder: Path) -> dict[str, Any]:
     """The hardware and system, and the filesystem of a folder. No names of hosts or places."""
-    mount = subprocess.run(
-        ["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=False
-    ).stdout.strip()
     flags = Path("/proc/cpuinfo").read_text()
+    vectors = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    above = [(len(point), kind) for point, kind in mounts if folder.resolve().is_relative_to(point)]
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "vector": next((name for name in ("avx512f", "avx2", "asimd") if name in flags), "none"),
+        "vector": next((name for flag, name in vectors.items() if flag in flags), "unknown"),
         "memory_gb": round(memory()["MemTotal"] / 1e9, 1),
         "kernel": re.sub(r"-.*", "", platform.release()),
-        "filesystem": mount or "unknown",
+        "filesystem": max(above, default=(0, "unknown"))[1],
         "disk_free_gb": round(shutil.disk_usage(folder).free / 1e9),
     }
 
@@ -154,7 +154,11 @@ def versions(python: str | Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def git_version(folder: Path) -> str:
-    """The commit of a checkout, with "-dirty" if it was changed; "unknown" outside one."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False)
-    return shown.stdout.strip() or "unknown"
+    """The commit that the source beside this folder is at, with "+" if it was changed; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+
+    commit = git("rev-parse", "--short=10", "HEAD").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", "../src", ".", ":!results").returncode == 1
+    return commit + "+" * changed if commit else "unknown"

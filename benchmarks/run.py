@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -112,8 +113,9 @@ def measure_size(size: str, root: Path, peers: Sequence[str], workers: int, argu
 
 def warm_up(root: Path) -> int:
     """Merge a tiny pair, so that the kernel is compiled and cached; return how many workers a merge uses."""
-    make_models("tiny", root / "tiny")
-    command = [imm_merge(), f"{root}/tiny/base", f"{root}/tiny/sft", "--json", "-o", f"{root}/tiny/out"]
+    folder = root / "warm-up"
+    make_models("tiny", folder)
+    command = [imm_merge(), f"{folder}/base", f"{folder}/sft", "--json", "-o", f"{folder}/out"]
     _, printed = measured(command)
     return int(json.loads(printed)["workers"])
 
@@ -124,8 +126,8 @@ def file_name(today: date) -> str:
     return f"{today:%Y-%m-%d}-{'-'.join(re.findall('[a-z0-9]+', words))}.json"
 
 
-def measure_all(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Measure what was asked for."""
+def measure_all(arguments: argparse.Namespace, root: Path, path: Path) -> dict[str, Any]:
+    """Measure what was asked for; the result file is written after every part."""
     peers = [name for name in arguments.peers if name in PEERS]
     results: dict[str, Any] = {
         "format": "mergekit_imm benchmark", "version": 1, "date": f"{date.today():%Y-%m-%d}",
@@ -141,6 +143,12 @@ def measure_all(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     if peers and arguments.peer_sizes:
         packages = ["mergekit", "sd-mecha", "torch", "transformers", "safetensors"]
         results["peer_versions"] = versions(arguments.peers_python, packages)
+    if arguments.add and path.exists():
+        before = json.loads(path.read_text())
+        if before["versions"] != results["versions"]:
+            raise SystemExit(f"error: {path.name} was measured with other versions; run without --add")
+        results = {**before, **results, "sizes": before["sizes"]}
+        results["peer_versions"] = results["peer_versions"] or before["peer_versions"]
     if "startup" in arguments.parts:
         say("help, dry run, first merge")
         results["startup"] = startup.measure(root / "startup", 5)
@@ -152,9 +160,17 @@ def measure_all(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
         here = peers if size in arguments.peer_sizes else []
         measured_size = measure_size(size, root, here, results["settings"]["workers"], arguments)
         if measured_size:
-            results["sizes"][size] = measured_size
-    results["goals"] = goals(results)
+            found = {**results["sizes"], size: measured_size}
+            results["sizes"] = {each: found[each] for each in SIZES if each in found}
+        write(results, path)
+    write(results, path)
     return results
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    """Write the result file, with what the results say about the goals."""
+    results["goals"] = goals(results)
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def show(results: Mapping[str, Any]) -> None:
@@ -186,6 +202,7 @@ def main() -> None:
     parser.add_argument("--peer-sizes", type=names, help="sizes that peers merge too (default: all)")
     parser.add_argument("--peers-python", type=Path, default=HERE.parent / ".venv-peers" / "bin" / "python")
     parser.add_argument("--parts", type=names, default=["startup", "kernel", "sizes"], help="what to measure")
+    parser.add_argument("--add", action="store_true", help="to what today's result file holds, keep the rest of it")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result files")
     arguments = parser.parse_args()
     if arguments.peer_sizes is None:
@@ -199,12 +216,12 @@ def main() -> None:
     arguments.peers_python = arguments.peers_python.absolute()
     if arguments.peers and arguments.peer_sizes and not arguments.peers_python.exists():
         parser.error("there is no environment of the peers: `make .venv-peers/ready` makes it, or give --peers ''")
-    with tempfile.TemporaryDirectory(dir=".", prefix="bench-") as folder:
-        results = measure_all(arguments, Path(folder).absolute())
-    show(results)
-    arguments.out.mkdir(exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / file_name(date.today())
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes then, too
+    with tempfile.TemporaryDirectory(dir=".", prefix="bench-") as folder:
+        results = measure_all(arguments, Path(folder).absolute(), path)
+    show(results)
     say(f"written: {path.name}")
 
 

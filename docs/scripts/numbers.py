@@ -61,7 +61,7 @@ def floor(results: Mapping[str, Any]) -> str:
                 if it:
                     rate = (it["read"]["median"] + it["written"]["median"]) / it["stream"]["median"] / 1e9
                     rows.append([size, cache, NAMES[name], spread(it["stream"]), f"{rate:.2f}", spread(it["wall"])])
-    return table(["model", "inputs", "", "streaming s", "GB/s", "whole command s"], rows)
+    return table(["model", "inputs", "what", "streaming s", "GB/s", "whole command s"], rows)
 
 
 def peers(results: Mapping[str, Any]) -> str:
@@ -80,7 +80,7 @@ def peers(results: Mapping[str, Any]) -> str:
                     str(it["wall"]["n"]),
                 ])  # fmt: skip
         notes += [f"- {size}, {NAMES[name]}: {reason}." for name, reason in entry["skipped"].items() if name in PEERS]
-    head = ["model", "", "s", "s, until on the disk", "peak memory GB", "without mapped files GB", "CPU s", "runs"]
+    head = ["model", "tool", "s", "s, until on the disk", "peak memory GB", "without mapped files GB", "CPU s", "runs"]
     return "\n\n".join([table(head, rows), *(["\n".join(["Left out:\n", *notes])] if notes else [])])
 
 
@@ -106,7 +106,7 @@ def kernel(results: Mapping[str, Any]) -> str:
         ]
         for name, it in results.get("kernel", {}).items()
     ]  # fmt: skip
-    head = ["", "bytes moved", "kernel, least", "median", "memcpy, least", "median", "ratio"]
+    head = ["case", "bytes moved", "kernel, least", "median", "memcpy, least", "median", "ratio"]
     return table(head, rows)
 
 
@@ -117,7 +117,7 @@ def startup(results: Mapping[str, Any]) -> str:
         [labels.get(name, name), spread(it["wall"]), f"{it['peak']['median'] / 1e6:.0f}"]
         for name, it in results.get("startup", {}).items()
     ]
-    return table(["", "s", "peak memory MB"], rows)
+    return table(["command", "s", "peak memory MB"], rows)
 
 
 def goals(results: Mapping[str, Any]) -> str:
