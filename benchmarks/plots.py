@@ -110,7 +110,7 @@ def time(results: Mapping[str, Any]) -> Figure | None:
 
 def scaling(results: Mapping[str, Any]) -> Figure | None:
     """Time and memory against size."""
-    picture = figure(9, 4.2)
+    picture = figure(9, 4.5)
     left, right = picture.subplots(1, 2)
     for name, cache, style in (
         ("imm-merge", "warm", "o-"), ("imm-merge", "cold", "o--"), ("floor direct", "warm", "s-"),
@@ -142,7 +142,8 @@ def scaling(results: Mapping[str, Any]) -> Figure | None:
         axes.grid(color=LINES, lw=0.6)
         plain(axes, title)
     right.set_ylim(bottom=0.1)
-    left.legend(frameon=False, fontsize=8, labelcolor=TEXT)
+    handles, labels = left.get_legend_handles_labels()
+    picture.legend(handles, labels, frameon=False, fontsize=9, labelcolor=TEXT, loc="outside lower center", ncols=4)
     return picture if results["sizes"] else None
 
 
