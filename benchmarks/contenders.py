@@ -96,7 +96,7 @@ def why_not(contender: str, size: str) -> str | None:
     model = 2 * parameter_count(size)
     if contender == "sd-mecha" and model > SHARD:
         return "reads single files only; this model has several"
-    need = {"mergekit": min(model, 5e9) * 3.5, "by-hand": 2.5 * model, "sd-mecha": 1.5 * model}.get(contender, 0)
+    need = {"mergekit": min(model, 5e9) * 3.5, "by-hand": 3 * model, "sd-mecha": 1.5 * model}.get(contender, 0)
     if need > memory()["MemAvailable"]:
         return f"would need about {need / 1e9:.0f} GB of memory; {memory()['MemAvailable'] / 1e9:.0f} GB are free"
     return None
