@@ -25,6 +25,7 @@ from mergekit_imm import merge_checkpoints
 from peers.mergekit_dare import write_config
 
 ROOT = Path(__file__).parent.parent
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks run on Linux only")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,7 @@ def test_the_405_b_layout(tmp_path: Path) -> None:
     assert sum(file.stat().st_blocks * 512 for file in (tmp_path / "llama").iterdir()) < 10_000_000
 
 
+@linux
 @pytest.mark.parametrize("direct", [False, True])
 def test_floor_reads_and_writes_as_many_bytes(tiny: list[Path], tmp_path: Path, direct: bool) -> None:
     try:
@@ -108,6 +110,7 @@ def test_mergekit_configuration(tmp_path: Path) -> None:
     ]
 
 
+@linux
 def test_measured(tmp_path: Path) -> None:
     took, printed = measure.measured([sys.executable, "-c", "x = bytearray(50_000_000); print(len(x))"])
     assert printed == "50000000\n"
