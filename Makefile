@@ -2,7 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs clean
+# What `make bench` measures; the defaults take ten minutes on two cores.
+SIZES ?= made-up-0.1b qwen2.5-0.5b qwen2.5-1.5b
+PEER_SIZES ?= qwen2.5-0.5b
+RUNS ?= 3
+
+.PHONY: demo test check docs bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -21,8 +26,21 @@ check: .venv/ready
 docs: .venv/ready
 	$(BIN)/python docs/scripts/help.py --check
 	$(BIN)/python docs/scripts/check_values.py --check
+	$(BIN)/python docs/scripts/numbers.py --check
 	$(BIN)/python docs/scripts/run_examples.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Measures ours, the I/O floor and other tools; renews the results, the pictures and the page.
+bench: .venv/ready .venv-peers/ready
+	$(BIN)/python benchmarks/run.py --sizes "$(SIZES)" --peer-sizes "$(PEER_SIZES)" --runs $(RUNS)
+	$(BIN)/python benchmarks/plots.py
+	$(BIN)/python docs/scripts/numbers.py
+
+.venv-peers/ready: benchmarks/peers/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --upgrade -c constraints.txt pip
+	.venv-peers/bin/python -m pip install --quiet -c constraints.txt -r benchmarks/peers/requirements.txt
+	@touch $@
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -33,4 +51,4 @@ docs: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv demo site
+	rm -rf .venv .venv-peers demo site

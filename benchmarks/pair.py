@@ -1,38 +1,60 @@
-"""Make a pair of random-weight checkpoints, base and sft, in the layout of a real model.
+"""Make random-weight checkpoints, base and sft (and start), in the layout of a real model.
 
-    python benchmarks/pair.py qwen2.5-1.5b FOLDER
+    python benchmarks/pair.py qwen2.5-1.5b FOLDER [--start]
 
-writes FOLDER/base and FOLDER/sft (bfloat16, 3.1 GB each). Names, shapes and shards are those of the real model; the
-weights are Gaussian, the sft's moved by about 2 % of their size.
+writes FOLDER/base and FOLDER/sft (bfloat16, 3.1 GB each), and with --start also FOLDER/start. Names, shapes and shards
+are those of the real model; `made-up-0.1b` and `tiny` continue the row downwards. The weights are Gaussian and repeat
+after 4 million elements; the sft's are moved by about 2 % of their size, the start's by half of that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # imported where it is used: who measures memory must not have it loaded
-    import torch
+    import numpy as np
+    import numpy.typing as npt
 
-# hidden, intermediate, layers, width of k and v, vocabulary, tied head
+
+class Shape(NamedTuple):
+    """What sets the names and shapes of a Qwen2 model."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+
+
 SIZES = {
-    "qwen2.5-0.5b": (896, 4864, 24, 128, 151936, True),
-    "qwen2.5-1.5b": (1536, 8960, 28, 256, 151936, True),
-    "qwen2.5-7b": (3584, 18944, 28, 512, 152064, False),
+    "tiny": Shape(64, 128, 2, 2, 1, 512, True),
+    "made-up-0.1b": Shape(384, 2048, 18, 6, 2, 151936, True),
+    "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 151936, True),
+    "qwen2.5-1.5b": Shape(1536, 8960, 28, 12, 2, 151936, True),
+    "qwen2.5-3b": Shape(2048, 11008, 36, 16, 2, 151936, True),
+    "qwen2.5-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),
 }
 SHARD = 4_000_000_000
+TILE = 1 << 22  # elements; every tensor is cut from it, so that making a pair takes no arithmetic and little memory
+
+Tensors = list[tuple[str, tuple[int, ...]]]
 
 
 def shapes(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of all tensors, in the order of the file."""
-    hidden, inner, layers, kv, vocab, tied = SIZES[size]
+    hidden, inner, layers, heads, kv_heads, vocabulary, tied = SIZES[size]
+    kv = hidden // heads * kv_heads
     if not tied:
-        yield "lm_head.weight", (vocab, hidden)
-    yield "model.embed_tokens.weight", (vocab, hidden)
+        yield "lm_head.weight", (vocabulary, hidden)
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
     for i in range(layers):
         layer = f"model.layers.{i}"
         yield f"{layer}.input_layernorm.weight", (hidden,)
@@ -47,71 +69,111 @@ def shapes(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (hidden,)
 
 
-def make_pair(size: str, folder: Path) -> tuple[Path, Path]:
-    """Write base and sft below a folder, and return both."""
-    import torch
-
-    hidden, inner, layers, kv, vocab, tied = SIZES[size]
-    config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": hidden // 128,
-        "num_key_value_heads": max(1, kv // 128), "vocab_size": vocab, "tie_word_embeddings": tied,
-        "torch_dtype": "bfloat16",
-    }  # fmt: skip
-    paths = folder / "base", folder / "sft"
-    for path in paths:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(config, indent=2))
-    generator = torch.Generator().manual_seed(0)
-    noise = (torch.randn(1 << 24, generator=generator) * 0.02).bfloat16()
-    step = (torch.randn(1 << 24, generator=generator) * 0.0004).bfloat16()
-    shards: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = [{}]
-    weight_map: list[list[str]] = []
-    filled, at = 0, 0
+def shards(size: str) -> list[Tensors]:
+    """Tensors of each file: filled in order up to 4 GB."""
+    files: list[Tensors] = [[]]
+    filled = 0
     for name, shape in shapes(size):
-        count = prod(shape)
-        at = (at + 7919) % (1 << 20)
-        source = noise[at:].repeat(count // (len(noise) - at) + 1)[:count]
-        moved = source + step[at:].repeat(count // (len(step) - at) + 1)[:count]
-        if filled and filled + 2 * count > SHARD:
-            _write(shards[-1], paths, weight_map)
-            shards, filled = [{}], 0
-        shards[-1][name] = (source.reshape(shape), moved.reshape(shape))
-        filled += 2 * count
-    _write(shards[-1], paths, weight_map)
-    _rename(paths, weight_map)
+        if filled and filled + 2 * prod(shape) > SHARD:
+            files.append([])
+            filled = 0
+        files[-1].append((name, shape))
+        filled += 2 * prod(shape)
+    return files
+
+
+def parameter_count(size: str) -> int:
+    """How many parameters a model has."""
+    return sum(prod(shape) for _, shape in shapes(size))
+
+
+def config(size: str) -> dict[str, object]:
+    """What transformers must know to load it."""
+    hidden, inner, layers, heads, kv_heads, vocabulary, tied = SIZES[size]
+    return {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": tied,
+        "dtype": "bfloat16",
+    }  # fmt: skip
+
+
+def _bfloat16(values: npt.NDArray[np.float32]) -> bytes:
+    import numpy as np
+
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).tobytes()
+
+
+def tiles() -> dict[str, bytes]:
+    """The weights of each model that all its tensors are cut from."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    base: npt.NDArray[np.float32] = generator.standard_normal(TILE, dtype=np.float32)
+    step: npt.NDArray[np.float32] = generator.standard_normal(TILE, dtype=np.float32)
+    base *= np.float32(0.02)
+    step *= np.float32(0.0004)
+    return {"base": _bfloat16(base), "start": _bfloat16(base + step * np.float32(0.5)), "sft": _bfloat16(base + step)}
+
+
+def make_pair(size: str, folder: Path, *, start: bool = False) -> list[Path]:
+    """Write base, sft and perhaps start below a folder, and return them; they are on the disk then."""
+    files = shards(size)
+    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    paths = []
+    for role, tile in tiles().items():
+        if role == "start" and not start:
+            continue
+        path = folder / role
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(config(size), indent=2))
+        total = sum(_write(path / name, tensors, tile) for name, tensors in zip(names, files, strict=True))
+        if len(files) > 1:
+            weight_map = {name: file for file, tensors in zip(names, files, strict=True) for name, _ in tensors}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        paths.append(path)
     return paths
 
 
-def _write(
-    shard: dict[str, tuple[torch.Tensor, torch.Tensor]], paths: tuple[Path, Path], weight_map: list[list[str]]
-) -> None:
-    from safetensors.torch import save_file
+def header(tensors: Tensors) -> tuple[bytes, int]:
+    """The beginning of a safetensors file of bfloat16 tensors, and how many bytes of tensors follow it."""
+    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in tensors:
+        end = at + 2 * prod(shape)
+        content[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(content).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, at
 
-    for side, path in enumerate(paths):
-        tensors = {name: pair[side].contiguous() for name, pair in shard.items()}
-        save_file(tensors, path / f"part-{len(weight_map)}.safetensors", metadata={"format": "pt"})
-    weight_map.append(list(shard))
 
-
-def _rename(paths: tuple[Path, Path], weight_map: list[list[str]]) -> None:
-    total = len(weight_map)
-    for path in paths:
-        index: dict[str, str] = {}
-        for number, names in enumerate(weight_map):
-            file = f"model-{number + 1:05}-of-{total:05}.safetensors" if total > 1 else "model.safetensors"
-            (path / f"part-{number}.safetensors").rename(path / file)
-            index |= dict.fromkeys(names, file)
-        if total > 1:
-            size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-            content = {"metadata": {"total_size": size}, "weight_map": index}
-            (path / "model.safetensors.index.json").write_text(json.dumps(content))
+def _write(path: Path, tensors: Tensors, tile: bytes) -> int:
+    """Write one file, and return how many bytes its tensors have."""
+    head, total = header(tensors)
+    view, begin = memoryview(tile), 0
+    with path.open("wb", buffering=0) as file:
+        file.write(head)
+        for _, shape in tensors:
+            begin = (begin + 2 * 7919) % (1 << 20)  # each tensor at another place of the tile
+            left, at = 2 * prod(shape), begin
+            while left:
+                written = file.write(view[at : at + left])
+                left -= written
+                at = (at + written) % len(tile)
+        os.fsync(file.fileno())
+    return total
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--start", action="store_true", help="make FOLDER/start too")
     arguments = parser.parse_args()
-    for made in make_pair(arguments.size, arguments.folder):
+    for made in make_pair(arguments.size, arguments.folder, start=arguments.start):
         print(made)

@@ -1,0 +1,112 @@
+"""What the results are held against: each goal with the number that was measured, and whether it is met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pair import SIZES
+
+SPEED = {"qwen2.5-1.5b": 20, "qwen2.5-7b": 8}  # times as fast as mergekit
+FROM_HALF_A_BILLION = list(SIZES)[list(SIZES).index("qwen2.5-0.5b") :]
+
+Goal = dict[str, Any]
+
+
+def goals(results: Mapping[str, Any]) -> list[Goal]:
+    """All goals that these results say something about; `met` is None where nothing was asked for."""
+    found: list[Goal] = []
+    for size, entry in results["sizes"].items():
+        found += [*_floor(size, entry["summary"]), *_peers(size, entry["summary"])]
+    return [*found, *_memory(results["sizes"]), *_scaling(results["sizes"]), *_alone(results)]
+
+
+def goal(
+    name: str, where: str, value: float, unit: str, *, most: float | None = None, least: float | None = None
+) -> Goal:
+    """One goal, with the largest or the least value that meets it."""
+    met, asked = None, ""
+    if most is not None:
+        met, asked = value <= most, f"at most {most:g}"
+    elif least is not None:
+        met, asked = value >= least, f"at least {least:g}"
+    return {"goal": name, "where": where, "value": float(f"{value:.4g}"), "unit": unit, "asked": asked, "met": met}
+
+
+def best_floor(summary: Mapping[str, Any], cache: str) -> tuple[str, Mapping[str, float]] | None:
+    """The faster kind of floor and its streaming seconds."""
+    floors = [
+        (kind, summary[kind][cache]["stream"])
+        for kind in ("floor buffered", "floor direct")
+        if cache in summary.get(kind, {})
+    ]
+    return min(floors, key=lambda pair: pair[1]["median"]) if floors else None
+
+
+def _floor(size: str, summary: Mapping[str, Any]) -> Iterator[Goal]:
+    for cache, ours in summary.get("imm-merge", {}).items():
+        floor = best_floor(summary, cache)
+        if floor is None:
+            continue
+        kind, seconds = floor
+        where = f"{size}, {cache}, {kind}"
+        ratio = ours["stream"]["median"] / seconds["median"]
+        yield goal("streaming against the floor", where, ratio, "times", most=1.05)
+        ratio = ours["stream"]["min"] / seconds["min"]
+        yield goal("streaming against the floor, best of each", where, ratio, "times")
+        limit = round(1.05 * seconds["median"] + 0.8, 2)
+        yield goal("whole process: 1.05 x floor + 0.8 s", where, ours["wall"]["median"], "s", most=limit)
+
+
+def _peers(size: str, summary: Mapping[str, Any]) -> Iterator[Goal]:
+    for peer in ("mergekit", "sd-mecha", "by-hand"):
+        for cache, theirs in summary.get(peer, {}).items():
+            ours = summary.get("imm-merge", {}).get(cache)
+            if ours is None:
+                continue
+            asked = peer == "mergekit" and size in SPEED
+            speed = theirs["wall"]["median"] / ours["wall"]["median"]
+            yield goal(f"times as fast as {peer}", size, speed, "times", least=SPEED[size] if asked else None)
+            less = theirs["peak"]["median"] / ours["peak"]["median"]
+            yield goal(f"peak memory of {peer} / ours", size, less, "times", least=40 if asked else None)
+
+
+def _memory(sizes: Mapping[str, Any]) -> Iterator[Goal]:
+    peaks: dict[str, list[float]] = {"imm-merge": [], "imm-merge --start": []}
+    for size, entry in sizes.items():
+        for contender, found in peaks.items():
+            caches = entry["summary"].get(contender, {})
+            if caches:
+                largest = max(it["peak"]["max"] for it in caches.values())
+                yield goal(f"peak memory of {contender}", size, largest / 1e6, "MB", most=256)
+                if size in FROM_HALF_A_BILLION:
+                    found.append(max(it["peak"]["median"] for it in caches.values()))
+    for contender, found in peaks.items():
+        if len(found) > 1:
+            ratio = max(found) / min(found)
+            yield goal(f"peak memory of {contender}, largest / least", "from 0.5 B", ratio, "times", most=1.1)
+
+
+def _scaling(sizes: Mapping[str, Any]) -> Iterator[Goal]:
+    """Slope of log(seconds) over log(bytes): 1 is linear."""
+    points, names = [], []
+    for size, entry in sizes.items():
+        ours = entry["summary"].get("imm-merge", {}).get("cold")
+        if ours and size != "tiny":
+            names.append(size)
+            moved = ours["read"]["median"] + ours["written"]["median"]
+            points.append((math.log(moved), math.log(ours["stream"]["median"])))
+    if len(points) > 1:
+        mean_x, mean_y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
+        slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+        where = f"{names[0]} to {names[-1]}, cold"
+        yield goal("growth of time with bytes: exponent", where, slope, "", most=1.1)
+
+
+def _alone(results: Mapping[str, Any]) -> Iterator[Goal]:
+    for name, it in results.get("kernel", {}).items():
+        yield goal("kernel on one core", name, it["kernel_min"], "ns/parameter")
+        yield goal("kernel / memcpy of the same bytes", name, it["kernel_min"] / it["memcpy_min"], "times")
+    for name, it in results.get("startup", {}).items():
+        yield goal(f"time of: {name}", f"{it['peak']['median'] / 1e6:.0f} MB", it["wall"]["median"], "s")
