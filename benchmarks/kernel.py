@@ -10,7 +10,6 @@ bfloat16 inputs and one output the kernel reads 4 bytes and writes 2 for each pa
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -23,8 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_imm.kernel import merge_span
+from mergekit_imm.jit import widen_vectors
 from mergekit_imm.mask import arithmetic, mask_key
+from mergekit_imm.sums import new_tally
+
+widen_vectors()  # as the command does; before the kernel is loaded
+merge_span = importlib.import_module("mergekit_imm.kernel").merge_span
 
 COUNT = 1 << 20
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -38,13 +41,6 @@ CASES: dict[str, tuple[str, str | None, str, str, float]] = {
     "f16": ("F16", None, "F16", "F16", 0.9),
     "f32": ("F32", None, "F32", "F32", 0.9),
 }
-
-
-def new_tally() -> Any:
-    """What a merge adds its statistics to."""
-    if importlib.util.find_spec("mergekit_imm.sums"):
-        return importlib.import_module("mergekit_imm.sums").new_tally()
-    return np.zeros(5)
 
 
 def weights(dtype: str, seed: int) -> npt.NDArray[np.uint8]:

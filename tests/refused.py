@@ -59,7 +59,8 @@ class Models:
 
     def merge(self, **options: Any) -> MergeReport:
         places = {role: options.pop(role, getattr(self, role)) for role in ("base", "sft", "out")}
-        return merge_checkpoints(*places.values(), **{"workers": 1, **options})
+        report: MergeReport = merge_checkpoints(*places.values(), **{"workers": 1, **options})
+        return report
 
     def refused(self, error: type[MergeError], match: str, *, streaming: bool = False, **options: Any) -> str:
         """Check that a merge is refused, and that nothing changes; return the message.

@@ -24,6 +24,7 @@ import reference
 from checkpoints import State, files_of, random_state, read_model, same_bits, write_model
 from mergekit_imm import dare_merge, iter_merged, merge_checkpoints
 from mergekit_imm.errors import NonFiniteError
+from mergekit_imm.execute import Device
 from mergekit_imm.gpu import merge_span as merge_span_on_torch
 from mergekit_imm.kernel import CODES, merge_span
 from mergekit_imm.mask import BLOCK, arithmetic, mask_key
@@ -214,11 +215,11 @@ def test_statistics_are_those_of_a_naive_count(tmp_path: Path) -> None:
 
 
 def test_the_torch_path_of_gpus_gives_the_same_folder(tmp_path: Path) -> None:
-    from mergekit_imm.gpu import merge_span_on
+    from mergekit_imm.gpu import buffer, merge_span_on
 
     base, sft, _, _ = pair(tmp_path)
     merge_checkpoints(base, sft, tmp_path / "kernel", drop=0.9)
-    with patch("mergekit_imm.merge.pick_merge", lambda _: merge_span_on("cpu")):
+    with patch("mergekit_imm.merge.pick_device", lambda _: Device(merge_span_on("cpu"), buffer)):
         merge_checkpoints(base, sft, tmp_path / "torch", drop=0.9)
     assert files_of(tmp_path / "kernel") == files_of(tmp_path / "torch")
 

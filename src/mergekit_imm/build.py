@@ -10,7 +10,7 @@ from typing import Any
 
 from .checkpoint import disk, output
 from .errors import MismatchError, NonFiniteError, OutputError, shown
-from .execute import Merge, Progress
+from .execute import Device, Progress
 from .plan import Plan
 from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
 from .report import model_card, statistics
@@ -18,7 +18,7 @@ from .stream import Job, Recipe, Records, empty, stream
 
 
 def build(
-    jobs: Sequence[Job], recipes: Sequence[Recipe], merge: Merge, *, restart: bool, progress: Progress | None
+    jobs: Sequence[Job], recipes: Sequence[Recipe], device: Device, *, restart: bool, progress: Progress | None
 ) -> None:
     """Make each job's folder from its plan, or go on with what an earlier process began; inputs are read once for all.
 
@@ -39,7 +39,7 @@ def build(
             if (job.partial / output.JOURNAL).exists() or not output.is_whole(job.partial, to_json(recipe), job.sizes)
         ]
         try:
-            records = stream([job for job, _ in unwritten], [to_json(each) for _, each in unwritten], merge, progress)
+            records = stream([job for job, _ in unwritten], [to_json(each) for _, each in unwritten], device, progress)
         except (NonFiniteError, MismatchError):
             for job in jobs:
                 shutil.rmtree(job.partial)

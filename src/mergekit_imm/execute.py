@@ -69,19 +69,27 @@ def check_workers(workers: int | None) -> int:
     return workers
 
 
-def pick_merge(device: str) -> Merge:
-    """Return the function that merges a piece on a device: the compiled CPU kernel, or torch on a GPU."""
-    if device == "cpu":
+@dataclass(frozen=True)
+class Device:
+    """What computes: a function that merges a piece, and one that gives the memory workers read into."""
+
+    merge: Merge
+    buffer: Callable[[int], Raw]
+
+
+def pick_device(name: str) -> Device:
+    """Return what computes on a device: the compiled CPU kernel, or torch on a GPU."""
+    if name == "cpu":
         from .kernel import merge_span
 
-        return merge_span
-    from .gpu import merge_span_on
+        return Device(merge_span, lambda nbytes: np.empty(nbytes, np.uint8))
+    from .gpu import buffer, merge_span_on
 
-    return merge_span_on(device)
+    return Device(merge_span_on(name), buffer)
 
 
 def run(
-    plans: Sequence[Plan], todo: Iterable[Task], sink: Sink, *, workers: int, merge: Merge
+    plans: Sequence[Plan], todo: Iterable[Task], sink: Sink, *, workers: int, device: Device
 ) -> Generator[Done | None, None, None]:
     """Run segments of plans on threads, and yield each as it is finished; None when nothing was for a while.
 
@@ -96,16 +104,16 @@ def run(
     with _Files(plans[0]) as files:
 
         def work() -> None:
-            buffer = np.empty(min(BUFFER, BUFFERS // workers), np.uint8)
             index = -1
             try:
+                buffer = device.buffer(min(BUFFER, BUFFERS // workers))
                 while not stop.is_set():
                     with turn:
                         task = next(source, None)
                     if task is None:
                         break
                     index = task[0].index
-                    results.put(_process(plans, task, buffer, files, sink, merge))
+                    results.put(_process(plans, task, buffer, files, sink, device.merge))
             except BaseException as error:
                 stop.set()
                 results.put((index, error))

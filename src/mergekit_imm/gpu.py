@@ -85,7 +85,7 @@ def merge_span(
         wide = torch.float64 if torch.float64 in (b.dtype, s.dtype, f.dtype) else torch.float32
         change = merged.to(wide) - b.to(wide)
         sums = torch.cat([_block_sums(x) for x in (f.to(wide) - s.to(wide), b.to(wide), change)], dim=1)
-        largest = change.abs().nan_to_num(nan=0.0, posinf=torch.inf).max().double()
+        largest = (change * change).nan_to_num(nan=0.0, posinf=torch.inf).max().double()
         kept = torch.full_like(largest, count)
         if numbers.draws:
             kept = _kept(b, first, key, numbers.keep16).sum().double()
@@ -93,7 +93,7 @@ def merge_span(
         lanes, (most, number) = sums.cpu().numpy(), torch.stack((largest, kept)).tolist()
 
     tally[:LARGEST] = np.add.accumulate(np.vstack((tally[None, :LARGEST], lanes)), axis=0)[-1]
-    tally[LARGEST] = max(tally[LARGEST], most)
+    tally[LARGEST] = max(tally[LARGEST], np.sqrt(np.float64(most) if wide == torch.float64 else np.float32(most)))
     tally[KEPT] += number
 
 

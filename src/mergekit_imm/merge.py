@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack, overload
 
 from .checkpoint.tensorfile import TensorInfo
 from .errors import ArgumentError, CheckpointError, OutputError, shown
-from .execute import Merge, Progress, check_workers, pick_merge, run
+from .execute import Device, Progress, check_workers, pick_device, run
 from .plan import segments
 from .prepare import open_inputs, places_of, plans_of, recipe_of, what_is_there
 from .recipe import MergeReport, to_json
@@ -170,7 +170,7 @@ def merge_checkpoints(
     check_space([job for job, _ in left])
     if left and not dry_run:
         jobs_left, recipes_left = zip(*left, strict=True)
-        build(jobs_left, recipes_left, _pick_merge(device), restart=restart, progress=progress)
+        build(jobs_left, recipes_left, _pick_device(device), restart=restart, progress=progress)
     merged = "dry run" if dry_run else "merged"
     return reported([job.report("already merged" if w else merged) for job, w in zip(jobs, whole, strict=True)])
 
@@ -212,7 +212,7 @@ def iter_merged(
         keep=keep, take=take, no_drop=no_drop, vocab=vocab, allow_nonfinite=allow_nonfinite, copy_code=False,
     )  # fmt: skip
     (plan,) = plans_of(inputs, parameters)
-    workers, merge = check_workers(workers), _pick_merge(device)
+    workers, computes = check_workers(workers), _pick_device(device)
     dtypes = {
         "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
         "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -239,7 +239,7 @@ def iter_merged(
 
             one = replace(plan, items=(item,))
             todo = ((segment, (0,)) for segment in segments(one))
-            for _ in run([one], todo, sink, workers=workers, merge=merge):
+            for _ in run([one], todo, sink, workers=workers, device=computes):
                 pass
             if content:
                 tensor = torch.frombuffer(content, dtype=dtypes[out.dtype]).view(out.shape)
@@ -264,6 +264,6 @@ def check_device(device: str) -> None:
         raise ArgumentError(f"device is {device!r}; it must be cpu or cuda")
 
 
-def _pick_merge(device: str) -> Merge:
+def _pick_device(device: str) -> Device:
     check_device(device)
-    return pick_merge(device)
+    return pick_device(device)

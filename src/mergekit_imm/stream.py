@@ -17,7 +17,7 @@ import numpy.typing as npt
 from .checkpoint import disk, output
 from .checkpoint.tensorfile import TensorInfo, open_tensorfile
 from .errors import OutputError, bytes_text, shown
-from .execute import BUFFER, BUFFERS, Done, Merge, Progress, Task, run
+from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run
 from .plan import Plan, Segment, segments
 from .recipe import MergeReport
 from .report import actions, kinds
@@ -154,7 +154,7 @@ class _Written:
             self.pending.clear()
 
 
-def stream(jobs: Sequence[Job], recipes: Sequence[bytes], merge: Merge, progress: Progress | None) -> list[Records]:
+def stream(jobs: Sequence[Job], recipes: Sequence[bytes], device: Device, progress: Progress | None) -> list[Records]:
     """Write the safetensors files of all jobs, or what is missing of them, from one reading of the inputs.
 
     Returns for each job the records of all its segments.
@@ -179,7 +179,7 @@ def stream(jobs: Sequence[Job], recipes: Sequence[bytes], merge: Merge, progress
         total = sum(plan.bytes_to_write for plan in plans)
         done = sum(_bytes_done(each) for each in folders)
         # Closed before the files are, whatever happens: a worker must not write to a descriptor that is another's.
-        results = stack.enter_context(closing(run(plans, todo(), sink, workers=jobs[0].workers, merge=merge)))
+        results = stack.enter_context(closing(run(plans, todo(), sink, workers=jobs[0].workers, device=device)))
         for result in results:
             if result is not None:
                 for number in result.records:

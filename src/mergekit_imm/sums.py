@@ -7,8 +7,9 @@ elements x (the last one filled up with zeros), in the precision of the merge (f
     s[0:n/2]    += s[n/2:n]                                                    n = 256, 128, 64, 32
     lanes[0:16] += s[0:16]                                                     in float64, block after block
 
-The largest change is the root of the largest square, which is exact. So a norm is right to some seven digits, and each element costs few instructions. Squares beyond the range of float32
-(values below 1e-22, above 1e19) are zero or infinite.
+The largest change is the root of the largest square, which is exact. So a norm is right to some seven digits, and an
+element costs few instructions. Squares beyond the range of float32 (of values below 1e-22 or above 1e19) are zero or
+infinite.
 
 A tally is what is under way: 16 lanes for each of three sums, the largest change, the count. A record is what becomes
 of it: five numbers for every 2^20 elements.

@@ -17,7 +17,7 @@ from .build import written_files
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, fingerprint, read_into
 from .errors import ArgumentError, CheckpointError, VerifyError, shown
-from .execute import Progress, check_workers, pick_merge, run
+from .execute import Progress, check_workers, pick_device, run
 from .plan import Plan, segments
 from .prepare import plans_of
 from .recipe import RECIPE_FILE, REPORT_FILE, history_of, make_recipe, parse_parameters, read_recipe
@@ -110,7 +110,7 @@ def verify(
 
         total = sum(file.size for file in plan.files)
         todo = ((segment, (0,)) for segment in chosen)
-        results = run([plan], todo, check, workers=workers, merge=pick_merge(device))
+        results = run([plan], todo, check, workers=workers, device=pick_device(device))
         for done in stack.enter_context(closing(results)):
             if done is not None:
                 records[done.segment.index] = done.records[0]
