@@ -10,6 +10,7 @@ bfloat16 inputs and one output the kernel reads 4 bytes and writes 2 for each pa
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics

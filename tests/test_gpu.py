@@ -53,7 +53,7 @@ def add_naively(tally: Any, base: Any, start: Any, sft: Any, merged: Any, kept: 
                 s = [s[i] + s[i + half] for i in range(half)]
             for j in range(16):
                 tally[16 * which + j] = tally[16 * which + j] + np.float64(s[j])
-    for size in np.abs(change):
+    for size in np.sqrt(change * change):
         if size > tally[48]:
             tally[48] = size
     tally[49] += int(kept.sum())

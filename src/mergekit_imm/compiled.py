@@ -11,9 +11,8 @@ The type of an array says what it holds: pairs of bfloat16 are uint32, pairs of 
 themselves. `_pair` and `_put` are chosen by it when compiling: a dtype is one implementation of each. Rarer mixtures
 of dtypes, of which there are hundreds, are first decoded into tiles of a block (`_decode`).
 
-No operation is contracted or reassociated (numba's default), so the bits are those of `flat.merge_flat`. Arrays that a
-loop writes are few, because the vectoriser gives up where it must compare many addresses: words and sums share one,
-`work`.
+No operation is contracted or reassociated (numba's default), so the bits are those of `flat.merge_flat`. Words and sums
+share an array, `work`: the vectoriser gives up where it must compare many addresses.
 
 All jitted functions stand in this one file: numba's cache looks at the file of the function it calls first.
 """
@@ -353,8 +352,8 @@ def _root(bits):
 @jit
 def _close(work, limit, largest, kept, count, tally):
     """Put the largest change and the count into a tally; the words are those of the last block."""
-    if _root(largest) > tally[LARGEST]:
-        tally[LARGEST] = _root(largest)
+    change = _root(largest)
+    tally[LARGEST] = change if change > tally[LARGEST] else tally[LARGEST]  # not a NaN
     for r in range((count - 1) % BLOCK + 1, BLOCK):  # what only fills the last block up
         counter, word = r % _COUNTERS, r // _COUNTERS
         bits = _u32(_word(work[_PAIRS * (counter % 2) + 64 * (word % 4) + counter // 2]))

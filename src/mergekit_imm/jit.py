@@ -16,7 +16,8 @@ _notices: list[str] = []
 def widen_vectors() -> None:
     """Let this process's numba use the widest vectors of the CPU.
 
-    LLVM avoids those of 512 bits on CPUs where they once were slow. For a process of our own: it concerns all that numba compiles. Without effect if NUMBA_CPU_FEATURES is set.
+    LLVM avoids those of 512 bits on CPUs where they once were slow. For a process of our own: it concerns all that
+    numba compiles. Without effect if NUMBA_CPU_FEATURES is set.
     """
     if numba.config.CPU_FEATURES is None:
         features = llvmlite.binding.get_host_cpu_features()
