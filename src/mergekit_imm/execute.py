@@ -29,7 +29,7 @@ from .plan import Item, Plan, Segment
 from .sums import RECORD, Record, is_finite, new_tally, to_record
 
 BUFFERS = 64 << 20  # of all workers together
-BUFFER = (8 << 20) + (4 * PAGE)  # of one: a segment of three 16-bit inputs and its output fits
+BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its output fits, wherever a page begins
 
 Raw = npt.NDArray[np.uint8]
 Sink = Callable[[int, TensorInfo, int, memoryview], None]  # number of the plan, where, first byte of the tensor, bytes
@@ -88,6 +88,22 @@ def pick_device(name: str) -> Device:
     return Device(merge_span_on(name), buffer)
 
 
+def warm_up(plans: Sequence[Plan], device: Device) -> None:
+    """Merge a block of zeros for each kind of tensor there is, so that what has to be compiled or loaded is."""
+    seen = set()
+    for item in (item for plan in plans for item in plan.items if not item.raw):
+        roles, numbers = (tuple(item.sides), item.numbers) if item.action == "merge" else (("base",), _CONVERT)
+        dtypes = (*(side.dtype for side in item.sides.values()), item.outs[0].dtype)
+        kind = (roles, dtypes, numbers.plain, numbers.alpha in (0, 1))
+        if kind not in seen:
+            seen.add(kind)
+            *inputs, out = ((np.zeros(BLOCK * DTYPE_BITS[dtype] // 8, np.uint8), dtype) for dtype in dtypes)
+            raws = dict(zip(roles, inputs, strict=True))
+            base = raws["base"]
+            start, sft = raws.get("start", base), raws.get("sft", base)
+            device.merge(base, start, sft, out, BLOCK, 0, item.key, numbers, new_tally())
+
+
 def run(
     plans: Sequence[Plan], todo: Iterable[Task], sink: Sink, *, workers: int, device: Device
 ) -> Generator[Done | None, None, None]:
@@ -113,7 +129,7 @@ def run(
                     if task is None:
                         break
                     index = task[0].index
-                    results.put(_process(plans, task, buffer, files, sink, device.merge))
+                    results.put(_process(plans, task, buffer, files, sink, device))
             except BaseException as error:
                 stop.set()
                 results.put((index, error))
@@ -170,7 +186,7 @@ class _Files:
         read_into(descriptor, memoryview(buffer), tensor.begin + first, path)  # type: ignore[arg-type]
 
 
-def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: _Files, sink: Sink, merge: Merge) -> Done:
+def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: _Files, sink: Sink, device: Device) -> Done:
     segment, wanted = task
     item = plans[0].items[segment.item]
     if item.raw:
@@ -178,13 +194,13 @@ def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: _Files, sink
         records = {number: np.zeros(RECORD) for number in wanted}
         read = segment.count * len(item.sides)
     else:
-        records = _merge(plans, task, buffer, files, sink, merge)
+        records = _merge(plans, task, buffer, files, sink, device)
         read = sum(segment.count * DTYPE_BITS[side.dtype] // 8 for side in item.sides.values())
     return Done(segment, records, read, item.bytes_written(segment.count))
 
 
 def _merge(
-    plans: Sequence[Plan], task: Task, buffer: Raw, files: _Files, sink: Sink, merge: Merge
+    plans: Sequence[Plan], task: Task, buffer: Raw, files: _Files, sink: Sink, device: Device
 ) -> dict[int, Record]:
     segment, wanted = task
     item = plans[0].items[segment.item]
@@ -206,18 +222,16 @@ def _merge(
             raws[role] = (raw, side.dtype)
             at += step * widths[role]
         at = place(buffer, at, out_begin + first * out_width)
-        out = buffer[at : at + count * out_width]
+        out = (buffer[at : at + count * out_width], out_dtype)
         base = raws["base"]
+        start, sft = raws.get("start", base), raws.get("sft", base)
         for number, tally in tallies.items():
             each = plans[number].items[segment.item]
-            merge(
-                base, raws.get("start", base), raws.get("sft", base), (out, out_dtype),
-                count, first, each.key, _CONVERT if converted else each.numbers, tally,
-            )  # fmt: skip
+            device.merge(base, start, sft, out, count, first, each.key, _CONVERT if converted else each.numbers, tally)
             if not is_finite(tally):
-                _look_closer(plans[number], each, raws, (out, out_dtype), first, files)
+                _look_closer(plans[number], each, raws, out, first, files)
             for target in each.outs:
-                sink(number, target, first * out_width, memoryview(out))  # type: ignore[arg-type]
+                sink(number, target, first * out_width, memoryview(out[0]))  # type: ignore[arg-type]
     return {number: to_record(tally) for number, tally in tallies.items()}
 
 

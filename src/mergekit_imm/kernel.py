@@ -38,66 +38,62 @@ def merge_span(
     `first` is a multiple of 1024; the buffers begin with element `first`; a `start` that is the base's buffer is the
     base. Bits: those of `flat.merge_flat`.
     """
+    alone = start[0] is base[0]
     whole = count - count % BLOCK
     for begin, some in ((0, whole), (whole, count - whole)):
         if some:
-            inputs = {id(raw): _blocks(raw, begin, some, count) for raw, _ in (base, start, sft)}
-            b, s, f = ((inputs[id(raw)], dtype) for raw, dtype in (base, start, sft))
-            target = out[0][begin * out[0].size // count :][: some * out[0].size // count]
-            merged = target if _is_aligned(target) and some == whole else _zeros(target.size, some)
-            _merge_blocks(b, s, f, (merged, out[1]), some, first + begin, key, numbers, tally)
-            if merged is not target:
-                target[:] = merged[: target.size]
+            b, f, merged = (_blocks(raw, begin, some, count) for raw in (base[0], sft[0], out[0]))
+            s = b if alone else _blocks(start[0], begin, some, count)
+            sides = ((b, base[1]), (s, start[1]), (f, sft[1]), (merged, out[1]))
+            _merge_blocks(*sides, some, first + begin, key, numbers, tally)
+            width = len(out[0]) // count
+            if merged.base is None:  # not a part of `out`
+                out[0][begin * width : (begin + some) * width] = merged[: some * width]
 
 
 def _blocks(raw: Bytes, begin: int, some: int, count: int) -> Bytes:
-    """Some of the `count` elements of a buffer, aligned and filled up to whole blocks."""
-    width = raw.size // count
+    """Some of the `count` elements of a buffer: whole blocks of it, or a copy that is aligned and filled up to such."""
+    width = len(raw) // count
     piece = raw[begin * width : (begin + some) * width]
-    if some % BLOCK == 0 and _is_aligned(piece):
+    if some % BLOCK == 0 and piece.view(np.uint64).flags.aligned:
         return piece
-    blocks = _zeros(piece.size, some)
-    blocks[: piece.size] = piece
+    blocks = np.zeros(-(-some // BLOCK) * BLOCK * width, np.uint8)
+    blocks[: len(piece)] = piece
     return blocks
 
 
-def _is_aligned(raw: Bytes) -> bool:
-    return raw.ctypes.data % 8 == 0
-
-
-def _zeros(size: int, count: int) -> Bytes:
-    """Whole blocks with room for `count` elements of `size` bytes."""
-    return np.zeros(-(-count // BLOCK) * BLOCK * (size // count), np.uint8)
+_MASKS = {dtype: (np.zeros(1, dtype)[0], ~np.zeros(1, dtype)[0]) for dtype in (np.uint32, np.uint64)}
 
 
 def _merge_blocks(
     base: Side, start: Side, sft: Side, out: Side, count: int, first: int, key: tuple[int, int],
     numbers: Arithmetic, tally: Tally,
 ) -> None:  # fmt: skip
-    dtypes = {base[1], start[1], sft[1]}
-    exact = "F64" in dtypes
-    wide = np.float64 if exact else np.float32
+    exact = "F64" in (base[1], start[1], sft[1])
+    wide, masks = (np.float64, _MASKS[np.uint64]) if exact else (np.float32, _MASKS[np.uint32])
     scale = numbers.scale if exact else numbers.scale32
     alpha = numbers.alpha if exact else numbers.alpha32
     weight = numbers.weight if exact else numbers.weight32
     # merged = anchor + step * (tuned - base), where the anchor is base or tuned; x + -0.0 is x, whatever x
     from_base = weight == 0 or (weight < 0.5 and numbers.alpha != 0)
     at_end = weight == 0 or numbers.alpha == 0
-    masks = [np.array(flag).astype(np.uint64 if exact else np.uint32)[()] for flag in (0, -1)]
     fast = (wide(scale), wide(weight if from_base else -alpha), masks[from_base])
     careful = (*fast, wide(-0.0), masks[numbers.plain], masks[at_end])
     limit = np.uint32(numbers.keep16 * 65536 - 1)  # kept: sixteen bits, followed by any others, are at most this
     # As they are held: inputs of one dtype, and an sft in float32. Each mixture takes seconds to compile, once.
-    as_held = len(dtypes) == 1 or (start[0] is base[0] and base[1] == out[1] and dtypes == {"BF16", "F32"})
+    alike, alone = base[1] == start[1] == sft[1], start[0] is base[0]
+    as_held = alike or (alone and base[1] == out[1] and {base[1], sft[1]} == {"BF16", "F32"})
     before = tally.copy()
     for how in (careful,) if numbers.plain or at_end else (fast, careful):
-        rest = (np.zeros(WORK, wide), count, first // BLOCK, numbers.draws, *map(np.uint32, key), limit, how, tally)
+        rest = (
+            np.zeros(WORK, wide), count, first // BLOCK, numbers.draws, np.uint32(key[0]), np.uint32(key[1]),
+            limit, how, tally,
+        )  # fmt: skip
         if as_held:
-            begin = None if start[0] is base[0] else _held(start)
-            run(_held(base), begin, _held(sft), _held(out), *rest)
+            run(_held(base), None if alone else _held(start), _held(sft), _held(out), *rest)
         else:
             sides = [part for raw, dtype in (base, start, sft) for part in (raw, CODES[dtype])]
-            run_decoded(*sides, start[0] is base[0], _held(out), *rest)
+            run_decoded(*sides, alone, _held(out), *rest)
         if how is careful or is_finite(tally):
             break
         tally[:] = before  # a NaN is not what the fast way makes canonical: do it again

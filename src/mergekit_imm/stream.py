@@ -17,7 +17,7 @@ import numpy.typing as npt
 from .checkpoint import disk, output
 from .checkpoint.tensorfile import TensorInfo, open_tensorfile
 from .errors import OutputError, bytes_text, shown
-from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run
+from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
 from .plan import Plan, Segment, segments
 from .recipe import MergeReport
 from .report import actions, kinds
@@ -161,8 +161,9 @@ def stream(jobs: Sequence[Job], recipes: Sequence[bytes], device: Device, progre
     """
     if not jobs:
         return []
-    began = time.perf_counter()
     plans = [job.plan for job in jobs]
+    warm_up(plans, device)
+    began = time.perf_counter()
     with ExitStack() as stack:
         folders = [_Written(job, recipe, stack) for job, recipe in zip(jobs, recipes, strict=True)]
 
