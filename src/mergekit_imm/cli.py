@@ -50,11 +50,11 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 @click.option("--start", metavar="DIR", help="Model the fine-tuning started from.  [default: BASE]")
 @click.option(
     "--alpha", type=_Several(click.FloatRange(0, 1)), default="0.5", show_default=True, metavar="A[,A...]",
-    help="Weight of BASE. Several values, of this and the next two: a sweep; OUT names them.",
+    help="Weight of BASE, 0 to 1. Several values, of this and the next two: a sweep; OUT names them.",
 )  # fmt: skip
 @click.option(
     "--drop", type=_Several(click.FloatRange(0, 1, max_open=True)), default="0.2", show_default=True,
-    metavar="P[,P...]", help="Share of the delta's elements that DARE drops.",
+    metavar="P[,P...]", help="Share of the delta's elements that DARE drops, from 0 to below 1.",
 )  # fmt: skip
 @click.option(
     "--seed", type=_Several(click.INT), default="0", show_default=True, metavar="N[,N...]",

@@ -13,7 +13,7 @@ from .checkpoint.tensorfile import TensorInfo
 from .errors import ArgumentError, CheckpointError, OutputError, shown
 from .execute import Device, Progress, check_workers, pick_device, run
 from .plan import segments
-from .prepare import open_inputs, places_of, plans_of, recipe_of, what_is_there
+from .prepare import open_inputs, places_of, plans_of, recipes_of, what_is_there
 from .recipe import MergeReport, to_json
 from .sweep import is_list, points
 
@@ -154,7 +154,7 @@ def merge_checkpoints(
     if any(each.folder is None for each in inputs.values()):  # a dry run on a hub id
         check_space(jobs)
         return reported([job.report("dry run") for job in jobs])
-    recipes = [recipe_of(plan, history) for plan in plans]
+    recipes = recipes_of(plans, history)
     if not dry_run:
         for target in targets:
             with output.output_errors(target):

@@ -119,16 +119,16 @@ def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters])
     return plans
 
 
-def recipe_of(plan: Plan, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the recipe of a plan, with the fingerprints of its inputs."""
+def recipes_of(plans: Sequence[Plan], history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the recipe of each plan, with the fingerprints of the inputs, which all share."""
     inputs = {}
-    for role, each in plan.inputs.items():
+    for role, each in plans[0].inputs.items():
         inputs[role] = {
             "path": each.ref,
             **({"repo": each.repo, "commit": each.commit} if each.repo else {}),
             "files": {name: {"size": file.size, "fingerprint": fingerprint(file)} for name, file in each.files.items()},
         }
-    return make_recipe(plan.parameters, inputs, plan.config_changes, history)
+    return [make_recipe(plan.parameters, inputs, plan.config_changes, history) for plan in plans]
 
 
 def what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:

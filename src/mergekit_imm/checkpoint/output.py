@@ -102,8 +102,9 @@ def _check_place(out: Path, inputs: Mapping[str, Path]) -> None:
 
 
 def free_space(out: Path) -> int:
-    """Return the bytes free where `out` would be written."""
-    return shutil.disk_usage(_parent_of(out)).free
+    """Return the bytes free where `out` would be written; more than there can be if the filesystem does not say."""
+    usage = shutil.disk_usage(_parent_of(out))
+    return usage.free if usage.total else sys.maxsize  # ramfs
 
 
 def device_of(out: Path) -> int:

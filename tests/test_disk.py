@@ -1,0 +1,237 @@
+"""Bytes on their way to the disk: the same whatever the filesystem offers and the system calls return."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoints import files_of, random_state, write_model
+from mergekit_imm import merge_checkpoints
+from mergekit_imm.checkpoint import disk
+
+# A block of odd tensors, so that pieces share pages, and one that spans several segments.
+SHAPES = {"a": (3,), "model.layers.0.w": (1500, 1001), "model.layers.0.b": (1,), "z": (4099,)}
+
+
+@pytest.fixture(params=["disk", "memory"])
+def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder on the disk, or on a filesystem in memory, which goes another way."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no tmpfs")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+def write_in_pieces(path: Path, content: bytes, cuts: list[int], aligned: bool, seed: int) -> bytes:
+    """Write a file in pieces, in any order, from two threads; return what is in it then."""
+    handle = disk.open_output(path, len(content))
+    try:
+        bounds = [0, *sorted(cuts), len(content)]
+        pieces = list(itertools.pairwise(bounds))
+        random.Random(seed).shuffle(pieces)
+
+        def write(some: list[tuple[int, int]]) -> None:
+            buffer = np.empty(len(content) + 2 * disk.PAGE, np.uint8)
+            for first, end in some:
+                at = disk.place(buffer, 5, first) if aligned else 5
+                buffer[at : at + end - first] = np.frombuffer(content[first:end], np.uint8)
+                disk.write_at(handle, memoryview(buffer[at : at + end - first]), first)  # type: ignore[arg-type]
+
+        threads = [threading.Thread(target=write, args=(pieces[i::2],)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        disk.sync(handle.descriptor)
+    finally:
+        os.close(handle.descriptor)
+    return path.read_bytes()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.integers(0, 40_000),
+    cuts=st.lists(st.integers(0, 40_000), max_size=12),
+    aligned=st.booleans(),
+    direct=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_any_pieces_in_any_order_make_the_file(
+    size: int, cuts: list[int], aligned: bool, direct: bool, seed: int
+) -> None:
+    content = random.Random(seed).randbytes(size)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(disk, "_is_local", (lambda _: False) if not direct else disk._is_local),
+    ):
+        path = Path(folder) / "file"
+        cuts = [min(cut, size) for cut in cuts]
+        assert write_in_pieces(path, content, cuts, aligned, seed) == content
+
+
+def test_pages_bypass_the_cache_where_they_can(tmp_path: Path) -> None:
+    handle = disk.open_output(tmp_path / "file", 4 * disk.PAGE)
+    try:
+        if not handle.direct:
+            pytest.skip("not a filesystem that is written past the cache")
+        written = []
+        pwrite = os.pwrite
+
+        def watched(descriptor: int, content: Any, offset: int) -> int:
+            written.append((descriptor == handle.descriptor, offset, len(content)))
+            return pwrite(descriptor, content, offset)
+
+        buffer = np.arange(5 * disk.PAGE, dtype=np.uint64).view(np.uint8)
+        at = disk.place(buffer, 0, 100)
+        with patch("os.pwrite", watched):
+            disk.write_at(handle, memoryview(buffer[at : at + 3 * disk.PAGE]), 100)  # type: ignore[arg-type]
+        page = disk.PAGE
+        assert sorted(written) == [(False, 100, page - 100), (False, 3 * page, 100), (True, page, 2 * page)]
+    finally:
+        os.close(handle.descriptor)
+
+
+def test_a_place_is_where_the_file_has_it() -> None:
+    buffer = np.empty(5 * disk.PAGE, np.uint8)
+    for at, offset in ((0, 0), (17, 0), (17, 4097), (disk.PAGE, 12345)):
+        found = disk.place(buffer, at, offset)
+        assert at <= found < at + disk.PAGE
+        assert (buffer.ctypes.data + found - offset) % disk.PAGE == 0
+
+
+# --- what systems do to reads and writes
+
+
+@contextlib.contextmanager
+def short_writes() -> Iterator[None]:
+    pwrite = os.pwrite
+    with patch("os.pwrite", lambda fd, content, at: pwrite(fd, memoryview(content)[: max(1, len(content) // 3)], at)):
+        yield
+
+
+@contextlib.contextmanager
+def short_reads() -> Iterator[None]:
+    preadv = os.preadv
+    with patch("os.preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][: max(1, len(buffers[0]) // 3)]], at)):
+        yield
+
+
+@contextlib.contextmanager
+def no_fallocate() -> Iterator[None]:
+    with (
+        patch.object(disk.libc, "fallocate", lambda *_: -1, create=True),
+        patch("ctypes.get_errno", lambda: errno.EOPNOTSUPP),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def no_direct_files() -> Iterator[None]:
+    opened = os.open
+
+    def refused(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags, *rest, **named)
+
+    with patch("os.open", refused):
+        yield
+
+
+@contextlib.contextmanager
+def no_direct_writes() -> Iterator[None]:
+    pwrite = os.pwrite
+
+    def refused(descriptor: int, content: Any, offset: int) -> int:
+        import fcntl
+
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(descriptor, content, offset)
+
+    with patch("os.pwrite", refused):
+        yield
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[None]:
+    """A signal every half millisecond: system calls end with EINTR, and are called again."""
+    count = 0
+
+    def counted(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    before = signal.signal(signal.SIGALRM, counted)
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert count
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="Linux")
+@pytest.mark.parametrize(
+    "injected", [short_writes, short_reads, no_fallocate, no_direct_files, no_direct_writes, signals],
+    ids=lambda each: each.__name__,
+)  # fmt: skip
+def test_a_merge_gives_the_same_bytes_whatever_the_system_does(
+    place_of: Path, tmp_path: Path, injected: Callable[[], contextlib.AbstractContextManager[None]]
+) -> None:
+    base, sft = (write_model(tmp_path / f"in{i}", random_state(SHAPES, seed=i)) for i in range(2))
+    merge_checkpoints(base, sft, tmp_path / "plain", drop=0.9, workers=1)
+    with injected():
+        merge_checkpoints(base, sft, place_of / "out", drop=0.9, workers=3)
+    assert files_of(place_of / "out") == files_of(tmp_path / "plain")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("kind", ["ramfs", "tmpfs"])
+def test_filesystems_in_memory(tmp_path: Path, kind: str) -> None:
+    base, sft = (write_model(tmp_path / f"in{i}", random_state(SHAPES, seed=i)) for i in range(2))
+    merge_checkpoints(base, sft, tmp_path / "plain", drop=0.9)
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "-t", kind, "none", str(mounted)], capture_output=True, check=False).returncode
+    ):
+        pytest.skip(f"{kind} cannot be mounted here")
+    try:
+        assert merge_checkpoints(base, sft, mounted / "out", drop=0.9).status == "merged"
+        assert files_of(mounted / "out") == files_of(tmp_path / "plain")
+    finally:
+        subprocess.run(["umount", str(mounted)], check=True)
+
+
+def test_a_file_that_cannot_be_opened_leaves_no_descriptor(tmp_path: Path) -> None:
+    next_free = os.dup(0)
+    os.close(next_free)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch.object(disk, "allocate", side_effect=full), pytest.raises(OSError, match="No space left"):
+        disk.open_output(tmp_path / "file", 10)
+    again = os.dup(0)
+    os.close(again)
+    assert again == next_free

@@ -1,0 +1,234 @@
+"""Sweeps: several merges from one reading, each as if it had been made alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from checkpoints import files_of, random_state, write_model
+from commands import subprocess_of
+from mergekit_imm import ArgumentError, NonFiniteError, OutputError, execute, merge_checkpoints
+from mergekit_imm.sweep import points
+
+SHAPES = {"model.embed_tokens.weight": (301, 33), "model.layers.0.w": (1500, 1001), "model.norm.weight": (5,)}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    return (
+        write_model(tmp_path / "base", random_state(SHAPES, seed=0)),
+        write_model(tmp_path / "sft", random_state(SHAPES, seed=1)),
+    )
+
+
+# --- which merges lists stand for
+
+
+@pytest.mark.parametrize(
+    ("out", "values", "expected"),
+    [
+        ("o", {}, ["o"]),
+        ("o-{alpha}", {"alpha": 0.3}, ["o-0.3"]),
+        ("o-{alpha}", {"alpha": ["0.30", "1"]}, ["o-0.30", "o-1"]),
+        ("{alpha}/{seed}", {"alpha": [0.3, 0.5], "seed": [1, 2]}, ["0.3/1", "0.3/2", "0.5/1", "0.5/2"]),
+        ("{x}-{}-{seed}", {"seed": [3]}, ["{x}-{}-3"]),
+        ("{drop}{drop}", {"drop": [0.1, 0.2]}, ["0.10.1", "0.20.2"]),
+    ],
+)  # fmt: skip
+def test_outputs_are_named_by_the_values_as_given(out: str, values: dict[str, Any], expected: list[str]) -> None:
+    found = points(out, {"alpha": 0.5, "drop": 0.9, "seed": 0, **values})
+    assert [point.out for point in found] == expected
+
+
+def test_values_given_as_text_are_numbers() -> None:
+    (point,) = points("o", {"alpha": ["0.30"], "drop": [".5"], "seed": ["007"]})
+    assert point.values == {"alpha": 0.3, "drop": 0.5, "seed": 7}
+    assert [type(value) for value in point.values.values()] == [float, float, int]
+
+
+@pytest.mark.parametrize(
+    ("out", "values", "message"),
+    [
+        ("o", {"alpha": [0.3, 0.5]}, r"alpha is a list of 2 values, and the output o does not say.*'o-\{alpha\}'"),
+        ("o-{alpha}", {"alpha": [0.3, 0.5], "seed": [0, 1]}, "seed is a list of 2"),
+        ("o-{alpha}", {"alpha": [0.3, 0.3]}, "two merges would go to the output o-0.3"),
+        ("o-{alpha}", {"alpha": []}, "alpha is an empty list"),
+    ],
+)
+def test_lists_that_do_not_name_outputs_are_refused(out: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        points(out, {"alpha": 0.5, "drop": 0.9, "seed": 0, **values})
+
+
+# --- merging them
+
+
+def test_each_is_what_it_would_have_been_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    reports = merge_checkpoints(
+        *pair, tmp_path / "s-{alpha}-{drop}-{seed}", alpha=[0.3, 1], drop=[0, 0.9], seed=[7, 8], workers=3
+    )
+    assert [report.status for report in reports] == ["merged"] * 8
+    seen = set()
+    for alpha in (0.3, 1):
+        for drop in (0, 0.9):
+            for seed in (7, 8):
+                alone = tmp_path / "alone" / f"{alpha}-{drop}-{seed}"
+                merge_checkpoints(*pair, alone, alpha=alpha, drop=drop, seed=seed, workers=1)
+                assert files_of(tmp_path / f"s-{alpha}-{drop}-{seed}") == files_of(alone)
+                seen.add((alone / "model.safetensors").read_bytes())
+    assert len(seen) == 4  # alpha 0.3 with drop 0 has no mask; alpha 1 is the base
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts by the kernel need Linux")
+def test_the_inputs_are_read_once(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    merge_checkpoints(pair[0], pair[0], tmp_path / "warm", drop=0.9)  # loads what is loaded once
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in pair]
+
+    def io() -> dict[str, int]:
+        return {k: int(v) for k, v in (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())}
+
+    before = io()
+    reports = merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.1, 0.2, 0.3, 0.4], drop=0.9)
+    after = io()
+    assert after["rchar"] - before["rchar"] <= 1.02 * sum(sizes)
+    assert 4 * sizes[0] <= after["wchar"] - before["wchar"] <= 1.02 * 4 * sizes[0]
+    assert all(report.bytes_read <= sum(sizes) and report.bytes_written == sizes[0] for report in reports)
+
+
+def test_memory_is_that_of_one_merge(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    one = merge_checkpoints(*pair, tmp_path / "o", dry_run=True)
+    several = merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.1, 0.2, 0.3], dry_run=True)
+    assert {report.memory for report in several} == {one.memory}
+
+
+def test_what_is_there_stays_and_what_is_missing_is_made(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    merge_checkpoints(*pair, tmp_path / "o-0.5", alpha=0.5)
+    before = (tmp_path / "o-0.5" / "model.safetensors").stat()
+    reports = merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5])
+    assert [report.status for report in reports] == ["merged", "already merged"]
+    assert (tmp_path / "o-0.5" / "model.safetensors").stat() == before
+
+
+def test_nothing_is_written_if_one_output_is_taken(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "o-0.5").mkdir()
+    (tmp_path / "o-0.5" / "mine").write_text("x")
+    with pytest.raises(OutputError, match=r"o-0\.5 is there and not empty"):
+        merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "o-0.5", "sft"]
+    merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5], overwrite=True)
+    assert not (tmp_path / "o-0.5" / "mine").exists()
+
+
+def test_the_disk_must_hold_all_of_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    needed = merge_checkpoints(*pair, tmp_path / "o", dry_run=True).disk_needed
+    with patch("mergekit_imm.checkpoint.output.free_space", lambda _: 2 * needed):
+        merge_checkpoints(*pair, tmp_path / "fits-{alpha}", alpha=[0.3, 0.5])
+        with pytest.raises(OutputError, match=r"outputs up to \S+ need .* and the disk has"):
+            merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5, 0.7])
+
+
+def test_a_refused_input_leaves_nothing_of_any(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    state = random_state(SHAPES, seed=1)
+    state["model.norm.weight"][2] = torch.nan
+    write_model(pair[1], state)
+    with pytest.raises(NonFiniteError, match=r"model\.norm\.weight"):
+        merge_checkpoints(*pair, tmp_path / "deep" / "o-{alpha}", alpha=[0.3, 0.5])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "sft"]
+
+
+def test_a_sweep_goes_on_where_each_output_stopped(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """One merge has some segments on the disk, the other fewer: only what is missing is made."""
+    out, done = tmp_path / "o-{alpha}", execute.run
+
+    def stopped_after(count: int) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            for number, result in enumerate(each for each in done(*arguments, **options) if each is not None):
+                if number == count:
+                    raise KeyboardInterrupt
+                yield result
+
+        return run
+
+    with patch("mergekit_imm.stream.SYNC_BYTES", 1):
+        for alphas, count in (([0.3], 2), ([0.3, 0.5], 1)):
+            with patch("mergekit_imm.stream.run", stopped_after(count)), pytest.raises(KeyboardInterrupt):
+                merge_checkpoints(*pair, out, alpha=alphas, drop=0.9, workers=1)
+    reports = merge_checkpoints(*pair, out, alpha=[0.3, 0.5], drop=0.9, workers=1)
+    size = (pair[0] / "model.safetensors").stat().st_size
+    assert reports[0].bytes_written < reports[1].bytes_written < size
+    for alpha in (0.3, 0.5):
+        merge_checkpoints(*pair, tmp_path / "alone", alpha=alpha, drop=0.9, overwrite=True)
+        assert files_of(tmp_path / f"o-{alpha}") == files_of(tmp_path / "alone")
+
+
+# --- the command
+
+SLOW = """
+import sys, time
+from mergekit_imm import cli, kernel
+merge_span = kernel.merge_span
+def slowly(*arguments):
+    time.sleep(0.3)
+    merge_span(*arguments)
+kernel.merge_span = slowly
+cli.main()
+"""
+
+
+def test_the_command_sweeps(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    ended = subprocess_of(
+        "merge", *pair, "--alpha", "0.30, 0.5", "--drop", ".9", "--json", "-o", "o-{alpha}-{drop}", cwd=tmp_path
+    )
+    assert ended.status == 0
+    reports = json.loads(ended.out)
+    assert [report["out"] for report in reports] == ["o-0.30-.9", "o-0.5-.9"]
+    assert [report["parameters"]["alpha"] for report in reports] == [0.3, 0.5]
+    one = subprocess_of("merge", *pair, "--alpha", "0.3", "--drop", "0.9", "--json", "-o", "one", cwd=tmp_path)
+    assert json.loads(one.out)["status"] == "merged"
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "o-0.30-.9")
+    again = subprocess_of("merge", *pair, "--alpha", "0.30,0.5", "--drop", ".9", "-o", "o-{alpha}-{drop}", cwd=tmp_path)
+    assert again.out.count("already merged") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--alpha", "0.3,0.5", "-o", "out"], "does not say which is which"),
+        (["--alpha", "0.3,2", "-o", "o-{alpha}"], "2.0 is not in the range"),
+        (["--alpha", "0.3,", "-o", "o-{alpha}"], "not a valid float"),
+        (["--seed", "1,x", "-o", "o-{seed}"], "not a valid integer"),
+        (["--drop", "0.5,0.5", "-o", "o-{drop}"], "two merges would go to"),
+    ],
+)
+def test_wrong_sweeps_are_wrong_usage(
+    pair: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    ended = subprocess_of("merge", *pair, *arguments, cwd=tmp_path)
+    assert ended.status == 2
+    assert message in ended.error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "sft"]
+
+
+def test_a_killed_sweep_is_finished_by_the_same_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = ["merge", *map(str, pair), "--alpha", "0.3,0.5", "--drop", "0.9", "--workers", "1", "-o", "o-{alpha}"]
+    with subprocess.Popen([sys.executable, "-c", SLOW, *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "o-0.5.partial" / ".imm_journal").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "o-0.3").exists()
+    assert subprocess_of(*arguments, cwd=tmp_path).status == 0
+    for alpha in ("0.3", "0.5"):
+        alone = merge_checkpoints(*pair, tmp_path / "alone" / alpha, alpha=float(alpha), drop=0.9)
+        assert files_of(tmp_path / f"o-{alpha}") == files_of(Path(alone.out))
