@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .errors import ArgumentError, MergeError, bytes_text
+from .errors import ArgumentError, MergeError, OutputError, bytes_text
 
 if TYPE_CHECKING:
     from .recipe import MergeReport
@@ -122,12 +122,14 @@ def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **o
     if as_json:
         content = [report.to_dict() for report in reports]
         click.echo(json.dumps(content if several else content[0], indent=2, ensure_ascii=False))
-        return
-    for report in reports:
+    for report in reports if not as_json else ():
         if dry_run:
             click.echo(_planned(report, base, sft, options["start"]))
         elif not quiet:
             click.echo(_finished(report))
+    for report in reports:
+        if report.refused:
+            raise OutputError(report.refused)
 
 
 @click.command("imm-verify", context_settings=_CONTEXT)

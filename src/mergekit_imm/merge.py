@@ -110,7 +110,7 @@ def merge_checkpoints(
         restart: do not resume an unfinished merge.
         allow_nonfinite: let NaN and infinity in the inputs through.
         copy_code: copy *.py files too.
-        dry_run: plan and check everything, write nothing.
+        dry_run: plan and check everything, write nothing. Too little space is told in the report (`refused`).
         progress: called with (bytes done, bytes in all) now and then, in this thread.
 
     Returns a MergeReport, of a sweep a list; its status is "already merged" where `out` holds this very merge. Raises
@@ -127,7 +127,7 @@ def merge_checkpoints(
     _check_platform()
     from .build import build, check_unfinished  # not on every platform
     from .checkpoint import output
-    from .stream import Job, check_space
+    from .stream import Job, lack_of_space
 
     began = time.perf_counter()
     numbers = {"alpha": alpha, "drop": drop, "seed": seed}
@@ -152,8 +152,7 @@ def merge_checkpoints(
         return reports if any(map(is_list, numbers.values())) else reports[0]
 
     if any(each.folder is None for each in inputs.values()):  # a dry run on a hub id
-        check_space(jobs)
-        return reported([job.report("dry run") for job in jobs])
+        return reported([job.report("dry run", lack_of_space(jobs)) for job in jobs])
     recipes = recipes_of(plans, history)
     if not dry_run:
         for target in targets:
@@ -167,12 +166,16 @@ def merge_checkpoints(
             raise OutputError(f"output {shown(job.out)} is there and {there}; give another, or --overwrite it")
         if not restart:
             check_unfinished(job.partial, each)
-    check_space([job for job, _ in left])
+    lacking = lack_of_space([job for job, _ in left])
+    if lacking and not dry_run:
+        raise OutputError(lacking)
     if left and not dry_run:
         jobs_left, recipes_left = zip(*left, strict=True)
         build(jobs_left, recipes_left, _pick_device(device), restart=restart, progress=progress)
     merged = "dry run" if dry_run else "merged"
-    return reported([job.report("already merged" if w else merged) for job, w in zip(jobs, whole, strict=True)])
+    return reported(
+        [job.report("already merged") if w else job.report(merged, lacking) for job, w in zip(jobs, whole, strict=True)]
+    )
 
 
 def iter_merged(

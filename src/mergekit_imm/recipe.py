@@ -153,10 +153,11 @@ class MergeReport:
 
     status: "merged", "already merged" or "dry run". Counts of tensors by what happened to them: `merged`,
     `kept` (base's), `taken` (sft's), `copied` (integer and bool). Bytes are those of the streaming phase of this
-    run, tensors read and files written; where nothing was merged, those that were planned. The merges of a sweep share one reading
-    and one clock: each report tells them whole. `disk_needed` and
+    run, tensors read and files written; where nothing was merged, those that were planned. `disk_needed` and
     `disk_free` are bytes at the output when planning, `memory` an estimate of the peak. `seconds`: plan, total, and,
-    of a merge, stream (plan to last sync). `notes`: what is worth knowing and not an error.
+    of a merge, stream (first read to last sync). The merges of a sweep share one reading and one clock: each report
+    tells them whole. `notes`: what is worth knowing and not an error. `refused`: of a dry run, that there is too little
+    space; a merge would be refused for it.
     """
 
     status: str
@@ -178,6 +179,7 @@ class MergeReport:
     side_files: dict[str, list[str]]
     left_out: dict[str, list[str]]
     notes: list[str] = field(default_factory=list)
+    refused: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""

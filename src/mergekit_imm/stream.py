@@ -47,7 +47,7 @@ class Job:
         sides = sum(path.stat().st_size for _, path in plan.side.values() if path is not None)
         self.needed = max(0, plan.bytes_to_write + sides - held)
 
-    def report(self, status: str) -> MergeReport:
+    def report(self, status: str, refused: str = "") -> MergeReport:
         """Return what was done, or would be."""
         now = time.perf_counter()
         tensors = sum(len(each.tensors) for each in self.plan.inputs.values())
@@ -77,21 +77,23 @@ class Job:
             side_files=side,
             left_out={r: list(each.left_out) for r, each in self.plan.inputs.items() if each.left_out and r != "start"},
             notes=self.notes,
+            refused=refused,
         )
 
 
-def check_space(jobs: Sequence[Job]) -> None:
-    """Raise OutputError unless the outputs fit on their disks."""
+def lack_of_space(jobs: Sequence[Job]) -> str:
+    """Say which outputs do not fit on their disks; nothing if all do."""
     needed: dict[int, int] = {}
     for job in jobs:
         disk_of = output.device_of(job.out)
         needed[disk_of] = needed.get(disk_of, 0) + job.needed
         if needed[disk_of] > job.free:
             those = f"output {shown(job.out)}" if len(jobs) == 1 else f"outputs up to {shown(job.out)}"
-            raise OutputError(
+            return (
                 f"{those} need{'s' if len(jobs) == 1 else ''} {bytes_text(needed[disk_of])} and the disk has"
                 f" {bytes_text(job.free)} free; free some space or give an OUT on another disk"
             )
+    return ""
 
 
 def _blocks(path: Path) -> int:

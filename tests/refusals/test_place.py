@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoints import files_of, random_state, write_model
+from commands import subprocess_of
 from mergekit_imm.checkpoint import disk, output
 from mergekit_imm.errors import (
     OutputError,
@@ -207,10 +209,25 @@ def test_a_merge_that_another_process_writes_is_refused(models: Models) -> None:
     assert models.merge().status == "merged"
 
 
+FULL = """
+from mergekit_imm import cli
+from mergekit_imm.checkpoint import output
+output.free_space = lambda _: 1
+cli.main()
+"""
+
+
 def test_too_little_space_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = models.merge(dry_run=True).disk_needed
     monkeypatch.setattr(output, "free_space", lambda _: needed - 1)
-    models.refused(OutputError, r"output \S+out needs .* and the disk has .* free; free some space or give")
+    message = r"output \S+out needs .* and the disk has .* free; free some space or give"
+    models.refused(OutputError, message, streaming=True)
+    assert re.match(message, models.merge(dry_run=True).refused)
+    ended = subprocess_of("merge", models.base, models.sft, "--dry-run", "-o", models.out, code=FULL)
+    assert ended.status == 1
+    assert re.match(message, ended.error)
+    assert "would merge" in ended.out
+    assert not models.out.exists()
     monkeypatch.setattr(output, "free_space", lambda _: needed)
     assert models.merge().status == "merged"
 
