@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_imm.jit import widen_vectors
 from mergekit_imm.mask import arithmetic, mask_key
 from mergekit_imm.sums import new_tally
 
-widen_vectors()  # as the command does; before the kernel is loaded
+os.environ.setdefault("MERGEKIT_IMM_WIDE_VECTORS", "1")  # as the commands do, before the kernel is loaded
 merge_span = importlib.import_module("mergekit_imm.kernel").merge_span
 
 COUNT = 1 << 20

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -297,6 +298,34 @@ def test_a_record_shows_what_is_not_finite(merge: Callable[..., None]) -> None:
     assert not is_finite(tally)
     assert np.isnan(to_record(tally)[3])
     assert to_record(tally)[4] == 1500
+
+
+def test_any_number_of_workers_has_room_for_a_block(tmp_path: Path) -> None:
+    states = (random_state({"w": (5000,)}, seed=seed, dtype=torch.float64) for seed in range(3))
+    base, sft, start = (write_model(tmp_path / f"in{seed}", state) for seed, state in enumerate(states))
+    outs = []
+    for workers in (1, 3):
+        with patch("mergekit_imm.execute.BUFFERS", 1000):
+            out = tmp_path / f"o{workers}"
+            merge_checkpoints(base, sft, out, start=start, iteration=1, drop=0.9, workers=workers)
+        outs.append(files_of(tmp_path / f"o{workers}"))
+    assert outs[0] == outs[1]
+
+
+def test_workers_end_where_one_cannot_be_started(tmp_path: Path) -> None:
+    base, sft, _, _ = pair(tmp_path)
+    start, started = threading.Thread.start, list[threading.Thread]()
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with patch("threading.Thread.start", limited), pytest.raises(RuntimeError, match="can't start new thread"):
+        merge_checkpoints(base, sft, tmp_path / "out", workers=4)
+    assert len(started) == 2
+    assert not any(thread.is_alive() for thread in started)
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts by the kernel need Linux")

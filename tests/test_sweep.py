@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +52,14 @@ def test_outputs_are_named_by_the_values_as_given(out: str, values: dict[str, An
     assert [point.out for point in found] == expected
 
 
+def test_any_list_of_numbers_will_do() -> None:
+    assert [p.values["alpha"] for p in points("o-{alpha}", {"alpha": np.array([0.25, 0.5]), "drop": 0, "seed": 0})] == [
+        0.25,
+        0.5,
+    ]
+    assert points("o", {"alpha": 0.5, "drop": 0, "seed": b"ab"})[0].values["seed"] == b"ab"  # refused as one value
+
+
 def test_values_given_as_text_are_numbers() -> None:
     (point,) = points("o", {"alpha": ["0.30"], "drop": [".5"], "seed": ["007"]})
     assert point.values == {"alpha": 0.3, "drop": 0.5, "seed": 7}
@@ -63,6 +73,7 @@ def test_values_given_as_text_are_numbers() -> None:
         ("o-{alpha}", {"alpha": [0.3, 0.5], "seed": [0, 1]}, "seed is a list of 2"),
         ("o-{alpha}", {"alpha": [0.3, 0.3]}, "two merges would go to the output o-0.3"),
         ("o-{alpha}", {"alpha": []}, "alpha is an empty list"),
+        ("o-{alpha}", {"alpha": ["0.3", "x"]}, "alpha x is not a number"),
     ],
 )
 def test_lists_that_do_not_name_outputs_are_refused(out: str, values: dict[str, Any], message: str) -> None:
@@ -143,7 +154,31 @@ def test_a_refused_input_leaves_nothing_of_any(pair: tuple[Path, Path], tmp_path
     state["model.norm.weight"][2] = torch.nan
     write_model(pair[1], state)
     with pytest.raises(NonFiniteError, match=r"model\.norm\.weight"):
-        merge_checkpoints(*pair, tmp_path / "deep" / "o-{alpha}", alpha=[0.3, 0.5])
+        merge_checkpoints(*pair, tmp_path / "deep" / "{alpha}" / "x", alpha=[0.3, 0.5])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "sft"]
+
+
+def test_an_overflow_names_its_merge(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for folder, value in zip(pair, (0.0, 20_000.0), strict=True):
+        write_model(folder, {"w": torch.full((3000,), value, dtype=torch.float16)})
+    with pytest.raises(
+        NonFiniteError, match=r"\(alpha 0\.1, drop 0\.8, seed 0\) is too large for the output dtype F16"
+    ):
+        merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.9, 0.1], drop=0.8)
+
+
+def test_an_error_names_the_output_it_came_from(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        patch("mergekit_imm.checkpoint.disk.sync", side_effect=full),
+        pytest.raises(OutputError, match=r"o-0\.3 cannot be written: No space left"),
+    ):
+        merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5, 0.7])
+
+
+def test_one_folder_by_two_names_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="two merges would go to one folder"):
+        merge_checkpoints(*pair, f"{tmp_path}/{{alpha}}/../x", alpha=[0.3, 0.5])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "sft"]
 
 
@@ -209,6 +244,7 @@ def test_the_command_sweeps(pair: tuple[Path, Path], tmp_path: Path) -> None:
         (["--alpha", "0.3,", "-o", "o-{alpha}"], "not a valid float"),
         (["--seed", "1,x", "-o", "o-{seed}"], "not a valid integer"),
         (["--drop", "0.5,0.5", "-o", "o-{drop}"], "two merges would go to"),
+        (["--alpha", "nan,0.5", "-o", "o-{alpha}"], "'nan' is not a number"),
     ],
 )
 def test_wrong_sweeps_are_wrong_usage(

@@ -43,7 +43,7 @@ def build(
         except (NonFiniteError, MismatchError):
             for job in jobs:
                 shutil.rmtree(job.partial)
-            for folder in parents:
+            for folder in sorted(parents, key=lambda folder: len(folder.parts), reverse=True):
                 with suppress(OSError):
                     folder.rmdir()
             raise

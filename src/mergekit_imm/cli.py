@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -39,7 +39,9 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
         typed = [part.strip() for part in str(value).split(",")]
         for part in typed:
-            self.each.convert(part, param, ctx)
+            number = self.each.convert(part, param, ctx)
+            if number != number:
+                self.fail(f"{part!r} is not a number", param, ctx)
         return typed
 
 
@@ -112,8 +114,6 @@ def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **o
         several = len(points(out, {name: options[name] for name in SWEPT})) > 1
     except ArgumentError as error:
         raise click.UsageError(str(error)) from error
-    if not dry_run:
-        _widen_vectors(options["device"])
     with _progress("merging", shown=not (quiet or dry_run)) as progress:
         reports = merge_checkpoints(base, sft, out, progress=progress, **options)
     if not quiet:
@@ -126,7 +126,7 @@ def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **o
         if dry_run:
             click.echo(_planned(report, base, sft, options["start"]))
         elif not quiet:
-            click.echo(_finished(report))
+            click.echo(_finished(report, several))
     for report in reports:
         if report.refused:
             raise OutputError(report.refused)
@@ -155,7 +155,6 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None
     """
     from .verification import verify
 
-    _widen_vectors(options["device"])
     with _progress("verifying", shown=not quiet) as progress:
         report = verify(out, progress=progress, **options)
     if as_json:
@@ -168,14 +167,6 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None
         )
         if report.not_of_the_merge:
             click.echo(f"not of the merge: {', '.join(report.not_of_the_merge)}")
-
-
-def _widen_vectors(device: str) -> None:
-    """The process is ours: numba may take the widest vectors."""
-    if device == "cpu":
-        from .jit import widen_vectors
-
-        widen_vectors()
 
 
 def imm_merge() -> NoReturn:
@@ -199,6 +190,8 @@ def _run(command: click.Command, arguments: list[str] | None = None) -> NoReturn
         raise _Stopped
 
     signal.signal(signal.SIGTERM, stop)
+    os.environ.setdefault("MERGEKIT_IMM_WIDE_VECTORS", "1")  # see `jit`
+    _allow_open_files()
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     merging = command is merge_command
@@ -225,6 +218,15 @@ def _run(command: click.Command, arguments: list[str] | None = None) -> NoReturn
         if debug:
             raise
         _fail(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it shows", 1)
+
+
+def _allow_open_files() -> None:
+    """As many as the system permits: models have hundreds of files, and sweeps as many for each output."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _fail(message: str, status: int, before: str = "") -> NoReturn:
@@ -262,11 +264,11 @@ def _progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None]
             bar.__exit__(None, None, None)
 
 
-def _finished(report: MergeReport) -> str:
+def _finished(report: MergeReport, several: bool) -> str:
     if report.status == "already merged":
         return f"{report.out} already merged: it holds this very recipe"
     seconds, moved = report.seconds["total"], report.bytes_read + report.bytes_written
-    rate = f" ({moved / seconds / 1e9:.2f} GB/s read and written)" if moved >= 1e8 else ""
+    rate = f" ({moved / seconds / 1e9:.2f} GB/s read and written)" if moved >= 1e8 and not several else ""
     return (
         f"merged {sum(report.tensors.values())} tensors, {_count(report.parameter_count)} parameters, into {report.out}"
         f" in {seconds:.1f} s{rate}"

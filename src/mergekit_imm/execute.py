@@ -30,6 +30,7 @@ from .sums import RECORD, Record, is_finite, new_tally, to_record
 
 BUFFERS = 64 << 20  # of all workers together
 BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its output fits, wherever a page begins
+LEAST = 16 * PAGE  # of one, however many there are: a block of any dtypes fits
 
 Raw = npt.NDArray[np.uint8]
 Sink = Callable[[int, TensorInfo, int, memoryview], None]  # number of the plan, where, first byte of the tensor, bytes
@@ -110,8 +111,8 @@ def run(
     """Run segments of plans on threads, and yield each as it is finished; None when nothing was for a while.
 
     The plans are of the same inputs and lay out the same files; their numbers differ. Segments are taken in order. The
-    first failure in that order is raised, once the segments that were under way have come to their end: the same
-    failure whatever the number of workers. Closing the iterator stops the workers.
+    failure of the first segment in that order is raised, once those under way have come to their end: the same segment
+    whatever the number of workers. Closing the iterator stops the workers.
     """
     source = iter(todo)
     turn = threading.Lock()
@@ -122,7 +123,7 @@ def run(
         def work() -> None:
             index = -1
             try:
-                buffer = device.buffer(min(BUFFER, BUFFERS // workers))
+                buffer = device.buffer(min(BUFFER, max(LEAST, BUFFERS // workers)))
                 while not stop.is_set():
                     with turn:
                         task = next(source, None)
@@ -135,12 +136,14 @@ def run(
                 results.put((index, error))
             results.put(None)
 
-        threads = [threading.Thread(target=work, name=f"merge-{i}", daemon=True) for i in range(workers)]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
         failures: list[tuple[int, BaseException]] = []
-        running = workers
         try:
+            for i in range(workers):
+                thread = threading.Thread(target=work, name=f"merge-{i}", daemon=True)
+                thread.start()
+                threads.append(thread)
+            running = workers
             while running:
                 try:
                     result = results.get(timeout=0.1)
@@ -229,7 +232,9 @@ def _merge(
             each = plans[number].items[segment.item]
             device.merge(base, start, sft, out, count, first, each.key, _CONVERT if converted else each.numbers, tally)
             if not is_finite(tally):
-                _look_closer(plans[number], each, raws, out, first, files)
+                p = plans[number].parameters
+                merge = f" (alpha {p.alpha}, drop {p.drop}, seed {p.seed})" if len(plans) > 1 else ""
+                _look_closer(plans[number], each, raws, out, first, files, merge)
             for target in each.outs:
                 sink(number, target, first * out_width, memoryview(out[0]))  # type: ignore[arg-type]
     return {number: to_record(tally) for number, tally in tallies.items()}
@@ -270,6 +275,7 @@ def _look_closer(
     out: tuple[Raw, str],
     first: int,
     files: _Files,
+    merge: str,
 ) -> None:
     """Find out whether a sum that is not finite means that the merge must stop; raise if it does."""
     from .kernel import finite_elements
@@ -288,9 +294,10 @@ def _look_closer(
     overflown = ~finite_elements(*out) & np.logical_and.reduce(list(finite.values()))
     if overflown.any():
         wider = {"F16": "--dtype bfloat16", "BF16": "--dtype float32"}.get(out[1], ready_option("--keep", item.name))
+        element = first + int(np.argmax(overflown))
         raise NonFiniteError(
-            f"tensor '{shown(item.name)}': the merged value of element {first + int(np.argmax(overflown))} is too large"
-            f" for the output dtype {out[1]}; use {wider}"
+            f"tensor '{shown(item.name)}': the merged value of element {element}{merge} is too large for the output"
+            f" dtype {out[1]}; use {wider}"
         )
 
 

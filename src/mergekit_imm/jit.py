@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,16 +14,12 @@ from numba.extending import overload
 _notices: list[str] = []
 
 
-def widen_vectors() -> None:
-    """Let this process's numba use the widest vectors of the CPU.
-
-    LLVM avoids those of 512 bits on CPUs where they once were slow. For a process of our own: it concerns all that
-    numba compiles. Without effect if NUMBA_CPU_FEATURES is set.
-    """
-    if numba.config.CPU_FEATURES is None:
-        features = llvmlite.binding.get_host_cpu_features()
-        if features.get("avx512f"):
-            numba.config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
+# Let numba use the widest vectors of the CPU: LLVM avoids those of 512 bits on CPUs where they once were slow. It
+# concerns all that this process compiles, so it is for a process of our own: the commands ask for it.
+if os.environ.get("MERGEKIT_IMM_WIDE_VECTORS") == "1" and numba.config.CPU_FEATURES is None:
+    _features = llvmlite.binding.get_host_cpu_features()
+    if _features.get("avx512f"):
+        numba.config.CPU_FEATURES = f"{_features.flatten()},-prefer-256-bit"
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -84,7 +84,7 @@ def _merge_blocks(
     alike, alone = base[1] == start[1] == sft[1], start[0] is base[0]
     as_held = alike or (alone and base[1] == out[1] and {base[1], sft[1]} == {"BF16", "F32"})
     before = tally.copy()
-    for how in (careful,) if numbers.plain or at_end else (fast, careful):
+    for how in (fast, careful) if is_finite(before) and not (numbers.plain or at_end) else (careful,):
         rest = (
             np.zeros(WORK, wide), count, first // BLOCK, numbers.draws, np.uint32(key[0]), np.uint32(key[1]),
             limit, how, tally,

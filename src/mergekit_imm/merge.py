@@ -133,6 +133,10 @@ def merge_checkpoints(
     numbers = {"alpha": alpha, "drop": drop, "seed": seed}
     found = points(str(out), numbers)
     targets = [output.expanded(point.out) for point in found]
+    if len({target.resolve() for target in targets}) < len(targets):
+        raise ArgumentError(
+            f"two merges would go to one folder; give an output that {shown(str(out))} names once for each"
+        )
     workers = check_workers(workers)
     check_device(device)
     inputs, parameters, history = open_inputs(

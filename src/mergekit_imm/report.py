@@ -40,7 +40,7 @@ def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
         tensors[item.name] = entry
     return {
         "format": "mergekit_imm report",
-        "version": 1,
+        "version": 2,
         "layers": {
             layer: {"elements": counts[layer], **_summary(np.concatenate(rows), counts[layer])}
             for layer, rows in layers.items()
@@ -178,8 +178,3 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
 
 def _cell(text: str) -> str:
     return "`" + text.replace("|", "\\|").replace("`", "'").replace("\n", " ") + "`"
-
-
-def segment_total(plan: Plan) -> int:
-    """Number of segments of a plan."""
-    return sum(item.segment_count for item in plan.items)

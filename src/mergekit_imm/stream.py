@@ -110,10 +110,10 @@ class _Written:
         self.job, plan = job, job.plan
         total = sum(item.segment_count for item in plan.items)
         if (job.partial / output.JOURNAL).exists() and (
-            output.segments_planned(job.partial) != total
+            output.journal_format(job.partial) != (output.JOURNAL_VERSION, total)
             or any(_size(job.partial / name) != size for name, size in job.sizes.items())
         ):
-            job.notes.append("note: the unfinished merge has lost files or was cut otherwise; beginning anew")
+            job.notes.append("note: the unfinished merge has lost files, or another version began it; beginning anew")
             empty(job.partial)
         self.journal = output.Journal(job.partial, recipe, total)
         stack.callback(self.journal.close)
@@ -146,14 +146,15 @@ class _Written:
 
     def sync(self) -> None:
         """Force to the disk what was written, and only then record it."""
-        for name in sorted(self.dirty):
-            disk.sync(self.handles[name].descriptor)
-        self.dirty.clear()
-        if self.pending:
-            entries = np.zeros(len(self.pending), output.ENTRY)
-            entries["segment"], entries["record"] = self.pending, self.records[self.pending]
-            self.journal.append(entries)
-            self.pending.clear()
+        with output.output_errors(self.job.out):
+            for name in sorted(self.dirty):
+                disk.sync(self.handles[name].descriptor)
+            self.dirty.clear()
+            if self.pending:
+                entries = np.zeros(len(self.pending), output.ENTRY)
+                entries["segment"], entries["record"] = self.pending, self.records[self.pending]
+                self.journal.append(entries)
+                self.pending.clear()
 
 
 def stream(jobs: Sequence[Job], recipes: Sequence[bytes], device: Device, progress: Progress | None) -> list[Records]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Point:
 
 def is_list(value: object) -> bool:
     """Whether a value stands for several."""
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
 
 
 def points(out: str, values: Mapping[str, Any]) -> list[Point]:
@@ -62,4 +62,7 @@ def _number(name: str, value: Any) -> Any:
     """A value of a list as a number; a command gives it as typed, so that outputs can be named by it."""
     if not isinstance(value, str):
         return value
-    return int(value) if name == "seed" else float(value)
+    try:
+        return int(value) if name == "seed" else float(value)
+    except ValueError:
+        raise ArgumentError(f"{name} {shown(value)} is not a number") from None

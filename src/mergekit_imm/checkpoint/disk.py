@@ -1,8 +1,8 @@
 """Bytes of output files, on their way to the disk.
 
 Where the filesystem is known to sit on a local disk, whole pages bypass the page cache (O_DIRECT): the system neither
-copies them nor makes the writer wait until others are written back, and what was cached (the inputs) stays. Pages that
-two pieces share, and other filesystems, go through the cache, and are sent on to the disk at once.
+copies them nor makes the writer wait until others are written back, and what was cached (the inputs) stays. The rest
+(pages that two pieces share, other filesystems) goes through the cache, and is sent on to the disk at once.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def allocate(descriptor: int, size: int) -> None:
 
     By fallocate(2) itself: os.posix_fallocate touches every block where the filesystem lacks it.
     """
+    os.ftruncate(descriptor, size)
     if sys.platform == "linux" and size:
         if libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
             return
         error = ctypes.get_errno()
         if error not in _NOT_OFFERED:
             raise OSError(error, os.strerror(error))
-    os.ftruncate(descriptor, size)
 
 
 def write_at(handle: Handle, content: memoryview, offset: int) -> None:
@@ -84,10 +84,7 @@ def write_at(handle: Handle, content: memoryview, offset: int) -> None:
     Pages go to the disk itself if the buffer lies in memory as it will in the file, modulo a page: see `place`.
     """
     if not handle.direct:
-        _write_all(handle.descriptor, content, offset)
-        if sys.platform == "linux":  # else it would wait, and all of it at once make the last writer wait
-            length = ctypes.c_int64(len(content))
-            libc.sync_file_range(handle.descriptor, ctypes.c_int64(offset), length, _SYNC_FILE_RANGE_WRITE)
+        _write_through_cache(handle.descriptor, content, offset)
         return
     end = offset + len(content)
     first, last = -(-offset // PAGE) * PAGE, end // PAGE * PAGE
@@ -95,8 +92,13 @@ def write_at(handle: Handle, content: memoryview, offset: int) -> None:
         written = _write_pages(handle.descriptor, content[first - offset : last - offset], first)
     else:
         first = written = offset
-    _write_through_cache(handle.path, content[: first - offset], offset)
-    _write_through_cache(handle.path, content[written - offset :], written)
+    for piece, begin in ((content[: first - offset], offset), (content[written - offset :], written)):
+        if piece:
+            descriptor = os.open(handle.path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                _write_through_cache(descriptor, piece, begin)
+            finally:
+                os.close(descriptor)
 
 
 def place(buffer: np.ndarray[tuple[int], np.dtype[np.uint8]], at: int, offset: int) -> int:
@@ -123,19 +125,13 @@ def _write_pages(descriptor: int, pages: memoryview, offset: int) -> int:
     return offset
 
 
-def _write_through_cache(path: Path, content: memoryview, offset: int) -> None:
-    if content:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            _write_all(descriptor, content, offset)
-        finally:
-            os.close(descriptor)
-
-
-def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
+def _write_through_cache(descriptor: int, content: memoryview, offset: int) -> None:
+    begin, length = offset, len(content)
     while content:
         done = os.pwrite(descriptor, content, offset)
         content, offset = content[done:], offset + done
+    if sys.platform == "linux":  # else it would wait, and at last make a writer wait for all of it
+        libc.sync_file_range(descriptor, ctypes.c_int64(begin), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
 def sync(descriptor: int) -> None:

@@ -26,6 +26,7 @@ from ..errors import OutputError, shown
 from .disk import libc, sync, sync_folder, write_file
 
 JOURNAL = ".imm_journal"
+JOURNAL_VERSION = 2  # of what is recorded of a segment, too
 # One finished segment: its index, and its record of the statistics (zeros for a copied one).
 ENTRY = np.dtype([("segment", "<u8"), ("record", "<f8", 5)])
 Entries = npt.NDArray[Any]
@@ -44,6 +45,7 @@ def output_errors(path: Path) -> Iterator[None]:
             errno.EDQUOT: "; raise the quota and run the same command again: it goes on where it stopped",
             errno.EACCES: "; choose another OUT or change its permissions",
             errno.EROFS: "; choose another OUT",
+            errno.EMFILE: "; allow more open files (ulimit -n), or give fewer values at a time",
         }.get(error.errno or 0, "")
         raise OutputError(f"{error.filename or path} cannot be written: {error.strerror or error}{cure}") from error
 
@@ -157,7 +159,10 @@ class Journal:
         """Begin a new journal for a recipe cut into so many segments, or take up the one that is there."""
         self.path = folder / JOURNAL
         self.entries: Entries = np.empty(0, ENTRY)
-        head = json.dumps({"segments": segments, "recipe": json.loads(recipe)}).encode() + b"\n"
+        head = (
+            json.dumps({"version": JOURNAL_VERSION, "segments": segments, "recipe": json.loads(recipe)}).encode()
+            + b"\n"
+        )
         if self.path.exists():
             good = self._load()
             self._file = self.path.open("r+b")
@@ -206,9 +211,10 @@ def unfinished(folder: Path) -> dict[str, Any] | None:
     return recipe if isinstance(recipe, dict) else None
 
 
-def segments_planned(folder: Path) -> int | None:
-    """Return into how many segments the unfinished merge in a folder was cut."""
-    return _journal_head(folder).get("segments")
+def journal_format(folder: Path) -> tuple[Any, Any]:
+    """Return the version of the journal in a folder, and into how many segments its merge was cut."""
+    head = _journal_head(folder)
+    return head.get("version"), head.get("segments")
 
 
 def _journal_head(folder: Path) -> dict[str, Any]:
