@@ -26,7 +26,7 @@ check: .venv/ready
 docs: .venv/ready
 	$(BIN)/python docs/scripts/help.py --check
 	$(BIN)/python docs/scripts/check_values.py --check
-	$(BIN)/python docs/scripts/numbers.py --check
+	$(BIN)/python docs/scripts/results.py --check
 	$(BIN)/python docs/scripts/run_examples.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -34,7 +34,7 @@ docs: .venv/ready
 bench: .venv/ready .venv-peers/ready
 	$(BIN)/python benchmarks/run.py --sizes "$(SIZES)" --peer-sizes "$(PEER_SIZES)" --runs $(RUNS)
 	$(BIN)/python benchmarks/plots.py
-	$(BIN)/python docs/scripts/numbers.py
+	$(BIN)/python docs/scripts/results.py
 
 .venv-peers/ready: benchmarks/peers/requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv-peers

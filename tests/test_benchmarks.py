@@ -151,7 +151,7 @@ def test_goals(floor_seconds: float, met: bool) -> None:
 
 
 def test_page_shows_the_newest_results() -> None:
-    subprocess.run([sys.executable, ROOT / "docs" / "scripts" / "numbers.py", "--check"], check=True)
+    subprocess.run([sys.executable, ROOT / "docs" / "scripts" / "results.py", "--check"], check=True)
 
 
 def test_result_files_name_no_places() -> None:

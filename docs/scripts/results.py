@@ -1,6 +1,6 @@
 """Write the newest results of `make bench` into docs/numbers.md.
 
-python docs/scripts/numbers.py [--check]
+python docs/scripts/results.py [--check]
 """
 
 from __future__ import annotations
