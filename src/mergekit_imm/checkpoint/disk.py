@@ -14,10 +14,12 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-libc = ctypes.CDLL(None, use_errno=True)
+# Windows has none, and is told so where a merge begins.
+libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else None
 
 PAGE = 4096  # no disk has larger blocks
 # f_type of statfs(2): ext2 to 4, xfs, f2fs, overlayfs (which passes on what is below)
