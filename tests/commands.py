@@ -32,8 +32,9 @@ def write_pair(folder: Path) -> Path:
 
 
 SLOW = """
-import time
+import signal, time
 from mergekit_imm import cli, kernel
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background hands down 'ignored'
 merge_span = kernel.merge_span
 def slowly(*arguments):
     time.sleep(0.1)
