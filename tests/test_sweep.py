@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from checkpoints import files_of, random_state, write_model
-from commands import subprocess_of
+from commands import SLOW, subprocess_of
 from mergekit_imm import ArgumentError, NonFiniteError, OutputError, execute, merge_checkpoints
 from mergekit_imm.sweep import points
 
@@ -208,17 +208,6 @@ def test_a_sweep_goes_on_where_each_output_stopped(pair: tuple[Path, Path], tmp_
 
 
 # --- the command
-
-SLOW = """
-import sys, time
-from mergekit_imm import cli, kernel
-merge_span = kernel.merge_span
-def slowly(*arguments):
-    time.sleep(0.3)
-    merge_span(*arguments)
-kernel.merge_span = slowly
-cli.main()
-"""
 
 
 def test_the_command_sweeps(pair: tuple[Path, Path], tmp_path: Path) -> None:
