@@ -137,7 +137,7 @@ def measure_all(arguments: argparse.Namespace, root: Path, path: Path) -> dict[s
             **versions(sys.executable, ["mergekit-imm", "numba", "llvmlite", "numpy"]),
         },
         "peer_versions": {},
-        "settings": {"alpha": ALPHA, "drop": DROP, "runs": arguments.runs, "workers": warm_up(root)},
+        "settings": {"alpha": ALPHA, "drop": DROP, "workers": warm_up(root)},
         "sizes": {},
     }  # fmt: skip
     if peers and arguments.peer_sizes:

@@ -35,6 +35,11 @@ def spread(measure: Mapping[str, float], unit: float = 1, digits: int = 2) -> st
     return f"{middle} ({low}–{high})"
 
 
+def rounds(entry: Mapping[str, Any]) -> int:
+    """How many rounds a size was measured in."""
+    return max(len(runs) for runs in entry["runs"]["imm-merge"].values())
+
+
 def where(results: Mapping[str, Any], file: str) -> str:
     """Which machine and versions, in a sentence."""
     machine, versions, peers = results["machine"], results["versions"], results["peer_versions"]
@@ -47,7 +52,7 @@ def where(results: Mapping[str, Any], file: str) -> str:
         f" Python {versions['python']}, mergekit-imm {versions['mergekit-imm']} ({versions['git']}),"
         f" numba {versions['numba']}, numpy {versions['numpy']}{others}."
         f" alpha {settings['alpha']}, drop {settings['drop']}, {settings['workers']} workers,"
-        f" {settings['runs']} rounds."
+        f" rounds: {', '.join(f'{size} {rounds(entry)}' for size, entry in results['sizes'].items())}."
     )
 
 

@@ -65,4 +65,4 @@ def _number(name: str, value: Any) -> Any:
     try:
         return int(value) if name == "seed" else float(value)
     except ValueError:
-        raise ArgumentError(f"{name} {shown(value)} is not a number") from None
+        raise ArgumentError(f"{name} {shown(value)} is not a number; give numbers, such as [0.3, 0.5]") from None
