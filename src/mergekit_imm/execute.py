@@ -78,8 +78,15 @@ class Device:
     buffer: Callable[[int], Raw]
 
 
+def check_device(device: str) -> None:
+    """Raise ArgumentError unless a device is one that merges run on; whether it is there is not looked up."""
+    if device != "cpu" and not (device == "cuda" or device.startswith("cuda:")):
+        raise ArgumentError(f"device is {device!r}; it must be cpu or cuda")
+
+
 def pick_device(name: str) -> Device:
-    """Return what computes on a device: the compiled CPU kernel, or torch on a GPU."""
+    """Return what computes on a device: the compiled CPU kernel, or torch on a GPU. Raises ArgumentError."""
+    check_device(name)
     if name == "cpu":
         from .kernel import merge_span
 

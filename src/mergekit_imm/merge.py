@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack, overload
 
 from .checkpoint.tensorfile import TensorInfo
 from .errors import ArgumentError, CheckpointError, OutputError, shown
-from .execute import Device, Progress, check_workers, pick_device, run
+from .execute import Progress, check_device, check_workers, pick_device, run
 from .plan import segments
 from .prepare import open_inputs, places_of, plans_of, recipes_of, what_is_there
 from .recipe import MergeReport, to_json
@@ -175,7 +175,7 @@ def merge_checkpoints(
         raise OutputError(lacking)
     if left and not dry_run:
         jobs_left, recipes_left = zip(*left, strict=True)
-        build(jobs_left, recipes_left, _pick_device(device), restart=restart, progress=progress)
+        build(jobs_left, recipes_left, pick_device(device), restart=restart, progress=progress)
     merged = "dry run" if dry_run else "merged"
     return reported(
         [job.report("already merged") if w else job.report(merged, lacking) for job, w in zip(jobs, whole, strict=True)]
@@ -219,7 +219,7 @@ def iter_merged(
         keep=keep, take=take, no_drop=no_drop, vocab=vocab, allow_nonfinite=allow_nonfinite, copy_code=False,
     )  # fmt: skip
     (plan,) = plans_of(inputs, parameters)
-    workers, computes = check_workers(workers), _pick_device(device)
+    workers, computes = check_workers(workers), pick_device(device)
     dtypes = {
         "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
         "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -263,14 +263,3 @@ def _check_platform() -> None:
         raise CheckpointError(
             "merging checkpoints on disk needs Linux or macOS (use WSL); the functions of tensors work everywhere"
         )
-
-
-def check_device(device: str) -> None:
-    """Raise ArgumentError unless a device is one that merges run on; whether it is there is not looked up."""
-    if device != "cpu" and not (device == "cuda" or device.startswith("cuda:")):
-        raise ArgumentError(f"device is {device!r}; it must be cpu or cuda")
-
-
-def _pick_device(device: str) -> Device:
-    check_device(device)
-    return pick_device(device)
