@@ -129,6 +129,12 @@ def test_a_folder_that_is_no_merge_is_refused(rounds: Path, check: Command) -> N
         assert f"{folder} has no imm_recipe.json" in ended.error
 
 
+def test_a_device_that_is_none_is_refused(rounds: Path, check: Command) -> None:
+    ended = check(rounds / "second", "--device", "tpu")
+    assert ended.status == 1
+    assert ended.error == "device is 'tpu'; it must be cpu or cuda"
+
+
 def test_inputs_that_moved_are_found_with_an_option(here: Path, merge: Command, check: Command) -> None:
     merge("base", "sft", "-o", "out")
     Path("base").rename("base2")
