@@ -26,6 +26,7 @@ PAGE = 4096  # no disk has larger blocks
 _LOCAL = (0xEF53, 0x58465342, 0xF2F52010, 0x794C7630)
 _NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _SYNC_FILE_RANGE_WRITE = 2
+_SENT_ON = 16 * PAGE
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def _write_through_cache(descriptor: int, content: memoryview, offset: int) -> N
     while content:
         done = os.pwrite(descriptor, content, offset)
         content, offset = content[done:], offset + done
-    if sys.platform == "linux":  # else it would wait, and at last make a writer wait for all of it
+    # Else it would wait, and at last make a writer wait for all of it; a few bytes, of which others follow, may wait.
+    if sys.platform == "linux" and length >= _SENT_ON:
         libc.sync_file_range(descriptor, ctypes.c_int64(begin), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
