@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -313,6 +313,9 @@ def _selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Cal
     return lambda option, names, key: any(map(matchers[option], {*names, key}))
 
 
+_arithmetic = cache(arithmetic)  # one for all tensors that are merged alike
+
+
 def _item(
     key: str,
     written: list[str],
@@ -337,7 +340,7 @@ def _item(
     if dtype in MERGED:
         native = sides["base"].dtype if "base" in sides else main
         dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
-    numbers = arithmetic(
+    numbers = _arithmetic(
         alpha=p.alpha,
         drop=0.0 if choose("no_drop", written, key) else p.drop,
         factor=factors.get(layer_key(key) or "", 1.0),

@@ -144,7 +144,10 @@ def history_of(recipe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 def to_json(content: Mapping[str, Any]) -> bytes:
     """Return the bytes a recipe or report is written as."""
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    written = bytearray()  # piece by piece: a report of ten thousands of tensors would be there several times
+    for piece in json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False).iterencode(content):
+        written += piece.encode()
+    return bytes(written) + b"\n"
 
 
 @dataclass(frozen=True)

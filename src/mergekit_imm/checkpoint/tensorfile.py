@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -127,7 +128,7 @@ def _tensor(name: str, entry: dict[str, Any], file: str, data: int) -> TensorInf
         bits *= size
     if bits != (end - begin) * 8:
         raise ValueError(f"tensor {name!r}, {dtype} {list(shape)}, does not fill its bytes {begin}..{end}")
-    return TensorInfo(name, dtype, shape, file, data + begin, end - begin)
+    return TensorInfo(sys.intern(name), sys.intern(dtype), shape, file, data + begin, end - begin)  # models share them
 
 
 def build_header(
