@@ -7,7 +7,7 @@ SIZES ?= made-up-0.1b qwen2.5-0.5b qwen2.5-1.5b
 PEER_SIZES ?= qwen2.5-0.5b
 RUNS ?= 3
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs bench thorough clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -27,6 +27,7 @@ docs: .venv/ready
 	$(BIN)/python docs/scripts/help.py --check
 	$(BIN)/python docs/scripts/check_values.py --check
 	$(BIN)/python docs/scripts/results.py --check
+	$(BIN)/python docs/scripts/lost.py --check
 	$(BIN)/python docs/scripts/run_examples.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -35,6 +36,11 @@ bench: .venv/ready .venv-peers/ready
 	$(BIN)/python benchmarks/run.py --sizes "$(SIZES)" --peer-sizes "$(PEER_SIZES)" --runs $(RUNS)
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python docs/scripts/results.py
+
+# Every call a merge can be killed at, power failures, signals, damaged inputs: renews their page.
+thorough: .venv/ready
+	PYTHONPATH=tests:benchmarks $(BIN)/python -m lost.thorough
+	$(BIN)/python docs/scripts/lost.py
 
 .venv-peers/ready: benchmarks/peers/requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv-peers

@@ -23,6 +23,7 @@ SOURCE = ROOT / "src" / "mergekit_imm"
 # A module imports only from lines above its own.
 LEVELS = [
     ["errors"],
+    ["json_input"],
     ["mask", "layers", "importance", "config", "sums", "sweep"],
     ["recipe", "flat"],
     ["fused"],
@@ -33,14 +34,15 @@ LEVELS = [
     ["kernel", "gpu"],
     ["checkpoint.sidefiles", "checkpoint.tensorfile"],
     ["checkpoint.hub", "checkpoint.disk"],
-    ["checkpoint.source", "checkpoint.output"],
+    ["checkpoint.source", "checkpoint.output", "checkpoint.journal"],
+    ["checkpoint.swap"],
     ["layout"],
     ["plan"],
     ["execute", "report"],
     ["stream", "prepare"],
+    ["verification"],
     ["build"],
     ["merge"],
-    ["verification"],
     ["cli"],
     ["__main__"],
 ]

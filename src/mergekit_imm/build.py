@@ -2,72 +2,122 @@
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import disk, output
-from .errors import MismatchError, NonFiniteError, OutputError, shown
+from .checkpoint import disk, journal, output, swap
+from .errors import ChangedError, MismatchError, NonFiniteError, OutputError, shown
 from .execute import Device, Progress
 from .plan import Plan
-from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
-from .report import model_card, statistics
-from .stream import Job, Recipe, Records, empty, stream
+from .recipe import differences, to_json
+from .report import written_files
+from .stream import Job, Recipe, Records, stream
+from .verification import compare
 
 
 def build(
-    jobs: Sequence[Job], recipes: Sequence[Recipe], device: Device, *, restart: bool, progress: Progress | None
+    jobs: Sequence[Job],
+    recipes: Sequence[Recipe],
+    device: Device,
+    *,
+    restart: bool,
+    verify: bool,
+    progress: Progress | None,
 ) -> None:
     """Make each job's folder from its plan, or go on with what an earlier process began; inputs are read once for all.
 
-    Raises OutputError and what `run` raises. OUT.partial stays for the next try, unless an input was refused.
+    With `verify` all of it is computed again and compared before a folder appears. Raises OutputError, VerifyError and
+    what `run` raises. OUT.partial stays for the next try, unless an input was refused.
     """
+    bytes_to_write = sum(job.plan.bytes_to_write for job in jobs)
+    total = bytes_to_write * (2 if verify else 1)
+
+    def advance(done: int, _: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
     with ExitStack() as stack:
-        parents: list[Path] = []
-        for job in jobs:
-            stack.enter_context(output.output_errors(job.out))
-            parents += [folder for folder in job.partial.parents if not folder.exists()]
-            job.partial.mkdir(parents=True, exist_ok=True)
+        for job, recipe in zip(jobs, recipes, strict=True):
+            stack.enter_context(output.output_errors(job.out, job.partial))
+            made = disk.make_folder(job.partial)
             stack.enter_context(output.locked(job.partial))
-            if restart:
-                empty(job.partial)
-        unwritten = [
-            (job, recipe)
-            for job, recipe in zip(jobs, recipes, strict=True)
-            if (job.partial / output.JOURNAL).exists() or not output.is_whole(job.partial, to_json(recipe), job.sizes)
-        ]
+            stack.callback(_remove_empty, {job.partial, *made})
+            _take(job, recipe, restart)
+        unwritten = [(job, recipe) for job, recipe in zip(jobs, recipes, strict=True) if _is_unwritten(job, recipe)]
         try:
-            records = stream([job for job, _ in unwritten], [to_json(each) for _, each in unwritten], device, progress)
-        except (NonFiniteError, MismatchError):
+            records = stream([job for job, _ in unwritten], [to_json(each) for _, each in unwritten], device, advance)
+        except (NonFiniteError, MismatchError, ChangedError):
             for job in jobs:
-                shutil.rmtree(job.partial)
-            for folder in sorted(parents, key=lambda folder: len(folder.parts), reverse=True):
-                with suppress(OSError):
-                    folder.rmdir()
+                journal.empty(job.partial)
             raise
         for (job, recipe), each in zip(unwritten, records, strict=True):
             _write_side(job.plan, job.partial, recipe, each)
+        if verify:
+            check(jobs, recipes, device, lambda done, _: advance(bytes_to_write + done, 0))
         for job in jobs:
-            with output.output_errors(job.out):
-                output.publish(job.out)
+            with output.output_errors(job.out, job.partial):
+                swap.publish(job.out, replace=job.replace)
+
+
+def _remove_empty(folders: set[Path]) -> None:
+    """Remove folders that were made and hold nothing in the end."""
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _take(job: Job, recipe: Recipe, restart: bool) -> None:
+    """Decide again what OUT and OUT.partial are, now that no other process can change them."""
+    if output.is_occupied(job.out) and not job.replace:
+        raise OutputError(
+            f"output {shown(job.out)} was not there when the merge began, and now it is; run the same command again"
+        )
+    if restart:
+        journal.empty(job.partial)
+    check_unfinished(job.partial, recipe)
+
+
+def _is_unwritten(job: Job, recipe: Recipe) -> bool:
+    return (job.partial / journal.JOURNAL).exists() or not output.is_whole(job.partial, to_json(recipe), job.whole)
+
+
+def check(jobs: Sequence[Job], recipes: Sequence[Recipe], device: Device, progress: Progress | None) -> None:
+    """Compute whole folders again and compare every byte, those that are published and those that are not yet."""
+    total, before = sum(job.plan.bytes_to_write for job in jobs), 0
+    for job, recipe in zip(jobs, recipes, strict=True):
+        began = time.perf_counter()
+
+        def advance(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        folder, cure = job.partial, "memory or disk have failed; merge again with --restart"
+        if not folder.is_dir():
+            folder, cure = job.out, "remove it and merge again"
+        compare(job.plan, recipe, folder, workers=job.workers, device=device, progress=advance, cure=cure)
+        job.verified = time.perf_counter() - began
+        before += job.plan.bytes_to_write
+        if progress is not None:
+            progress(before, total)
 
 
 def check_unfinished(partial: Path, recipe: Mapping[str, Any]) -> None:
     """Refuse to build over something that is not this very merge."""
     if not output.is_occupied(partial):
         return
-    found = output.unfinished(partial)
+    found = journal.unfinished(partial)
     if found is None:
-        if [entry.name for entry in partial.iterdir()] == [output.JOURNAL + ".new"]:
+        if [entry.name for entry in partial.iterdir()] == [journal.JOURNAL + ".new"]:
             return  # cut off before anything else was written
         if output.is_whole(partial, to_json(recipe), {}):
             return
         raise OutputError(
             f"{shown(partial)} is there and is not a merge under way; remove it, or --restart to build over it"
         )
-    changes = output.differences(found, recipe)
+    changes = differences(found, recipe)
     if changes:
         raise OutputError(
             f"{shown(partial)} is an unfinished merge of another recipe ({'; '.join(changes[:3])}"
@@ -82,16 +132,3 @@ def _write_side(plan: Plan, folder: Path, recipe: Mapping[str, Any], records: Re
         disk.copy_file(source, folder / path)
     for path, content in written_files(plan, recipe, records).items():
         disk.write_file(folder / path, content)
-
-
-def written_files(plan: Plan, recipe: Mapping[str, Any], records: Records) -> dict[str, bytes]:
-    """Return the small files that a merge writes itself, the recipe last."""
-    files: dict[str, bytes] = {}
-    if plan.index is not None:
-        files["model.safetensors.index.json"] = plan.index
-    if plan.config is not None:
-        files["config.json"] = plan.config
-    files[REPORT_FILE] = to_json(statistics(plan, records))
-    files[CARD_FILE] = model_card(plan, recipe)
-    files[RECIPE_FILE] = to_json(recipe)
-    return files

@@ -90,6 +90,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would happen, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an OUT that holds something else.")
 @click.option("--restart", is_flag=True, help="Begin anew instead of going on with an unfinished merge.")
+@click.option("--verify", is_flag=True, help="Compute all again and compare every byte, before OUT appears.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar, no notes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
@@ -121,12 +122,12 @@ def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **o
             click.echo(note, err=True)
     if as_json:
         content = [report.to_dict() for report in reports]
-        click.echo(json.dumps(content if several else content[0], indent=2, ensure_ascii=False))
+        _say(json.dumps(content if several else content[0], indent=2, ensure_ascii=False))
     for report in reports if not as_json else ():
         if dry_run:
-            click.echo(_planned(report, base, sft, options["start"]))
+            _say(_planned(report, base, sft, options["start"]))
         elif not quiet:
-            click.echo(_finished(report, several))
+            _say(_finished(report, several))
     for report in reports:
         if report.refused:
             raise OutputError(report.refused)
@@ -158,15 +159,15 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None
     with _progress("verifying", shown=not quiet) as progress:
         report = verify(out, progress=progress, **options)
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        _say(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     elif not quiet:
         share = "" if report.segments == report.of_segments else f" ({report.segments} of {report.of_segments} pieces)"
-        click.echo(
+        _say(
             f"{out} is what its recipe says: {bytes_text(report.bytes_compared)} of tensors{share} and"
             f" {len(report.files_compared)} files compared"
         )
         if report.not_of_the_merge:
-            click.echo(f"not of the merge: {', '.join(report.not_of_the_merge)}")
+            _say(f"not of the merge: {', '.join(report.not_of_the_merge)}")
 
 
 def imm_merge() -> NoReturn:
@@ -186,17 +187,22 @@ class _Stopped(BaseException):
 def _run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
     """Run a command; exit 0 done, 1 refused or failed, 2 wrong usage, 130/143 on signals."""
 
-    def stop(*_: object) -> None:
-        raise _Stopped
+    def stop(number: int, _: object) -> NoReturn:
+        # Once is enough: what is being written comes to its end, in a moment, before the files are closed.
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else _Stopped
 
-    signal.signal(signal.SIGTERM, stop)
     os.environ.setdefault("MERGEKIT_IMM_WIDE_VECTORS", "1")  # see `jit`
     _allow_open_files()
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
-    merging = command is merge_command
+    merging = command is merge_command and "--dry-run" not in arguments
     kept = "; what was written is kept, and the same command goes on where it stopped" if merging else ""
     try:
+        signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+            signal.signal(signal.SIGINT, stop)
         status = command.main(arguments, prog_name=command.name, standalone_mode=False)
         sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
@@ -227,6 +233,19 @@ def _allow_open_files() -> None:
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _say(text: str) -> None:
+    """Print on standard output."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again when it ends
+        raise OutputError(
+            f"standard output cannot be written: {error.strerror}; what was merged is in its place"
+        ) from error
 
 
 def _fail(message: str, status: int, before: str = "") -> NoReturn:
@@ -266,12 +285,13 @@ def _progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None]
 
 def _finished(report: MergeReport, several: bool) -> str:
     if report.status == "already merged":
-        return f"{report.out} already merged: it holds this very recipe"
+        compared = ", every byte compared" if report.verified else ""
+        return f"{report.out} already merged: it holds this very recipe{compared}"
     seconds, moved = report.seconds["total"], report.bytes_read + report.bytes_written
     rate = f" ({moved / seconds / 1e9:.2f} GB/s read and written)" if moved >= 1e8 and not several else ""
     return (
         f"merged {sum(report.tensors.values())} tensors, {_count(report.parameter_count)} parameters, into {report.out}"
-        f" in {seconds:.1f} s{rate}"
+        f" in {seconds:.1f} s{rate}{', every byte compared' if report.verified else ''}"
     )
 
 

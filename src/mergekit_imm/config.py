@@ -88,7 +88,7 @@ def merged_config(
         known = dict(_levels(base or {}))
         for place, level in _levels(config):
             other = known.get(place, {}).get("vocab_size")
-            if "vocab_size" in level and other is not None and other != level["vocab_size"] and other in rows:
+            if "vocab_size" in level and isinstance(other, int) and other != level["vocab_size"] and other in rows:
                 put(place, level, "vocab_size", other)
     return config, changes
 

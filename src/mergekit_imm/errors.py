@@ -3,6 +3,7 @@
     MergeError
     ├── ArgumentError      a parameter has a value it cannot have (also a ValueError)
     ├── CheckpointError    an input cannot be found, read or understood
+    │   └── ChangedError   an input was changed while it was merged
     ├── MismatchError      inputs that do not belong together (also a ValueError)
     ├── NonFiniteError     NaN, infinity, or a value too large for the output dtype
     ├── OutputError        the output cannot be written, or must not be
@@ -22,6 +23,10 @@ class ArgumentError(MergeError, ValueError):
 
 class CheckpointError(MergeError):
     """An input cannot be found, read or understood."""
+
+
+class ChangedError(CheckpointError):
+    """An input was changed while it was merged."""
 
 
 class MismatchError(MergeError, ValueError):

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .checkpoint.disk import PAGE, place
 from .checkpoint.source import Checkpoint
-from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, open_to_read, read_into
+from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into
 from .errors import ArgumentError, MismatchError, NonFiniteError, shown
 from .layers import ready_option
 from .mask import BLOCK, Arithmetic, arithmetic
@@ -321,6 +321,13 @@ def _count_nonfinite(tensor: TensorInfo, role: str, files: _Files) -> tuple[int,
             element = first + int(found[0]) if element < 0 else element
             bad += len(found)
     return bad, element
+
+
+def check_inputs(plan: Plan) -> None:
+    """Raise ChangedError if a file that a plan reads was written since it was opened."""
+    for each in plan.inputs.values():
+        for file in each.files.values():
+            check_unchanged(file)
 
 
 def same_bytes(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:

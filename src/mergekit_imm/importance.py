@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import ArgumentError, shown
+from .json_input import parse_json
 
 
 def importance_factors(importance: Mapping[str, float]) -> dict[str, float]:
@@ -47,11 +47,11 @@ def read_importance(path: str | Path) -> dict[str, float]:
     Raises ArgumentError if it is not one.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_bytes())
     except OSError as error:
         raise ArgumentError(f"importance file {shown(path)} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ArgumentError(f"importance file {shown(path)} is not JSON: {error}") from error
+        raise ArgumentError(f"importance file {shown(path)} is not JSON: {shown(error, 200)}") from error
     layers = content.get("layers", content) if isinstance(content, dict) else content
     if not isinstance(layers, dict):
         raise ArgumentError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack, overload
 
 from .checkpoint.tensorfile import TensorInfo
 from .errors import ArgumentError, CheckpointError, OutputError, shown
-from .execute import Progress, check_device, check_workers, pick_device, run
+from .execute import Progress, check_device, check_inputs, check_workers, pick_device, run
 from .plan import segments
 from .prepare import open_inputs, places_of, plans_of, recipes_of, what_is_there
 from .recipe import MergeReport, to_json
@@ -38,6 +38,7 @@ class MergeOptions(TypedDict, total=False):
     workers: int | None
     overwrite: bool
     restart: bool
+    verify: bool
     allow_nonfinite: bool
     copy_code: bool
     dry_run: bool
@@ -81,6 +82,7 @@ def merge_checkpoints(
     workers: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    verify: bool = False,
     allow_nonfinite: bool = False,
     copy_code: bool = False,
     dry_run: bool = False,
@@ -108,6 +110,7 @@ def merge_checkpoints(
         workers: threads; min(4, 2 x CPUs) if None.
         overwrite: replace an `out` that holds something else.
         restart: do not resume an unfinished merge.
+        verify: compute all again and compare every byte, before `out` appears (or where it already has).
         allow_nonfinite: let NaN and infinity in the inputs through.
         copy_code: copy *.py files too.
         dry_run: plan and check everything, write nothing. Too little space is told in the report (`refused`).
@@ -125,8 +128,8 @@ def merge_checkpoints(
     ['out-0.3', 'out-0.7']
     """
     _check_platform()
-    from .build import build, check_unfinished  # not on every platform
-    from .checkpoint import output
+    from .build import build, check, check_unfinished  # not on every platform
+    from .checkpoint import output, swap
     from .stream import Job, lack_of_space
 
     began = time.perf_counter()
@@ -137,6 +140,8 @@ def merge_checkpoints(
         raise ArgumentError(
             f"two merges would go to one folder; give an output that {shown(str(out))} names once for each"
         )
+    for target in targets:
+        output.check_name(target)
     workers = check_workers(workers)
     check_device(device)
     inputs, parameters, history = open_inputs(
@@ -150,7 +155,10 @@ def merge_checkpoints(
     for target in targets:
         output.check_place(target, places)
     plans = plans_of(inputs, parameters)
-    jobs = [Job(plan, target, workers, device, began) for plan, target in zip(plans, targets, strict=True)]
+    jobs = [
+        Job(plan, target, workers, device, began, replace=overwrite)
+        for plan, target in zip(plans, targets, strict=True)
+    ]
 
     def reported(reports: list[MergeReport]) -> MergeReport | list[MergeReport]:
         return reports if any(map(is_list, numbers.values())) else reports[0]
@@ -161,8 +169,8 @@ def merge_checkpoints(
     if not dry_run:
         for target in targets:
             with output.output_errors(target):
-                output.repair(target)
-    whole = [output.is_whole(job.out, to_json(each), job.sizes) for job, each in zip(jobs, recipes, strict=True)]
+                swap.repair(target)
+    whole = [output.is_whole(job.out, to_json(each), job.whole) for job, each in zip(jobs, recipes, strict=True)]
     left = [(job, each) for job, each, done in zip(jobs, recipes, whole, strict=True) if not done]
     for job, each in left:
         if output.is_occupied(job.out) and not overwrite:
@@ -175,7 +183,10 @@ def merge_checkpoints(
         raise OutputError(lacking)
     if left and not dry_run:
         jobs_left, recipes_left = zip(*left, strict=True)
-        build(jobs_left, recipes_left, pick_device(device), restart=restart, progress=progress)
+        build(jobs_left, recipes_left, pick_device(device), restart=restart, verify=verify, progress=progress)
+    if verify and not dry_run:
+        found_whole = [(job, each) for job, each, done in zip(jobs, recipes, whole, strict=True) if done]
+        check([job for job, _ in found_whole], [each for _, each in found_whole], pick_device(device), progress)
     merged = "dry run" if dry_run else "merged"
     return reported(
         [job.report("already merged") if w else job.report(merged, lacking) for job, w in zip(jobs, whole, strict=True)]
@@ -206,7 +217,8 @@ def iter_merged(
 
     Arguments as in `merge_checkpoints`; the bits are those it would write. Tensors are on the CPU, in the order
     of the base's files; a tied tensor is yielded under each name the base stores. Memory: one tensor at a time.
-    Everything that headers can tell is checked before the first tensor. Raises MergeError.
+    Everything that headers can tell is checked before the first tensor; that no input was written meanwhile, after the
+    last. Raises MergeError.
 
     >>> names = [name for name, tensor in iter_merged(base_folder, sft_folder, alpha=0.5)]
     """
@@ -254,6 +266,7 @@ def iter_merged(
                 tensor = torch.empty(out.shape, dtype=dtypes[out.dtype])
             for each in item.outs:
                 yield each.name, tensor
+        check_inputs(plan)
 
     return tensors()
 

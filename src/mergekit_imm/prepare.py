@@ -14,7 +14,7 @@ from .errors import ArgumentError, CheckpointError, shown
 from .execute import same_bytes
 from .importance import read_importance
 from .plan import Plan, make_plan
-from .recipe import RECIPE_FILE, Parameters, history_of, make_recipe, parse_size, read_recipe
+from .recipe import RECIPE_FILE, Parameters, differences, history_of, make_recipe, parse_size, read_recipe
 
 
 def open_inputs(
@@ -133,13 +133,11 @@ def recipes_of(plans: Sequence[Plan], history: list[dict[str, Any]]) -> list[dic
 
 def what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
     """Say what an output holds that is not this merge."""
-    from .checkpoint.output import differences
-
     try:
         found = read_recipe(out)
     except CheckpointError:
         found = None
     changes = differences(found, recipe) if found else []
-    return (
-        f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})" if changes else "not empty"
-    )
+    if changes:
+        return f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})"
+    return "lacks files of this very merge" if found else "not empty"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError, CheckpointError, shown
+from .json_input import parse_json, read_small
 from .mask import arithmetic, check_round
 
 RECIPE_FILE, REPORT_FILE, CARD_FILE = "imm_recipe.json", "imm_report.json", "README.md"
@@ -106,24 +107,34 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
     """Return the recipe in a folder, or None if it has none. Raises CheckpointError as `parse_recipe` does."""
     path = folder / RECIPE_FILE
     try:
-        return parse_recipe(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if not path.exists():
+            return None
+        content = read_small(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{shown(path)} cannot be read: {reason}; merge again, or restore it") from error
+    return parse_recipe(content, str(path))
 
 
 def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
     """Return the recipe in a file's bytes. Raises CheckpointError for one that is damaged or of a later version."""
     try:
-        recipe: dict[str, Any] = json.loads(content)
+        recipe: dict[str, Any] = parse_json(content)
         if recipe["format"] != RECIPE_FORMAT:
             raise ValueError(f"its format is {recipe['format']!r}")
         if recipe["version"] == RECIPE_VERSION:
             parse_parameters(recipe)
-            if not isinstance(recipe["inputs"], dict) or not isinstance(recipe["history"], list):
-                raise ValueError("its inputs or its history are missing")
-    except TypeError as error:
+            if not isinstance(recipe["history"], list) or not all(isinstance(each, dict) for each in recipe["history"]):
+                raise ValueError("its history is no list of recipes")
+            if not {"base", "sft"} <= set(recipe["inputs"]) <= {"base", "sft", "start"}:
+                raise ValueError("its inputs are not base and sft")
+            for entry in recipe["inputs"].values():
+                if not entry["path"] or not all(isinstance(entry.get(x, ""), str) for x in ("path", "repo", "commit")):
+                    raise ValueError("the place of an input is missing")
+                for file in entry["files"].values():
+                    if not isinstance(file["size"], int) or not isinstance(file["fingerprint"], str):
+                        raise ValueError("a size or fingerprint is missing")
+    except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{where} is damaged: its parameters are not those of a merge; restore it") from error
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{where} is damaged: {shown(error, 200)}; merge again, or restore it") from error
@@ -140,6 +151,20 @@ def history_of(recipe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     if recipe is None:
         return []
     return [*recipe["history"], {key: value for key, value in recipe.items() if key != "history"}]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> list[str]:
+    """Say where two recipes differ, `parameters.alpha: 0.3, now 0.5`."""
+    found = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        one, other = old.get(key), new.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other, f"{place}{key}.")
+        elif one != other and key == "fingerprint":
+            found.append(f"{place.rstrip('.')} has changed")
+        elif one != other:
+            found.append(f"{place}{key}: {shown(json.dumps(one), 60)}, now {shown(json.dumps(other), 60)}")
+    return found
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
@@ -160,7 +185,8 @@ class MergeReport:
     `disk_free` are bytes at the output when planning, `memory` an estimate of the peak. `seconds`: plan, total, and,
     of a merge, stream (first read to last sync). The merges of a sweep share one reading and one clock: each report
     tells them whole. `notes`: what is worth knowing and not an error. `refused`: of a dry run, that there is too little
-    space; a merge would be refused for it.
+    space; a merge would be refused for it. `verified`: every byte was computed again, and compared, before the folder
+    appeared.
     """
 
     status: str
@@ -183,6 +209,7 @@ class MergeReport:
     left_out: dict[str, list[str]]
     notes: list[str] = field(default_factory=list)
     refused: str = ""
+    verified: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""

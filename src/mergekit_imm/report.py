@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .layers import layer_key
 from .plan import Item, Plan
-from .recipe import RECIPE_FILE, REPORT_FILE
+from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
 
 OUTSIDE = "outside the layers"
 
@@ -174,6 +174,25 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def files_beside(plan: Plan) -> list[str]:
+    """Return the names of all files of a merge but the safetensors files."""
+    made = [name for name, it in (("model.safetensors.index.json", plan.index), ("config.json", plan.config)) if it]
+    return [*plan.side, *made, REPORT_FILE, CARD_FILE, RECIPE_FILE]
+
+
+def written_files(plan: Plan, recipe: Mapping[str, Any], records: npt.NDArray[np.float64]) -> dict[str, bytes]:
+    """Return the small files that a merge writes itself, the recipe last."""
+    files: dict[str, bytes] = {}
+    if plan.index is not None:
+        files["model.safetensors.index.json"] = plan.index
+    if plan.config is not None:
+        files["config.json"] = plan.config
+    files[REPORT_FILE] = to_json(statistics(plan, records))
+    files[CARD_FILE] = model_card(plan, recipe)
+    files[RECIPE_FILE] = to_json(recipe)
+    return files
 
 
 def _cell(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -14,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .checkpoint import disk, output
+from .checkpoint import disk, journal, output
 from .checkpoint.tensorfile import TensorInfo, open_tensorfile
 from .errors import OutputError, bytes_text, shown
-from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
+from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, check_inputs, run, warm_up
 from .plan import Plan, Segment, segments
 from .recipe import MergeReport
-from .report import actions, kinds
+from .report import actions, files_beside, kinds
 from .sums import RECORD
 
 Recipe = Mapping[str, Any]
@@ -34,14 +33,16 @@ PER_TENSOR = 1024
 class Job:
     """A plan under way: where it goes, and what is counted on the way for the report."""
 
-    def __init__(self, plan: Plan, out: Path, workers: int, device: str, began: float) -> None:
-        self.plan, self.out, self.workers, self.device = plan, out, workers, device
+    def __init__(self, plan: Plan, out: Path, workers: int, device: str, began: float, *, replace: bool) -> None:
+        self.plan, self.out, self.workers, self.device, self.replace = plan, out, workers, device, replace
         self.partial = output.partial_of(out)
         self.began, self.planned = began, time.perf_counter()
         self.streamed: float | None = None
+        self.verified: float | None = None
         self.read = self.written = 0
         self.notes = list(plan.notes)
         self.sizes = {file.name: file.size for file in plan.files}
+        self.whole = {**dict.fromkeys(files_beside(plan)), **self.sizes}  # every file; None: of any size
         self.free = output.free_space(out)
         held = sum(_blocks(self.partial / file.name) for file in plan.files)
         sides = sum(path.stat().st_size for _, path in plan.side.values() if path is not None)
@@ -54,6 +55,8 @@ class Job:
         seconds = {"plan": self.planned - self.began, "total": now - self.began}
         if self.streamed is not None:
             seconds["stream"] = self.streamed
+        if self.verified is not None:
+            seconds["verify"] = self.verified
         side: dict[str, list[str]] = {}
         for path, (role, _) in self.plan.side.items():
             side.setdefault(role, []).append(path)
@@ -78,6 +81,7 @@ class Job:
             left_out={r: list(each.left_out) for r, each in self.plan.inputs.items() if each.left_out and r != "start"},
             notes=self.notes,
             refused=refused,
+            verified=self.verified is not None,
         )
 
 
@@ -109,13 +113,13 @@ class _Written:
     def __init__(self, job: Job, recipe: bytes, stack: ExitStack) -> None:
         self.job, plan = job, job.plan
         total = sum(item.segment_count for item in plan.items)
-        if (job.partial / output.JOURNAL).exists() and (
-            output.journal_format(job.partial) != (output.JOURNAL_VERSION, total)
+        if (job.partial / journal.JOURNAL).exists() and (
+            journal.journal_format(job.partial) != (journal.VERSION, total)
             or any(_size(job.partial / name) != size for name, size in job.sizes.items())
         ):
             job.notes.append("note: the unfinished merge has lost files, or another version began it; beginning anew")
-            empty(job.partial)
-        self.journal = output.Journal(job.partial, recipe, total)
+            journal.empty(job.partial)
+        self.journal = journal.Journal(job.partial, recipe, total)
         stack.callback(self.journal.close)
         entries = self.journal.entries
         self.records = np.zeros((total, RECORD))
@@ -130,11 +134,12 @@ class _Written:
             self.handles[file.name] = handle
             disk.write_at(handle, memoryview(file.head), 0)
             job.written += len(file.head)
+        disk.sync_folder(job.partial)  # a record is worth nothing if its file has no name
         self.dirty = set(self.handles)
 
     def write(self, tensor: TensorInfo, first: int, piece: memoryview) -> None:
         handle = self.handles[tensor.file]
-        with output.output_errors(handle.path):
+        with output.output_errors(handle.path, self.job.partial):
             disk.write_at(handle, piece, tensor.begin + first)
 
     def note(self, done: Done, number: int) -> None:
@@ -146,12 +151,12 @@ class _Written:
 
     def sync(self) -> None:
         """Force to the disk what was written, and only then record it."""
-        with output.output_errors(self.job.out):
+        with output.output_errors(self.job.out, self.job.partial):
             for name in sorted(self.dirty):
                 disk.sync(self.handles[name].descriptor)
             self.dirty.clear()
             if self.pending:
-                entries = np.zeros(len(self.pending), output.ENTRY)
+                entries = np.zeros(len(self.pending), journal.ENTRY)
                 entries["segment"], entries["record"] = self.pending, self.records[self.pending]
                 self.journal.append(entries)
                 self.pending.clear()
@@ -160,7 +165,7 @@ class _Written:
 def stream(jobs: Sequence[Job], recipes: Sequence[bytes], device: Device, progress: Progress | None) -> list[Records]:
     """Write the safetensors files of all jobs, or what is missing of them, from one reading of the inputs.
 
-    Returns for each job the records of all its segments.
+    Returns for each job the records of all its segments. Raises ChangedError if an input was written meanwhile.
     """
     if not jobs:
         return []
@@ -201,6 +206,7 @@ def stream(jobs: Sequence[Job], recipes: Sequence[bytes], device: Device, progre
             each.sync()
         if progress is not None:
             progress(total, total)
+    check_inputs(plans[0])
     for job in jobs:
         job.streamed = time.perf_counter() - began
         for file in job.plan.files:
@@ -224,15 +230,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
-
-
-def empty(folder: Path) -> None:
-    """Remove everything in a folder."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def _read_back(path: Path, plan: Plan) -> None:

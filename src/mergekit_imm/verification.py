@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from .build import written_files
 from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, fingerprint, read_into
 from .errors import ArgumentError, CheckpointError, VerifyError, shown
-from .execute import Progress, check_workers, pick_device, run
+from .execute import Device, Progress, check_workers, pick_device, run
 from .plan import Plan, segments
 from .prepare import plans_of
 from .recipe import RECIPE_FILE, REPORT_FILE, history_of, make_recipe, parse_parameters, read_recipe
+from .report import written_files
 from .sums import RECORD
 
 
@@ -84,6 +84,24 @@ def verify(
             f"{shown(folder / RECIPE_FILE)}: its {shown(wrong[0])} is not that of this merge; merge again"
         )
 
+    return replace(
+        compare(plan, recipe, folder, sample=sample, workers=workers, device=pick_device(device), progress=progress),
+        out=str(out),
+    )
+
+
+def compare(
+    plan: Plan,
+    recipe: Mapping[str, Any],
+    folder: Path,
+    *,
+    sample: float = 1.0,
+    workers: int,
+    device: Device,
+    progress: Progress | None,
+    cure: str = "merge again",
+) -> VerifyReport:
+    """Compute a plan again and compare with the bytes in a folder. Raises VerifyError with the first difference."""
     everything = list(segments(plan))
     chosen = everything
     if sample < 1:
@@ -92,9 +110,9 @@ def verify(
     records = np.zeros((len(everything), RECORD))
     compared = 0
     with ExitStack() as stack:
-        handles = {file.name: stack.enter_context(_opened(folder / file.name)) for file in plan.files}
+        handles = {file.name: stack.enter_context(_opened(folder / file.name, cure)) for file in plan.files}
         for file in plan.files:
-            _compare_head(handles[file.name], file.head, file.size, folder / file.name)
+            _compare_head(handles[file.name], file.head, file.size, folder / file.name, cure)
 
         def check(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
             found = np.empty(len(piece), np.uint8)
@@ -105,12 +123,12 @@ def verify(
                 element = (first + at) * 8 // DTYPE_BITS[tensor.dtype]
                 raise VerifyError(
                     f"tensor '{shown(tensor.name)}' in {shown(folder / tensor.file)} differs from its recipe, first at"
-                    f" element {element} (byte {tensor.begin + first + at} of the file); merge again"
+                    f" element {element} (byte {tensor.begin + first + at} of the file); {cure}"
                 )
 
         total = sum(file.size for file in plan.files)
         todo = ((segment, (0,)) for segment in chosen)
-        results = run([plan], todo, check, workers=workers, device=pick_device(device))
+        results = run([plan], todo, check, workers=workers, device=device)
         for done in stack.enter_context(closing(results)):
             if done is not None:
                 records[done.segment.index] = done.records[0]
@@ -120,11 +138,11 @@ def verify(
     expected = written_files(plan, recipe, records)
     if sample < 1:
         del expected[REPORT_FILE]
-    _compare_files(plan, folder, expected)
+    _compare_files(plan, folder, expected, cure)
     files = [*(file.name for file in plan.files), *plan.side, *expected]
     others = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
     return VerifyReport(
-        out=str(out),
+        out=str(folder),
         segments=len(chosen),
         of_segments=len(everything),
         bytes_compared=compared,
@@ -156,34 +174,34 @@ def _reopen(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(path: Path, cure: str) -> Iterator[int]:
     """Open a file for reading, as a descriptor."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise VerifyError(f"{shown(path)} cannot be read: {error.strerror}; merge again") from error
+        raise VerifyError(f"{shown(path)} cannot be read: {error.strerror}; {cure}") from error
     try:
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _compare_head(descriptor: int, head: bytes, size: int, path: Path) -> None:
+def _compare_head(descriptor: int, head: bytes, size: int, path: Path, cure: str) -> None:
     found = os.fstat(descriptor).st_size
     if found != size:
-        raise VerifyError(f"{shown(path)} has {found} bytes, its recipe gives {size}; merge again")
+        raise VerifyError(f"{shown(path)} has {found} bytes, its recipe gives {size}; {cure}")
     if os.pread(descriptor, len(head), 0) != head:
-        raise VerifyError(f"the header of {shown(path)} differs from its recipe; merge again")
+        raise VerifyError(f"the header of {shown(path)} differs from its recipe; {cure}")
 
 
-def _compare_files(plan: Plan, folder: Path, expected: dict[str, bytes]) -> None:
+def _compare_files(plan: Plan, folder: Path, expected: dict[str, bytes], cure: str) -> None:
     try:
         for name, (role, source) in plan.side.items():
             assert source is not None
             if not filecmp.cmp(source, folder / name, shallow=False):
-                raise VerifyError(f"{shown(folder / name)} differs from the {role}'s, {shown(source)}; merge again")
+                raise VerifyError(f"{shown(folder / name)} differs from the {role}'s, {shown(source)}; {cure}")
         for name, content in expected.items():
             if (folder / name).read_bytes() != content:
-                raise VerifyError(f"{shown(folder / name)} differs from what its recipe gives; merge again")
+                raise VerifyError(f"{shown(folder / name)} differs from what its recipe gives; {cure}")
     except OSError as error:
-        raise VerifyError(f"{error.filename} cannot be read: {error.strerror}; merge again") from error
+        raise VerifyError(f"{error.filename} cannot be read: {error.strerror}; {cure}") from error

@@ -41,9 +41,10 @@ def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
         assert isinstance(ended.value.code, int)
         return Ended(ended.value.code, out, err)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

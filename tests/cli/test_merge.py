@@ -288,10 +288,24 @@ def test_a_reader_that_goes_away_is_no_traceback(here: Path) -> None:
         assert process.wait(60) == 1
 
 
+def test_a_report_that_cannot_be_written_is_no_traceback(here: Path) -> None:
+    for arguments in (["merge", "base", "sft", "-o", "out", "--json"], ["merge", "base", "sft", "-o", "out"],
+                      ["verify", "out"]):  # fmt: skip
+        with open("/dev/full", "w") as full:  # noqa: PTH123
+            ended = subprocess.run(
+                [sys.executable, "-m", "mergekit_imm", *arguments], stdout=full, stderr=-1, text=True
+            )
+        assert ended.returncode == 1
+        assert ended.stderr == (
+            "error: standard output cannot be written: No space left on device; what was merged is in its place\n"
+        )
+    assert (here / "out" / "imm_recipe.json").exists()
+
+
 def test_the_scripts_are_these_commands() -> None:
     scripts = {each.name: each.value for each in entry_points(group="console_scripts") if each.name.startswith("imm-")}
-    assert scripts["imm-merge"] == "mergekit_imm.cli:imm_merge"
-    assert scripts["imm-verify"] == "mergekit_imm.cli:imm_verify"
+    assert scripts["imm-merge"] == "mergekit_imm.__main__:imm_merge"
+    assert scripts["imm-verify"] == "mergekit_imm.__main__:imm_verify"
 
 
 def test_the_module_runs_both_commands() -> None:

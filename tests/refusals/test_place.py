@@ -13,7 +13,7 @@ import torch
 
 from checkpoints import files_of, random_state, write_model
 from commands import subprocess_of
-from mergekit_imm.checkpoint import disk, output
+from mergekit_imm.checkpoint import disk, journal, output
 from mergekit_imm.errors import (
     OutputError,
 )
@@ -195,7 +195,7 @@ def test_a_link_in_the_place_of_the_unfinished_merge_is_refused(models: Models, 
 def test_a_merge_that_was_cut_off_at_its_first_byte_goes_on(models: Models) -> None:
     partial = models.folder / PARTIAL
     partial.mkdir()
-    (partial / (output.JOURNAL + ".new")).write_bytes(b'{"form')
+    (partial / (journal.JOURNAL + ".new")).write_bytes(b'{"form')
     assert models.merge().status == "merged"
     assert set(files_of(models.out)) == {
         MODEL, "config.json", "imm_recipe.json", "imm_report.json", "README.md", *SIDE

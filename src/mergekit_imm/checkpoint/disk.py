@@ -10,13 +10,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..errors import CheckpointError, shown
 
 # Windows has none, and is told so where a merge begins.
 libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else None
@@ -152,6 +155,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder and the parents it lacks, see to it that the disk knows them, and return them, deepest first."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        sync_folder(folder.parent)
+    return new
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a small file and sync it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,8 +174,29 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a side file's bytes and sync it; the permissions are those of a new file."""
+    """Copy a side file's bytes and sync it; the permissions are those of a new file.
+
+    Raises CheckpointError if the source cannot be read.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
+    with _reading(source):
+        reading = source.open("rb")
+    with reading, target.open("wb") as file:
+        while True:
+            with _reading(source):
+                piece = reading.read(1 << 20)
+            if not piece:
+                break
+            file.write(piece)
+        file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{shown(source)} cannot be read: {error.strerror}; run the same command again"
+        ) from error

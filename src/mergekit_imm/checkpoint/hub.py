@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, shown
+from ..json_input import parse_json
 from ..recipe import RECIPE_FILE
 from .sidefiles import is_side_file
 from .tensorfile import HEADER_LIMIT, INDEX, MODEL
@@ -194,7 +194,7 @@ def _index(found: _Found, small: dict[str, bytes]) -> dict[str, Any] | None:
     if INDEX not in small:
         return None
     with suppress(ValueError):
-        index = json.loads(small[INDEX])
+        index = parse_json(small[INDEX])
         if isinstance(index, dict):
             return index
     raise CheckpointError(f"{found.ref}: its {INDEX} is not a JSON object; choose another revision")

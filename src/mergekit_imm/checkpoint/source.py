@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError, shown
+from ..json_input import parse_json, read_small
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
 from .sidefiles import is_side_file
@@ -119,6 +119,11 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
         folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
     except OSError as error:
         raise CheckpointError(f"{role} {shown(ref)} cannot be listed: {error.strerror}") from error
+    strange = next((name for name in everything if not _is_text(name)), None)
+    if strange is not None:
+        raise CheckpointError(
+            f"{role} {shown(ref)} holds '{shown(strange)}', a name that is not valid UTF-8; rename or remove it"
+        )
     top = [name for name in everything if "/" not in name]
     index = _json(folder / INDEX) if INDEX in top else None
     names = _model_files(top, index, role, ref, folders)
@@ -284,22 +289,28 @@ def _walk(folder: Path, outs: Sequence[Path], prefix: str = "") -> list[str]:
     return found
 
 
+def _is_text(name: str) -> bool:
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)  # as os.fsdecode makes them
+
+
 def _is_side(name: str, copy_code: bool) -> bool:
     return not name.endswith("/") and is_side_file(name, copy_code=copy_code)
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return _parsed(path.read_bytes(), str(path))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        content = read_small(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{shown(path)} cannot be read: {reason}; copy or download it again") from error
+    return _parsed(content, str(path))
 
 
 def _parsed(content: bytes, where: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(content)
+        parsed = parse_json(content)
     except ValueError as error:
-        raise CheckpointError(f"{shown(where)} is not JSON: {error}; copy or download it again") from error
+        raise CheckpointError(f"{shown(where)} is not JSON: {shown(error, 200)}; copy or download it again") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{shown(where)} is not a JSON object; copy or download it again")
     return parsed

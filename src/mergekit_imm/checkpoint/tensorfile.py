@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, shown
+from ..errors import ChangedError, CheckpointError, shown
+from ..json_input import parse_json
 
 # Bits per element of every dtype a header may name. Float kinds that are merged; the rest is copied or refused.
 DTYPE_BITS = {
@@ -53,6 +55,7 @@ class TensorFile:
     size: int
     metadata: dict[str, str]
     tensors: tuple[TensorInfo, ...]
+    written: int = 0  # when, in ns, as the filesystem says
 
 
 def open_tensorfile(path: Path, name: str) -> TensorFile:
@@ -63,19 +66,21 @@ def open_tensorfile(path: Path, name: str) -> TensorFile:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "No such file" if not path.exists() else "It is no plain file")
         with safe_open(path, framework="numpy"):
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length)
-        size = path.stat().st_size
+            status = os.fstat(file.fileno())
     except SafetensorError as error:
         raise CheckpointError(
             f"{shown(path)} is not a whole safetensors file: {shown(error, 300)}; copy or download it again"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
-    return parse_header(header, name, size, path)
+    return replace(parse_header(header, name, status.st_size, path), written=status.st_mtime_ns)
 
 
 def parse_header(header: bytes, name: str, size: int, path: Path | None) -> TensorFile:
@@ -85,7 +90,7 @@ def parse_header(header: bytes, name: str, size: int, path: Path | None) -> Tens
     """
     where = shown(path or name)
     try:
-        content = json.loads(header, object_pairs_hook=_without_duplicates)
+        content = parse_json(header, _without_duplicates)
         metadata = content.pop("__metadata__", None) or {}
         tensors = [_tensor(key, entry, name, len(header) + 8) for key, entry in content.items()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -160,8 +165,9 @@ def open_to_read(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
+        cure = "allow more open files (ulimit -n)" if error.errno == errno.EMFILE else "make it readable"
         raise CheckpointError(
-            f"{shown(path)} cannot be read: {error.strerror}; make it readable and run the same command again"
+            f"{shown(path)} cannot be read: {error.strerror}; {cure} and run the same command again"
         ) from error
 
 
@@ -172,10 +178,28 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, where: object) -
         try:
             got = os.preadv(descriptor, [buffer[done:]], offset + done)
         except OSError as error:
-            raise CheckpointError(f"{where}: reading at byte {offset + done} failed: {error.strerror}") from error
+            raise CheckpointError(
+                f"{where}: reading at byte {offset + done} failed: {error.strerror}; check the disk, and run the same"
+                " command again"
+            ) from error
         if got == 0:
-            raise CheckpointError(f"{where} ended at byte {offset + done}: it was changed or cut off during the merge")
+            raise ChangedError(f"{where} ended at byte {offset + done}: it was changed or cut off during the merge")
         done += got
+
+
+def check_unchanged(file: TensorFile) -> None:
+    """Raise ChangedError if a file is not the one that was opened, as far as its size and time tell."""
+    assert file.path is not None
+    try:
+        status = file.path.stat()
+        same = (status.st_size, status.st_mtime_ns) == (file.size, file.written)
+    except OSError:
+        same = False
+    if not same:
+        raise ChangedError(
+            f"{shown(file.path)} was written, or removed, while it was merged; wait until the model is complete and"
+            " merge again"
+        )
 
 
 def fingerprint(file: TensorFile) -> str:

@@ -1,0 +1,39 @@
+"""JSON from files of others: whatever is wrong with it is a ValueError."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+DEPTH = 64  # no config is nested as deep; Python ends at a thousand
+SIZE = 256 << 20  # bytes; the index of a million tensors has half of that
+
+Pairs = Callable[[Iterable[tuple[str, Any]]], dict[str, Any]]
+
+
+def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
+    """Parse JSON; `pairs` makes the objects. Raises ValueError, also for text no file can hold and endless nesting."""
+    try:
+        parsed = json.loads(content, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [parsed]
+    for _ in range(DEPTH + 1):
+        containers = [each for each in level if isinstance(each, dict | list)]
+        level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
+    if level:
+        raise ValueError(f"it is nested more than {DEPTH} levels deep")
+    if rb"\u" in content:
+        json.dumps(parsed, ensure_ascii=False).encode()  # half a pair of surrogates is a UnicodeEncodeError
+    return parsed
+
+
+def read_small(path: Path) -> bytes:
+    """Return the bytes of a file that is small by its nature. Raises OSError; ValueError for one that is not."""
+    if not path.is_file():
+        raise ValueError("it is no plain file" if path.exists() else "it is not there")
+    if path.stat().st_size > SIZE:
+        raise ValueError(f"it has {path.stat().st_size} bytes, more than {SIZE}")
+    return path.read_bytes()

@@ -1,0 +1,251 @@
+"""Merges that are cut off again and again, by a process that has loaded everything once and forks.
+
+    python -m lost.driver FOLDER SCENARIO WHAT [--every N] [--first N]
+
+WHAT is `calls` (killed at every N-th call that changes a file) or `power` (the power fails there, and the disk has lost
+any part of what was not synced). Prints JSON: how many were tried, and what went wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from mergekit_imm import __main__, merge_checkpoints, stream
+from mergekit_imm.checkpoint import disk, swap
+from mergekit_imm.errors import MergeError
+
+from . import power
+from .tracing import traced
+
+SHAPES = {f"model.layers.{i}.w{j}": (40, 96 + 32 * j) for i in range(3) for j in range(3)}
+SIDE = {"tokenizer.json": '{"a": 1}\n', "templates/chat.jinja": "{{ x }}"}
+WINDOW = 1 << 14  # bytes between two records of the journal, so that there are several
+
+Files = dict[str, bytes]
+
+
+def files_of(folder: Path) -> Files:
+    """Every file below a folder and its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def write_pair(folder: Path) -> None:
+    """Write base, of two files, and sft, of one."""
+    for seed, role in enumerate(("base", "sft")):
+        draw = np.random.default_rng(seed)
+        state: dict[str, Any] = {n: draw.normal(0, 0.02, shape).astype(np.float16) for n, shape in SHAPES.items()}
+        state["steps"] = np.arange(3)
+        (folder / role / "templates").mkdir(parents=True)
+        for path, content in SIDE.items():
+            (folder / role / path).write_text(content)
+        if role == "sft":
+            save_file(state, folder / role / "model.safetensors")
+            continue
+        weight_map: dict[str, str] = {}
+        for number in (1, 2):
+            file = f"model-{number:05}-of-00002.safetensors"
+            part = {name: tensor for place, (name, tensor) in enumerate(state.items()) if place % 2 == number - 1}
+            save_file(part, folder / role / file)
+            weight_map |= dict.fromkeys(part, file)
+        (folder / role / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A merge that will be cut off: what there is before, the command, and what must be there in the end."""
+
+    options: tuple[str, ...] = ()
+    old: bool = False  # OUT holds another merge
+    stale: bool = False  # OUT.partial is an unfinished merge of another recipe
+    status: int = 0
+    outs: tuple[str, ...] = ("out",)
+    patches: Mapping[str, Any] = field(default_factory=dict)  # of `swap`
+
+
+SCENARIOS = {
+    "plain": Scenario(),
+    "overwrite": Scenario(("--overwrite",), old=True),
+    "no-exchange": Scenario(("--overwrite",), old=True, patches={"_exchange": lambda *_: False}),
+    "restart": Scenario(("--restart",), stale=True),
+    "verify": Scenario(("--verify",)),
+    "refused": Scenario(status=1, outs=()),
+    "sweep": Scenario(("--alpha", "0.3,0.5"), outs=("out-0.3", "out-0.5")),
+}
+
+
+class Bench:
+    """Copies of one start, and what a merge must make of it."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.scenario = folder, SCENARIOS[name]
+        self.start, self.case = folder / "start", folder / "case"
+        out = "out" if name != "sweep" else "out-{alpha}"
+        self.arguments = ["base", "sft", "-o", out, "--workers", "1", *self.scenario.options]
+        write_pair(self.start)
+        os.chdir(self.start)
+        for each, alpha in zip(self.scenario.outs, (0.3, 0.5) if name == "sweep" else (0.5,), strict=False):
+            merge_checkpoints("base", "sft", folder / "whole" / each, alpha=alpha)
+        self.whole = {each: files_of(folder / "whole" / each) for each in self.scenario.outs}
+        self.old: Files = {}
+        if self.scenario.old:
+            merge_checkpoints("base", "sft", "out", alpha=0.25)
+            (self.start / "out" / "notes.txt").write_text("mine")
+            self.old = files_of(self.start / "out")
+        if name == "refused":
+            _spoil(self.start / "sft" / "model.safetensors")
+            with suppress(MergeError):  # compiles what looks for the value
+                merge_checkpoints("base", "sft", folder / "refused")
+        self.inputs = {role: files_of(self.start / role) for role in ("base", "sft")}
+        for patched, value in self.scenario.patches.items():
+            setattr(swap, patched, value)
+        stream.SYNC_BYTES = WINDOW
+        if self.scenario.stale:
+            traced(lambda: self.run("base", "sft", "-o", "out", "--alpha", "0.7"), self.start, stop_at=30)
+            assert (self.start / "out.partial" / ".imm_journal").exists()
+
+    def run(self, *arguments: str) -> None:
+        """Run the command in this process, which is a fork and ends with it."""
+        log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.argv = ["imm-merge", *(arguments or self.arguments)]
+        __main__.imm_merge()
+
+    def again(self) -> str:
+        """Run the same command to its end; says what is wrong with what it leaves."""
+        pid = os.fork()
+        if pid == 0:
+            status = 70
+            try:
+                self.run()
+            except SystemExit as ended:
+                status = ended.code if isinstance(ended.code, int) else 1
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        told = (self.folder / "log").read_text().strip()
+        if status != self.scenario.status or "Traceback" in told:
+            return f"the second run ended with {status}: {told[-300:]}"
+        names = {path.name for path in self.case.iterdir()}
+        if names != {"base", "sft", *self.scenario.outs}:
+            return f"the second run left {sorted(names)}"
+        wrong = [each for each, files in self.whole.items() if files_of(self.case / each) != files]
+        return f"{wrong[0]} is not what an undisturbed merge makes" if wrong else self.inputs_changed()
+
+    def inputs_changed(self) -> str:
+        """Say which input is not what it was."""
+        wrong = [role for role, files in self.inputs.items() if files_of(self.case / role) != files]
+        return f"{wrong[0]} was changed" if wrong else ""
+
+    def after_the_end(self) -> str:
+        """Say what is wrong with what a merge that was cut off has left, before anything else is run."""
+        for each in self.scenario.outs or ("out",):
+            path = self.case / each
+            found = files_of(path) if path.exists() else None
+            old = files_of(self.case / "out.old") if (self.case / "out.old").exists() else None
+            if found is None and (not self.scenario.old or old == self.old):
+                continue
+            if found is None or (found != self.whole.get(each) and found != (self.old or None)):
+                return f"{each} is neither absent nor the old nor the new one: {sorted(found or ())}"
+        return self.inputs_changed()
+
+    def prepared(self) -> Path:
+        """A fresh copy of the start, the current folder."""
+        os.chdir(self.folder)
+        shutil.rmtree(self.case, ignore_errors=True)
+        shutil.copytree(self.start, self.case)
+        os.chdir(self.case)
+        return self.case
+
+
+def _spoil(path: Path) -> None:
+    """Make the last value of a file of float16 infinite, so that the merge finds it late."""
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    end = 8 + length + max(e["data_offsets"][1] for n, e in header.items() if e["dtype"] == "F16")
+    content[end - 2 : end] = b"\x00\x7c"
+    path.write_bytes(content)
+
+
+def kill_at_calls(bench: Bench, every: int, first: int) -> dict[str, Any]:
+    """Kill the command before its n-th call, and run it again; then again with a second kill on the way."""
+    bench.prepared()
+    status, calls = traced(bench.run, bench.case)
+    assert status == bench.scenario.status, (bench.folder / "log").read_text()
+    failures, tried = [], 0
+    for number in range(first % every, len(calls), every):
+        for twice in (False, True):
+            bench.prepared()
+            where = f"killed before call {number} of {len(calls)} ({calls[number]})"
+            ended, _ = traced(bench.run, bench.case, stop_at=number)
+            wrong = "" if ended is None else f"it ended by itself, with {ended}"
+            if twice:
+                second = random.Random(number).randrange(len(calls))
+                where += f", and again before call {second} of the second run"
+                traced(bench.run, bench.case, stop_at=second)
+            wrong = wrong or bench.after_the_end() or bench.again()
+            tried += 1
+            if wrong:
+                failures.append(f"{where}: {wrong}")
+    return {"calls": len(calls), "tried": tried, "failures": failures}
+
+
+def fail_power(bench: Bench, every: int, first: int) -> dict[str, Any]:
+    """Let the power fail after each n-th call, and run the command again on what the disk may hold."""
+    bench.prepared()
+    nodes: power.Nodes = {}
+    root = power.read(bench.case, nodes)
+    status, calls = traced(bench.run, bench.case)
+    assert status == bench.scenario.status, (bench.folder / "log").read_text()
+    failures, tried, unsynced = [], 0, 0
+    for end in range(first % every, len(calls) + 1, every):
+        certain = power.durable(calls, end)
+        unsynced = max(unsynced, certain.count(False))
+        for kind, kept in power.choices(certain, end):
+            left = power.after(nodes, calls[:end], kept)
+            os.chdir(bench.folder)
+            shutil.rmtree(bench.case, ignore_errors=True)
+            inodes = power.write(left, root, bench.case)
+            for marker in bench.case.glob("*.replacing"):  # it holds an inode, and the copy has others
+                content = marker.read_text().strip()
+                marker.write_text(f"{inodes.get(int(content), 0)}\n" if content.isdigit() else content)
+            os.chdir(bench.case)
+            wrong = bench.after_the_end() or bench.again()
+            tried += 1
+            if wrong:
+                last = f" ({calls[end - 1]})" if end else ""
+                failures.append(f"power fails after call {end} of {len(calls)}{last}, {kind} is kept: {wrong}")
+    return {"calls": len(calls), "tried": tried, "most_unsynced": unsynced, "failures": failures}
+
+
+WHAT: dict[str, Callable[[Bench, int, int], dict[str, Any]]] = {"calls": kill_at_calls, "power": fail_power}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("scenario", choices=SCENARIOS)
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--without-sync", action="store_true", help="leave out all syncs, which must be found out")
+    given = parser.parse_args()
+    if given.without_sync:
+        for name in ("sync", "sync_folder"):
+            setattr(disk, name, lambda _: None)
+        os.fsync = lambda _: None  # type: ignore[assignment]
+    bench = Bench(given.folder.resolve(), given.scenario)
+    print(json.dumps(WHAT[given.what](bench, given.every, given.first)))
