@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,9 @@ def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
         if recipe["format"] != RECIPE_FORMAT:
             raise ValueError(f"its format is {recipe['format']!r}")
         if recipe["version"] == RECIPE_VERSION:
+            missing = {each.name for each in fields(Parameters)} - set(recipe["parameters"])
+            if missing:
+                raise ValueError(f"its parameters lack {', '.join(sorted(missing))}")
             parse_parameters(recipe)
             if not isinstance(recipe["history"], list) or not all(isinstance(each, dict) for each in recipe["history"]):
                 raise ValueError("its history is no list of recipes")
