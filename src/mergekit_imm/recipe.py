@@ -126,7 +126,9 @@ def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
             missing = {each.name for each in fields(Parameters)} - set(recipe["parameters"])
             if missing:
                 raise ValueError(f"its parameters lack {', '.join(sorted(missing))}")
-            parse_parameters(recipe)
+            json.dumps(recipe, allow_nan=False)  # it goes into the recipe of the next round
+            if not isinstance(parse_parameters(recipe).importance, dict | None):
+                raise ValueError("its importance is no mapping of layers")
             if not isinstance(recipe["history"], list) or not all(isinstance(each, dict) for each in recipe["history"]):
                 raise ValueError("its history is no list of recipes")
             if not {"base", "sft"} <= set(recipe["inputs"]) <= {"base", "sft", "start"}:
