@@ -327,7 +327,10 @@ def check_inputs(plan: Plan) -> None:
     """Raise ChangedError if a file that a plan reads was written since it was opened."""
     for each in plan.inputs.values():
         for file in each.files.values():
-            check_unchanged(file)
+            assert file.path is not None
+            check_unchanged(file.path, (file.size, file.written))
+        for path, before in each.stamps.items():
+            check_unchanged(path, before)
 
 
 def same_bytes(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:

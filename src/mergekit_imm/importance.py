@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import ArgumentError, shown
-from .json_input import parse_json
+from .json_input import parse_json, without_duplicates
 
 
 def importance_factors(importance: Mapping[str, float]) -> dict[str, float]:
@@ -35,7 +35,10 @@ def importance_factors(importance: Mapping[str, float]) -> dict[str, float]:
                 f"importance of layer '{shown(key)}' is {shown(repr(value), 60)}; it must be a finite number >= 0"
             )
         values[str(key)] = float(value)
-    total = math.fsum(values.values())
+    try:
+        total = math.fsum(values.values())
+    except OverflowError:
+        total = math.inf
     if not 0 < total < math.inf:
         raise ArgumentError(f"importances sum to {total}; at least one must be > 0, and the sum finite")
     return {key: len(values) * value / total for key, value in values.items()}
@@ -47,7 +50,7 @@ def read_importance(path: str | Path) -> dict[str, float]:
     Raises ArgumentError if it is not one.
     """
     try:
-        content = parse_json(Path(path).read_bytes())
+        content = parse_json(Path(path).read_bytes(), without_duplicates)
     except OSError as error:
         raise ArgumentError(f"importance file {shown(path)} cannot be read: {error.strerror}") from error
     except ValueError as error:

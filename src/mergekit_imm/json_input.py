@@ -30,6 +30,16 @@ def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
     return parsed
 
 
+def without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping; a name that stands there twice is a ValueError."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the name {key!r} stands there twice")
+        content[key] = value
+    return content
+
+
 def read_small(path: Path) -> bytes:
     """Return the bytes of a file that is small by its nature. Raises OSError; ValueError for one that is not."""
     if not path.is_file():

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from .checkpoint.sidefiles import OWN
 from .checkpoint.source import Checkpoint
-from .checkpoint.tensorfile import DTYPE_BITS, MERGED, WHOLE, TensorInfo
+from .checkpoint.tensorfile import DTYPE_BITS, INDEX, MERGED, WHOLE, TensorInfo
 from .config import check_configs, mentions_tie, merged_config, says_tied
 from .errors import ArgumentError, CheckpointError, MismatchError, shown
 from .importance import importance_factors
@@ -170,6 +171,8 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
         for path in each.side
         if path != "config.json" or not changes
     }
+    made = {file.name for file in files} | {*OWN, *(["config.json"] if changes else []), *([INDEX] if index else [])}
+    _check_paths({**dict.fromkeys(made, "the merge"), **{path: used[role].label for path, (role, _) in side.items()}})
     notes = [
         f"note: {broken}: both are merged under their own names, and config.json says untied"
     ] if broken else []  # fmt: skip
@@ -184,6 +187,17 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
         side=dict(sorted(side.items())),
         notes=tuple(notes),
     )
+
+
+def _check_paths(origins: Mapping[str, str]) -> None:
+    """Refuse files of an output of which one would have to be the folder of another: path -> where it comes from."""
+    for path, origin in origins.items():
+        for folder in map(str, PurePosixPath(path).parents):
+            if folder in origins:
+                raise MismatchError(
+                    f"'{shown(folder)}' is a file of {origins[folder]}, and '{shown(path)}' of {origin} lies in a folder of"
+                    " that name; rename or remove one of them"
+                )
 
 
 # --- tied embeddings

@@ -96,6 +96,7 @@ def places_of(inputs: Mapping[str, Checkpoint]) -> dict[str, Path]:
             ("", each.folder),
             *((n, f.path) for n, f in each.files.items() if f.path),
             *((n, path) for n, path in each.side.items() if path),
+            *((path.name, path) for path in each.stamps),
         ]
     }
 
@@ -113,6 +114,11 @@ def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters])
         return checkpoint.folder is None or compare(checkpoint.role, one.name, other.name)
 
     plans = [make_plan(inputs, each, equal) for each in parameters]
+    linked = [f"{each.label}/{name}" for each in inputs.values() if each.role != "start" for name in each.left_out
+              if name.endswith("/") and not name.rpartition("/")[0].rpartition("/")[2].startswith(".")]  # fmt: skip
+    if linked:
+        note = f"note: left out, as they are links to folders: {', '.join(map(shown, linked[:4]))}"
+        plans = [replace(plan, notes=(*plan.notes, note + (", …" if len(linked) > 4 else ""))) for plan in plans]
     if _same_place(inputs["base"], inputs["sft"]):
         note = "note: BASE and SFT are the same model; the result is that model"
         plans = [replace(plan, notes=(*plan.notes, note)) for plan in plans]

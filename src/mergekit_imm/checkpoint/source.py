@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -13,7 +14,9 @@ from ..json_input import parse_json, read_small
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
 from .sidefiles import is_side_file
-from .tensorfile import INDEX, MODEL, TensorFile, TensorInfo, open_tensorfile, parse_header
+from .tensorfile import INDEX, MODEL, Stamp, TensorFile, TensorInfo, open_tensorfile, parse_header, stamp
+
+_DEPTH = 64  # of folders in a model
 
 # Forms of a model that are recognised and not read, and what to do about each.
 _OTHER_FORMS = (
@@ -43,6 +46,7 @@ class Checkpoint:
     config: dict[str, Any] | None
     side: dict[str, Path | None]  # copied files, by their path within the folder
     left_out: tuple[str, ...]  # files that are neither weights of this model nor copied
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)  # of all files that are read whole
     indexed: bool = False  # an index names the files
     recipe: dict[str, Any] | None = None  # of the merge that made it
     repo: str | None = None
@@ -125,6 +129,7 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
             f"{role} {shown(ref)} holds '{shown(strange)}', a name that is not valid UTF-8; rename or remove it"
         )
     top = [name for name in everything if "/" not in name]
+    stamps = _stamps(folder, everything, copy_code)
     index = _json(folder / INDEX) if INDEX in top else None
     names = _model_files(top, index, role, ref, folders)
     missing = [name for name in names if not (folder / name).exists()]
@@ -146,7 +151,7 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
         )
     left = _left_out(everything, files, side)
     config = _json(folder / "config.json") if "config.json" in top else None
-    found = _assembled(role, ref, folder, files, config, side, left, index)
+    found = replace(_assembled(role, ref, folder, files, config, side, left, index), stamps=stamps)
     return replace(found, recipe=read_recipe(folder)) if role == "start" else found
 
 
@@ -268,12 +273,24 @@ def _left_out(
     return tuple(name for name in everything if name not in used)
 
 
+def _stamps(folder: Path, everything: list[str], copy_code: bool) -> dict[Path, Stamp]:
+    """Stamps of the small files, taken before they are read."""
+    small = [name for name in everything if name in (INDEX, RECIPE_FILE) or _is_side(name, copy_code)]
+    found = {}
+    for path in (folder / name for name in small):
+        with suppress(OSError):  # what cannot be read is told when it is
+            found[path] = stamp(path)
+    return found
+
+
 def _walk(folder: Path, outs: Sequence[Path], prefix: str = "") -> list[str]:
     """Paths of all files below a folder, relative, with forward slashes.
 
     Not entered: other merges and `outs`; and hidden and linked folders, which are listed with a slash at the
     end.
     """
+    if prefix.count("/") > _DEPTH:
+        raise CheckpointError(f"{shown(folder)} lies more than {_DEPTH} folders deep in a model; move it away")
     found = []
     for entry in folder.iterdir():
         if not entry.is_dir():

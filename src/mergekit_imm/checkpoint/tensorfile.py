@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ChangedError, CheckpointError, shown
-from ..json_input import parse_json
+from ..json_input import parse_json, without_duplicates
 
 # Bits per element of every dtype a header may name. Float kinds that are merged; the rest is copied or refused.
 DTYPE_BITS = {
@@ -90,7 +90,7 @@ def parse_header(header: bytes, name: str, size: int, path: Path | None) -> Tens
     """
     where = shown(path or name)
     try:
-        content = parse_json(header, _without_duplicates)
+        content = parse_json(header, without_duplicates)
         metadata = content.pop("__metadata__", None) or {}
         tensors = [_tensor(key, entry, name, len(header) + 8) for key, entry in content.items()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -110,15 +110,6 @@ def parse_header(header: bytes, name: str, size: int, path: Path | None) -> Tens
             " copy or download it again"
         )
     return TensorFile(name, path, size, metadata, tuple(tensors))
-
-
-def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the name {key!r} stands there twice")
-        content[key] = value
-    return content
 
 
 def _tensor(name: str, entry: dict[str, Any], file: str, data: int) -> TensorInfo:
@@ -187,18 +178,24 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, where: object) -
         done += got
 
 
-def check_unchanged(file: TensorFile) -> None:
-    """Raise ChangedError if a file is not the one that was opened, as far as its size and time tell."""
-    assert file.path is not None
+Stamp = tuple[int, int]  # size, and when it was written, in ns
+
+
+def stamp(path: Path) -> Stamp:
+    """Return what tells whether a file was written meanwhile. Raises OSError."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: Path, before: Stamp) -> None:
+    """Raise ChangedError if a file is not the one that was opened, as far as its stamp tells."""
     try:
-        status = file.path.stat()
-        same = (status.st_size, status.st_mtime_ns) == (file.size, file.written)
+        same = stamp(path) == before
     except OSError:
         same = False
     if not same:
         raise ChangedError(
-            f"{shown(file.path)} was written, or removed, while it was merged; wait until the model is complete and"
-            " merge again"
+            f"{shown(path)} was written, or removed, while it was merged; wait until the model is complete and merge again"
         )
 
 
