@@ -38,7 +38,8 @@ _ROW = _PAIRS + 16
 _SUMS = 2 * _PAIRS + 16
 WORK = _SUMS + 3 * _ROW
 
-FAST = 3  # numbers of a `how` that leaves out what is rarely needed
+# Numbers of a `how`: 3 leave out what is rarely needed, 6 do not; one more says that the sft is given as its delta.
+FAST, CAREFUL, ADDED = 3, 6, 1
 
 _u16, _u32, _u64, _f32, _f64 = np.uint16, np.uint32, np.uint64, np.float32, np.float64
 
@@ -152,7 +153,7 @@ def _decode(code, raw, tile):
 @by_type
 def _unless_nan(x, how, bits, canonical):
     """Bits, or those of the canonical NaN if x is one: looked for when there is something to be careful about."""
-    if len(how) == FAST:
+    if len(how) <= FAST + ADDED:
         return lambda x, how, bits, canonical: bits
     return lambda x, how, bits, canonical: canonical if x != x else bits
 
@@ -250,18 +251,26 @@ def _merge_one(base, start, sft, kept, how):
     """Delta and merged value of one element; `how` is constant over a tensor."""
 
     def fast(base, start, sft, kept, how):
-        delta = sft - start
+        delta, _ = _sides(start, sft, how)
         tuned = start + delta * how[0] if kept else start
         return delta, _choose(how[2], base, tuned) + how[1] * (tuned - base)
 
     def careful(base, start, sft, kept, how):
-        scale, step, from_base, nothing, plain, at_end = how
-        delta = sft - start
+        scale, step, from_base, nothing, plain, at_end = how[:CAREFUL]
+        delta, whole = _sides(start, sft, how)
         tuned = start + delta * scale if kept else start
-        tuned = _choose(plain, sft, tuned)
+        tuned = _choose(plain, whole, tuned)
         return delta, _choose(from_base, base, tuned) + _choose(at_end, nothing, step * (tuned - base))
 
-    return fast if len(how) == FAST else careful
+    return fast if len(how) <= FAST + ADDED else careful
+
+
+@by_type
+def _sides(start, sft, how):
+    """The delta, and the sft."""
+    if len(how) in (FAST, CAREFUL):
+        return lambda start, sft, how: (sft - start, sft)
+    return lambda start, sft, how: (sft, start + sft)
 
 
 @by_type

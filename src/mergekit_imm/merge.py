@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, TypedDict, Unpack, overload
 
 from .checkpoint.tensorfile import TensorInfo
 from .errors import ArgumentError, CheckpointError, OutputError, shown
-from .execute import Progress, check_device, check_inputs, check_workers, pick_device, run
+from .execute import Progress, check_device, check_workers, pick_device, run
 from .plan import segments
 from .prepare import open_inputs, places_of, plans_of, recipes_of, what_is_there
+from .reading import check_inputs
 from .recipe import MergeReport, to_json
 from .sweep import is_list, points
 

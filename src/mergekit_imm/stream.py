@@ -16,8 +16,9 @@ import numpy.typing as npt
 from .checkpoint import disk, journal, output
 from .checkpoint.tensorfile import TensorInfo, open_tensorfile
 from .errors import OutputError, bytes_text, shown
-from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, check_inputs, run, warm_up
+from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
 from .plan import Plan, Segment, segments
+from .reading import check_inputs
 from .recipe import MergeReport
 from .report import actions, files_beside, kinds
 from .sums import RECORD

@@ -18,7 +18,7 @@ from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, fingerprint, read_int
 from .errors import ArgumentError, CheckpointError, VerifyError, shown
 from .execute import Device, Progress, check_workers, pick_device, run
 from .plan import Plan, segments
-from .prepare import plans_of
+from .prepare import plans_of, with_adapter
 from .recipe import RECIPE_FILE, REPORT_FILE, history_of, make_recipe, parse_parameters, read_recipe
 from .report import written_files
 from .sums import RECORD
@@ -74,7 +74,14 @@ def verify(
     surplus = [role for role, ref in given.items() if ref is not None and role not in inputs]
     if surplus:
         raise ArgumentError(f"--{surplus[0]} is given, but the recipe in {shown(out)} has no {surplus[0]}")
-    (plan,) = plans_of(inputs, [parse_parameters(recipe)])
+    parameters = parse_parameters(recipe)
+    inputs = with_adapter(inputs, parameters.reference)
+    if inputs["sft"].adapter != recipe["inputs"]["sft"].get("adapter"):
+        raise CheckpointError(
+            f"{inputs['sft'].label} is not what was merged: its adapter_config.json has changed; give the original with"
+            " --sft"
+        )
+    (plan,) = plans_of(inputs, [parameters])
 
     found = inputs["start"].recipe if "start" in inputs else None
     again = make_recipe(plan.parameters, recipe["inputs"], plan.config_changes, history_of(found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -12,13 +12,17 @@ from ..errors import CheckpointError, shown
 from ..json_input import parse_json, read_small
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
+from .computed import Computed
 from .sidefiles import is_side_file
 from .tensorfile import INDEX, MODEL, TensorFile, TensorInfo, open_tensorfile, parse_header
 
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
 # Forms of a model that are recognised and not read, and what to do about each.
 _OTHER_FORMS = (
-    (("adapter_config.json", "adapter_model.safetensors"), "a LoRA adapter",
-     "merge it into its base first: peft's `merge_and_unload()`, then `save_pretrained`"),
+    (("adapter_config.json", "adapter_model.safetensors"), "an adapter",
+     "give the model it was trained on; an adapter is given as SFT, in a folder with its adapter_config.json and its"
+     " adapter_model.safetensors"),
     (("*.gguf",), "GGUF weights", "use the original safetensors checkpoint"),
     (("*.bin", "*.pt", "*.pth", "*.ckpt"), "PyTorch pickles",
      "load with transformers and `save_pretrained` (it writes safetensors)"),
@@ -45,6 +49,8 @@ class Checkpoint:
     left_out: tuple[str, ...]  # files that are neither weights of this model nor copied
     indexed: bool = False  # an index names the files
     recipe: dict[str, Any] | None = None  # of the merge that made it
+    adapter: dict[str, Any] | None = None  # of an adapter: its config. What it does not change is as in the start
+    computed: dict[str, Computed] = field(default_factory=dict)  # what it changes by less than a whole tensor
     repo: str | None = None
     commit: str | None = None
 
@@ -126,7 +132,8 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
         )
     top = [name for name in everything if "/" not in name]
     index = _json(folder / INDEX) if INDEX in top else None
-    names = _model_files(top, index, role, ref, folders)
+    is_adapter = role == "sft" and _is_adapter(top)
+    names = [ADAPTER] if is_adapter else _model_files(top, index, role, ref, folders)
     missing = [name for name in names if not (folder / name).exists()]
     if missing and (folder / missing[0]).is_symlink():
         raise CheckpointError(
@@ -146,6 +153,9 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
         )
     left = _left_out(everything, files, side)
     config = _json(folder / "config.json") if "config.json" in top else None
+    if is_adapter:
+        found = _assembled(role, ref, folder, files, None, side, left)
+        return replace(found, adapter=_json(folder / ADAPTER_CONFIG))
     found = _assembled(role, ref, folder, files, config, side, left, index)
     return replace(found, recipe=read_recipe(folder)) if role == "start" else found
 
@@ -170,6 +180,10 @@ def _from_listing(listing: hub.Listing, role: str, ref: str, copy_code: bool) ->
     return replace(found, repo=listing.repo, commit=listing.commit, recipe=recipe)
 
 
+def _is_adapter(top: list[str]) -> bool:
+    return ADAPTER_CONFIG in top and ADAPTER in top and MODEL not in top and INDEX not in top
+
+
 def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, folders: list[str]) -> list[str]:
     """Decide which files are the model, in the order in which they are read and written."""
     if index is not None:
@@ -178,7 +192,7 @@ def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: s
             return named
     if MODEL in top:
         return [MODEL]
-    found = [n for n in top if n.endswith(".safetensors") and n != "adapter_model.safetensors"]
+    found = [n for n in top if n.endswith(".safetensors") and n != ADAPTER]
     if len(found) == 1:
         return found
     if found:

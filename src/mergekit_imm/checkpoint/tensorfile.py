@@ -45,6 +45,11 @@ class TensorInfo:
         """Number of elements."""
         return self.nbytes * 8 // DTYPE_BITS[self.dtype]
 
+    @property
+    def stored(self) -> int:
+        """Bytes on the disk."""
+        return self.nbytes
+
 
 @dataclass(frozen=True)
 class TensorFile:
