@@ -40,7 +40,7 @@ def tied_groups(used: Mapping[str, Checkpoint], same_bytes: SameBytes) -> tuple[
 def _broken_by_adapter(group: Group, adapter: Checkpoint, same_bytes: SameBytes) -> str:
     """Say how an adapter makes two tensors of one; nothing if it does not.
 
-    Factors and rows for either name change the one tensor, as in PEFT's merge. A module that was trained whole is a copy.
+    Factors and rows for either name change the one tensor, as PEFT merges them. A module trained whole is a copy.
     """
     changed = {name: adapter.tensors[name] for name in group.names if name in adapter.tensors}
     parts = [name for name in group.names if name in adapter.computed]

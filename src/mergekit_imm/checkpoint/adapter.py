@@ -154,8 +154,8 @@ def _rescaled(change: LowRank, magnitude: TensorInfo, adapter: Checkpoint, model
 def _check_float(tensor: TensorInfo, where: Checkpoint) -> None:
     if tensor.dtype not in ("BF16", "F16", "F32"):
         raise CheckpointError(
-            f"{where.label} stores '{shown(tensor.name)}' as {tensor.dtype}; with an adapter, BF16, F16 and F32 are read:"
-            " save it again in one of these"
+            f"{where.label} stores '{shown(tensor.name)}' as {tensor.dtype}; with an adapter, BF16, F16 and F32 are"
+            " read: save it again in one of these"
         )
 
 
