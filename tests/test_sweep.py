@@ -177,9 +177,11 @@ def test_an_error_names_the_output_it_came_from(pair: tuple[Path, Path], tmp_pat
 
 
 def test_one_folder_by_two_names_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for folder in ("0.3", "0.5"):
+        (tmp_path / folder).mkdir()
     with pytest.raises(ArgumentError, match="two merges would go to one folder"):
         merge_checkpoints(*pair, f"{tmp_path}/{{alpha}}/../x", alpha=[0.3, 0.5])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "sft"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.3", "0.5", "base", "sft"]
 
 
 def test_a_sweep_goes_on_where_each_output_stopped(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from results import table
 RESULTS = DOCS.parent / "tests" / "lost" / "results.json"
 SCENARIOS = {
     "plain": "a new output", "overwrite": "`--overwrite`", "no-exchange": "`--overwrite`, two renames",
-    "restart": "`--restart` over another recipe's rest", "verify": "`--verify`", "refused": "an input is refused late",
-    "sweep": "a sweep of two",
+    "restart": "`--restart` over another recipe's rest", "resume": "going on with a rest, and strangers in it",
+    "verify": "`--verify`", "refused": "an input is refused late", "sweep": "a sweep of two",
 }  # fmt: skip
 
 

@@ -4,12 +4,25 @@ import sys
 
 
 def _begin(name: str) -> None:
+    # What was closed by whoever began this would else be the next file that is opened, and be printed into.
+    if sys.stdin is None or sys.stdout is None or sys.stderr is None:
+        _open_standard_streams()
     try:
         from . import cli
     except KeyboardInterrupt:  # while modules are loaded; from there on the commands see to it themselves
         sys.stderr.write("error: interrupted; nothing was begun\n")
         sys.exit(130)
     getattr(cli, name)()
+
+
+def _open_standard_streams() -> None:
+    import os
+
+    while os.open(os.devnull, os.O_RDWR) < 2:
+        pass
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - to the end
 
 
 def imm_merge() -> None:

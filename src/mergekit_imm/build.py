@@ -12,6 +12,7 @@ from .checkpoint import disk, journal, output, swap
 from .errors import ChangedError, MismatchError, NonFiniteError, OutputError, shown
 from .execute import Device, Progress
 from .plan import Plan
+from .reading import check_inputs
 from .recipe import differences, to_json
 from .report import written_files
 from .stream import Job, Recipe, Records, stream
@@ -40,7 +41,8 @@ def build(
             progress(done, total)
 
     with ExitStack() as stack:
-        for job, recipe in zip(jobs, recipes, strict=True):
+        # In one order, lest two sweeps of the same outputs wait for each other's.
+        for job, recipe in sorted(zip(jobs, recipes, strict=True), key=lambda pair: str(pair[0].partial.absolute())):
             stack.enter_context(output.output_errors(job.out, job.partial))
             made = disk.make_folder(job.partial)
             stack.enter_context(output.locked(job.partial))
@@ -49,12 +51,15 @@ def build(
         unwritten = [(job, recipe) for job, recipe in zip(jobs, recipes, strict=True) if _is_unwritten(job, recipe)]
         try:
             records = stream([job for job, _ in unwritten], [to_json(each) for _, each in unwritten], device, advance)
+            for job in jobs:
+                _remove_foreign(job)
+            for (job, recipe), each in zip(unwritten, records, strict=True):
+                _write_side(job.plan, job.partial, recipe, each)
+            check_inputs(jobs[0].plan)  # again: small files were read since
         except (NonFiniteError, MismatchError, ChangedError):
             for job in jobs:
                 journal.empty(job.partial)
             raise
-        for (job, recipe), each in zip(unwritten, records, strict=True):
-            _write_side(job.plan, job.partial, recipe, each)
         if verify:
             check(jobs, recipes, device, lambda done, _: advance(bytes_to_write + done, 0))
         for job in jobs:
@@ -80,6 +85,17 @@ def _take(job: Job, recipe: Recipe, restart: bool) -> None:
     check_unfinished(job.partial, recipe)
 
 
+def _remove_foreign(job: Job) -> None:
+    """Remove from a folder under way what is not of its merge: links, rests of files that an input no longer has."""
+    for path in sorted(job.partial.rglob("*"), reverse=True):
+        name = str(path.relative_to(job.partial))
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):
+                path.rmdir()  # if it is empty
+        elif path.is_symlink() or name not in {*job.whole, journal.JOURNAL}:
+            path.unlink()
+
+
 def _is_unwritten(job: Job, recipe: Recipe) -> bool:
     return (job.partial / journal.JOURNAL).exists() or not output.is_whole(job.partial, to_json(recipe), job.whole)
 
@@ -97,7 +113,10 @@ def check(jobs: Sequence[Job], recipes: Sequence[Recipe], device: Device, progre
         folder, cure = job.partial, "memory or disk have failed; merge again with --restart"
         if not folder.is_dir():
             folder, cure = job.out, "remove it and merge again"
-        compare(job.plan, recipe, folder, workers=job.workers, device=device, progress=advance, cure=cure)
+        found = compare(job.plan, recipe, folder, workers=job.workers, device=device, progress=advance, cure=cure)
+        foreign = [name for name in found.not_of_the_merge if name != journal.JOURNAL]
+        if foreign and folder == job.partial:
+            raise OutputError(f"{shown(folder / foreign[0])} is none of the merge; {cure}")
         job.verified = time.perf_counter() - began
         before += job.plan.bytes_to_write
         if progress is not None:
@@ -115,7 +134,8 @@ def check_unfinished(partial: Path, recipe: Mapping[str, Any]) -> None:
         if output.is_whole(partial, to_json(recipe), {}):
             return
         raise OutputError(
-            f"{shown(partial)} is there and is not a merge under way; remove it, or --restart to build over it"
+            f"{shown(partial)} is there and is not a merge under way; move it away, or --restart, which removes what is"
+            " in it"
         )
     changes = differences(found, recipe)
     if changes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .errors import ArgumentError, MergeError, OutputError, bytes_text
+from .errors import ArgumentError, MergeError, OutputError, bytes_text, shown
 
 if TYPE_CHECKING:
     from .recipe import MergeReport
@@ -119,10 +120,10 @@ def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **o
         reports = merge_checkpoints(base, sft, out, progress=progress, **options)
     if not quiet:
         for note in dict.fromkeys(note for report in reports for note in report.notes):
-            click.echo(note, err=True)
+            _tell(note)
     if as_json:
         content = [report.to_dict() for report in reports]
-        _say(json.dumps(content if several else content[0], indent=2, ensure_ascii=False))
+        _say(json.dumps(content if several else content[0], indent=2))
     for report in reports if not as_json else ():
         if dry_run:
             _say(_planned(report, base, sft, options["start"]))
@@ -159,15 +160,15 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None
     with _progress("verifying", shown=not quiet) as progress:
         report = verify(out, progress=progress, **options)
     if as_json:
-        _say(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        _say(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
         share = "" if report.segments == report.of_segments else f" ({report.segments} of {report.of_segments} pieces)"
         _say(
-            f"{out} is what its recipe says: {bytes_text(report.bytes_compared)} of tensors{share} and"
+            f"{shown(out)} is what its recipe says: {bytes_text(report.bytes_compared)} of tensors{share} and"
             f" {len(report.files_compared)} files compared"
         )
         if report.not_of_the_merge:
-            _say(f"not of the merge: {', '.join(report.not_of_the_merge)}")
+            _say(f"not of the merge: {', '.join(map(shown, report.not_of_the_merge))}")
 
 
 def imm_merge() -> NoReturn:
@@ -181,17 +182,15 @@ def imm_verify() -> NoReturn:
 
 
 class _Stopped(BaseException):
-    """The process was asked to end."""
+    """The process was asked to end, by this signal. Not a KeyboardInterrupt, of which click makes its own."""
 
 
 def _run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
     """Run a command; exit 0 done, 1 refused or failed, 2 wrong usage, 130/143 on signals."""
 
     def stop(number: int, _: object) -> NoReturn:
-        # Once is enough: what is being written comes to its end, in a moment, before the files are closed.
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else _Stopped
+        _ignore_signals()  # what is being written comes to its end, in a moment, before the files are closed
+        raise _Stopped(number)
 
     os.environ.setdefault("MERGEKIT_IMM_WIDE_VECTORS", "1")  # see `jit`
     _allow_open_files()
@@ -205,6 +204,7 @@ def _run(command: click.Command, arguments: list[str] | None = None) -> NoReturn
             signal.signal(signal.SIGINT, stop)
         status = command.main(arguments, prog_name=command.name, standalone_mode=False)
         sys.stdout.flush()
+        _ignore_signals()  # it is done
         sys.exit(status if isinstance(status, int) else 0)
     except click.UsageError as error:
         usage = error.ctx.get_usage() if error.ctx else f"Usage: {command.name} --help"
@@ -215,12 +215,16 @@ def _run(command: click.Command, arguments: list[str] | None = None) -> NoReturn
         _fail(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
         _fail(f"interrupted{kept}", 130)
-    except _Stopped:
-        _fail(f"terminated{kept}", 143)
+    except _Stopped as stopped:
+        number = stopped.args[0]
+        _fail(f"{'interrupted' if number == signal.SIGINT else 'terminated'}{kept}", 128 + number)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
         sys.exit(1)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EIO):
+            _let_go_of_stdout()  # of what click prints by itself
+            _fail(f"standard output cannot be written: {error.strerror}", 1)
         if debug:
             raise
         _fail(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it shows", 1)
@@ -242,14 +246,28 @@ def _say(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again when it ends
-        raise OutputError(
-            f"standard output cannot be written: {error.strerror}; what was merged is in its place"
-        ) from error
+        _let_go_of_stdout()
+        raise OutputError(f"standard output cannot be written: {error.strerror}; all else is done") from error
+
+
+def _tell(text: str) -> None:
+    """Print on standard error, if that can be."""
+    with suppress(OSError):
+        click.echo(text, err=True)
+
+
+def _let_go_of_stdout() -> None:
+    """See to it that Python does not try again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _ignore_signals() -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _fail(message: str, status: int, before: str = "") -> NoReturn:
-    click.echo(f"{before}error: {' '.join(message.split())}", err=True)
+    _tell(f"{before}error: {' '.join(message.split())}")
     sys.exit(status)
 
 
@@ -286,12 +304,12 @@ def _progress(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None]
 def _finished(report: MergeReport, several: bool) -> str:
     if report.status == "already merged":
         compared = ", every byte compared" if report.verified else ""
-        return f"{report.out} already merged: it holds this very recipe{compared}"
+        return f"{shown(report.out)} already merged: it holds this very recipe{compared}"
     seconds, moved = report.seconds["total"], report.bytes_read + report.bytes_written
     rate = f" ({moved / seconds / 1e9:.2f} GB/s read and written)" if moved >= 1e8 and not several else ""
     return (
-        f"merged {sum(report.tensors.values())} tensors, {_count(report.parameter_count)} parameters, into {report.out}"
-        f" in {seconds:.1f} s{rate}{', every byte compared' if report.verified else ''}"
+        f"merged {sum(report.tensors.values())} tensors, {_count(report.parameter_count)} parameters, into"
+        f" {shown(report.out)} in {seconds:.1f} s{rate}{', every byte compared' if report.verified else ''}"
     )
 
 
@@ -304,19 +322,22 @@ def _planned(report: MergeReport, base: str, sft: str, start: str | None) -> str
         what = {"merge": f"merge, drop {kind['drop']:.4g}" if kind["drop"] else "merge", "keep": "keep the base's",
                 "take": "take the sft's", "copy": "copy, must be equal"}[kind["action"]]  # fmt: skip
         read = [kind["read"].get(role, "-") for role in ("base", "start", "sft")]
-        rows.append((kind["name"], str(kind["tensors"]), _count(kind["elements"]), *read, kind["write"], what))
+        rows.append((shown(kind["name"]), str(kind["tensors"]), _count(kind["elements"]), *read, kind["write"], what))
     if start is None:
         rows = [(*row[:4], *row[5:]) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     table = ["  " + "  ".join(c.ljust(w) if i not in (1, 2) else c.rjust(w) for i, (c, w) in
              enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]  # fmt: skip
-    inputs = [f"  base   {base}", f"  sft    {sft}", *([f"  start  {start}"] if start else [])]
-    side = [f"  {len(names)} other files from {role}: {', '.join(names)}" for role, names in report.side_files.items()]
-    left = [f"  left out of {role}: {', '.join(names)}" for role, names in report.left_out.items()]
+    inputs = [f"  base   {shown(base)}", f"  sft    {shown(sft)}", *([f"  start  {shown(start)}"] if start else [])]
+    side = [
+        f"  {len(names)} other files from {role}: {', '.join(map(shown, names))}"
+        for role, names in report.side_files.items()
+    ]
+    left = [f"  left out of {role}: {', '.join(map(shown, names))}" for role, names in report.left_out.items()]
     changes = [f"  config.json: {key} = {json.dumps(value)}" for key, value in report.config_changes.items()]
     lines = [
-        f"would merge {_count(report.parameter_count)} parameters ({counts}) into {report.out}"
-        if report.status == "dry run" else f"{report.out} already merged: it holds this very recipe",
+        f"would merge {_count(report.parameter_count)} parameters ({counts}) into {shown(report.out)}"
+        if report.status == "dry run" else f"{shown(report.out)} already merged: it holds this very recipe",
         *inputs,
         f"  alpha {p['alpha']:g}, drop {p['drop']:g}, seed {p['seed']}, iteration {p['iteration']}"
         + (f", reference {p['reference']}" if p["reference"] != "start" else "")

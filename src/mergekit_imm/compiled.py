@@ -14,7 +14,7 @@ of dtypes, of which there are hundreds, are first decoded into tiles of a block 
 No operation is contracted or reassociated (numba's default), so the bits are those of `flat.merge_flat`. Words and sums
 share an array, `work`: the vectoriser gives up where it must compare many addresses.
 
-All jitted functions stand in this one file: numba's cache looks at the file of the function it calls first.
+All of it stands in this one file: numba's cache looks at the file of the function it calls first.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
@@ -28,7 +28,6 @@ from .mask import BLOCK, PHILOX_BUMPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
 from .sums import KEPT, LANES, LARGEST
 
 _BF16, _F16, _F32, _F64 = range(4)  # codes of what `_decode` reads
-
 _PAIRS = BLOCK // 4  # of half a block
 _COUNTERS = BLOCK // 8
 
@@ -37,9 +36,7 @@ _COUNTERS = BLOCK // 8
 _ROW = _PAIRS + 16
 _SUMS = 2 * _PAIRS + 16
 WORK = _SUMS + 3 * _ROW
-
-FAST = 3  # numbers of a `how` that leaves out what is rarely needed
-
+FAST, CAREFUL, ADDED = 3, 6, 1  # numbers of a `how`: without and with what is rare; 1 more: sft is given as its delta
 _u16, _u32, _u64, _f32, _f64 = np.uint16, np.uint32, np.uint64, np.float32, np.float64
 
 
@@ -127,22 +124,17 @@ def _pair(held, j):
 @jit
 def _decode(code, raw, tile):
     """A block of any dtype into a tile of float32 or float64."""
+    halves = raw.view(_u16)
     if code == _BF16:
-        halves = raw.view(_u16)
         for i in range(BLOCK):
             tile[i] = _u32(_u32(halves[i]) << _u32(16)).view(_f32)
     elif code == _F16:
-        halves = raw.view(_u16)
         for i in range(BLOCK):
             tile[i] = _from_f16(_u32(_u32(halves[i]) << _u32(16)))
     elif code == _F32:
-        singles = raw.view(_f32)
-        for i in range(BLOCK):
-            tile[i] = singles[i]
+        tile[:] = raw.view(_f32)
     else:
-        doubles = raw.view(_f64)
-        for i in range(BLOCK):
-            tile[i] = doubles[i]
+        tile[:] = raw.view(_f64)
     return tile
 
 
@@ -152,7 +144,7 @@ def _decode(code, raw, tile):
 @by_type
 def _unless_nan(x, how, bits, canonical):
     """Bits, or those of the canonical NaN if x is one: looked for when there is something to be careful about."""
-    if len(how) == FAST:
+    if len(how) <= FAST + ADDED:
         return lambda x, how, bits, canonical: bits
     return lambda x, how, bits, canonical: canonical if x != x else bits
 
@@ -250,18 +242,26 @@ def _merge_one(base, start, sft, kept, how):
     """Delta and merged value of one element; `how` is constant over a tensor."""
 
     def fast(base, start, sft, kept, how):
-        delta = sft - start
+        delta, _ = _sides(start, sft, how)
         tuned = start + delta * how[0] if kept else start
         return delta, _choose(how[2], base, tuned) + how[1] * (tuned - base)
 
     def careful(base, start, sft, kept, how):
-        scale, step, from_base, nothing, plain, at_end = how
-        delta = sft - start
+        scale, step, from_base, nothing, plain, at_end = how[:CAREFUL]
+        delta, whole = _sides(start, sft, how)
         tuned = start + delta * scale if kept else start
-        tuned = _choose(plain, sft, tuned)
+        tuned = _choose(plain, whole, tuned)
         return delta, _choose(from_base, base, tuned) + _choose(at_end, nothing, step * (tuned - base))
 
-    return fast if len(how) == FAST else careful
+    return fast if len(how) <= FAST + ADDED else careful
+
+
+@by_type
+def _sides(start, sft, how):
+    """The delta, and the sft."""
+    if len(how) in (FAST, CAREFUL):
+        return lambda start, sft, how: (sft - start, sft)
+    return lambda start, sft, how: (sft, start + sft)
 
 
 @by_type

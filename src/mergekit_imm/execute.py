@@ -12,27 +12,25 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from .checkpoint.computed import Computed
 from .checkpoint.disk import PAGE, place
-from .checkpoint.source import Checkpoint
-from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into
+from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo
 from .errors import ArgumentError, MismatchError, NonFiniteError, shown
 from .layers import ready_option
 from .mask import BLOCK, Arithmetic, arithmetic
 from .plan import Item, Plan, Segment
+from .reading import Files, Raw
 from .sums import RECORD, Record, is_finite, new_tally, to_record
 
 BUFFERS = 64 << 20  # of all workers together
 BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its output fits, wherever a page begins
 LEAST = 16 * PAGE  # of one, however many there are: a block of any dtypes fits
 
-Raw = npt.NDArray[np.uint8]
 Sink = Callable[[int, TensorInfo, int, memoryview], None]  # number of the plan, where, first byte of the tensor, bytes
 Progress = Callable[[int, int], None]  # bytes of the output done, and of all
 Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
@@ -102,13 +100,14 @@ def warm_up(plans: Sequence[Plan], device: Device) -> None:
     for item in (item for plan in plans for item in plan.items if not item.raw):
         roles, numbers = (tuple(item.sides), item.numbers) if item.action == "merge" else (("base",), _CONVERT)
         dtypes = (*(side.dtype for side in item.sides.values()), item.outs[0].dtype)
-        kind = (roles, dtypes, numbers.plain, numbers.alpha in (0, 1))
+        kind = (roles, dtypes, numbers.plain, numbers.added, numbers.alpha in (0, 1))
         if kind not in seen:
             seen.add(kind)
             *inputs, out = ((np.zeros(BLOCK * DTYPE_BITS[dtype] // 8, np.uint8), dtype) for dtype in dtypes)
             raws = dict(zip(roles, inputs, strict=True))
             base = raws["base"]
-            start, sft = raws.get("start", base), raws.get("sft", base)
+            start = raws.get("start", base)
+            sft = raws.get("sft", start)
             device.merge(base, start, sft, out, BLOCK, 0, item.key, numbers, new_tally())
 
 
@@ -125,7 +124,7 @@ def run(
     turn = threading.Lock()
     stop = threading.Event()
     results: queue.SimpleQueue[Done | tuple[int, BaseException] | None] = queue.SimpleQueue()
-    with _Files(plans[0]) as files:
+    with Files(plans[0]) as files:
 
         def work() -> None:
             index = -1
@@ -171,32 +170,7 @@ def run(
             raise min(failures, key=lambda failure: failure[0])[1]
 
 
-class _Files:
-    """Read-only handles of the input files, opened when first needed."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._inputs = plan.inputs
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def read(self, role: str, tensor: TensorInfo, first: int, buffer: Raw) -> None:
-        """Fill a buffer from byte `first` of a tensor."""
-        path = self._inputs[role].path(tensor)
-        with self._lock:
-            if path not in self._open:
-                self._open[path] = open_to_read(path)
-            descriptor = self._open[path]
-        read_into(descriptor, memoryview(buffer), tensor.begin + first, path)  # type: ignore[arg-type]
-
-
-def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: _Files, sink: Sink, device: Device) -> Done:
+def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink: Sink, device: Device) -> Done:
     segment, wanted = task
     item = plans[0].items[segment.item]
     if item.raw:
@@ -205,12 +179,19 @@ def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: _Files, sink
         read = segment.count * len(item.sides)
     else:
         records = _merge(plans, task, buffer, files, sink, device)
-        read = sum(segment.count * DTYPE_BITS[side.dtype] // 8 for side in item.sides.values())
+        read = sum(_bytes_read(side, segment) for side in item.sides.values())
     return Done(segment, records, read, item.bytes_written(segment.count))
 
 
+def _bytes_read(side: TensorInfo | Computed, segment: Segment) -> int:
+    """Bytes of tensors that a segment reads; factors are counted once."""
+    if isinstance(side, Computed):
+        return 0 if segment.first else side.stored
+    return segment.count * DTYPE_BITS[side.dtype] // 8
+
+
 def _merge(
-    plans: Sequence[Plan], task: Task, buffer: Raw, files: _Files, sink: Sink, device: Device
+    plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink: Sink, device: Device
 ) -> dict[int, Record]:
     segment, wanted = task
     item = plans[0].items[segment.item]
@@ -234,7 +215,8 @@ def _merge(
         at = place(buffer, at, out_begin + first * out_width)
         out = (buffer[at : at + count * out_width], out_dtype)
         base = raws["base"]
-        start, sft = raws.get("start", base), raws.get("sft", base)
+        start = raws.get("start", base)
+        sft = raws.get("sft", start)  # an adapter leaves the rest as it was
         for number, tally in tallies.items():
             each = plans[number].items[segment.item]
             device.merge(base, start, sft, out, count, first, each.key, _CONVERT if converted else each.numbers, tally)
@@ -250,7 +232,7 @@ def _merge(
 _CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)
 
 
-def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: _Files, sink: Sink) -> None:
+def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: Sink) -> None:
     segment, wanted = task
     step = (len(buffer) - PAGE) // 2
     for first in range(segment.first, segment.first + segment.count, step):
@@ -281,7 +263,7 @@ def _look_closer(
     raws: dict[str, tuple[Raw, str]],
     out: tuple[Raw, str],
     first: int,
-    files: _Files,
+    files: Files,
     merge: str,
 ) -> None:
     """Find out whether a sum that is not finite means that the merge must stop; raise if it does."""
@@ -308,7 +290,7 @@ def _look_closer(
         )
 
 
-def _count_nonfinite(tensor: TensorInfo, role: str, files: _Files) -> tuple[int, int]:
+def _count_nonfinite(tensor: TensorInfo | Computed, role: str, files: Files) -> tuple[int, int]:
     from .kernel import finite_elements
 
     width = DTYPE_BITS[tensor.dtype] // 8
@@ -321,34 +303,3 @@ def _count_nonfinite(tensor: TensorInfo, role: str, files: _Files) -> tuple[int,
             element = first + int(found[0]) if element < 0 else element
             bad += len(found)
     return bad, element
-
-
-def check_inputs(plan: Plan) -> None:
-    """Raise ChangedError if a file that a plan reads was written since it was opened."""
-    for each in plan.inputs.values():
-        for file in each.files.values():
-            assert file.path is not None
-            check_unchanged(file.path, (file.size, file.written))
-        for path, before in each.stamps.items():
-            check_unchanged(path, before)
-
-
-def same_bytes(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
-    """Compare two tensors of a checkpoint on disk; stops at the first difference."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    with ExitStack() as stack:
-        files = []
-        for tensor in (one, other):
-            files.append(open_to_read(checkpoint.path(tensor)))
-            stack.callback(os.close, files[-1])
-        for first in range(0, one.nbytes, BUFFER // 2):
-            count = min(BUFFER // 2, one.nbytes - first)
-            contents = []
-            for descriptor, tensor in zip(files, (one, other), strict=True):
-                content = bytearray(count)
-                read_into(descriptor, memoryview(content), tensor.begin + first, checkpoint.path(tensor))
-                contents.append(content)
-            if contents[0] != contents[1]:
-                return False
-        return True

@@ -49,13 +49,19 @@ def merge_flat(
     key1: int,
     offset: int,
 ) -> Tensor:
-    """Merge elements offset..offset+n of one tensor: 1-D tensors of n elements in, one of `out_dtype` out."""
+    """Merge elements offset..offset+n of one tensor: 1-D tensors of n elements in, one of `out_dtype` out.
+
+    With `numbers.added`, `sft` is the delta itself.
+    """
     wide = torch.float64 if torch.float64 in (base.dtype, start.dtype, sft.dtype) else torch.float32
     exact = wide == torch.float64
     tuned = sft.to(wide)
-    if not numbers.plain:
+    if numbers.plain and numbers.added:
+        tuned = start.to(wide) + tuned
+    elif not numbers.plain:
         begin = start.to(wide)
-        tuned = begin + (tuned - begin) * (numbers.scale if exact else numbers.scale32)
+        delta = tuned if numbers.added else tuned - begin
+        tuned = begin + delta * (numbers.scale if exact else numbers.scale32)
         if numbers.draws:
             kept = uniform16(base, offset, base.numel(), key0, key1) < numbers.keep16
             tuned = torch.where(kept, tuned, begin)

@@ -76,7 +76,7 @@ def merge_span(
                 pieces[id(raw)] = torch.from_numpy(raw).to(device, non_blocking=True).view(_DTYPES[dtype])
         b, s, f = (pieces[id(raw)] for raw, _ in (base, start, sft))
         merged = torch.empty(count, dtype=_DTYPES[out[1]], device=device)
-        if fused.fits(b, s, f, merged):
+        if fused.fits(b, s, f, merged) and not numbers.added:
             fused.merge_flat_fused(b, s, f, merged, numbers, *key, first)
         else:
             merged = merge_flat(b, s, f, merged.dtype, numbers, *key, first)
@@ -84,7 +84,8 @@ def merge_span(
 
         wide = torch.float64 if torch.float64 in (b.dtype, s.dtype, f.dtype) else torch.float32
         change = merged.to(wide) - b.to(wide)
-        sums = torch.cat([_block_sums(x) for x in (f.to(wide) - s.to(wide), b.to(wide), change)], dim=1)
+        delta = f.to(wide) if numbers.added else f.to(wide) - s.to(wide)
+        sums = torch.cat([_block_sums(x) for x in (delta, b.to(wide), change)], dim=1)
         largest = (change * change).nan_to_num(nan=0.0, posinf=torch.inf).max().double()
         kept = torch.full_like(largest, count)
         if numbers.draws:

@@ -36,7 +36,7 @@ def merge_span(
     """Merge elements first..first+count of one tensor, and add what was seen to its tally.
 
     `first` is a multiple of 1024; the buffers begin with element `first`; a `start` that is the base's buffer is the
-    base. Bits: those of `flat.merge_flat`.
+    base. With `numbers.added`, `sft` is the delta itself. Bits: those of `flat.merge_flat`.
     """
     alone = start[0] is base[0]
     whole = count - count % BLOCK
@@ -77,8 +77,10 @@ def _merge_blocks(
     # merged = anchor + step * (tuned - base), where the anchor is base or tuned; x + -0.0 is x, whatever x
     from_base = weight == 0 or (weight < 0.5 and numbers.alpha != 0)
     at_end = weight == 0 or numbers.alpha == 0
-    fast = (wide(scale), wide(weight if from_base else -alpha), masks[from_base])
-    careful = (*fast, wide(-0.0), masks[numbers.plain], masks[at_end])
+    marks = (masks[True],) if numbers.added else ()
+    usual = (wide(scale), wide(weight if from_base else -alpha), masks[from_base])
+    fast: tuple[Any, ...] = (*usual, *marks)
+    careful: tuple[Any, ...] = (*usual, wide(-0.0), masks[numbers.plain], masks[at_end], *marks)
     limit = np.uint32(numbers.keep16 * 65536 - 1)  # kept: sixteen bits, followed by any others, are at most this
     # As they are held: inputs of one dtype, and an sft in float32. Each mixture takes seconds to compile, once.
     alike, alone = base[1] == start[1] == sft[1], start[0] is base[0]

@@ -58,6 +58,7 @@ class Arithmetic:
     alpha32: float
     weight: float
     weight32: float
+    added: bool = False  # the sft is given as its delta, which is added to the start
 
     @property
     def draws(self) -> bool:

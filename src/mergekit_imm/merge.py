@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, TypedDict, Unpack, overload
 
 from .checkpoint.tensorfile import TensorInfo
 from .errors import ArgumentError, CheckpointError, OutputError, shown
-from .execute import Progress, check_device, check_inputs, check_workers, pick_device, run
+from .execute import Progress, check_device, check_workers, pick_device, run
 from .plan import segments
 from .prepare import open_inputs, places_of, plans_of, recipes_of, what_is_there
+from .reading import check_inputs
 from .recipe import MergeReport, to_json
 from .sweep import is_list, points
 
@@ -136,12 +137,13 @@ def merge_checkpoints(
     numbers = {"alpha": alpha, "drop": drop, "seed": seed}
     found = points(str(out), numbers)
     targets = [output.expanded(point.out) for point in found]
+    for target in targets:
+        output.check_name(target)
+        swap.check_marker(target)
     if len({target.resolve() for target in targets}) < len(targets):
         raise ArgumentError(
             f"two merges would go to one folder; give an output that {shown(str(out))} names once for each"
         )
-    for target in targets:
-        output.check_name(target)
     workers = check_workers(workers)
     check_device(device)
     inputs, parameters, history = open_inputs(
@@ -156,7 +158,7 @@ def merge_checkpoints(
         output.check_place(target, places)
     plans = plans_of(inputs, parameters)
     jobs = [
-        Job(plan, target, workers, device, began, replace=overwrite)
+        Job(plan, target, workers, device, began, replace=overwrite, restart=restart)
         for plan, target in zip(plans, targets, strict=True)
     ]
 

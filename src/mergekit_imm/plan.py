@@ -14,10 +14,11 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from .checkpoint.computed import Computed, LowRank
 from .checkpoint.sidefiles import OWN
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, INDEX, MERGED, WHOLE, TensorInfo
-from .config import check_configs, mentions_tie, merged_config, says_tied
+from .config import check_configs, merged_config
 from .errors import ArgumentError, CheckpointError, MismatchError, shown
 from .importance import importance_factors
 from .layers import (
@@ -27,17 +28,16 @@ from .layers import (
     only_in,
     ready_option,
     resolve_layers,
-    tied_key,
 )
 from .layout import OutputFile, lay_out
 from .mask import Arithmetic, arithmetic, mask_key
 from .recipe import DTYPES, Parameters
+from .ties import Group, SameBytes, tied_groups
 
 RECORD = 1 << 20  # elements of a segment, and of one record of the statistics
 COPIED = 4 << 20  # bytes of a segment that is copied as it is
 
 Action = Literal["merge", "keep", "take", "copy"]
-SameBytes = Callable[[Checkpoint, TensorInfo, TensorInfo], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Item:
 
     name: str  # the name its mask is keyed by
     action: Action
-    sides: Mapping[str, TensorInfo]  # base, start, sft: those that are read
+    sides: Mapping[str, TensorInfo | Computed]  # base, start, sft: those that are read
     outs: tuple[TensorInfo, ...]  # one, or each name of a tied tensor
     numbers: Arithmetic
     key: tuple[int, int]
@@ -54,7 +54,9 @@ class Item:
     @property
     def source(self) -> TensorInfo:
         """The tensor whose shape and count the others share; the one that is copied, if any is."""
-        return self.sides["sft" if self.action == "take" else "base"]
+        found = self.sides["sft" if self.action == "take" else "base"]
+        assert isinstance(found, TensorInfo)
+        return found
 
     @property
     def raw(self) -> bool:
@@ -99,7 +101,7 @@ class Plan:
     @cached_property
     def bytes_to_read(self) -> int:
         """Bytes of all tensors that are read."""
-        return sum(side.nbytes for item in self.items for side in item.sides.values())
+        return sum(side.stored for item in self.items for side in item.sides.values())
 
     @cached_property
     def bytes_to_write(self) -> int:
@@ -131,7 +133,7 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
     check_configs({role: (each.label, each.config) for role, each in inputs.items()})
     used = {r: c for r, c in inputs.items() if r != "start" or parameters.reference == "start"}
     base, sft = inputs["base"], inputs["sft"]
-    groups, broken, tied = _tied_groups(used, same_bytes)
+    groups, broken, tied = tied_groups(used, same_bytes)
     _check_names(used, parameters, groups)
     choose = _selection(parameters, base, sft)
     factors = (
@@ -195,100 +197,28 @@ def _check_paths(origins: Mapping[str, str]) -> None:
         for folder in map(str, PurePosixPath(path).parents):
             if folder in origins:
                 raise MismatchError(
-                    f"'{shown(folder)}' is a file of {origins[folder]}, and '{shown(path)}' of {origin} lies in a folder of"
-                    " that name; rename or remove one of them"
+                    f"'{shown(folder)}' is a file of {origins[folder]}, and '{shown(path)}' of {origin} lies in a"
+                    " folder of that name; rename or remove one of them"
                 )
-
-
-# --- tied embeddings
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Names that mean one tensor in the base; once an input breaks the tie, each is a group of its own."""
-
-    names: tuple[str, ...]  # merged as one, under `key`
-    key: str
-    written: tuple[str, ...]
-    siblings: tuple[str, ...]  # all names of the tie, broken or not
-
-
-def _tied_groups(used: Mapping[str, Checkpoint], same_bytes: SameBytes) -> tuple[dict[str, _Group], str, bool | None]:
-    """Find the names that the base's config ties: name -> group, what breaks the tie, and what a config must say."""
-    base = used["base"]
-    if not says_tied(base.config):
-        return {}, "", None if base.config is None else False
-    ends: dict[tuple[int, ...], set[str]] = {}
-    for each in used.values():
-        for tensor in each.tensors.values():
-            end = is_input_embedding(tensor.name) or is_output_head(tensor.name)
-            if end and layer_key(tensor.name) is None and tensor.dtype in MERGED:
-                ends.setdefault(tensor.shape, set()).add(tensor.name)
-    groups: dict[str, _Group] = {}
-    broken = ""
-    for found in ends.values():
-        embeddings = {name for name in found if is_input_embedding(name)}
-        # A head belongs to an embedding of its own sub-model: that of `expert.lm_head` is below `expert.`
-        heads = {n for n in found - embeddings if any(e.startswith(n[: n.rfind(".", 0, -7) + 1]) for e in embeddings)}
-        names = sorted(embeddings | heads)
-        if not names or not all(any(name in each.tensors for name in names) for each in used.values()):
-            continue  # a name is missing altogether: an error, but not about ties
-        classes = _equal_classes(base, [name for name in names if name in base.tensors], same_bytes)
-        if len(classes) > 1 and any(all(map(is_output_head, each)) for each in classes):
-            if not mentions_tie(base.config):
-                return {}, "", None  # what its config does not say, its tensors do: they are not tied
-            broken = _breaks(base, classes[0][0], classes[1][0], "its config ties them")
-            groups |= {name: _Group((name,), name, (name,), tuple(names)) for name in names}
-            continue
-        for members in [names] if len(classes) == 1 else classes:
-            stored = {role: [n for n in members if n in each.tensors] for role, each in used.items()}
-            if len(members) < 2 or not all(stored.values()) or not any(map(is_input_embedding, members)):
-                continue
-            split = {role: _equal_classes(each, stored[role], same_bytes) for role, each in used.items()}
-            breaker = next((role for role, parts in split.items() if len(parts) > 1), None)
-            if breaker is None:
-                group = _Group(tuple(members), tied_key(stored["base"]), tuple(stored["base"]), tuple(members))
-                groups |= dict.fromkeys(members, group)
-            else:
-                one, other = split[breaker][0][0], split[breaker][1][0]
-                broken = broken or _breaks(used[breaker], one, other, "the base ties them")
-                groups |= {name: _Group((name,), name, (name,), tuple(members)) for name in members}
-    return groups, broken, not broken
-
-
-def _equal_classes(each: Checkpoint, names: list[str], same_bytes: SameBytes) -> list[list[str]]:
-    """Sort names of a checkpoint into those that hold the same bytes."""
-    classes: list[list[str]] = []
-    for name in names:
-        for known in classes:
-            if same_bytes(each, each.tensors[known[0]], each.tensors[name]):
-                known.append(name)
-                break
-        else:
-            classes.append([name])
-    return classes
-
-
-def _breaks(each: Checkpoint, one: str, other: str, though: str) -> str:
-    return f"{each.label} holds '{shown(one)}' and '{shown(other)}' with different values, though {though}"
-
-
-def _side(each: Checkpoint, name: str, group: _Group | None) -> TensorInfo | None:
-    """The tensor that a name means in a checkpoint."""
-    if name in each.tensors or group is None:
-        return each.tensors.get(name)
-    # Who stores the tied tensor under another of its names means it by this one, too.
-    return next((each.tensors[n] for n in group.siblings if n in each.tensors), None)
 
 
 # --- names, shapes, dtypes
 
 
-def _check_names(used: Mapping[str, Checkpoint], parameters: Parameters, groups: Mapping[str, _Group]) -> None:
+def _side(each: Checkpoint, name: str, group: Group | None) -> TensorInfo | Computed | None:
+    """The tensor that a name means in a checkpoint."""
+    if name in each.tensors or name in each.computed or group is None:
+        return each.tensors.get(name) or each.computed.get(name)
+    # Who stores the tied tensor under another of its names means it by this one, too; an adapter, while it is tied.
+    names = group.siblings if each.adapter is None else group.names
+    return next((found for n in names if (found := each.tensors.get(n) or each.computed.get(n))), None)
+
+
+def _check_names(used: Mapping[str, Checkpoint], parameters: Parameters, groups: Mapping[str, Group]) -> None:
     base, sft = used["base"], used["sft"]
     kept, taken = _matcher(parameters.keep), _matcher(parameters.take)
     for role, each in used.items():
-        if role == "base":
+        if role == "base" or each.adapter is not None:  # whose names were looked up in the base's
             continue
         allowed = {n for n in base.tensors if kept(n)} | set(groups)
         complaint = only_in(set(base.tensors) - allowed, each.tensors, base.label, each.label, "--keep")
@@ -333,7 +263,7 @@ _arithmetic = cache(arithmetic)  # one for all tensors that are merged alike
 def _item(
     key: str,
     written: list[str],
-    sides: dict[str, TensorInfo],
+    sides: dict[str, TensorInfo | Computed],
     used: Mapping[str, Checkpoint],
     choose: Callable[[str, list[str], str], bool],
     factors: Mapping[str, float],
@@ -354,13 +284,20 @@ def _item(
     if dtype in MERGED:
         native = sides["base"].dtype if "base" in sides else main
         dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
+    if isinstance(source, Computed):
+        raise ArgumentError(
+            f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, which is an adapter and holds its change"
+            " only; merge it first, or leave out --take"
+        )
     numbers = _arithmetic(
         alpha=p.alpha,
         drop=0.0 if choose("no_drop", written, key) else p.drop,
         factor=factors.get(layer_key(key) or "", 1.0),
     )
+    if isinstance(sides.get("sft"), LowRank):
+        numbers = replace(numbers, added=True)
     # Placed there by the layout: beside the base's tensor, or at the end.
-    home = sides["base"].file if "base" in sides else list(used["base"].files)[-1]
+    home = used["base"].tensors[sides["base"].name].file if "base" in sides else list(used["base"].files)[-1]
     outs = tuple(
         TensorInfo(name, dtype, source.shape, home, 0, source.count * DTYPE_BITS[dtype] // 8) for name in written
     )
@@ -369,7 +306,7 @@ def _item(
     return Item(key, action, sides, outs, numbers, mask_key(key, p.seed, p.iteration))
 
 
-def _check_alike(name: str, sides: Mapping[str, TensorInfo], used: Mapping[str, Checkpoint]) -> str:
+def _check_alike(name: str, sides: Mapping[str, TensorInfo | Computed], used: Mapping[str, Checkpoint]) -> str:
     """Return "float" or "whole"; raise unless all sides have one shape and one mergeable kind of dtype."""
     base = sides["base"]
     for role, side in sides.items():

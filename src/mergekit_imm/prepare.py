@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.adapter import applied
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import TensorInfo, fingerprint
 from .errors import ArgumentError, CheckpointError, shown
-from .execute import same_bytes
 from .importance import read_importance
 from .plan import Plan, make_plan
+from .reading import same_bytes, same_values
 from .recipe import RECIPE_FILE, Parameters, differences, history_of, make_recipe, parse_size, read_recipe
 
 
@@ -67,6 +68,7 @@ def open_inputs(
     inputs = opened(dry_run)
     if "start" in inputs and _same_place(inputs["start"], inputs["base"]):
         del inputs["start"]
+    inputs = with_adapter(inputs, values["reference"])
     found = None
     if "start" in inputs:
         found = inputs["start"].recipe
@@ -78,6 +80,26 @@ def open_inputs(
                 )
             parameters = [replace(each, iteration=found["parameters"]["iteration"] + 1) for each in parameters]
     return inputs, parameters, history_of(found)
+
+
+def with_adapter(inputs: dict[str, Checkpoint], reference: str) -> dict[str, Checkpoint]:
+    """Return the inputs with an adapter given as sft applied to the start, which it was trained on."""
+    adapter = inputs["sft"]
+    if adapter.adapter is None:
+        return inputs
+    if "start" in inputs and reference == "base":
+        raise ArgumentError(
+            f"{adapter.label} is an adapter: its delta is taken from the start it was trained on; leave out"
+            " --reference base"
+        )
+    model = inputs.get("start", inputs["base"])
+
+    def equal(one: TensorInfo, other: TensorInfo) -> bool:
+        if model.folder is None or adapter.folder is None:
+            return True  # a dry run on a hub id; compared when it is merged
+        return same_values((adapter, one), (model, other))
+
+    return {**inputs, "sft": applied(adapter, model, equal)}
 
 
 def _same_place(one: Checkpoint, other: Checkpoint) -> bool:
@@ -132,6 +154,7 @@ def recipes_of(plans: Sequence[Plan], history: list[dict[str, Any]]) -> list[dic
         inputs[role] = {
             "path": each.ref,
             **({"repo": each.repo, "commit": each.commit} if each.repo else {}),
+            **({} if each.adapter is None else {"adapter": each.adapter}),
             "files": {name: {"size": file.size, "fingerprint": fingerprint(file)} for name, file in each.files.items()},
         }
     return [make_recipe(plan.parameters, inputs, plan.config_changes, history) for plan in plans]

@@ -118,6 +118,7 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
 
 def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
     """Return the recipe in a file's bytes. Raises CheckpointError for one that is damaged or of a later version."""
+    where = shown(where, 300)
     try:
         recipe: dict[str, Any] = parse_json(content)
         if recipe["format"] != RECIPE_FORMAT:

@@ -85,7 +85,7 @@ def kinds(plan: Plan) -> list[dict[str, Any]]:
             "read": dict(dtypes),
             "write": dtype,
             "drop": drop,
-            "bytes_read": sum(side.nbytes for item in items for side in item.sides.values()),
+            "bytes_read": sum(side.stored for item in items for side in item.sides.values()),
             "bytes_written": sum(out.nbytes for item in items for out in item.outs),
         }
         for (name, action, dtypes, dtype, drop), items in groups.items()

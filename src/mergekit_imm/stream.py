@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -16,8 +17,9 @@ import numpy.typing as npt
 from .checkpoint import disk, journal, output
 from .checkpoint.tensorfile import TensorInfo, open_tensorfile
 from .errors import OutputError, bytes_text, shown
-from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, check_inputs, run, warm_up
+from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
 from .plan import Plan, Segment, segments
+from .reading import check_inputs
 from .recipe import MergeReport
 from .report import actions, files_beside, kinds
 from .sums import RECORD
@@ -33,7 +35,9 @@ PER_TENSOR = 1024
 class Job:
     """A plan under way: where it goes, and what is counted on the way for the report."""
 
-    def __init__(self, plan: Plan, out: Path, workers: int, device: str, began: float, *, replace: bool) -> None:
+    def __init__(
+        self, plan: Plan, out: Path, workers: int, device: str, began: float, *, replace: bool, restart: bool
+    ) -> None:
         self.plan, self.out, self.workers, self.device, self.replace = plan, out, workers, device, replace
         self.partial = output.partial_of(out)
         self.began, self.planned = began, time.perf_counter()
@@ -44,7 +48,8 @@ class Job:
         self.sizes = {file.name: file.size for file in plan.files}
         self.whole = {**dict.fromkeys(files_beside(plan)), **self.sizes}  # every file; None: of any size
         self.free = output.free_space(out)
-        held = sum(_blocks(self.partial / file.name) for file in plan.files)
+        reused = self.partial.rglob("*") if restart else (self.partial / file.name for file in plan.files)
+        held = sum(map(_blocks, reused))
         sides = sum(path.stat().st_size for _, path in plan.side.values() if path is not None)
         self.needed = max(0, plan.bytes_to_write + sides - held)
 
@@ -102,7 +107,7 @@ def lack_of_space(jobs: Sequence[Job]) -> str:
 
 def _blocks(path: Path) -> int:
     try:
-        return path.stat().st_blocks * 512
+        return path.lstat().st_blocks * 512
     except OSError:
         return 0
 
@@ -115,9 +120,10 @@ class _Written:
         total = sum(item.segment_count for item in plan.items)
         if (job.partial / journal.JOURNAL).exists() and (
             journal.journal_format(job.partial) != (journal.VERSION, total)
-            or any(_size(job.partial / name) != size for name, size in job.sizes.items())
+            or any(_own_size(job.partial / name) != size for name, size in job.sizes.items())
         ):
-            job.notes.append("note: the unfinished merge has lost files, or another version began it; beginning anew")
+            if journal.has_records(job.partial):
+                job.notes.append("note: the unfinished merge lost files, or another version began it; beginning anew")
             journal.empty(job.partial)
         self.journal = journal.Journal(job.partial, recipe, total)
         stack.callback(self.journal.close)
@@ -225,11 +231,13 @@ def _bytes_done(written: _Written) -> int:
     return sum(size(segment) for segment in segments(plan) if finished[segment.index])
 
 
-def _size(path: Path) -> int:
+def _own_size(path: Path) -> int:
+    """Size of a file that nothing else knows by another name; -1 if it is not such a one."""
     try:
-        return path.stat().st_size
+        status = path.lstat()
     except OSError:
         return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else -1
 
 
 def _read_back(path: Path, plan: Plan) -> None:

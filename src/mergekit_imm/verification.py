@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import os
 import random
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +20,7 @@ from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, fingerprint, read_int
 from .errors import ArgumentError, CheckpointError, VerifyError, shown
 from .execute import Device, Progress, check_workers, pick_device, run
 from .plan import Plan, segments
-from .prepare import plans_of
+from .prepare import plans_of, with_adapter
 from .recipe import RECIPE_FILE, REPORT_FILE, history_of, make_recipe, parse_parameters, read_recipe
 from .report import written_files
 from .sums import RECORD
@@ -74,7 +76,14 @@ def verify(
     surplus = [role for role, ref in given.items() if ref is not None and role not in inputs]
     if surplus:
         raise ArgumentError(f"--{surplus[0]} is given, but the recipe in {shown(out)} has no {surplus[0]}")
-    (plan,) = plans_of(inputs, [parse_parameters(recipe)])
+    parameters = parse_parameters(recipe)
+    inputs = with_adapter(inputs, parameters.reference)
+    if inputs["sft"].adapter != recipe["inputs"]["sft"].get("adapter"):
+        raise CheckpointError(
+            f"{inputs['sft'].label} is not what was merged: its adapter_config.json has changed; give the original with"
+            " --sft"
+        )
+    (plan,) = plans_of(inputs, [parameters])
 
     found = inputs["start"].recipe if "start" in inputs else None
     again = make_recipe(plan.parameters, recipe["inputs"], plan.config_changes, history_of(found))
@@ -177,7 +186,10 @@ def _reopen(
 def _opened(path: Path, cure: str) -> Iterator[int]:
     """Open a file for reading, as a descriptor."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # whoever opened a pipe would wait
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no plain file")
     except OSError as error:
         raise VerifyError(f"{shown(path)} cannot be read: {error.strerror}; {cure}") from error
     try:
@@ -198,10 +210,13 @@ def _compare_files(plan: Plan, folder: Path, expected: dict[str, bytes], cure: s
     try:
         for name, (role, source) in plan.side.items():
             assert source is not None
+            filecmp.clear_cache()  # of files that have not changed their size and time
             if not filecmp.cmp(source, folder / name, shallow=False):
                 raise VerifyError(f"{shown(folder / name)} differs from the {role}'s, {shown(source)}; {cure}")
         for name, content in expected.items():
-            if (folder / name).read_bytes() != content:
+            with _opened(folder / name, cure) as descriptor:
+                same = os.fstat(descriptor).st_size == len(content) and os.pread(descriptor, len(content), 0) == content
+            if not same:
                 raise VerifyError(f"{shown(folder / name)} differs from what its recipe gives; {cure}")
     except OSError as error:
         raise VerifyError(f"{error.filename} cannot be read: {error.strerror}; {cure}") from error

@@ -38,12 +38,17 @@ from mergekit_imm.errors import MergeError
 from .driver import Files, files_of
 
 SECONDS, MEMORY = 20, 1 << 30  # that one case may take
-SHAPES = {"model.embed_tokens.weight": (16, 4), "model.layers.0.w": (8, 8), "model.layers.1.w": (8, 8), "norm": (8,)}
+SHAPES = {
+    "model.embed_tokens.weight": (16, 4),
+    "model.layers.0.w.weight": (8, 8),
+    "model.layers.1.w.weight": (8, 8),
+    "norm": (8,),
+}
 CONFIG = {"architectures": ["Tiny"], "model_type": "tiny", "dtype": "float16", "vocab_size": 16,
           "tie_word_embeddings": False, "text_config": {"dtype": "float16"}}  # fmt: skip
 EVIL_TEXT = [
     "", "../../etc/passwd", "/etc/passwd", "..", ".", "model.safetensors", "a/b", "\n", "\x00", "nul", "ä\u2028🙂",
-    "model.layers.0.w", "__metadata__", "F16", "BF16", "F64", "I64", "F4", "U8", "x" * 3000,
+    "model.layers.0.w.weight", "__metadata__", "F16", "BF16", "F64", "I64", "F4", "U8", "x" * 3000,
 ]  # fmt: skip
 EVIL: list[Any] = [
     None, True, -1, 0, 1, 2, 3, 1 << 31, 1 << 63, 1 << 64, 10**400, 1e308, -0.5, float("nan"), float("inf"), [], {},

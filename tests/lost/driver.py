@@ -1,6 +1,6 @@
 """Merges that are cut off again and again, by a process that has loaded everything once and forks.
 
-    python -m lost.driver FOLDER SCENARIO WHAT [--every N] [--first N]
+    python -m lost.driver FOLDER SCENARIO WHAT [--every N] [--first N] [--seeds N]
 
 WHAT is `calls` (killed at every N-th call that changes a file) or `power` (the power fails there, and the disk has lost
 any part of what was not synced). Prints JSON: how many were tried, and what went wrong.
@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from mergekit_imm.checkpoint import disk, swap
 from mergekit_imm.errors import MergeError
 
 from . import power
-from .tracing import traced
+from .tracing import Call, traced
 
 SHAPES = {f"model.layers.{i}.w{j}": (40, 96 + 32 * j) for i in range(3) for j in range(3)}
 SIDE = {"tokenizer.json": '{"a": 1}\n', "templates/chat.jinja": "{{ x }}"}
@@ -69,7 +69,7 @@ class Scenario:
 
     options: tuple[str, ...] = ()
     old: bool = False  # OUT holds another merge
-    stale: bool = False  # OUT.partial is an unfinished merge of another recipe
+    stale: str = ""  # OUT.partial is an unfinished merge with this alpha, to which a user added
     status: int = 0
     outs: tuple[str, ...] = ("out",)
     patches: Mapping[str, Any] = field(default_factory=dict)  # of `swap`
@@ -79,7 +79,8 @@ SCENARIOS = {
     "plain": Scenario(),
     "overwrite": Scenario(("--overwrite",), old=True),
     "no-exchange": Scenario(("--overwrite",), old=True, patches={"_exchange": lambda *_: False}),
-    "restart": Scenario(("--restart",), stale=True),
+    "restart": Scenario(("--restart",), stale="0.7"),
+    "resume": Scenario(stale="0.5"),
     "verify": Scenario(("--verify",)),
     "refused": Scenario(status=1, outs=()),
     "sweep": Scenario(("--alpha", "0.3,0.5"), outs=("out-0.3", "out-0.5")),
@@ -91,6 +92,7 @@ class Bench:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.scenario = folder, SCENARIOS[name]
+        self.anew = name in ("restart", "refused")  # which empty OUT.partial, and may be cut off meanwhile
         self.start, self.case = folder / "start", folder / "case"
         out = "out" if name != "sweep" else "out-{alpha}"
         self.arguments = ["base", "sft", "-o", out, "--workers", "1", *self.scenario.options]
@@ -113,8 +115,15 @@ class Bench:
             setattr(swap, patched, value)
         stream.SYNC_BYTES = WINDOW
         if self.scenario.stale:
-            traced(lambda: self.run("base", "sft", "-o", "out", "--alpha", "0.7"), self.start, stop_at=30)
-            assert (self.start / "out.partial" / ".imm_journal").exists()
+            unfinished = self.start / "out.partial"
+            given = ["base", "sft", "-o", "out", "--workers", "1", "--alpha", self.scenario.stale]
+            traced(lambda: self.run(*given), self.start, stop_at=30)
+            assert (unfinished / ".imm_journal").exists()
+            # What a copy that was cut off may leave, and what nobody should put there.
+            (unfinished / "vocab.txt").write_text("the beginn")
+            (unfinished / "templates").mkdir()
+            (unfinished / "templates" / "old.jinja").write_text("x")
+            (unfinished / "tokenizer.json").symlink_to("../base/tokenizer.json")
 
     def run(self, *arguments: str) -> None:
         """Run the command in this process, which is a fork and ends with it."""
@@ -139,6 +148,8 @@ class Bench:
         told = (self.folder / "log").read_text().strip()
         if status != self.scenario.status or "Traceback" in told:
             return f"the second run ended with {status}: {told[-300:]}"
+        if "beginning anew" in told and not self.anew:
+            return "the second run began anew: what was recorded is lost"
         names = {path.name for path in self.case.iterdir()}
         if names != {"base", "sft", *self.scenario.outs}:
             return f"the second run left {sorted(names)}"
@@ -162,6 +173,11 @@ class Bench:
                 return f"{each} is neither absent nor the old nor the new one: {sorted(found or ())}"
         return self.inputs_changed()
 
+    def not_there(self) -> str:
+        """Say what a merge that has ended with status 0 did not leave for good."""
+        wrong = [each for each, files in self.whole.items() if files_of(self.case / each) != files]
+        return f"it ended well, and {wrong[0]} is lost" if wrong else ""
+
     def prepared(self) -> Path:
         """A fresh copy of the start, the current folder."""
         os.chdir(self.folder)
@@ -181,17 +197,28 @@ def _spoil(path: Path) -> None:
     path.write_bytes(content)
 
 
-def kill_at_calls(bench: Bench, every: int, first: int) -> dict[str, Any]:
+def _end_of(calls: Sequence[Call]) -> int:
+    """Number of a call shortly before the first with which a folder takes its place, or goes."""
+    ends = [number for number, call in enumerate(calls) if call.kind == "remove" and call.name == ".imm_journal"]
+    return max(0, (ends or [len(calls)])[-1] - 8)
+
+
+def _chosen(count: int, end: int, every: int, first: int) -> list[int]:
+    """Every n-th call, and each from the end on."""
+    return sorted({*range(first % every, count, every), *range(end, count)})
+
+
+def kill_at_calls(bench: Bench, every: int, first: int, _: int = 1) -> dict[str, Any]:
     """Kill the command before its n-th call, and run it again; then again with a second kill on the way."""
     bench.prepared()
     status, calls = traced(bench.run, bench.case)
     assert status == bench.scenario.status, (bench.folder / "log").read_text()
     failures, tried = [], 0
-    for number in range(first % every, len(calls), every):
+    for number in _chosen(len(calls), _end_of(calls), every, first):
         for twice in (False, True):
             bench.prepared()
             where = f"killed before call {number} of {len(calls)} ({calls[number]})"
-            ended, _ = traced(bench.run, bench.case, stop_at=number)
+            ended, _calls = traced(bench.run, bench.case, stop_at=number)
             wrong = "" if ended is None else f"it ended by itself, with {ended}"
             if twice:
                 second = random.Random(number).randrange(len(calls))
@@ -204,7 +231,7 @@ def kill_at_calls(bench: Bench, every: int, first: int) -> dict[str, Any]:
     return {"calls": len(calls), "tried": tried, "failures": failures}
 
 
-def fail_power(bench: Bench, every: int, first: int) -> dict[str, Any]:
+def fail_power(bench: Bench, every: int, first: int, seeds: int = 1) -> dict[str, Any]:
     """Let the power fail after each n-th call, and run the command again on what the disk may hold."""
     bench.prepared()
     nodes: power.Nodes = {}
@@ -212,27 +239,33 @@ def fail_power(bench: Bench, every: int, first: int) -> dict[str, Any]:
     status, calls = traced(bench.run, bench.case)
     assert status == bench.scenario.status, (bench.folder / "log").read_text()
     failures, tried, unsynced = [], 0, 0
-    for end in range(first % every, len(calls) + 1, every):
+    last = _end_of(calls)
+    for end in _chosen(len(calls) + 1, last, every, first):
         certain = power.durable(calls, end)
         unsynced = max(unsynced, certain.count(False))
-        for kind, kept in power.choices(certain, end):
+        draws = seeds if end >= last else 1  # where little is pending, nearly each part of it
+        for kind, kept in (each for seed in range(draws) for each in power.choices(certain, 1000 * seed + end)):
             left = power.after(nodes, calls[:end], kept)
             os.chdir(bench.folder)
             shutil.rmtree(bench.case, ignore_errors=True)
             inodes = power.write(left, root, bench.case)
-            for marker in bench.case.glob("*.replacing"):  # it holds an inode, and the copy has others
-                content = marker.read_text().strip()
-                marker.write_text(f"{inodes.get(int(content), 0)}\n" if content.isdigit() else content)
+            for marker in bench.case.rglob("*.replacing"):  # it holds an inode, and the copy has others
+                with suppress(ValueError):  # not written, or torn
+                    about = json.loads(marker.read_bytes())
+                    marker.write_text(json.dumps(about | {"inode": inodes.get(about["inode"], 0)}) + "\n")
             os.chdir(bench.case)
-            wrong = bench.after_the_end() or bench.again()
+            wrong = bench.after_the_end()
+            if end == len(calls) and not wrong:
+                wrong = bench.not_there()
+            wrong = wrong or bench.again()
             tried += 1
             if wrong:
-                last = f" ({calls[end - 1]})" if end else ""
-                failures.append(f"power fails after call {end} of {len(calls)}{last}, {kind} is kept: {wrong}")
+                call = f" ({calls[end - 1]})" if end else ""
+                failures.append(f"power fails after call {end} of {len(calls)}{call}, {kind} is kept: {wrong}")
     return {"calls": len(calls), "tried": tried, "most_unsynced": unsynced, "failures": failures}
 
 
-WHAT: dict[str, Callable[[Bench, int, int], dict[str, Any]]] = {"calls": kill_at_calls, "power": fail_power}
+WHAT: dict[str, Callable[[Bench, int, int, int], dict[str, Any]]] = {"calls": kill_at_calls, "power": fail_power}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,6 +274,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="draws of what is lost, where folders take their places")
     parser.add_argument("--without-sync", action="store_true", help="leave out all syncs, which must be found out")
     given = parser.parse_args()
     if given.without_sync:
@@ -248,4 +282,4 @@ if __name__ == "__main__":
             setattr(disk, name, lambda _: None)
         os.fsync = lambda _: None  # type: ignore[assignment]
     bench = Bench(given.folder.resolve(), given.scenario)
-    print(json.dumps(WHAT[given.what](bench, given.every, given.first)))
+    print(json.dumps(WHAT[given.what](bench, given.every, given.first, given.seeds)))

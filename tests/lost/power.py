@@ -61,10 +61,12 @@ def durable(calls: Sequence[Call], end: int) -> list[bool]:
         call = calls[number]
         if call.kind == "sync":
             synced.add(call.node)
+        elif call.kind == "nothing":
+            certain[number] = True
         elif call.kind in ("write", "size"):
             certain[number] = call.node in synced
         else:
-            certain[number] = call.folder in synced
+            certain[number] = call.folder in synced and (not call.to_folder or call.to_folder in synced)
     return certain
 
 

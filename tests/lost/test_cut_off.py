@@ -16,7 +16,7 @@ from .driver import SCENARIOS
 from .tracing import Call
 
 TESTS = Path(__file__).parents[1]
-EVERY = 7  # each of them takes minutes
+EVERY = 9  # each of them takes minutes
 pytestmark = pytest.mark.skipif(not tracing.CALLS, reason="calls are traced on Linux, x86-64 or ARM")
 
 

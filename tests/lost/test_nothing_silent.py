@@ -17,27 +17,11 @@ from typing import Any
 
 import pytest
 
-from checkpoints import files_of, random_state, write_model
-from commands import CONFIG, SIDE, SLOW, Ended, subprocess_of, write_pair
+from checkpoints import files_of
+from commands import LATE, SLOW, Ended, subprocess_of
 from mergekit_imm import CheckpointError, MergeError, OutputError, VerifyError, merge_checkpoints, stream
 from mergekit_imm.checkpoint import disk, journal, output
 from mergekit_imm.errors import ChangedError
-
-
-@pytest.fixture
-def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(write_pair(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
-def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """base and sft of 20 MB each."""
-    monkeypatch.chdir(tmp_path)
-    for seed, role in enumerate(("base", "sft")):
-        state = random_state({f"layers.{i}.weight": (1 << 10, 1 << 10) for i in range(10)}, seed=seed)
-        write_model(tmp_path / role, state, config=CONFIG, side=SIDE)
-    return tmp_path
 
 
 def json_of(*arguments: str, status: int = 0) -> dict[str, Any]:
@@ -319,20 +303,6 @@ def test_an_old_folder_that_cannot_be_removed_is_told(pair: Path, monkeypatch: p
 
 
 # --- what is done is not done again
-
-
-LATE = """
-import os, signal
-from mergekit_imm import __main__, stream
-stream.SYNC_BYTES = 2 << 20
-note = stream._Written.note
-def noted(self, done, number):
-    note(self, done, number)
-    if self.job.written > SHARE * self.job.plan.bytes_to_write:
-        os.kill(os.getpid(), signal.SIGKILL)
-stream._Written.note = noted
-__main__._begin("main")
-"""
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.97])

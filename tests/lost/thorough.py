@@ -71,12 +71,9 @@ def main(parts: Sequence[str], count: int, kills: int) -> None:
         }  # fmt: skip
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
-    for part in ("calls", "power"):
-        if part in parts:
-            keep(
-                part,
-                {"scenarios": dict(zip(SCENARIOS, at_once([("driver", s, part) for s in SCENARIOS]), strict=True))},
-            )
+    for part in {"calls", "power"} & set(parts):
+        found = at_once([("driver", scenario, part, "--seeds", 3) for scenario in SCENARIOS])
+        keep(part, {"scenarios": dict(zip(SCENARIOS, found, strict=True))})
     if "signals" in parts:  # one at a time: moments are shares of a run that nothing else slows down
         counts = {"KILL": kills, "TERM": kills // 4, "INT": kills // 4}
         keep("signals", {"signals": {n: program("kills", "--signal", n, "--count", c) for n, c in counts.items()}})

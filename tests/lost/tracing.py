@@ -27,13 +27,15 @@ _AT_FDCWD, _O_CREAT, _O_TRUNC, _EXCHANGE = -100, 0o100, 0o1000, 2
 _NUMBERS = {
     "x86_64": {
         1: "write", 18: "pwrite64", 20: "writev", 74: "fsync", 75: "fdatasync", 76: "truncate", 77: "ftruncate",
-        82: "rename", 83: "mkdir", 84: "rmdir", 85: "creat", 86: "link", 87: "unlink", 88: "symlink", 257: "openat",
+        82: "rename", 83: "mkdir", 84: "rmdir", 85: "creat", 86: "link", 87: "unlink", 88: "symlink", 265: "linkat",
+        266: "symlinkat", 328: "pwritev2", 437: "openat2", 257: "openat",
         2: "open", 258: "mkdirat", 263: "unlinkat", 264: "renameat", 285: "fallocate", 296: "pwritev", 316: "renameat2",
         326: "copy_file_range", 40: "sendfile",
     },
     "aarch64": {
         64: "write", 68: "pwrite64", 66: "writev", 82: "fsync", 83: "fdatasync", 45: "truncate", 46: "ftruncate",
-        34: "mkdirat", 35: "unlinkat", 38: "renameat", 56: "openat", 47: "fallocate", 70: "pwritev", 276: "renameat2",
+        34: "mkdirat", 35: "unlinkat", 36: "symlinkat", 37: "linkat", 287: "pwritev2",
+        437: "openat2", 38: "renameat", 56: "openat", 47: "fallocate", 70: "pwritev", 276: "renameat2",
         285: "copy_file_range", 71: "sendfile",
     },
 }  # fmt: skip
@@ -44,7 +46,7 @@ CALLS = _NUMBERS.get(os.uname().machine, {}) if sys.platform == "linux" else {}
 class Call:
     """One call that took effect. Files and folders are known by their inodes."""
 
-    kind: str  # create, mkdir, write, size, rename, exchange, remove, sync
+    kind: str  # create, mkdir, write, size, rename, exchange, remove, sync, nothing
     node: int = 0  # what is written, synced, made
     folder: int = 0
     name: str = ""
@@ -149,7 +151,8 @@ def _about(process: _Process, name: str, args: tuple[int, ...], root: Path) -> C
         if not below(one):
             return None
         return lambda _: [Call(kind, 0, inode(one.parent), one.name, inode(other.parent), other.name)]
-    if name in ("link", "symlink") or below(process.path_of(_signed(args[0]))):
+    of_paths = name in ("link", "symlink", "linkat", "symlinkat", "openat2", "truncate")
+    if of_paths or below(process.path_of(_signed(args[0]))):
         raise AssertionError(f"the program calls {name}, which is not modelled")
     return None
 
@@ -225,8 +228,7 @@ def _follow(process: _Process, root: Path, stop_at: int | None) -> tuple[int | N
             _resume(thread, 0)
             os.waitpid(thread, _WALL)  # nothing else runs on until this call is through
             result = _info(thread)[3]
-            if result >= 0:
-                calls += effect(result)
+            calls += effect(result) if result >= 0 else [Call("nothing", name=f"{name}, which failed")]
         _resume(thread, 0)
 
 

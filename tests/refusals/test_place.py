@@ -172,7 +172,7 @@ def test_a_folder_of_others_in_the_place_of_the_unfinished_merge_is_refused(mode
     partial = models.folder / PARTIAL
     partial.mkdir()
     (partial / "notes.txt").write_text("mine")
-    models.refused(OutputError, r"out\.partial is there and is not a merge under way; remove it, or --restart")
+    models.refused(OutputError, r"out\.partial is there and is not a merge under way; move it away, or --restart")
     models.merge(restart=True)
     assert "notes.txt" not in files_of(models.out)
 

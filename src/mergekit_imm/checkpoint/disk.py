@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Handle:
 
 def open_output(path: Path, size: int) -> Handle:
     """Open a file to be written, as it is or new, with room for `size` bytes. Raises OSError if there is none."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         allocate(descriptor, size)
         if _is_local(path):
@@ -166,11 +166,19 @@ def make_folder(path: Path) -> list[Path]:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a small file and sync it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with _new(path) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def _new(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that is new, whatever was there: never one that others know by another name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        yield file
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -178,10 +186,9 @@ def copy_file(source: Path, target: Path) -> None:
 
     Raises CheckpointError if the source cannot be read.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     with _reading(source):
         reading = source.open("rb")
-    with reading, target.open("wb") as file:
+    with reading, _new(target) as file:
         while True:
             with _reading(source):
                 piece = reading.read(1 << 20)

@@ -88,10 +88,21 @@ def journal_format(folder: Path) -> tuple[Any, Any]:
     return head.get("version"), head.get("segments")
 
 
+def has_records(folder: Path) -> bool:
+    """Whether the journal in a folder holds more than its first line."""
+    with (folder / JOURNAL).open("rb") as file:
+        file.readline()
+        return bool(file.read(1))
+
+
 def _head(folder: Path) -> dict[str, Any]:
+    path = folder / JOURNAL
     try:
-        with (folder / JOURNAL).open("rb") as file:
-            head = json.loads(file.readline())
+        if path.is_symlink() or not path.is_file():
+            return {}
+        with path.open("rb") as file:
+            line = file.readline()
+        head = json.loads(line) if line.endswith(b"\n") else None
     except (OSError, ValueError, RecursionError):
         return {}
     return head if isinstance(head, dict) else {}

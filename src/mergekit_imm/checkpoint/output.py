@@ -24,6 +24,7 @@ _CURES = {
     errno.EPERM: "choose another OUT or change its permissions",
     errno.EROFS: "choose another OUT",
     errno.ENAMETOOLONG: "choose a shorter OUT; it is built as OUT.partial",
+    errno.EBUSY: "something is mounted there: choose another OUT",
     errno.EFBIG: "files may not be as large there: use a smaller --max-shard-size, or choose another OUT",
     errno.EMFILE: "allow more open files (ulimit -n), or give fewer values at a time",
     errno.ENFILE: "the whole system has too many files open: close some",
@@ -75,15 +76,21 @@ def check_name(out: Path) -> None:
 def _check_name(out: Path) -> None:
     if out.name in ("", ".", ".."):
         raise OutputError(f"output {shown(out)} has no name of its own; give a folder that can be created")
+    if out.suffix in (".partial", ".replacing"):
+        raise OutputError(f"output {shown(out)} has a name that stands for a merge under way; choose another")
     for path in (out, partial_of(out), marker_of(out)):
         with suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()  # too long a name, or a folder that must not be entered, shows here
+    if ".." in out.parts and not out.parent.exists():
+        raise OutputError(f"output {shown(out)} leads through a folder that is not there; write it without '..'")
     if out.is_symlink():
         raise OutputError(f"output {shown(out)} is a link; give the folder it points to")
     if out.exists() and not out.is_dir():
         raise OutputError(f"output {shown(out)} is a file; an output is a folder")
     if out.is_dir() and out.is_mount():
         raise OutputError(f"output {shown(out)} is a mount point, which cannot be renamed; give a folder inside it")
+    if partial_of(out).is_dir() and partial_of(out).is_mount():
+        raise OutputError(f"{shown(partial_of(out))}, where the output is built, is a mount point; choose another OUT")
     if partial_of(out).is_symlink():
         raise OutputError(f"{shown(partial_of(out))}, where the output is built, is a link; remove it")
     if partial_of(out).exists() and not partial_of(out).is_dir():
@@ -123,8 +130,11 @@ def _parent_of(out: Path) -> Path:
 def is_whole(out: Path, recipe: bytes, sizes: Mapping[str, int | None]) -> bool:
     """Whether `out` already holds this very merge: its recipe, and every file, with its size where one is given."""
     try:
-        return (out / "imm_recipe.json").read_bytes() == recipe and all(
-            (out / name).stat().st_size == size or size is None for name, size in sizes.items()
+        path = out / "imm_recipe.json"
+        return (
+            path.is_file()
+            and path.read_bytes() == recipe
+            and all((out / name).stat().st_size == size or size is None for name, size in sizes.items())
         )
     except OSError:
         return False
@@ -139,7 +149,10 @@ def is_occupied(out: Path) -> bool:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone, on this machine. Raises OutputError if another process holds it."""
     busy = OutputError(f"{shown(folder)} is being written by another merge; wait for it, or give another output")
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise busy from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

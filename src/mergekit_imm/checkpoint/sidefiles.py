@@ -13,8 +13,8 @@ _WEIGHTS = (
     ".pdparams .pickle .pkl .pt .pth .safetensors .tflite"
 ).split()
 _LEFTOVERS = (
-    "*.index.json trainer_state.json trainer_log.jsonl optimizer* scheduler* rng_state* *_results.json "
-    "events.out.tfevents.* latest *.partial *.lock"
+    "*.index.json adapter_config.json trainer_state.json trainer_log.jsonl optimizer* scheduler* rng_state* "
+    "*_results.json events.out.tfevents.* latest *.partial *.lock"
 ).split()
 
 

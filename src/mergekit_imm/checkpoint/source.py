@@ -13,15 +13,19 @@ from ..errors import CheckpointError, shown
 from ..json_input import parse_json, read_small
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
+from .computed import Computed
 from .sidefiles import is_side_file
 from .tensorfile import INDEX, MODEL, Stamp, TensorFile, TensorInfo, open_tensorfile, parse_header, stamp
 
 _DEPTH = 64  # of folders in a model
 
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
 # Forms of a model that are recognised and not read, and what to do about each.
 _OTHER_FORMS = (
-    (("adapter_config.json", "adapter_model.safetensors"), "a LoRA adapter",
-     "merge it into its base first: peft's `merge_and_unload()`, then `save_pretrained`"),
+    (("adapter_config.json", "adapter_model.safetensors"), "an adapter",
+     "give the model it was trained on; an adapter is given as SFT, in a folder with its adapter_config.json and its"
+     " adapter_model.safetensors"),
     (("*.gguf",), "GGUF weights", "use the original safetensors checkpoint"),
     (("*.bin", "*.pt", "*.pth", "*.ckpt"), "PyTorch pickles",
      "load with transformers and `save_pretrained` (it writes safetensors)"),
@@ -46,11 +50,13 @@ class Checkpoint:
     config: dict[str, Any] | None
     side: dict[str, Path | None]  # copied files, by their path within the folder
     left_out: tuple[str, ...]  # files that are neither weights of this model nor copied
-    stamps: Mapping[Path, Stamp] = field(default_factory=dict)  # of all files that are read whole
     indexed: bool = False  # an index names the files
     recipe: dict[str, Any] | None = None  # of the merge that made it
+    adapter: dict[str, Any] | None = None  # of an adapter: its config. What it does not change is as in the start
+    computed: dict[str, Computed] = field(default_factory=dict)  # what it changes by less than a whole tensor
     repo: str | None = None
     commit: str | None = None
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)  # of all files that are read whole
 
     @property
     def label(self) -> str:
@@ -131,7 +137,8 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
     top = [name for name in everything if "/" not in name]
     stamps = _stamps(folder, everything, copy_code)
     index = _json(folder / INDEX) if INDEX in top else None
-    names = _model_files(top, index, role, ref, folders)
+    is_adapter = role == "sft" and _is_adapter(top)
+    names = [ADAPTER] if is_adapter else _model_files(top, index, role, ref, folders)
     missing = [name for name in names if not (folder / name).exists()]
     if missing and (folder / missing[0]).is_symlink():
         raise CheckpointError(
@@ -151,6 +158,9 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
         )
     left = _left_out(everything, files, side)
     config = _json(folder / "config.json") if "config.json" in top else None
+    if is_adapter:
+        found = _assembled(role, ref, folder, files, None, side, left)
+        return replace(found, stamps=stamps, adapter=_json(folder / ADAPTER_CONFIG))
     found = replace(_assembled(role, ref, folder, files, config, side, left, index), stamps=stamps)
     return replace(found, recipe=read_recipe(folder)) if role == "start" else found
 
@@ -175,6 +185,10 @@ def _from_listing(listing: hub.Listing, role: str, ref: str, copy_code: bool) ->
     return replace(found, repo=listing.repo, commit=listing.commit, recipe=recipe)
 
 
+def _is_adapter(top: list[str]) -> bool:
+    return ADAPTER_CONFIG in top and ADAPTER in top and MODEL not in top and INDEX not in top
+
+
 def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, folders: list[str]) -> list[str]:
     """Decide which files are the model, in the order in which they are read and written."""
     if index is not None:
@@ -183,7 +197,7 @@ def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: s
             return named
     if MODEL in top:
         return [MODEL]
-    found = [n for n in top if n.endswith(".safetensors") and n != "adapter_model.safetensors"]
+    found = [n for n in top if n.endswith(".safetensors") and n != ADAPTER]
     if len(found) == 1:
         return found
     if found:
@@ -275,7 +289,7 @@ def _left_out(
 
 def _stamps(folder: Path, everything: list[str], copy_code: bool) -> dict[Path, Stamp]:
     """Stamps of the small files, taken before they are read."""
-    small = [name for name in everything if name in (INDEX, RECIPE_FILE) or _is_side(name, copy_code)]
+    small = [name for name in everything if name in (INDEX, RECIPE_FILE, ADAPTER_CONFIG) or _is_side(name, copy_code)]
     found = {}
     for path in (folder / name for name in small):
         with suppress(OSError):  # what cannot be read is told when it is

@@ -1,24 +1,27 @@
 """A folder that is whole takes its place: OUT.partial becomes OUT, at once.
 
-OUT.replacing   exists while --overwrite exchanges the folders: the inode of the old one.
+OUT.replacing   exists while --overwrite exchanges the folders, and says by what the old one is known.
 OUT.old         the old one meanwhile, where the filesystem cannot exchange two names at once.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ..errors import OutputError, shown
 from .disk import libc, sync_folder, write_file
 from .journal import JOURNAL
-from .output import is_occupied, locked, marker_of, old_of, partial_of
+from .output import is_occupied, locked, marker_of, old_of, output_errors, partial_of
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_FORMAT = "mergekit_imm exchange"
 
 
 def publish(out: Path, *, replace: bool) -> None:
@@ -33,14 +36,7 @@ def publish(out: Path, *, replace: bool) -> None:
     sync_folder(partial)
     if replace and is_occupied(out):
         with locked(out):  # wherever it is moved: no other merge takes it for its own before it is gone
-            write_file(marker_of(out), f"{out.stat().st_ino}\n".encode())
-            sync_folder(out.parent)
-            if not _exchange(partial, out):
-                out.rename(old_of(out))
-                sync_folder(out.parent)
-                partial.rename(out)
-            sync_folder(out.parent)
-            _repair(out)
+            _replace(out)
         return
     try:
         partial.rename(out)  # an empty folder may be there
@@ -54,6 +50,34 @@ def publish(out: Path, *, replace: bool) -> None:
     sync_folder(out.parent)
 
 
+def _replace(out: Path) -> None:
+    partial, old, marker = partial_of(out), old_of(out), marker_of(out)
+    about = {"format": _FORMAT, "inode": out.stat().st_ino, "names": sorted(each.name for each in out.iterdir())}
+    # Made where all is ours, and moved: it is there as a whole or not at all.
+    write_file(partial / marker.name, (json.dumps(about) + "\n").encode())
+    (partial / marker.name).rename(marker)
+    sync_folder(out.parent)
+    sync_folder(partial)
+    if not _exchange(partial, out):
+        if os.path.lexists(old):
+            marker.unlink()
+            raise OutputError(
+                f"{shown(old)} is in the way: {shown(out)} goes there while it is replaced; the merge is whole, in"
+                f" {shown(partial)}: move it away and run the same command again"
+            )
+        out.rename(old)
+        sync_folder(out.parent)
+        partial.rename(out)
+    sync_folder(out.parent)
+    _repair(out)
+
+
+def check_marker(out: Path) -> None:
+    """Refuse an output whose OUT.replacing is another's. Raises OutputError."""
+    with output_errors(out):
+        _read_marker(out)
+
+
 def repair(out: Path) -> None:
     """Finish an exchange of folders that was cut off: the old folder goes where it stood, or goes away.
 
@@ -61,24 +85,45 @@ def repair(out: Path) -> None:
     """
     if marker_of(out).exists():
         with ExitStack() as stack:
-            for folder in (partial_of(out), old_of(out)):
-                if folder.is_dir():
-                    stack.enter_context(locked(folder))
+            there = [folder for folder in (partial_of(out), old_of(out)) if folder.is_dir()]
+            for folder in there or ([out] if out.is_dir() else []):
+                stack.enter_context(locked(folder))
             _repair(out)
+
+
+def _read_marker(out: Path) -> dict[str, Any] | None:
+    """Return what a marker says, or None if there is none."""
+    marker = marker_of(out)
+    if not os.path.lexists(marker):
+        return None
+    try:
+        about = json.loads(marker.read_bytes()) if marker.is_file() and not marker.is_symlink() else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict) or about.get("format") != _FORMAT:
+        raise OutputError(
+            f"{shown(marker)} is in the way: this program has a file of that name while it replaces {shown(out)};"
+            " move it away, or choose another OUT"
+        )
+    return about
 
 
 def _repair(out: Path) -> None:
     old, marker = old_of(out), marker_of(out)
-    try:
-        content = marker.read_bytes().strip(b"\0\n").decode(errors="replace")
-    except FileNotFoundError:
+    about = _read_marker(out)
+    if about is None:
         return
-    if content.strip("0123456789"):
-        raise OutputError(f"{shown(marker)} is in the way: it is none of this program; move it, or choose another OUT")
 
     def is_old(folder: Path) -> bool:
-        # All are in one folder, so on one filesystem, whose number may change when the machine starts again.
-        return folder.is_dir() and str(folder.stat().st_ino) == content
+        # By its inode, as all are on one filesystem; and lest that has become another's, by what it can hold.
+        return (
+            folder.is_dir()
+            and not folder.is_symlink()
+            and folder.stat().st_ino == about.get("inode")
+            and {each.name for each in folder.iterdir()} <= set(about.get("names", ()))
+        )
 
     if is_old(old) and not out.exists():
         old.rename(out)
@@ -92,7 +137,7 @@ def _repair(out: Path) -> None:
                     f" removed: {shown(error.filename or folder)}: {error.strerror}; remove it, then {shown(marker)}"
                 ) from error
     sync_folder(out.parent)  # the marker goes last
-    marker.unlink()
+    marker.unlink(missing_ok=True)
     sync_folder(out.parent)
 
 

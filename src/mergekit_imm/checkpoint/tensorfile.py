@@ -45,6 +45,11 @@ class TensorInfo:
         """Number of elements."""
         return self.nbytes * 8 // DTYPE_BITS[self.dtype]
 
+    @property
+    def stored(self) -> int:
+        """Bytes on the disk."""
+        return self.nbytes
+
 
 @dataclass(frozen=True)
 class TensorFile:
@@ -195,7 +200,8 @@ def check_unchanged(path: Path, before: Stamp) -> None:
         same = False
     if not same:
         raise ChangedError(
-            f"{shown(path)} was written, or removed, while it was merged; wait until the model is complete and merge again"
+            f"{shown(path)} was written, or removed, while it was merged; wait until the model is complete, and merge"
+            " again"
         )
 
 

@@ -1,0 +1,223 @@
+"""LoRA adapters as PEFT writes them: what each of their tensors does to a tensor of the model they were trained on."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..errors import CheckpointError, MismatchError, shown
+from .computed import Computed, LowRank, Rescaled, WithRows
+from .source import Checkpoint
+from .tensorfile import MERGED, TensorInfo
+
+CONFIG = "adapter_config.json"
+
+# What changes the meaning of the factors, with the reason. Absent, None, false and empty are as if not there.
+_REFUSED = {
+    "alora_invocation_tokens": "it acts on some tokens only",
+    "use_qalora": "it pools its input",
+    "use_bdlora": "its factors are block-diagonal",
+    "layer_replication": "its layers are not those of the base",
+    "target_parameters": "its factors are of parameters that are no matrix",
+    "velora_config": "it changes how the factors are trained",
+    "monteclora_config": "its factors are samples",
+    "arrow_config": "it routes between adapters",
+    "kasa_config": "its factors have a third between them",
+}
+# Starts that leave the base as it was; others took a part out of it, so that the adapter alone is not the change.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_FACTOR = re.compile(
+    r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.default)?(?:\.(weight|bias))?"
+)
+_ROWS = ".token_adapter.trainable_tokens_delta"
+Equal = Callable[[TensorInfo, TensorInfo], bool]
+_KEPT_IN_RECIPE = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora",
+    "trainable_token_indices",
+)  # fmt: skip
+
+
+def settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return what the numbers of an adapter depend on. Raises CheckpointError for what is not read, by its name."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{where} is a {shown(kind)} adapter, and only LORA is read; merge it first: peft's `merge_and_unload()`,"
+            " then `save_pretrained`"
+        )
+    for name, reason in _REFUSED.items():
+        if config.get(name):
+            raise CheckpointError(
+                f"{where} has {name}: {reason}, which is not read; merge it first: peft's `merge_and_unload()`, then"
+                " `save_pretrained`"
+            )
+    start = config.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise CheckpointError(
+            f"{where} was initialised by {shown(start)}, which changed its base: the adapter alone is not the change;"
+            " save it with peft's `path_initial_model_for_weight_conversion`, or merge it first"
+        )
+    found = {name: config.get(name) for name in _KEPT_IN_RECIPE}
+    for name, kinds in (("r", int), ("lora_alpha", (int, float))):
+        value = found[name]
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise CheckpointError(f"{where}: its {name} is {shown(value)}, no positive number; save the adapter again")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = found[name] or {}
+        if not isinstance(pattern, dict) or not all(map(_is_pattern, pattern, pattern.values())):
+            raise CheckpointError(
+                f"{where}: its {name} is no mapping of patterns to positive numbers; save the adapter again"
+            )
+        found[name] = pattern
+    return found
+
+
+def _is_pattern(key: str, value: object) -> bool:
+    try:
+        re.compile(key)
+    except re.error:
+        return False
+    return isinstance(value, (int, float)) and 0 < value < math.inf
+
+
+def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal) -> Checkpoint:
+    """Return an adapter with its tensors under the names of the model's that they change.
+
+    A pair of factors becomes a `LowRank` (with a magnitude, a `Rescaled`), trained rows become a `WithRows`; a tensor
+    that was trained whole stays as it is. Raises MismatchError for one that belongs to no tensor of the model,
+    CheckpointError for one that is not understood. `equal` compares the values of tensors of the two: PEFT stores an
+    embedding that has factors as it was, beside them.
+    """
+    assert adapter.adapter is not None
+    adapter = replace(adapter, adapter=settings(adapter.adapter, adapter.label))
+    parts: dict[tuple[str, str], dict[str, TensorInfo]] = {}
+    trained: dict[str, TensorInfo] = {}  # whole
+    computed: dict[str, Computed] = {}
+    for key, tensor in adapter.tensors.items():
+        path = _unwrapped(key)
+        found = _FACTOR.fullmatch(path)
+        if found is not None:
+            module, factor, part = found.groups()
+            kind = "bias" if part == "bias" else "embedding" if "embedding" in factor else "weight"
+            parts.setdefault((module, kind), {})[factor.rpartition("_")[2]] = tensor
+        elif path.endswith(_ROWS):
+            name = _name(path.removesuffix(_ROWS) + ".weight", adapter, model)
+            computed[name] = _with_rows(name, path.removesuffix(_ROWS), tensor, adapter, model)
+        elif "lora_" in path or "token_adapter" in path:
+            raise CheckpointError(
+                f"{adapter.label} stores '{shown(key)}', which is not understood; merge it first: peft's"
+                " `merge_and_unload()`, then `save_pretrained`"
+            )
+        else:
+            trained[_name(path, adapter, model)] = tensor
+    for (module, kind), pair in parts.items():
+        name = _name(f"{module}.{'bias' if kind == 'bias' else 'weight'}", adapter, model)
+        whole = trained.pop(name, None)
+        if name in computed or (whole is not None and not equal(whole, model.tensors[name])):
+            raise CheckpointError(
+                f"{adapter.label} changes tensor '{shown(name)}' in two ways; merge it first: peft's"
+                " `merge_and_unload()`, then `save_pretrained`"
+            )
+        change = _low_rank(name, module, kind, pair, adapter, model.tensors[name])
+        computed[name] = _rescaled(change, pair["vector"], adapter, model) if "vector" in pair else change
+    if not trained and not computed:
+        raise CheckpointError(f"{adapter.label} holds no tensor; save it again")
+    return replace(adapter, tensors=trained, computed=computed)
+
+
+def _with_rows(name: str, module: str, rows: TensorInfo, adapter: Checkpoint, model: Checkpoint) -> WithRows:
+    target = model.tensors[name]
+    assert adapter.adapter is not None
+    given = adapter.adapter["trainable_token_indices"]
+    if isinstance(given, dict):
+        given = next((found for key, found in given.items() if module == key or module.endswith(f".{key}")), None)
+    places = tuple(given) if isinstance(given, list) and all(type(place) is int for place in given) else ()
+    if rows.shape != (len(places), *target.shape[1:]) or any(not 0 <= place < target.shape[0] for place in places):
+        raise _misfit(name, adapter, target, f"{list(rows.shape)} rows for {len(places)} tokens")
+    _check_float(target, model)
+    _check_float(rows, adapter)
+    return WithRows(name, target.shape, target, model.role, rows, places)
+
+
+def _rescaled(change: LowRank, magnitude: TensorInfo, adapter: Checkpoint, model: Checkpoint) -> Rescaled:
+    target = model.tensors[change.name]
+    if change.turned or change.right is None or magnitude.count != target.shape[0]:
+        raise _misfit(change.name, adapter, target, f"a magnitude of shape {list(magnitude.shape)}")
+    _check_float(target, model)
+    _check_float(magnitude, adapter)
+    return Rescaled(change.name, target.shape, change, magnitude, target, model.role)
+
+
+def _check_float(tensor: TensorInfo, where: Checkpoint) -> None:
+    if tensor.dtype not in ("BF16", "F16", "F32"):
+        raise CheckpointError(
+            f"{where.label} stores '{shown(tensor.name)}' as {tensor.dtype}; with an adapter, BF16, F16 and F32 are"
+            " read: save it again in one of these"
+        )
+
+
+def _unwrapped(key: str) -> str:
+    """A tensor's name without what wraps modules: PEFT, FSDP, torch.compile, activation checkpointing."""
+    parts = key.removeprefix("base_model.model.").split(".")
+    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
+    return ".".join(part for part in parts if part not in wrappers).replace(".modules_to_save.default.", ".")
+
+
+def _name(path: str, adapter: Checkpoint, model: Checkpoint) -> str:
+    if path in model.tensors:
+        return path
+    from ..layers import only_in
+
+    complaint = only_in([path], model.tensors, adapter.label, model.label)
+    raise MismatchError(f"{complaint}; is this the model that the adapter was trained on?")
+
+
+def _low_rank(
+    name: str, module: str, kind: str, pair: Mapping[str, TensorInfo], adapter: Checkpoint, target: TensorInfo
+) -> LowRank:
+    a, b = pair.get("A"), pair.get("B")
+    if b is None or (a is None) != (kind == "bias"):
+        raise CheckpointError(f"{adapter.label} has one factor only for '{shown(name)}'; save it again")
+    for factor in (a, b):
+        if factor is not None:
+            _check_float(factor, adapter)
+    assert adapter.adapter is not None
+    rank, scaling = _scaling(adapter.adapter, module)
+    if a is None:
+        if b.shape != target.shape:
+            raise _misfit(name, adapter, target, f"a bias of shape {list(b.shape)}")
+        return LowRank(name, b.shape, b, None, scaling)
+    fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank
+    if not fits or target.dtype not in MERGED:
+        raise _misfit(name, adapter, target, f"factors {list(b.shape)} and {list(a.shape)}, and rank {rank}")
+    straight, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
+    # A Conv1D stores its weight transposed; of a square one only the config can tell.
+    is_turned = kind == "embedding" or (
+        target.shape == turned and (straight != turned or bool(adapter.adapter["fan_in_fan_out"]))
+    )
+    if target.shape != (turned if is_turned else straight):
+        raise _misfit(name, adapter, target, f"a change of shape {list(turned if is_turned else straight)}")
+    if is_turned:
+        return LowRank(name, target.shape, a, b, scaling, turned=True)
+    return LowRank(name, target.shape, b, a, scaling)
+
+
+def _misfit(name: str, adapter: Checkpoint, target: TensorInfo, what: str) -> MismatchError:
+    return MismatchError(
+        f"tensor '{shown(name)}' is {target.dtype} {list(target.shape)}, and {adapter.label} has {what} for it;"
+        " is this the model that the adapter was trained on?"
+    )
+
+
+def _scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Rank and scaling of a module: the first pattern that its name ends with, else the adapter's own."""
+
+    def chosen(pattern: Mapping[str, Any], default: Any) -> Any:
+        return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+    rank = chosen(config["rank_pattern"], config["r"])
+    alpha = chosen(config["alpha_pattern"], config["lora_alpha"])
+    return rank, alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank

@@ -1,0 +1,45 @@
+"""The product of two small matrices, element by element, compiled by numba.
+
+No BLAS: its order of additions, and so its bits, depends on the shape of the block and on the machine.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
+from __future__ import annotations
+
+import numpy as np
+
+from .jit import jit
+
+_TILE = 1024  # columns at a time: they stay in the L1 cache while k runs
+
+
+@jit
+def product(left, right, scaling, first, out):
+    """Elements first.. of scaling * (left @ right), row by row: each a float32 sum over k, in order, from zero."""
+    columns, count = right.shape[1], len(out)
+    at = 0
+    while at < count:
+        row, column = (first + at) // columns, (first + at) % columns
+        width = min(_TILE, columns - column, count - at)
+        piece = out[at : at + width]
+        piece[:] = np.float32(0)
+        for k in range(right.shape[0]):
+            factor, line = left[row, k], right[k, column : column + width]
+            for j in range(width):
+                piece[j] += factor * line[j]
+        for j in range(width):
+            piece[j] = scaling * piece[j]
+        at += width
+
+
+@jit
+def rescale(weight, delta, magnitude):
+    """Turn a delta into the weight with it, each row rescaled to its magnitude; norms are added up in float64."""
+    for i in range(len(weight)):
+        total = np.float64(0)
+        for j in range(weight.shape[1]):
+            delta[i, j] = weight[i, j] + delta[i, j]
+            total += np.float64(delta[i, j]) * np.float64(delta[i, j])
+        factor = np.float32(magnitude[i] / np.float32(np.sqrt(total)))
+        for j in range(weight.shape[1]):
+            delta[i, j] = factor * delta[i, j]

@@ -1,0 +1,121 @@
+"""The tensors of a plan's inputs: read by range from their files, or computed from what is read; and compared."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .checkpoint.computed import Computed, Matrix, Read, decoded
+from .checkpoint.source import Checkpoint
+from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into
+from .plan import Plan
+
+COMPARED = 4 << 20  # bytes, or elements, at a time
+
+Raw = npt.NDArray[np.uint8]
+
+
+class Files:
+    """Read-only handles of the input files of a plan, opened when first needed."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._inputs = plan.inputs
+        self._open: dict[Path, int] = {}
+        self._shared: dict[str, Matrix] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Files:  # noqa: D105
+        return self
+
+    def __exit__(self, *_: object) -> None:  # noqa: D105
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, role: str, tensor: TensorInfo | Computed, first: int, buffer: Raw) -> None:
+        """Fill a buffer from byte `first` of a tensor."""
+        if isinstance(tensor, Computed):
+            self._compute(tensor, first, buffer)
+        else:
+            self._read(role, tensor, first, memoryview(buffer))  # type: ignore[arg-type]
+
+    def _compute(self, tensor: Computed, first: int, buffer: Raw) -> None:
+        with self._lock:
+            shared = self._shared.get(tensor.name)
+        if shared is None:
+            shared = tensor.shared(self._reads)
+            with self._lock:
+                while len(self._shared) > 1:  # those of two tensors: workers are at the end of one and in the next
+                    del self._shared[next(iter(self._shared))]
+                self._shared[tensor.name] = shared
+        tensor.fill(self._reads, shared, first // 4, buffer.view(np.float32))
+
+    def _reads(self, role: str) -> Read:
+        return functools.partial(self._read, role)
+
+    def _read(self, role: str, tensor: TensorInfo, first: int, buffer: memoryview) -> None:
+        path = self._inputs[role].path(tensor)
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = open_to_read(path)
+            descriptor = self._open[path]
+        read_into(descriptor, buffer, tensor.begin + first, path)
+
+
+def check_inputs(plan: Plan) -> None:
+    """Raise ChangedError if a file that a plan reads was written since it was opened."""
+    for each in plan.inputs.values():
+        for file in each.files.values():
+            assert file.path is not None
+            check_unchanged(file.path, (file.size, file.written))
+        for path, before in each.stamps.items():
+            check_unchanged(path, before)
+
+
+def same_bytes(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
+    """Compare two tensors of a checkpoint on disk; stops at the first difference."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with ExitStack() as stack:
+        files = []
+        for tensor in (one, other):
+            files.append(open_to_read(checkpoint.path(tensor)))
+            stack.callback(os.close, files[-1])
+        for first in range(0, one.nbytes, COMPARED):
+            count = min(COMPARED, one.nbytes - first)
+            contents = []
+            for descriptor, tensor in zip(files, (one, other), strict=True):
+                content = bytearray(count)
+                read_into(descriptor, memoryview(content), tensor.begin + first, checkpoint.path(tensor))
+                contents.append(content)
+            if contents[0] != contents[1]:
+                return False
+        return True
+
+
+def same_values(*sides: tuple[Checkpoint, TensorInfo]) -> bool:
+    """Compare the values of two tensors of BF16, F16 or F32; stops at the first difference."""
+    (_, one), (_, other) = sides
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= {"BF16", "F16", "F32"}:
+        return False
+    with ExitStack() as stack:
+        files = []
+        for checkpoint, tensor in sides:
+            files.append(open_to_read(checkpoint.path(tensor)))
+            stack.callback(os.close, files[-1])
+        for first in range(0, one.count, COMPARED // 4):
+            count = min(COMPARED // 4, one.count - first)
+            values = []
+            for descriptor, (checkpoint, tensor) in zip(files, sides, strict=True):
+                width = DTYPE_BITS[tensor.dtype] // 8
+                raw = np.empty(count * width, np.uint8)
+                read_into(descriptor, memoryview(raw), tensor.begin + first * width, checkpoint.path(tensor))  # type: ignore[arg-type]
+                values.append(decoded(raw, tensor.dtype))
+            if not np.array_equal(values[0], values[1]):
+                return False
+    return True

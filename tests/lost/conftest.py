@@ -1,0 +1,26 @@
+"""Pairs to merge, each in the current folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from checkpoints import random_state, write_model
+from commands import CONFIG, SIDE, write_pair
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(write_pair(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """base and sft of 20 MB each."""
+    monkeypatch.chdir(tmp_path)
+    for seed, role in enumerate(("base", "sft")):
+        state = random_state({f"layers.{i}.weight": (1 << 10, 1 << 10) for i in range(10)}, seed=seed)
+        write_model(tmp_path / role, state, config=CONFIG, side=SIDE)
+    return tmp_path
