@@ -122,5 +122,6 @@ def choices(certain: Sequence[bool], seed: int) -> list[tuple[str, Callable[[int
         ("all of it", lambda *_: 1.0),
         ("all but one call", lambda number, _: float(number != alone)),
         ("one call of it", lambda number, _: float(certain[number] or number == alone)),
+        ("its last call", lambda number, _: float(certain[number] or number == max(pending, default=-1))),
         ("some, torn", lambda number, _: some.get(number, 1.0)),
     ]
