@@ -101,8 +101,9 @@ def merge(
     seed: int = 0,
     iteration: int = 0,
     first: int = 0,
+    added: bool = False,
 ) -> Array:
-    """tuned = start + factor * DARE(sft - start); merged = alpha * base + (1 - alpha) * tuned."""
+    """tuned = start + factor * DARE(sft - start), merged = alpha * base + (1 - alpha) * tuned; or sft a delta."""
     exact = np.float64 in (base.dtype, sft.dtype, start.dtype)
     wide: type = np.float64 if exact else np.float32
     b, s, f = (widen(each, wide) for each in (base, start, sft))
@@ -110,9 +111,9 @@ def merge(
     weight, alpha_ = wide(1 - alpha), wide(alpha)
     with np.errstate(all="ignore"):
         if drop == 0 and factor == 1:
-            tuned = f
+            tuned = s + f if added else f
         else:
-            moved = s + (f - s) * scale
+            moved = s + (f if added else f - s) * scale
             tuned = np.where(mask(name, first, len(b), drop, seed, iteration), moved, s)
         if weight == 0:
             merged = b
@@ -141,6 +142,14 @@ def merge_tensors(
     begin = base if start is None else start
     merged = merge(to_array(base), to_array(sft), to_array(begin), out, **parameters)
     return to_tensor(merged, out, base.shape)
+
+
+def product(left: Array, right: Array, scaling: float) -> Array:
+    """float32(scaling) * sum over k of left[i, k] * right[k, j], in float32, k in order, from zero."""
+    total = np.zeros((left.shape[0], right.shape[1]), np.float32)
+    for k in range(left.shape[1]):
+        total = total + left[:, k : k + 1] * right[k : k + 1]
+    return np.float32(scaling) * total
 
 
 def squares(values: Array) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .checkpoint.computed import Computed
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import MERGED, TensorInfo
 from .config import mentions_tie, says_tied
@@ -26,9 +27,10 @@ class Group:
 
 def tied_groups(used: Mapping[str, Checkpoint], same_bytes: SameBytes) -> tuple[dict[str, Group], str, bool | None]:
     """Find the names that the base's config ties: name -> group, what breaks the tie, and what a config must say."""
-    whole = {role: each for role, each in used.items() if each.adapter is None}
-    groups, broken, tied = _groups_of_models(whole, same_bytes)
-    for adapter in (each for each in used.values() if each.adapter is not None):
+    models = {role: each for role, each in used.items() if each.adapter is None}
+    adapters = [each for each in used.values() if each.adapter is not None]
+    groups, broken, tied = _groups_of_models(models, adapters, same_bytes)
+    for adapter in adapters:
         for group in {id(group): group for group in groups.values() if len(group.names) > 1}.values():
             breaker = _broken_by_adapter(group, adapter, same_bytes)
             if breaker:
@@ -58,17 +60,18 @@ def _broken_by_adapter(group: Group, adapter: Checkpoint, same_bytes: SameBytes)
 
 
 def _groups_of_models(
-    used: Mapping[str, Checkpoint], same_bytes: SameBytes
+    used: Mapping[str, Checkpoint], adapters: Sequence[Checkpoint], same_bytes: SameBytes
 ) -> tuple[dict[str, Group], str, bool | None]:
     base = used["base"]
     if not says_tied(base.config):
         return {}, "", None if base.config is None else False
     ends: dict[tuple[int, ...], set[str]] = {}
-    for each in used.values():
-        for tensor in each.tensors.values():
-            end = is_input_embedding(tensor.name) or is_output_head(tensor.name)
-            if end and layer_key(tensor.name) is None and tensor.dtype in MERGED:
-                ends.setdefault(tensor.shape, set()).add(tensor.name)
+    for each in (*used.values(), *adapters):
+        stored: dict[str, TensorInfo | Computed] = {**each.tensors, **each.computed}
+        for name, tensor in stored.items():
+            end = is_input_embedding(name) or is_output_head(name)
+            if end and layer_key(name) is None and tensor.dtype in MERGED:
+                ends.setdefault(tensor.shape, set()).add(name)
     groups: dict[str, Group] = {}
     broken = ""
     for found in ends.values():
@@ -86,13 +89,13 @@ def _groups_of_models(
             groups |= {name: Group((name,), name, (name,), tuple(names)) for name in names}
             continue
         for members in [names] if len(classes) == 1 else classes:
-            stored = {role: [n for n in members if n in each.tensors] for role, each in used.items()}
-            if len(members) < 2 or not all(stored.values()) or not any(map(is_input_embedding, members)):
+            held = {role: [n for n in members if n in each.tensors] for role, each in used.items()}
+            if len(members) < 2 or not all(held.values()) or not any(map(is_input_embedding, members)):
                 continue
-            split = {role: _equal_classes(each, stored[role], same_bytes) for role, each in used.items()}
+            split = {role: _equal_classes(each, held[role], same_bytes) for role, each in used.items()}
             breaker = next((role for role, parts in split.items() if len(parts) > 1), None)
             if breaker is None:
-                group = Group(tuple(members), tied_key(stored["base"]), tuple(stored["base"]), tuple(members))
+                group = Group(tuple(members), tied_key(held["base"]), tuple(held["base"]), tuple(members))
                 groups |= dict.fromkeys(members, group)
             else:
                 one, other = split[breaker][0][0], split[breaker][1][0]

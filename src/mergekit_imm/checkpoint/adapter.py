@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..config import says_tied
 from ..errors import CheckpointError, MismatchError, shown
+from ..layers import is_input_embedding, is_output_head, only_in
 from .computed import Computed, LowRank, Rescaled, WithRows
 from .source import Checkpoint
 from .tensorfile import MERGED, TensorInfo
@@ -36,7 +38,7 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 Equal = Callable[[TensorInfo, TensorInfo], bool]
 _KEPT_IN_RECIPE = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora",
-    "trainable_token_indices",
+    "trainable_token_indices", "ensure_weight_tying",
 )  # fmt: skip
 
 
@@ -112,24 +114,27 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal) -> Checkpoint:
                 " `merge_and_unload()`, then `save_pretrained`"
             )
         else:
-            trained[_name(path, adapter, model)] = tensor
+            name = _name(path, adapter, model)
+            trained[name] = replace(tensor, name=name)
     for (module, kind), pair in parts.items():
         name = _name(f"{module}.{'bias' if kind == 'bias' else 'weight'}", adapter, model)
         whole = trained.pop(name, None)
-        if name in computed or (whole is not None and not equal(whole, model.tensors[name])):
+        target = _target(name, model)
+        if name in computed or (whole is not None and not equal(whole, target)):
             raise CheckpointError(
                 f"{adapter.label} changes tensor '{shown(name)}' in two ways; merge it first: peft's"
                 " `merge_and_unload()`, then `save_pretrained`"
             )
-        change = _low_rank(name, module, kind, pair, adapter, model.tensors[name])
+        change = _low_rank(name, module, kind, pair, adapter, target)
         computed[name] = _rescaled(change, pair["vector"], adapter, model) if "vector" in pair else change
+    _check_tie(trained, adapter, model)
     if not trained and not computed:
         raise CheckpointError(f"{adapter.label} holds no tensor; save it again")
     return replace(adapter, tensors=trained, computed=computed)
 
 
 def _with_rows(name: str, module: str, rows: TensorInfo, adapter: Checkpoint, model: Checkpoint) -> WithRows:
-    target = model.tensors[name]
+    target = _target(name, model)
     assert adapter.adapter is not None
     given = adapter.adapter["trainable_token_indices"]
     if isinstance(given, dict):
@@ -143,7 +148,7 @@ def _with_rows(name: str, module: str, rows: TensorInfo, adapter: Checkpoint, mo
 
 
 def _rescaled(change: LowRank, magnitude: TensorInfo, adapter: Checkpoint, model: Checkpoint) -> Rescaled:
-    target = model.tensors[change.name]
+    target = _target(change.name, model)
     if change.turned or change.right is None or magnitude.count != target.shape[0]:
         raise _misfit(change.name, adapter, target, f"a magnitude of shape {list(magnitude.shape)}")
     _check_float(target, model)
@@ -166,11 +171,29 @@ def _unwrapped(key: str) -> str:
     return ".".join(part for part in parts if part not in wrappers).replace(".modules_to_save.default.", ".")
 
 
-def _name(path: str, adapter: Checkpoint, model: Checkpoint) -> str:
-    if path in model.tensors:
-        return path
-    from ..layers import only_in
+def _check_tie(trained: Mapping[str, TensorInfo], adapter: Checkpoint, model: Checkpoint) -> None:
+    """Refuse an embedding that was trained apart from a head that is stored nowhere: it would change with it."""
+    assert adapter.adapter is not None
+    if not says_tied(model.config) or adapter.adapter["ensure_weight_tying"]:
+        return
+    embedding = next(filter(is_input_embedding, trained), None)
+    if embedding is not None and not any(map(is_output_head, {*trained, *model.tensors})):
+        raise CheckpointError(
+            f"{adapter.label} holds '{shown(embedding)}', trained apart from the head that {model.label} ties to it;"
+            " train both (modules_to_save) or tied (ensure_weight_tying), or merge it first: peft's"
+            " `merge_and_unload()`, then `save_pretrained`"
+        )
 
+
+def _target(name: str, model: Checkpoint) -> TensorInfo:
+    """The tensor of a name; of a head that is not stored, as it is tied, the embedding."""
+    return model.tensors.get(name) or next(t for n, t in model.tensors.items() if is_input_embedding(n))
+
+
+def _name(path: str, adapter: Checkpoint, model: Checkpoint) -> str:
+    tied_head = is_output_head(path) and says_tied(model.config) and any(map(is_input_embedding, model.tensors))
+    if path in model.tensors or tied_head:
+        return path
     complaint = only_in([path], model.tensors, adapter.label, model.label)
     raise MismatchError(f"{complaint}; is this the model that the adapter was trained on?")
 

@@ -1,0 +1,345 @@
+"""LoRA adapters as SFT: written by PEFT, merged by us, and compared with PEFT's own merge and with the formulas."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import reference
+from checkpoints import files_of, random_state, read_model, same_bits, write_model
+from mergekit_imm import ArgumentError, CheckpointError, MergeError, MismatchError, merge_checkpoints, verify
+from mergekit_imm.products import product
+from models import LAYOUTS, load, new_model
+
+Options = dict[str, Any]
+
+# What is trained, by a name that a test is known by.
+KINDS: dict[str, tuple[str, Options]] = {
+    "lora": ("llama", {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 16}),
+    "all linear": ("qwen3_moe", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    "rslora, patterns": ("llama", {
+        "target_modules": "all-linear", "use_rslora": True,
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3},
+        "alpha_pattern": {"layers.0.self_attn.k_proj": 5, "down_proj": 1},
+    }),
+    "a head trained whole": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "an embedding, by factors": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "a tied embedding, by factors": ("qwen2", {"target_modules": ["embed_tokens", "k_proj"]}),
+    "a tied head, by factors": ("qwen2", {"target_modules": ["lm_head", "k_proj"]}),
+    "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
+    "biases of factors": ("qwen2", {"target_modules": ["k_proj"], "lora_bias": True}),
+    "all biases": ("qwen2", {"target_modules": ["k_proj"], "bias": "all"}),
+    "DoRA": ("llama", {"target_modules": "all-linear", "use_dora": True}),
+    "tokens": ("qwen2", {"target_modules": ["k_proj"], "trainable_token_indices": [3, 5, 90]}),
+    "tokens of a module": ("llama", {
+        "target_modules": ["k_proj"], "trainable_token_indices": {"embed_tokens": [0, 95]},
+    }),
+}  # fmt: skip
+
+
+def train(folder: Path, layout: str, options: Options, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a base, an adapter with all that is trained random, and what PEFT's merge makes of them in float32."""
+    model = new_model(layout)
+    model.config.tie_word_embeddings = LAYOUTS[layout].tied
+    model.save_pretrained(folder / "base")
+    adapted(folder / "base", folder / "adapter", folder / "merged", layout, options, dtype)
+    return folder
+
+
+def adapted(base: Path, adapter: Path, merged: Path, layout: str, options: Options, dtype: torch.dtype) -> None:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(5)
+        model = LAYOUTS[layout].auto.from_pretrained(base, dtype=torch.float32)
+        config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, **options})
+        wrapped = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+                    parameter.copy_(parameter.to(dtype))
+        wrapped.save_pretrained(adapter)
+        wrapped.merge_and_unload().save_pretrained(merged)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_what_peft_s_own_merge_gives(tmp_path: Path, kind: str) -> None:
+    """In float32 up to the order of sums; in bfloat16 within one unit in the last place."""
+    layout, options = KINDS[kind]
+    train(tmp_path, layout, options)
+    report = merge_checkpoints(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", alpha=0, drop=0, dtype="float32", verify=True
+    )
+    assert report.verified
+    ours, theirs = read_model(tmp_path / "out"), read_model(tmp_path / "merged")
+    assert set(ours) - {"lm_head.weight"} == set(theirs) - {"lm_head.weight"}
+    base = read_model(tmp_path / "base")
+    changed = 0
+    for name in set(ours) & set(theirs):
+        torch.testing.assert_close(ours[name], theirs[name].float(), rtol=2e-6, atol=2e-7)
+        changed += not torch.equal(ours[name], base[name].float()) if name in base else 1
+    assert changed >= 2
+    load(tmp_path / "out", layout)
+    merge_checkpoints(tmp_path / "base", tmp_path / "adapter", tmp_path / "half", alpha=0, drop=0)
+    for name, tensor in read_model(tmp_path / "half").items():
+        if name in theirs:
+            ulps = tensor.view(torch.int16).int() - theirs[name].to(tensor.dtype).view(torch.int16).int()
+            assert ulps.abs().max() <= 1
+    verify(tmp_path / "half")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("trained"), *KINDS["rslora, patterns"], dtype=torch.bfloat16)
+
+
+def scaling_of(name: str) -> float:
+    rank = 2 if "q_proj" in name else 3 if "layers.1.mlp.up_proj" in name else 4
+    alpha = 5 if "layers.0.self_attn.k_proj" in name else 1 if "down_proj" in name else 8
+    return float(alpha / np.sqrt(rank))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"alpha": 0.5, "drop": 0.9}, {"alpha": 0.7, "drop": 0}, {"alpha": 0, "drop": 0.2},
+     {"alpha": 0.3, "drop": 0, "importance": {"0": 1.0, "1": 3.0}}],
+)  # fmt: skip
+@pytest.mark.parametrize("other_start", [False, True])
+def test_the_bits_are_those_of_the_formulas(
+    trained: Path, tmp_path: Path, parameters: Options, other_start: bool
+) -> None:
+    """The delta is never rounded, and added to the start; what the adapter leaves alone is as in the start."""
+    base = read_model(trained / "base")
+    start = {name: (tensor.float() + 0.01).to(tensor.dtype) for name, tensor in base.items()} if other_start else base
+    options = dict(parameters)
+    if other_start:
+        config = json.loads((trained / "base" / "config.json").read_text())
+        write_model(tmp_path / "start", start, config=config)
+        options |= {"start": tmp_path / "start", "iteration": 2}
+    merge_checkpoints(trained / "base", trained / "adapter", tmp_path / "out", **options)
+    factors = load_file(trained / "adapter" / "adapter_model.safetensors")
+    factor = {"0": 0.5, "1": 1.5} if "importance" in parameters else {}
+    for name, tensor in read_model(tmp_path / "out").items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        delta = None
+        if f"{key}.lora_A.weight" in factors:
+            left, right = (factors[f"{key}.lora_{each}.weight"].float().numpy() for each in "BA")
+            delta = torch.from_numpy(reference.product(left, right, scaling_of(name)))
+        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+        expected = reference.merge_tensors(
+            base[name], start[name] if delta is None else delta, start[name], tensor.dtype, name=name,
+            alpha=parameters["alpha"], drop=parameters["drop"], factor=factor.get(layer, 1.0),
+            iteration=2 if other_start else 0, added=delta is not None,
+        )  # fmt: skip
+        assert same_bits(tensor, expected), name
+
+
+@given(
+    rank=st.integers(1, 9), rows=st.integers(1, 40), columns=st.integers(1, 2100), scaling=st.floats(0.01, 100),
+    cuts=st.lists(st.integers(0, 3000), max_size=5), seed=st.integers(0, 2**16),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_any_piece_of_a_product_is_that_piece(
+    rank: int, rows: int, columns: int, scaling: float, cuts: list[int], seed: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    left = draw.normal(size=(rows, rank)).astype(np.float32)
+    right = draw.normal(size=(rank, columns)).astype(np.float32)
+    whole = reference.product(left, right, scaling).reshape(-1)
+    edges = sorted({0, rows * columns, *(cut for cut in cuts if cut < rows * columns)})
+    for first, end in pairwise(edges):
+        out = np.full(end - first, np.nan, np.float32)
+        row = first // columns
+        product(left[row:], right, np.float32(scaling), first - row * columns, out)
+        assert out.tobytes() == whole[first:end].tobytes()
+
+
+@pytest.mark.parametrize("kind", ["lora", "DoRA", "tokens", "Conv1D", "an embedding, by factors"])
+def test_any_number_of_workers_and_any_pieces_give_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    train(tmp_path, *KINDS[kind])
+    given = (tmp_path / "base", tmp_path / "adapter")
+    merge_checkpoints(*given, tmp_path / "one", drop=0.5, workers=1)
+    with patch("mergekit_imm.execute.BUFFER", 16 * 4096), patch("mergekit_imm.plan.RECORD", 1024):
+        merge_checkpoints(*given, tmp_path / "other", drop=0.5, workers=5)
+    one, other = files_of(tmp_path / "one"), files_of(tmp_path / "other")
+    del one["imm_report.json"], other["imm_report.json"]  # sums of other pieces
+    assert one == other
+
+
+def test_the_path_of_gpus_gives_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    from mergekit_imm import execute, gpu
+
+    merge_checkpoints(trained / "base", trained / "adapter", tmp_path / "cpu", drop=0.5)
+    device = execute.Device(gpu.merge_span_on("cpu"), gpu.buffer)
+    with patch("mergekit_imm.merge.pick_device", lambda _: device):
+        merge_checkpoints(trained / "base", trained / "adapter", tmp_path / "gpu", drop=0.5)
+    assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
+
+
+def test_the_recipe_says_what_the_adapter_is(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    report = merge_checkpoints(trained / "base", tmp_path / "adapter", tmp_path / "out")
+    recipe = json.loads((tmp_path / "out" / "imm_recipe.json").read_text())
+    assert recipe["inputs"]["sft"]["adapter"]["lora_alpha"] == 8
+    assert recipe["inputs"]["sft"]["adapter"]["rank_pattern"] == KINDS["rslora, patterns"][1]["rank_pattern"]
+    assert report.bytes_read == sum(f.stat().st_size for f in (trained / "base").glob("*.safetensors")) - _head(
+        trained / "base" / "model.safetensors"
+    ) + sum(t.nbytes for t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values())
+    assert "adapter_config.json" not in files_of(tmp_path / "out")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    with pytest.raises(CheckpointError, match=r"its adapter_config\.json has changed"):
+        verify(tmp_path / "out")
+
+
+def _head(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_tokenizers_come_with_the_adapter(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer.json").write_text('{"a": 1}')
+    merge_checkpoints(trained / "base", tmp_path / "adapter", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"a": 1}'
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"peft_type": "IA3"}, "is a IA3 adapter, and only LORA is read; .*merge_and_unload"),
+        ({"peft_type": None}, "is a None adapter"),
+        ({"init_lora_weights": "pissa"}, "initialised by pissa, which changed its base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "initialised by pissa_niter_4"),
+        ({"init_lora_weights": "olora"}, "initialised by olora"),
+        ({"init_lora_weights": "corda"}, "initialised by corda"),
+        ({"init_lora_weights": "loftq"}, "initialised by loftq"),
+        ({"init_lora_weights": "lora_ga"}, "initialised by lora_ga"),
+        ({"layer_replication": [[0, 1]]}, "has layer_replication"),
+        ({"alora_invocation_tokens": [1, 2]}, "has alora_invocation_tokens"),
+        ({"use_qalora": True}, "has use_qalora"),
+        ({"target_parameters": ["experts.up"]}, "has target_parameters"),
+        ({"use_bdlora": {"x": 1}}, "has use_bdlora"),
+        ({"r": 0}, "its r is 0, no positive number"),
+        ({"r": "8"}, "its r is 8, no positive number"),
+        ({"lora_alpha": float("inf")}, "its lora_alpha is inf"),
+        ({"rank_pattern": {"(": 2}}, "its rank_pattern is no mapping of patterns"),
+        ({"alpha_pattern": ["x"]}, "its alpha_pattern is no mapping"),
+        ({"r": 5}, "and rank 5"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused_by_name(trained: Path, tmp_path: Path, change: Options, match: str) -> None:
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for dry_run in (True, False):
+        with pytest.raises(MergeError, match=match) as caught:
+            merge_checkpoints(trained / "base", tmp_path / "adapter", tmp_path / "out", dry_run=dry_run)
+        assert str(caught.value).isprintable()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (("lora_A.weight", "lora_A.weird"), "which is not understood"),
+        (("layers.1.self_attn.q_proj.lora_A", "layers.1.self_attn.q_proj.lora_X"), "which is not understood"),
+        (("layers.1.", "layers.7."), r"only, not in .*is this the model that the adapter was trained on\?"),
+        (("lora_B", None), "has one factor only"),
+    ],
+)
+def test_factors_that_fit_nothing_are_refused(
+    trained: Path, tmp_path: Path, change: tuple[str, str | None], match: str
+) -> None:
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    state = load_file(path)
+    old, new = change
+    save_file({n.replace(old, new or ""): t for n, t in state.items() if new is not None or old not in n}, path)
+    with pytest.raises((CheckpointError, MismatchError), match=match):
+        merge_checkpoints(trained / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_an_adapter_of_another_model_is_refused(trained: Path, tmp_path: Path) -> None:
+    state = read_model(trained / "base")
+    wider = {n: torch.cat([t, t]) if "q_proj" in n else t for n, t in state.items()}
+    write_model(tmp_path / "base", wider, config=json.loads((trained / "base" / "config.json").read_text()))
+    with pytest.raises(MismatchError, match=r"q_proj\.weight' is BF16 \[64, 32\], and .*is this the model"):
+        merge_checkpoints(tmp_path / "base", trained / "adapter", tmp_path / "out")
+
+
+def test_an_adapter_is_no_base_and_no_start(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"base .* holds an adapter; .*give the model it was trained on"):
+        merge_checkpoints(trained / "adapter", trained / "base", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"start .* holds an adapter"):
+        merge_checkpoints(trained / "base", trained / "base", tmp_path / "out", start=trained / "adapter", iteration=1)
+
+
+def test_options_that_need_a_whole_model_are_refused(trained: Path, tmp_path: Path) -> None:
+    given = (trained / "base", trained / "adapter", tmp_path / "out")
+    with pytest.raises(ArgumentError, match=r"cannot be taken from sft .*adapter"):
+        merge_checkpoints(*given, take=["q_proj"])
+    write_model(tmp_path / "start", read_model(trained / "base"))
+    with pytest.raises(ArgumentError, match="leave out --reference base"):
+        merge_checkpoints(*given, start=tmp_path / "start", iteration=1, reference="base")
+    assert merge_checkpoints(*given, keep=["q_proj"]).tensors["kept"] == 2
+
+
+def test_an_adapter_on_a_tied_model_that_trained_the_head_apart_unties_it(tmp_path: Path) -> None:
+    train(tmp_path, "qwen2", {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]})
+    report = merge_checkpoints(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", alpha=0, drop=0)
+    assert "trained apart, though the base ties it" in report.notes[0]
+    out = read_model(tmp_path / "out")
+    head = next(t for n, t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items() if "lm_head" in n)
+    assert torch.equal(out["lm_head.weight"], head.to(torch.bfloat16))
+    assert torch.equal(out["model.embed_tokens.weight"], read_model(tmp_path / "base")["model.embed_tokens.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_an_embedding_trained_apart_from_its_tied_head_is_refused(tmp_path: Path) -> None:
+    """Its head would change with it; trained both, or tied, it can be merged."""
+    train(tmp_path / "apart", "qwen2", {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"]})
+    with pytest.raises(CheckpointError, match=r"trained apart from the head that base .* ties to it; train both"):
+        merge_checkpoints(tmp_path / "apart" / "base", tmp_path / "apart" / "adapter", tmp_path / "out")
+    train(tmp_path / "both", "qwen2", {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens", "lm_head"]})
+    merge_checkpoints(tmp_path / "both" / "base", tmp_path / "both" / "adapter", tmp_path / "out", alpha=0, drop=0)
+    out, factors = read_model(tmp_path / "out"), load_file(tmp_path / "both" / "adapter" / "adapter_model.safetensors")
+    for end in ("model.embed_tokens.weight", "lm_head.weight"):
+        trained = next(tensor for name, tensor in factors.items() if name.endswith(end))
+        assert torch.equal(out[end], trained.to(torch.bfloat16))
+
+
+def test_values_that_are_not_finite_are_refused(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    state: dict[str, Tensor] = load_file(path)
+    name = next(name for name in state if "layers.1.mlp.up_proj.lora_A" in name)
+    state[name][0, 3] = torch.inf
+    save_file(state, path)
+    with pytest.raises(MergeError, match=r"layers\.1\.mlp\.up_proj\.weight' of sft .* has 64 NaN or infinite"):
+        merge_checkpoints(trained / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_random_state_is_no_adapter(tmp_path: Path) -> None:
+    """A folder with a model in it is a model, whatever else lies there."""
+    for role in ("base", "sft"):
+        write_model(tmp_path / role, random_state({"a.weight": (4, 4)}, seed=len(role)))
+    (tmp_path / "sft" / "adapter_config.json").write_text("{}")
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
+    assert "adapter_config.json" not in files_of(tmp_path / "out")
