@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 import mergekit_imm
 from checkpoints import files_of, random_state, write_model
@@ -95,3 +96,22 @@ def test_a_start_on_a_hub_tells_its_round(tmp_path: Path, models: dict[str, Path
         assert json.loads(done.stdout)["parameters"]["iteration"] == 1
     history = json.loads((out / "imm_recipe.json").read_text())["history"]
     assert [recipe["parameters"]["seed"] for recipe in history] == [5]
+
+
+def test_an_adapter_on_a_hub_is_planned_and_merged(tmp_path: Path, hub: FakeHub) -> None:
+    base = write_model(tmp_path / "base", random_state({"model.layers.0.q.weight": (8, 8)}))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    shapes = {f"base_model.model.model.layers.0.q.lora_{x}.weight": s for x, s in (("A", (2, 8)), ("B", (8, 2)))}
+    save_file(random_state(shapes), adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    hub.add("org/lora", files_of(adapter))
+    out = tmp_path / "out"
+    for extra in (["--dry-run"], []):
+        done = imm_merge(tmp_path / "home", hub, str(base), "org/lora", *extra, "-o", str(out))
+        assert done.returncode == 0, done.stderr
+    merge_checkpoints(base, adapter, tmp_path / "local")
+    assert files_of(out)["model.safetensors"] == files_of(tmp_path / "local")["model.safetensors"]
+    hub.add("org/ia3", {**files_of(adapter), "adapter_config.json": b'{"peft_type": "IA3"}'})
+    refused = imm_merge(tmp_path / "home", hub, str(base), "org/ia3", "-o", str(tmp_path / "other"))
+    assert "is a IA3 adapter" in refused.stderr

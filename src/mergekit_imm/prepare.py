@@ -64,7 +64,8 @@ def open_inputs(
         return {r: open_checkpoint(ref, r, copy_code=code, dry_run=dry_run, outs=outs) for r, ref in refs.items()}
 
     if not dry_run and any(is_hub_id(ref) for ref in refs.values()):
-        plans_of(opened(dry_run=True), parameters)  # refuse from headers, before hours of downloading
+        # Refuse from headers, before hours of downloading.
+        plans_of(with_adapter(opened(dry_run=True), values["reference"]), parameters)
     inputs = opened(dry_run)
     if "start" in inputs and _same_place(inputs["start"], inputs["base"]):
         del inputs["start"]

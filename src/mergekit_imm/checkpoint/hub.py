@@ -19,7 +19,7 @@ from ..recipe import RECIPE_FILE
 from .sidefiles import is_side_file
 from .tensorfile import HEADER_LIMIT, INDEX, MODEL
 
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # What the hub allows in a name, and git in a branch or tag.
 _REF = re.compile(r"(\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@([^\s~^:?*\[\\]+))?", re.ASCII)
@@ -102,7 +102,7 @@ def list_remote(ref: str) -> Listing:
     """
     with _one_line(ref), ThreadPoolExecutor(8) as pool:
         found = _find(ref)
-        small = _small(found, "config.json", INDEX, RECIPE_FILE)
+        small = _small(found, "config.json", INDEX, RECIPE_FILE, ADAPTER_CONFIG)
         files = _model_files(found, _index(found, small))
         headers = pool.map(lambda name: _header(found, name), files)
         return Listing(found.repo, found.commit, found.sizes, small, dict(zip(files, headers, strict=True)))
@@ -115,7 +115,8 @@ def wanted(names: Iterable[str], index: dict[str, Any] | None, copy_code: bool) 
     ['model.safetensors', 'config.json']
     """
     names = list(names)
-    side = [name for name in names if name in (INDEX, RECIPE_FILE) or is_side_file(name, copy_code=copy_code)]
+    own = (INDEX, RECIPE_FILE, ADAPTER_CONFIG)
+    side = [name for name in names if name in own or is_side_file(name, copy_code=copy_code)]
     return _weights(names, index) + side
 
 

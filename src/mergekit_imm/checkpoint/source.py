@@ -14,12 +14,11 @@ from ..json_input import parse_json, read_small
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
 from .computed import Computed
+from .hub import ADAPTER, ADAPTER_CONFIG
 from .sidefiles import is_side_file
 from .tensorfile import INDEX, MODEL, Stamp, TensorFile, TensorInfo, open_tensorfile, parse_header, stamp
 
 _DEPTH = 64  # of folders in a model
-
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # Forms of a model that are recognised and not read, and what to do about each.
 _OTHER_FORMS = (
@@ -171,8 +170,9 @@ def _from_listing(listing: hub.Listing, role: str, ref: str, copy_code: bool) ->
     small = {name: _parsed(content, f"{ref}/{name}") for name, content in listing.small.items()}
     index = small.get(INDEX)
     folders = sorted({PurePosixPath(name).parts[0] for name in everything if "/" in name})
+    is_adapter = role == "sft" and _is_adapter(top)
     files = {}
-    for name in _model_files(top, index, role, ref, folders):
+    for name in [ADAPTER] if is_adapter else _model_files(top, index, role, ref, folders):
         if name not in listing.headers:
             raise CheckpointError(f"{role} {shown(ref)} lacks {shown(name)} on the hub, which its {INDEX} names")
         files[name] = parse_header(listing.headers[name], name, listing.sizes[name], None)
@@ -182,7 +182,8 @@ def _from_listing(listing: hub.Listing, role: str, ref: str, copy_code: bool) ->
     found = _assembled(role, ref, None, files, config, side, left, index)
     content = listing.small.get(RECIPE_FILE) if role == "start" else None
     recipe = None if content is None else parse_recipe(content, f"{ref}/{RECIPE_FILE}")
-    return replace(found, repo=listing.repo, commit=listing.commit, recipe=recipe)
+    adapter = small[ADAPTER_CONFIG] if is_adapter else None
+    return replace(found, repo=listing.repo, commit=listing.commit, recipe=recipe, adapter=adapter)
 
 
 def _is_adapter(top: list[str]) -> bool:
