@@ -99,7 +99,7 @@ def test_a_start_on_a_hub_tells_its_round(tmp_path: Path, models: dict[str, Path
 
 
 def test_an_adapter_on_a_hub_is_planned_and_merged(tmp_path: Path, hub: FakeHub) -> None:
-    base = write_model(tmp_path / "base", random_state({"model.layers.0.q.weight": (8, 8)}))
+    base = write_model(tmp_path / "plain", random_state({"model.layers.0.q.weight": (8, 8)}))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     shapes = {f"base_model.model.model.layers.0.q.lora_{x}.weight": s for x, s in (("A", (2, 8)), ("B", (8, 2)))}
