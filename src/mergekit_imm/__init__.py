@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .errors import (
         ArgumentError,
+        ChangedError,
         CheckpointError,
         MergeError,
         MismatchError,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ArgumentError": "errors",
+    "ChangedError": "errors",
     "CheckpointError": "errors",
     "MergeError": "errors",
     "MergeReport": "recipe",
@@ -51,6 +53,7 @@ _HOME = {
 
 __all__ = [
     "ArgumentError",
+    "ChangedError",
     "CheckpointError",
     "MergeError",
     "MergeReport",

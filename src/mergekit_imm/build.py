@@ -87,12 +87,13 @@ def _take(job: Job, recipe: Recipe, restart: bool) -> None:
 
 def _remove_foreign(job: Job) -> None:
     """Remove from a folder under way what is not of its merge: links, rests of files that an input no longer has."""
+    own = {*job.whole, journal.JOURNAL}
     for path in sorted(job.partial.rglob("*"), reverse=True):
         name = str(path.relative_to(job.partial))
         if path.is_dir() and not path.is_symlink():
             with suppress(OSError):
                 path.rmdir()  # if it is empty
-        elif path.is_symlink() or name not in {*job.whole, journal.JOURNAL}:
+        elif path.is_symlink() or name not in own:
             path.unlink()
 
 

@@ -19,9 +19,8 @@ import pytest
 
 from checkpoints import files_of
 from commands import LATE, SLOW, Ended, subprocess_of
-from mergekit_imm import CheckpointError, MergeError, OutputError, VerifyError, merge_checkpoints, stream
+from mergekit_imm import ChangedError, CheckpointError, MergeError, OutputError, VerifyError, merge_checkpoints, stream
 from mergekit_imm.checkpoint import disk, journal, output
-from mergekit_imm.errors import ChangedError
 
 
 def json_of(*arguments: str, status: int = 0) -> dict[str, Any]:

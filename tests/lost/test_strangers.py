@@ -13,9 +13,8 @@ import pytest
 
 from checkpoints import files_of, random_state, write_model
 from commands import LATE, subprocess_of
-from mergekit_imm import OutputError, VerifyError, merge_checkpoints, verify
+from mergekit_imm import ChangedError, OutputError, VerifyError, merge_checkpoints, verify
 from mergekit_imm.checkpoint import disk, journal, swap
-from mergekit_imm.errors import ChangedError
 
 
 def killed(folder: Path, share: float = 0.5) -> None:

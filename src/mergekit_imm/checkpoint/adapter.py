@@ -15,8 +15,6 @@ from .computed import Computed, LowRank, Rescaled, WithRows
 from .source import Checkpoint
 from .tensorfile import MERGED, TensorInfo
 
-CONFIG = "adapter_config.json"
-
 # What changes the meaning of the factors, with the reason. Absent, None, false and empty are as if not there.
 _REFUSED = {
     "alora_invocation_tokens": "it acts on some tokens only",
