@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -188,10 +189,6 @@ class _Stopped(BaseException):
 def _run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
     """Run a command; exit 0 done, 1 refused or failed, 2 wrong usage, 130/143 on signals."""
 
-    def stop(number: int, _: object) -> NoReturn:
-        _ignore_signals()  # what is being written comes to its end, in a moment, before the files are closed
-        raise _Stopped(number)
-
     os.environ.setdefault("MERGEKIT_IMM_WIDE_VECTORS", "1")  # see `jit`
     _allow_open_files()
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -199,9 +196,7 @@ def _run(command: click.Command, arguments: list[str] | None = None) -> NoReturn
     merging = command is merge_command and "--dry-run" not in arguments
     kept = "; what was written is kept, and the same command goes on where it stopped" if merging else ""
     try:
-        signal.signal(signal.SIGTERM, stop)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
-            signal.signal(signal.SIGINT, stop)
+        _listen()
         status = command.main(arguments, prog_name=command.name, standalone_mode=False)
         sys.stdout.flush()
         _ignore_signals()  # it is done
@@ -259,6 +254,32 @@ def _tell(text: str) -> None:
 def _let_go_of_stdout() -> None:
     """See to it that Python does not try again when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _listen() -> None:
+    """Let SIGTERM and SIGINT raise _Stopped, once."""
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        numbers.append(signal.SIGINT)
+
+    def stop(number: int, _: object) -> NoReturn:
+        _ignore_signals()  # what is being written comes to its end, in a moment, before the files are closed
+        raise _Stopped(number)
+
+    def listen() -> None:
+        for number in numbers:
+            signal.signal(number, stop)
+
+    def swallowed(about: sys.UnraisableHookArgs) -> None:
+        if not isinstance(about.exc_value, _Stopped):
+            return sys.__unraisablehook__(about)
+        # It was raised where nothing can be: in a callback of a library, as when the kernel is loaded. Once more, soon.
+        listen()
+        return threading.Timer(0.02, os.kill, (os.getpid(), about.exc_value.args[0])).start()
+
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = swallowed
+    listen()
 
 
 def _ignore_signals() -> None:

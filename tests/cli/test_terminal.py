@@ -51,6 +51,32 @@ def test_a_signal_ends_a_merge_that_the_same_command_finishes(
     assert {role: files_of(large / role) for role in ("base", "sft")} == inputs
 
 
+IN_A_CALLBACK = """
+import ctypes, os, signal, time
+from mergekit_imm import cli, kernel
+merge_span, calls = kernel.merge_span, []
+callback = ctypes.CFUNCTYPE(None)(lambda: os.kill(os.getpid(), signal.SIGTERM))
+def slowly(*arguments):
+    time.sleep(0.02)
+    merge_span(*arguments)
+def first(*arguments):
+    kernel.merge_span = slowly
+    callback()  # what is raised in there goes no further
+    merge_span(*arguments)
+kernel.merge_span = first
+cli.main()
+"""
+
+
+def test_a_signal_in_a_callback_of_a_library_is_not_lost(large: Path) -> None:
+    """As when it comes while numba loads the kernel: no traceback, and the merge stops all the same."""
+    ended = subprocess_of("merge", "base", "sft", "-o", "out-c", cwd=large, code=IN_A_CALLBACK)
+    assert ended.status == 143
+    assert ended.err.strip() == f"error: {ended.error}"
+    assert not (large / "out-c").exists()
+    assert subprocess_of("merge", "base", "sft", "-o", "out-c", cwd=large).status == 0
+
+
 def test_a_terminal_shows_a_bar_with_speed_and_time_left(here: Path) -> None:
     printed = on_a_terminal("merge", "base", "sft", "-o", "out", cwd=here)
     assert "merging" in printed
