@@ -272,10 +272,11 @@ def _listen() -> None:
 
     def swallowed(about: sys.UnraisableHookArgs) -> None:
         if not isinstance(about.exc_value, _Stopped):
-            return sys.__unraisablehook__(about)
+            sys.__unraisablehook__(about)
+            return
         # It was raised where nothing can be: in a callback of a library, as when the kernel is loaded. Once more, soon.
         listen()
-        return threading.Timer(0.02, os.kill, (os.getpid(), about.exc_value.args[0])).start()
+        threading.Timer(0.02, os.kill, (os.getpid(), about.exc_value.args[0])).start()
 
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = swallowed
