@@ -104,8 +104,8 @@ def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **o
       tuned  = start + factor * DARE(sft - start)
       merged = alpha * BASE + (1 - alpha) * tuned
 
-    BASE, SFT and --start are folders, .safetensors files or hub ids (org/name[@revision]). An interrupted
-    merge goes on where it stopped when the same command is run again.
+    BASE, SFT and --start are folders, .safetensors files or hub ids (org/name[@revision]); SFT may be a LoRA
+    adapter. An interrupted merge goes on where it stopped when the same command is run again.
     """
     from .merge import merge_checkpoints
     from .sweep import SWEPT, points

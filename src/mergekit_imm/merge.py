@@ -96,7 +96,7 @@ def merge_checkpoints(
 
     Args:
         base, sft, start: a folder, a .safetensors file, or a hub id org/name[@revision]. `start` is what the
-            fine-tuning started from; the base if None.
+            fine-tuning started from; the base if None. `sft` may be a LoRA adapter, trained on `start`.
         out: the folder to make. It appears only when it is whole.
         alpha, drop, seed, reference: as in `dare_merge`. Of alpha, drop and seed lists may be given: a sweep, one
             output for each of their product, all from one reading of the inputs; `out` names them, "out-{alpha}".
