@@ -165,11 +165,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "")
     for key in [*old, *(key for key in new if key not in old)]:
         one, other = old.get(key), new.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
-            found += differences(one, other, f"{place}{key}.")
+            found += differences(one, other, f"{place}{shown(key, 60)}.")
         elif one != other and key == "fingerprint":
             found.append(f"{place.rstrip('.')} has changed")
         elif one != other:
-            found.append(f"{place}{key}: {shown(json.dumps(one), 60)}, now {shown(json.dumps(other), 60)}")
+            found.append(f"{place}{shown(key, 60)}: {shown(json.dumps(one), 60)}, now {shown(json.dumps(other), 60)}")
     return found
 
 

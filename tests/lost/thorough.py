@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib.metadata import version
@@ -53,10 +53,10 @@ def program(*arguments: object) -> dict[str, Any]:
     return found
 
 
-def at_once(tasks: Sequence[tuple[object, ...]]) -> list[dict[str, Any]]:
-    """Run programs, as many at a time as there are CPUs."""
+def at_once(tasks: Sequence[tuple[object, ...]]) -> Iterator[dict[str, Any]]:
+    """Run programs, as many at a time as there are CPUs; gives what they found in the order of the tasks."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(lambda task: program(*task), tasks))
+        yield from pool.map(lambda task: program(*task), tasks)
 
 
 def main(parts: Sequence[str], count: int, kills: int) -> None:
@@ -78,11 +78,11 @@ def main(parts: Sequence[str], count: int, kills: int) -> None:
         counts = {"KILL": kills, "TERM": kills // 4, "INT": kills // 4}
         keep("signals", {"signals": {n: program("kills", "--signal", n, "--count", c) for n, c in counts.items()}})
     if "damage" in parts:
-        batches = at_once([("damage", "--count", BATCH, "--seed", seed) for seed in range(-(-count // BATCH))])
         endings: Counter[str] = Counter()
-        for batch in batches:
+        tasks = [("damage", "--count", BATCH, "--seed", seed) for seed in range(-(-count // BATCH))]
+        for batch in at_once(tasks):
             endings.update(batch["endings"])
-        keep("damage", {"tried": sum(each["tried"] for each in batches), "endings": dict(sorted(endings.items()))})
+            keep("damage", {"tried": sum(endings.values()), "endings": dict(sorted(endings.items()))})
 
 
 if __name__ == "__main__":
