@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, check_unchanged, open
 from .plan import Plan
 
 COMPARED = 4 << 20  # bytes, or elements, at a time
+AHEAD = 8  # pieces between what is read and what is announced: two for each worker
+ANNOUNCED = 64 << 10  # bytes of a piece that is worth it
 
 Raw = npt.NDArray[np.uint8]
 
@@ -64,7 +66,15 @@ class Files:
             if path not in self._open:
                 self._open[path] = open_to_read(path)
             descriptor = self._open[path]
+        _announce(descriptor, tensor.begin + first + AHEAD * len(buffer), len(buffer))
         read_into(descriptor, buffer, tensor.begin + first, path)
+
+
+def _announce(descriptor: int, offset: int, count: int) -> None:
+    """Tell the system what will be read soon, so that the disk works while the workers compute."""
+    if count >= ANNOUNCED and hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # it is a hint
+            os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
 
 
 def check_inputs(plan: Plan) -> None:
