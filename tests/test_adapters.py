@@ -236,6 +236,7 @@ def test_tokenizers_come_with_the_adapter(trained: Path, tmp_path: Path) -> None
         ({"use_qalora": True}, "has use_qalora"),
         ({"target_parameters": ["experts.up"]}, "has target_parameters"),
         ({"use_bdlora": {"x": 1}}, "has use_bdlora"),
+        ({"use_something_new": True}, "has use_something_new, which is not known here"),
         ({"r": 0}, "its r is 0, no positive number"),
         ({"r": "8"}, "its r is 8, no positive number"),
         ({"lora_alpha": float("inf")}, "its lora_alpha is inf"),

@@ -99,6 +99,12 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
 
     @cached_property
+    def beside(self) -> tuple[str, ...]:
+        """Names of all files but the safetensors files."""
+        made = (("config.json", self.config), (INDEX, self.index))
+        return (*self.side, *(name for name, content in made if content is not None), *OWN)
+
+    @cached_property
     def bytes_to_read(self) -> int:
         """Bytes of all tensors that are read."""
         return sum(side.stored for item in self.items for side in item.sides.values())
@@ -173,12 +179,10 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
         for path in each.side
         if path != "config.json" or not changes
     }
-    made = {file.name for file in files} | {*OWN, *(["config.json"] if changes else []), *([INDEX] if index else [])}
-    _check_paths({**dict.fromkeys(made, "the merge"), **{path: used[role].label for path, (role, _) in side.items()}})
     notes = [
         f"note: {broken}: both are merged under their own names, and config.json says untied"
     ] if broken else []  # fmt: skip
-    return Plan(
+    plan = Plan(
         parameters=parameters,
         inputs=inputs,
         items=tuple(items),
@@ -189,15 +193,22 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
         side=dict(sorted(side.items())),
         notes=tuple(notes),
     )
+    _check_paths(plan)
+    return plan
 
 
-def _check_paths(origins: Mapping[str, str]) -> None:
-    """Refuse files of an output of which one would have to be the folder of another: path -> where it comes from."""
-    for path, origin in origins.items():
+def _check_paths(plan: Plan) -> None:
+    """Refuse files of an output of which one would have to be the folder of another."""
+    paths = {file.name for file in plan.files} | {*plan.beside}
+
+    def origin(path: str) -> str:
+        return plan.inputs[plan.side[path][0]].label if path in plan.side else "the merge"
+
+    for path in plan.beside:
         for folder in map(str, PurePosixPath(path).parents):
-            if folder in origins:
+            if folder in paths:
                 raise MismatchError(
-                    f"'{shown(folder)}' is a file of {origins[folder]}, and '{shown(path)}' of {origin} lies in a"
+                    f"'{shown(folder)}' is a file of {origin(folder)}, and '{shown(path)}' of {origin(path)} lies in a"
                     " folder of that name; rename or remove one of them"
                 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into
 from .plan import Plan
 
-COMPARED = 4 << 20  # bytes, or elements, at a time
+COMPARED = 1 << 20  # elements at a time
 AHEAD = 8  # pieces between what is read and what is announced: two for each worker
 ANNOUNCED = 64 << 10  # bytes of a piece that is worth it
 
@@ -91,41 +92,29 @@ def same_bytes(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bo
     """Compare two tensors of a checkpoint on disk; stops at the first difference."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with ExitStack() as stack:
-        files = []
-        for tensor in (one, other):
-            files.append(open_to_read(checkpoint.path(tensor)))
-            stack.callback(os.close, files[-1])
-        for first in range(0, one.nbytes, COMPARED):
-            count = min(COMPARED, one.nbytes - first)
-            contents = []
-            for descriptor, tensor in zip(files, (one, other), strict=True):
-                content = bytearray(count)
-                read_into(descriptor, memoryview(content), tensor.begin + first, checkpoint.path(tensor))
-                contents.append(content)
-            if contents[0] != contents[1]:
-                return False
-        return True
+    return all(np.array_equal(a, b) for a, b in _side_by_side((checkpoint, one), (checkpoint, other)))
 
 
-def same_values(*sides: tuple[Checkpoint, TensorInfo]) -> bool:
+def same_values(one: tuple[Checkpoint, TensorInfo], other: tuple[Checkpoint, TensorInfo]) -> bool:
     """Compare the values of two tensors of BF16, F16 or F32; stops at the first difference."""
-    (_, one), (_, other) = sides
-    if one.shape != other.shape or not {one.dtype, other.dtype} <= {"BF16", "F16", "F32"}:
+    dtypes = one[1].dtype, other[1].dtype
+    if one[1].shape != other[1].shape or not {*dtypes} <= {"BF16", "F16", "F32"}:
         return False
+    return all(np.array_equal(decoded(a, dtypes[0]), decoded(b, dtypes[1])) for a, b in _side_by_side(one, other))
+
+
+def _side_by_side(*sides: tuple[Checkpoint, TensorInfo]) -> Iterator[tuple[Raw, ...]]:
+    """The bytes of the same elements of two tensors, piece by piece."""
     with ExitStack() as stack:
         files = []
         for checkpoint, tensor in sides:
-            files.append(open_to_read(checkpoint.path(tensor)))
-            stack.callback(os.close, files[-1])
-        for first in range(0, one.count, COMPARED // 4):
-            count = min(COMPARED // 4, one.count - first)
-            values = []
-            for descriptor, (checkpoint, tensor) in zip(files, sides, strict=True):
-                width = DTYPE_BITS[tensor.dtype] // 8
-                raw = np.empty(count * width, np.uint8)
-                read_into(descriptor, memoryview(raw), tensor.begin + first * width, checkpoint.path(tensor))  # type: ignore[arg-type]
-                values.append(decoded(raw, tensor.dtype))
-            if not np.array_equal(values[0], values[1]):
-                return False
-    return True
+            path = checkpoint.path(tensor)
+            files.append((open_to_read(path), path))
+            stack.callback(os.close, files[-1][0])
+        for first in range(0, sides[0][1].count, COMPARED):
+            raws = []
+            for (descriptor, path), (_, tensor) in zip(files, sides, strict=True):
+                begin, end = (min(at, tensor.count) * DTYPE_BITS[tensor.dtype] // 8 for at in (first, first + COMPARED))
+                raws.append(np.empty(end - begin, np.uint8))
+                read_into(descriptor, memoryview(raws[-1]), tensor.begin + begin, path)  # type: ignore[arg-type]
+            yield tuple(raws)

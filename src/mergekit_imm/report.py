@@ -176,12 +176,6 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
     return "\n".join(lines).encode()
 
 
-def files_beside(plan: Plan) -> list[str]:
-    """Return the names of all files of a merge but the safetensors files."""
-    made = [name for name, it in (("model.safetensors.index.json", plan.index), ("config.json", plan.config)) if it]
-    return [*plan.side, *made, REPORT_FILE, CARD_FILE, RECIPE_FILE]
-
-
 def written_files(plan: Plan, recipe: Mapping[str, Any], records: npt.NDArray[np.float64]) -> dict[str, bytes]:
     """Return the small files that a merge writes itself, the recipe last."""
     files: dict[str, bytes] = {}

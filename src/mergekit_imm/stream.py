@@ -21,7 +21,7 @@ from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
 from .plan import Plan, Segment, segments
 from .reading import check_inputs
 from .recipe import MergeReport
-from .report import actions, files_beside, kinds
+from .report import actions, kinds
 from .sums import RECORD
 
 Recipe = Mapping[str, Any]
@@ -46,7 +46,7 @@ class Job:
         self.read = self.written = 0
         self.notes = list(plan.notes)
         self.sizes = {file.name: file.size for file in plan.files}
-        self.whole = {**dict.fromkeys(files_beside(plan)), **self.sizes}  # every file; None: of any size
+        self.whole = {**dict.fromkeys(plan.beside), **self.sizes}  # every file; None: of any size
         self.free = output.free_space(out)
         reused = self.partial.rglob("*") if restart else (self.partial / file.name for file in plan.files)
         held = sum(map(_blocks, reused))

@@ -27,6 +27,7 @@ _REFUSED = {
     "arrow_config": "it routes between adapters",
     "kasa_config": "its factors have a third between them",
 }
+_USES = ("use_rslora", "use_dora")
 # Starts that leave the base as it was; others took a part out of it, so that the adapter alone is not the change.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _FACTOR = re.compile(
@@ -54,6 +55,12 @@ def settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where} has {name}: {reason}, which is not read; merge it first: peft's `merge_and_unload()`, then"
                 " `save_pretrained`"
             )
+    unknown = [key for key, value in config.items() if key.startswith("use_") and value and key not in _USES]
+    if unknown:
+        raise CheckpointError(
+            f"{where} has {shown(unknown[0])}, which is not known here; merge it first: peft's `merge_and_unload()`,"
+            " then `save_pretrained`"
+        )
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise CheckpointError(

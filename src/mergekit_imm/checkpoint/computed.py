@@ -39,11 +39,6 @@ class Computed:
         return math.prod(self.shape[1:])
 
     @property
-    def nbytes(self) -> int:
-        """Bytes as they are handed out."""
-        return self.count * 4
-
-    @property
     def stored(self) -> int:
         """Bytes of an adapter that are read for it."""
         raise NotImplementedError
