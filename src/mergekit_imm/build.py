@@ -55,7 +55,7 @@ def build(
                 _remove_foreign(job)
             for (job, recipe), each in zip(unwritten, records, strict=True):
                 _write_side(job.plan, job.partial, recipe, each)
-            check_inputs(jobs[0].plan)  # again: small files were read since
+            check_inputs(jobs[0].plan)
         except (NonFiniteError, MismatchError, ChangedError):
             for job in jobs:
                 journal.empty(job.partial)

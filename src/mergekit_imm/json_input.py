@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,10 @@ def without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_small(path: Path) -> bytes:
-    """Return the bytes of a file that is small by its nature. Raises OSError; ValueError for one that is not."""
-    if not path.is_file():
-        raise ValueError("it is no plain file" if path.exists() else "it is not there")
-    if path.stat().st_size > SIZE:
-        raise ValueError(f"it has {path.stat().st_size} bytes, more than {SIZE}")
+    """Return the bytes of a file that is small by its nature. Raises OSError, also for one that is not."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # whoever opened a pipe would wait
+        raise OSError(errno.EINVAL, "it is no plain file")
+    if status.st_size > SIZE:
+        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than {SIZE}")
     return path.read_bytes()

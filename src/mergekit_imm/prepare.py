@@ -137,8 +137,10 @@ def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters])
         return checkpoint.folder is None or compare(checkpoint.role, one.name, other.name)
 
     plans = [make_plan(inputs, each, equal) for each in parameters]
-    linked = [f"{each.label}/{name}" for each in inputs.values() if each.role != "start" for name in each.left_out
-              if name.endswith("/") and not name.rpartition("/")[0].rpartition("/")[2].startswith(".")]  # fmt: skip
+    linked = [
+        f"{each.label}/{name}" for each in inputs.values() if each.role != "start" for name in each.left_out
+        if name.endswith("/") and not Path(name).name.startswith(".")
+    ]  # fmt: skip
     if linked:
         note = f"note: left out, as they are links to folders: {', '.join(map(shown, linked[:4]))}"
         plans = [replace(plan, notes=(*plan.notes, note + (", …" if len(linked) > 4 else ""))) for plan in plans]

@@ -110,9 +110,8 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
         if not path.exists():
             return None
         content = read_small(path)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{shown(path)} cannot be read: {reason}; merge again, or restore it") from error
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror}; merge again, or restore it") from error
     return parse_recipe(content, str(path))
 
 

@@ -27,6 +27,7 @@ _REFUSED = {
     "arrow_config": "it routes between adapters",
     "kasa_config": "its factors have a third between them",
 }
+_FIRST = "merge it first: peft's `merge_and_unload()`, then `save_pretrained`"
 _USES = ("use_rslora", "use_dora")
 # Starts that leave the base as it was; others took a part out of it, so that the adapter alone is not the change.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -45,22 +46,13 @@ def settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return what the numbers of an adapter depend on. Raises CheckpointError for what is not read, by its name."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(
-            f"{where} is a {shown(kind)} adapter, and only LORA is read; merge it first: peft's `merge_and_unload()`,"
-            " then `save_pretrained`"
-        )
+        raise CheckpointError(f"{where} is a {shown(kind)} adapter, and only LORA is read; {_FIRST}")
     for name, reason in _REFUSED.items():
         if config.get(name):
-            raise CheckpointError(
-                f"{where} has {name}: {reason}, which is not read; merge it first: peft's `merge_and_unload()`, then"
-                " `save_pretrained`"
-            )
+            raise CheckpointError(f"{where} has {name}: {reason}, which is not read; {_FIRST}")
     unknown = [key for key, value in config.items() if key.startswith("use_") and value and key not in _USES]
     if unknown:
-        raise CheckpointError(
-            f"{where} has {shown(unknown[0])}, which is not known here; merge it first: peft's `merge_and_unload()`,"
-            " then `save_pretrained`"
-        )
+        raise CheckpointError(f"{where} has {shown(unknown[0])}, which is not known here; {_FIRST}")
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise CheckpointError(
@@ -114,10 +106,7 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal) -> Checkpoint:
             name = _name(path.removesuffix(_ROWS) + ".weight", adapter, model)
             computed[name] = _with_rows(name, path.removesuffix(_ROWS), tensor, adapter, model)
         elif "lora_" in path or "token_adapter" in path:
-            raise CheckpointError(
-                f"{adapter.label} stores '{shown(key)}', which is not understood; merge it first: peft's"
-                " `merge_and_unload()`, then `save_pretrained`"
-            )
+            raise CheckpointError(f"{adapter.label} stores '{shown(key)}', which is not understood; {_FIRST}")
         else:
             name = _name(path, adapter, model)
             trained[name] = replace(tensor, name=name)
@@ -126,10 +115,7 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal) -> Checkpoint:
         whole = trained.pop(name, None)
         target = _target(name, model)
         if name in computed or (whole is not None and not equal(whole, target)):
-            raise CheckpointError(
-                f"{adapter.label} changes tensor '{shown(name)}' in two ways; merge it first: peft's"
-                " `merge_and_unload()`, then `save_pretrained`"
-            )
+            raise CheckpointError(f"{adapter.label} changes tensor '{shown(name)}' in two ways; {_FIRST}")
         change = _low_rank(name, module, kind, pair, adapter, target)
         computed[name] = _rescaled(change, pair["vector"], adapter, model) if "vector" in pair else change
     _check_tie(trained, adapter, model)
@@ -185,8 +171,7 @@ def _check_tie(trained: Mapping[str, TensorInfo], adapter: Checkpoint, model: Ch
     if embedding is not None and not any(map(is_output_head, {*trained, *model.tensors})):
         raise CheckpointError(
             f"{adapter.label} holds '{shown(embedding)}', trained apart from the head that {model.label} ties to it;"
-            " train both (modules_to_save) or tied (ensure_weight_tying), or merge it first: peft's"
-            " `merge_and_unload()`, then `save_pretrained`"
+            f" train both (modules_to_save) or tied (ensure_weight_tying), or {_FIRST}"
         )
 
 

@@ -22,9 +22,9 @@ _DEPTH = 64  # of folders in a model
 
 # Forms of a model that are recognised and not read, and what to do about each.
 _OTHER_FORMS = (
-    (("adapter_config.json", "adapter_model.safetensors"), "an adapter",
-     "give the model it was trained on; an adapter is given as SFT, in a folder with its adapter_config.json and its"
-     " adapter_model.safetensors"),
+    ((ADAPTER_CONFIG, ADAPTER), "an adapter",
+     f"give the model it was trained on; an adapter is given as SFT, in a folder with its {ADAPTER_CONFIG} and its"
+     f" {ADAPTER}"),
     (("*.gguf",), "GGUF weights", "use the original safetensors checkpoint"),
     (("*.bin", "*.pt", "*.pth", "*.ckpt"), "PyTorch pickles",
      "load with transformers and `save_pretrained` (it writes safetensors)"),
@@ -332,9 +332,8 @@ def _is_side(name: str, copy_code: bool) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = read_small(path)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{shown(path)} cannot be read: {reason}; copy or download it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror}; copy or download it again") from error
     return _parsed(content, str(path))
 
 
