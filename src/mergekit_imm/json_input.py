@@ -44,9 +44,15 @@ def without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_small(path: Path) -> bytes:
     """Return the bytes of a file that is small by its nature. Raises OSError, also for one that is not."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # whoever opened a pipe would wait
-        raise OSError(errno.EINVAL, "it is no plain file")
-    if status.st_size > SIZE:
-        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than {SIZE}")
+    size = plain_size(path)
+    if size > SIZE:
+        raise OSError(errno.EFBIG, f"it has {size} bytes, more than {SIZE}")
     return path.read_bytes()
+
+
+def plain_size(path: Path) -> int:
+    """Return the size of a plain file. Raises OSError, also for what is none: whoever opened a pipe would wait."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return status.st_size

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +118,7 @@ def test_tens_of_thousands_of_tensors(tmp_path: Path) -> None:
     for role in ("base", "sft"):
         (tmp_path / role).mkdir()
         save_arrays(state, tmp_path / role / "model.safetensors")
-    began = time.monotonic()
     merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
-    assert time.monotonic() - began < 120
     merged = load_arrays(tmp_path / "out" / "model.safetensors")
     assert merged.keys() == state.keys()
     assert all((merged[name] == state[name]).all() for name in state)

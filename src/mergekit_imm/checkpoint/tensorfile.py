@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ChangedError, CheckpointError, shown
-from ..json_input import parse_json, without_duplicates
+from ..json_input import parse_json, plain_size, without_duplicates
 
 # Bits per element of every dtype a header may name. Float kinds that are merged; the rest is copied or refused.
 DTYPE_BITS = {
@@ -71,8 +71,7 @@ def open_tensorfile(path: Path, name: str) -> TensorFile:
     from safetensors import SafetensorError, safe_open
 
     try:
-        if not path.is_file():
-            raise FileNotFoundError(errno.ENOENT, "No such file" if not path.exists() else "It is no plain file")
+        plain_size(path)
         with safe_open(path, framework="numpy"):
             pass
         with path.open("rb") as file:
@@ -179,7 +178,10 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, where: object) -
                 " command again"
             ) from error
         if got == 0:
-            raise ChangedError(f"{where} ended at byte {offset + done}: it was changed or cut off during the merge")
+            raise ChangedError(
+                f"{where} ended at byte {offset + done}: it was changed or cut off during the merge; wait until the"
+                " model is complete, and merge again"
+            )
         done += got
 
 
