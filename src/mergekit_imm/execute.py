@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint.computed import Computed
+from .checkpoint.computed import Computed, Raw, Tensor
 from .checkpoint.disk import PAGE, place
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo
 from .errors import ArgumentError, MismatchError, NonFiniteError, shown
 from .layers import ready_option
 from .mask import BLOCK, Arithmetic, arithmetic
 from .plan import Item, Plan, Segment
-from .reading import Files, Raw
+from .reading import Files
 from .sums import RECORD, Record, is_finite, new_tally, to_record
 
 BUFFERS = 64 << 20  # of all workers together
@@ -124,7 +124,7 @@ def run(
     turn = threading.Lock()
     stop = threading.Event()
     results: queue.SimpleQueue[Done | tuple[int, BaseException] | None] = queue.SimpleQueue()
-    with Files(plans[0]) as files:
+    with Files(plans[0].inputs) as files:
 
         def work() -> None:
             index = -1
@@ -183,7 +183,7 @@ def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink:
     return Done(segment, records, read, item.bytes_written(segment.count))
 
 
-def _bytes_read(side: TensorInfo | Computed, segment: Segment) -> int:
+def _bytes_read(side: Tensor, segment: Segment) -> int:
     """Bytes of tensors that a segment reads; factors are counted once."""
     if isinstance(side, Computed):
         return 0 if segment.first else side.stored
@@ -290,7 +290,7 @@ def _look_closer(
         )
 
 
-def _count_nonfinite(tensor: TensorInfo | Computed, role: str, files: Files) -> tuple[int, int]:
+def _count_nonfinite(tensor: Tensor, role: str, files: Files) -> tuple[int, int]:
     from .kernel import finite_elements
 
     width = DTYPE_BITS[tensor.dtype] // 8

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from .checkpoint.computed import Computed, LowRank
+from .checkpoint.computed import LowRank, Tensor
 from .checkpoint.sidefiles import OWN
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, INDEX, MERGED, WHOLE, TensorInfo
@@ -46,17 +46,15 @@ class Item:
 
     name: str  # the name its mask is keyed by
     action: Action
-    sides: Mapping[str, TensorInfo | Computed]  # base, start, sft: those that are read
+    sides: Mapping[str, Tensor]  # base, start, sft: those that are read
     outs: tuple[TensorInfo, ...]  # one, or each name of a tied tensor
     numbers: Arithmetic
     key: tuple[int, int]
 
     @property
-    def source(self) -> TensorInfo:
+    def source(self) -> Tensor:
         """The tensor whose shape and count the others share; the one that is copied, if any is."""
-        found = self.sides["sft" if self.action == "take" else "base"]
-        assert isinstance(found, TensorInfo)
-        return found
+        return self.sides["sft" if self.action == "take" else "base"]
 
     @property
     def raw(self) -> bool:
@@ -216,13 +214,13 @@ def _check_paths(plan: Plan) -> None:
 # --- names, shapes, dtypes
 
 
-def _side(each: Checkpoint, name: str, group: Group | None) -> TensorInfo | Computed | None:
+def _side(each: Checkpoint, name: str, group: Group | None) -> Tensor | None:
     """The tensor that a name means in a checkpoint."""
-    if name in each.tensors or name in each.computed or group is None:
-        return each.tensors.get(name) or each.computed.get(name)
+    if name in each.tensors or group is None:
+        return each.tensors.get(name)
     # Who stores the tied tensor under another of its names means it by this one, too; an adapter, while it is tied.
     names = group.siblings if each.adapter is None else group.names
-    return next((found for n in names if (found := each.tensors.get(n) or each.computed.get(n))), None)
+    return next((found for n in names if (found := each.tensors.get(n))), None)
 
 
 def _check_names(used: Mapping[str, Checkpoint], parameters: Parameters, groups: Mapping[str, Group]) -> None:
@@ -274,7 +272,7 @@ _arithmetic = cache(arithmetic)  # one for all tensors that are merged alike
 def _item(
     key: str,
     written: list[str],
-    sides: dict[str, TensorInfo | Computed],
+    sides: dict[str, Tensor],
     used: Mapping[str, Checkpoint],
     choose: Callable[[str, list[str], str], bool],
     factors: Mapping[str, float],
@@ -291,11 +289,11 @@ def _item(
         kind = _check_alike(key, sides, used)
         action = "merge" if kind == "float" else "copy"
     source = sides["sft" if action == "take" else "base"]
-    dtype = source.dtype
+    dtype = source.native
     if dtype in MERGED:
-        native = sides["base"].dtype if "base" in sides else main
+        native = sides["base"].native if "base" in sides else main
         dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
-    if isinstance(source, Computed):
+    if action == "take" and used["sft"].adapter is not None and not isinstance(source, TensorInfo):
         raise ArgumentError(
             f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, which is an adapter and holds its change"
             " only; merge it first, or leave out --take"
@@ -308,7 +306,7 @@ def _item(
     if isinstance(sides.get("sft"), LowRank):
         numbers = replace(numbers, added=True)
     # Placed there by the layout: beside the base's tensor, or at the end.
-    home = used["base"].tensors[sides["base"].name].file if "base" in sides else list(used["base"].files)[-1]
+    home = used["base"].home(sides["base"].name if "base" in sides else "")
     outs = tuple(
         TensorInfo(name, dtype, source.shape, home, 0, source.count * DTYPE_BITS[dtype] // 8) for name in written
     )
@@ -317,7 +315,7 @@ def _item(
     return Item(key, action, sides, outs, numbers, mask_key(key, p.seed, p.iteration))
 
 
-def _check_alike(name: str, sides: Mapping[str, TensorInfo | Computed], used: Mapping[str, Checkpoint]) -> str:
+def _check_alike(name: str, sides: Mapping[str, Tensor], used: Mapping[str, Checkpoint]) -> str:
     """Return "float" or "whole"; raise unless all sides have one shape and one mergeable kind of dtype."""
     base = sides["base"]
     for role, side in sides.items():
@@ -353,5 +351,5 @@ def _main_dtype(base: Checkpoint) -> str:
     floats = Counter[str]()
     for tensor in base.tensors.values():
         if tensor.dtype in MERGED:
-            floats[tensor.dtype] += tensor.count
+            floats[tensor.native] += tensor.count
     return floats.most_common(1)[0][0] if floats else "F32"

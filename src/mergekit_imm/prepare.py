@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.adapter import applied
+from .checkpoint.computed import Tensor
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
-from .checkpoint.tensorfile import TensorInfo, fingerprint
+from .checkpoint.tensorfile import fingerprint
 from .errors import ArgumentError, CheckpointError, shown
 from .importance import read_importance
 from .plan import Plan, make_plan
@@ -95,10 +96,10 @@ def with_adapter(inputs: dict[str, Checkpoint], reference: str) -> dict[str, Che
         )
     model = inputs.get("start", inputs["base"])
 
-    def equal(one: TensorInfo, other: TensorInfo) -> bool:
+    def equal(one: Tensor, other: Tensor) -> bool:
         if model.folder is None or adapter.folder is None:
             return True  # a dry run on a hub id; compared when it is merged
-        return same_values((adapter, one), (model, other))
+        return same_values(inputs, ("sft", one), (model.role, other))
 
     return {**inputs, "sft": applied(adapter, model, equal)}
 
@@ -130,9 +131,9 @@ def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters])
     @functools.cache
     def compare(role: str, one: str, other: str) -> bool:
         tensors = inputs[role].tensors
-        return same_bytes(inputs[role], tensors[one], tensors[other])
+        return same_bytes(inputs, (role, tensors[one]), (role, tensors[other]))
 
-    def equal(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
+    def equal(checkpoint: Checkpoint, one: Tensor, other: Tensor) -> bool:
         # A dry run on a hub id downloads no tensors; it takes the config's word for the tie.
         return checkpoint.folder is None or compare(checkpoint.role, one.name, other.name)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from .checkpoint.computed import Computed, Matrix, Read, decoded
+from .checkpoint.computed import Computed, Raw, Read, Tensor, decoded
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into
 from .plan import Plan
@@ -20,17 +20,16 @@ from .plan import Plan
 COMPARED = 1 << 20  # elements at a time
 AHEAD = 8  # pieces between what is read and what is announced: two for each worker
 ANNOUNCED = 64 << 10  # bytes of a piece that is worth it
-
-Raw = npt.NDArray[np.uint8]
+SHARED = 8  # tensors of which what all rows need is held: each worker's, and what those are made of
 
 
 class Files:
-    """Read-only handles of the input files of a plan, opened when first needed."""
+    """Read-only handles of the files of some inputs, opened when first needed."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._inputs = plan.inputs
+    def __init__(self, inputs: Mapping[str, Checkpoint]) -> None:
+        self._inputs = inputs
         self._open: dict[Path, int] = {}
-        self._shared: dict[str, Matrix] = {}
+        self._shared: dict[int, tuple[Computed, Any]] = {}  # by id: to hash a tensor of many pieces takes long
         self._lock = threading.Lock()
 
     def __enter__(self) -> Files:  # noqa: D105
@@ -40,26 +39,27 @@ class Files:
         for descriptor in self._open.values():
             os.close(descriptor)
 
-    def read(self, role: str, tensor: TensorInfo | Computed, first: int, buffer: Raw) -> None:
+    def read(self, role: str, tensor: Tensor, first: int, buffer: Raw) -> None:
         """Fill a buffer from byte `first` of a tensor."""
-        if isinstance(tensor, Computed):
-            self._compute(tensor, first, buffer)
-        else:
+        if isinstance(tensor, TensorInfo):
             self._read(role, tensor, first, memoryview(buffer))  # type: ignore[arg-type]
+        else:
+            tensor.fill(self._reads, self._shared_of(tensor), first // (DTYPE_BITS[tensor.dtype] // 8), buffer)
 
-    def _compute(self, tensor: Computed, first: int, buffer: Raw) -> None:
+    def _shared_of(self, tensor: Computed) -> Any:
         with self._lock:
-            shared = self._shared.get(tensor.name)
+            _, shared = self._shared.get(id(tensor), (tensor, None))
         if shared is None:
             shared = tensor.shared(self._reads)
-            with self._lock:
-                while len(self._shared) > 1:  # those of two tensors: workers are at the end of one and in the next
-                    del self._shared[next(iter(self._shared))]
-                self._shared[tensor.name] = shared
-        tensor.fill(self._reads, shared, first // 4, buffer.view(np.float32))
+            if shared is not None:
+                with self._lock:
+                    while len(self._shared) >= SHARED:
+                        del self._shared[next(iter(self._shared))]
+                    self._shared[id(tensor)] = tensor, shared
+        return shared
 
     def _reads(self, role: str) -> Read:
-        return functools.partial(self._read, role)
+        return functools.partial(self.read, role)
 
     def _read(self, role: str, tensor: TensorInfo, first: int, buffer: memoryview) -> None:
         path = self._inputs[role].path(tensor)
@@ -88,33 +88,33 @@ def check_inputs(plan: Plan) -> None:
             check_unchanged(path, before)
 
 
-def same_bytes(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
-    """Compare two tensors of a checkpoint on disk; stops at the first difference."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+Side = tuple[str, Tensor]  # the role of a model, and a tensor of it
+
+
+def same_bytes(inputs: Mapping[str, Checkpoint], one: Side, other: Side) -> bool:
+    """Compare two tensors on disk; stops at the first difference."""
+    if (one[1].dtype, one[1].shape) != (other[1].dtype, other[1].shape):
         return False
-    return all(np.array_equal(a, b) for a, b in _side_by_side((checkpoint, one), (checkpoint, other)))
+    return all(np.array_equal(a, b) for a, b in _side_by_side(inputs, one, other))
 
 
-def same_values(one: tuple[Checkpoint, TensorInfo], other: tuple[Checkpoint, TensorInfo]) -> bool:
+def same_values(inputs: Mapping[str, Checkpoint], one: Side, other: Side) -> bool:
     """Compare the values of two tensors of BF16, F16 or F32; stops at the first difference."""
     dtypes = one[1].dtype, other[1].dtype
     if one[1].shape != other[1].shape or not {*dtypes} <= {"BF16", "F16", "F32"}:
         return False
-    return all(np.array_equal(decoded(a, dtypes[0]), decoded(b, dtypes[1])) for a, b in _side_by_side(one, other))
+    pieces = _side_by_side(inputs, one, other)
+    return all(np.array_equal(decoded(a, dtypes[0]), decoded(b, dtypes[1])) for a, b in pieces)
 
 
-def _side_by_side(*sides: tuple[Checkpoint, TensorInfo]) -> Iterator[tuple[Raw, ...]]:
+def _side_by_side(inputs: Mapping[str, Checkpoint], *sides: Side) -> Iterator[tuple[Raw, ...]]:
     """The bytes of the same elements of two tensors, piece by piece."""
-    with ExitStack() as stack:
-        files = []
-        for checkpoint, tensor in sides:
-            path = checkpoint.path(tensor)
-            files.append((open_to_read(path), path))
-            stack.callback(os.close, files[-1][0])
-        for first in range(0, sides[0][1].count, COMPARED):
+    with Files(inputs) as files:
+        count = sides[0][1].count
+        for first in range(0, count, COMPARED):
             raws = []
-            for (descriptor, path), (_, tensor) in zip(files, sides, strict=True):
-                begin, end = (min(at, tensor.count) * DTYPE_BITS[tensor.dtype] // 8 for at in (first, first + COMPARED))
+            for role, tensor in sides:
+                begin, end = (min(at, count) * DTYPE_BITS[tensor.dtype] // 8 for at in (first, first + COMPARED))
                 raws.append(np.empty(end - begin, np.uint8))
-                read_into(descriptor, memoryview(raws[-1]), tensor.begin + begin, path)  # type: ignore[arg-type]
+                files.read(role, tensor, begin, raws[-1])
             yield tuple(raws)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .checkpoint.computed import Computed
+from .checkpoint.computed import Computed, Tensor
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import MERGED, TensorInfo
 from .config import mentions_tie, says_tied
 from .errors import CheckpointError, shown
 from .layers import is_input_embedding, is_output_head, layer_key, tied_key
 
-SameBytes = Callable[[Checkpoint, TensorInfo, TensorInfo], bool]
+SameBytes = Callable[[Checkpoint, Tensor, Tensor], bool]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ def _broken_by_adapter(group: Group, adapter: Checkpoint, same_bytes: SameBytes)
 
     Factors and rows for either name change the one tensor, as PEFT merges them. A module trained whole is a copy.
     """
-    changed = {name: adapter.tensors[name] for name in group.names if name in adapter.tensors}
-    parts = [name for name in group.names if name in adapter.computed]
+    held = {name: adapter.tensors[name] for name in group.names if name in adapter.tensors}
+    changed = {name: tensor for name, tensor in held.items() if isinstance(tensor, TensorInfo)}
+    parts = [name for name, tensor in held.items() if isinstance(tensor, Computed)]
     if parts and len(changed) + len(parts) > 1:
         raise CheckpointError(
             f"{adapter.label} changes '{shown(group.names[0])}' and '{shown(group.names[1])}', which are one tensor;"
@@ -67,8 +68,7 @@ def _groups_of_models(
         return {}, "", None if base.config is None else False
     ends: dict[tuple[int, ...], set[str]] = {}
     for each in (*used.values(), *adapters):
-        stored: dict[str, TensorInfo | Computed] = {**each.tensors, **each.computed}
-        for name, tensor in stored.items():
+        for name, tensor in each.tensors.items():
             end = is_input_embedding(name) or is_output_head(name)
             if end and layer_key(name) is None and tensor.dtype in MERGED:
                 ends.setdefault(tensor.shape, set()).add(name)

@@ -11,9 +11,9 @@ from typing import Any
 from ..config import says_tied
 from ..errors import CheckpointError, MismatchError, shown
 from ..layers import is_input_embedding, is_output_head, only_in
-from .computed import Computed, LowRank, Rescaled, WithRows
+from .computed import Computed, LowRank, Rescaled, Tensor, WithRows, renamed
 from .source import Checkpoint
-from .tensorfile import MERGED, TensorInfo
+from .tensorfile import MERGED
 
 # What changes the meaning of the factors, with the reason. Absent, None, false and empty are as if not there.
 _REFUSED = {
@@ -35,7 +35,7 @@ _FACTOR = re.compile(
     r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.default)?(?:\.(weight|bias))?"
 )
 _ROWS = ".token_adapter.trainable_tokens_delta"
-Equal = Callable[[TensorInfo, TensorInfo], bool]
+Equal = Callable[[Tensor, Tensor], bool]
 _KEPT_IN_RECIPE = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora",
     "trainable_token_indices", "ensure_weight_tying",
@@ -92,8 +92,8 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal) -> Checkpoint:
     """
     assert adapter.adapter is not None
     adapter = replace(adapter, adapter=settings(adapter.adapter, adapter.label))
-    parts: dict[tuple[str, str], dict[str, TensorInfo]] = {}
-    trained: dict[str, TensorInfo] = {}  # whole
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+    trained: dict[str, Tensor] = {}  # whole
     computed: dict[str, Computed] = {}
     for key, tensor in adapter.tensors.items():
         path = _unwrapped(key)
@@ -109,7 +109,7 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal) -> Checkpoint:
             raise CheckpointError(f"{adapter.label} stores '{shown(key)}', which is not understood; {_FIRST}")
         else:
             name = _name(path, adapter, model)
-            trained[name] = replace(tensor, name=name)
+            trained[name] = renamed(tensor, name)
     for (module, kind), pair in parts.items():
         name = _name(f"{module}.{'bias' if kind == 'bias' else 'weight'}", adapter, model)
         whole = trained.pop(name, None)
@@ -121,10 +121,10 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal) -> Checkpoint:
     _check_tie(trained, adapter, model)
     if not trained and not computed:
         raise CheckpointError(f"{adapter.label} holds no tensor; save it again")
-    return replace(adapter, tensors=trained, computed=computed)
+    return replace(adapter, tensors={**trained, **computed})
 
 
-def _with_rows(name: str, module: str, rows: TensorInfo, adapter: Checkpoint, model: Checkpoint) -> WithRows:
+def _with_rows(name: str, module: str, rows: Tensor, adapter: Checkpoint, model: Checkpoint) -> WithRows:
     target = _target(name, model)
     assert adapter.adapter is not None
     given = adapter.adapter["trainable_token_indices"]
@@ -138,7 +138,7 @@ def _with_rows(name: str, module: str, rows: TensorInfo, adapter: Checkpoint, mo
     return WithRows(name, target.shape, target, model.role, rows, places)
 
 
-def _rescaled(change: LowRank, magnitude: TensorInfo, adapter: Checkpoint, model: Checkpoint) -> Rescaled:
+def _rescaled(change: LowRank, magnitude: Tensor, adapter: Checkpoint, model: Checkpoint) -> Rescaled:
     target = _target(change.name, model)
     if change.turned or change.right is None or magnitude.count != target.shape[0]:
         raise _misfit(change.name, adapter, target, f"a magnitude of shape {list(magnitude.shape)}")
@@ -147,7 +147,7 @@ def _rescaled(change: LowRank, magnitude: TensorInfo, adapter: Checkpoint, model
     return Rescaled(change.name, target.shape, change, magnitude, target, model.role)
 
 
-def _check_float(tensor: TensorInfo, where: Checkpoint) -> None:
+def _check_float(tensor: Tensor, where: Checkpoint) -> None:
     if tensor.dtype not in ("BF16", "F16", "F32"):
         raise CheckpointError(
             f"{where.label} stores '{shown(tensor.name)}' as {tensor.dtype}; with an adapter, BF16, F16 and F32 are"
@@ -162,7 +162,7 @@ def _unwrapped(key: str) -> str:
     return ".".join(part for part in parts if part not in wrappers).replace(".modules_to_save.default.", ".")
 
 
-def _check_tie(trained: Mapping[str, TensorInfo], adapter: Checkpoint, model: Checkpoint) -> None:
+def _check_tie(trained: Mapping[str, Tensor], adapter: Checkpoint, model: Checkpoint) -> None:
     """Refuse an embedding that was trained apart from a head that is stored nowhere: it would change with it."""
     assert adapter.adapter is not None
     if not says_tied(model.config) or adapter.adapter["ensure_weight_tying"]:
@@ -175,7 +175,7 @@ def _check_tie(trained: Mapping[str, TensorInfo], adapter: Checkpoint, model: Ch
         )
 
 
-def _target(name: str, model: Checkpoint) -> TensorInfo:
+def _target(name: str, model: Checkpoint) -> Tensor:
     """The tensor of a name; of a head that is not stored, as it is tied, the embedding."""
     return model.tensors.get(name) or next(t for n, t in model.tensors.items() if is_input_embedding(n))
 
@@ -189,7 +189,7 @@ def _name(path: str, adapter: Checkpoint, model: Checkpoint) -> str:
 
 
 def _low_rank(
-    name: str, module: str, kind: str, pair: Mapping[str, TensorInfo], adapter: Checkpoint, target: TensorInfo
+    name: str, module: str, kind: str, pair: Mapping[str, Tensor], adapter: Checkpoint, target: Tensor
 ) -> LowRank:
     a, b = pair.get("A"), pair.get("B")
     if b is None or (a is None) != (kind == "bias"):
@@ -218,7 +218,7 @@ def _low_rank(
     return LowRank(name, target.shape, b, a, scaling)
 
 
-def _misfit(name: str, adapter: Checkpoint, target: TensorInfo, what: str) -> MismatchError:
+def _misfit(name: str, adapter: Checkpoint, target: Tensor, what: str) -> MismatchError:
     return MismatchError(
         f"tensor '{shown(name)}' is {target.dtype} {list(target.shape)}, and {adapter.label} has {what} for it;"
         " is this the model that the adapter was trained on?"

@@ -1,24 +1,29 @@
-"""Tensors that are computed while they are read, in float32, and never on disk: what an adapter makes of a tensor."""
+"""Tensors that are computed while they are read, and never on disk: slices, pieces put together, what an adapter makes.
+
+Each fills any range of its elements from what it reads, so that nothing is ever in memory whole.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .tensorfile import DTYPE_BITS, TensorInfo
 
-Read = Callable[[TensorInfo, int, memoryview], None]  # fill a buffer from a byte of a tensor
+Read = Callable[["Tensor", int, npt.NDArray[np.uint8]], None]  # fill a buffer from a byte of a tensor
 Reads = Callable[[str], Read]  # of a role
 Matrix = npt.NDArray[np.float32]
+Raw = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Computed:
-    """What all of them have in common: a name, a shape, and elements in float32."""
+    """What all of them have in common: a name, a shape, and elements in float32 unless they say otherwise."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,6 +32,11 @@ class Computed:
     def dtype(self) -> str:
         """As it is handed out."""
         return "F32"
+
+    @property
+    def native(self) -> str:
+        """The dtype of an output whose base it is."""
+        return self.dtype
 
     @property
     def count(self) -> int:
@@ -39,21 +49,162 @@ class Computed:
         return math.prod(self.shape[1:])
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that are handed out."""
+        return self.count * DTYPE_BITS[self.dtype] // 8
+
+    @property
     def stored(self) -> int:
-        """Bytes of an adapter that are read for it."""
+        """Bytes on the disk that are read for it."""
         raise NotImplementedError
 
-    def shared(self, reads: Reads) -> Matrix:
+    def shared(self, reads: Reads) -> Any:  # noqa: ARG002
         """Return what all rows need."""
-        raise NotImplementedError
+        return None
 
-    def fill(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
-        """Compute the elements from `first` on."""
+    def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:
+        """Fill a buffer with the elements from `first` on."""
+        self.compute(reads, shared, first, out.view(np.float32))
+
+    def compute(self, reads: Reads, shared: Any, first: int, out: Matrix) -> None:
+        """Compute the elements from `first` on, in float32."""
         raise NotImplementedError
 
     def rows(self, first: int, count: int) -> tuple[int, int]:
         """Return the first row of some elements, and the one behind their last."""
         return first // self.columns, (first + count - 1) // self.columns + 1
+
+
+Tensor = TensorInfo | Computed
+
+
+def sliced(tensor: Tensor, role: str, name: str, first: int, shape: tuple[int, ...]) -> Tensor:
+    """Return consecutive elements of a model's tensor, in row-major order from `first` on, as a tensor of their own."""
+    if isinstance(tensor, TensorInfo):
+        begin, nbytes = (count * DTYPE_BITS[tensor.dtype] // 8 for count in (first, math.prod(shape)))
+        return replace(tensor, name=name, shape=shape, begin=tensor.begin + begin, nbytes=nbytes)
+    return Slice(name, shape, tensor, role, first)
+
+
+def renamed(tensor: Tensor, name: str) -> Tensor:
+    """Return the same tensor by another name."""
+    return tensor if tensor.name == name else replace(tensor, name=name)
+
+
+@dataclass(frozen=True)
+class Slice(Computed):
+    """Consecutive elements of a computed tensor, in row-major order."""
+
+    whole: Computed
+    role: str
+    first: int
+
+    @property
+    def dtype(self) -> str:
+        """That of the whole."""
+        return self.whole.dtype
+
+    @property
+    def native(self) -> str:
+        """That of the whole."""
+        return self.whole.native
+
+    @property
+    def stored(self) -> int:
+        """Its share of the bytes of the whole."""
+        return self.whole.stored * self.count // max(1, self.whole.count)
+
+    def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
+        """Fill a buffer with the elements from `first` on."""
+        reads(self.role)(self.whole, (self.first + first) * DTYPE_BITS[self.dtype] // 8, out)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor that is a box of a larger one, beginning at `place`."""
+
+    role: str  # of the model that it is in
+    tensor: Tensor
+    place: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pieces(Computed):
+    """A tensor that is stored in boxes, which fill it and do not overlap."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def dtype(self) -> str:
+        """That of the pieces; if they differ, the one that holds all their values."""
+        dtypes = {piece.tensor.dtype for piece in self.pieces}
+        return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
+
+    @property
+    def native(self) -> str:
+        """That of the first piece."""
+        return self.pieces[0].tensor.native
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all pieces."""
+        return sum(piece.tensor.stored for piece in self.pieces)
+
+    def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
+        """Fill a buffer with the elements from `first` on."""
+        width = DTYPE_BITS[self.dtype] // 8
+        end = first + len(out) // width
+        for piece in self.pieces:
+            for at, begin, count in _runs(self.shape, piece.place, piece.tensor.shape, first, end):
+                target = out[(at - first) * width : (at - first + count) * width]
+                _fill_as(piece.tensor, self.dtype, reads(piece.role), begin, target)
+
+
+def _runs(
+    whole: tuple[int, ...], place: tuple[int, ...], sizes: tuple[int, ...], first: int, end: int
+) -> list[tuple[int, int, int]]:
+    """Return which elements first..end of a tensor lie in a box of it: runs of (place in the whole, in the box, count).
+
+    Both are flat, row-major.
+    """
+    if not whole:
+        return [(0, 0, 1)]
+    split = len(whole) - 1  # the last dimension in which the box is not the whole; what is behind it is contiguous
+    while split > 0 and sizes[split] == whole[split]:
+        split -= 1
+    inner = math.prod(whole[split + 1 :])
+    run, line = sizes[split] * inner, whole[split] * inner
+    lead = whole[:split]
+    found = []
+    for index in range(first // line if line else 0, -(-end // line) if line else 0):
+        at: list[int] = []
+        rest = index
+        for size in reversed(lead):
+            rest, digit = divmod(rest, size)
+            at.insert(0, digit)
+        inside = [digit - begin for digit, begin in zip(at, place, strict=False)]
+        if any(not 0 <= digit < size for digit, size in zip(inside, sizes, strict=False)):
+            continue
+        number = 0
+        for digit, size in zip(inside, sizes, strict=False):
+            number = number * size + digit
+        begins = index * line + place[split] * inner
+        low, high = max(first, begins), min(end, begins + run)
+        if low < high:
+            found.append((low, number * run + low - begins, high - low))
+    return found
+
+
+def _fill_as(tensor: Tensor, dtype: str, read: Read, first: int, out: Raw) -> None:
+    """Fill a buffer with elements of a tensor, in a dtype that holds all its values."""
+    width = DTYPE_BITS[tensor.dtype] // 8
+    if tensor.dtype == dtype:
+        read(tensor, first * width, out)
+        return
+    raw = np.empty(len(out) // (DTYPE_BITS[dtype] // 8) * width, np.uint8)
+    read(tensor, first * width, raw)
+    values = raw.view(np.float64) if tensor.dtype == "F64" else decoded(raw, tensor.dtype)
+    out.view({"F32": np.float32, "F64": np.float64}[dtype])[:] = values
 
 
 @dataclass(frozen=True)
@@ -66,8 +217,8 @@ class LowRank(Computed):
     Without `right` the delta is a vector, scaling * left.
     """
 
-    left: TensorInfo
-    right: TensorInfo | None
+    left: Tensor
+    right: Tensor | None
     scaling: float
     turned: bool = False
 
@@ -88,7 +239,7 @@ class LowRank(Computed):
         whole = _matrix(self.right, reads("sft"), 0, self.right.shape)
         return np.ascontiguousarray(whole.T) if self.turned else whole
 
-    def fill(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
+    def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
         """Compute the elements from `first` on."""
         from ..products import product
 
@@ -112,8 +263,8 @@ class Rescaled(Computed):
     """
 
     change: LowRank
-    magnitude: TensorInfo
-    weight: TensorInfo
+    magnitude: Tensor
+    weight: Tensor
     role: str  # of the model that the weight is in
 
     @property
@@ -125,13 +276,13 @@ class Rescaled(Computed):
         """Return the right factor."""
         return self.change.shared(reads)
 
-    def fill(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
+    def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
         """Compute the elements from `first` on; norms are those of whole rows."""
         from ..products import rescale
 
         row, end = self.rows(first, len(out))
         whole = np.empty((end - row) * self.columns, np.float32)
-        self.change.fill(reads, shared, row * self.columns, whole)
+        self.change.compute(reads, shared, row * self.columns, whole)
         weight = _matrix(self.weight, reads(self.role), row * self.columns, (end - row, self.columns))
         magnitude = _matrix(self.magnitude, reads("sft"), row, (end - row, 1))
         rescale(weight, whole.reshape(weight.shape), magnitude.reshape(-1))
@@ -142,9 +293,9 @@ class Rescaled(Computed):
 class WithRows(Computed):
     """A weight of which some rows are others (PEFT's trainable tokens): sft[places[n]] = rows[n]."""
 
-    weight: TensorInfo
+    weight: Tensor
     role: str  # of the model that the weight is in
-    trained: TensorInfo
+    trained: Tensor
     places: tuple[int, ...]
 
     @property
@@ -156,7 +307,7 @@ class WithRows(Computed):
         """Return the rows."""
         return _matrix(self.trained, reads("sft"), 0, self.trained.shape)
 
-    def fill(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
+    def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
         """Compute the elements from `first` on."""
         out[:] = _matrix(self.weight, reads(self.role), first, (len(out), 1)).reshape(-1)
         row, end = self.rows(first, len(out))
@@ -167,11 +318,11 @@ class WithRows(Computed):
                 out[max(0, begin) : begin + self.columns] = line[max(0, -begin) : len(out) - begin]
 
 
-def _matrix(tensor: TensorInfo, read: Read, first: int, shape: tuple[int, ...]) -> Matrix:
+def _matrix(tensor: Tensor, read: Read, first: int, shape: tuple[int, ...]) -> Matrix:
     """Elements first.. of a tensor in float32, which holds each exactly."""
     width = DTYPE_BITS[tensor.dtype] // 8
     raw = np.empty(math.prod(shape) * width, np.uint8)
-    read(tensor, first * width, memoryview(raw))  # type: ignore[arg-type]
+    read(tensor, first * width, raw)
     return decoded(raw, tensor.dtype).reshape(shape)
 
 

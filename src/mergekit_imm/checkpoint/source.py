@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..errors import CheckpointError, shown
 from ..json_input import parse_json, read_small
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
-from .computed import Computed
+from .computed import Tensor
 from .hub import ADAPTER, ADAPTER_CONFIG
 from .sidefiles import is_side_file
 from .tensorfile import INDEX, MODEL, Stamp, TensorFile, TensorInfo, open_tensorfile, parse_header, stamp
@@ -45,14 +46,13 @@ class Checkpoint:
     ref: str  # as the user typed it
     folder: Path | None  # None: a dry run on a hub id
     files: dict[str, TensorFile]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, Tensor]  # by name; what an adapter does not hold is as in the start
     config: dict[str, Any] | None
     side: dict[str, Path | None]  # copied files, by their path within the folder
     left_out: tuple[str, ...]  # files that are neither weights of this model nor copied
     indexed: bool = False  # an index names the files
     recipe: dict[str, Any] | None = None  # of the merge that made it
-    adapter: dict[str, Any] | None = None  # of an adapter: its config. What it does not change is as in the start
-    computed: dict[str, Computed] = field(default_factory=dict)  # what it changes by less than a whole tensor
+    adapter: dict[str, Any] | None = None  # of an adapter: its config
     repo: str | None = None
     commit: str | None = None
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)  # of all files that are read whole
@@ -61,6 +61,14 @@ class Checkpoint:
     def label(self) -> str:
         """How messages call it: its role and where it came from."""
         return f"{self.role} {shown(self.ref)}"
+
+    @cached_property
+    def _homes(self) -> dict[str, str]:
+        return {tensor.name: file.name for file in self.files.values() for tensor in file.tensors}
+
+    def home(self, name: str) -> str:
+        """Return the file that holds a tensor, or the last one."""
+        return self._homes.get(name) or list(self.files)[-1]
 
     def path(self, tensor: TensorInfo) -> Path:
         """Return the file that holds a tensor."""
@@ -258,7 +266,7 @@ def _assembled(
     if index is not None:
         _check_index(index["weight_map"], tensors, role, ref)
     indexed = index is not None and MODEL not in files
-    return Checkpoint(role, ref, folder, files, tensors, config, dict(side), left_out, indexed)
+    return Checkpoint(role, ref, folder, files, {**tensors}, config, dict(side), left_out, indexed)
 
 
 def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], role: str, ref: str) -> None:

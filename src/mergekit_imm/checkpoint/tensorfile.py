@@ -50,6 +50,11 @@ class TensorInfo:
         """Bytes on the disk."""
         return self.nbytes
 
+    @property
+    def native(self) -> str:
+        """The dtype of an output whose base it is."""
+        return self.dtype
+
 
 @dataclass(frozen=True)
 class TensorFile:
