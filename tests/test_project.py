@@ -43,7 +43,7 @@ LEVELS = [
     ["stream", "prepare"],
     ["verification"],
     ["build"],
-    ["merge"],
+    ["merge", "summary", "console"],
     ["cli"],
     ["__main__"],
 ]

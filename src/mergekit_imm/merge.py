@@ -35,6 +35,8 @@ class MergeOptions(TypedDict, total=False):
     take: Sequence[str]
     no_drop: Sequence[str]
     vocab: str
+    rename: Sequence[str]
+    dequantize: bool
     device: str
     workers: int | None
     overwrite: bool
@@ -79,6 +81,8 @@ def merge_checkpoints(
     take: Sequence[str] = (),
     no_drop: Sequence[str] = (),
     vocab: str = "strict",
+    rename: Sequence[str] = (),
+    dequantize: bool = False,
     device: str = "cpu",
     workers: int | None = None,
     overwrite: bool = False,
@@ -106,7 +110,11 @@ def merge_checkpoints(
         max_shard_size: bytes, or "5GB"; if None, the base's own files.
         keep, take, no_drop: regular expressions (re.search on the base's names): tensors to leave as in the
             base, to take from the sft, to merge without dropping.
-        vocab: "strict": vocabularies of different sizes are an error.
+        vocab: "strict": vocabularies of different sizes are an error; "base" or "sft": whose the result has. Rows that
+            both have are merged, the others are that model's.
+        rename: "REGEX=REPLACEMENT" each: what the names of sft and start are in the base, where the rules that are
+            tried by themselves do not find it.
+        dequantize: multiply FP8 weights by the scales stored beside them; the output is bfloat16.
         device: "cpu", or "cuda" to compute the same bits there.
         workers: threads; min(4, 2 x CPUs) if None.
         overwrite: replace an `out` that holds something else.
@@ -149,7 +157,8 @@ def merge_checkpoints(
     inputs, parameters, history = open_inputs(
         base, sft, start, outs=targets, dry_run=dry_run, iteration=iteration, importance=importance,
         points=[point.values for point in found], reference=reference, dtype=dtype, max_shard_size=max_shard_size,
-        keep=keep, take=take, no_drop=no_drop, vocab=vocab, allow_nonfinite=allow_nonfinite, copy_code=copy_code,
+        keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, dequantize=dequantize,
+        allow_nonfinite=allow_nonfinite, copy_code=copy_code,
     )  # fmt: skip
     places = places_of(inputs)
     if isinstance(importance, str | Path):
@@ -211,6 +220,8 @@ def iter_merged(
     take: Sequence[str] = (),
     no_drop: Sequence[str] = (),
     vocab: str = "strict",
+    rename: Sequence[str] = (),
+    dequantize: bool = False,
     device: str = "cpu",
     workers: int | None = None,
     allow_nonfinite: bool = False,
@@ -230,7 +241,8 @@ def iter_merged(
     inputs, parameters, _ = open_inputs(
         base, sft, start, outs=(), dry_run=False, iteration=iteration, importance=importance,
         points=[{"alpha": alpha, "drop": drop, "seed": seed}], reference=reference, dtype=dtype, max_shard_size=None,
-        keep=keep, take=take, no_drop=no_drop, vocab=vocab, allow_nonfinite=allow_nonfinite, copy_code=False,
+        keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, dequantize=dequantize,
+        allow_nonfinite=allow_nonfinite, copy_code=False,
     )  # fmt: skip
     (plan,) = plans_of(inputs, parameters)
     workers, computes = check_workers(workers), pick_device(device)

@@ -34,7 +34,7 @@ def open_inputs(
     **values: Any,
 ) -> tuple[dict[str, Checkpoint], list[Parameters], list[dict[str, Any]]]:
     """Check the arguments, open the inputs, and return the parameters of each merge, and the rounds before it."""
-    for option in ("keep", "take", "no_drop"):
+    for option in ("keep", "take", "no_drop", "rename"):
         if isinstance(values[option], str):
             raise ArgumentError(f"{option} is a string; give a list of patterns, [{values[option]!r}]")
         values[option] = tuple(values[option])
@@ -66,11 +66,11 @@ def open_inputs(
 
     if not dry_run and any(is_hub_id(ref) for ref in refs.values()):
         # Refuse from headers, before hours of downloading.
-        plans_of(with_adapter(opened(dry_run=True), values["reference"]), parameters)
+        plans_of(prepared(opened(dry_run=True), parameters[0]), parameters)
     inputs = opened(dry_run)
     if "start" in inputs and _same_place(inputs["start"], inputs["base"]):
         del inputs["start"]
-    inputs = with_adapter(inputs, values["reference"])
+    inputs = prepared(inputs, parameters[0])
     found = None
     if "start" in inputs:
         found = inputs["start"].recipe
@@ -82,6 +82,11 @@ def open_inputs(
                 )
             parameters = [replace(each, iteration=found["parameters"]["iteration"] + 1) for each in parameters]
     return inputs, parameters, history_of(found)
+
+
+def prepared(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
+    """Return the inputs as they are merged: under the base's names, each tensor as a whole."""
+    return with_adapter(inputs, parameters.reference)
 
 
 def with_adapter(inputs: dict[str, Checkpoint], reference: str) -> dict[str, Checkpoint]:

@@ -15,7 +15,11 @@ from .mask import arithmetic, check_round
 
 RECIPE_FILE, REPORT_FILE, CARD_FILE = "imm_recipe.json", "imm_report.json", "README.md"
 RECIPE_FORMAT, RECIPE_VERSION = "mergekit_imm recipe", 1
+VOCABS = ("strict", "base", "sft")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+_LATER = {"rename", "dequantize"}  # parameters that the first recipes did not have
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class Parameters:
     keep: tuple[str, ...] = ()
     take: tuple[str, ...] = ()
     no_drop: tuple[str, ...] = ()
+    rename: tuple[str, ...] = ()
     vocab: str = "strict"
+    dequantize: bool = False
     allow_nonfinite: bool = False
     copy_code: bool = False
 
@@ -47,8 +53,10 @@ class Parameters:
             raise ArgumentError(f"reference is {self.reference!r}; it must be 'start' or 'base'")
         if self.dtype not in ("base", *DTYPES):
             raise ArgumentError(f"dtype is {self.dtype!r}; it must be one of base, {', '.join(DTYPES)}")
-        if self.vocab != "strict":
-            raise ArgumentError(f"vocab is {self.vocab!r}; only 'strict' is offered: equal vocabularies")
+        if self.vocab not in VOCABS:
+            raise ArgumentError(f"vocab is {self.vocab!r}; it must be one of {', '.join(VOCABS)}")
+        for rule in self.rename:
+            parse_rename(rule)
         for option in ("keep", "take", "no_drop"):
             for pattern in getattr(self, option):
                 try:
@@ -59,6 +67,25 @@ class Parameters:
                     raise ArgumentError(
                         f"{option} pattern '{shown(pattern)}' is not a regular expression: {error}"
                     ) from error
+
+
+def parse_rename(rule: str) -> tuple[re.Pattern[str], str]:
+    """Return the pattern and the replacement of a rule REGEX=REPLACEMENT; the last = is the one between them.
+
+    >>> pattern, replacement = parse_rename("^model[.]language_model[.]=model.")
+    >>> pattern.sub(replacement, "model.language_model.norm.weight")
+    'model.norm.weight'
+    """
+    pattern, found, replacement = str(rule).rpartition("=")
+    try:
+        if not found or not pattern:
+            raise ValueError("write it as REGEX=REPLACEMENT")
+        compiled = re.compile(pattern)
+        compiled.sub(replacement, "")
+        re.compile(f"(?:{pattern})|").sub(replacement, "")  # a wrong group is told on a match only
+    except (re.error, ValueError, IndexError) as error:
+        raise ArgumentError(f"rename rule '{shown(rule)}' is not understood: {error}") from error
+    return compiled, replacement
 
 
 def parse_size(size: int | str) -> int:
@@ -98,8 +125,8 @@ def make_recipe(
 def parse_parameters(recipe: Mapping[str, Any]) -> Parameters:
     """Return the parameters of a recipe that `read_recipe` returned."""
     values = dict(recipe["parameters"])
-    for option in ("keep", "take", "no_drop"):
-        values[option] = tuple(values[option])
+    for option in ("keep", "take", "no_drop", "rename"):
+        values[option] = tuple(values.get(option, ()))
     return Parameters(**values)
 
 
@@ -123,7 +150,7 @@ def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
         if recipe["format"] != RECIPE_FORMAT:
             raise ValueError(f"its format is {recipe['format']!r}")
         if recipe["version"] == RECIPE_VERSION:
-            missing = {each.name for each in fields(Parameters)} - set(recipe["parameters"])
+            missing = {each.name for each in fields(Parameters)} - set(recipe["parameters"]) - _LATER
             if missing:
                 raise ValueError(f"its parameters lack {', '.join(sorted(missing))}")
             json.dumps(recipe, allow_nan=False)  # it goes into the recipe of the next round

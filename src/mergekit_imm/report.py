@@ -115,7 +115,8 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
         ("`reference`", p.reference),
         ("layer importance", "given; see the recipe" if p.importance is not None else "none"),
         ("dtype", "as in the base" if p.dtype == "base" else p.dtype),
-        *((f"`{o}`", _cell(" ".join(getattr(p, o)))) for o in ("keep", "take", "no_drop") if getattr(p, o)),
+        *((f"`{o}`", _cell(" ".join(getattr(p, o)))) for o in ("keep", "take", "no_drop", "rename") if getattr(p, o)),
+        *((("`vocab`", f"the {p.vocab}'s"),) if p.vocab != "strict" else ()),
     ]
     command = ["imm-merge", *(f"{plan.inputs[role].ref}" for role in ("base", "sft"))]
     command += ["--start", plan.inputs["start"].ref] if "start" in plan.inputs else []
@@ -133,10 +134,11 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
     command += ["--reference", p.reference] if p.reference != "start" else []
     command += ["--dtype", p.dtype] if p.dtype != "base" else []
     command += ["--max-shard-size", str(p.max_shard_size)] if p.max_shard_size else []
-    for option in ("keep", "take", "no_drop"):
+    command += ["--vocab", p.vocab] if p.vocab != "strict" else []
+    for option in ("keep", "take", "no_drop", "rename"):
         for pattern in getattr(p, option):
             command += [f"--{option.replace('_', '-')}", pattern]
-    command += [f"--{o.replace('_', '-')}" for o in ("allow_nonfinite", "copy_code") if getattr(p, o)]
+    command += [f"--{o.replace('_', '-')}" for o in ("allow_nonfinite", "copy_code", "dequantize") if getattr(p, o)]
 
     lines = [
         "---",

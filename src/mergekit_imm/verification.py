@@ -20,7 +20,7 @@ from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, fingerprint, read_int
 from .errors import ArgumentError, CheckpointError, VerifyError, shown
 from .execute import Device, Progress, check_workers, pick_device, run
 from .plan import Plan, segments
-from .prepare import plans_of, with_adapter
+from .prepare import plans_of, prepared
 from .recipe import RECIPE_FILE, REPORT_FILE, history_of, make_recipe, parse_parameters, read_recipe
 from .report import written_files
 from .sums import RECORD
@@ -77,7 +77,7 @@ def verify(
     if surplus:
         raise ArgumentError(f"--{surplus[0]} is given, but the recipe in {shown(out)} has no {surplus[0]}")
     parameters = parse_parameters(recipe)
-    inputs = with_adapter(inputs, parameters.reference)
+    inputs = prepared(inputs, parameters)
     if inputs["sft"].adapter != recipe["inputs"]["sft"].get("adapter"):
         raise CheckpointError(
             f"{inputs['sft'].label} is not what was merged: its adapter_config.json has changed; give the original with"

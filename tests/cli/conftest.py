@@ -20,7 +20,7 @@ from commands import (
     Ended,
     write_pair,
 )
-from mergekit_imm import cli, merge_checkpoints
+from mergekit_imm import cli, console, merge_checkpoints
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
 
     def run(which: click.Command, *arguments: object) -> Ended:
         with pytest.raises(SystemExit) as ended:
-            cli._run(which, list(map(str, arguments)))
+            console.run(which, list(map(str, arguments)))
         out, err = capfd.readouterr()
         assert isinstance(ended.value.code, int)
         return Ended(ended.value.code, out, err)
