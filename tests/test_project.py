@@ -36,6 +36,7 @@ LEVELS = [
     ["checkpoint.hub", "checkpoint.disk", "checkpoint.computed"],
     ["checkpoint.source", "checkpoint.output", "checkpoint.journal"],
     ["checkpoint.swap", "checkpoint.adapter"],
+    ["names"],
     ["layout", "ties"],
     ["plan"],
     ["reading"],

@@ -17,6 +17,8 @@ _INPUT_END = re.compile(
 )
 _OUTPUT_END = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out)\.weight$")
 
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 
 def layer_key(name: str) -> str | None:
     """Return the layer of a tensor: its name up to and including the first purely numeric component.
@@ -87,6 +89,16 @@ def is_input_embedding(name: str) -> bool:
 def is_output_head(name: str) -> bool:
     """Whether a name is that of an output head, which `tie_word_embeddings` may tie to the embedding."""
     return bool(_OUTPUT_END.search(name))
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's name without what wraps modules: FSDP, torch.compile, activation checkpointing, DDP.
+
+    >>> unwrapped("module.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    parts = name.removeprefix("module.").split(".")
+    return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
 def tied_key(names: Iterable[str]) -> str:

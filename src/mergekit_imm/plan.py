@@ -31,6 +31,7 @@ from .layers import (
 )
 from .layout import OutputFile, lay_out
 from .mask import Arithmetic, arithmetic, mask_key
+from .names import mapping_note
 from .recipe import DTYPES, Parameters
 from .ties import Group, SameBytes, tied_groups
 
@@ -170,16 +171,16 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
             floats[item.outs[0].dtype] += item.source.count
     names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
     dtype = names[floats.most_common(1)[0][0]] if floats else None
-    config, changes = merged_config(sft.config, base.config, dtype=dtype, tied=tied, rows=written_rows)
+    config, changes = merged_config(None if sft.was else sft.config, base.config, dtype=dtype, tied=tied, rows=written_rows)
     side = {
         path: (role, each.side[path])
         for role, each in (("base", base), ("sft", sft))
         for path in each.side
         if path != "config.json" or not changes
     }
-    notes = [
-        f"note: {broken}: both are merged under their own names, and config.json says untied"
-    ] if broken else []  # fmt: skip
+    notes = [mapping_note(each, base) for role, each in used.items() if role != "base" and each.was]
+    if broken:
+        notes.append(f"note: {broken}: both are merged under their own names, and config.json says untied")
     plan = Plan(
         parameters=parameters,
         inputs=inputs,

@@ -14,6 +14,7 @@ from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import fingerprint
 from .errors import ArgumentError, CheckpointError, shown
 from .importance import read_importance
+from .names import matched
 from .plan import Plan, make_plan
 from .reading import same_bytes, same_values
 from .recipe import RECIPE_FILE, Parameters, differences, history_of, make_recipe, parse_size, read_recipe
@@ -86,6 +87,7 @@ def open_inputs(
 
 def prepared(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
     """Return the inputs as they are merged: under the base's names, each tensor as a whole."""
+    inputs = matched(inputs, parameters.rename)
     return with_adapter(inputs, parameters.reference)
 
 

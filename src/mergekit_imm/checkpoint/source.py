@@ -53,6 +53,7 @@ class Checkpoint:
     indexed: bool = False  # an index names the files
     recipe: dict[str, Any] | None = None  # of the merge that made it
     adapter: dict[str, Any] | None = None  # of an adapter: its config
+    was: Mapping[str, str] = field(default_factory=dict)  # base's name -> its own in the file, where they differ
     repo: str | None = None
     commit: str | None = None
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)  # of all files that are read whole
