@@ -45,6 +45,21 @@ def _gemma3() -> Any:
     )  # fmt: skip
 
 
+def _qwen2_5_vl() -> Any:
+    return transformers.Qwen2_5_VLConfig(
+        text_config={
+            **_SIZES, "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+            "patch_size": 14, "fullatt_block_indexes": [1], "window_size": 56,
+        },
+        image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
 LAYOUTS = {
     "llama": Layout(
         lambda: transformers.LlamaConfig(**_SIZES, tie_word_embeddings=False),
@@ -80,6 +95,49 @@ LAYOUTS = {
         "language_model.model.embed_tokens.weight",
         tied=True,
         auto=transformers.AutoModelForImageTextToText,
+    ),
+    "qwen2_5_vl": Layout(
+        _qwen2_5_vl,
+        "visual.blocks.1.attn.qkv.weight",
+        "model.embed_tokens.weight",
+        tied=True,
+        auto=transformers.AutoModelForImageTextToText,
+    ),
+    "llama4": Layout(
+        lambda: transformers.Llama4TextConfig(
+            **{**_SIZES, "num_hidden_layers": 2},
+            head_dim=8,
+            intermediate_size_mlp=64,
+            num_local_experts=4,
+            num_experts_per_tok=1,
+            interleave_moe_layer_step=1,
+            attention_chunk_size=16,
+            tie_word_embeddings=False,
+        ),
+        "model.layers.1.feed_forward.experts.gate_up_proj",
+        "model.embed_tokens.weight",
+        tied=False,
+    ),
+    "deepseek_v3": Layout(
+        lambda: transformers.DeepseekV3Config(
+            **_SIZES,
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            tie_word_embeddings=False,
+        ),
+        "model.layers.1.mlp.experts.3.gate_proj.weight",
+        "model.embed_tokens.weight",
+        tied=False,
     ),
     "mamba": Layout(
         lambda: transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=8),

@@ -45,6 +45,19 @@ KINDS: dict[str, tuple[str, Options]] = {
     "all biases": ("qwen2", {"target_modules": ["k_proj"], "bias": "all"}),
     "DoRA": ("llama", {"target_modules": "all-linear", "use_dora": True}),
     "tokens": ("qwen2", {"target_modules": ["k_proj"], "trainable_token_indices": [3, 5, 90]}),
+    "experts": ("qwen3_moe", {
+        "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "rank_pattern": {"down_proj": 3},
+    }),
+    "experts, one parameter": ("deepseek_v3", {
+        "target_modules": ["o_proj"], "target_parameters": ["mlp.experts.down_proj"], "use_rslora": True,
+    }),
+    "experts stored fused, turned": ("llama4", {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
+    }),
+    "a model with other names in memory": ("qwen2_5_vl", {"target_modules": ["q_proj", "qkv", "down_proj"]}),
+    "a model with two towers": ("gemma3", {"target_modules": "all-linear"}),
     "tokens of a module": ("llama", {
         "target_modules": ["k_proj"], "trainable_token_indices": {"embed_tokens": [0, 95]},
     }),
@@ -234,7 +247,7 @@ def test_tokenizers_come_with_the_adapter(trained: Path, tmp_path: Path) -> None
         ({"layer_replication": [[0, 1]]}, "has layer_replication"),
         ({"alora_invocation_tokens": [1, 2]}, "has alora_invocation_tokens"),
         ({"use_qalora": True}, "has use_qalora"),
-        ({"target_parameters": ["experts.up"]}, "has target_parameters"),
+        ({"target_parameters": "experts"}, "its target_parameters is no list of names"),
         ({"use_bdlora": {"x": 1}}, "has use_bdlora"),
         ({"use_something_new": True}, "has use_something_new, which is not known here"),
         ({"r": 0}, "its r is 0, no positive number"),

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from .checkpoint.computed import LowRank, Tensor
+from .checkpoint.computed import Computed, Tensor
 from .checkpoint.sidefiles import OWN
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, INDEX, MERGED, WHOLE, TensorInfo
@@ -171,7 +171,8 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
             floats[item.outs[0].dtype] += item.source.count
     names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
     dtype = names[floats.most_common(1)[0][0]] if floats else None
-    config, changes = merged_config(None if sft.was else sft.config, base.config, dtype=dtype, tied=tied, rows=written_rows)
+    told = None if sft.was else sft.config  # of a model with other names it need not fit
+    config, changes = merged_config(told, base.config, dtype=dtype, tied=tied, rows=written_rows)
     side = {
         path: (role, each.side[path])
         for role, each in (("base", base), ("sft", sft))
@@ -304,7 +305,8 @@ def _item(
         drop=0.0 if choose("no_drop", written, key) else p.drop,
         factor=factors.get(layer_key(key) or "", 1.0),
     )
-    if isinstance(sides.get("sft"), LowRank):
+    sft = sides.get("sft")
+    if isinstance(sft, Computed) and sft.is_delta:
         numbers = replace(numbers, added=True)
     # Placed there by the layout: beside the base's tensor, or at the end.
     home = used["base"].home(sides["base"].name if "base" in sides else "")

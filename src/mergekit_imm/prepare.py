@@ -88,10 +88,10 @@ def open_inputs(
 def prepared(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
     """Return the inputs as they are merged: under the base's names, each tensor as a whole."""
     inputs = matched(inputs, parameters.rename)
-    return with_adapter(inputs, parameters.reference)
+    return with_adapter(inputs, parameters.reference, parameters.rename)
 
 
-def with_adapter(inputs: dict[str, Checkpoint], reference: str) -> dict[str, Checkpoint]:
+def with_adapter(inputs: dict[str, Checkpoint], reference: str, rules: Sequence[str]) -> dict[str, Checkpoint]:
     """Return the inputs with an adapter given as sft applied to the start, which it was trained on."""
     adapter = inputs["sft"]
     if adapter.adapter is None:
@@ -108,7 +108,7 @@ def with_adapter(inputs: dict[str, Checkpoint], reference: str) -> dict[str, Che
             return True  # a dry run on a hub id; compared when it is merged
         return same_values(inputs, ("sft", one), (model.role, other))
 
-    return {**inputs, "sft": applied(adapter, model, equal)}
+    return {**inputs, "sft": applied(adapter, model, equal, rules)}
 
 
 def _same_place(one: Checkpoint, other: Checkpoint) -> bool:

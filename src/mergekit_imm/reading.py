@@ -20,7 +20,7 @@ from .plan import Plan
 COMPARED = 1 << 20  # elements at a time
 AHEAD = 8  # pieces between what is read and what is announced: two for each worker
 ANNOUNCED = 64 << 10  # bytes of a piece that is worth it
-SHARED = 8  # tensors of which what all rows need is held: each worker's, and what those are made of
+SHARED = 4  # tensors of which what all rows need is held: workers are at the end of one and in the next
 
 
 class Files:
@@ -48,7 +48,9 @@ class Files:
 
     def _shared_of(self, tensor: Computed) -> Any:
         with self._lock:
-            _, shared = self._shared.get(id(tensor), (tensor, None))
+            _, shared = held = self._shared.pop(id(tensor), (tensor, None))
+            if shared is not None:
+                self._shared[id(tensor)] = held  # the last to be let go
         if shared is None:
             shared = tensor.shared(self._reads)
             if shared is not None:

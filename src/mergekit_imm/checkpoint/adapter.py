@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import says_tied
 from ..errors import CheckpointError, MismatchError, shown
-from ..layers import is_input_embedding, is_output_head, only_in
-from .computed import Computed, LowRank, Rescaled, Tensor, WithRows, renamed
+from ..layers import is_input_embedding, is_output_head, only_in, unwrapped
+from ..match import Shape, by_prefix, ruled
+from .computed import Computed, Tensor, renamed
+from .experts import cut_experts, expert_names, fused_shape, is_transposed
+from .lowrank import LowRank, OfExperts, Rescaled, WithRows
 from .source import Checkpoint
 from .tensorfile import MERGED
 
@@ -21,7 +24,6 @@ _REFUSED = {
     "use_qalora": "it pools its input",
     "use_bdlora": "its factors are block-diagonal",
     "layer_replication": "its layers are not those of the base",
-    "target_parameters": "its factors are of parameters that are no matrix",
     "velora_config": "it changes how the factors are trained",
     "monteclora_config": "its factors are samples",
     "arrow_config": "it routes between adapters",
@@ -38,7 +40,7 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 Equal = Callable[[Tensor, Tensor], bool]
 _KEPT_IN_RECIPE = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora",
-    "trainable_token_indices", "ensure_weight_tying",
+    "trainable_token_indices", "ensure_weight_tying", "target_parameters",
 )  # fmt: skip
 
 
@@ -71,7 +73,10 @@ def settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: its {name} is no mapping of patterns to positive numbers; save the adapter again"
             )
         found[name] = pattern
-    return found
+    targets = found["target_parameters"] or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"{where}: its target_parameters is no list of names; save the adapter again")
+    return {**found, "target_parameters": targets}
 
 
 def _is_pattern(key: str, value: object) -> bool:
@@ -82,46 +87,163 @@ def _is_pattern(key: str, value: object) -> bool:
     return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
-def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal) -> Checkpoint:
+@dataclass
+class _Parts:
+    """The tensors of an adapter, by what they change and how. Names are the adapter's own."""
+
+    factors: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict)  # module, kind -> A, B, vector
+    experts: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)  # module, depth -> A, B
+    rows: dict[str, Tensor] = field(default_factory=dict)  # module -> trained tokens
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+
+def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal, rules: Sequence[str] = ()) -> Checkpoint:
     """Return an adapter with its tensors under the names of the model's that they change.
 
-    A pair of factors becomes a `LowRank` (with a magnitude, a `Rescaled`), trained rows become a `WithRows`; a tensor
-    that was trained whole stays as it is. Raises MismatchError for one that belongs to no tensor of the model,
-    CheckpointError for one that is not understood. `equal` compares the values of tensors of the two: PEFT stores an
-    embedding that has factors as it was, beside them.
+    A pair of factors becomes a `LowRank` (with a magnitude, a `Rescaled`; of experts, an `OfExperts`), trained rows
+    become a `WithRows`; a tensor that was trained whole stays as it is. `rules` rename, as `--rename` does. Raises
+    MismatchError for one that belongs to no tensor of the model, CheckpointError for one that is not understood.
+    `equal` compares the values of tensors of the two: PEFT stores an embedding that has factors as it was, beside them.
     """
     assert adapter.adapter is not None
     adapter = replace(adapter, adapter=settings(adapter.adapter, adapter.label))
-    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
-    trained: dict[str, Tensor] = {}  # whole
+    parts = _parts(adapter)
+    names = _names(_wanted(parts, adapter, model), adapter, model, rules)
+    adapter = replace(adapter, was={name: path for path, name in names.items() if path != name})
+    trained = {names[path]: renamed(tensor, names[path]) for path, tensor in parts.whole.items()}
     computed: dict[str, Computed] = {}
+
+    def put(change: Computed) -> None:
+        if change.name in computed:
+            raise CheckpointError(f"{adapter.label} changes tensor '{shown(change.name)}' in two ways; {_FIRST}")
+        computed[change.name] = change
+
+    for module, rows in parts.rows.items():
+        put(_with_rows(names[f"{module}.weight"], module, rows, adapter, model))
+    for (module, kind), pair in parts.factors.items():
+        name = names[f"{module}.{'bias' if kind == 'bias' else 'weight'}"]
+        whole = trained.pop(name, None)
+        target = _target(name, model)
+        if whole is not None and not equal(whole, target):
+            raise CheckpointError(f"{adapter.label} changes tensor '{shown(name)}' in two ways; {_FIRST}")
+        delta = _low_rank(name, module, kind, pair, adapter, target)
+        put(_rescaled(delta, pair["vector"], adapter, model) if "vector" in pair else delta)
+    for (module, _), pair in parts.experts.items():
+        for change in _of_experts(module, pair, adapter, model, names):
+            put(change)
+    _check_tie(trained, adapter, model)
+    if not trained and not computed:
+        raise CheckpointError(f"{adapter.label} holds no tensor; save it again")
+    return replace(adapter, tensors={**trained, **computed})
+
+
+def _parts(adapter: Checkpoint) -> _Parts:
+    parts = _Parts()
     for key, tensor in adapter.tensors.items():
         path = _unwrapped(key)
         found = _FACTOR.fullmatch(path)
         if found is not None:
             module, factor, part = found.groups()
+            which = factor.rpartition("_")[2]
+            if _parameters(module, adapter):
+                parts.experts.setdefault((module, key.split(".").count("base_layer")), {})[which] = tensor
+                continue
             kind = "bias" if part == "bias" else "embedding" if "embedding" in factor else "weight"
-            parts.setdefault((module, kind), {})[factor.rpartition("_")[2]] = tensor
+            parts.factors.setdefault((module, kind), {})[which] = tensor
         elif path.endswith(_ROWS):
-            name = _name(path.removesuffix(_ROWS) + ".weight", adapter, model)
-            computed[name] = _with_rows(name, path.removesuffix(_ROWS), tensor, adapter, model)
+            parts.rows[path.removesuffix(_ROWS)] = tensor
         elif "lora_" in path or "token_adapter" in path:
             raise CheckpointError(f"{adapter.label} stores '{shown(key)}', which is not understood; {_FIRST}")
         else:
-            name = _name(path, adapter, model)
-            trained[name] = renamed(tensor, name)
-    for (module, kind), pair in parts.items():
-        name = _name(f"{module}.{'bias' if kind == 'bias' else 'weight'}", adapter, model)
-        whole = trained.pop(name, None)
-        target = _target(name, model)
-        if name in computed or (whole is not None and not equal(whole, target)):
-            raise CheckpointError(f"{adapter.label} changes tensor '{shown(name)}' in two ways; {_FIRST}")
-        change = _low_rank(name, module, kind, pair, adapter, target)
-        computed[name] = _rescaled(change, pair["vector"], adapter, model) if "vector" in pair else change
-    _check_tie(trained, adapter, model)
-    if not trained and not computed:
-        raise CheckpointError(f"{adapter.label} holds no tensor; save it again")
-    return replace(adapter, tensors={**trained, **computed})
+            parts.whole[path] = tensor
+    return parts
+
+
+def _parameters(module: str, adapter: Checkpoint) -> list[str]:
+    """Which parameters of a module have factors, that are no weight of a layer."""
+    assert adapter.adapter is not None
+    targets = (target.rpartition(".") for target in adapter.adapter["target_parameters"])
+    inside = {name for path, _, name in targets if module == path or module.endswith(f".{path}")}
+    return sorted(inside - {"weight", "bias"})
+
+
+def _wanted(parts: _Parts, adapter: Checkpoint, model: Checkpoint) -> dict[str, Shape]:
+    """Every tensor that an adapter changes, by its own name, and its shape where that is certain."""
+    assert adapter.adapter is not None
+    wanted: dict[str, Shape] = dict.fromkeys((f"{module}.weight" for module in parts.rows), None)
+    wanted |= {path: tensor.shape for path, tensor in parts.whole.items()}
+    for (module, kind), pair in parts.factors.items():
+        straight = {"A", "B"} <= set(pair) and kind == "weight" and not adapter.adapter["fan_in_fan_out"]
+        shape = (*pair["B"].shape[:1], *pair["A"].shape[1:]) if straight else None
+        wanted[f"{module}.{'bias' if kind == 'bias' else 'weight'}"] = shape
+    ends = expert_names(model.tensors)
+    for module, _ in parts.experts:
+        for parameter in _parameters(module, adapter):
+            single = {"gate_up_proj": 0, "down_proj": 2}.get(parameter) if ends else None
+            wanted[f"{module}.{parameter}" if single is None or not ends else f"{module}.0.{ends[single]}"] = None
+    return wanted
+
+
+def _names(wanted: Mapping[str, Shape], adapter: Checkpoint, model: Checkpoint, rules: Sequence[str]) -> dict[str, str]:
+    """Return what each name is in the model."""
+    names = dict(zip(wanted, ruled(wanted, rules), strict=True))
+    tied = says_tied(model.config) and any(map(is_input_embedding, model.tensors))
+    lost = {n: path for path, n in names.items() if n not in model.tensors and not (tied and is_output_head(n))}
+    there = {name: tensor.shape for name, tensor in model.tensors.items()}
+    found = by_prefix({name: wanted[path] for name, path in lost.items()}, there)
+    names |= {lost[name]: new for name, new in found.items()}
+    complaint = only_in(set(lost) - set(found), model.tensors, adapter.label, model.label)
+    if complaint:
+        raise MismatchError(f"{complaint}; is this the model that the adapter was trained on? If so, tell --rename")
+    return names
+
+
+def _of_experts(
+    module: str, pair: Mapping[str, Tensor], adapter: Checkpoint, model: Checkpoint, names: Mapping[str, str]
+) -> list[Computed]:
+    """The delta of one parameter of experts: as the model stores them, one tensor or one for each expert.
+
+    Which parameter it is, PEFT does not tell; the shapes of the factors do.
+    """
+    assert adapter.adapter is not None
+    a, b = pair.get("A"), pair.get("B")
+    if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or len(pair) > 2:
+        raise CheckpointError(f"{adapter.label} has one factor only for '{shown(module)}'; save it again")
+    for factor in (a, b):
+        _check_float(factor, adapter)
+    ends = expert_names(model.tensors)
+    fits = []
+    for parameter in _parameters(module, adapter):
+        fused = f"{module}.{parameter}"
+        if fused in names:
+            name = names[fused]
+            shape = model.tensors[name].shape
+        elif ends and parameter in ("gate_up_proj", "down_proj"):
+            first = names[f"{module}.0.{ends[0 if parameter == 'gate_up_proj' else 2]}"]
+            path = first[: -len(ends[0 if parameter == "gate_up_proj" else 2]) - len(".0.")]
+            name = f"{path}.{parameter}"
+            shape = fused_shape(path, parameter, ends, model.tensors)
+        else:
+            continue
+        if len(shape) != 3:
+            raise CheckpointError(f"{adapter.label} has factors for '{shown(name)}', which is no matrix; {_FIRST}")
+        rank, scaling = _scaling(adapter.adapter, fused)
+        straight, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
+        if a.shape[0] == b.shape[1] == shape[0] * rank and shape[1:] in (straight, turned):
+            is_turned = shape[1:] == turned and (straight != turned or is_transposed(name, model.tensors))
+            fits.append(OfExperts(name, shape, a, b, scaling, is_turned))
+    if len(fits) != 1:
+        raise MismatchError(
+            f"{adapter.label} has factors {list(b.shape)} and {list(a.shape)} for '{shown(module)}', which fit"
+            f" {len(fits)} of its parameters; is this the model that the adapter was trained on?"
+        )
+    (change,) = fits
+    if change.name in model.tensors:
+        return [change]
+    assert ends is not None
+    cut = cut_experts("sft", change.name, change, ends)
+    assert cut is not None
+    return [part for _, part, _ in cut[1] if isinstance(part, Computed)]
 
 
 def _with_rows(name: str, module: str, rows: Tensor, adapter: Checkpoint, model: Checkpoint) -> WithRows:
@@ -156,10 +278,9 @@ def _check_float(tensor: Tensor, where: Checkpoint) -> None:
 
 
 def _unwrapped(key: str) -> str:
-    """A tensor's name without what wraps modules: PEFT, FSDP, torch.compile, activation checkpointing."""
-    parts = key.removeprefix("base_model.model.").split(".")
-    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
-    return ".".join(part for part in parts if part not in wrappers).replace(".modules_to_save.default.", ".")
+    """A tensor's name without what wraps modules, PEFT's own among it."""
+    parts = unwrapped(key).removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part != "base_layer").replace(".modules_to_save.default.", ".")
 
 
 def _check_tie(trained: Mapping[str, Tensor], adapter: Checkpoint, model: Checkpoint) -> None:
@@ -178,14 +299,6 @@ def _check_tie(trained: Mapping[str, Tensor], adapter: Checkpoint, model: Checkp
 def _target(name: str, model: Checkpoint) -> Tensor:
     """The tensor of a name; of a head that is not stored, as it is tied, the embedding."""
     return model.tensors.get(name) or next(t for n, t in model.tensors.items() if is_input_embedding(n))
-
-
-def _name(path: str, adapter: Checkpoint, model: Checkpoint) -> str:
-    tied_head = is_output_head(path) and says_tied(model.config) and any(map(is_input_embedding, model.tensors))
-    if path in model.tensors or tied_head:
-        return path
-    complaint = only_in([path], model.tensors, adapter.label, model.label)
-    raise MismatchError(f"{complaint}; is this the model that the adapter was trained on?")
 
 
 def _low_rank(

@@ -1,4 +1,4 @@
-"""Tensors that are computed while they are read, and never on disk: slices, pieces put together, what an adapter makes.
+"""Tensors that are computed while they are read, and never on disk: slices of others, and pieces put together.
 
 Each fills any range of its elements from what it reads, so that nothing is ever in memory whole.
 """
@@ -37,6 +37,11 @@ class Computed:
     def native(self) -> str:
         """The dtype of an output whose base it is."""
         return self.dtype
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether it is what is added to the start, and not what comes out."""
+        return False
 
     @property
     def count(self) -> int:
@@ -108,6 +113,11 @@ class Slice(Computed):
     def native(self) -> str:
         """That of the whole."""
         return self.whole.native
+
+    @property
+    def is_delta(self) -> bool:
+        """That of the whole."""
+        return self.whole.is_delta
 
     @property
     def stored(self) -> int:
@@ -207,119 +217,8 @@ def _fill_as(tensor: Tensor, dtype: str, read: Read, first: int, out: Raw) -> No
     out.view({"F32": np.float32, "F64": np.float64}[dtype])[:] = values
 
 
-@dataclass(frozen=True)
-class LowRank(Computed):
-    """A delta that is a product of two small matrices (LoRA).
-
-        delta[i, j] = float32(scaling) * sum over k of left[i, k] * right[k, j]
-
-    The sum runs over k in order, from zero, each operation rounded. Factors that are `turned` are stored transposed.
-    Without `right` the delta is a vector, scaling * left.
-    """
-
-    left: Tensor
-    right: Tensor | None
-    scaling: float
-    turned: bool = False
-
-    @property
-    def rank(self) -> int:
-        """Number of products that are added."""
-        return 1 if self.right is None else self.left.shape[0 if self.turned else 1]
-
-    @property
-    def stored(self) -> int:
-        """Bytes of an adapter that are read for it."""
-        return self.left.nbytes + (self.right.nbytes if self.right else 0)
-
-    def shared(self, reads: Reads) -> Matrix:
-        """Return the right factor."""
-        if self.right is None:
-            return np.ones((1, 1), np.float32)
-        whole = _matrix(self.right, reads("sft"), 0, self.right.shape)
-        return np.ascontiguousarray(whole.T) if self.turned else whole
-
-    def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
-        """Compute the elements from `first` on."""
-        from ..products import product
-
-        row, end = self.rows(first, len(out))
-        read = reads("sft")
-        if self.turned:
-            lines = [_matrix(self.left, read, k * self.shape[0] + row, (end - row, 1)) for k in range(self.rank)]
-            left = np.hstack(lines)
-        else:
-            left = _matrix(self.left, read, row * self.rank, (end - row, self.rank))
-        product(left, shared, np.float32(self.scaling), first - row * self.columns, out)
-
-
-@dataclass(frozen=True)
-class Rescaled(Computed):
-    """A weight with a low-rank delta, each row rescaled to a trained norm (DoRA).
-
-        v = weight + delta;  sft[i, j] = float32(magnitude[i] / float32(sqrt(sum over j of v[i, j]^2))) * v[i, j]
-
-    The squares are added in float64, in the order of the row.
-    """
-
-    change: LowRank
-    magnitude: Tensor
-    weight: Tensor
-    role: str  # of the model that the weight is in
-
-    @property
-    def stored(self) -> int:
-        """Bytes of an adapter that are read for it."""
-        return self.change.stored + self.magnitude.nbytes
-
-    def shared(self, reads: Reads) -> Matrix:
-        """Return the right factor."""
-        return self.change.shared(reads)
-
-    def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
-        """Compute the elements from `first` on; norms are those of whole rows."""
-        from ..products import rescale
-
-        row, end = self.rows(first, len(out))
-        whole = np.empty((end - row) * self.columns, np.float32)
-        self.change.compute(reads, shared, row * self.columns, whole)
-        weight = _matrix(self.weight, reads(self.role), row * self.columns, (end - row, self.columns))
-        magnitude = _matrix(self.magnitude, reads("sft"), row, (end - row, 1))
-        rescale(weight, whole.reshape(weight.shape), magnitude.reshape(-1))
-        out[:] = whole[first - row * self.columns :][: len(out)]
-
-
-@dataclass(frozen=True)
-class WithRows(Computed):
-    """A weight of which some rows are others (PEFT's trainable tokens): sft[places[n]] = rows[n]."""
-
-    weight: Tensor
-    role: str  # of the model that the weight is in
-    trained: Tensor
-    places: tuple[int, ...]
-
-    @property
-    def stored(self) -> int:
-        """Bytes of an adapter that are read for it."""
-        return self.trained.nbytes
-
-    def shared(self, reads: Reads) -> Matrix:
-        """Return the rows."""
-        return _matrix(self.trained, reads("sft"), 0, self.trained.shape)
-
-    def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
-        """Compute the elements from `first` on."""
-        out[:] = _matrix(self.weight, reads(self.role), first, (len(out), 1)).reshape(-1)
-        row, end = self.rows(first, len(out))
-        for number, place in enumerate(self.places):
-            if row <= place < end:
-                begin = place * self.columns - first
-                line = shared[number]
-                out[max(0, begin) : begin + self.columns] = line[max(0, -begin) : len(out) - begin]
-
-
-def _matrix(tensor: Tensor, read: Read, first: int, shape: tuple[int, ...]) -> Matrix:
-    """Elements first.. of a tensor in float32, which holds each exactly."""
+def matrix(tensor: Tensor, read: Read, first: int, shape: tuple[int, ...]) -> Matrix:
+    """Return elements first.. of a tensor in float32, which holds each of BF16, F16 and F32 exactly."""
     width = DTYPE_BITS[tensor.dtype] // 8
     raw = np.empty(math.prod(shape) * width, np.uint8)
     read(tensor, first * width, raw)

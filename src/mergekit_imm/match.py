@@ -1,0 +1,85 @@
+"""Names of tensors that differ from others by a rule: the user's, or one prefix in the place of another."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from .recipe import parse_rename
+
+Shape = tuple[int, ...] | None  # None: not known
+
+
+def ruled(names: Iterable[str], rules: Sequence[str]) -> list[str]:
+    """Return names as the user's rules make them, one rule after the other."""
+    parsed = [parse_rename(rule) for rule in rules]
+    found = []
+    for name in names:
+        for pattern, replacement in parsed:
+            name = pattern.sub(replacement, name)
+        found.append(name)
+    return found
+
+
+def by_prefix(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
+    """Match names that differ in their prefix: lost name -> free name, for those that are certain.
+
+    One prefix stands for another if that takes every lost name that begins with it to a free one of the same shape,
+    and if no other prefix does. Numbers are no part of a prefix: layer 3 is layer 3 everywhere.
+    """
+    ends: dict[str, list[str]] = defaultdict(list)
+    if lost:
+        for name in free:
+            for end in _ends(name):
+                ends[end].append(name)
+    found: dict[str, str] = {}
+    lost, left = dict(lost), dict(free)
+    while lost:
+        rules = Counter[tuple[str, str]]()
+        for name, shape in lost.items():
+            rules.update(_rules(name, shape, ends, left))
+        valid = [rule for rule in sorted(rules) if _holds(*rule, lost, left)]
+        certain = [rule for rule in valid if all(_agree(rule, other) for other in valid)]
+        if not certain:
+            break
+        prefix, other = max(certain, key=lambda rule: (_count(rule[0], lost), -len(rule[0]), rule))
+        for name in [name for name in lost if name.startswith(prefix)]:
+            found[name] = other + name[len(prefix) :]
+            del lost[name], left[found[name]]
+    return found
+
+
+def _count(prefix: str, names: Iterable[str]) -> int:
+    return sum(name.startswith(prefix) for name in names)
+
+
+def _agree(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether two rules take the names that both are about to the same places."""
+    short, long = sorted((one, other), key=lambda rule: len(rule[0]))
+    return not long[0].startswith(short[0]) or long[1] == short[1] + long[0][len(short[0]) :]
+
+
+def _ends(name: str) -> list[str]:
+    """The ends of a name that tell a tensor, longest first: two components at least."""
+    parts = name.split(".")
+    return [".".join(parts[at:]) for at in range(max(1, len(parts) - 1))]
+
+
+def _rules(name: str, shape: Shape, ends: Mapping[str, list[str]], left: Mapping[str, Shape]) -> set[tuple[str, str]]:
+    """Prefixes of which one may stand for the other: what is before the longest end shared with a free name."""
+    for end in _ends(name):
+        others = [other for other in ends.get(end, ()) if other in left and _fits(shape, left[other])]
+        if others:
+            prefix = name[: len(name) - len(end)]
+            pairs = {(prefix, other[: len(other) - len(end)]) for other in others}
+            return {pair for pair in pairs if not any(part.isdigit() for side in pair for part in side.split("."))}
+    return set()
+
+
+def _fits(one: Shape, other: Shape) -> bool:
+    return one is None or other is None or one == other
+
+
+def _holds(prefix: str, other: str, lost: Mapping[str, Shape], left: Mapping[str, Shape]) -> bool:
+    pairs = ((shape, other + name[len(prefix) :]) for name, shape in lost.items() if name.startswith(prefix))
+    return all(target in left and _fits(shape, left[target]) for shape, target in pairs)
