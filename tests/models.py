@@ -222,6 +222,9 @@ def dtypes_in(config: Mapping[str, Any]) -> dict[str, str]:
 @torch.no_grad()
 def _noisy(model: Any, seed: int, size: float = 0.01) -> Any:
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * size)
+    stored = model.state_dict(keep_vars=True)
+    trained = {id(parameter) for parameter in model.parameters()}
+    buffers = [t for t in stored.values() if id(t) not in trained and t.is_floating_point()]
+    for tensor in [*model.parameters(), *buffers]:
+        tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor.dtype) * size)
     return model

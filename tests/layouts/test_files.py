@@ -103,7 +103,9 @@ def test_a_new_layout_holds_the_same_tensors(pair: Pair, plain: Path, tmp_path: 
     assert len(files) > 2
     assert_index_is_right(out)
     state = read_model(out)
-    assert all(sum(state[name].nbytes for name, _, _ in header(file)[0]) <= 20_000 for file in files)
+    for file in files:  # a tensor larger than a shard has one of its own
+        sizes = [state[name].nbytes for name, _, _ in header(file)[0]]
+        assert sum(sizes) <= 20_000 or len(sizes) == 1
     load(out, pair.layout)
 
 
