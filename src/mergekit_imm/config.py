@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from .errors import CheckpointError, MismatchError, shown
@@ -11,10 +11,12 @@ from .errors import CheckpointError, MismatchError, shown
 Config = Mapping[str, Any]
 
 
-def check_configs(configs: Mapping[str, tuple[str, Config | None]]) -> None:
+def check_configs(configs: Mapping[str, tuple[str, Config | None]], renamed: Collection[str] = ()) -> None:
     """Check the configs of all inputs: role -> (label for messages, config or None).
 
-    Raises CheckpointError for a quantised model, MismatchError for different architectures.
+    Models in `renamed`, whose names were taken for the base's, may be another class of the same model: its text part
+    alone, or wrapped with other parts. Raises CheckpointError for a quantised model, MismatchError for different
+    architectures.
     """
     for label, config in configs.values():
         for key in ("quantization_config", "compression_config"):
@@ -27,11 +29,19 @@ def check_configs(configs: Mapping[str, tuple[str, Config | None]]) -> None:
     base_label, base = configs["base"]
     for role, (label, config) in configs.items():
         for key in ("model_type", "architectures"):
-            if role != "base" and base and config and base.get(key) and config.get(key) != base[key]:
+            if role == "base" or not base or not config or not base.get(key) or config.get(key) == base[key]:
+                continue
+            if role not in renamed or not _types(base) & _types(config):
                 raise MismatchError(
                     f"{base_label} has {key} {shown(base[key])}, {label} has {shown(config.get(key) or 'none')};"
                     " they must be one architecture"
                 )
+
+
+def _types(config: Config) -> set[str]:
+    """The model types of a config and of those nested in it."""
+    found = (level.get("model_type") for _, level in _levels(config))
+    return {kind for kind in found if isinstance(kind, str)}
 
 
 def says_tied(config: Config | None) -> bool:

@@ -113,5 +113,5 @@ def rules_of(each: Checkpoint) -> list[tuple[str, str, int]]:
             one, other = one[:-1], other[:-1]
         more = ".*" if len(one) < len(old.split(".")) else ""
         old, new = (".".join("*" if part.isdigit() else part for part in side) for side in (one, other))
-        rules[re.sub(r"\[\d+.*", "[…]", old) + more if old else "*", new + more if new else "*"] += 1
+        rules[re.sub(r"\[\d+.*", "[*]", old) + more if old else "*", new + more if new else "*"] += 1
     return [(old, new, count) for (old, new), count in rules.items()]

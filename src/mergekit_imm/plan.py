@@ -135,7 +135,8 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
     `same_bytes` compares two tensors of one checkpoint; it is asked only where one stores a tied tensor under
     several names. Raises MismatchError, CheckpointError or ArgumentError: nothing is skipped in silence.
     """
-    check_configs({role: (each.label, each.config) for role, each in inputs.items()})
+    configs = {role: (each.label, each.config) for role, each in inputs.items()}
+    check_configs(configs, renamed=[role for role, each in inputs.items() if each.was])
     used = {r: c for r, c in inputs.items() if r != "start" or parameters.reference == "start"}
     base, sft = inputs["base"], inputs["sft"]
     groups, broken, tied = tied_groups(used, same_bytes)
@@ -177,7 +178,7 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
         path: (role, each.side[path])
         for role, each in (("base", base), ("sft", sft))
         for path in each.side
-        if path != "config.json" or not changes
+        if path != "config.json" or not (changes or (role == "sft" and sft.was and "config.json" in base.side))
     }
     notes = [mapping_note(each, base) for role, each in used.items() if role != "base" and each.was]
     if broken:

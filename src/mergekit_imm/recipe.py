@@ -216,7 +216,9 @@ class MergeReport:
     run, tensors read and files written; where nothing was merged, those that were planned. `disk_needed` and
     `disk_free` are bytes at the output when planning, `memory` an estimate of the peak. `seconds`: plan, total, and,
     of a merge, stream (first read to last sync). The merges of a sweep share one reading and one clock: each report
-    tells them whole. `notes`: what is worth knowing and not an error. `refused`: of a dry run, that there is too little
+    tells them whole. `renamed`: names of
+    sft and start that are others in the base, by rule, and of how many tensors. `notes`: what is worth knowing and not
+    an error. `refused`: of a dry run, that there is too little
     space; a merge would be refused for it. `verified`: every byte was computed again, and compared, before the folder
     appeared.
     """
@@ -239,6 +241,7 @@ class MergeReport:
     config_changes: dict[str, Any]
     side_files: dict[str, list[str]]
     left_out: dict[str, list[str]]
+    renamed: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     refused: str = ""
     verified: bool = False

@@ -39,6 +39,10 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
     table = ["  " + "  ".join(c.ljust(w) if i not in (1, 2) else c.rjust(w) for i, (c, w) in
              enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]  # fmt: skip
     inputs = [f"  base   {shown(base)}", f"  sft    {shown(sft)}", *([f"  start  {shown(start)}"] if start else [])]
+    renamed = [
+        f"  {each['tensors']} tensors '{shown(each['name'])}' of {each['role']} are '{shown(each['in_base'])}' in base"
+        for each in report.renamed
+    ]
     side = [
         f"  {len(names)} other files from {role}: {', '.join(map(shown, names))}"
         for role, names in report.side_files.items()
@@ -58,6 +62,7 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
         f"  reads {bytes_text(report.bytes_read)}, writes {bytes_text(report.bytes_written)} to"
         f" {', '.join(report.files[:3])}"
         + (f", … ({len(report.files)} files)" if len(report.files) > 3 else ""),
+        *renamed,
         *side,
         *changes,
         *left,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import mergekit_imm
-from checkpoints import files_of
+from checkpoints import files_of, read_model, write_model
 from commands import (
     Command,
     Ended,
@@ -377,3 +377,15 @@ def test_a_read_only_install_without_a_home_works_with_one_notice(here: Path) ->
     # Where it can be cached, there is nothing to say.
     environment["NUMBA_CACHE_DIR"] = str(here / "cache")
     assert subprocess_of(code="import mergekit_imm.kernel", env=environment) == Ended(0, "", "")
+
+
+def test_a_dry_run_and_a_note_show_which_names_were_taken_for_which(here: Path, merge: Command) -> None:
+    state = read_model(here / "sft")
+    write_model(here / "renamed", {f"language_model.{name}": tensor for name, tensor in state.items()})
+    shown = merge("base", "renamed", "-o", "out", "--dry-run")
+    assert f"\n  {len(state)} tensors 'language_model.*' of sft are '*' in base\n" in shown.out
+    done = merge("base", "renamed", "-o", "out")
+    assert (done.status, f"note: {len(state)} names of sft renamed differ from those of base base" in done.err) == (
+        0,
+        True,
+    )
