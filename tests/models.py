@@ -118,6 +118,19 @@ LAYOUTS = {
         "model.embed_tokens.weight",
         tied=False,
     ),
+    "gpt_oss": Layout(
+        lambda: transformers.GptOssConfig(
+            **{**_SIZES, "intermediate_size": 32},
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=16,
+            tie_word_embeddings=False,
+        ),
+        "model.layers.1.mlp.experts.gate_up_proj_bias",
+        "model.embed_tokens.weight",
+        tied=False,
+    ),
     "deepseek_v3": Layout(
         lambda: transformers.DeepseekV3Config(
             **_SIZES,

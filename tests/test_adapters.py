@@ -52,7 +52,10 @@ KINDS: dict[str, tuple[str, Options]] = {
     "experts, one parameter": ("deepseek_v3", {
         "target_modules": ["o_proj"], "target_parameters": ["mlp.experts.down_proj"], "use_rslora": True,
     }),
-    "experts stored fused, turned": ("llama4", {
+    "experts stored fused, turned, and square": ("gpt_oss", {
+        "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }),
+    "experts stored fused": ("llama4", {
         "target_modules": ["q_proj"],
         "target_parameters": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
     }),
@@ -181,7 +184,18 @@ def test_any_piece_of_a_product_is_that_piece(
         assert out.tobytes() == whole[first:end].tobytes()
 
 
-@pytest.mark.parametrize("kind", ["lora", "DoRA", "tokens", "Conv1D", "an embedding, by factors"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "lora",
+        "DoRA",
+        "tokens",
+        "Conv1D",
+        "an embedding, by factors",
+        "experts",
+        "experts stored fused, turned, and square",
+    ],
+)
 def test_any_number_of_workers_and_any_pieces_give_the_same_bytes(tmp_path: Path, kind: str) -> None:
     train(tmp_path, *KINDS[kind])
     given = (tmp_path / "base", tmp_path / "adapter")
@@ -357,3 +371,11 @@ def test_a_random_state_is_no_adapter(tmp_path: Path) -> None:
     (tmp_path / "sft" / "adapter_config.json").write_text("{}")
     merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
     assert "adapter_config.json" not in files_of(tmp_path / "out")
+
+
+def test_a_square_parameter_alone_is_refused_as_its_sides_cannot_be_told_apart(tmp_path: Path) -> None:
+    train(tmp_path, "gpt_oss", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]})
+    with pytest.raises(
+        CheckpointError, match=r"which way round '.*experts\.down_proj' is cannot be told; merge it first"
+    ):
+        merge_checkpoints(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

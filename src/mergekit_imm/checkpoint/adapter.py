@@ -13,7 +13,7 @@ from ..errors import CheckpointError, MismatchError, shown
 from ..layers import is_input_embedding, is_output_head, only_in, unwrapped
 from ..match import Shape, by_prefix, ruled
 from .computed import Computed, Tensor, renamed
-from .experts import cut_experts, expert_names, fused_shape, is_transposed
+from .experts import cut_experts, expert_names, fused_shape
 from .lowrank import LowRank, OfExperts, Rescaled, WithRows
 from .source import Checkpoint
 from .tensorfile import MERGED
@@ -92,7 +92,7 @@ class _Parts:
     """The tensors of an adapter, by what they change and how. Names are the adapter's own."""
 
     factors: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict)  # module, kind -> A, B, vector
-    experts: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)  # module, depth -> A, B
+    experts: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)  # module -> depth -> A, B
     rows: dict[str, Tensor] = field(default_factory=dict)  # module -> trained tokens
     whole: dict[str, Tensor] = field(default_factory=dict)
 
@@ -128,8 +128,8 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal, rules: Sequenc
             raise CheckpointError(f"{adapter.label} changes tensor '{shown(name)}' in two ways; {_FIRST}")
         delta = _low_rank(name, module, kind, pair, adapter, target)
         put(_rescaled(delta, pair["vector"], adapter, model) if "vector" in pair else delta)
-    for (module, _), pair in parts.experts.items():
-        for change in _of_experts(module, pair, adapter, model, names):
+    for module, pairs in parts.experts.items():
+        for change in _of_experts(module, list(pairs.values()), adapter, model, names):
             put(change)
     _check_tie(trained, adapter, model)
     if not trained and not computed:
@@ -146,7 +146,8 @@ def _parts(adapter: Checkpoint) -> _Parts:
             module, factor, part = found.groups()
             which = factor.rpartition("_")[2]
             if _parameters(module, adapter):
-                parts.experts.setdefault((module, key.split(".").count("base_layer")), {})[which] = tensor
+                depth = key.split(".").count("base_layer")
+                parts.experts.setdefault(module, {}).setdefault(depth, {})[which] = tensor
                 continue
             kind = "bias" if part == "bias" else "embedding" if "embedding" in factor else "weight"
             parts.factors.setdefault((module, kind), {})[which] = tensor
@@ -177,10 +178,9 @@ def _wanted(parts: _Parts, adapter: Checkpoint, model: Checkpoint) -> dict[str, 
         shape = (*pair["B"].shape[:1], *pair["A"].shape[1:]) if straight else None
         wanted[f"{module}.{'bias' if kind == 'bias' else 'weight'}"] = shape
     ends = expert_names(model.tensors)
-    for module, _ in parts.experts:
+    for module in parts.experts:
         for parameter in _parameters(module, adapter):
-            single = {"gate_up_proj": 0, "down_proj": 2}.get(parameter) if ends else None
-            wanted[f"{module}.{parameter}" if single is None or not ends else f"{module}.0.{ends[single]}"] = None
+            wanted[_wanted_of(module, parameter, ends)] = None
     return wanted
 
 
@@ -199,51 +199,57 @@ def _names(wanted: Mapping[str, Shape], adapter: Checkpoint, model: Checkpoint, 
 
 
 def _of_experts(
-    module: str, pair: Mapping[str, Tensor], adapter: Checkpoint, model: Checkpoint, names: Mapping[str, str]
+    module: str, pairs: Sequence[Mapping[str, Tensor]], adapter: Checkpoint, model: Checkpoint, names: Mapping[str, str]
 ) -> list[Computed]:
-    """The delta of one parameter of experts: as the model stores them, one tensor or one for each expert.
+    """The deltas of a module's parameters: as the model stores them, one tensor or one for each expert.
 
-    Which parameter it is, PEFT does not tell; the shapes of the factors do.
+    Which parameter a pair of factors belongs to, and which way round it is, PEFT does not store; shapes tell.
     """
     assert adapter.adapter is not None
-    a, b = pair.get("A"), pair.get("B")
-    if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or len(pair) > 2:
-        raise CheckpointError(f"{adapter.label} has one factor only for '{shown(module)}'; save it again")
-    for factor in (a, b):
-        _check_float(factor, adapter)
     ends = expert_names(model.tensors)
-    fits = []
+    targets = {}  # parameter -> name and shape as one tensor
     for parameter in _parameters(module, adapter):
-        fused = f"{module}.{parameter}"
-        if fused in names:
-            name = names[fused]
-            shape = model.tensors[name].shape
-        elif ends and parameter in ("gate_up_proj", "down_proj"):
-            first = names[f"{module}.0.{ends[0 if parameter == 'gate_up_proj' else 2]}"]
-            path = first[: -len(ends[0 if parameter == "gate_up_proj" else 2]) - len(".0.")]
-            name = f"{path}.{parameter}"
-            shape = fused_shape(path, parameter, ends, model.tensors)
-        else:
-            continue
-        if len(shape) != 3:
-            raise CheckpointError(f"{adapter.label} has factors for '{shown(name)}', which is no matrix; {_FIRST}")
-        rank, scaling = _scaling(adapter.adapter, fused)
-        straight, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
-        if a.shape[0] == b.shape[1] == shape[0] * rank and shape[1:] in (straight, turned):
-            is_turned = shape[1:] == turned and (straight != turned or is_transposed(name, model.tensors))
-            fits.append(OfExperts(name, shape, a, b, scaling, is_turned))
-    if len(fits) != 1:
-        raise MismatchError(
-            f"{adapter.label} has factors {list(b.shape)} and {list(a.shape)} for '{shown(module)}', which fit"
-            f" {len(fits)} of its parameters; is this the model that the adapter was trained on?"
-        )
-    (change,) = fits
-    if change.name in model.tensors:
-        return [change]
-    assert ends is not None
-    cut = cut_experts("sft", change.name, change, ends)
-    assert cut is not None
-    return [part for _, part, _ in cut[1] if isinstance(part, Computed)]
+        wanted = _wanted_of(module, parameter, ends)
+        name = names[wanted]
+        targets[parameter] = name, model.tensors[name].shape
+        if ends and wanted != f"{module}.{parameter}":  # stored one by one
+            path = name.removesuffix(wanted.removeprefix(module))
+            targets[parameter] = f"{path}.{parameter}", fused_shape(path, parameter, ends, model.tensors)
+    found = []
+    for pair in pairs:
+        a, b = pair.get("A"), pair.get("B")
+        if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
+            raise CheckpointError(f"{adapter.label} has one factor only for '{shown(module)}'; save it again")
+        _check_float(a, adapter)
+        _check_float(b, adapter)
+        fits = []
+        for parameter, (name, shape) in targets.items():
+            rank, scaling = _scaling(adapter.adapter, f"{module}.{parameter}")
+            sizes = {(b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])}
+            if len(shape) == 3 and shape[1:] in sizes and a.shape[0] == b.shape[1] == shape[0] * rank:
+                fits.append(OfExperts(name, shape, a, b, scaling, shape[1:] != (b.shape[0], a.shape[1])))
+        if len(fits) != 1:
+            raise MismatchError(
+                f"{adapter.label} has factors {list(b.shape)} and {list(a.shape)} for '{shown(module)}', which fit"
+                f" {len(fits)} of {', '.join(f'{shown(n)} {list(shape)}' for n, shape in targets.values())}; is this"
+                " the model that the adapter was trained on?"
+            )
+        found += fits
+    turned = {change.turned for change in found if change.shape[1] != change.shape[2]}
+    if len(turned) != 1:  # of a square one shapes do not tell, but of a module all are the same way round
+        raise CheckpointError(f"{adapter.label}: which way round '{shown(found[0].name)}' is cannot be told; {_FIRST}")
+    found = [replace(change, turned=next(iter(turned))) for change in found]
+    parts: list[Computed] = []
+    for change in found:
+        cut = None if change.name in model.tensors or ends is None else cut_experts("sft", change.name, change, ends)
+        parts += [change] if cut is None else [part for _, part, _ in cut[1] if isinstance(part, Computed)]
+    return parts
+
+
+def _wanted_of(module: str, parameter: str, ends: tuple[str, str, str] | None) -> str:
+    """The tensor to look for in the model: the parameter itself, or its part in the first expert."""
+    end = {"gate_up_proj": 0, "down_proj": 2}.get(parameter)
+    return f"{module}.{parameter}" if ends is None or end is None else f"{module}.0.{ends[end]}"
 
 
 def _with_rows(name: str, module: str, rows: Tensor, adapter: Checkpoint, model: Checkpoint) -> WithRows:

@@ -37,19 +37,6 @@ def fused_shape(path: str, which: str, names: tuple[str, str, str], tensors: Map
     return count, len(ends) * shape[0], shape[1]
 
 
-def is_transposed(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether fused experts are stored [experts, in, out], as those of Llama 4 and gpt-oss are, and not [., out, in].
-
-    Of a square tensor its shape cannot tell; but of gate_up_proj and down_proj together one is never square.
-    """
-    found = _FUSED.fullmatch(name)
-    if found is None:
-        return False
-    both = (f"{found[1]}.{which}{found[3] or ''}" for which in ("gate_up_proj", "down_proj"))
-    gate_up, down = (tensors[each].shape if each in tensors else () for each in both)
-    return len(gate_up) == len(down) == 3 and gate_up[2] == 2 * down[1] and gate_up[1] == down[2]
-
-
 def cut_experts(
     role: str, name: str, tensor: Tensor, names: tuple[str, str, str]
 ) -> tuple[str, list[tuple[str, Tensor, str]]] | None:
