@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .errors import bytes_text, shown
 from .recipe import MergeReport
+
+
+_WHAT = {"keep": "keep the base's", "take": "take the sft's", "copy": "copy, must be equal"}
 
 
 def finished(report: MergeReport, several: bool) -> str:
@@ -25,19 +30,6 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
     """What a dry run prints."""
     p = report.parameters
     counts = ", ".join(f"{count} {action}" for action, count in report.tensors.items() if count)
-    rows: list[tuple[str, ...]] = [("kind of tensor", "tensors", "parameters", "base", "start", "sft", "out", "what")]
-    for kind in report.kinds:
-        what = {"merge": f"merge, drop {kind['drop']:.4g}" if kind["drop"] else "merge", "keep": "keep the base's",
-                "take": "take the sft's", "copy": "copy, must be equal"}[kind["action"]]  # fmt: skip
-        read = [kind["read"].get(role, "-") for role in ("base", "start", "sft")]
-        rows.append(
-            (shown(kind["name"]), str(kind["tensors"]), count_text(kind["elements"]), *read, kind["write"], what)
-        )
-    if start is None:
-        rows = [(*row[:4], *row[5:]) for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    table = ["  " + "  ".join(c.ljust(w) if i not in (1, 2) else c.rjust(w) for i, (c, w) in
-             enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]  # fmt: skip
     inputs = [f"  base   {shown(base)}", f"  sft    {shown(sft)}", *([f"  start  {shown(start)}"] if start else [])]
     renamed = [
         f"  {each['tensors']} tensors '{shown(each['name'])}' of {each['role']} are '{shown(each['in_base'])}' in base"
@@ -57,7 +49,7 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
         + (f", reference {p['reference']}" if p["reference"] != "start" else "")
         + (f", importance of {len(p['importance'])} layers" if p["importance"] is not None else ""),
         "",
-        *table,
+        *table(report.kinds, start is not None),
         "",
         f"  reads {bytes_text(report.bytes_read)}, writes {bytes_text(report.bytes_written)} to"
         f" {', '.join(report.files[:3])}"
@@ -71,6 +63,23 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
         "nothing was written",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def table(kinds: Sequence[Mapping[str, Any]], with_start: bool) -> list[str]:
+    """Return the lines of a table of tensors, a row for each kind of them."""
+    roles = ("base", "start", "sft") if with_start else ("base", "sft")
+    rows: list[tuple[str, ...]] = [("kind of tensor", "tensors", "parameters", *roles, "out", "what")]
+    for kind in kinds:
+        what = _WHAT.get(kind["action"], kind["action"]) + (f", drop {kind['drop']:.4g}" if kind["drop"] else "")
+        read = [kind["read"].get(role, "-") for role in roles]
+        counts = str(kind["tensors"]), count_text(kind["elements"])
+        rows.append((shown(kind["name"]), *counts, *read, kind["write"], what))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [c.rjust(w) if i in (1, 2) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return lines
 
 
 def count_text(count: int) -> str:
