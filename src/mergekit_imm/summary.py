@@ -9,7 +9,6 @@ from typing import Any
 from .errors import bytes_text, shown
 from .recipe import MergeReport
 
-
 _WHAT = {"keep": "keep the base's", "take": "take the sft's", "copy": "copy, must be equal"}
 
 
