@@ -35,7 +35,7 @@ LEVELS = [
     ["checkpoint.sidefiles", "checkpoint.tensorfile"],
     ["checkpoint.hub", "checkpoint.disk", "checkpoint.computed"],
     ["checkpoint.source", "checkpoint.output", "checkpoint.journal"],
-    ["checkpoint.swap", "checkpoint.adapter"],
+    ["checkpoint.swap", "checkpoint.adapter", "checkpoint.quantised"],
     ["layout", "ties"],
     ["plan"],
     ["reading"],
