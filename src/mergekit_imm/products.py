@@ -56,8 +56,13 @@ def dequantize(codes, table, scales, begin, matrix, grid, block, first, out):
     while at < len(out):
         line, column = (first + at) // columns, (first + at) % columns
         row, place = line // rows * grid[0] + line % rows // block[0] - begin, column // block[1]
-        width = min((place + 1) * block[1] - column, columns - column, len(out) - at)
-        factor = scales[row, place]
-        for j in range(at, at + width):
-            out[j] = table[codes[j]] * factor
+        if block[1] == 1:
+            width = min(columns - column, len(out) - at)
+            for j in range(width):
+                out[at + j] = table[codes[at + j]] * scales[row, column + j]
+        else:
+            width = min((place + 1) * block[1] - column, columns - column, len(out) - at)
+            factor = scales[row, place]
+            for j in range(at, at + width):
+                out[j] = table[codes[j]] * factor
         at += width

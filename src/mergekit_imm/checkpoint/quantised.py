@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config import quantisation
 from ..errors import CheckpointError, MismatchError, shown
+from ..layers import ready_option
 from .computed import Computed, Matrix, Read, Reads, Tensor, decoded
 from .source import Checkpoint
 from .tensorfile import MERGED
@@ -136,7 +137,7 @@ def dequantized(checkpoint: Checkpoint, spared: Spared) -> Checkpoint:
             raise CheckpointError(
                 f"tensor '{shown(name)}' is {tensors[name].dtype} in {checkpoint.label}, with {beside}"
                 f" ('{shown(name)}_scale_inv', '{shown(name)}_scale'): what it stands for is not known; use an"
-                " unquantised checkpoint"
+                f" unquantised checkpoint, or {ready_option('--keep', name)} or {ready_option('--take', name)}"
             )
     unused = tuple(name for name in tensors if name not in gone and _is_of_activations(name, tensors[name], fp8))
     orphan = next((n for n in tensors if n not in {*gone, *unused} and _ORPHAN.search(n) and not spared(n)), None)
