@@ -68,8 +68,8 @@ def float32_of(state: State, block: tuple[int, int] = (128, 128)) -> State:
         else:
             (rows, columns), (down, across) = tensor.shape[-2:], scale.shape[-2:]
             i, j = torch.arange(rows), torch.arange(columns)
-            if down == 2 and name.endswith("gate_up_proj"):  # each half has scales of its own
-                down_of = i // (rows // 2)
+            if down % 2 == 0 and name.endswith("gate_up_proj"):  # each half has scales of its own
+                down_of = i % (rows // 2) // block[0] + i // (rows // 2) * (down // 2)
             else:
                 down_of = i // block[0] if down not in (1, rows) else i if down == rows else i * 0
             across_of = j // block[1] if across not in (1, columns) else j if across == columns else j * 0
@@ -80,7 +80,7 @@ def float32_of(state: State, block: tuple[int, int] = (128, 128)) -> State:
 RAGGED = {
     "model.layers.0.self_attn.kv_a_proj_with_mqa.weight": (576, 200),
     "model.layers.0.self_attn.q_a_proj.weight": (7, 300),
-    "model.layers.0.mlp.experts.gate_up_proj": (3, 2 * 96, 130), "model.layers.0.mlp.experts.down_proj": (3, 130, 96),
+    "model.layers.0.mlp.experts.gate_up_proj": (3, 2 * 160, 130), "model.layers.0.mlp.experts.down_proj": (3, 130, 96),
     "model.layers.1.self_attn.o_proj.weight": (128, 1), "model.norm.weight": (40,),
 }  # fmt: skip
 
@@ -94,7 +94,7 @@ def ragged_state(seed: int, *, scales: torch.dtype = torch.float32, fp8: torch.d
         if len(shape) == 1:
             state[name] = values.to(torch.bfloat16)
             continue
-        rows = 2 if "gate_up" in name else -(-shape[-2] // 128)
+        rows = 4 if "gate_up" in name else -(-shape[-2] // 128)
         grid = (*shape[:-2], rows, -(-shape[-1] // 128))
         state[name] = (values * 50).to(fp8)
         state[f"{name}_scale_inv"] = (torch.rand(grid, generator=draw) * 1e-3 + 1e-4).to(scales)
@@ -107,7 +107,8 @@ FP8 = {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_si
 def compressed(form: str = "float-quantized", **more: Any) -> dict[str, Any]:
     weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
     groups = {"group_0": {"weights": weights, "input_activations": None, "targets": ["Linear"]}}
-    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, **more}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups,
+            "sparsity_config": {"format": "dense"}, **more}  # fmt: skip
 
 
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "producer": {"name": "modelopt"}}

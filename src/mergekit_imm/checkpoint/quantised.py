@@ -140,13 +140,13 @@ def dequantized(checkpoint: Checkpoint, spared: Spared) -> Checkpoint:
                 f" unquantised checkpoint, or {ready_option('--keep', name)} or {ready_option('--take', name)}"
             )
     unused = tuple(name for name in tensors if name not in gone and _is_of_activations(name, tensors[name], fp8))
-    orphan = next((n for n in tensors if n not in {*gone, *unused} and _ORPHAN.search(n) and not spared(n)), None)
+    gone |= {*unused}
+    orphan = next((name for name in tensors if name not in gone and _ORPHAN.search(name) and not spared(name)), None)
     if orphan is not None:
         raise CheckpointError(
             f"{checkpoint.label} stores '{shown(orphan)}', scales of a weight that is not FP8 or not there; use a whole"
             " FP8 checkpoint, or an unquantised one"
         )
-    gone |= {*unused}
     return replace(
         checkpoint,
         tensors={name: weights.get(name, tensor) for name, tensor in tensors.items() if name not in gone},
@@ -164,9 +164,11 @@ def _unread(settings: Mapping[str, Any]) -> str:
     if method == "modelopt":
         return "" if str(algorithm).startswith("FP8") else f"modelopt's {shown(algorithm)}"
     if method == "compressed-tensors":
-        for key in ("transform_config", "sparsity_config"):
-            if settings.get(key):
-                return f"compressed-tensors with a {key}"
+        sparsity = settings.get("sparsity_config") or {"format": "dense"}
+        if not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense":
+            return "compressed-tensors with a sparsity_config"
+        if settings.get("transform_config"):
+            return "compressed-tensors with a transform_config"
         return "" if form in ("float-quantized", "naive-quantized") else f"compressed-tensors' {shown(form)}"
     return shown(_method(settings) or "a method that its config does not name")
 
