@@ -236,7 +236,8 @@ def test_tensors_are_kept_and_taken_as_bfloat16(models: Models) -> None:
 def test_scales_of_activations_are_left_out_with_a_note(models: Models) -> None:
     state = {f"{UP}.weight": torch.ones(8, 8).to(torch.float8_e4m3fn), f"{UP}.weight_scale": torch.ones(()),
              f"{UP}.input_scale": torch.ones(()), "model.layers.0.self_attn.k_proj.k_scale": torch.ones(1),
-             "model.layers.0.other.input_scale": torch.ones(1), "model.layers.0.other.k_scale": torch.ones(4)}  # fmt: skip
+             "model.layers.0.other.input_scale": torch.ones(1),
+             "model.layers.0.other.k_scale": torch.ones(4)}  # fmt: skip
     side = {"hf_quant_config.json": "{}", "tokenizer.json": "{}"}
     write_model(models.base, state, config={**CONFIG, "quantization_config": MODELOPT}, side=side)
     floats = {UP0: torch.ones(8, 8), **{name: state[name] for name in state if "other" in name}}

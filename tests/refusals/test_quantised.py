@@ -187,6 +187,14 @@ def test_scales_that_do_not_fit_are_refused(models: Models, grid: tuple[int, ...
     models.refused(MismatchError, match, dequantize=True)
 
 
+@pytest.mark.parametrize("grid", [(2, 1, 1), (1, 1, 8), (2,), (3, 3), (2, 3, 1)], ids=str)
+def test_scales_of_another_number_of_matrices_are_refused(models: Models, grid: tuple[int, ...]) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    models.change("sft", {name: EIGHT.repeat(3, 1, 1), f"{name}_scale_inv": torch.ones(grid)}, FP8)
+    match = rf"'{name}' is F8_E4M3 \[3, 8, 8\] in sft .* are {re.escape(str(list(grid)))}; they must be"
+    models.refused(MismatchError, match, dequantize=True)
+
+
 @pytest.mark.parametrize("block", ["128", [128], [0, 128], [128.0, 128], [-1, 1], {"a": 1}, [True, True], 128], ids=str)
 def test_a_block_that_is_none_is_refused(models: Models, block: object) -> None:
     config = {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_size": block}}
