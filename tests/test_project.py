@@ -37,7 +37,7 @@ LEVELS = [
     ["checkpoint.hub", "checkpoint.disk", "checkpoint.computed"],
     ["checkpoint.lowrank", "checkpoint.experts"],
     ["checkpoint.source", "checkpoint.output", "checkpoint.journal"],
-    ["checkpoint.swap", "checkpoint.adapter"],
+    ["checkpoint.swap", "checkpoint.adapter", "checkpoint.quantised"],
     ["names"],
     ["layout", "ties"],
     ["plan"],

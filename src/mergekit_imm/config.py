@@ -6,26 +6,18 @@ import copy
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from .errors import CheckpointError, MismatchError, shown
+from .errors import MismatchError, shown
 
 Config = Mapping[str, Any]
+_QUANTISED = ("quantization_config", "compression_config")
 
 
 def check_configs(configs: Mapping[str, tuple[str, Config | None]], renamed: Collection[str] = ()) -> None:
     """Check the configs of all inputs: role -> (label for messages, config or None).
 
     Models in `renamed`, whose names were taken for the base's, may be another class of the same model: its text part
-    alone, or wrapped with other parts. Raises CheckpointError for a quantised model, MismatchError for different
-    architectures.
+    alone, or wrapped with other parts. Raises MismatchError for different architectures.
     """
-    for label, config in configs.values():
-        for key in ("quantization_config", "compression_config"):
-            if config and config.get(key):
-                method = config[key].get("quant_method", "") if isinstance(config[key], Mapping) else ""
-                raise CheckpointError(
-                    f"{label} is quantised (config.json has a {key}{f' of {shown(method)}' if method else ''});"
-                    " merge the unquantised checkpoints and quantise the result"
-                )
     base_label, base = configs["base"]
     for role, (label, config) in configs.items():
         for key in ("model_type", "architectures"):
@@ -42,6 +34,15 @@ def _types(config: Config) -> set[str]:
     """The model types of a config and of those nested in it."""
     found = (level.get("model_type") for _, level in _levels(config))
     return {kind for kind in found if isinstance(kind, str)}
+
+
+def quantisation(config: Config | None) -> tuple[str, Mapping[str, Any]] | None:
+    """Return where a config says that its model is quantised, `text_config.quantization_config`, and what it says."""
+    for place, level in _levels(config or {}):
+        for key in _QUANTISED:
+            if level.get(key):
+                return f"{place}{key}", level[key] if isinstance(level[key], Mapping) else {}
+    return None
 
 
 def says_tied(config: Config | None) -> bool:
@@ -69,7 +70,7 @@ def merged_config(
 
     `dtype` is the torch name of the float tensors written (None: there are none), `tied` whether head and
     embedding were written as one tensor (None: nothing to say), `rows` the row counts of the input embeddings.
-    Changes are keyed by their place, `text_config.dtype`.
+    Changes are keyed by their place, `text_config.dtype`; None is for what was taken out.
     """
     origin = sft if sft is not None else base
     if origin is None:
@@ -82,6 +83,11 @@ def merged_config(
             level[key] = value
             changes[f"{place}{key}"] = value
 
+    for place, level in list(_levels(config)):
+        for key in _QUANTISED:
+            if level.get(key):  # what is merged is not quantised
+                del level[key]
+                changes[f"{place}{key}"] = None
     if dtype is not None:
         if not {"dtype", "torch_dtype"} & set(config):
             put("", config, "torch_dtype" if base and "torch_dtype" in base else "dtype", dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from .checkpoint.adapter import applied
 from .checkpoint.computed import Tensor
+from .checkpoint.quantised import check_unquantised, dequantized
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import fingerprint
 from .errors import ArgumentError, CheckpointError, shown
@@ -87,8 +89,29 @@ def open_inputs(
 
 def prepared(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
     """Return the inputs as they are merged: under the base's names, each tensor as a whole."""
-    inputs = matched(inputs, parameters.rename)
+    inputs = matched(without_quantisation(inputs, parameters), parameters.rename)
     return with_adapter(inputs, parameters.reference, parameters.rename)
+
+
+def without_quantisation(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
+    """Return the inputs with FP8 weights multiplied by their scales, if that is asked for.
+
+    Raises CheckpointError for quantised ones, ArgumentError if there is nothing to do.
+    """
+    patterns = [re.compile(pattern) for pattern in (*parameters.keep, *parameters.take)]
+
+    def spared(name: str) -> bool:
+        return any(pattern.search(name) for pattern in patterns)
+
+    if not parameters.dequantize:
+        for each in inputs.values():
+            check_unquantised(each, spared)
+        return inputs
+    found = {role: dequantized(each, spared) for role, each in inputs.items()}
+    if all(found[role] is each for role, each in inputs.items()):
+        labels = ", ".join(each.label for each in inputs.values())
+        raise ArgumentError(f"--dequantize is given, but no tensor is FP8 in {labels}; leave it out")
+    return found
 
 
 def with_adapter(inputs: dict[str, Checkpoint], reference: str, rules: Sequence[str]) -> dict[str, Checkpoint]:
@@ -152,6 +175,13 @@ def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters])
     if linked:
         note = f"note: left out, as they are links to folders: {', '.join(map(shown, linked[:4]))}"
         plans = [replace(plan, notes=(*plan.notes, note + (", …" if len(linked) > 4 else ""))) for plan in plans]
+    for each in inputs.values():
+        if each.unused:
+            note = (
+                f"note: left out, as only FP8 needs them: {len(each.unused)} scales of activations of {each.label},"
+                f" such as '{shown(each.unused[0])}'"
+            )
+            plans = [replace(plan, notes=(*plan.notes, note)) for plan in plans]
     if _same_place(inputs["base"], inputs["sft"]):
         note = "note: BASE and SFT are the same model; the result is that model"
         plans = [replace(plan, notes=(*plan.notes, note)) for plan in plans]

@@ -1,4 +1,4 @@
-"""The product of two small matrices, element by element, compiled by numba.
+"""What computed tensors are made of, element by element, compiled by numba: products of matrices, codes times scales.
 
 No BLAS: its order of additions, and so its bits, depends on the shape of the block and on the machine.
 """
@@ -43,3 +43,26 @@ def rescale(weight, delta, magnitude):
         factor = np.float32(magnitude[i] / np.float32(np.sqrt(total)))
         for j in range(weight.shape[1]):
             delta[i, j] = factor * delta[i, j]
+
+
+@jit
+def dequantize(codes, table, scales, begin, matrix, grid, block, first, out):
+    """Elements first.. of matrices of codes, each the code's value times the scale of its block.
+
+    `scales` are rows of scales, of which the first is row `begin` of all; each matrix has grid[0] of them.
+    """
+    rows, columns = matrix
+    at = 0
+    while at < len(out):
+        line, column = (first + at) // columns, (first + at) % columns
+        row, place = line // rows * grid[0] + line % rows // block[0] - begin, column // block[1]
+        if block[1] == 1:
+            width = min(columns - column, len(out) - at)
+            for j in range(width):
+                out[at + j] = table[codes[at + j]] * scales[row, column + j]
+        else:
+            width = min((place + 1) * block[1] - column, columns - column, len(out) - at)
+            factor = scales[row, place]
+            for j in range(at, at + width):
+                out[j] = table[codes[j]] * factor
+        at += width

@@ -2,10 +2,10 @@
 
     python -m lost.damage FOLDER [--count N] [--seed N]
 
-Each case is a pair of small models (sometimes with a start, an importance file, an unfinished merge, or an adapter as
-sft; or a merge to be verified) of which some files were damaged: bytes, lengths, JSON. A merge of it must end in a
-folder that is whole or in a MergeError of one line; in a few seconds, within a gigabyte, with its inputs unchanged and
-no file elsewhere. Prints JSON: how many, how they ended.
+Each case is a pair of small models (sometimes with a start, an importance file, an unfinished merge, or an adapter or
+FP8 weights as sft; or a merge to be verified) of which some files were damaged: bytes, lengths, JSON. A merge of it
+must end in a folder that is whole or in a MergeError of one line; in a few seconds, within a gigabyte, with its inputs
+unchanged and no file elsewhere. Prints JSON: how many, how they ended.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ STRAYS = [
     "sft/model.safetensors.index.json", "base/model.safetensors", "sft/x.bin", "out.replacing",
     "sft/adapter_config.json", "base/config.json/x",
 ]  # fmt: skip
-FORMS = ["plain", "plain", "start", "importance", "adapter", "unfinished", "verified"]
+FORMS = ["plain", "plain", "start", "importance", "adapter", "fp8", "unfinished", "verified"]
 
 
 def write_models(folder: Path) -> Files:
@@ -91,6 +91,7 @@ def write_models(folder: Path) -> Files:
     lora = {f"base_model.model.model.layers.0.w.lora_{x}.weight": np.ones(s, np.float16) for x, s in
             (("A", (2, 8)), ("B", (8, 2)))}  # fmt: skip
     save_file(lora, folder / "adapter" / "adapter_model.safetensors")
+    _write_fp8(folder / "fp8")
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -101,6 +102,19 @@ def write_models(folder: Path) -> Files:
     finally:
         os.chdir(before)
     return files_of(folder)
+
+
+def _write_fp8(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    state = {n: torch.ones(s, dtype=torch.float16 if len(s) == 1 else torch.float8_e4m3fn) for n, s in SHAPES.items()}
+    scales = {f"{n}_scale_inv": torch.ones(s[0] // 2, s[1] // 4) for n, s in SHAPES.items() if len(s) == 2}
+    scales["model.layers.1.w.weight_scale_inv"] = torch.ones(())
+    save_file({**state, **scales, "steps": torch.arange(2)}, folder / "model.safetensors")
+    said = {"quant_method": "fp8", "weight_block_size": [2, 4]}
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": said}))
 
 
 def _interrupt(done: int, total: int) -> None:
@@ -237,12 +251,14 @@ def ending(form: str, files: Files, folder: Path) -> str:
         options |= {"start": "start"}
     elif form == "importance":
         options |= {"importance": "importance.json"}
+    elif form == "fp8":
+        options |= {"dequantize": True}
     report = None
     try:
         if form == "verified":
             verify("verified", workers=1)
         else:
-            report = merge_checkpoints("base", "adapter" if form == "adapter" else "sft", "out", **options)
+            report = merge_checkpoints("base", form if form in ("adapter", "fp8") else "sft", "out", **options)
     except MergeError as error:
         message = str(error)
         assert message.isprintable(), f"not one line: {message!r}"
