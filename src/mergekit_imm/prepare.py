@@ -17,6 +17,7 @@ from .importance import read_importance
 from .plan import Plan, make_plan
 from .reading import same_bytes, same_values
 from .recipe import RECIPE_FILE, Parameters, differences, history_of, make_recipe, parse_size, read_recipe
+from .vocab import resized
 
 
 def open_inputs(
@@ -86,7 +87,7 @@ def open_inputs(
 
 def prepared(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
     """Return the inputs as they are merged: under the base's names, each tensor as a whole."""
-    return with_adapter(inputs, parameters.reference)
+    return resized(with_adapter(inputs, parameters.reference), parameters)
 
 
 def with_adapter(inputs: dict[str, Checkpoint], reference: str) -> dict[str, Checkpoint]:
