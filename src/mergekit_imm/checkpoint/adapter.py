@@ -96,6 +96,9 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal) -> Checkpoint:
     trained: dict[str, Tensor] = {}  # whole
     computed: dict[str, Computed] = {}
     for key, tensor in adapter.tensors.items():
+        plain = re.sub(r"\.(modules_to_save|original_module)\.", ".", key)
+        if plain != key and plain in adapter.tensors:
+            continue  # of an embedding that was resized and trained, PEFT also stores what it was, and itself again
         path = _unwrapped(key)
         found = _FACTOR.fullmatch(path)
         if found is not None:
@@ -159,7 +162,11 @@ def _unwrapped(key: str) -> str:
     """A tensor's name without what wraps modules: PEFT, FSDP, torch.compile, activation checkpointing."""
     parts = key.removeprefix("base_model.model.").split(".")
     wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
-    return ".".join(part for part in parts if part not in wrappers).replace(".modules_to_save.default.", ".")
+    return (
+        ".".join(part for part in parts if part not in wrappers)
+        .replace(".modules_to_save.default.", ".")
+        .replace(".modules_to_save.", ".")
+    )
 
 
 def _check_tie(trained: Mapping[str, Tensor], adapter: Checkpoint, model: Checkpoint) -> None:
