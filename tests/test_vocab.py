@@ -1,15 +1,14 @@
-"""Vocabularies of different sizes: models resized by transformers, merged, loaded back, and compared with the formulas."""
+"""Vocabularies of different sizes: resized by transformers, merged, loaded back, and compared with the formulas."""
 
 from __future__ import annotations
 
-import copy
-import json
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -17,46 +16,18 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, models
-from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
 import reference
 import strategies
 from checkpoints import State, files_of, random_state, read_model, same_bits, write_model
-from loading import assert_same_bits, config_of
+from loading import EMBED, HEAD, assert_same_bits, config_of
 from mergekit_imm import CheckpointError, MergeError, MismatchError, iter_merged, merge_checkpoints, verify
 from models import LAYOUTS, fine_tuned, load, new_model, untied
+from vocabularies import WORDS, resize, save, tokenizer_of, write_pair
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ENDS = (EMBED, HEAD)
-WORDS = ["<unk>", "<s>", "</s>", *(f"w{n}" for n in range(87))]  # 90 tokens; the base has 96 rows
-EXTRA = ["<pad>", *(f"<call{n}>" for n in range(9))]
 Options = dict[str, Any]
-
-
-def tokenizer_of(words: list[str], added: list[str] = [], **special: str) -> Any:  # noqa: B006
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **special)
-    fast.add_tokens([AddedToken(token, special=True) for token in added])
-    return fast
-
-
-def resize(model: Any, rows: int, seed: int = 7) -> Any:
-    """A copy of a model with more rows or fewer, those that are new random."""
-    resized = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        resized.resize_token_embeddings(rows, mean_resizing=False)
-    return resized
-
-
-def save(model: Any, folder: Path, tokenizer: Any = None, shard: str = "5GB") -> Path:
-    model.save_pretrained(folder, max_shard_size=shard)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    return folder
 
 
 def expected_of(
@@ -66,8 +37,8 @@ def expected_of(
     made = {}
     for name, tensor in base.items():
         rows = common if name in ENDS else len(tensor)
-        sides = [each[name][:rows] for each in (base, sft, base if start is None else start)]
-        made[name] = reference.merge_tensors(*sides, tensor.dtype, name=name, **numbers)
+        b, f, s = (each[name][:rows] for each in (base, sft, base if start is None else start))
+        made[name] = reference.merge_tensors(b, f, s, tensor.dtype, name=name, **numbers)
         if name in ENDS:
             made[name] = torch.cat([made[name], owner[name][common:].to(tensor.dtype)])
     return made
@@ -76,14 +47,7 @@ def expected_of(
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def resized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A base of 96 rows and 90 tokens; an sft that has ten tokens more, and 100 rows."""
-    folder = tmp_path_factory.mktemp(request.param)
-    model = new_model(request.param)
-    save(model, folder / "base", tokenizer_of(WORDS), shard="20KB")
-    tokenizer = tokenizer_of(WORDS, EXTRA, pad_token="<pad>")
-    tuned = resize(fine_tuned(model, seed=2), len(tokenizer))
-    tuned.config.pad_token_id = tuned.generation_config.pad_token_id = 90
-    save(tuned, folder / "sft", tokenizer)
-    return request.param, folder
+    return request.param, write_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("numbers", [{"alpha": 0.5, "drop": 0.9}, {"alpha": 0.7, "drop": 0.0}])
@@ -288,3 +252,185 @@ def test_an_adapter_on_a_start_that_was_resized(resized: tuple[str, Path], tmp_p
         assert same_bits(out[name], torch.cat([expected, start[name][96:]]) if vocab == "sft" else expected)
     load(tmp_path / "out", layout)
     verify(tmp_path / "out")
+
+
+# --- bits
+
+
+@given(
+    rows=st.tuples(*(st.integers(1, 40) for _ in range(3))), columns=st.integers(1, 40), alpha=strategies.alphas,
+    drop=strategies.drops, dtypes=st.tuples(*(st.sampled_from(strategies.WIDER) for _ in range(3))),
+    out=st.sampled_from([None, "float32", "bfloat16"]), vocab=st.sampled_from(["base", "sft"]), started=st.booleans(),
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_common_rows_are_merged_as_without_the_others_which_keep_every_bit(
+    tmp_path_factory: pytest.TempPathFactory, rows: tuple[int, ...], columns: int, alpha: float, drop: float,
+    dtypes: tuple[torch.dtype, ...], out: str | None, vocab: str, started: bool, seed: int,
+) -> None:  # fmt: skip
+    """Minus zeros, subnormals, and what is not finite among the rest; for any numbers, dtypes and sizes."""
+    folder = tmp_path_factory.mktemp("bits")
+    roles = ("base", "sft", "start") if started else ("base", "sft")
+    sides: dict[str, Tensor] = {}
+    common = min(rows[: len(roles)])
+    for number, (role, count, dtype) in enumerate(zip(roles, rows, dtypes, strict=False)):
+        gauss = strategies.tensor(count * columns, dtype, seed=seed + number, kind="gauss", specials=False)
+        edges = strategies.tensor(count * columns, torch.bfloat16, seed=seed - number, kind="edges", specials=True)
+        zeros = strategies.tensor(count * columns, dtype, seed=number, kind="gauss", specials=False) * -0.0
+        tensor = torch.where(torch.arange(count * columns) % 3 == 0, zeros, gauss)
+        tensor[common * columns :: 2] = edges[common * columns :: 2].to(dtype)
+        sides[role] = tensor.view(count, columns)
+        write_model(folder / role, {EMBED: sides[role]})
+    options: Options = {"start": folder / "start", "iteration": 0} if started else {}
+    merged = dict(
+        iter_merged(
+            folder / "base", folder / "sft", vocab=vocab, alpha=alpha, drop=drop, dtype=out, allow_nonfinite=True,
+            **options,
+        )
+    )[EMBED]  # fmt: skip
+    written = sides["base"].dtype if out is None else {"float32": torch.float32, "bfloat16": torch.bfloat16}[out]
+    expected = reference.merge_tensors(
+        sides["base"][:common], sides["sft"][:common], sides["start"][:common] if started else None, written,
+        name=EMBED, alpha=alpha, drop=drop,
+    )  # fmt: skip
+    assert same_bits(merged[:common], expected)
+    wide = np.float64 if sides[vocab].dtype == torch.float64 else np.float32
+    rest = reference.narrow(reference.widen(reference.to_array(sides[vocab][common:]), wide), written)
+    assert same_bits(merged[common:], reference.to_tensor(rest, written, (-1, columns)))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of several pieces, of which none ends where the rows do."""
+    folder = tmp_path_factory.mktemp("wide")
+    write_model(folder / "base", random_state({EMBED: (301, 50), "w": (70, 50)}, seed=1))
+    write_model(folder / "sft", random_state({EMBED: (333, 50), "w": (70, 50)}, seed=2, dtype=torch.float32))
+    return folder
+
+
+@pytest.mark.parametrize("vocab", ["base", "sft"])
+def test_any_pieces_any_workers_and_the_path_of_gpus_give_the_same_bytes(
+    wide: Path, tmp_path: Path, vocab: str
+) -> None:
+    from mergekit_imm import execute, gpu
+
+    given = wide / "base", wide / "sft"
+    one = merge_checkpoints(*given, tmp_path / "one", vocab=vocab, workers=1)
+    with patch("mergekit_imm.execute.BUFFER", 16 * 4096), patch("mergekit_imm.plan.RECORD", 1024):
+        merge_checkpoints(*given, tmp_path / "pieces", vocab=vocab, workers=3, verify=True)
+    device = execute.Device(gpu.merge_span_on("cpu"), gpu.buffer)
+    with patch("mergekit_imm.merge.pick_device", lambda _: device):
+        merge_checkpoints(*given, tmp_path / "gpu", vocab=vocab)
+    expected = files_of(tmp_path / "one")
+    assert files_of(tmp_path / "gpu") == expected
+    assert files_of(tmp_path / "pieces")["model.safetensors"] == expected["model.safetensors"]
+    stored = 2 * 301 * 50 + 2 * 70 * 50 + 4 * (333 if vocab == "sft" else 301) * 50 + 4 * 70 * 50
+    assert one.bytes_read == stored
+
+
+def test_a_sweep_reads_the_rest_once_and_writes_it_everywhere(wide: Path, tmp_path: Path) -> None:
+    given = wide / "base", wide / "sft"
+    merge_checkpoints(*given, tmp_path / "{alpha}", vocab="sft", alpha=[0.0, 0.3, 1.0])
+    sft = read_model(wide / "sft")[EMBED]
+    for alpha in (0.0, 0.3, 1.0):
+        merge_checkpoints(*given, tmp_path / "alone", vocab="sft", alpha=alpha, overwrite=True)
+        swept = read_model(tmp_path / str(alpha))[EMBED]
+        assert same_bits(swept, read_model(tmp_path / "alone")[EMBED])
+        assert same_bits(swept[301:], sft[301:].bfloat16())
+
+
+def test_what_is_not_finite_is_refused_in_any_row(wide: Path, tmp_path: Path) -> None:
+    state = read_model(wide / "sft")
+    state[EMBED][320, 7] = torch.inf
+    write_model(tmp_path / "sft", state)
+    with pytest.raises(MergeError, match=rf"{EMBED}' of sft .* has 1 NaN or infinite of 16650 elements.* index 16007"):
+        merge_checkpoints(wide / "base", tmp_path / "sft", tmp_path / "out", vocab="sft")
+    merge_checkpoints(wide / "base", tmp_path / "sft", tmp_path / "out", vocab="base")
+    merge_checkpoints(wide / "base", tmp_path / "sft", tmp_path / "inf", vocab="sft", allow_nonfinite=True)
+    assert read_model(tmp_path / "inf")[EMBED][320, 7] == torch.inf
+
+
+# --- the files beside the weights
+
+
+@pytest.mark.parametrize("rows", [96, 100])
+def test_with_the_base_s_vocabulary_all_other_files_are_the_base_s(
+    resized: tuple[str, Path], tmp_path: Path, rows: int
+) -> None:
+    _, folder = resized
+    shutil.copytree(folder / "base", tmp_path / "base")
+    shutil.copytree(folder / ("sft" if rows == 100 else "base"), tmp_path / "sft")
+    for role in ("base", "sft"):
+        (tmp_path / role / "chat_template.jinja").write_text(f"{{{{ {role} }}}}")
+    (tmp_path / "sft" / "special.json").write_text("{}")
+    report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", vocab="base")
+    assert set(report.side_files) == {"base"}
+    assert {"special.json", "tokenizer.json", "config.json", "generation_config.json"} <= {*report.left_out["sft"]}
+    out, base = files_of(tmp_path / "out"), files_of(tmp_path / "base")
+    others = set(base) - {name for name in base if name.startswith("model")}
+    assert {name: out[name] for name in others} == {name: base[name] for name in others}
+    assert "special.json" not in out
+    assert report.config_changes == {}
+
+
+# --- what does not fit
+
+
+def test_kept_and_taken_embeddings_have_the_rows_of_the_vocabulary(resized: tuple[str, Path], tmp_path: Path) -> None:
+    _, folder = resized
+    given = folder / "base", folder / "sft"
+    base, sft = (read_model(each)[EMBED] for each in given)
+    merge_checkpoints(*given, tmp_path / "keep", vocab="sft", keep=["embed_tokens"])
+    assert same_bits(read_model(tmp_path / "keep")[EMBED], torch.cat([base, sft[96:]]))
+    merge_checkpoints(*given, tmp_path / "take", vocab="base", take=["embed_tokens"])
+    assert same_bits(read_model(tmp_path / "take")[EMBED], sft[:96])
+
+
+def test_a_model_without_a_known_embedding_says_so(tmp_path: Path) -> None:
+    for role in ("base", "sft"):
+        write_model(tmp_path / role, random_state({"w": (4, 4)}))
+    report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", vocab="sft")
+    assert "has no embedding by a name that is known" in report.notes[0]
+
+
+def test_embeddings_that_were_not_resized_alike_are_refused(tmp_path: Path) -> None:
+    given = tmp_path / "base", tmp_path / "sft"
+    write_model(given[0], random_state({EMBED: (8, 4), HEAD: (8, 4)}))
+    for head in (8, 10):
+        write_model(given[1], random_state({EMBED: (9, 4), HEAD: (head, 4)}))
+        for vocab in ("base", "sft"):
+            with pytest.raises(MismatchError, match=rf"have \[8\] and \[{min(head, 9)}, {max(head, 9)}\] rows"):
+                merge_checkpoints(*given, tmp_path / "out", vocab=vocab)
+
+
+@pytest.mark.parametrize("vocab", ["base", "sft"])
+def test_factors_of_fewer_rows_than_the_base_has(tmp_path: Path, vocab: str) -> None:
+    """An adapter on a start whose embedding was cut; the base's rows behind it are not a delta."""
+    model = new_model("llama")
+    base = save(model, tmp_path / "base")
+    begin = save(resize(fine_tuned(model, seed=4), 90), tmp_path / "start")
+    adapt(begin, tmp_path / "adapter", tmp_path / "merged", "llama", 90, {"target_modules": ["embed_tokens"]})
+    merge_checkpoints(
+        base, tmp_path / "adapter", tmp_path / "out", start=begin, iteration=1, vocab=vocab, alpha=0, drop=0,
+        dtype="float32",
+    )  # fmt: skip
+    merged, theirs = read_model(tmp_path / "out"), read_model(tmp_path / "merged")
+    for name in ENDS:
+        torch.testing.assert_close(merged[name][:90], theirs[name].float(), rtol=2e-6, atol=2e-7)
+        rest = read_model(base)[name][90:].float() if vocab == "base" else merged[name][:0]
+        assert same_bits(merged[name][90:], rest)
+
+
+def test_factors_of_rows_that_the_base_lacks_are_refused(resized: tuple[str, Path], tmp_path: Path) -> None:
+    layout, folder = resized
+    options: Options = {"target_modules": ["embed_tokens"]}
+    adapt(folder / "sft", tmp_path / "adapter", tmp_path / "merged", layout, 100, options)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if "lora_" in name}, path)
+    given = (folder / "base", tmp_path / "adapter")
+    both: Options = {"start": folder / "sft", "iteration": 1}
+    with pytest.raises(CheckpointError, match=r"changes tensor .* by factors, also rows that base .*merge it first"):
+        merge_checkpoints(*given, tmp_path / "out", vocab="sft", **both)
+    merge_checkpoints(*given, tmp_path / "out", vocab="base", **both, alpha=0, drop=0, dtype="float32")
+    merged, theirs = read_model(tmp_path / "out")[EMBED], read_model(tmp_path / "merged")[EMBED]
+    torch.testing.assert_close(merged, theirs[:96].float(), rtol=2e-6, atol=2e-7)

@@ -32,11 +32,14 @@ def resized(inputs: Inputs, parameters: Parameters) -> dict[str, Checkpoint]:
     rows = _rows(used)
     ends = _ends(base)
     notes = []
-    for role, each in used.items():
-        if role != "base" and ends:
-            common = min(rows[role], rows["base"]) if rows else max(tensor.shape[0] for tensor in ends.values())
-            cure = f"leave out --vocab, and take them whole from the sft: {ready_option('--take', *ends)}"
+    if ends:
+        cure = f"leave out --vocab, and take them whole from the sft: {ready_option('--take', *ends)}"
+        most = max(tensor.shape[0] for tensor in ends.values())
+        for each in (used[role] for role in ("sft", "start") if role in used):
+            common = min(rows[each.role], rows["base"]) if rows else most
             notes.append(check_tokens(base, each, common, cure))
+    else:
+        notes.append(f"note: {base.label} has no embedding by a name that is known; --vocab chooses other files only")
     found = dict(inputs)
     if rows:
         found |= _with_rows(used, rows, parameters.vocab)
