@@ -149,7 +149,7 @@ def test_sentencepiece_models_are_compared_byte_by_byte(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_damaged_tokenizers_end_in_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("damaged")
     source, _ = data.draw(st.sampled_from(list(forms(folder / "forms").values())))
@@ -161,12 +161,13 @@ def test_damaged_tokenizers_end_in_one_line(tmp_path_factory: pytest.TempPathFac
     path = data.draw(st.sampled_from(sorted(path for path in given[1].iterdir() if path.suffix in (".json", ".txt"))))
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
+        content = content or bytearray(b"0")
         at = data.draw(st.integers(0, len(content) - 1))
         if data.draw(st.booleans()):
             content[at] = data.draw(st.sampled_from(b'{}[]",:0-9e.nN\\u\xff'))
         else:
             del content[at : at + data.draw(st.integers(1, 40))]
-    path.write_bytes(content or b"0")
+    path.write_bytes(content)
     for vocab in ("strict", "base"):
         with suppress(MergeError):
             list(iter_merged(*given, vocab=vocab))
