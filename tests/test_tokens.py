@@ -148,6 +148,47 @@ def test_sentencepiece_models_are_compared_byte_by_byte(tmp_path: Path) -> None:
         merge_checkpoints(*given, tmp_path / "other", vocab="sft")
 
 
+def test_tokens_without_a_row_in_both_may_differ(tmp_path: Path) -> None:
+    for role, rows, last in (("base", 90, "<a>"), ("sft", 91, "<b>")):
+        write_model(tmp_path / role, random_state({EMBED: (rows, 4)}))
+        tokenizer_of(WORDS, [last]).save_pretrained(tmp_path / role)
+    for vocab in ("base", "sft"):
+        merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / f"out-{vocab}", vocab=vocab)
+
+
+def test_added_tokens_are_also_found_in_the_tokenizer_s_config(tmp_path: Path) -> None:
+    folder, vocabulary = forms(tmp_path)["vocab.txt"]
+    write_model(folder, {"w": torch.zeros(1)})
+    (folder / "added_tokens.json").unlink()
+    assert {token: number for number, token in table_of(open_checkpoint(folder, "sft")).items()} == vocabulary
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"model": {"vocab": {"a": "0"}}}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": -1}}}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": true}}}'),
+        ("tokenizer.json", '{"model": {"vocab": [[1, 2.0]]}}'),
+        ("tokenizer.json", '{"model": {"vocab": ["a"]}}'),
+        ("tokenizer.json", '{"model": {"vocab": {}}, "added_tokens": [{"id": 1}]}'),
+        ("tokenizer.json", '{"model": {"vocab": {}}, "added_tokens": {"a": 1}}'),
+        ("tokenizer.json", '{"model": []}'),
+        ("tokenizer.json", "[]"),
+        ("vocab.json", '{"a": {"b": 1}}'),
+        ("added_tokens.json", '{"a": null}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": "a"}}'),
+        ("vocab.txt", "\udcff"),
+    ],
+)
+def test_what_is_no_table_of_tokens_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    write_model(tmp_path, {"w": torch.zeros(1)})
+    (tmp_path / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=rf"sft .*: {name} is not understood as a table of tokens and their ids"):
+        table_of(open_checkpoint(tmp_path, "sft"))
+
+
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_damaged_tokenizers_end_in_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
