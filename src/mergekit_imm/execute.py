@@ -182,8 +182,7 @@ def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink:
         read = segment.count * len(item.sides)
     else:
         records = _merge(plans, task, buffer, files, sink, device)
-        sides = item.sides if item.is_merged(segment.first) else _converted(item)
-        read = sum(_bytes_read(side, segment) for side in sides.values())
+        read = sum(_bytes_read(side, segment) for side in item.sides.values())
     return Done(segment, records, read, item.bytes_written(segment.count))
 
 
