@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from .errors import MismatchError, shown
@@ -64,12 +65,19 @@ def _tie_levels(config: Config) -> Iterator[Mapping[str, Any]]:
 
 
 def merged_config(
-    sft: Config | None, base: Config | None, *, dtype: str | None, tied: bool | None, rows: set[int]
+    sft: Config | None,
+    base: Config | None,
+    *,
+    dtype: str | None,
+    tied: bool | None,
+    rows: set[int],
+    resized: Mapping[int, int] = MappingProxyType({}),
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Return the config of a merged model, and the changes made to sft's (base's, if sft has none).
 
     `dtype` is the torch name of the float tensors written (None: there are none), `tied` whether head and
-    embedding were written as one tensor (None: nothing to say), `rows` the row counts of the input embeddings.
+    embedding were written as one tensor (None: nothing to say), `rows` the row counts of the input embeddings,
+    `resized` those of vocabularies as the inputs have them -> as merged.
     Changes are keyed by their place, `text_config.dtype`; None is for what was taken out.
     """
     origin = sft if sft is not None else base
@@ -100,6 +108,10 @@ def merged_config(
         for place, level in _levels(config):
             if place and "tie_word_embeddings" in level and "vocab_size" in level:
                 put(place, level, "tie_word_embeddings", tied)
+    for place, level in _levels(config):
+        size = level.get("vocab_size")
+        if isinstance(size, int) and size in resized:
+            put(place, level, "vocab_size", resized[size])
     if len(rows) == 1:
         known = dict(_levels(base or {}))
         for place, level in _levels(config):

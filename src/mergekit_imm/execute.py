@@ -97,9 +97,12 @@ def pick_device(name: str) -> Device:
 def warm_up(plans: Sequence[Plan], device: Device) -> None:
     """Merge a block of zeros for each kind of tensor there is, so that what has to be compiled or loaded is."""
     seen = set()
-    for item in (item for plan in plans for item in plan.items if not item.raw):
-        roles, numbers = (tuple(item.sides), item.numbers) if item.action == "merge" else (("base",), _CONVERT)
-        dtypes = (*(side.dtype for side in item.sides.values()), item.outs[0].dtype)
+    items = [(item, item.is_merged(0)) for plan in plans for item in plan.items if not item.raw]
+    items += [(item, False) for item, merged in items if merged and item.common is not None]
+    for item, merged in items:
+        roles, numbers = (tuple(item.sides), item.numbers) if merged else (("base",), _CONVERT)
+        read = item.sides if merged else _converted(item)
+        dtypes = (*(side.dtype for side in read.values()), item.outs[0].dtype)
         kind = (roles, dtypes, numbers.plain, numbers.added, numbers.alpha in (0, 1))
         if kind not in seen:
             seen.add(kind)
@@ -195,9 +198,10 @@ def _merge(
 ) -> dict[int, Record]:
     segment, wanted = task
     item = plans[0].items[segment.item]
-    converted = item.action != "merge"  # kept or taken, in another dtype
-    sides = {"base": item.source} if converted else dict(item.sides)
-    roles = {"base": next(iter(item.sides))} if converted else {role: role for role in sides}
+    converted = not item.is_merged(segment.first)
+    read = _converted(item) if converted else item.sides
+    roles = {"base": next(iter(read))} if converted else {role: role for role in read}
+    sides = {role: read[origin] for role, origin in roles.items()}
     out_dtype, out_begin = item.outs[0].dtype, item.outs[0].begin
     widths = {role: DTYPE_BITS[side.dtype] // 8 for role, side in sides.items()}
     out_width = DTYPE_BITS[out_dtype] // 8
@@ -223,13 +227,18 @@ def _merge(
             if not is_finite(tally):
                 p = plans[number].parameters
                 merge = f" (alpha {p.alpha}, drop {p.drop}, seed {p.seed})" if len(plans) > 1 else ""
-                _look_closer(plans[number], each, raws, out, first, files, merge)
+                _look_closer(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
             for target in each.outs:
                 sink(number, target, first * out_width, memoryview(out[0]))  # type: ignore[arg-type]
     return {number: to_record(tally) for number, tally in tallies.items()}
 
 
 _CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)
+
+
+def _converted(item: Item) -> Mapping[str, Tensor]:
+    """What is kept or taken in another dtype, or of an item that is merged the rows of one model alone."""
+    return {item.owner: item.sides[item.owner]} if item.action == "merge" else item.sides
 
 
 def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: Sink) -> None:

@@ -16,7 +16,7 @@ from .checkpoint.experts import cut_experts, expert_names, is_fused, joined
 from .checkpoint.source import Checkpoint
 from .config import says_tied
 from .errors import ArgumentError, MismatchError, shown
-from .layers import is_output_head, unwrapped
+from .layers import is_input_embedding, is_output_head, unwrapped
 from .match import by_prefix, ruled
 
 
@@ -70,7 +70,10 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
         free = {name: tensor.shape for name, tensor in base.tensors.items() if name not in tensors}
         lost = [name for name in tensors if name not in base.tensors]
         tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}  # the base needs not store it
-        move(by_prefix({name: tensors[name].shape for name in lost if name not in tied}, free))
+        # Vocabularies of different sizes are not told here.
+        ends = {name for name in lost if is_output_head(name) or is_input_embedding(name)}
+        shapes = {name: None if name in ends else tensors[name].shape for name in lost if name not in tied}
+        move(by_prefix(shapes, free))
     changed = {name: old for name, old in was.items() if name != old}
     if not changed:
         return each

@@ -14,10 +14,11 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from .checkpoint.computed import Computed, Tensor
+from .checkpoint.computed import Extended, Tensor, is_delta, is_stored
 from .checkpoint.sidefiles import OWN
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, INDEX, MERGED, WHOLE, TensorInfo
+from .checkpoint.tokens import added_tokens
 from .config import check_configs, merged_config
 from .errors import ArgumentError, CheckpointError, MismatchError, shown
 from .importance import importance_factors
@@ -51,6 +52,8 @@ class Item:
     outs: tuple[TensorInfo, ...]  # one, or each name of a tied tensor
     numbers: Arithmetic
     key: tuple[int, int]
+    common: int | None = None  # elements that are merged, if not all; those behind them are those of
+    owner: str = "base"  # this side, as they are
 
     @property
     def source(self) -> Tensor:
@@ -65,7 +68,19 @@ class Item:
     @property
     def segment_count(self) -> int:
         """How many segments it is cut into."""
-        return -(-self.source.nbytes // COPIED) if self.raw else -(-self.source.count // RECORD)
+        return sum(1 for _ in self.cuts())
+
+    def cuts(self) -> Iterator[tuple[int, int]]:
+        """Return the first element (byte, of a raw one) of each segment, and their number."""
+        total, step = (self.source.nbytes, COPIED) if self.raw else (self.source.count, RECORD)
+        middle = total if self.common is None else self.common
+        for begin, end in ((0, middle), (middle, total)):
+            for first in range(begin, end, step):
+                yield first, min(step, end - first)
+
+    def is_merged(self, first: int) -> bool:
+        """Whether the segment that begins there is merged; it is copied or converted otherwise."""
+        return self.action == "merge" and (self.common is None or first < self.common)
 
     def bytes_written(self, count: int) -> int:
         """Bytes that a segment of `count` writes, under all names."""
@@ -123,9 +138,8 @@ def segments(plan: Plan) -> Iterator[Segment]:
     """Cut a plan into the pieces that workers take, in the order of the output."""
     index = 0
     for number, item in enumerate(plan.items):
-        total, step = (item.source.nbytes, COPIED) if item.raw else (item.source.count, RECORD)
-        for first in range(0, total, step):
-            yield Segment(index, number, first, min(step, total - first))
+        for first, count in item.cuts():
+            yield Segment(index, number, first, count)
             index += 1
 
 
@@ -172,8 +186,15 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
             floats[item.outs[0].dtype] += item.source.count
     names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
     dtype = names[floats.most_common(1)[0][0]] if floats else None
-    told = None if sft.was else sft.config  # of a model with other names it need not fit
-    config, changes = merged_config(told, base.config, dtype=dtype, tied=tied, rows=written_rows)
+    # Of a model with other names, or with another vocabulary than the result, it need not fit.
+    config, changes = merged_config(
+        None if sft.was or parameters.vocab == "base" else sft.config,
+        base.config,
+        dtype=dtype,
+        tied=tied,
+        rows=written_rows,
+        resized=dict(each.rows for each in used.values() if each.rows),
+    )
     side = {
         path: (role, each.side[path])
         for role, each in (("base", base), ("sft", sft))
@@ -183,6 +204,7 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
     notes = [mapping_note(each, base) for role, each in used.items() if role != "base" and each.was]
     if broken:
         notes.append(f"note: {broken}: both are merged under their own names, and config.json says untied")
+    notes += [note for each in used.values() for note in each.notes]
     plan = Plan(
         parameters=parameters,
         inputs=inputs,
@@ -296,7 +318,7 @@ def _item(
     if dtype in MERGED:
         native = sides["base"].native if "base" in sides else main
         dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
-    if action == "take" and used["sft"].adapter is not None and not isinstance(source, TensorInfo):
+    if action == "take" and used["sft"].adapter is not None and not is_stored(source):
         raise ArgumentError(
             f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, which is an adapter and holds its change"
             " only; merge it first, or leave out --take"
@@ -306,8 +328,7 @@ def _item(
         drop=0.0 if choose("no_drop", written, key) else p.drop,
         factor=factors.get(layer_key(key) or "", 1.0),
     )
-    sft = sides.get("sft")
-    if isinstance(sft, Computed) and sft.is_delta:
+    if is_delta(sides.get("sft")):
         numbers = replace(numbers, added=True)
     # Placed there by the layout: beside the base's tensor, or at the end.
     home = used["base"].home(sides["base"].name if "base" in sides else "")
@@ -316,7 +337,11 @@ def _item(
     )
     if action == "take":
         sides = {"sft": source}
-    return Item(key, action, sides, outs, numbers, mask_key(key, p.seed, p.iteration))
+    item = Item(key, action, sides, outs, numbers, mask_key(key, p.seed, p.iteration))
+    extended = [side.own.count for side in sides.values() if isinstance(side, Extended)]
+    if action != "merge" or not extended:
+        return item
+    return replace(item, common=extended[0], owner=p.vocab if p.vocab in sides else "base")
 
 
 def _check_alike(name: str, sides: Mapping[str, Tensor], used: Mapping[str, Checkpoint]) -> str:
@@ -338,8 +363,12 @@ def _check_alike(name: str, sides: Mapping[str, Tensor], used: Mapping[str, Chec
             hint = f"use {ready_option('--keep', name)} for the base's"
             if 0 in (side.count, base.count):
                 hint = "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
-            elif is_input_embedding(name) or is_output_head(name):
-                hint = "the vocabularies differ: resize the embeddings of one to the other's before the merge"
+            elif (is_input_embedding(name) or is_output_head(name)) and side.shape[1:] == base.shape[1:]:
+                told = added_tokens(used["base"], used[role])
+                hint = (
+                    f"the vocabularies differ{f' ({told})' if told else ''}; say whose the result has, --vocab base or"
+                    " --vocab sft, which merge the rows that both have"
+                )
             raise MismatchError(f"{both}; shapes must be equal: {hint}")
         same = side.dtype in MERGED if base.dtype in MERGED else side.dtype == base.dtype
         if not same:

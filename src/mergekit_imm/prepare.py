@@ -20,6 +20,7 @@ from .names import matched
 from .plan import Plan, make_plan
 from .reading import same_bytes, same_values
 from .recipe import RECIPE_FILE, Parameters, differences, history_of, make_recipe, parse_size, read_recipe
+from .vocab import resized
 
 
 def open_inputs(
@@ -90,7 +91,7 @@ def open_inputs(
 def prepared(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
     """Return the inputs as they are merged: under the base's names, each tensor as a whole."""
     inputs = matched(without_quantisation(inputs, parameters), parameters.rename)
-    return with_adapter(inputs, parameters.reference, parameters.rename)
+    return resized(with_adapter(inputs, parameters.reference, parameters.rename), parameters)
 
 
 def without_quantisation(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:

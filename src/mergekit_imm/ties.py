@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .checkpoint.computed import Computed, Tensor
+from .checkpoint.computed import Tensor, is_stored
 from .checkpoint.source import Checkpoint
-from .checkpoint.tensorfile import MERGED, TensorInfo
+from .checkpoint.tensorfile import MERGED
 from .config import mentions_tie, says_tied
 from .errors import CheckpointError, shown
 from .layers import is_input_embedding, is_output_head, layer_key, tied_key
@@ -45,8 +45,8 @@ def _broken_by_adapter(group: Group, adapter: Checkpoint, same_bytes: SameBytes)
     Factors and rows for either name change the one tensor, as PEFT merges them. A module trained whole is a copy.
     """
     held = {name: adapter.tensors[name] for name in group.names if name in adapter.tensors}
-    changed = {name: tensor for name, tensor in held.items() if isinstance(tensor, TensorInfo)}
-    parts = [name for name, tensor in held.items() if isinstance(tensor, Computed)]
+    changed = {name: tensor for name, tensor in held.items() if is_stored(tensor)}
+    parts = [name for name, tensor in held.items() if not is_stored(tensor)]
     if parts and len(changed) + len(parts) > 1:
         raise CheckpointError(
             f"{adapter.label} changes '{shown(group.names[0])}' and '{shown(group.names[1])}', which are one tensor;"

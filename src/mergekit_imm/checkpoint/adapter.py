@@ -140,6 +140,9 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal, rules: Sequenc
 def _parts(adapter: Checkpoint) -> _Parts:
     parts = _Parts()
     for key, tensor in adapter.tensors.items():
+        plain = re.sub(r"\.(modules_to_save|original_module)\.", ".", key)
+        if plain != key and plain in adapter.tensors:
+            continue  # of an embedding that was resized and trained, PEFT also stores what it was, and itself again
         path = _unwrapped(key)
         found = _FACTOR.fullmatch(path)
         if found is not None:
@@ -286,7 +289,8 @@ def _check_float(tensor: Tensor, where: Checkpoint) -> None:
 def _unwrapped(key: str) -> str:
     """A tensor's name without what wraps modules, PEFT's own among it."""
     parts = unwrapped(key).removeprefix("base_model.model.").split(".")
-    return ".".join(part for part in parts if part != "base_layer").replace(".modules_to_save.default.", ".")
+    path = ".".join(part for part in parts if part != "base_layer")
+    return path.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
 
 
 def _check_tie(trained: Mapping[str, Tensor], adapter: Checkpoint, model: Checkpoint) -> None:

@@ -39,8 +39,8 @@ class Computed:
         return self.dtype
 
     @property
-    def is_delta(self) -> bool:
-        """Whether it is what is added to the start, and not what comes out."""
+    def added(self) -> bool:
+        """Whether it is a delta, which is added to the start."""
         return False
 
     @property
@@ -115,9 +115,9 @@ class Slice(Computed):
         return self.whole.native
 
     @property
-    def is_delta(self) -> bool:
+    def added(self) -> bool:
         """That of the whole."""
-        return self.whole.is_delta
+        return self.whole.added
 
     @property
     def stored(self) -> int:
@@ -168,6 +168,36 @@ class Pieces(Computed):
             for at, begin, count in _runs(self.shape, piece.place, piece.tensor.shape, first, end):
                 target = out[(at - first) * width : (at - first + count) * width]
                 _fill_as(piece.tensor, self.dtype, reads(piece.role), begin, target)
+
+
+@dataclass(frozen=True)
+class Extended(Pieces):
+    """A model's tensor with rows of another model behind its own; both are pieces, its own the first."""
+
+    @property
+    def own(self) -> Tensor:
+        """What is the model's own."""
+        return self.pieces[0].tensor
+
+    @property
+    def added(self) -> bool:
+        """That of its own rows; the others are never read as a delta."""
+        return is_delta(self.own)
+
+    @property
+    def stored(self) -> int:
+        """Bytes of its own rows; the others are the other model's."""
+        return self.own.stored
+
+
+def is_delta(tensor: Tensor | None) -> bool:
+    """Whether a tensor holds what is added to the start."""
+    return isinstance(tensor, Computed) and tensor.added
+
+
+def is_stored(tensor: Tensor) -> bool:
+    """Whether the values of a tensor are on the disk as they are, as far as they are its model's own."""
+    return isinstance(tensor.own if isinstance(tensor, Extended) else tensor, TensorInfo)
 
 
 def _runs(

@@ -58,6 +58,8 @@ class Checkpoint:
     repo: str | None = None
     commit: str | None = None
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)  # of all files that are read whole
+    rows: tuple[int, int] | None = None  # of a vocabulary that is resized: as stored, and as merged
+    notes: tuple[str, ...] = ()  # what is worth knowing and not an error
 
     @property
     def label(self) -> str:

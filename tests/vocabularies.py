@@ -1,0 +1,52 @@
+"""Models whose embeddings were resized, with the tokenizers that tell why; made by transformers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, models
+from tokenizers.pre_tokenizers import Whitespace
+
+from models import fine_tuned, new_model
+
+WORDS = ["<unk>", "<s>", "</s>", *(f"w{n}" for n in range(87))]  # 90 tokens; the base has 96 rows
+EXTRA = ["<pad>", *(f"<call{n}>" for n in range(9))]
+
+
+def tokenizer_of(words: list[str], added: list[str] = [], **special: str) -> Any:  # noqa: B006
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **special)
+    fast.add_tokens([AddedToken(token, special=True) for token in added])
+    return fast
+
+
+def resize(model: Any, rows: int, seed: int = 7) -> Any:
+    """A copy of a model with more rows or fewer, those that are new random."""
+    resized = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        resized.resize_token_embeddings(rows, mean_resizing=False)
+    return resized
+
+
+def save(model: Any, folder: Path, tokenizer: Any = None, shard: str = "5GB") -> Path:
+    model.save_pretrained(folder, max_shard_size=shard)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_pair(layout: str, folder: Path) -> Path:
+    """Write a base of 96 rows and 90 tokens, in shards, and an sft that has ten tokens more, and 100 rows."""
+    model = new_model(layout)
+    save(model, folder / "base", tokenizer_of(WORDS), shard="20KB")
+    tokenizer = tokenizer_of(WORDS, EXTRA, pad_token="<pad>")
+    tuned = resize(fine_tuned(model, seed=2), len(tokenizer))
+    tuned.config.pad_token_id = tuned.generation_config.pad_token_id = 90
+    save(tuned, folder / "sft", tokenizer)
+    return folder
