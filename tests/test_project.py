@@ -40,6 +40,7 @@ LEVELS = [
     ["checkpoint.swap", "checkpoint.adapter", "checkpoint.quantised", "checkpoint.tokens"],
     ["names"],
     ["layout", "ties", "vocab"],
+    ["agreement"],
     ["plan"],
     ["reading"],
     ["execute", "report"],

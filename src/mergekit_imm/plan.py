@@ -6,35 +6,27 @@ A plan is data. It holds tensors; the segments that workers take are made on dem
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from .agreement import Choose, Complain, check_alike, check_names, main_dtype, refuse, selection, side_of
 from .checkpoint.computed import Extended, Tensor, is_delta, is_stored
 from .checkpoint.sidefiles import OWN
 from .checkpoint.source import Checkpoint
-from .checkpoint.tensorfile import DTYPE_BITS, INDEX, MERGED, WHOLE, TensorInfo
-from .checkpoint.tokens import added_tokens
+from .checkpoint.tensorfile import DTYPE_BITS, INDEX, MERGED, TensorInfo
 from .config import check_configs, merged_config
-from .errors import ArgumentError, CheckpointError, MismatchError, shown
+from .errors import ArgumentError, MergeError, MismatchError, shown
 from .importance import importance_factors
-from .layers import (
-    is_input_embedding,
-    is_output_head,
-    layer_key,
-    only_in,
-    ready_option,
-    resolve_layers,
-)
+from .layers import is_input_embedding, layer_key, resolve_layers
 from .layout import OutputFile, lay_out
 from .mask import Arithmetic, arithmetic, mask_key
 from .names import mapping_note
 from .recipe import DTYPES, Parameters
-from .ties import Group, SameBytes, tied_groups
+from .ties import SameBytes, tied_groups
 
 RECORD = 1 << 20  # elements of a segment, and of one record of the statistics
 COPIED = 4 << 20  # bytes of a segment that is copied as it is
@@ -143,28 +135,45 @@ def segments(plan: Plan) -> Iterator[Segment]:
             index += 1
 
 
-def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_bytes: SameBytes) -> Plan:
-    """Decide everything about a merge of base, sft and maybe start.
+@dataclass(frozen=True)
+class Decided:
+    """What happens to every tensor, before it has its place."""
 
-    `same_bytes` compares two tensors of one checkpoint; it is asked only where one stores a tied tensor under
-    several names. Raises MismatchError, CheckpointError or ArgumentError: nothing is skipped in silence.
-    """
+    items: list[Item]
+    used: Mapping[str, Checkpoint]
+    broken: str  # what breaks the base's tie
+    tied: bool | None  # what a config must say
+
+
+def decide(
+    inputs: Mapping[str, Checkpoint], parameters: Parameters, same_bytes: SameBytes, complain: Complain = refuse
+) -> Decided:
+    """Decide what happens to every tensor of a merge; of those that are complained of, nothing."""
     configs = {role: (each.label, each.config) for role, each in inputs.items()}
-    check_configs(configs, renamed=[role for role, each in inputs.items() if each.was])
     used = {r: c for r, c in inputs.items() if r != "start" or parameters.reference == "start"}
     base, sft = inputs["base"], inputs["sft"]
+    wrong: set[str] = set()
+
+    def note(error: MergeError, names: Collection[str]) -> None:
+        complain(error, names)
+        wrong.update(names)
+
+    try:
+        check_configs(configs, renamed=[role for role, each in inputs.items() if each.was])
+    except MergeError as error:
+        note(error, ())
     groups, broken, tied = tied_groups(used, same_bytes)
-    _check_names(used, parameters, groups)
-    choose = _selection(parameters, base, sft)
+    check_names(used, parameters, groups, note)
+    choose = selection(parameters, base, sft)
     factors = (
         resolve_layers(importance_factors(parameters.importance), base.tensors)
         if (parameters.importance is not None)
         else {}
     )
-    main = _main_dtype(base)
+    main = main_dtype(base)
 
     items: list[Item] = []
-    done: set[str] = set()
+    done: set[str] = set(wrong)
     for name in [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]:
         if name in done:
             continue
@@ -172,8 +181,23 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
         written = list(group.written) if group else [name]
         key = group.key if group else name
         done.update(group.names if group else [name])
-        sides = {role: found for role, each in used.items() if (found := _side(each, name, group))}
-        items.append(_item(key, written, sides, used, choose, factors, main, parameters))
+        sides = {role: found for role, each in used.items() if (found := side_of(each, name, group))}
+        try:
+            items.append(_item(key, written, sides, used, choose, factors, main, parameters))
+        except MergeError as error:
+            note(error, [name])
+    return Decided(items, used, broken, tied)
+
+
+def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_bytes: SameBytes) -> Plan:
+    """Decide everything about a merge of base, sft and maybe start.
+
+    `same_bytes` compares two tensors of one checkpoint; it is asked only where one stores a tied tensor under
+    several names. Raises MismatchError, CheckpointError or ArgumentError: nothing is skipped in silence.
+    """
+    decided = decide(inputs, parameters, same_bytes)
+    items, used, broken = decided.items, decided.used, decided.broken
+    base, sft = inputs["base"], inputs["sft"]
     placed, files, index = lay_out([out for item in items for out in item.outs], base, parameters.max_shard_size)
     items = [replace(item, outs=tuple(placed[out.name] for out in item.outs)) for item in items]
     order = {file.name: number for number, file in enumerate(files)}
@@ -191,7 +215,7 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
         None if sft.was or parameters.vocab == "base" else sft.config,
         base.config,
         dtype=dtype,
-        tied=tied,
+        tied=decided.tied,
         rows=written_rows,
         resized=dict(each.rows for each in used.values() if each.rows),
     )
@@ -236,61 +260,6 @@ def _check_paths(plan: Plan) -> None:
                 )
 
 
-# --- names, shapes, dtypes
-
-
-def _side(each: Checkpoint, name: str, group: Group | None) -> Tensor | None:
-    """The tensor that a name means in a checkpoint."""
-    if name in each.tensors or group is None:
-        return each.tensors.get(name)
-    # Who stores the tied tensor under another of its names means it by this one, too; an adapter, while it is tied.
-    names = group.siblings if each.adapter is None else group.names
-    return next((found for n in names if (found := each.tensors.get(n))), None)
-
-
-def _check_names(used: Mapping[str, Checkpoint], parameters: Parameters, groups: Mapping[str, Group]) -> None:
-    base, sft = used["base"], used["sft"]
-    kept, taken = _matcher(parameters.keep), _matcher(parameters.take)
-    for role, each in used.items():
-        if role == "base" or each.adapter is not None:  # whose names were looked up in the base's
-            continue
-        allowed = {n for n in base.tensors if kept(n)} | set(groups)
-        complaint = only_in(set(base.tensors) - allowed, each.tensors, base.label, each.label, "--keep")
-        if complaint:
-            raise MismatchError(complaint)
-        permitted = {n for n in each.tensors if taken(n) and n in sft.tensors} | set(groups)
-        option = "--take" if role == "sft" else ""
-        complaint = only_in(set(each.tensors) - permitted, base.tensors, each.label, base.label, option)
-        if complaint and not option:
-            complaint += "; a start holds the base's tensors: save it again, or take the delta from the base instead"
-            complaint += " (--reference base)"
-        if complaint:
-            raise MismatchError(complaint)
-
-
-def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    compiled = [re.compile(pattern) for pattern in patterns]
-    return lambda name: any(pattern.search(name) for pattern in compiled)
-
-
-def _selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Callable[[str, list[str], str], bool]:
-    """Check the patterns against the names, and return a test: does an option name one of these tensors?"""
-    every = [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]
-    for option in ("keep", "take", "no_drop"):
-        names = every if option == "take" else list(base.tensors)
-        for pattern in getattr(parameters, option):
-            if not any(re.search(pattern, name) for name in names):
-                raise ArgumentError(
-                    f"--{option.replace('_', '-')} '{shown(pattern)}' matches none of the {len(names)} tensor names,"
-                    f" such as {shown(names[0]) if names else ''!r}"
-                )
-    matchers = {option: _matcher(getattr(parameters, option)) for option in ("keep", "take", "no_drop")}
-    for name in base.tensors:
-        if matchers["keep"](name) and matchers["take"](name):
-            raise ArgumentError(f"tensor '{shown(name)}' is both kept and taken; change --keep or --take")
-    return lambda option, names, key: any(map(matchers[option], {*names, key}))
-
-
 _arithmetic = cache(arithmetic)  # one for all tensors that are merged alike
 
 
@@ -299,7 +268,7 @@ def _item(
     written: list[str],
     sides: dict[str, Tensor],
     used: Mapping[str, Checkpoint],
-    choose: Callable[[str, list[str], str], bool],
+    choose: Choose,
     factors: Mapping[str, float],
     main: str,
     parameters: Parameters,
@@ -311,7 +280,7 @@ def _item(
     elif choose("take", written, key) and "sft" in sides:
         action = "take"
     else:
-        kind = _check_alike(key, sides, used)
+        kind = check_alike(key, sides, used)
         action = "merge" if kind == "float" else "copy"
     source = sides["sft" if action == "take" else "base"]
     dtype = source.native
@@ -342,47 +311,3 @@ def _item(
     if action != "merge" or not extended:
         return item
     return replace(item, common=extended[0], owner=p.vocab if p.vocab in sides else "base")
-
-
-def _check_alike(name: str, sides: Mapping[str, Tensor], used: Mapping[str, Checkpoint]) -> str:
-    """Return "float" or "whole"; raise unless all sides have one shape and one mergeable kind of dtype."""
-    base = sides["base"]
-    for role, side in sides.items():
-        if side.dtype not in (*MERGED, *WHOLE):
-            raise CheckpointError(
-                f"tensor '{shown(name)}' is {side.dtype} in {used[role].label}; quantised, float8 and complex"
-                f" tensors are not merged: use an unquantised checkpoint, or {ready_option('--keep', name)} or"
-                f" {ready_option('--take', name)}"
-            )
-    for role, side in sides.items():
-        both = (
-            f"tensor '{shown(name)}' is {base.dtype} {list(base.shape)} in {used['base'].label} and"
-            f" {side.dtype} {list(side.shape)} in {used[role].label}"
-        )
-        if side.shape != base.shape:
-            hint = f"use {ready_option('--keep', name)} for the base's"
-            if 0 in (side.count, base.count):
-                hint = "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
-            elif (is_input_embedding(name) or is_output_head(name)) and side.shape[1:] == base.shape[1:]:
-                told = added_tokens(used["base"], used[role])
-                hint = (
-                    f"the vocabularies differ{f' ({told})' if told else ''}; say whose the result has, --vocab base or"
-                    " --vocab sft, which merge the rows that both have"
-                )
-            raise MismatchError(f"{both}; shapes must be equal: {hint}")
-        same = side.dtype in MERGED if base.dtype in MERGED else side.dtype == base.dtype
-        if not same:
-            raise MismatchError(
-                f"{both}; integers are merged with neither floats nor other integers:"
-                f" use {ready_option('--keep', name)}"
-            )
-    return "float" if base.dtype in MERGED else "whole"
-
-
-def _main_dtype(base: Checkpoint) -> str:
-    """The dtype of most float elements; for tensors that only the sft has."""
-    floats = Counter[str]()
-    for tensor in base.tensors.values():
-        if tensor.dtype in MERGED:
-            floats[tensor.native] += tensor.count
-    return floats.most_common(1)[0][0] if floats else "F32"
