@@ -17,6 +17,8 @@ _INPUT_END = re.compile(
 )
 _OUTPUT_END = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out)\.weight$")
 
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 
 def layer_key(name: str) -> str | None:
     """Return the layer of a tensor: its name up to and including the first purely numeric component.
@@ -77,6 +79,15 @@ def resolve_layers(values: Mapping[str, float], names: Iterable[str]) -> dict[st
                 f" {len(there[prefix])}: missing {_abbreviated(missing)}; name every layer of a stack or none"
             )
     return dict(values)
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's name without what wraps modules in training: FSDP, torch.compile, activation checkpointing.
+
+    >>> unwrapped("_orig_mod.layers.0._fsdp_wrapped_module.w")
+    'layers.0.w'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def is_input_embedding(name: str) -> bool:

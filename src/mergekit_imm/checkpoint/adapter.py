@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import says_tied
 from ..errors import CheckpointError, MismatchError, shown
-from ..layers import is_input_embedding, is_output_head, only_in
+from ..layers import is_input_embedding, is_output_head, only_in, unwrapped
 from .computed import Computed, LowRank, Rescaled, Tensor, WithRows, renamed
 from .source import Checkpoint
 from .tensorfile import MERGED
@@ -156,10 +156,9 @@ def _check_float(tensor: Tensor, where: Checkpoint) -> None:
 
 
 def _unwrapped(key: str) -> str:
-    """A tensor's name without what wraps modules: PEFT, FSDP, torch.compile, activation checkpointing."""
-    parts = key.removeprefix("base_model.model.").split(".")
-    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
-    return ".".join(part for part in parts if part not in wrappers).replace(".modules_to_save.default.", ".")
+    """A tensor's name without what wraps modules, PEFT's own wrappers among it."""
+    parts = unwrapped(key.removeprefix("base_model.model.")).split(".")
+    return ".".join(part for part in parts if part != "base_layer").replace(".modules_to_save.default.", ".")
 
 
 def _check_tie(trained: Mapping[str, Tensor], adapter: Checkpoint, model: Checkpoint) -> None:
