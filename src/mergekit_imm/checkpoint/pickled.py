@@ -173,16 +173,24 @@ def _large(extra: bytes) -> list[int]:
 
 def _begin(window: _Window, name: str, entry: _Entry) -> int:
     """Return where the bytes of an entry begin."""
-    if not entry.stored:
-        raise ValueError(f"its {name!r} is compressed; torch writes it as it is")
     head = window.read(entry.header, 30)
-    if head[:4] != b"PK\3\4":
-        raise ValueError(f"its {name!r} is not where its directory says")
     named, extra = struct.unpack("<HH", head[26:30])
+    rest = window.read(entry.header + 30, named + extra)
+    # Nothing else would tell that these lengths are damaged, and with them where the bytes begin.
+    if head[:4] != b"PK\3\4" or rest[:named] != name.encode() or not _is_whole(rest[named:]):
+        raise ValueError(f"its {name!r} is not where its directory says")
     begin: int = entry.header + 30 + named + extra
     if begin + entry.size > window.size:
         raise ValueError(f"its {name!r} is not all there")
     return begin
+
+
+def _is_whole(extra: bytes) -> bool:
+    """Whether what an entry has beside its name ends where one of its parts does."""
+    at = 0
+    while at + 4 <= len(extra):
+        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
+    return at == len(extra)
 
 
 def _small(window: _Window, name: str, entry: _Entry) -> bytes:
@@ -205,6 +213,11 @@ class _Archive:
                 " again"
             )
         self.entries = _entries(self.window)
+        packed = next((name for name, entry in self.entries.items() if not entry.stored), None)
+        if packed is not None:
+            raise CheckpointError(
+                f"{where} is compressed, its {shown(packed)!r} for one; load it with torch and `torch.save` it again"
+            )
         prefixes = [name.removesuffix("data.pkl") for name in self.entries if name.endswith("/data.pkl")]
         if len(prefixes) != 1:
             raise ValueError("it is a zip archive, but not one of torch: it has no data.pkl")

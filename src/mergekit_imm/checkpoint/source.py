@@ -308,7 +308,7 @@ def _check_index(weight_map: dict[str, str], files: Mapping[str, TensorFile], na
 def _left_out(
     everything: list[str], files: Mapping[str, TensorFile], side: Mapping[str, Path | None]
 ) -> tuple[str, ...]:
-    used = {*files, *side, INDEX, BIN_INDEX}
+    used = {*files, *side, INDEX, *([BIN_INDEX] if any(name.endswith(".bin") for name in files) else [])}
     return tuple(name for name in everything if name not in used)
 
 
