@@ -149,8 +149,11 @@ def _names(stored: Mapping[str, Any], paths: Mapping[str, Any], where: str) -> t
     names: dict[str, str] = {}
     left: Counter[str] = Counter()
     for key, path in split.items():
-        if path[: len(head)] != head or not isinstance(stored[key], _Tensors) or (not head and path[0] in _BESIDE):
+        if path[: len(head)] != head or (not head and path[0] in _BESIDE):
             left[f"{path[0]}.*" if len(path) > 1 else path[0]] += 1
+            continue
+        if not isinstance(stored[key], _Tensors):
+            left[key] += 1
             continue
         name = unwrapped(".".join(path[len(head) :])).removeprefix("module.")
         if name in names:

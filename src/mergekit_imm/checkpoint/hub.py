@@ -151,7 +151,7 @@ def _model_files(found: _Found, index: dict[str, Any] | None) -> list[str]:
     if lacking:
         raise CheckpointError(f"{where} lacks {shown(lacking[0])} ({len(lacking)} missing); {cure}")
     if index is None and not files:
-        bins = [name for name in found.sizes if re.fullmatch(r"pytorch_model[\w-]*\.bin", name)]
+        bins = [name for name in found.sizes if re.fullmatch(r"(pytorch|adapter)_model[\w-]*\.bin", name)]
         if bins:
             raise CheckpointError(
                 f"{where} holds no *.safetensors at its top, but {shown(bins[0])}; on a hub only safetensors are read:"

@@ -174,23 +174,15 @@ def _large(extra: bytes) -> list[int]:
 def _begin(window: _Window, name: str, entry: _Entry) -> int:
     """Return where the bytes of an entry begin."""
     head = window.read(entry.header, 30)
-    named, extra = struct.unpack("<HH", head[26:30])
-    rest = window.read(entry.header + 30, named + extra)
-    # Nothing else would tell that these lengths are damaged, and with them where the bytes begin.
-    if head[:4] != b"PK\3\4" or rest[:named] != name.encode() or not _is_whole(rest[named:]):
-        raise ValueError(f"its {name!r} is not where its directory says")
+    flags, named, extra = *struct.unpack("<H", head[6:8]), *struct.unpack("<HH", head[26:30])
     begin: int = entry.header + 30 + named + extra
     if begin + entry.size > window.size:
         raise ValueError(f"its {name!r} is not all there")
+    # The lengths in this header are nowhere else; were they damaged, other bytes would be taken for the tensor's.
+    behind = window.read(begin + entry.size, 4) if flags & 8 else b"PK\7\10"
+    if head[:4] != b"PK\3\4" or window.read(entry.header + 30, named) != name.encode() or behind != b"PK\7\10":
+        raise ValueError(f"its {name!r} is not where its directory says")
     return begin
-
-
-def _is_whole(extra: bytes) -> bool:
-    """Whether what an entry has beside its name ends where one of its parts does."""
-    at = 0
-    while at + 4 <= len(extra):
-        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
-    return at == len(extra)
 
 
 def _small(window: _Window, name: str, entry: _Entry) -> bytes:
@@ -304,9 +296,11 @@ def _state(pickled: Any, where: str) -> list[tuple[str, Any]]:
                 f"{where} holds more than a model: a mapping under {shown(key)!r}; save its model alone,"
                 " `torch.save(loaded[key], …)`, or " + CURE
             )
-        if not isinstance(key, str) or not isinstance(value, _Tensor):
+        if not isinstance(key, str):
+            raise CheckpointError(f"{where} holds something under {shown(key)}, which is no name; {CURE}")
+        if not isinstance(value, _Tensor):
             raise CheckpointError(
-                f"{where} holds {shown(key)!r}, a {type(value).__name__} and no tensor; remove it, or {CURE}"
+                f"{where} holds {shown(key)!r}, of type {type(value).__name__} and no tensor; remove it, or {CURE}"
             )
     return list(pickled.items())
 

@@ -41,12 +41,14 @@ def from_shards(
     for file in files.values():
         places = _places(file, f"{where}: {shown(file.name)}")
         for tensor in file.tensors:
-            parts.setdefault(tensor.name, []).append((tensor, places.get(tensor.name, (0,) * len(tensor.shape))))
+            parts.setdefault(tensor.name, []).append((tensor, places[tensor.name]))
     tensors = {}
     for name, found in parts.items():
-        if len({len(place) for part, at in found for place in (part.shape, at)}) > 1:
+        dimensions = {len(place) for part, at in found for place in (part.shape, at)}
+        if len(dimensions) > 1 or len({at for _, at in found}) < len(found):
             raise CheckpointError(
-                f"{where}: the pieces of tensor '{shown(name)}' have different numbers of dimensions; copy it again"
+                f"{where}: the pieces of tensor '{shown(name)}' have different numbers of dimensions, or one place;"
+                " copy it again"
             )
         ends = [map(sum, zip(part.shape, place, strict=True)) for part, place in found]
         tensors[name] = joined(name, tuple(map(max, zip(*ends, strict=True))), found, role, where)
@@ -59,12 +61,16 @@ def from_shards(
 
 def _places(file: TensorFile, where: str) -> dict[str, tuple[int, ...]]:
     try:
-        told: Any = parse_json(file.metadata.get(_SHARDING, "{}").encode())
+        told: Any = parse_json(file.metadata[_SHARDING].encode())
         places = {name: tuple(entry["saved_offsets"]) for name, entry in told.items()}
         if not all(type(number) is int and number >= 0 for place in places.values() for number in place):
             raise ValueError("an offset is no number")
+        if set(places) != {tensor.name for tensor in file.tensors}:
+            raise ValueError("it is not about the tensors of this file")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{where} has a malformed {_SHARDING}: {shown(error, 200)}; copy it again") from error
+        raise CheckpointError(
+            f"{where} has no {_SHARDING}, or a damaged one: {shown(error, 200)}; copy it again"
+        ) from error
     return places
 
 

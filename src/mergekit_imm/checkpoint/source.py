@@ -16,7 +16,7 @@ from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
 from .computed import Tensor
 from .dcp import open_dcp
-from .forms import ADAPTER_BIN, BIN, BIN_INDEX, bin_files, dcp_prefix, other_form
+from .forms import ADAPTER_BIN, BIN_INDEX, bin_files, dcp_prefix, other_form
 from .hub import ADAPTER, ADAPTER_CONFIG
 from .pickled import open_pickled
 from .pieces import are_shards, from_shards, is_sharded
@@ -195,9 +195,9 @@ def _opened(path: Path, name: str) -> TensorFile:
 
 def _adapter_file(top: list[str]) -> str | None:
     """The file of an adapter, if that is what a folder holds."""
-    if ADAPTER_CONFIG not in top or {MODEL, INDEX, BIN, BIN_INDEX} & {*top}:
+    if ADAPTER_CONFIG not in top or MODEL in top or INDEX in top:
         return None
-    return next((name for name in (ADAPTER, ADAPTER_BIN) if name in top), None)
+    return ADAPTER if ADAPTER in top else ADAPTER_BIN if ADAPTER_BIN in top and not bin_files(top) else None
 
 
 def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, folders: list[str]) -> list[str]:
@@ -308,7 +308,8 @@ def _check_index(weight_map: dict[str, str], files: Mapping[str, TensorFile], na
 def _left_out(
     everything: list[str], files: Mapping[str, TensorFile], side: Mapping[str, Path | None]
 ) -> tuple[str, ...]:
-    used = {*files, *side, INDEX, *([BIN_INDEX] if any(name.endswith(".bin") for name in files) else [])}
+    index = BIN_INDEX if any(name.endswith(".bin") for name in files) else INDEX
+    used = {*files, *side, index}
     return tuple(name for name in everything if name not in used)
 
 

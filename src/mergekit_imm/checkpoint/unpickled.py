@@ -112,12 +112,12 @@ def unpickled(content: bytes, known: Mapping[tuple[str, str], Any], where: str, 
     try:
         return _Unpickler(content, known, persistent).load()
     except _UnknownError as error:
+        told = str(error)
+        kind = told.startswith("torch.") and told.count(".") == 1
+        why = "which is not read" if kind else "and only tensors are read from such files, as it may run any code"
         raise CheckpointError(
-            f"{where} holds a {shown(error)}, and only tensors are read from such files: it may run any code;"
-            f" if you trust it, {CURE}"
+            f"{where} holds a {shown(told)}, {why}; {CURE if kind else f'if you trust it, {CURE}'}"
         ) from error
-    except (CheckpointError, KeyboardInterrupt):
-        raise
     except Exception as error:
         raise CheckpointError(
             f"{where} holds a pickle that is damaged, or not of torch's kind ({type(error).__name__}:"
