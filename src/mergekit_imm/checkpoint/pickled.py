@@ -12,7 +12,8 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from .tensorfile import DTYPE_BITS, TensorFile, TensorInfo, open_to_read
 from .unpickled import AGAIN, CURE, DTYPES, LIMIT, mapping, numbers, unpickled
 
 _EDGE = 4096  # bytes at either end of an archive that are read at once: all that a small one has beside its tensor
-
 _STORAGES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16", "IntStorage": "I32",
@@ -90,9 +90,6 @@ _TORCH: dict[tuple[str, str], Any] = {
 }
 
 
-# --- archives
-
-
 class _Window:
     """A range of a file, of which both ends are held."""
 
@@ -123,6 +120,7 @@ class _Entry:
     size: int
     check: int
     stored: bool  # neither compressed nor encrypted
+    end: int = 0  # where the next one begins, or the directory
 
 
 def _entries(window: _Window) -> dict[str, _Entry]:
@@ -130,8 +128,8 @@ def _entries(window: _Window) -> dict[str, _Entry]:
     end = window.read(window.size - 22, 22) if window.size >= 22 else b""
     if end[:4] != b"PK\5\6" or end[20:] != b"\0\0":
         raise ValueError("it does not end as a zip archive does")
-    count, size, begin = struct.unpack("<HII", end[10:20])
-    if count == 0xFFFF or 0xFFFFFFFF in (size, begin):
+    size, begin = struct.unpack("<II", end[12:20])
+    if 0xFFFFFFFF in (size, begin):
         locator = window.read(window.size - 42, 20)
         if locator[:4] == b"PK\6\7":
             last = window.read(int.from_bytes(locator[8:16], "little"), 56)
@@ -157,7 +155,9 @@ def _entries(window: _Window) -> dict[str, _Entry]:
             raise ValueError(f"it holds {name!r} twice")
         found[name] = _Entry(header, full, check, method == 0 and not flags & 1 and packed == full)
         at += 46 + named + extra + comment
-    return found
+    begins = sorted({begin, *(entry.header for entry in found.values())})
+    ends = dict(pairwise(begins))
+    return {name: replace(entry, end=ends.get(entry.header, begin)) for name, entry in found.items()}
 
 
 def _large(extra: bytes) -> list[int]:
@@ -176,8 +176,8 @@ def _begin(window: _Window, name: str, entry: _Entry) -> int:
     head = window.read(entry.header, 30)
     flags, named, extra = *struct.unpack("<H", head[6:8]), *struct.unpack("<HH", head[26:30])
     begin: int = entry.header + 30 + named + extra
-    if begin + entry.size > window.size:
-        raise ValueError(f"its {name!r} is not all there")
+    if begin + entry.size > entry.end:
+        raise ValueError(f"its {name!r} is longer than its place")
     # The lengths in this header are nowhere else; were they damaged, other bytes would be taken for the tensor's.
     behind = window.read(begin + entry.size, 4) if flags & 8 else b"PK\7\10"
     if head[:4] != b"PK\3\4" or window.read(entry.header + 30, named) != name.encode() or behind != b"PK\7\10":
@@ -237,7 +237,7 @@ class _Archive:
             self._begins[key] = _begin(self.window, key, entry)
         width = DTYPE_BITS[tensor.dtype] // 8
         nbytes = math.prod(tensor.shape) * width
-        first = tensor.offset * width if nbytes else 0
+        first = tensor.offset * width
         if first + nbytes > entry.size:
             raise ValueError(f"it ends at byte {first + nbytes} of {key!r}, which has {entry.size}")
         begin = self.window.begin + self._begins[key] + first
