@@ -390,6 +390,11 @@ def test_a_repository_that_is_no_model_is_refused_before_weights_are_downloaded(
         "org/list": ({INDEX: b"[]", ONE: b""}, f"its {INDEX} is not a JSON object"),
         "org/bytes": ({INDEX: b"\xff", ONE: b""}, f"its {INDEX} is not a JSON object"),
         "org/bin": ({"model.bin": b"", "sub/a.safetensors": b""}, "no *.safetensors at its top, but model.bin;"),
+        "org/old": (
+            {"pytorch_model-00001-of-00002.bin": b""},
+            "but pytorch_model-00001-of-00002.bin; on a hub only safetensors are read: download it,"
+            " `hf download org/old --revision ",
+        ),
         "org/none": ({"config.json": b"{}"}, "no *.safetensors at its top;"),
         "org/two": ({"a.safetensors": b"", "b.safetensors": b""}, "but 2 other safetensors files; download the one"),
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, MODEL, TensorInfo, build_header
 
+SHARD_SIZE = 5_000_000_000  # bytes of a file, where the base has none to go by: what transformers long had
 Shard = tuple[dict[str, str], list[TensorInfo]]  # metadata, tensors in order
 
 
@@ -27,8 +28,10 @@ def lay_out(
     """Give every output tensor its file and offset: name -> tensor, the files, the index if there is one.
 
     Without `max_shard_size` the base's own files and order; a tensor that the base does not store goes to the end
-    of the base file that its `file` names.
+    of the base file that its `file` names. A base of another form than safetensors files is laid out anew.
     """
+    if max_shard_size is None and not base.laid_out:
+        max_shard_size = SHARD_SIZE
     if max_shard_size is None:
         shards = _as_in_base(outs, base)
         names = list(base.files) if base.indexed else [MODEL]

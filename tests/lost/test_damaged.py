@@ -155,7 +155,7 @@ def test_a_pickle_is_not_opened(tmp_path: Path, name: str, beside: bool) -> None
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
         assert not (tmp_path / "out" / name).exists()
     else:
-        with pytest.raises(MergeError, match=r"sft .* holds "):
+        with pytest.raises(MergeError, match=r"sft .* holds |sft/\S+ holds a posix\.mkdir, "):
             merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
     assert not (tmp_path / "trap").exists()
 

@@ -288,7 +288,7 @@ def _check_float(tensor: Tensor, where: Checkpoint) -> None:
 
 def _unwrapped(key: str) -> str:
     """A tensor's name without what wraps modules, PEFT's own among it."""
-    parts = unwrapped(key).removeprefix("base_model.model.").split(".")
+    parts = unwrapped(key.removeprefix("base_model.model.")).split(".")
     path = ".".join(part for part in parts if part != "base_layer")
     return path.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
 

@@ -151,6 +151,12 @@ def _model_files(found: _Found, index: dict[str, Any] | None) -> list[str]:
     if lacking:
         raise CheckpointError(f"{where} lacks {shown(lacking[0])} ({len(lacking)} missing); {cure}")
     if index is None and not files:
+        bins = [name for name in found.sizes if re.fullmatch(r"(pytorch|adapter)_model[\w-]*\.bin", name)]
+        if bins:
+            raise CheckpointError(
+                f"{where} holds no *.safetensors at its top, but {shown(bins[0])}; on a hub only safetensors are read:"
+                f" download it, `{_command(found.repo, found.commit)} --local-dir DIR`, and give DIR"
+            )
         others = [name for name in found.sizes if name.endswith((".bin", ".gguf", ".h5", ".pt", ".pth"))]
         raise CheckpointError(
             f"{where} holds no *.safetensors at its top{f', but {shown(others[0])}' if others else ''}; convert it"

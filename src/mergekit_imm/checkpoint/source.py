@@ -15,27 +15,15 @@ from ..json_input import parse_json, read_small
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
 from .computed import Tensor
+from .dcp import open_dcp
+from .forms import ADAPTER_BIN, BIN_INDEX, bin_files, dcp_prefix, other_form
 from .hub import ADAPTER, ADAPTER_CONFIG
+from .pickled import open_pickled
+from .pieces import are_shards, from_shards, is_sharded
 from .sidefiles import is_side_file
-from .tensorfile import INDEX, MODEL, Stamp, TensorFile, TensorInfo, open_tensorfile, parse_header, stamp
+from .tensorfile import INDEX, MODEL, Stamp, TensorFile, TensorInfo, is_plain_name, open_tensorfile, parse_header, stamp
 
 _DEPTH = 64  # of folders in a model
-
-# Forms of a model that are recognised and not read, and what to do about each.
-_OTHER_FORMS = (
-    ((ADAPTER_CONFIG, ADAPTER), "an adapter",
-     f"give the model it was trained on; an adapter is given as SFT, in a folder with its {ADAPTER_CONFIG} and its"
-     f" {ADAPTER}"),
-    (("*.gguf",), "GGUF weights", "use the original safetensors checkpoint"),
-    (("*.bin", "*.pt", "*.pth", "*.ckpt"), "PyTorch pickles",
-     "load with transformers and `save_pretrained` (it writes safetensors)"),
-    ((".metadata", "*.distcp"), "a torch.distributed checkpoint",
-     "convert: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR model.pt`"),
-    (("zero_to_fp32.py", "latest"), "a DeepSpeed checkpoint",
-     "convert: `python zero_to_fp32.py . OUT --safe_serialization`"),
-    (("*.h5", "*.msgpack", "*.onnx", "*.tflite", "*.ot"), "TensorFlow, Flax or ONNX weights",
-     "use the safetensors checkpoint of this model"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +48,7 @@ class Checkpoint:
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)  # of all files that are read whole
     rows: tuple[int, int] | None = None  # of a vocabulary that is resized: as stored, and as merged
     notes: tuple[str, ...] = ()  # what is worth knowing and not an error
+    laid_out: bool = True  # its files are such as an output can have
 
     @property
     def label(self) -> str:
@@ -147,9 +136,11 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
         )
     top = [name for name in everything if "/" not in name]
     stamps = _stamps(folder, everything, copy_code)
-    index = _json(folder / INDEX) if INDEX in top else None
-    is_adapter = role == "sft" and _is_adapter(top)
-    names = [ADAPTER] if is_adapter else _model_files(top, index, role, ref, folders)
+    indexed_by = BIN_INDEX if bin_files(top) == [BIN_INDEX] else INDEX
+    index = _json(folder / indexed_by) if indexed_by in top else None
+    adapter = _adapter_file(top) if role == "sft" else None
+    prefix = None if adapter else dcp_prefix(everything)
+    names = [adapter] if adapter else [] if prefix is not None else _model_files(top, index, role, ref, folders)
     missing = [name for name in names if not (folder / name).exists()]
     if missing and (folder / missing[0]).is_symlink():
         raise CheckpointError(
@@ -158,21 +149,25 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
     if missing:
         raise CheckpointError(
             f"{role} {shown(ref)} lacks {shown(missing[0])} ({len(missing)} of {len(names)} files), which its"
-            f" {INDEX} names; copy or download it again"
+            f" {indexed_by} names; copy or download it again"
         )
-    files = {name: open_tensorfile(folder / name, name) for name in names}
+    files = {name: _opened(folder / name, name) for name in names}
+    tensors: dict[str, Tensor] | None = None
+    beside: tuple[str, ...] = ()
+    if prefix is not None:
+        files, tensors, beside = open_dcp(folder, prefix, role, f"{role} {shown(ref)}")
     side = {name: folder / name for name in everything if _is_side(name, copy_code)}
     unreadable = [name for name, path in side.items() if not path.is_file()]
     if unreadable:
         raise CheckpointError(
             f"{role} {shown(ref)}: {shown(unreadable[0])} is a broken link or no plain file; repair or remove it"
         )
-    left = _left_out(everything, files, side)
+    left = (*_left_out(everything, files, side), *beside)
     config = _json(folder / "config.json") if "config.json" in top else None
-    if is_adapter:
+    if adapter:
         found = _assembled(role, ref, folder, files, None, side, left)
         return replace(found, stamps=stamps, adapter=_json(folder / ADAPTER_CONFIG))
-    found = replace(_assembled(role, ref, folder, files, config, side, left, index), stamps=stamps)
+    found = replace(_assembled(role, ref, folder, files, config, side, left, index, tensors), stamps=stamps)
     return replace(found, recipe=read_recipe(folder)) if role == "start" else found
 
 
@@ -182,7 +177,7 @@ def _from_listing(listing: hub.Listing, role: str, ref: str, copy_code: bool) ->
     small = {name: _parsed(content, f"{ref}/{name}") for name, content in listing.small.items()}
     index = small.get(INDEX)
     folders = sorted({PurePosixPath(name).parts[0] for name in everything if "/" in name})
-    is_adapter = role == "sft" and _is_adapter(top)
+    is_adapter = role == "sft" and _adapter_file(top) == ADAPTER
     files = {}
     for name in [ADAPTER] if is_adapter else _model_files(top, index, role, ref, folders):
         if name not in listing.headers:
@@ -198,29 +193,39 @@ def _from_listing(listing: hub.Listing, role: str, ref: str, copy_code: bool) ->
     return replace(found, repo=listing.repo, commit=listing.commit, recipe=recipe, adapter=adapter)
 
 
-def _is_adapter(top: list[str]) -> bool:
-    return ADAPTER_CONFIG in top and ADAPTER in top and MODEL not in top and INDEX not in top
+def _opened(path: Path, name: str) -> TensorFile:
+    return open_tensorfile(path, name) if name.endswith(".safetensors") else open_pickled(path, name)
+
+
+def _adapter_file(top: list[str]) -> str | None:
+    """The file of an adapter, if that is what a folder holds."""
+    if ADAPTER_CONFIG not in top or MODEL in top or INDEX in top:
+        return None
+    return ADAPTER if ADAPTER in top else ADAPTER_BIN if ADAPTER_BIN in top and not bin_files(top) else None
 
 
 def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, folders: list[str]) -> list[str]:
     """Decide which files are the model, in the order in which they are read and written."""
+    bins = bin_files(top)
+    if bins and bins != [BIN_INDEX]:
+        return bins
     if index is not None:
-        named = _index_files(index, f"{ref}/{INDEX}")
+        named = _index_files(index, f"{ref}/{BIN_INDEX if bins else INDEX}", ".bin" if bins else ".safetensors")
         if MODEL not in top:
             return named
     if MODEL in top:
         return [MODEL]
     found = [n for n in top if n.endswith(".safetensors") and n != ADAPTER]
-    if len(found) == 1:
+    if len(found) == 1 or are_shards(found):
         return found
     if found:
         raise CheckpointError(
             f"{role} {shown(ref)} holds neither {MODEL} nor {INDEX}, but {len(found)} other safetensors files"
             f" ({', '.join(map(shown, found[:4]))}{', …' if len(found) > 4 else ''}); give the one to use by its path"
         )
-    for patterns, form, cure in _OTHER_FORMS:
-        if any(PurePath(name).match(pattern) for name in top for pattern in patterns):
-            raise CheckpointError(f"{role} {shown(ref)} holds {form}; it is not read: {cure}")
+    form = other_form(top, folders, ref)
+    if form is not None:
+        raise CheckpointError(f"{role} {shown(ref)} holds {form}")
     checkpoints = [name for name in folders if re.fullmatch(r"checkpoint-\d+", name)]
     if checkpoints:
         latest = max(checkpoints, key=lambda name: int(name.rpartition("-")[2]))
@@ -231,20 +236,20 @@ def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: s
     raise CheckpointError(f"{role} {shown(ref)} holds no *.safetensors file; is it a model folder?")
 
 
-def _index_files(index: dict[str, Any], where: str) -> list[str]:
+def _index_files(index: dict[str, Any], where: str, suffix: str) -> list[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{shown(where)} has no weight_map; download it again, or delete it if it is stale")
     strange = [name for name in weight_map.values() if not isinstance(name, str)]
     names = strange[:1] or sorted(set(weight_map.values()))
     for name in names:
-        # A lexical check: links, as in a hub's cache, are followed.
-        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):
+        if not is_plain_name(name):
             raise CheckpointError(
                 f"{shown(where)} names '{shown(name)}'; only plain names of files beside it are allowed"
             )
-        if not name.endswith(".safetensors"):
-            raise CheckpointError(f"{shown(where)} names '{shown(name)}', which is not a safetensors file")
+        if not name.endswith(suffix):
+            kind = "safetensors" if suffix == ".safetensors" else suffix
+            raise CheckpointError(f"{shown(where)} names '{shown(name)}', which is not a {kind} file")
     return names
 
 
@@ -257,38 +262,49 @@ def _assembled(
     side: Mapping[str, Path | None],
     left_out: tuple[str, ...],
     index: dict[str, Any] | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> Checkpoint:
-    tensors: dict[str, TensorInfo] = {}
+    if tensors is None and is_sharded(files):
+        files, tensors = from_shards(files, role, f"{role} {shown(ref)}")
+    tensors = _by_name(files, role, ref) if tensors is None else tensors
+    if index is not None:
+        named = INDEX if all(name.endswith(".safetensors") for name in files) else BIN_INDEX
+        _check_index(index["weight_map"], files, named, f"{role} {shown(ref)}")
+    indexed = index is not None and MODEL not in files
+    whole = all(name.endswith(".safetensors") for name in files) and not are_shards([*files])
+    return Checkpoint(role, ref, folder, files, tensors, config, dict(side), left_out, indexed, laid_out=whole)
+
+
+def _by_name(files: Mapping[str, TensorFile], role: str, ref: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
     for file in files.values():
         for tensor in file.tensors:
             if tensor.name in tensors:
                 raise CheckpointError(
                     f"{role} {shown(ref)} stores tensor '{shown(tensor.name)}' twice,"
-                    f" in {shown(tensors[tensor.name].file)} and in {shown(file.name)}; remove one of the files"
+                    f" in {shown(places[tensor.name])} and in {shown(file.name)}; remove one of the files"
                 )
             tensors[tensor.name] = tensor
-    if index is not None:
-        _check_index(index["weight_map"], tensors, role, ref)
-    indexed = index is not None and MODEL not in files
-    return Checkpoint(role, ref, folder, files, {**tensors}, config, dict(side), left_out, indexed)
+            places[tensor.name] = file.name
+    return tensors
 
 
-def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], role: str, ref: str) -> None:
-    if MODEL in {tensor.file for tensor in tensors.values()} and set(weight_map) != set(tensors):
-        raise CheckpointError(
-            f"{role} {shown(ref)} holds both {MODEL} and {INDEX}, with different tensors; delete the stale one"
-        )
+def _check_index(weight_map: dict[str, str], files: Mapping[str, TensorFile], named: str, where: str) -> None:
+    places = {tensor.name: file.name for file in files.values() for tensor in file.tensors}
+    if MODEL in files and set(weight_map) != set(places):
+        raise CheckpointError(f"{where} holds both {MODEL} and {named}, with different tensors; delete the stale one")
     for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file not in (file, MODEL):
-            place = f"lies in {shown(tensors[name].file)}" if name in tensors else "is in none of its files"
+        if places.get(name) not in (file, MODEL):
+            place = f"lies in {shown(places[name])}" if name in places else "is in none of its files"
             raise CheckpointError(
-                f"{role} {shown(ref)}: {INDEX} says tensor '{shown(name)}' lies in {shown(file)}, but it {place};"
+                f"{where}: {named} says tensor '{shown(name)}' lies in {shown(file)}, but it {place};"
                 " download the model again, or delete a stale index"
             )
-    unnamed = sorted(set(tensors) - set(weight_map))
+    unnamed = sorted(set(places) - set(weight_map))
     if unnamed:
         raise CheckpointError(
-            f"{role} {shown(ref)} stores {len(unnamed)} tensors that its {INDEX} does not name, first"
+            f"{where} stores {len(unnamed)} tensors that its {named} does not name, first"
             f" '{shown(unnamed[0])}'; download the model again, or delete a stale index"
         )
 
@@ -296,13 +312,18 @@ def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], rol
 def _left_out(
     everything: list[str], files: Mapping[str, TensorFile], side: Mapping[str, Path | None]
 ) -> tuple[str, ...]:
-    used = {*files, *side, INDEX}
+    index = BIN_INDEX if any(name.endswith(".bin") for name in files) else INDEX
+    used = {*files, *side, index}
     return tuple(name for name in everything if name not in used)
 
 
 def _stamps(folder: Path, everything: list[str], copy_code: bool) -> dict[Path, Stamp]:
     """Stamps of the small files, taken before they are read."""
-    small = [name for name in everything if name in (INDEX, RECIPE_FILE, ADAPTER_CONFIG) or _is_side(name, copy_code)]
+    small = [
+        name
+        for name in everything
+        if name in (INDEX, BIN_INDEX, RECIPE_FILE, ADAPTER_CONFIG) or _is_side(name, copy_code)
+    ]
     found = {}
     for path in (folder / name for name in small):
         with suppress(OSError):  # what cannot be read is told when it is

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import ChangedError, CheckpointError, shown
@@ -26,7 +26,7 @@ WHOLE = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000  # safetensors' own
-_PAGE, _STRIDE = 4096, 16 << 20
+_PAGE, _STRIDE, _EDGE = 4096, 16 << 20, 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file as its header describes it, tensors in the order of their bytes."""
+    """A file as its header describes it, tensors in the order of their bytes."""
 
     name: str
     path: Path | None  # None: on a hub, not downloaded
@@ -160,6 +160,19 @@ def build_header(
     return head, [len(head) + begin for begin in begins], len(head) + end
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether a file of others may name a file beside it by this.
+
+    A lexical check: links, as in a hub's cache, are followed.
+
+    >>> is_plain_name("model.bin"), is_plain_name("../model.bin")
+    (True, False)
+    """
+    if not isinstance(name, str) or name in (".", "..") or any(letter in name for letter in "\\\0"):
+        return False
+    return PurePosixPath(name).name == name
+
+
 def open_to_read(path: Path) -> int:
     """Return a descriptor of an input file. Raises CheckpointError if it cannot be opened."""
     try:
@@ -215,14 +228,18 @@ def check_unchanged(path: Path, before: Stamp) -> None:
 def fingerprint(file: TensorFile) -> str:
     """Return fingerprint v1: a blake2b of the header bytes, the size, and a page every 16 MiB and at the end.
 
+    Of a file of another form, the first and the last 64 KiB are in place of the header.
     It neither sees the path nor the time; it does not see a change that spares all those pages.
     """
     assert file.path is not None
     digest = blake2b(digest_size=16)
     try:
         with file.path.open("rb") as handle:
-            length = handle.read(8)
-            digest.update(length + handle.read(int.from_bytes(length, "little")))
+            if file.name.endswith(".safetensors"):
+                length = handle.read(8)
+                digest.update(length + handle.read(int.from_bytes(length, "little")))
+            else:
+                digest.update(handle.read(_EDGE) + os.pread(handle.fileno(), _EDGE, max(0, file.size - _EDGE)))
             digest.update(file.size.to_bytes(8, "little"))
             for offset in [*range(0, file.size, _STRIDE), max(0, file.size - _PAGE)]:
                 digest.update(os.pread(handle.fileno(), _PAGE, offset))
