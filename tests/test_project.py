@@ -48,7 +48,7 @@ LEVELS = [
     ["execute", "report"],
     ["stream", "prepare"],
     ["verification"],
-    ["build"],
+    ["build", "check"],
     ["merge", "summary", "console"],
     ["cli"],
     ["__main__"],

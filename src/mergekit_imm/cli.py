@@ -10,7 +10,7 @@ import click
 
 from . import __version__
 from .console import progress_bar, run, say, tell
-from .errors import ArgumentError, OutputError, bytes_text, shown
+from .errors import ArgumentError, MismatchError, OutputError, bytes_text, shown
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -40,8 +40,8 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 
 @click.command("imm-merge", context_settings=_CONTEXT, epilog=merge_epilog)
 @click.argument("base")
-@click.argument("sft")
-@click.option("-o", "--out", required=True, metavar="OUT", help="Folder to make; it appears only when it is whole.")
+@click.argument("sft", nargs=-1, required=True, metavar="SFT")
+@click.option("-o", "--out", metavar="OUT", help="Folder to make; it appears only when it is whole.  [required]")
 @click.option("--start", metavar="DIR", help="Model the fine-tuning started from.  [default: BASE]")
 @click.option(
     "--alpha", type=_Several(click.FloatRange(0, 1)), default="0.5", show_default=True, metavar="A[,A...]",
@@ -86,6 +86,9 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity in the inputs through.")
 @click.option("--copy-code", is_flag=True, help="Copy *.py files of the model too.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would happen, write nothing.")
+@click.option(
+    "--check", is_flag=True, help="Say what fits and what does not, with no OUT; of several SFTs, of each.",
+)  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an OUT that holds something else.")
 @click.option("--restart", is_flag=True, help="Begin anew instead of going on with an unfinished merge.")
 @click.option("--verify", is_flag=True, help="Compute all again and compare every byte, before OUT appears.")
@@ -93,7 +96,9 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 @click.version_option(__version__, prog_name="imm-merge")
-def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **options: Any) -> None:
+def merge_command(
+    quiet: bool, as_json: bool, base: str, sft: tuple[str, ...], out: str | None, check: bool, **options: Any
+) -> None:
     """Merge the fine-tuned model SFT back towards BASE, streaming, in constant memory.
 
     \b
@@ -103,12 +108,42 @@ def merge_command(quiet: bool, as_json: bool, base: str, sft: str, out: str, **o
     BASE, SFT and --start are folders, .safetensors files or hub ids (org/name[@revision]); SFT may be a LoRA
     adapter. An interrupted merge goes on where it stopped when the same command is run again.
     """
+    if options["dtype"] == "base":
+        options["dtype"] = None
+    if check:
+        _check(base, sft, options, as_json=as_json)
+        return
+    if out is None:
+        raise click.UsageError("Missing option '-o' / '--out'.")
+    if len(sft) > 1:
+        raise click.UsageError(f"Got {len(sft)} models, {', '.join(sft)}, to merge into {base}; give one, or --check.")
+    _merge(base, sft[0], out, options, quiet=quiet, as_json=as_json)
+
+
+def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json: bool) -> None:
+    from .check import check
+    from .summary import checked
+
+    kept = ("start", "iteration", "reference", "dtype", "max_shard_size", "vocab", "rename", "dequantize", "keep",
+            "take", "no_drop", "importance", "copy_code")  # fmt: skip
+    reports = [check(base, sft, **{name: options[name] for name in kept}) for sft in sfts]
+    if as_json:
+        content = [report.to_dict() for report in reports]
+        say(json.dumps(content if len(content) > 1 else content[0], indent=2))
+    else:
+        say("\n\n".join(map(checked, reports)))
+    refused = [report for report in reports if report.problems]
+    if refused:
+        count = sum(len(report.problems) for report in refused)
+        models = ", ".join(shown(report.sft) for report in refused)
+        raise MismatchError(f"{models} cannot be merged into {shown(base)}; {count} reasons are listed above")
+
+
+def _merge(base: str, sft: str, out: str, options: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     from .merge import merge_checkpoints
     from .summary import finished, planned
     from .sweep import SWEPT, points
 
-    if options["dtype"] == "base":
-        options["dtype"] = None
     dry_run = options["dry_run"]
     try:
         several = len(points(out, {name: options[name] for name in SWEPT})) > 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from .errors import shown
 from .recipe import parse_rename
 
 Shape = tuple[int, ...] | None  # None: not known
@@ -83,3 +85,28 @@ def _fits(one: Shape, other: Shape) -> bool:
 def _holds(prefix: str, other: str, lost: Mapping[str, Shape], left: Mapping[str, Shape]) -> bool:
     pairs = ((shape, other + name[len(prefix) :]) for name, shape in lost.items() if name.startswith(prefix))
     return all(target in left and _fits(shape, left[target]) for shape, target in pairs)
+
+
+def mapping_note(was: Mapping[str, str], label: str, base: str) -> str:
+    """Say in one line which names of a model were taken for which of the base: name in the base -> its own."""
+    rules = rules_of(was)
+    told = [f"{shown(old)} is {shown(new)} ({count})" for old, new, count in rules[:4]]
+    more = f" and {len(rules) - 4} more rules (--dry-run lists them)" if len(rules) > 4 else ""
+    return f"note: {len(was)} names of {label} differ from those of {base}: {', '.join(told)}{more}"
+
+
+def rules_of(was: Mapping[str, str]) -> list[tuple[str, str, int]]:
+    """Sum up how names of a model were mapped: (in the model, in the base, of how many tensors).
+
+    >>> rules_of({"layers.0.w": "model.layers.0.w", "layers.1.w": "model.layers.1.w"})
+    [('model.*', '*', 2)]
+    """
+    rules = Counter[tuple[str, str]]()
+    for new, old in was.items():
+        one, other = old.split("."), new.split(".")
+        while one and other and one[-1] == other[-1]:
+            one, other = one[:-1], other[:-1]
+        more = ".*" if len(one) < len(old.split(".")) else ""
+        old, new = (".".join("*" if part.isdigit() else part for part in side) for side in (one, other))
+        rules[re.sub(r"\[\d+.*", "[*]", old) + more if old else "*", new + more if new else "*"] += 1
+    return [(old, new, count) for (old, new), count in rules.items()]

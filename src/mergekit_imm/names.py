@@ -6,7 +6,6 @@ out, fused experts cut or joined as the base has them, and one prefix in the pla
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from .checkpoint.source import Checkpoint
 from .config import says_tied
 from .errors import ArgumentError, MismatchError, shown
 from .layers import is_input_embedding, is_output_head, unwrapped
-from .match import by_prefix, ruled
+from .match import by_prefix, mapping_note, ruled
 
 
 def matched(inputs: Mapping[str, Checkpoint], rules: Sequence[str]) -> dict[str, Checkpoint]:
@@ -77,7 +76,12 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
     changed = {name: old for name, old in was.items() if name != old}
     if not changed:
         return each
-    return replace(each, tensors={name: renamed(t, name) for name, t in tensors.items()}, was=changed)
+    return replace(
+        each,
+        tensors={name: renamed(t, name) for name, t in tensors.items()},
+        was=changed,
+        notes=(*each.notes, mapping_note(changed, each.label, base.label)),
+    )
 
 
 def _experts(
@@ -97,24 +101,3 @@ def _experts(
     tensors = {name: tensor for name, tensor in tensors.items() if name not in gone}
     was = {name: old for name, old in was.items() if name not in gone}
     return tensors | {n: t for n, (t, _) in made.items()}, was | {n: old for n, (_, old) in made.items()}
-
-
-def mapping_note(each: Checkpoint, base: Checkpoint) -> str:
-    """Say in one line which names of a model were taken for which of the base."""
-    rules = rules_of(each)
-    told = [f"{shown(old)} is {shown(new)} ({count})" for old, new, count in rules[:4]]
-    more = f" and {len(rules) - 4} more rules (--dry-run lists them)" if len(rules) > 4 else ""
-    return f"note: {len(each.was)} names of {each.label} differ from those of {base.label}: {', '.join(told)}{more}"
-
-
-def rules_of(each: Checkpoint) -> list[tuple[str, str, int]]:
-    """Sum up how names of a model were mapped: (in the model, in the base, of how many tensors)."""
-    rules = Counter[tuple[str, str]]()
-    for new, old in each.was.items():
-        one, other = old.split("."), new.split(".")
-        while one and other and one[-1] == other[-1]:
-            one, other = one[:-1], other[:-1]
-        more = ".*" if len(one) < len(old.split(".")) else ""
-        old, new = (".".join("*" if part.isdigit() else part for part in side) for side in (one, other))
-        rules[re.sub(r"\[\d+.*", "[*]", old) + more if old else "*", new + more if new else "*"] += 1
-    return [(old, new, count) for (old, new), count in rules.items()]

@@ -24,7 +24,6 @@ from .importance import importance_factors
 from .layers import is_input_embedding, layer_key, resolve_layers
 from .layout import OutputFile, lay_out
 from .mask import Arithmetic, arithmetic, mask_key
-from .names import mapping_note
 from .recipe import DTYPES, Parameters
 from .ties import SameBytes, tied_groups
 
@@ -225,10 +224,9 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_byt
         for path in each.side
         if path != "config.json" or not (changes or (role == "sft" and sft.was and "config.json" in base.side))
     }
-    notes = [mapping_note(each, base) for role, each in used.items() if role != "base" and each.was]
+    notes = [note for each in inputs.values() for note in each.notes]
     if broken:
         notes.append(f"note: {broken}: both are merged under their own names, and config.json says untied")
-    notes += [note for each in used.values() for note in each.notes]
     plan = Plan(
         parameters=parameters,
         inputs=inputs,

@@ -20,6 +20,7 @@ from .names import matched
 from .plan import Plan, make_plan
 from .reading import same_bytes, same_values
 from .recipe import RECIPE_FILE, Parameters, differences, history_of, make_recipe, parse_size, read_recipe
+from .ties import SameBytes
 from .vocab import resized
 
 
@@ -156,8 +157,8 @@ def places_of(inputs: Mapping[str, Checkpoint]) -> dict[str, Path]:
     }
 
 
-def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters]) -> list[Plan]:
-    """Plan merges of opened inputs that differ in their numbers."""
+def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
+    """Return what compares two tensors of one of the inputs, each pair once."""
 
     @functools.cache
     def compare(role: str, one: str, other: str) -> bool:
@@ -168,6 +169,12 @@ def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters])
         # A dry run on a hub id downloads no tensors; it takes the config's word for the tie.
         return checkpoint.folder is None or compare(checkpoint.role, one.name, other.name)
 
+    return equal
+
+
+def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters]) -> list[Plan]:
+    """Plan merges of opened inputs that differ in their numbers."""
+    equal = comparer(inputs)
     plans = [make_plan(inputs, each, equal) for each in parameters]
     linked = [
         f"{each.label}/{name}" for each in inputs.values() if each.role != "start" for name in each.left_out
@@ -176,13 +183,6 @@ def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters])
     if linked:
         note = f"note: left out, as they are links to folders: {', '.join(map(shown, linked[:4]))}"
         plans = [replace(plan, notes=(*plan.notes, note + (", …" if len(linked) > 4 else ""))) for plan in plans]
-    for each in inputs.values():
-        if each.unused:
-            note = (
-                f"note: left out, as only FP8 needs them: {len(each.unused)} scales of activations of {each.label},"
-                f" such as '{shown(each.unused[0])}'"
-            )
-            plans = [replace(plan, notes=(*plan.notes, note)) for plan in plans]
     if _same_place(inputs["base"], inputs["sft"]):
         note = "note: BASE and SFT are the same model; the result is that model"
         plans = [replace(plan, notes=(*plan.notes, note)) for plan in plans]

@@ -6,13 +6,15 @@ import json
 import math
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .checkpoint.source import Checkpoint
 from .layers import layer_key
+from .match import rules_of
 from .plan import Item, Plan
 from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
 
@@ -68,11 +70,11 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def kinds(plan: Plan) -> list[dict[str, Any]]:
-    """Group the tensors of a plan by kind: names with their numbers blanked out, and what happens to them."""
+def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
+    """Group tensors by kind: names with their numbers blanked out, and what happens to them."""
     groups: dict[tuple[Any, ...], list[Item]] = defaultdict(list)
-    for item in plan.items:
-        name = ".".join("*" if part.isdigit() else part for part in item.name.split("."))
+    for item in items:
+        name = blanked(item.name)
         dtypes = tuple((role, side.dtype) for role, side in item.sides.items())
         drop = round(1 - item.numbers.keep16 / 65536, 6) if item.action == "merge" else None
         groups[name, item.action, dtypes, item.outs[0].dtype, drop].append(item)
@@ -89,6 +91,20 @@ def kinds(plan: Plan) -> list[dict[str, Any]]:
             "bytes_written": sum(out.nbytes for item in items for out in item.outs),
         }
         for (name, action, dtypes, dtype, drop), items in groups.items()
+    ]
+
+
+def blanked(name: str) -> str:
+    """Return the name of a kind of tensor, `model.layers.*.mlp.up_proj.weight`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
+    """Say which names of the inputs are others in the base, by rule."""
+    return [
+        {"role": role, "name": old, "in_base": new, "tensors": count}
+        for role, each in inputs.items()
+        for old, new, count in rules_of(each.was)
     ]
 
 

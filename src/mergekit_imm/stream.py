@@ -18,10 +18,9 @@ from .checkpoint import disk, journal, output
 from .checkpoint.tensorfile import TensorInfo, open_tensorfile
 from .errors import OutputError, bytes_text, shown
 from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
-from .names import rules_of
 from .plan import Plan, Segment, segments
 from .recipe import MergeReport
-from .report import actions, kinds
+from .report import actions, kinds, renamed
 from .sums import RECORD
 
 Recipe = Mapping[str, Any]
@@ -80,15 +79,11 @@ class Job:
             workers=self.workers,
             device=self.device,
             seconds={key: round(value, 6) for key, value in seconds.items()},
-            kinds=kinds(self.plan),
+            kinds=kinds(self.plan.items),
             config_changes=dict(self.plan.config_changes),
             side_files=side,
             left_out={r: list(each.left_out) for r, each in self.plan.inputs.items() if each.left_out and r != "start"},
-            renamed=[
-                {"role": role, "name": old, "in_base": new, "tensors": count}
-                for role, each in self.plan.inputs.items()
-                for old, new, count in rules_of(each)
-            ],
+            renamed=renamed(self.plan.inputs),
             notes=self.notes,
             refused=refused,
             verified=self.verified is not None,

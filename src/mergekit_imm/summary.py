@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .check import CheckReport
 from .errors import bytes_text, shown
 from .recipe import MergeReport
 
@@ -30,16 +31,6 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
     p = report.parameters
     counts = ", ".join(f"{count} {action}" for action, count in report.tensors.items() if count)
     inputs = [f"  base   {shown(base)}", f"  sft    {shown(sft)}", *([f"  start  {shown(start)}"] if start else [])]
-    renamed = [
-        f"  {each['tensors']} tensors '{shown(each['name'])}' of {each['role']} are '{shown(each['in_base'])}' in base"
-        for each in report.renamed
-    ]
-    side = [
-        f"  {len(names)} other files from {role}: {', '.join(map(shown, names))}"
-        for role, names in report.side_files.items()
-    ]
-    left = [f"  left out of {role}: {', '.join(map(shown, names))}" for role, names in report.left_out.items()]
-    changes = [f"  config.json: {key} = {json.dumps(value)}" for key, value in report.config_changes.items()]
     lines = [
         f"would merge {count_text(report.parameter_count)} parameters ({counts}) into {shown(report.out)}"
         if report.status == "dry run" else f"{shown(report.out)} already merged: it holds this very recipe",
@@ -53,15 +44,48 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
         f"  reads {bytes_text(report.bytes_read)}, writes {bytes_text(report.bytes_written)} to"
         f" {', '.join(report.files[:3])}"
         + (f", … ({len(report.files)} files)" if len(report.files) > 3 else ""),
-        *renamed,
-        *side,
-        *changes,
-        *left,
+        *_renamed(report),
+        *_beside(report),
         f"  memory about {bytes_text(report.memory)} at its peak, with {report.workers} workers on {report.device}",
         f"  disk needed {bytes_text(report.disk_needed)}, free {bytes_text(report.disk_free)}",
         "nothing was written",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def checked(report: CheckReport) -> str:
+    """What a check prints."""
+    lines = []
+    for each in report.inputs:
+        files = each["files"]
+        told = f"{', '.join(map(shown, files[:3]))}{f', … ({len(files)} files)' if len(files) > 3 else ''}"
+        counts = f"{each['tensors']} tensors, {count_text(each['parameters'])} parameters"
+        lines.append(f"  {each['role'].ljust(5)}  {shown(each['path'])}: {each['form']}, {counts}, in {told}")
+    kinds = [{**kind, "drop": None} for kind in report.kinds]  # how much is dropped is no matter here
+    lines += ["", *table(kinds, any(each["role"] == "start" for each in report.inputs)), ""] if lines else []
+    lines += _renamed(report)
+    lines += _beside(report)
+    lines += [f"  {note}" for note in report.notes]
+    lines += [f"  refused: {problem}" for problem in report.problems]
+    verdict = f"{shown(report.sft)} can{'not' if report.problems else ''} be merged into {shown(report.base)}"
+    return "\n".join([verdict, *lines])
+
+
+def _renamed(report: MergeReport | CheckReport) -> list[str]:
+    return [
+        f"  {each['tensors']} tensors '{shown(each['name'])}' of {each['role']} are '{shown(each['in_base'])}' in base"
+        for each in report.renamed
+    ]
+
+
+def _beside(report: MergeReport | CheckReport) -> list[str]:
+    """The files beside the weights, and what is changed or left out of them."""
+    return [
+        *(f"  {len(names)} other files from {role}: {', '.join(map(shown, names))}"
+          for role, names in report.side_files.items()),
+        *(f"  config.json: {key} = {json.dumps(value)}" for key, value in report.config_changes.items()),
+        *(f"  left out of {role}: {', '.join(map(shown, names))}" for role, names in report.left_out.items()),
+    ]  # fmt: skip
 
 
 def table(kinds: Sequence[Mapping[str, Any]], with_start: bool) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import says_tied
 from ..errors import CheckpointError, MismatchError, shown
 from ..layers import is_input_embedding, is_output_head, only_in, unwrapped
-from ..match import Shape, by_prefix, ruled
+from ..match import Shape, by_prefix, mapping_note, ruled
 from .computed import Computed, Tensor, renamed
 from .experts import cut_experts, expert_names, fused_shape
 from .lowrank import LowRank, OfExperts, Rescaled, WithRows
@@ -109,7 +109,9 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal, rules: Sequenc
     adapter = replace(adapter, adapter=settings(adapter.adapter, adapter.label))
     parts = _parts(adapter)
     names = _names(_wanted(parts, adapter, model), adapter, model, rules)
-    adapter = replace(adapter, was={name: path for path, name in names.items() if path != name})
+    was = {name: path for path, name in names.items() if path != name}
+    notes = (mapping_note(was, adapter.label, model.label),) if was else ()
+    adapter = replace(adapter, was=was, notes=(*adapter.notes, *notes))
     trained = {names[path]: renamed(tensor, names[path]) for path, tensor in parts.whole.items()}
     computed: dict[str, Computed] = {}
 

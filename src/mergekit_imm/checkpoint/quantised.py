@@ -106,9 +106,9 @@ def _stored(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...
 def dequantized(checkpoint: Checkpoint, spared: Spared) -> Checkpoint:
     """Return a checkpoint with each FP8 weight multiplied by the scales stored beside it; itself, if it has none.
 
-    The scales are no tensors of it any more, nor are those of activations (`unused`). Raises CheckpointError for
-    methods, weights without scales and scales without weights that are not read, MismatchError for scales that do not
-    fit.
+    The scales are no tensors of it any more, nor are those of activations, which are told in a note. Raises
+    CheckpointError for methods, weights without scales and scales without weights that are not read, MismatchError
+    for scales that do not fit.
     """
     if not _has_fp8(checkpoint):
         check_unquantised(checkpoint, spared)
@@ -147,12 +147,14 @@ def dequantized(checkpoint: Checkpoint, spared: Spared) -> Checkpoint:
             f"{checkpoint.label} stores '{shown(orphan)}', scales of a weight that is not FP8 or not there; use a whole"
             " FP8 checkpoint, or an unquantised one"
         )
+    note = f"note: left out, as only FP8 needs them: {len(unused)} scales of activations of {checkpoint.label}"
+    note += f", such as '{shown(unused[0])}'" if unused else ""
     return replace(
         checkpoint,
         tensors={name: weights.get(name, tensor) for name, tensor in tensors.items() if name not in gone},
         side={path: file for path, file in checkpoint.side.items() if path not in _NOTES_OF_QUANTISERS},
         left_out=(*checkpoint.left_out, *(path for path in checkpoint.side if path in _NOTES_OF_QUANTISERS)),
-        unused=unused,
+        notes=(*checkpoint.notes, note) if unused else checkpoint.notes,
     )
 
 

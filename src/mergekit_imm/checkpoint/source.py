@@ -39,7 +39,6 @@ class Checkpoint:
     side: dict[str, Path | None]  # copied files, by their path within the folder
     left_out: tuple[str, ...]  # files that are neither weights of this model nor copied
     indexed: bool = False  # an index names the files
-    unused: tuple[str, ...] = ()  # names of tensors that only a quantised model needs
     recipe: dict[str, Any] | None = None  # of the merge that made it
     adapter: dict[str, Any] | None = None  # of an adapter: its config
     was: Mapping[str, str] = field(default_factory=dict)  # base's name -> its own in the file, where they differ

@@ -1,0 +1,117 @@
+"""Can models be merged? All that headers tell, and everything that stands in the way: not the first thing alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.source import Checkpoint
+from .errors import MergeError
+from .plan import decide
+from .prepare import comparer, open_inputs, plans_of
+from .report import blanked, kinds, renamed
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found, and what `imm-merge --check --json` prints.
+
+    `inputs`: form, files, tensors and parameters of each. `kinds`: what happens to each kind of tensor; `action` is
+    "refused" for those that stand in the way, which `problems` tells, a line each. The rest is as in `MergeReport`.
+    """
+
+    base: str
+    sft: str
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    kinds: list[dict[str, Any]] = field(default_factory=list)
+    renamed: list[dict[str, Any]] = field(default_factory=list)
+    config_changes: dict[str, Any] = field(default_factory=dict)
+    side_files: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(self)
+
+
+def check(
+    base: str | Path, sft: str | Path, *, start: str | Path | None = None, iteration: int | None = None, **options: Any
+) -> CheckReport:
+    """Say whether two models (three, with start) can be merged, and how, from headers; tied tensors are compared.
+
+    `options` are those of `merge_checkpoints` that decide what is merged with what: keep, take, no_drop, rename,
+    vocab, dequantize, reference, dtype. What cannot be merged is in the report; raises ArgumentError for wrong options.
+    """
+    values: dict[str, Any] = {
+        "importance": None, "reference": "start", "dtype": None, "max_shard_size": None, "keep": (), "take": (),
+        "no_drop": (), "rename": (), "vocab": "strict", "dequantize": False, "allow_nonfinite": False,
+        "copy_code": False, "points": [{}], **options,
+    }  # fmt: skip
+    # The round decides no more than the mask.
+    iteration = iteration if iteration is not None or start is None else 0
+    found = CheckReport(str(base), str(sft))
+    try:
+        inputs, (parameters,), _ = open_inputs(
+            base, sft, start, outs=(), dry_run=True, iteration=iteration, **values
+        )  # fmt: skip
+        complaints: list[tuple[MergeError, Collection[str]]] = []
+        decided = decide(inputs, parameters, comparer(inputs), lambda *complaint: complaints.append(complaint))
+        plan = None if complaints else plans_of(inputs, [parameters])[0]
+    except MergeError as error:
+        found.problems.append(str(error))
+        return found
+    side: dict[str, list[str]] = {}
+    for path, (role, _) in plan.side.items() if plan else ():
+        side.setdefault(role, []).append(path)
+    return CheckReport(
+        base=found.base,
+        sft=found.sft,
+        inputs=[_described(each) for each in inputs.values()],
+        kinds=kinds(plan.items if plan else decided.items)
+        + _refused({name for _, names in complaints for name in names}, list(decided.used.values())),
+        renamed=renamed(inputs),
+        config_changes=dict(plan.config_changes) if plan else {},
+        side_files=side,
+        left_out={role: list(each.left_out) for role, each in inputs.items() if each.left_out and role != "start"},
+        notes=list(plan.notes if plan else [note for each in inputs.values() for note in each.notes]),
+        problems=[str(error) for error, _ in complaints],
+    )
+
+
+def _described(each: Checkpoint) -> dict[str, Any]:
+    if each.adapter is not None:
+        form = "LoRA adapter"
+    else:
+        suffixes = {Path(name).suffix for name in each.files}
+        form = (
+            "torch.distributed checkpoint" if ".distcp" in suffixes
+            else "PyTorch files" if ".bin" in suffixes else "safetensors"
+        )  # fmt: skip
+    return {
+        "role": each.role,
+        "path": each.ref,
+        "form": form,
+        "files": list(each.files),
+        "tensors": len(each.tensors),
+        "parameters": sum(tensor.count for tensor in each.tensors.values()),
+    }
+
+
+def _refused(names: Collection[str], models: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """Group the tensors that stand in the way, as `kinds` groups the others."""
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
+    for name in sorted(names):
+        held = {each.role: each.tensors[name] for each in models if name in each.tensors}
+        dtypes = tuple((role, tensor.dtype) for role, tensor in held.items())
+        groups.setdefault((blanked(name), dtypes), []).append(next(iter(held.values())).count if held else 0)
+    return [
+        {
+            "name": name, "action": "refused", "tensors": len(counts), "elements": sum(counts), "read": dict(dtypes),
+            "write": "-", "drop": None,
+        }
+        for (name, dtypes), counts in groups.items()
+    ]  # fmt: skip
