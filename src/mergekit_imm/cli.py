@@ -136,7 +136,8 @@ def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json
     if refused:
         count = sum(len(report.problems) for report in refused)
         models = ", ".join(shown(report.sft) for report in refused)
-        raise MismatchError(f"{models} cannot be merged into {shown(base)}; {count} reasons are listed above")
+        reasons = f"{count} reasons are" if count > 1 else "the reason is"
+        raise MismatchError(f"{models} cannot be merged into {shown(base)}; {reasons} listed above")
 
 
 def _merge(base: str, sft: str, out: str, options: dict[str, Any], *, quiet: bool, as_json: bool) -> None:

@@ -134,6 +134,8 @@ def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_labe
         alone = prefix and not any(name.startswith(prefix) for name in {*one, *others} - set(surplus))
         ready = f"{option} {shlex.quote('^' + re.escape(prefix))}" if alone and prefix.isprintable() else ""
         cure = f"; to let {'them' if ready else 'these 3'} through: {ready or ready_option(option, *surplus[:3])}"
+    if option and any("closest there" in line for line in lines):
+        cure += "; or, if they only have other names, --rename REGEX=REPLACEMENT"
     there = "1 tensor is" if len(surplus) == 1 else f"{len(surplus)} tensors are"
     return f"{there} in {one_label} only, not in {other_label}: {', '.join(lines)}{more}{cure}"
 
