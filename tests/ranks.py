@@ -9,16 +9,19 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils.fsdp_utils import save_fsdp_model
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
@@ -68,6 +71,12 @@ def main(rank: int, folder: Path) -> None:
     weights, moments = get_state_dict(model, optimizer)
     saved: dict[str, Any] = {"model": weights, "optimizer": moments, "step": 3, "rng_state": torch.get_rng_state()}
     save(saved, checkpoint_id=folder / "fsdp2")
+
+    PartialState(cpu=True)  # accelerate's loggers want it
+    accelerator = SimpleNamespace(process_index=rank, num_processes=2)
+    for kind in (StateDictType.SHARDED_STATE_DICT, StateDictType.FULL_STATE_DICT):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+        save_fsdp_model(plugin, accelerator, model, str(folder / f"accelerate {kind.name}"))
 
     for dim in (0, 1):
         for name, whole in (("hf", False), ("consolidated", True)):

@@ -346,7 +346,16 @@ def test_pieces_of_ranks_are_merged_as_the_whole(tmp_path: Path, ranks: Path, la
     assert_merges_alike(tmp_path, ranks / layout)
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "consolidated0", "consolidated1"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "fsdp2",
+        "accelerate SHARDED_STATE_DICT",
+        "accelerate FULL_STATE_DICT",
+        "consolidated0",
+        "consolidated1",
+    ],
+)
 def test_so_are_those_of_fsdp_and_what_torch_joined(tmp_path: Path, ranks: Path, layout: str) -> None:
     assert_merges_alike(tmp_path, ranks / layout, FLOATS)
 
