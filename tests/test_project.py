@@ -24,7 +24,7 @@ SOURCE = ROOT / "src" / "mergekit_imm"
 LEVELS = [
     ["errors"],
     ["json_input"],
-    ["mask", "layers", "importance", "config", "sums", "sweep"],
+    ["mask", "layers", "importance", "config", "sums", "sweep", "schedules"],
     ["recipe", "flat"],
     ["fused"],
     ["states"],
@@ -50,6 +50,9 @@ LEVELS = [
     ["verification"],
     ["build", "check"],
     ["merge", "summary", "console"],
+    ["shell", "loopstate"],
+    ["loop", "loopsummary"],
+    ["loopcli"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,4 +1,4 @@
-"""Where the commands begin: `imm-merge`, `imm-verify`, and `python -m mergekit_imm merge|verify`."""
+"""Where the commands begin: `imm-merge`, `imm-verify`, `imm-loop`, and `python -m mergekit_imm merge|verify|loop`."""
 
 import sys
 
@@ -33,6 +33,11 @@ def imm_merge() -> None:
 def imm_verify() -> None:
     """Run `imm-verify`."""
     _begin("imm_verify")
+
+
+def imm_loop() -> None:
+    """Run `imm-loop`."""
+    _begin("imm_loop")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__
-from .console import progress_bar, run, say, tell
+from .console import CONTEXT, progress_bar, run, say, tell
 from .errors import ArgumentError, MismatchError, OutputError, bytes_text, shown
-
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+from .loopcli import loop_command
 
 merge_epilog = """\b
 Examples:
@@ -38,7 +37,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
         return typed
 
 
-@click.command("imm-merge", context_settings=_CONTEXT, epilog=merge_epilog)
+@click.command("imm-merge", context_settings=CONTEXT, epilog=merge_epilog)
 @click.argument("base")
 @click.argument("sft", nargs=-1, required=True, metavar="SFT")
 @click.option("-o", "--out", metavar="OUT", help="Folder to make; it appears only when it is whole.  [required]")
@@ -168,7 +167,7 @@ def _merge(base: str, sft: str, out: str, options: dict[str, Any], *, quiet: boo
             raise OutputError(report.refused)
 
 
-@click.command("imm-verify", context_settings=_CONTEXT)
+@click.command("imm-verify", context_settings=CONTEXT)
 @click.argument("out")
 @click.option("--base", metavar="DIR", help="Where BASE is now, if not where the recipe says.")
 @click.option("--start", metavar="DIR", help="Where START is now.")
@@ -215,9 +214,14 @@ def imm_verify() -> NoReturn:
     run(verify_command)
 
 
+def imm_loop() -> NoReturn:
+    """Run `imm-loop`."""
+    run(loop_command)
+
+
 def main() -> NoReturn:
-    """Run `python -m mergekit_imm merge|verify`."""
-    commands = {"merge": merge_command, "verify": verify_command}
+    """Run `python -m mergekit_imm merge|verify|loop`."""
+    commands = {"merge": merge_command, "verify": verify_command, "loop": loop_command}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in commands:
         run(commands[name], sys.argv[2:])

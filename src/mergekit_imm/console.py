@@ -16,6 +16,8 @@ import click
 
 from .errors import MergeError, OutputError
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
 
 class _Stopped(BaseException):
     """The process was asked to end, by this signal. Not a KeyboardInterrupt, of which click makes its own."""
@@ -29,6 +31,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     merging = command.name == "imm-merge" and not {"--dry-run", "--check"} & set(arguments)
+    merging |= command.name == "imm-loop"
     kept = "; what was written is kept, and the same command goes on where it stopped" if merging else ""
     try:
         _listen()
@@ -42,7 +45,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
     except MergeError as error:
         if debug:
             raise
-        _fail(str(error), 1)
+        _fail(str(error), getattr(error, "status", 1))
     except (KeyboardInterrupt, click.Abort):
         _fail(f"interrupted{kept}", 130)
     except _Stopped as stopped:

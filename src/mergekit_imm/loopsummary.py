@@ -1,0 +1,86 @@
+"""What a loop measured: a table, and a picture of each number over the rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .errors import shown
+from .loopstate import State
+
+KINDS = (("sft", "SFT"), ("merged", "Merge"), ("baseline", "SFT without merges"))
+_STYLES = {"sft": "^-", "merged": "o-", "baseline": "s--"}
+
+
+def rows(state: State) -> list[dict[str, Any]]:
+    """Return a row for each model that was measured: round, kind, alpha of a merge, and its numbers."""
+    found: list[dict[str, Any]] = []
+    if "base" in state.metrics:
+        found.append({"round": None, "kind": "base", "alpha": None, **state.metrics["base"]})
+    for number in range(state.settings.rounds):
+        for kind, _ in KINDS:
+            metrics = state.metrics.get(f"{number}/{kind}")
+            if metrics is None and (kind, number) == ("baseline", 0) and state.settings.baseline:
+                metrics = state.metrics.get("0/sft")  # it is the same model
+            if metrics is not None:
+                alpha = state.alphas.get(str(number)) if kind == "merged" else None
+                found.append({"round": number, "kind": kind, "alpha": alpha, **metrics})
+    return found
+
+
+def table(state: State) -> str:
+    """Return a table of all that was measured, a line for each model: SFT n, Merge n as the paper calls them."""
+    found = rows(state)
+    if not found:
+        alphas = (f"  round {number}: alpha {alpha:g}" for number, alpha in state.alphas.items())
+        return "\n".join(["no evaluate command, nothing measured", *alphas])
+    names = list(dict.fromkeys(name for row in found for name in row if name not in ("round", "kind", "alpha")))
+    titles = dict(KINDS)
+    cells = [["model", "alpha", *map(shown, names)]]
+    for row in found:
+        title = "base" if row["kind"] == "base" else f"{titles[row['kind']]} {row['round'] + 1}"
+        alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
+        cells.append([title, alpha, *(f"{row[name]:.4g}" if name in row else "" for name in names)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        first = line[0].ljust(widths[0])
+        lines.append("  ".join([first, *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip())
+    return "\n".join(lines)
+
+
+def plot(state: State, folder: Path) -> list[Path]:
+    """Draw each number over the rounds, as the paper's figures 6 and 7 do, into metrics.png and metrics.svg.
+
+    Returns the files; none if nothing was measured. Raises ImportError without matplotlib.
+    """
+    found = rows(state)
+    names = list(dict.fromkeys(name for row in found for name in row if name not in ("round", "kind", "alpha")))
+    if not names:
+        return []
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    with mpl.rc_context({"svg.hashsalt": "mergekit_imm", "font.size": 9}):
+        figure = Figure(figsize=(3.4 * columns, 2.7 * lines), layout="constrained")
+        for number, name in enumerate(names):
+            axes = figure.add_subplot(lines, columns, number + 1)
+            base = [row[name] for row in found if row["kind"] == "base" and name in row]
+            if base:
+                axes.axhline(base[0], color="0.5", linewidth=1, linestyle=":", label="base")
+            for kind, title in KINDS:
+                points = [(row["round"] + 1, row[name]) for row in found if row["kind"] == kind and name in row]
+                if points:
+                    axes.plot(*zip(*points, strict=True), _STYLES[kind], label=title, markersize=4)
+            axes.set_xticks(range(1, state.settings.rounds + 1))
+            axes.set_xlabel("round")
+            axes.set_title(name)
+            axes.grid(alpha=0.3)
+            if number == 0:
+                axes.legend(fontsize=7)
+        paths = [folder / "metrics.png", folder / "metrics.svg"]
+        for path in paths:
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+    return paths

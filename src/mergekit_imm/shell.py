@@ -1,0 +1,150 @@
+"""The user's commands: placeholders filled in, run by /bin/sh, their output shown and kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from .errors import ArgumentError, MergeError, shown
+
+Echo = Callable[[bytes], None]
+
+LAST_LINES = 20
+GRACE = 20.0  # seconds that a command has to end when it is asked to
+
+
+class CommandError(MergeError):
+    """A user's command failed. `status` is its exit status, 128 + the signal if one ended it."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """Return a command with its placeholders filled in, each as one word of a shell; other braces stay.
+
+    Raises ArgumentError for a placeholder inside quotes whose value would need quotes of its own.
+
+    >>> filled("train {model} -o {output} '{x: 1}'", {"model": "a b", "output": "out"})
+    "train 'a b' -o out '{x: 1}'"
+    """
+    found = []
+    quote, at = "", 0
+    names = "|".join(map(re.escape, values))
+    for match in re.finditer(rf"\\.|['\"]|\{{({names})\}}", template, re.DOTALL):
+        found.append(template[at : match.start()])
+        at = match.end()
+        name = match[1]
+        if name is not None:
+            word = shlex.quote(values[name])
+            if quote and word != values[name]:
+                raise ArgumentError(
+                    f"{{{name}}} stands inside {quote} in '{shown(template)}', and is {shown(word)}; leave out the"
+                    " quotes around it: it is quoted when it is filled in"
+                )
+            found.append(word)
+            continue
+        text = match[0]
+        if text == "\\'" and quote == "'":  # no escape there: the quote ends
+            quote = ""
+        elif text in ("'", '"') and quote in ("", text):
+            quote = "" if quote else text
+        found.append(text)
+    return "".join([*found, template[at:]])
+
+
+def placeholders(template: str, names: tuple[str, ...]) -> set[str]:
+    """Return which of the known placeholders a command holds."""
+    return {name for name in names if f"{{{name}}}" in template}
+
+
+def run_command(what: str, command: str, log: Path, *, held: int, echo: Echo | None) -> None:
+    """Run a command by /bin/sh, its standard output and error shown by `echo` and added to a log.
+
+    It has the environment of this process, and holds the descriptor `held` open as long as anything of it lives. Raises
+    CommandError with its last lines if it fails. When this process is interrupted, the command is too.
+    """
+    with log.open("ab") as file:
+        file.write(f"$ {command}\n".encode())
+        file.flush()
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(held,),
+            start_new_session=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        last: deque[bytes] = deque(maxlen=LAST_LINES)
+        try:
+            _pass_on(process, file.write, last, echo)
+        except BaseException as error:
+            _end(process, error)
+            raise
+        finally:
+            process.stdout.close()
+        file.write(f"(status {process.returncode})\n".encode())
+    if process.returncode:
+        status = process.returncode if process.returncode > 0 else 128 - process.returncode
+        lines = [line for line in (each.decode(errors="replace").strip() for each in last) if line]
+        told = f"; its last line: {shown(lines[-1], 300)}" if lines else ""
+        raise CommandError(
+            f"{what} ended with status {status}{told}; its output is in {shown(log, 300)}; the same command"
+            " goes on with this step",
+            status,
+        )
+
+
+def _pass_on(
+    process: subprocess.Popen[bytes], write: Callable[[bytes], object], last: deque[bytes], echo: Echo | None
+) -> None:
+    """Read what a command says until it ends. What it left running in the background is not waited for."""
+    assert process.stdout is not None
+    descriptor = process.stdout.fileno()
+    rest = b""
+    while True:
+        ended = process.poll() is not None
+        ready, _, _ = select.select([descriptor], [], [], 0 if ended else 0.2)
+        if not ready:
+            if ended:
+                break
+            continue
+        piece = os.read(descriptor, 1 << 16)
+        if not piece:
+            process.wait()
+            break
+        write(piece)
+        if echo is not None:
+            echo(piece)
+        *lines, rest = re.split(rb"[\r\n]+", rest + piece)
+        rest = rest[-(1 << 16) :]
+        last.extend(lines)
+    last.append(rest)
+
+
+def _end(process: subprocess.Popen[bytes], error: BaseException) -> None:
+    """Ask a command and all it began to end, as this process was asked to; after a while, make them."""
+    number = error.args[0] if error.args and error.args[0] in (signal.SIGINT, signal.SIGTERM) else signal.SIGTERM
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.SIGINT
+    for each, patience in ((number, GRACE), (signal.SIGKILL, None)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, each)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
+
+
+def to_stdout(piece: bytes) -> None:
+    """Show what a command says as it says it."""
+    with suppress(OSError):
+        sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
