@@ -154,8 +154,10 @@ def _command(run: _Run, template: str, values: Mapping[str, str], what: str, num
     """Run one of the user's commands; its log is beside what it makes."""
     command = filled(template, values)
     run.tell(f"round {number}: {what}: {command}")
-    log = place.with_name(f"{what.split()[0]}.log")
-    run_command(f"the {what} command of round {number}", command, log, held=run.held, echo=run.echo)
+    kind, _, chain = what.partition(" ")
+    told = f"the {kind} command of round {number}{f' ({chain})' if chain else ''}"
+    log = place.with_name(f"{kind}.log")
+    run_command(told, command, log, held=run.held, echo=run.echo)
 
 
 def _merge(run: _Run, number: int, alpha: float) -> None:
