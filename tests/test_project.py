@@ -50,7 +50,8 @@ LEVELS = [
     ["verification"],
     ["build", "check"],
     ["merge", "summary", "console"],
-    ["shell", "loopstate"],
+    ["shell"],
+    ["loopstate"],
     ["loop", "loopsummary"],
     ["loopcli"],
     ["cli"],
@@ -158,7 +159,7 @@ def test_every_public_function_has_an_example() -> None:
 
 
 def options() -> list[tuple[str, str]]:
-    commands = (cli.merge_command, cli.verify_command)
+    commands = (cli.merge_command, cli.verify_command, cli.loop_command)
     return [(str(c.name), o) for c in commands for p in c.params for o in p.opts if o.startswith("--")]
 
 

@@ -1,4 +1,4 @@
-"""Write what `imm-merge --help` and `imm-verify --help` print into docs/cli.md.
+"""Write what `imm-merge`, `imm-verify` and `imm-loop --help` print into docs/cli.md.
 
 python docs/scripts/help.py [--check]
 """
@@ -22,4 +22,4 @@ def help_of(command: str) -> str:
 
 
 if __name__ == "__main__":
-    update("cli.md", {f"imm-{name} --help": help_of(name) for name in ("merge", "verify")}, __doc__)
+    update("cli.md", {f"imm-{name} --help": help_of(name) for name in ("merge", "verify", "loop")}, __doc__)
