@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from checkpoints import State, random_state, read_model, same_bits, write_model
@@ -142,6 +145,37 @@ def test_wrappers_are_no_part_of_a_name(tmp_path: Path) -> None:
     write_model(tmp_path / "sft", state)
     merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", drop=0.5)
     assert_same(read_model(tmp_path / "out"), read_model(tmp_path / "expected"))
+
+
+def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
+    """The names are those that messages have: of weights, not of factors, and without what PEFT puts in front."""
+    model = new_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    changed = {"self_attn": "attn", "model.lm_head": "model.head"}
+    state = load_file(path)
+    for old, new in changed.items():
+        state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    save_file(state, path)
+    given = tmp_path / "base", tmp_path / "adapter"
+    with pytest.raises(
+        MismatchError, match=r"only, not in base .*'head\.weight'.*'model\.layers\.0\.attn.*tell --rename"
+    ):
+        merge_checkpoints(*given, tmp_path / "out")
+    head = r"^head\.weight$=lm_head.weight"
+    report = merge_checkpoints(
+        *given, tmp_path / "out", rename=[r"^model\.(.*)\.attn\.(.*)\.weight$=model.\1.self_attn.\2.weight", head]
+    )
+    assert sum(each["tensors"] for each in report.renamed) == 3
+    verify(tmp_path / "out")
+    with pytest.raises(ArgumentError, match=r"changes none of the 3 tensor names .* such as '[mh]"):
+        merge_checkpoints(*given, tmp_path / "no", rename=["lora_A=lora_B"])
+    with pytest.raises(MismatchError, match=r"layers\.0.* and '.*layers\.1.* would be '.*layers\.0.*change --rename"):
+        merge_checkpoints(*given, tmp_path / "no", rename=[r"layers\.\d+\.attn=layers.0.self_attn", head])
 
 
 SHAPES = {"model.embed.weight": (8, 4), "model.layers.0.a.w": (4, 4), "model.layers.1.a.w": (4, 4)}

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from .checkpoint.adapter import names_of
 from .checkpoint.computed import Tensor, renamed
 from .checkpoint.experts import cut_experts, expert_names, is_fused, joined
 from .checkpoint.source import Checkpoint
@@ -26,14 +27,15 @@ def matched(inputs: Mapping[str, Checkpoint], rules: Sequence[str]) -> dict[str,
     """
     base = inputs["base"]
     others = {role: each for role, each in inputs.items() if role != "base"}
-    _check_rules(rules, others.values())
+    if rules:
+        _check_rules(rules, base, others.values())
     return {"base": base} | {
         role: each if each.adapter is not None else _named(each, base, rules) for role, each in others.items()
     }
 
 
-def _check_rules(rules: Sequence[str], others: Iterable[Checkpoint]) -> None:
-    names = [unwrapped(name) if each.adapter is not None else name for each in others for name in each.tensors]
+def _check_rules(rules: Sequence[str], base: Checkpoint, others: Iterable[Checkpoint]) -> None:
+    names = [name for each in others for name in (each.tensors if each.adapter is None else names_of(each, base))]
     for rule in rules:
         before, names = names, ruled(names, [rule])
         if before == names:
