@@ -353,6 +353,22 @@ def test_an_embedding_trained_apart_from_its_tied_head_is_refused(tmp_path: Path
         assert torch.equal(out[end], trained.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize(
+    ("layout", "options", "match"),
+    [
+        ("gpt2", {"target_modules": ["c_attn"], "use_dora": True}, r"DoRA for '.*c_attn\.weight', a Conv1D, which is"),
+        ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}, "DoRA for '.*', an embedding, which is not"),
+        ("qwen2", {"target_modules": ["k_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}},
+         "changes 'lm_head.weight' and 'model.embed_tokens.weight', which are one tensor"),
+        ("qwen2", {"target_modules": ["embed_tokens", "lm_head"]}, "which are one tensor; merge it first"),
+    ],
+)  # fmt: skip
+def test_what_peft_alone_can_merge_is_refused(tmp_path: Path, layout: str, options: Options, match: str) -> None:
+    train(tmp_path, layout, options)
+    with pytest.raises(CheckpointError, match=match):
+        merge_checkpoints(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
 def test_values_that_are_not_finite_are_refused(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "adapter", tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
