@@ -244,6 +244,22 @@ def test_tokenizers_come_with_the_adapter(trained: Path, tmp_path: Path) -> None
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"a": 1}'
 
 
+def test_a_config_beside_an_adapter_is_made_to_fit_what_is_written(trained: Path, tmp_path: Path) -> None:
+    """Trainers write one there, of QLoRA with how the base was loaded; nothing of the merge is so quantised."""
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    config = json.loads((trained / "base" / "config.json").read_text())
+    path = tmp_path / "adapter" / "config.json"
+    loaded = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "dtype": "float32"}
+    path.write_text(json.dumps(config | loaded | {"pad_token_id": 3}))
+    report = merge_checkpoints(trained / "base", tmp_path / "adapter", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {"pad_token_id": 3}
+    assert report.config_changes == {"quantization_config": None, "dtype": "bfloat16"}
+    verify(tmp_path / "out")
+    path.write_text(json.dumps(config | {"model_type": "another"}))
+    with pytest.raises(MismatchError, match=r"has model_type llama, sft .* has another; they must be one architecture"):
+        merge_checkpoints(trained / "base", tmp_path / "adapter", tmp_path / "no")
+
+
 # --- what is refused
 
 
