@@ -236,6 +236,22 @@ def test_what_two_prefixes_could_mean_is_not_guessed(tmp_path: Path) -> None:
     assert report.tensors["kept"] == 2
 
 
+@pytest.mark.parametrize("stored", ["both", "head", "embedding"])
+def test_a_tied_head_goes_where_its_embedding_does(tmp_path: Path, stored: str) -> None:
+    """A trainer put `wrapped.` before all names; the base stores the embedding alone."""
+    config = {"tie_word_embeddings": True}
+    shapes = {"model.embed_tokens.weight": (8, 4), "model.layers.0.a.w": (4, 4), "model.layers.1.a.w": (4, 4)}
+    base, sft = random_state(shapes), random_state(shapes, seed=1)
+    expected = dare_merge(base, sft, drop=0.5)
+    sft["lm_head.weight"] = sft["model.embed_tokens.weight"].clone()
+    for name in {"head": ["model.embed_tokens.weight"], "embedding": ["lm_head.weight"]}.get(stored, []):
+        del sft[name]
+    write_model(tmp_path / "base", base, config=config)
+    write_model(tmp_path / "sft", {f"wrapped.{name}": tensor for name, tensor in sft.items()}, config=config)
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", drop=0.5)
+    assert_same(read_model(tmp_path / "out"), expected)
+
+
 # --- the matching itself
 
 

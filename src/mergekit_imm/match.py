@@ -51,6 +51,28 @@ def by_prefix(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str,
     return found
 
 
+def carried(name: str, pairs: Mapping[str, str]) -> str | None:
+    """Return where a name goes that has no free name to go to, if all matched names with its prefix say the same.
+
+    >>> carried("m.lm_head.weight", {"m.model.embed.weight": "model.embed.weight"})
+    'lm_head.weight'
+    """
+    rules = set()
+    for old, new in pairs.items():
+        one, other = _differing(old, new)
+        if one and name.startswith(f"{'.'.join(one)}."):
+            rules.add(".".join([*other, name.removeprefix(f"{'.'.join(one)}.")]))
+    return rules.pop() if len(rules) == 1 else None
+
+
+def _differing(old: str, new: str) -> tuple[list[str], list[str]]:
+    """Two names without the end that they share."""
+    one, other = old.split("."), new.split(".")
+    while one and other and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    return one, other
+
+
 def _count(prefix: str, names: Iterable[str]) -> int:
     return sum(name.startswith(prefix) for name in names)
 
@@ -103,9 +125,7 @@ def rules_of(was: Mapping[str, str]) -> list[tuple[str, str, int]]:
     """
     rules = Counter[tuple[str, str]]()
     for new, old in was.items():
-        one, other = old.split("."), new.split(".")
-        while one and other and one[-1] == other[-1]:
-            one, other = one[:-1], other[:-1]
+        one, other = _differing(old, new)
         more = ".*" if len(one) < len(old.split(".")) else ""
         old, new = (".".join("*" if part.isdigit() else part for part in side) for side in (one, other))
         rules[re.sub(r"\[\d+.*", "[*]", old) + more if old else "*", new + more if new else "*"] += 1

@@ -17,7 +17,7 @@ from .checkpoint.source import Checkpoint
 from .config import says_tied
 from .errors import ArgumentError, MismatchError, shown
 from .layers import is_input_embedding, is_output_head, unwrapped
-from .match import by_prefix, mapping_note, ruled
+from .match import by_prefix, carried, mapping_note, ruled
 
 
 def matched(inputs: Mapping[str, Checkpoint], rules: Sequence[str]) -> dict[str, Checkpoint]:
@@ -74,7 +74,8 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
         # Vocabularies of different sizes are not told here.
         ends = {name for name in lost if is_output_head(name) or is_input_embedding(name)}
         shapes = {name: None if name in ends else tensors[name].shape for name in lost if name not in tied}
-        move(by_prefix(shapes, free))
+        found = by_prefix(shapes, free)
+        move(found | {name: new for name in tied if (new := carried(name, found)) is not None})
     changed = {name: old for name, old in was.items() if name != old}
     if not changed:
         return each
