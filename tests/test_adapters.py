@@ -244,6 +244,22 @@ def test_tokenizers_come_with_the_adapter(trained: Path, tmp_path: Path) -> None
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"a": 1}'
 
 
+def test_a_config_beside_an_adapter_is_made_to_fit_what_is_written(trained: Path, tmp_path: Path) -> None:
+    """Trainers write one there, of QLoRA with how the base was loaded; nothing of the merge is so quantised."""
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    config = json.loads((trained / "base" / "config.json").read_text())
+    path = tmp_path / "adapter" / "config.json"
+    loaded = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "dtype": "float32"}
+    path.write_text(json.dumps(config | loaded | {"pad_token_id": 3}))
+    report = merge_checkpoints(trained / "base", tmp_path / "adapter", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {"pad_token_id": 3}
+    assert report.config_changes == {"quantization_config": None, "dtype": "bfloat16"}
+    verify(tmp_path / "out")
+    path.write_text(json.dumps(config | {"model_type": "another"}))
+    with pytest.raises(MismatchError, match=r"has model_type llama, sft .* has another; they must be one architecture"):
+        merge_checkpoints(trained / "base", tmp_path / "adapter", tmp_path / "no")
+
+
 # --- what is refused
 
 
@@ -351,6 +367,22 @@ def test_an_embedding_trained_apart_from_its_tied_head_is_refused(tmp_path: Path
     for end in ("model.embed_tokens.weight", "lm_head.weight"):
         trained = next(tensor for name, tensor in factors.items() if name.endswith(end))
         assert torch.equal(out[end], trained.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "match"),
+    [
+        ("gpt2", {"target_modules": ["c_attn"], "use_dora": True}, r"DoRA for '.*c_attn\.weight', a Conv1D, which is"),
+        ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}, "DoRA for '.*', an embedding, which is not"),
+        ("qwen2", {"target_modules": ["k_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}},
+         "changes 'lm_head.weight' and 'model.embed_tokens.weight', which are one tensor"),
+        ("qwen2", {"target_modules": ["embed_tokens", "lm_head"]}, "which are one tensor; merge it first"),
+    ],
+)  # fmt: skip
+def test_what_peft_alone_can_merge_is_refused(tmp_path: Path, layout: str, options: Options, match: str) -> None:
+    train(tmp_path, layout, options)
+    with pytest.raises(CheckpointError, match=match):
+        merge_checkpoints(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
 def test_values_that_are_not_finite_are_refused(trained: Path, tmp_path: Path) -> None:

@@ -229,7 +229,8 @@ def test_tensors_are_kept_and_taken_as_bfloat16(models: Models) -> None:
     models.merge(dequantize=True, keep=["q_a_proj"], take=["down_proj"], drop=0.5)
     for seed, name in ((0, "model.layers.0.self_attn.q_a_proj.weight"), (1, "model.layers.0.mlp.experts.down_proj")):
         assert same_bits(models.merged()[name], float32_of(ragged_state(seed))[name].to(torch.bfloat16))
-    models.merge(out=models.folder / "wide", dequantize=True, take=["down_proj"], drop=0.5, dtype="float32")
+    report = models.merge(out=models.folder / "wide", dequantize=True, take=["down_proj"], drop=0.5, dtype="float32")
+    assert report.bytes_read == sum(kind["bytes_read"] for kind in report.kinds)
     assert same_bits(read_model(models.folder / "wide")[name], float32_of(ragged_state(1))[name])
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from checkpoints import State, random_state, read_model, same_bits, write_model
@@ -60,6 +63,32 @@ def test_a_base_may_have_the_names_in_memory(layout: str, tmp_path: Path) -> Non
     assert sorted(read_model(tmp_path / "other")) == sorted(read_model(tmp_path / "base in memory"))
     one, other = (load(tmp_path / name, layout).state_dict() for name in ("one", "other"))
     assert_same(one, other)
+
+
+def test_names_that_differ_behind_the_number_of_a_layer(tmp_path: Path) -> None:
+    """`mlp` of Mixtral in memory is `block_sparse_moe` in its files, for its adapters, too."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=3)
+    model = transformers.MixtralForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    tuned = fine_tuned(model, seed=2)
+    tuned.save_pretrained(tmp_path / "files")
+    tuned.save_pretrained(tmp_path / "memory", **IN_MEMORY)
+    for sft in ("files", "memory"):
+        merge_checkpoints(tmp_path / "base", tmp_path / sft, tmp_path / f"{sft} merged", drop=0.5)
+    assert_same(*(read_model(tmp_path / f"{sft} merged") for sft in ("files", "memory")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        wrapped = peft.get_peft_model(model.float(), peft.LoraConfig(r=2, target_modules=[], target_parameters=experts))
+        for parameter in wrapped.parameters():
+            torch.nn.init.normal_(parameter, std=0.1) if parameter.requires_grad else None
+        wrapped.save_pretrained(tmp_path / "adapter")
+        wrapped.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    merge_checkpoints(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", alpha=0, drop=0, dtype="float32")
+    theirs = read_model(tmp_path / "theirs")
+    for name, tensor in read_model(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=2e-6, atol=2e-7)
 
 
 def test_a_start_with_other_names(tmp_path: Path) -> None:
@@ -144,6 +173,37 @@ def test_wrappers_are_no_part_of_a_name(tmp_path: Path) -> None:
     assert_same(read_model(tmp_path / "out"), read_model(tmp_path / "expected"))
 
 
+def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
+    """The names are those that messages have: of weights, not of factors, and without what PEFT puts in front."""
+    model = new_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    changed = {"q_proj": "query", "model.lm_head": "model.head"}
+    state = load_file(path)
+    for old, new in changed.items():
+        state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    save_file(state, path)
+    given = tmp_path / "base", tmp_path / "adapter"
+    with pytest.raises(
+        MismatchError, match=r"only, not in base .*'head\.weight'.*'model\.layers\.0\.self_attn\.query.*tell --rename"
+    ):
+        merge_checkpoints(*given, tmp_path / "out")
+    head = r"^head\.weight$=lm_head.weight"
+    report = merge_checkpoints(
+        *given, tmp_path / "out", rename=[r"^model\.(.*)\.query\.weight$=model.\1.q_proj.weight", head]
+    )
+    assert sum(each["tensors"] for each in report.renamed) == 3
+    verify(tmp_path / "out")
+    with pytest.raises(ArgumentError, match=r"changes none of the 3 tensor names .* such as '[mh]"):
+        merge_checkpoints(*given, tmp_path / "no", rename=["lora_A=lora_B"])
+    with pytest.raises(MismatchError, match=r"layers\.0.* and '.*layers\.1.* would be '.*layers\.0.*change --rename"):
+        merge_checkpoints(*given, tmp_path / "no", rename=[r"layers\.\d+\.(.*)query=layers.0.\1q_proj", head])
+
+
 SHAPES = {"model.embed.weight": (8, 4), "model.layers.0.a.w": (4, 4), "model.layers.1.a.w": (4, 4)}
 
 
@@ -190,6 +250,18 @@ def test_rules_that_lead_nowhere(tmp_path: Path, rename: Any, error: type[Except
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "sft"]
 
 
+def test_names_that_have_nothing_in_common_may_be_of_one_tensor(tmp_path: Path) -> None:
+    """Both sides have one too many: --keep alone would leave out what was trained."""
+    for role, head in (("base", "embed_out.weight"), ("sft", "lm_head.weight")):
+        write_model(tmp_path / role, random_state({"embed_in.weight": (8, 4), head: (8, 4)}, seed=len(role)))
+    given = tmp_path / "base", tmp_path / "sft"
+    with pytest.raises(
+        MismatchError, match=r"'embed_out\.weight'.*; to let .* or, if they only have other names, --rename"
+    ):
+        merge_checkpoints(*given, tmp_path / "out")
+    merge_checkpoints(*given, tmp_path / "out", rename=["^lm_head=embed_out"])
+
+
 def test_what_two_prefixes_could_mean_is_not_guessed(tmp_path: Path) -> None:
     towers = {f"{tower}.layers.{i}.w": (4, 4) for tower in ("one", "two") for i in range(2)}
     base = random_state(towers)
@@ -202,14 +274,38 @@ def test_what_two_prefixes_could_mean_is_not_guessed(tmp_path: Path) -> None:
     assert report.tensors["kept"] == 2
 
 
+@pytest.mark.parametrize("stored", ["both", "head", "embedding"])
+def test_a_tied_head_goes_where_its_embedding_does(tmp_path: Path, stored: str) -> None:
+    """A trainer put `wrapped.` before all names; the base stores the embedding alone."""
+    config = {"tie_word_embeddings": True}
+    shapes = {"model.embed_tokens.weight": (8, 4), "model.layers.0.a.w": (4, 4), "model.layers.1.a.w": (4, 4)}
+    base, sft = random_state(shapes), random_state(shapes, seed=1)
+    expected = dare_merge(base, sft, drop=0.5)
+    sft["lm_head.weight"] = sft["model.embed_tokens.weight"].clone()
+    for name in {"head": ["model.embed_tokens.weight"], "embedding": ["lm_head.weight"]}.get(stored, []):
+        del sft[name]
+    write_model(tmp_path / "base", base, config=config)
+    write_model(tmp_path / "sft", {f"wrapped.{name}": tensor for name, tensor in sft.items()}, config=config)
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", drop=0.5)
+    assert_same(read_model(tmp_path / "out"), expected)
+
+
 # --- the matching itself
 
 
-def test_numbers_are_no_part_of_a_prefix() -> None:
+def test_numbers_are_those_of_the_other_name() -> None:
     """A layer more is no layer of another stack."""
     lost = {"model.layers.2.w.x": (4,)}
     assert by_prefix(lost, {"mtp.layers.0.w.x": (4,)}) == {}
     assert by_prefix(lost, {"mtp.layers.2.w.x": (4,)}) == {"model.layers.2.w.x": "mtp.layers.2.w.x"}
+    here = {f"layers.{n}.mlp.{w}.weight": (4,) for n in range(3) for w in ("gate", "experts.1.up")}
+    there = {name.replace("mlp", "block.moe"): (4,) for name in here}
+    assert by_prefix(here, there) == dict(zip(here, there, strict=True))
+    del there["layers.1.block.moe.gate.weight"]
+    assert by_prefix(here, there) == {}
+    two = there | {name.replace("block.moe", "moe"): (4,) for name in there}
+    assert by_prefix({"layers.0.mlp.gate.weight": (4,)}, two) == {}
+    assert by_prefix({"a.*.x.w": (4,), "a.1.x.w": (4,)}, {"b.1.x.w": (4,), "b.*.x.w": (4,)}) == {"a.1.x.w": "b.1.x.w"}
 
 
 def test_a_prefix_takes_all_names_or_none() -> None:
@@ -224,7 +320,7 @@ def test_one_word_is_not_enough() -> None:
     assert by_prefix({"score.weight": (8, 4)}, {"lm_head.weight": (8, 4)}) == {}
 
 
-_PART = st.sampled_from(["model", "layers", "0", "1", "attn", "mlp", "norm", "weight", "language_model", "x"])
+_PART = st.sampled_from(["model", "layers", "0", "1", "attn", "mlp", "norm", "weight", "language_model", "x", "*"])
 _NAME = st.lists(_PART, min_size=2, max_size=6).map(".".join)
 
 

@@ -42,11 +42,13 @@ def check_names(
     for role, each in used.items():
         if role == "base" or each.adapter is not None:  # whose names were looked up in the base's
             continue
+        differ = [{*one} - {*two, *groups} for one, two in ((base.tensors, each.tensors), (each.tensors, base.tensors))]
+        rename = "; or, if they only have other names, --rename REGEX=REPLACEMENT" if all(differ) else ""
         allowed = {n for n in base.tensors if kept(n)} | set(groups)
         names = set(base.tensors) - allowed
         complaint = only_in(names, each.tensors, base.label, each.label, "--keep")
         if complaint:
-            complain(MismatchError(complaint), names - set(each.tensors))
+            complain(MismatchError(complaint + rename), names - set(each.tensors))
         permitted = {n for n in each.tensors if taken(n) and n in sft.tensors} | set(groups)
         option = "--take" if role == "sft" else ""
         names = set(each.tensors) - permitted
@@ -55,7 +57,7 @@ def check_names(
             complaint += "; a start holds the base's tensors: save it again, or take the delta from the base instead"
             complaint += " (--reference base)"
         if complaint:
-            complain(MismatchError(complaint), names - set(base.tensors))
+            complain(MismatchError(complaint + (rename if option else "")), names - set(base.tensors))
 
 
 def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:

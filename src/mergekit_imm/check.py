@@ -9,9 +9,10 @@ from typing import Any
 
 from .checkpoint.source import Checkpoint
 from .errors import MergeError
+from .layers import blanked
 from .plan import decide
 from .prepare import comparer, open_inputs, plans_of
-from .report import blanked, kinds, renamed
+from .report import kinds, renamed
 
 
 @dataclass(frozen=True)

@@ -179,18 +179,17 @@ def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink:
     if item.raw:
         _copy(plans[0], item, task, buffer, files, sink)
         records = {number: np.zeros(RECORD) for number in wanted}
-        read = segment.count * len(item.sides)
     else:
         records = _merge(plans, task, buffer, files, sink, device)
-        read = sum(_bytes_read(side, segment) for side in item.sides.values())
+    read = sum(_bytes_read(side, segment, raw=item.raw) for side in item.sides.values())
     return Done(segment, records, read, item.bytes_written(segment.count))
 
 
-def _bytes_read(side: Tensor, segment: Segment) -> int:
+def _bytes_read(side: Tensor, segment: Segment, *, raw: bool) -> int:
     """Bytes of tensors that a segment reads; factors are counted once."""
     if isinstance(side, Computed):
         return 0 if segment.first else side.stored
-    return segment.count * DTYPE_BITS[side.dtype] // 8
+    return segment.count if raw else segment.count * DTYPE_BITS[side.dtype] // 8
 
 
 def _merge(

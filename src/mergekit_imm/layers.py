@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from functools import cache
 from os.path import commonprefix
 
 from .errors import ArgumentError, shown
@@ -33,6 +34,16 @@ def layer_key(name: str) -> str | None:
         if part.isascii() and part.isdigit():
             return ".".join(parts[: i + 1])
     return None
+
+
+@cache
+def blanked(name: str) -> str:
+    """Return a name without its numbers, which is that of a kind of tensors.
+
+    >>> blanked("model.layers.3.mlp.up_proj.weight")
+    'model.layers.*.mlp.up_proj.weight'
+    """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def stacks(names: Iterable[str]) -> dict[str, set[str]]:
@@ -134,8 +145,6 @@ def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_labe
         alone = prefix and not any(name.startswith(prefix) for name in {*one, *others} - set(surplus))
         ready = f"{option} {shlex.quote('^' + re.escape(prefix))}" if alone and prefix.isprintable() else ""
         cure = f"; to let {'them' if ready else 'these 3'} through: {ready or ready_option(option, *surplus[:3])}"
-    if option and any("closest there" in line for line in lines):
-        cure += "; or, if they only have other names, --rename REGEX=REPLACEMENT"
     there = "1 tensor is" if len(surplus) == 1 else f"{len(surplus)} tensors are"
     return f"{there} in {one_label} only, not in {other_label}: {', '.join(lines)}{more}{cure}"
 

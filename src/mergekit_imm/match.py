@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from .errors import shown
+from .layers import blanked
 from .recipe import parse_rename
 
 Shape = tuple[int, ...] | None  # None: not known
@@ -27,7 +28,11 @@ def by_prefix(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str,
     """Match names that differ in their prefix: lost name -> free name, for those that are certain.
 
     One prefix stands for another if that takes every lost name that begins with it to a free one of the same shape,
-    and if no other prefix does. Numbers are no part of a prefix: layer 3 is layer 3 everywhere.
+    and if no other prefix does. Numbers in it stay as they are: layer 3 is layer 3 everywhere, and a prefix that has
+    numbers stands for those of all layers.
+
+    >>> by_prefix({"layers.3.mlp.w1.weight": (4,)}, {f"layers.{n}.moe.w1.weight": (4,) for n in range(4)})
+    {'layers.3.mlp.w1.weight': 'layers.3.moe.w1.weight'}
     """
     ends: dict[str, list[str]] = defaultdict(list)
     if lost:
@@ -35,7 +40,7 @@ def by_prefix(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str,
             for end in _ends(name):
                 ends[end].append(name)
     found: dict[str, str] = {}
-    lost, left = dict(lost), dict(free)
+    lost, left = {name: shape for name, shape in lost.items() if "*" not in name}, dict(free)
     while lost:
         rules = Counter[tuple[str, str]]()
         for name, shape in lost.items():
@@ -45,14 +50,48 @@ def by_prefix(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str,
         if not certain:
             break
         prefix, other = max(certain, key=lambda rule: (_count(rule[0], lost), -len(rule[0]), rule))
-        for name in [name for name in lost if name.startswith(prefix)]:
-            found[name] = other + name[len(prefix) :]
+        for name in [name for name in lost if blanked(name).startswith(prefix)]:
+            found[name] = _moved(name, prefix, other)
             del lost[name], left[found[name]]
     return found
 
 
+def carried(name: str, pairs: Mapping[str, str]) -> str | None:
+    """Return where a name goes that has no free name to go to, if all matched names with its prefix say the same.
+
+    >>> carried("m.lm_head.weight", {"m.model.embed.weight": "model.embed.weight"})
+    'lm_head.weight'
+    """
+    rules = set()
+    for old, new in pairs.items():
+        one, other = _differing(old, new)
+        if one and name.startswith(f"{'.'.join(one)}."):
+            rules.add(".".join([*other, name.removeprefix(f"{'.'.join(one)}.")]))
+    return rules.pop() if len(rules) == 1 else None
+
+
+def _differing(old: str, new: str) -> tuple[list[str], list[str]]:
+    """Two names without the end that they share."""
+    one, other = old.split("."), new.split(".")
+    while one and other and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    return one, other
+
+
 def _count(prefix: str, names: Iterable[str]) -> int:
-    return sum(name.startswith(prefix) for name in names)
+    return sum(blanked(name).startswith(prefix) for name in names)
+
+
+def _numbers(name: str) -> list[str]:
+    return [part for part in name.split(".") if part.isdigit()]
+
+
+def _moved(name: str, prefix: str, other: str) -> str:
+    """A name with another prefix in place of its own, the numbers of which it keeps."""
+    parts = name.split(".")
+    count = prefix.count(".")
+    numbers = iter(_numbers(".".join(parts[:count])))
+    return ".".join([*(next(numbers, part) if part == "*" else part for part in other.split(".")[:-1]), *parts[count:]])
 
 
 def _agree(one: tuple[str, str], other: tuple[str, str]) -> bool:
@@ -74,7 +113,7 @@ def _rules(name: str, shape: Shape, ends: Mapping[str, list[str]], left: Mapping
         if others:
             prefix = name[: len(name) - len(end)]
             pairs = {(prefix, other[: len(other) - len(end)]) for other in others}
-            return {pair for pair in pairs if not any(part.isdigit() for side in pair for part in side.split("."))}
+            return {(blanked(one), blanked(two)) for one, two in pairs if _numbers(one) == _numbers(two)}
     return set()
 
 
@@ -83,7 +122,7 @@ def _fits(one: Shape, other: Shape) -> bool:
 
 
 def _holds(prefix: str, other: str, lost: Mapping[str, Shape], left: Mapping[str, Shape]) -> bool:
-    pairs = ((shape, other + name[len(prefix) :]) for name, shape in lost.items() if name.startswith(prefix))
+    pairs = ((shape, _moved(name, prefix, other)) for name, shape in lost.items() if blanked(name).startswith(prefix))
     return all(target in left and _fits(shape, left[target]) for shape, target in pairs)
 
 
@@ -103,10 +142,8 @@ def rules_of(was: Mapping[str, str]) -> list[tuple[str, str, int]]:
     """
     rules = Counter[tuple[str, str]]()
     for new, old in was.items():
-        one, other = old.split("."), new.split(".")
-        while one and other and one[-1] == other[-1]:
-            one, other = one[:-1], other[:-1]
+        one, other = _differing(old, new)
         more = ".*" if len(one) < len(old.split(".")) else ""
-        old, new = (".".join("*" if part.isdigit() else part for part in side) for side in (one, other))
+        old, new = blanked(".".join(one)), blanked(".".join(other))
         rules[re.sub(r"\[\d+.*", "[*]", old) + more if old else "*", new + more if new else "*"] += 1
     return [(old, new, count) for (old, new), count in rules.items()]

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from .checkpoint.adapter import names_of
 from .checkpoint.computed import Tensor, renamed
 from .checkpoint.experts import cut_experts, expert_names, is_fused, joined
 from .checkpoint.source import Checkpoint
 from .config import says_tied
 from .errors import ArgumentError, MismatchError, shown
 from .layers import is_input_embedding, is_output_head, unwrapped
-from .match import by_prefix, mapping_note, ruled
+from .match import by_prefix, carried, mapping_note, ruled
 
 
 def matched(inputs: Mapping[str, Checkpoint], rules: Sequence[str]) -> dict[str, Checkpoint]:
@@ -26,14 +27,15 @@ def matched(inputs: Mapping[str, Checkpoint], rules: Sequence[str]) -> dict[str,
     """
     base = inputs["base"]
     others = {role: each for role, each in inputs.items() if role != "base"}
-    _check_rules(rules, others.values())
+    if rules:
+        _check_rules(rules, base, others.values())
     return {"base": base} | {
         role: each if each.adapter is not None else _named(each, base, rules) for role, each in others.items()
     }
 
 
-def _check_rules(rules: Sequence[str], others: Iterable[Checkpoint]) -> None:
-    names = [unwrapped(name) if each.adapter is not None else name for each in others for name in each.tensors]
+def _check_rules(rules: Sequence[str], base: Checkpoint, others: Iterable[Checkpoint]) -> None:
+    names = [name for each in others for name in (each.tensors if each.adapter is None else names_of(each, base))]
     for rule in rules:
         before, names = names, ruled(names, [rule])
         if before == names:
@@ -72,7 +74,8 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
         # Vocabularies of different sizes are not told here.
         ends = {name for name in lost if is_output_head(name) or is_input_embedding(name)}
         shapes = {name: None if name in ends else tensors[name].shape for name in lost if name not in tied}
-        move(by_prefix(shapes, free))
+        found = by_prefix(shapes, free)
+        move(found | {name: new for name in tied if (new := carried(name, found)) is not None})
     changed = {name: old for name, old in was.items() if name != old}
     if not changed:
         return each

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint.source import Checkpoint
-from .layers import layer_key
+from .layers import blanked, layer_key
 from .match import rules_of
 from .plan import Item, Plan
 from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
@@ -92,11 +92,6 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
         }
         for (name, action, dtypes, dtype, drop), items in groups.items()
     ]
-
-
-def blanked(name: str) -> str:
-    """Return the name of a kind of tensor, `model.layers.*.mlp.up_proj.weight`."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .checkpoint.computed import Tensor, is_stored
+from .checkpoint.computed import Tensor, is_delta, is_stored
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import MERGED
 from .config import mentions_tie, says_tied
@@ -42,12 +42,16 @@ def tied_groups(used: Mapping[str, Checkpoint], same_bytes: SameBytes) -> tuple[
 def _broken_by_adapter(group: Group, adapter: Checkpoint, same_bytes: SameBytes) -> str:
     """Say how an adapter makes two tensors of one; nothing if it does not.
 
-    Factors and rows for either name change the one tensor, as PEFT merges them. A module trained whole is a copy.
+    Factors and rows for either name change the one tensor, as PEFT merges them, and the same rows for both, too. A
+    module trained whole is a copy.
     """
     held = {name: adapter.tensors[name] for name in group.names if name in adapter.tensors}
     changed = {name: tensor for name, tensor in held.items() if is_stored(tensor)}
     parts = [name for name, tensor in held.items() if not is_stored(tensor)]
-    if parts and len(changed) + len(parts) > 1:
+    if parts and len(held) > 1:
+        one, *others = held.values()
+        if not any(map(is_delta, held.values())) and all(same_bytes(adapter, one, other) for other in others):
+            return ""
         raise CheckpointError(
             f"{adapter.label} changes '{shown(group.names[0])}' and '{shown(group.names[1])}', which are one tensor;"
             " merge it first: peft's `merge_and_unload()`, then `save_pretrained`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,7 +37,7 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _FACTOR = re.compile(
     r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.default)?(?:\.(weight|bias))?"
 )
-_ROWS = ".token_adapter.trainable_tokens_delta"
+_ROWS, _WITHOUT_ROWS = ".token_adapter.trainable_tokens_delta", ".token_adapter.weight"
 Equal = Callable[[Tensor, Tensor], bool]
 _KEPT_IN_RECIPE = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora",
@@ -97,6 +98,13 @@ class _Parts:
     whole: dict[str, Tensor] = field(default_factory=dict)
 
 
+def names_of(adapter: Checkpoint, model: Checkpoint) -> list[str]:
+    """Return the names of what an adapter changes, before any rule: the model's as they were in memory."""
+    assert adapter.adapter is not None
+    adapter = replace(adapter, adapter=settings(adapter.adapter, adapter.label))
+    return list(_wanted(_parts(adapter), adapter, model))
+
+
 def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal, rules: Sequence[str] = ()) -> Checkpoint:
     """Return an adapter with its tensors under the names of the model's that they change.
 
@@ -121,7 +129,13 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal, rules: Sequenc
         computed[change.name] = change
 
     for module, rows in parts.rows.items():
-        put(_with_rows(names[f"{module}.weight"], module, rows, adapter, model))
+        name = names[f"{module}.weight"]
+        whole = trained.pop(name, None)
+        put(
+            _with_rows(
+                name, module, rows, adapter, *((model, _target(name, model)) if whole is None else (adapter, whole))
+            )
+        )
     for (module, kind), pair in parts.factors.items():
         name = names[f"{module}.{'bias' if kind == 'bias' else 'weight'}"]
         whole = trained.pop(name, None)
@@ -158,6 +172,8 @@ def _parts(adapter: Checkpoint) -> _Parts:
             parts.factors.setdefault((module, kind), {})[which] = tensor
         elif path.endswith(_ROWS):
             parts.rows[path.removesuffix(_ROWS)] = tensor
+        elif path.endswith(_WITHOUT_ROWS):  # of a vocabulary that was resized
+            parts.whole[path.removesuffix(_WITHOUT_ROWS) + ".weight"] = tensor
         elif "lora_" in path or "token_adapter" in path:
             raise CheckpointError(f"{adapter.label} stores '{shown(key)}', which is not understood; {_FIRST}")
         else:
@@ -200,6 +216,10 @@ def _names(wanted: Mapping[str, Shape], adapter: Checkpoint, model: Checkpoint, 
     complaint = only_in(set(lost) - set(found), model.tensors, adapter.label, model.label)
     if complaint:
         raise MismatchError(f"{complaint}; is this the model that the adapter was trained on? If so, tell --rename")
+    twice = next((new for new, count in Counter(names.values()).items() if count > 1), None)
+    if twice is not None:
+        both = " and ".join(f"'{shown(path)}'" for path, name in names.items() if name == twice)
+        raise MismatchError(f"{both} of {adapter.label} would be '{shown(twice)}' of {model.label}; change --rename")
     return names
 
 
@@ -257,8 +277,9 @@ def _wanted_of(module: str, parameter: str, ends: tuple[str, str, str] | None) -
     return f"{module}.{parameter}" if ends is None or end is None else f"{module}.0.{ends[end]}"
 
 
-def _with_rows(name: str, module: str, rows: Tensor, adapter: Checkpoint, model: Checkpoint) -> WithRows:
-    target = _target(name, model)
+def _with_rows(
+    name: str, module: str, rows: Tensor, adapter: Checkpoint, model: Checkpoint, target: Tensor
+) -> WithRows:
     assert adapter.adapter is not None
     given = adapter.adapter["trainable_token_indices"]
     if isinstance(given, dict):
@@ -273,7 +294,11 @@ def _with_rows(name: str, module: str, rows: Tensor, adapter: Checkpoint, model:
 
 def _rescaled(change: LowRank, magnitude: Tensor, adapter: Checkpoint, model: Checkpoint) -> Rescaled:
     target = _target(change.name, model)
-    if change.turned or change.right is None or magnitude.count != target.shape[0]:
+    if change.turned:
+        raise CheckpointError(
+            f"{adapter.label} has DoRA for '{shown(change.name)}', a Conv1D, which is not read; {_FIRST}"
+        )
+    if change.right is None or magnitude.count != target.shape[0]:
         raise _misfit(change.name, adapter, target, f"a magnitude of shape {list(magnitude.shape)}")
     _check_float(target, model)
     _check_float(magnitude, adapter)
@@ -317,6 +342,10 @@ def _low_rank(
     name: str, module: str, kind: str, pair: Mapping[str, Tensor], adapter: Checkpoint, target: Tensor
 ) -> LowRank:
     a, b = pair.get("A"), pair.get("B")
+    if {*pair} == {"vector"}:
+        raise CheckpointError(
+            f"{adapter.label} has DoRA for '{shown(name)}', an embedding, which is not read; {_FIRST}"
+        )
     if b is None or (a is None) != (kind == "bias"):
         raise CheckpointError(f"{adapter.label} has one factor only for '{shown(name)}'; save it again")
     for factor in (a, b):

@@ -50,7 +50,7 @@ def check_unquantised(checkpoint: Checkpoint, spared: Spared) -> None:
     Its config tells; where that does not, names and dtypes of tensors, of those that are not copied as they are.
     """
     said = quantisation(checkpoint.config)
-    if said is not None:
+    if said is not None and checkpoint.adapter is None:  # beside an adapter it says how its base was loaded
         place, settings = said
         method = _method(settings)
         what = f"a {shown(place)} of {shown(method)}" if method else f"a {shown(place)}"

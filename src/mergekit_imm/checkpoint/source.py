@@ -164,7 +164,7 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
     left = (*_left_out(everything, files, side), *beside)
     config = _json(folder / "config.json") if "config.json" in top else None
     if adapter:
-        found = _assembled(role, ref, folder, files, None, side, left)
+        found = _assembled(role, ref, folder, files, config, side, left)
         return replace(found, stamps=stamps, adapter=_json(folder / ADAPTER_CONFIG))
     found = replace(_assembled(role, ref, folder, files, config, side, left, index, tensors), stamps=stamps)
     return replace(found, recipe=read_recipe(folder)) if role == "start" else found
