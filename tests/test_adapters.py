@@ -286,6 +286,7 @@ def test_a_config_beside_an_adapter_is_made_to_fit_what_is_written(trained: Path
         ({"rank_pattern": {"(": 2}}, "its rank_pattern is no mapping of patterns"),
         ({"alpha_pattern": ["x"]}, "its alpha_pattern is no mapping"),
         ({"r": 5}, "and rank 5"),
+        ({"ensure_weight_tying": float("inf")}, "holds infinity or NaN"),
     ],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(trained: Path, tmp_path: Path, change: Options, match: str) -> None:

@@ -15,7 +15,7 @@ import torch
 
 import mergekit_imm
 from checkpoints import random_state, write_model
-from mergekit_imm import cli
+from mergekit_imm import cli, loopcli
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "mergekit_imm"
@@ -159,7 +159,7 @@ def test_every_public_function_has_an_example() -> None:
 
 
 def options() -> list[tuple[str, str]]:
-    commands = (cli.merge_command, cli.verify_command, cli.loop_command)
+    commands = (cli.merge_command, cli.verify_command, loopcli.loop_command)
     return [(str(c.name), o) for c in commands for p in c.params for o in p.opts if o.startswith("--")]
 
 

@@ -84,9 +84,7 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
         if self.every == "epoch":
             self._merge(kwargs["model"])
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Merge, if that is when."""
         if isinstance(self.every, int) and state.global_step % self.every == 0:
             self._merge(kwargs["model"])

@@ -137,8 +137,12 @@ def _save(sft: Any, out: Path) -> None:
         from safetensors.torch import save_file
 
         out.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in sft.items()}, out / "model.safetensors", {"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in sft.items()}, out / "model.safetensors", {"format": "pt"}
+        )
     elif hasattr(sft, "save_pretrained"):
         sft.save_pretrained(out)
     else:
-        raise ArgumentError(f"{type(sft).__name__} has no save_pretrained; give `save`, which is called with it and a path")
+        raise ArgumentError(
+            f"{type(sft).__name__} has no save_pretrained; give `save`, which is called with it and a path"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -77,6 +78,12 @@ def settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     targets = found["target_parameters"] or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise CheckpointError(f"{where}: its target_parameters is no list of names; save the adapter again")
+    try:
+        json.dumps(found, allow_nan=False)  # it goes into the recipe
+    except ValueError as error:
+        raise CheckpointError(
+            f"{where}: its adapter_config.json holds infinity or NaN; save the adapter again"
+        ) from error
     return {**found, "target_parameters": targets}
 
 
