@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from .checkpoint.source import open_checkpoint
 from .errors import ArgumentError
@@ -43,8 +43,8 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
             raise ArgumentError(f"every is {every!r}; it must be 'end', 'epoch' or a number of steps")
         if every != "end" and options.get("reference", "start") != "base":
             raise ArgumentError(
-                f"every is {every!r}: the start of the second round is the first merged model, which is on no disk; give"
-                " reference='base', or merge at the end and begin a training for each round"
+                f"every is {every!r}: the start of the second round is the first merged model, which is on no disk;"
+                " give reference='base', or merge at the end and begin a training for each round"
             )
         if every != "end" and merge_adapter:
             raise ArgumentError(f"every is {every!r}; an adapter can be merged at the end only")
@@ -53,14 +53,12 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
         self.merges = 0
         self.model: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         """Refuse now what would be refused hours later."""
         if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
             raise ArgumentError(
-                "IMMCallback does not work with DeepSpeed, whose optimizer keeps master weights of its own and would undo"
-                " the merge; save the model, and merge it with merge_checkpoints"
+                "IMMCallback does not work with DeepSpeed, whose optimizer keeps master weights of its own and would"
+                " undo the merge; save the model, and merge it with merge_checkpoints"
             )
         open_checkpoint(self.base, "base", dry_run=True)
         if _has_adapters(kwargs["model"]) and not self.merge_adapter:
@@ -70,21 +68,17 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
                 self.base,
             )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         """Merge, if that is when."""
         if self.every == "end":
             self._merge(kwargs["model"])
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, *_: Any, **kwargs: Any) -> None:
         """Merge, if that is when."""
         if self.every == "epoch":
             self._merge(kwargs["model"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, _: TrainingArguments, state: TrainerState, *__: Any, **kwargs: Any) -> None:
         """Merge, if that is when."""
         if isinstance(self.every, int) and state.global_step % self.every == 0:
             self._merge(kwargs["model"])

@@ -27,8 +27,8 @@ class Rounds:
         merged_t = alpha_t * base + (1 - alpha_t) * (start_t + DARE(sft_t - start_t)),    start_t+1 = merged_t
 
     `alpha` and `drop` are numbers, or functions of the round (`mergekit_imm.schedules`); `start` is the base if None;
-    `options` are further keyword arguments of the merges (`importance`, `keep`, …). A merge returns the rounds as they are
-    after it, and changes nothing here. Source: arXiv 2503.02103, Eq. 6.
+    `options` are further keyword arguments of the merges (`importance`, `keep`, …). A merge returns the rounds as they
+    are after it, and changes nothing here. Source: arXiv 2503.02103, Eq. 6.
 
     >>> rounds = Rounds(base_folder, alpha=0.5, drop=0.2)
     >>> rounds = rounds.merge(sft_folder, out_folder)
@@ -62,9 +62,9 @@ class Rounds:
         """Merge what a round has trained into `out`, which the next round starts from; return the rounds after it.
 
         `sft` is a checkpoint, merged into the folder `out` by `merge_checkpoints`; or a model in memory, or its
-        tensors by name, which `merge_into` merges in place, and which then are saved in `out`: by `save(sft, out)`, else
-        by the model's own `save_pretrained`, tensors as one safetensors file. Of a model that several ranks hold, every
-        rank calls this, with a `save` that all of them can call. Raises MergeError.
+        tensors by name, which `merge_into` merges in place, and which then are saved in `out`: by `save(sft, out)`,
+        else by the model's own `save_pretrained`, tensors as one safetensors file. Of a model that several ranks hold,
+        every rank calls this, with a `save` that all of them can call. Raises MergeError.
         """
         if isinstance(sft, str | Path):
             merge_checkpoints(self.base, sft, out, **self.numbers())
