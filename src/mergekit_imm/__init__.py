@@ -19,9 +19,11 @@ if TYPE_CHECKING:
         MismatchError,
         NonFiniteError,
         OutputError,
+        PartialMergeError,
         VerifyError,
     )
     from .importance import importance_factors
+    from .live import merge_into
     from .merge import iter_merged, merge_checkpoints
     from .ops import dare, dare_merge, interpolate, keep_mask, task_vector
     from .recipe import MergeReport
@@ -38,6 +40,7 @@ _HOME = {
     "MismatchError": "errors",
     "NonFiniteError": "errors",
     "OutputError": "errors",
+    "PartialMergeError": "errors",
     "VerifyError": "errors",
     "VerifyReport": "verification",
     "dare": "ops",
@@ -47,6 +50,7 @@ _HOME = {
     "iter_merged": "merge",
     "keep_mask": "ops",
     "merge_checkpoints": "merge",
+    "merge_into": "live",
     "task_vector": "ops",
     "verify": "verification",
 }
@@ -60,6 +64,7 @@ __all__ = [
     "MismatchError",
     "NonFiniteError",
     "OutputError",
+    "PartialMergeError",
     "VerifyError",
     "VerifyReport",
     "dare",
@@ -69,6 +74,7 @@ __all__ = [
     "iter_merged",
     "keep_mask",
     "merge_checkpoints",
+    "merge_into",
     "task_vector",
     "verify",
 ]

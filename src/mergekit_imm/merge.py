@@ -280,7 +280,7 @@ def iter_merged(
                 tensor = torch.empty(out.shape, dtype=dtypes[out.dtype])
             for each in item.outs:
                 yield each.name, tensor
-        check_inputs(plan)
+        check_inputs(plan.inputs)
 
     return tensors()
 
