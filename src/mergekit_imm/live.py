@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -184,7 +184,7 @@ def _plan(
     def same(checkpoint: Checkpoint, one: Side, other: Side) -> bool:
         if not isinstance(one, Live) or not isinstance(other, Live):
             return compare(checkpoint, one, other)
-        return one.parts is other.parts or frozenset((id(one.parts), id(other.parts))) in equal
+        return one.memory == other.memory or frozenset((one.memory, other.memory)) in equal
 
     _check_vocabularies(inputs["base"], inputs["sft"])
     return inputs, decide(inputs, parameters, same)
@@ -224,7 +224,7 @@ def _check_vocabularies(base: Checkpoint, sft: Checkpoint) -> None:
             )
 
 
-_Equal = frozenset[frozenset[int]]  # pairs of ids of `parts` with the same values
+_Equal = frozenset[frozenset[Hashable]]  # pairs of places in memory that hold the same values
 
 
 def _equal_ends(state: Mapping[str, Live], ranks: _Ranks) -> _Equal:
@@ -237,7 +237,7 @@ def _equal_ends(state: Mapping[str, Live], ranks: _Ranks) -> _Equal:
     ]
     differ = ranks.largest([not _same_here(one.parts, other.parts) for one, other in pairs])
     return frozenset(
-        frozenset((id(one.parts), id(other.parts)))
+        frozenset((one.memory, other.memory))
         for (one, other), differs in zip(pairs, differ, strict=True)
         if not differs
     )
@@ -263,15 +263,15 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _jobs(decided: Decided, sft: Checkpoint) -> list[Job]:
     """Find the tensors of the model that each decision is about, and check that they can hold the result."""
     jobs = []
-    owners: dict[int, str] = {}
+    owners: dict[Hashable, str] = {}
     for item in decided.items:
         group = decided.groups.get(item.name)
         found = [sft.tensors[name] for name in (group.names if group else [item.name]) if name in sft.tensors]
-        targets = {id(target.parts) if isinstance(target, Live) else id(target): target for target in found}
-        for identity, target in targets.items():
-            if owners.setdefault(identity, item.name) != item.name:
+        targets = {target.memory if isinstance(target, Live) else id(target): target for target in found}
+        for memory, target in targets.items():
+            if owners.setdefault(memory, item.name) != item.name:
                 raise MismatchError(
-                    f"'{shown(owners[identity])}' and '{shown(item.name)}' are one tensor in {sft.label} and two in the"
+                    f"'{shown(owners[memory])}' and '{shown(item.name)}' are one tensor in {sft.label} and two in the"
                     " base; give the model two (clone one of them), or save it and use merge_checkpoints"
                 )
             if item.action == "take":

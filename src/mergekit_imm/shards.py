@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ class Live(Computed):
 
     code: str
     parts: tuple[Part, ...]
+    memory: Hashable  # equal for those that are in one place
 
     @property
     def dtype(self) -> str:
@@ -75,21 +75,29 @@ def live_tensors(model: nn.Module) -> dict[str, Live]:
     _check_modules(model)
     state = model.state_dict(keep_vars=True)  # FSDP2 puts its parameters back into shards for this
     found: dict[str, Live] = {}
-    known: dict[Any, Live] = {}
+    known: dict[Hashable, Live] = {}
     for name, tensor in state.items():
         _check_tensor(name, tensor)
         parts = _parts(name, tensor)
-        identity = _memory(parts) or id(tensor)
-        if identity not in known:
-            known[identity] = Live(name, tuple(tensor.shape), CODES[tensor.dtype], parts)
-        found[name] = known[identity]
+        memory = _memory(parts) or id(tensor)
+        if memory not in known:
+            known[memory] = Live(name, tuple(tensor.shape), CODES[tensor.dtype], parts, memory)
+        found[name] = known[memory]
     _check_apart(found)
     return found
 
 
 def is_distributed(model: nn.Module) -> bool:
     """Whether a model's parameters are in pieces, or in copies, in several processes."""
-    return any(isinstance(tensor, DTensor) for tensor in itertools.chain(model.parameters(), model.buffers()))
+    if not isinstance(model, nn.Module):
+        return False
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    # After a forward pass a module of FSDP2 may hold whole parameters, for a while.
+    return any(isinstance(tensor, DTensor) for tensor in tensors) or any(map(_is_fully_sharded, model.modules()))
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def _check_modules(model: nn.Module) -> None:
@@ -151,7 +159,7 @@ def _check_tensor(name: str, tensor: object) -> None:
         )
 
 
-def _memory(parts: Sequence[Part]) -> Any:
+def _memory(parts: Sequence[Part]) -> Hashable:
     """What is equal for two tensors in the same memory; nothing for empty ones."""
     tensors = (part.tensor for part in parts)
     return tuple((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
