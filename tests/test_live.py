@@ -395,7 +395,7 @@ def test_memory_is_that_of_the_model(tmp_path: Path) -> None:
         import re, sys, torch
         from pathlib import Path
         from mergekit_imm import merge_into
-        from modules import BASE, OPTIONS, SFT, SHAPES, START, Model, assert_is, fresh, naive, put, state_of, write_models
+        from modules import Model
         merge_into(Model({{"w": torch.ones(4096)}}), {str(tmp_path / "small")!r})
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
         model = Model({{"h.0.w": torch.ones(250_000_000)}})
