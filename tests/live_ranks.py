@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from mergekit_imm import MergeError, merge_into
 from mergekit_imm.reading import Files
+from mergekit_imm.shards import is_distributed
 from modules import OPTIONS, Model, put
 
 WORLDS = (2, 3, 4)
@@ -39,6 +40,7 @@ def layouts(world: int, state: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
     yield "fsdp2", fully_shard(model(), mesh=mesh)
     gathered = fully_shard(model(), mesh=mesh)
     gathered.unshard()  # as it is after a forward pass without a reshard
+    assert is_distributed(gathered)  # though no parameter tells
     yield "gathered", gathered
     for dim in (0, 1):
         yield f"shard{dim}", put(model(), partial(_cut, mesh, dim))

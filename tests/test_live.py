@@ -191,7 +191,8 @@ def test_one_tensor_that_is_two_in_the_base(tmp_path: Path) -> None:
     model = fine_tuned(new_model("qwen2"), seed=2)
     apart = untied(model, seed=3)
     apart.save_pretrained(tmp_path / "base")
-    refused(model, tmp_path / "base", "'lm_head.weight' and 'model.embed_tokens.weight' are one tensor in sft model Q")
+    match = "'lm_head.weight' and 'model.embed_tokens.weight' are one tensor in sft model Qwen2.*, but the base has two"
+    refused(model, tmp_path / "base", match)
 
 
 # --- what is refused, before the first write
@@ -242,6 +243,15 @@ class WithScales(Model):
         return {"fp8": 1}
 
 
+def hooked(change: Callable[[Any], object]) -> Model:
+    def hook(_module: nn.Module, state: State, _prefix: str, _metadata: object) -> None:
+        change(state)
+
+    model = fresh()
+    model.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+    return model
+
+
 def inference() -> Model:
     with torch.inference_mode():
         return fresh()
@@ -271,6 +281,8 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "shared": (sharing, "'h.0.b' and 'norm.w' of the model share a part of their memory"),
     "expanded": (lambda: put(fresh(), lambda n, t: t[:1].expand(8) if n == "norm.w" else t), "holds some elements sev"),
     "no tensor": (lambda: WithScales(SFT), "the model's state holds '_extra_state', a dict and no tensor"),
+    "copies": (lambda: hooked(lambda s: s.update({"norm.w": s["norm.w"].clone()})), "'norm.w' is made by a hook of"),
+    "hidden": (lambda: hooked(lambda s: s.pop("norm.w")), "'norm.w' is left out of the model's state_dict"),
     "inference": (inference, "'embed_tokens.weight' of the model was made in inference mode"),
 }  # fmt: skip
 

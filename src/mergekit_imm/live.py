@@ -21,13 +21,13 @@ from torch import nn
 
 from .checkpoint.computed import Tensor as Side
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
-from .checkpoint.tensorfile import MERGED
+from .checkpoint.tensorfile import MERGED, fingerprint
 from .errors import MergeError, MismatchError, PartialMergeError, shown
 from .execute import Progress, check_workers
 from .inplace import Job, Work
 from .layers import is_input_embedding, is_output_head, ready_option, tied_key, unwrapped
 from .plan import Decided, Item, decide
-from .prepare import comparer, listed, prepared, round_of, without_same_start
+from .prepare import check_platform, comparer, listed, prepared, round_of, without_same_start
 from .recipe import Parameters
 from .shards import Live, Part, is_distributed, live_tensors
 
@@ -96,6 +96,7 @@ def merge_into(
     >>> model.w.data
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
+    check_platform()
     workers = check_workers(workers)
     values = listed(importance=importance, keep=keep, take=take, no_drop=no_drop, rename=rename)
     parameters = Parameters(
@@ -119,7 +120,13 @@ def merge_into(
         return inputs, here, decided, _jobs(decided, inputs["sft"])
 
     inputs, parameters, decided, jobs = ranks.all_do(planned)
-    ranks.check_same((parameters, [(j.item.name, j.item.action, j.item.numbers, j.item.outs) for j in jobs]))
+    ranks.check_same(
+        lambda: (
+            parameters,
+            [(j.item.name, j.item.action, j.item.numbers, j.item.outs) for j in jobs],
+            [fingerprint(file) for each in inputs.values() for file in each.files.values()],
+        )
+    )
     work = Work(inputs, parameters, jobs, workers, progress)
     ranks.all_do(lambda: work.run(write=False))
     try:
@@ -130,7 +137,10 @@ def merge_into(
             " checkpoint, and merge again"
         ) from error
     counts = Counter({"keep": "kept", "take": "taken", "copy": "copied"}.get(i.action, "merged") for i in decided.items)
-    return LiveReport(dict(counts), parameters.iteration, [n for each in inputs.values() for n in each.notes])
+    notes = [note for each in inputs.values() for note in each.notes]
+    if decided.broken:
+        notes.append(f"note: {decided.broken}: both are merged under their own names")
+    return LiveReport(dict(counts), parameters.iteration, notes)
 
 
 class _Ranks:
@@ -163,9 +173,12 @@ class _Ranks:
             raise MergeError(f"rank {failed - 1} refused the merge, or failed; its own message says why")
         return result  # type: ignore[return-value]
 
-    def check_same(self, what: object) -> None:
+    def check_same(self, data: Callable[[], object]) -> None:
         """Raise MismatchError unless all ranks have the same data."""
-        number = int.from_bytes(blake2b(repr(what).encode(), digest_size=7).digest(), "little")
+        if not self.several:
+            return
+        text = self.all_do(lambda: repr(data()))
+        number = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
         most, least = self.largest([number, -number])
         if most != -least:
             raise MismatchError(
@@ -270,9 +283,10 @@ def _jobs(decided: Decided, sft: Checkpoint) -> list[Job]:
         targets = {target.memory if isinstance(target, Live) else id(target): target for target in found}
         for memory, target in targets.items():
             if owners.setdefault(memory, item.name) != item.name:
+                why = decided.broken or "the base has two"
                 raise MismatchError(
-                    f"'{shown(owners[memory])}' and '{shown(item.name)}' are one tensor in {sft.label} and two in the"
-                    " base; give the model two (clone one of them), or save it and use merge_checkpoints"
+                    f"'{shown(owners[memory])}' and '{shown(item.name)}' are one tensor in {sft.label}, but {why};"
+                    " give the model two (clone one of them), or save it and use merge_checkpoints"
                 )
             if item.action == "take":
                 continue

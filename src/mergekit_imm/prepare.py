@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,14 @@ from .reading import same_bytes, same_values
 from .recipe import RECIPE_FILE, Parameters, differences, history_of, make_recipe, parse_size, read_recipe
 from .ties import SameBytes
 from .vocab import resized
+
+
+def check_platform() -> None:
+    """Raise CheckpointError where files cannot be read as merges do."""
+    if sys.platform == "win32":
+        raise CheckpointError(
+            "merging checkpoints on disk needs Linux or macOS (use WSL); the functions of tensors work everywhere"
+        )
 
 
 def open_inputs(

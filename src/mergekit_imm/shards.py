@@ -74,6 +74,7 @@ def live_tensors(model: nn.Module) -> dict[str, Live]:
     """
     _check_modules(model)
     state = model.state_dict(keep_vars=True)  # FSDP2 puts its parameters back into shards for this
+    _check_whole(model, state)
     found: dict[str, Live] = {}
     known: dict[Hashable, Live] = {}
     for name, tensor in state.items():
@@ -128,6 +129,20 @@ def _check_modules(model: nn.Module) -> None:
                     f"parameter '{shown(name)}' has `{mark}`: {owner} keeps master weights of its own and would undo"
                     f" the merge; {_SAVE}"
                 )
+
+
+def _check_whole(model: nn.Module, state: Mapping[str, object]) -> None:
+    """Refuse a state that is not the parameters themselves, or lacks some: a hook of a module has made it."""
+    own = {id(tensor): name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
+    made = [name for name, tensor in state.items() if isinstance(tensor, Tensor) and id(tensor) not in own]
+    held = {id(tensor) for tensor in state.values()}
+    lacking = [name for name, parameter in model.named_parameters() if id(parameter) not in held]
+    for names, what in ((made, "is made by a hook"), (lacking, "is left out of")):
+        if names:
+            raise MismatchError(
+                f"'{shown(names[0])}' {what}{' of' if names is made else ''} the model's state_dict, so what is saved"
+                f" is not what is in memory; {_SAVE}"
+            )
 
 
 def _check_tensor(name: str, tensor: object) -> None:
