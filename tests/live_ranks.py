@@ -38,7 +38,7 @@ def layouts(world: int, state: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
 
     mesh = init_device_mesh("cpu", (world,))
     yield "fsdp2", fully_shard(model(), mesh=mesh)
-    gathered = fully_shard(model(), mesh=mesh)
+    gathered: Any = fully_shard(model(), mesh=mesh)
     gathered.unshard()  # as it is after a forward pass without a reshard
     assert is_distributed(gathered)  # though no parameter tells
     yield "gathered", gathered

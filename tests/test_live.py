@@ -123,7 +123,8 @@ def test_memory_of_any_strides(folder: Path, expected: State) -> None:
 
     model = put(fresh(), turned)
     assert not any(parameter.is_contiguous() for parameter in model.parameters() if parameter.numel() > 2)
-    merge_into(model, folder / "base", start=folder / "start", **OPTIONS)
+    with patch("mergekit_imm.inplace.STEP", 1024):
+        merge_into(model, folder / "base", start=folder / "start", **OPTIONS)
     assert_is(model, expected)
 
 
@@ -166,7 +167,7 @@ def test_integers_are_compared_and_kept_ones_are_the_base_s(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stored", ["one", "both"])
-@pytest.mark.parametrize("live", ["tied", "equal", "apart"])
+@pytest.mark.parametrize("live", ["tied", "shared", "equal", "apart"])
 def test_ties_are_those_of_files(stored: str, live: str, tmp_path: Path) -> None:
     base = new_model("qwen2")
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -174,6 +175,8 @@ def test_ties_are_those_of_files(stored: str, live: str, tmp_path: Path) -> None
     head = {"lm_head.weight"} if stored == "one" else set()
     write_model(tmp_path / "base", {n: t for n, t in state.items() if n not in head}, config=config)
     model = fine_tuned(base, seed=2) if live == "tied" else untied(base, seed=2)
+    if live == "shared":
+        model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data)
     if live == "equal":
         model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
     saved = {n: t for n, t in state_of(model).items() if live != "tied" or n != "lm_head.weight"}
@@ -185,6 +188,18 @@ def test_ties_are_those_of_files(stored: str, live: str, tmp_path: Path) -> None
     expected.setdefault("lm_head.weight", expected["model.embed_tokens.weight"])
     merge_into(model, tmp_path / "base", drop=0.5)
     assert_is(model, expected)
+
+
+@pytest.mark.parametrize("stored", ["a.w", "b.w"])
+def test_a_tensor_of_two_names_may_be_stored_under_either(stored: str, tmp_path: Path) -> None:
+    base, sft = random_state({"a.w": (30, 40)}), random_state({"a.w": (30, 40)}, seed=1)
+    write_model(tmp_path / "base", {stored: base["a.w"]})
+    write_model(tmp_path / "sft", {stored: sft["a.w"]})
+    model = Model({"a.w": sft["a.w"].clone(), "b.w": sft["a.w"]})
+    model.get_submodule("b").w = model.get_parameter("a.w")
+    merge_into(model, tmp_path / "base", drop=0.5)
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", drop=0.5)
+    assert_is(model, dict.fromkeys(("a.w", "b.w"), read_model(tmp_path / "out")[stored]))
 
 
 def test_one_tensor_that_is_two_in_the_base(tmp_path: Path) -> None:
@@ -397,6 +412,16 @@ def test_a_base_that_is_cut_off_on_the_way(late: bool, tmp_path: Path) -> None:
     with pytest.raises(PartialMergeError, match=match) as told:
         merge_into(model, base, progress=cut)
     assert isinstance(told.value.__cause__, CheckpointError)
+
+
+def test_a_base_that_is_written_meanwhile(folder: Path, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", BASE)
+
+    def touch(done: int, total: int) -> None:
+        if 2 * done >= total:
+            os.utime(base / "model.safetensors", ns=(1, 1))
+
+    refused(fresh(), base, "was written, or removed, while it was merged", CheckpointError, progress=touch)
 
 
 def test_memory_is_that_of_the_model(tmp_path: Path) -> None:

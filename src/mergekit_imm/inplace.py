@@ -116,7 +116,7 @@ class Work:
             out = self._read("base", item.sides["base"], span, buffers[0], files)
             if item.action == "copy":
                 self._check_equal(span, out, buffers[1], files)
-                write = False
+                return _bytes(span)
         else:
             out = self._merge(span, buffers, files)
         if write:
@@ -124,7 +124,7 @@ class Work:
         return _bytes(span)
 
     def _read(self, role: str, side: Tensor, span: _Span, buffer: Raw, files: Files) -> Raw:
-        """Fill a buffer with the elements of a span; those that are not here are zeros."""
+        """Fill a buffer with the elements of a span, the sft's from the target; those that are not here are zeros."""
         width = DTYPE_BITS[side.dtype] // 8
         raw = buffer[: span.count * width]
         if span.here < span.count:
@@ -144,8 +144,6 @@ class Work:
 
         item, target = span.job.item, span.job.target
         sides = item.sides if item.action == "merge" else {"base": item.sides["base"]}
-        if "sft" in sides:
-            sides = {**sides, "sft": target}  # of two tensors with the same values each is read from itself
         raws = {
             role: (self._read(role, side, span, buffer, files), side.dtype)
             for (role, side), buffer in zip(sides.items(), buffers, strict=False)
@@ -189,7 +187,7 @@ class Work:
         for role, side in item.sides.items():
             if role == "base":
                 continue
-            other = self._read(role, span.job.target if role == "sft" else side, span, buffer, files)
+            other = self._read(role, side, span, buffer, files)
             if not np.array_equal(base, other):
                 element = span.low + int(np.flatnonzero(base != other)[0]) * 8 // DTYPE_BITS[side.dtype]
                 raise MismatchError(
