@@ -24,24 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-
-class Model(torch.nn.Module):
-    """A module whose state dict is a given one: parameters under names with dots."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in state.items():
-            *path, last = name.split(".")
-            module: torch.nn.Module = self
-            for part in path:
-                if part not in dict(module.named_children()):
-                    module.add_module(part, torch.nn.Module())
-                module = module.get_submodule(part)
-            module.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
-
-    def total(self) -> Tensor:
-        """A number that all parameters have a part in."""
-        return torch.stack([parameter.float().sum() for parameter in self.parameters()]).sum()
+from modules import Model
 
 
 def main(rank: int, folder: Path) -> None:

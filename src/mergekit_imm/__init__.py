@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .callback import IMMCallback
     from .errors import (
         ArgumentError,
         ChangedError,
@@ -19,17 +20,22 @@ if TYPE_CHECKING:
         MismatchError,
         NonFiniteError,
         OutputError,
+        PartialMergeError,
         VerifyError,
     )
     from .importance import importance_factors
+    from .live import merge_into
     from .merge import iter_merged, merge_checkpoints
     from .ops import dare, dare_merge, interpolate, keep_mask, task_vector
     from .recipe import MergeReport
+    from .rounds import Rounds
     from .verification import VerifyReport, verify
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "IMMCallback": "callback",
+    "Rounds": "rounds",
     "ArgumentError": "errors",
     "ChangedError": "errors",
     "CheckpointError": "errors",
@@ -38,6 +44,7 @@ _HOME = {
     "MismatchError": "errors",
     "NonFiniteError": "errors",
     "OutputError": "errors",
+    "PartialMergeError": "errors",
     "VerifyError": "errors",
     "VerifyReport": "verification",
     "dare": "ops",
@@ -47,6 +54,7 @@ _HOME = {
     "iter_merged": "merge",
     "keep_mask": "ops",
     "merge_checkpoints": "merge",
+    "merge_into": "live",
     "task_vector": "ops",
     "verify": "verification",
 }
@@ -55,11 +63,14 @@ __all__ = [
     "ArgumentError",
     "ChangedError",
     "CheckpointError",
+    "IMMCallback",
     "MergeError",
     "MergeReport",
     "MismatchError",
     "NonFiniteError",
     "OutputError",
+    "PartialMergeError",
+    "Rounds",
     "VerifyError",
     "VerifyReport",
     "dare",
@@ -69,6 +80,7 @@ __all__ = [
     "iter_merged",
     "keep_mask",
     "merge_checkpoints",
+    "merge_into",
     "task_vector",
     "verify",
 ]

@@ -55,7 +55,7 @@ def build(
                 _remove_foreign(job)
             for (job, recipe), each in zip(unwritten, records, strict=True):
                 _write_side(job.plan, job.partial, recipe, each)
-            check_inputs(jobs[0].plan)
+            check_inputs(jobs[0].plan.inputs)
         except (NonFiniteError, MismatchError, ChangedError):
             for job in jobs:
                 journal.empty(job.partial)

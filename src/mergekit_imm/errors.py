@@ -7,6 +7,7 @@
     ├── MismatchError      inputs that do not belong together (also a ValueError)
     ├── NonFiniteError     NaN, infinity, or a value too large for the output dtype
     ├── OutputError        the output cannot be written, or must not be
+    ├── PartialMergeError  a merge into a live model failed on the way: the model is of no use
     └── VerifyError        an output is not what its recipe says
 
 Each message is one line: what was asked, what was found, where, and the cure.
@@ -39,6 +40,10 @@ class NonFiniteError(MergeError):
 
 class OutputError(MergeError):
     """The output cannot be written, or must not be."""
+
+
+class PartialMergeError(MergeError):
+    """A merge into a live model failed when parts of it were written: load the model again."""
 
 
 class VerifyError(MergeError):

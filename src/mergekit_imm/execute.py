@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -35,6 +36,8 @@ Sink = Callable[[int, TensorInfo, int, memoryview], None]  # number of the plan,
 Progress = Callable[[int, int], None]  # bytes of the output done, and of all
 Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
 Task = tuple[Segment, Sequence[int]]  # a segment, and the numbers of the plans that lack it
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -123,54 +126,65 @@ def run(
     failure of the first segment in that order is raised, once those under way have come to their end: the same segment
     whatever the number of workers. Closing the iterator stops the workers.
     """
-    source = iter(todo)
-    turn = threading.Lock()
-    stop = threading.Event()
-    results: queue.SimpleQueue[Done | tuple[int, BaseException] | None] = queue.SimpleQueue()
     with Files(plans[0].inputs) as files:
 
-        def work() -> None:
-            index = -1
-            try:
-                buffer = device.buffer(min(BUFFER, max(LEAST, BUFFERS // workers)))
-                while not stop.is_set():
-                    with turn:
-                        task = next(source, None)
-                    if task is None:
-                        break
-                    index = task[0].index
-                    results.put(_process(plans, task, buffer, files, sink, device))
-            except BaseException as error:
-                stop.set()
-                results.put((index, error))
-            results.put(None)
+        def worker() -> Callable[[Task], Done]:
+            buffer = device.buffer(min(BUFFER, max(LEAST, BUFFERS // workers)))
+            return lambda task: _process(plans, task, buffer, files, sink, device)
 
-        threads: list[threading.Thread] = []
-        failures: list[tuple[int, BaseException]] = []
+        yield from in_threads(todo, worker, workers)
+
+
+def in_threads(
+    todo: Iterable[T], worker: Callable[[], Callable[[T], R]], workers: int
+) -> Generator[R | None, None, None]:
+    """Work on tasks in threads, each with what `worker` makes for it, and yield the results; see `run`."""
+    source = enumerate(todo)
+    turn = threading.Lock()
+    stop = threading.Event()
+    results: queue.SimpleQueue[tuple[int, R | None, BaseException | None] | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        index = -1
         try:
-            for i in range(workers):
-                thread = threading.Thread(target=work, name=f"merge-{i}", daemon=True)
-                thread.start()
-                threads.append(thread)
-            running = workers
-            while running:
-                try:
-                    result = results.get(timeout=0.1)
-                except queue.Empty:
-                    yield None
-                    continue
-                if isinstance(result, Done):
-                    yield result
-                elif result is None:
-                    running -= 1
-                else:
-                    failures.append(result)
-        finally:
+            process = worker()
+            while not stop.is_set():
+                with turn:
+                    index, task = next(source, (index, None))
+                if task is None:
+                    break
+                results.put((index, process(task), None))
+        except BaseException as error:
             stop.set()
-            for thread in threads:
-                thread.join()
-        if failures:
-            raise min(failures, key=lambda failure: failure[0])[1]
+            results.put((index, None, error))
+        results.put(None)
+
+    threads: list[threading.Thread] = []
+    failures: list[tuple[int, BaseException]] = []
+    try:
+        for i in range(workers):
+            thread = threading.Thread(target=work, name=f"merge-{i}", daemon=True)
+            thread.start()
+            threads.append(thread)
+        running = workers
+        while running:
+            try:
+                result = results.get(timeout=0.1)
+            except queue.Empty:
+                yield None
+                continue
+            if result is None:
+                running -= 1
+            elif result[2] is not None:
+                failures.append((result[0], result[2]))
+            else:
+                yield result[1]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise min(failures, key=lambda failure: failure[0])[1]
 
 
 def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink: Sink, device: Device) -> Done:

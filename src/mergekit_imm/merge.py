@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from .checkpoint.tensorfile import TensorInfo
 from .errors import ArgumentError, CheckpointError, OutputError, shown
 from .execute import Progress, check_device, check_workers, pick_device, run
 from .plan import segments
-from .prepare import open_inputs, places_of, plans_of, recipes_of, what_is_there
+from .prepare import check_platform, open_inputs, places_of, plans_of, recipes_of, what_is_there
 from .reading import check_inputs
 from .recipe import MergeReport, to_json
 from .sweep import is_list, points
@@ -136,7 +135,7 @@ def merge_checkpoints(
     >>> [report.out for report in reports]
     ['out-0.3', 'out-0.7']
     """
-    _check_platform()
+    check_platform()
     from .build import build, check, check_unfinished  # not on every platform
     from .checkpoint import output, swap
     from .stream import Job, lack_of_space
@@ -235,7 +234,7 @@ def iter_merged(
 
     >>> names = [name for name, tensor in iter_merged(base_folder, sft_folder, alpha=0.5)]
     """
-    _check_platform()
+    check_platform()
     import torch
 
     inputs, parameters, _ = open_inputs(
@@ -280,13 +279,6 @@ def iter_merged(
                 tensor = torch.empty(out.shape, dtype=dtypes[out.dtype])
             for each in item.outs:
                 yield each.name, tensor
-        check_inputs(plan)
+        check_inputs(plan.inputs)
 
     return tensors()
-
-
-def _check_platform() -> None:
-    if sys.platform == "win32":
-        raise CheckpointError(
-            "merging checkpoints on disk needs Linux or macOS (use WSL); the functions of tensors work everywhere"
-        )

@@ -25,7 +25,7 @@ from .layers import is_input_embedding, layer_key, resolve_layers
 from .layout import OutputFile, lay_out
 from .mask import Arithmetic, arithmetic, mask_key
 from .recipe import DTYPES, Parameters
-from .ties import SameBytes, tied_groups
+from .ties import Group, SameBytes, tied_groups
 
 RECORD = 1 << 20  # elements of a segment, and of one record of the statistics
 COPIED = 4 << 20  # bytes of a segment that is copied as it is
@@ -140,6 +140,7 @@ class Decided:
 
     items: list[Item]
     used: Mapping[str, Checkpoint]
+    groups: Mapping[str, Group]  # names that mean one tensor
     broken: str  # what breaks the base's tie
     tied: bool | None  # what a config must say
 
@@ -185,7 +186,7 @@ def decide(
             items.append(_item(key, written, sides, used, choose, factors, main, parameters))
         except MergeError as error:
             note(error, [name])
-    return Decided(items, used, broken, tied)
+    return Decided(items, used, groups, broken, tied)
 
 
 def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_bytes: SameBytes) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,14 @@ from .ties import SameBytes
 from .vocab import resized
 
 
+def check_platform() -> None:
+    """Raise CheckpointError where files cannot be read as merges do."""
+    if sys.platform == "win32":
+        raise CheckpointError(
+            "merging checkpoints on disk needs Linux or macOS (use WSL); the functions of tensors work everywhere"
+        )
+
+
 def open_inputs(
     base: str | Path,
     sft: str | Path,
@@ -39,20 +48,10 @@ def open_inputs(
     **values: Any,
 ) -> tuple[dict[str, Checkpoint], list[Parameters], list[dict[str, Any]]]:
     """Check the arguments, open the inputs, and return the parameters of each merge, and the rounds before it."""
-    for option in ("keep", "take", "no_drop", "rename"):
-        if isinstance(values[option], str):
-            raise ArgumentError(f"{option} is a string; give a list of patterns, [{values[option]!r}]")
-        values[option] = tuple(values[option])
-    if isinstance(importance, str | Path):
-        importance = read_importance(importance)
-    if importance is not None and not isinstance(importance, Mapping):
-        raise ArgumentError(
-            f"importance is {importance!r:.60}; give a mapping of layers, or a JSON file that holds one"
-        )
+    values |= listed(importance=importance, **values)
     parameters = [
         Parameters(  # checks the values before anything is opened
             iteration=0 if iteration is None else iteration,
-            importance=None if importance is None else dict(importance),
             dtype=dtype or "base",
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             **point,
@@ -72,21 +71,45 @@ def open_inputs(
     if not dry_run and any(is_hub_id(ref) for ref in refs.values()):
         # Refuse from headers, before hours of downloading.
         plans_of(prepared(opened(dry_run=True), parameters[0]), parameters)
-    inputs = opened(dry_run)
-    if "start" in inputs and _same_place(inputs["start"], inputs["base"]):
-        del inputs["start"]
-    inputs = prepared(inputs, parameters[0])
-    found = None
-    if "start" in inputs:
-        found = inputs["start"].recipe
-        if iteration is None:
-            if found is None:
-                raise ArgumentError(
-                    f"{inputs['start'].label} has no {RECIPE_FILE} that tells its round; say which round this one is"
-                    " with --iteration N (counted from 0)"
-                )
-            parameters = [replace(each, iteration=found["parameters"]["iteration"] + 1) for each in parameters]
-    return inputs, parameters, history_of(found)
+    inputs = prepared(without_same_start(opened(dry_run)), parameters[0])
+    if iteration is None:
+        parameters = [replace(each, iteration=round_of(inputs)) for each in parameters]
+    return inputs, parameters, history_of(inputs["start"].recipe if "start" in inputs else None)
+
+
+def listed(*, importance: Mapping[str, float] | str | Path | None, **values: Any) -> dict[str, Any]:
+    """Return the parameters that are lists of patterns, as tuples, and the importance, read if it is a file."""
+    found: dict[str, Any] = {}
+    for option in ("keep", "take", "no_drop", "rename"):
+        if isinstance(values[option], str):
+            raise ArgumentError(f"{option} is a string; give a list of patterns, [{values[option]!r}]")
+        found[option] = tuple(values[option])
+    if isinstance(importance, str | Path):
+        importance = read_importance(importance)
+    if importance is not None and not isinstance(importance, Mapping):
+        raise ArgumentError(
+            f"importance is {importance!r:.60}; give a mapping of layers, or a JSON file that holds one"
+        )
+    return found | {"importance": None if importance is None else dict(importance)}
+
+
+def without_same_start(inputs: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """Return the inputs without a start that is the base itself."""
+    same = "start" in inputs and _same_place(inputs["start"], inputs["base"])
+    return {role: each for role, each in inputs.items() if role != "start" or not same}
+
+
+def round_of(inputs: Mapping[str, Checkpoint]) -> int:
+    """Return the round that a merge is: one more than in start's recipe, 0 without start. Raises ArgumentError."""
+    if "start" not in inputs:
+        return 0
+    found = inputs["start"].recipe
+    if found is None:
+        raise ArgumentError(
+            f"{inputs['start'].label} has no {RECIPE_FILE} that tells its round; say which round this one is"
+            " with --iteration N (counted from 0)"
+        )
+    return int(found["parameters"]["iteration"]) + 1
 
 
 def prepared(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:

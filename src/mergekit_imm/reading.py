@@ -15,7 +15,6 @@ import numpy as np
 from .checkpoint.computed import Computed, Raw, Read, Tensor, decoded
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into
-from .plan import Plan
 
 COMPARED = 1 << 20  # elements at a time
 AHEAD = 8  # pieces between what is read and what is announced: two for each worker
@@ -80,9 +79,9 @@ def _announce(descriptor: int, offset: int, count: int) -> None:
             os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
 
 
-def check_inputs(plan: Plan) -> None:
-    """Raise ChangedError if a file that a plan reads was written since it was opened."""
-    for each in plan.inputs.values():
+def check_inputs(inputs: Mapping[str, Checkpoint]) -> None:
+    """Raise ChangedError if a file of the inputs was written since it was opened."""
+    for each in inputs.values():
         for file in each.files.values():
             assert file.path is not None
             check_unchanged(file.path, (file.size, file.written))

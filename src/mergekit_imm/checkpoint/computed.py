@@ -165,7 +165,7 @@ class Pieces(Computed):
         width = DTYPE_BITS[self.dtype] // 8
         end = first + len(out) // width
         for piece in self.pieces:
-            for at, begin, count in _runs(self.shape, piece.place, piece.tensor.shape, first, end):
+            for at, begin, count in runs(self.shape, piece.place, piece.tensor.shape, first, end):
                 target = out[(at - first) * width : (at - first + count) * width]
                 _fill_as(piece.tensor, self.dtype, reads(piece.role), begin, target)
 
@@ -200,7 +200,7 @@ def is_stored(tensor: Tensor) -> bool:
     return isinstance(tensor.own if isinstance(tensor, Extended) else tensor, TensorInfo)
 
 
-def _runs(
+def runs(
     whole: tuple[int, ...], place: tuple[int, ...], sizes: tuple[int, ...], first: int, end: int
 ) -> list[tuple[int, int, int]]:
     """Return which elements first..end of a tensor lie in a box of it: runs of (place in the whole, in the box, count).

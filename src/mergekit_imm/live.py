@@ -1,0 +1,306 @@
+"""Merge a model in memory back towards its base, in place: what a training loop does at the end of a round.
+
+The model is the sft of the merge. Base and start are streamed from disk, piece by piece, into the memory the parameters
+are in; there is never a second copy of a tensor. What belongs together, and what is refused, is decided as for a merge
+of checkpoints (`plan.decide`), on whole tensors under the base's names; each process then works on what it holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .checkpoint.computed import Tensor as Side
+from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
+from .checkpoint.tensorfile import MERGED, fingerprint
+from .errors import MergeError, MismatchError, PartialMergeError, shown
+from .execute import Progress, check_workers
+from .inplace import Job, Work
+from .layers import is_input_embedding, is_output_head, ready_option, tied_key, unwrapped
+from .plan import Decided, Item, decide
+from .prepare import check_platform, comparer, listed, prepared, round_of, without_same_start
+from .recipe import Parameters
+from .shards import Live, Part, is_distributed, live_tensors
+
+COMPARED = 1 << 18  # elements at a time
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LiveReport:
+    """What `merge_into` did: tensors of the base by what happened to them, and what is worth knowing."""
+
+    tensors: dict[str, int]  # merged, kept, taken, copied
+    iteration: int
+    notes: list[str]
+
+
+def merge_into(
+    model: nn.Module,
+    base: str | Path,
+    *,
+    start: str | Path | None = None,
+    alpha: float = 0.5,
+    drop: float = 0.2,
+    seed: int = 0,
+    iteration: int | None = None,
+    importance: Mapping[str, float] | str | Path | None = None,
+    reference: str = "start",
+    keep: Sequence[str] = (),
+    take: Sequence[str] = (),
+    no_drop: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    dequantize: bool = False,
+    workers: int | None = None,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> LiveReport:
+    """Merge a model in memory back towards its base, in place: the model is the sft, and becomes the merged one.
+
+        tuned  = start + factor * DARE(sft - start)
+        merged = alpha * base + (1 - alpha) * tuned                                     (Eq. 6, 7)
+
+    Args:
+        model: any nn.Module whose parameters and persistent buffers are those of the base, on CPU or GPU; names as
+            transformers has them in memory are found in the base's files as in `merge_checkpoints`.
+        base, start: as in `merge_checkpoints`, read from disk in slices.
+        alpha, drop, seed, iteration, importance, reference, keep, take, no_drop, rename, dequantize, workers,
+            allow_nonfinite: as in `merge_checkpoints`. What is taken stays as it is.
+        progress: called with (bytes done, bytes in all) now and then, in this thread; all is read twice.
+
+    The bits are those that `merge_checkpoints` writes from the saved model, in the dtype of each parameter. Names,
+    shapes and values are checked before the first element is written, by a first pass that computes all and writes
+    nothing; a failure after that raises PartialMergeError, and the model must be loaded again. With parameters that are
+    DTensors (FSDP2, tensor parallelism) every rank of the process group calls this; each reads what it holds, and
+    nothing is sent but whether a rank has refused. Weights alone change: not the optimizer's state.
+
+    Returns a LiveReport. Raises MergeError (see `mergekit_imm.errors`), one line that names the cure.
+    Source: arXiv 2503.02103, Eq. 5 to 7.
+
+    >>> from safetensors.torch import save_file
+    >>> model = torch.nn.Module()
+    >>> model.register_parameter("w", torch.nn.Parameter(torch.ones(4)))
+    >>> save_file({"w": torch.zeros(4)}, "base.safetensors")
+    >>> merge_into(model, "base.safetensors", alpha=0.75, drop=0).tensors
+    {'merged': 1}
+    >>> model.w.data
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    check_platform()
+    workers = check_workers(workers)
+    values = listed(importance=importance, keep=keep, take=take, no_drop=no_drop, rename=rename)
+    parameters = Parameters(
+        alpha=alpha, drop=drop, seed=seed, iteration=0 if iteration is None else iteration, reference=reference,
+        dequantize=dequantize, allow_nonfinite=allow_nonfinite, **values,
+    )  # fmt: skip
+    ranks = _Ranks(is_distributed(model))
+
+    state = ranks.all_do(lambda: live_tensors(model))
+    equal = _equal_ends(state, ranks)
+
+    def planned() -> tuple[dict[str, Checkpoint], Parameters, Decided, list[Job]]:
+        refs = {"base": base} if start is None else {"base": base, "start": start}
+        if any(is_hub_id(ref) for ref in refs.values()):  # refuse from headers, before hours of downloading
+            _plan(
+                {r: open_checkpoint(ref, r, dry_run=True) for r, ref in refs.items()}, model, state, equal, parameters
+            )
+        inputs = without_same_start({role: open_checkpoint(ref, role) for role, ref in refs.items()})
+        here = replace(parameters, iteration=round_of(inputs)) if iteration is None else parameters
+        inputs, decided = _plan(inputs, model, state, equal, here)
+        return inputs, here, decided, _jobs(decided, inputs["sft"])
+
+    inputs, parameters, decided, jobs = ranks.all_do(planned)
+    ranks.check_same(
+        lambda: (
+            parameters,
+            [(j.item.name, j.item.action, j.item.numbers, j.item.outs) for j in jobs],
+            [fingerprint(file) for each in inputs.values() for file in each.files.values()],
+        )
+    )
+    work = Work(inputs, parameters, jobs, workers, progress)
+    ranks.all_do(lambda: work.run(write=False))
+    try:
+        ranks.all_do(lambda: work.run(write=True))
+    except Exception as error:
+        raise PartialMergeError(
+            f"the merge failed when parts of the model had been written: {error}; load the model again, from its last"
+            " checkpoint, and merge again"
+        ) from error
+    counts = Counter({"keep": "kept", "take": "taken", "copy": "copied"}.get(i.action, "merged") for i in decided.items)
+    notes = [note for each in inputs.values() for note in each.notes]
+    if decided.broken:
+        notes.append(f"note: {decided.broken}: both are merged under their own names")
+    return LiveReport(dict(counts), parameters.iteration, notes)
+
+
+class _Ranks:
+    """The processes that hold a model together, or this one alone."""
+
+    def __init__(self, several: bool) -> None:
+        self.several = several and dist.is_initialized()
+        self.device = "cuda" if self.several and dist.get_backend() == "nccl" else "cpu"
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest of each number over all ranks."""
+        if not self.several or not numbers:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return [int(number) for number in tensor.tolist()]
+
+    def all_do(self, step: Callable[[], T]) -> T:
+        """Return what a step returns, if it succeeds on all ranks; raise on each if it fails on one."""
+        if not self.several:
+            return step()
+        try:
+            result, failure = step(), None
+        except Exception as error:
+            result, failure = None, error
+        (failed,) = self.largest([0 if failure is None else dist.get_rank() + 1])
+        if failure is not None:
+            raise failure
+        if failed:
+            raise MergeError(f"rank {failed - 1} refused the merge, or failed; its own message says why")
+        return result  # type: ignore[return-value]
+
+    def check_same(self, data: Callable[[], object]) -> None:
+        """Raise MismatchError unless all ranks have the same data."""
+        if not self.several:
+            return
+        text = self.all_do(lambda: repr(data()))
+        number = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
+        most, least = self.largest([number, -number])
+        if most != -least:
+            raise MismatchError(
+                "the ranks do not merge the same: arguments, the files of base or start, or the model's tensors differ"
+                " between them; give all ranks the same"
+            )
+
+
+def _plan(
+    inputs: dict[str, Checkpoint], model: nn.Module, state: Mapping[str, Live], equal: _Equal, parameters: Parameters
+) -> tuple[dict[str, Checkpoint], Decided]:
+    """Return the inputs under the base's names, the model among them, and what happens to every tensor."""
+    inputs = prepared({**inputs, "sft": _checkpoint(model, state, inputs["base"])}, parameters)
+    compare = comparer(inputs)
+
+    def same(checkpoint: Checkpoint, one: Side, other: Side) -> bool:
+        if not isinstance(one, Live) or not isinstance(other, Live):
+            return compare(checkpoint, one, other)
+        return one.memory == other.memory or frozenset((one.memory, other.memory)) in equal
+
+    _check_vocabularies(inputs["base"], inputs["sft"])
+    return inputs, decide(inputs, parameters, same)
+
+
+def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -> Checkpoint:
+    """Return the model as an input: of names of one tensor those that the base stores, one if it stores none."""
+    names: dict[int, list[str]] = {}
+    for each, live in state.items():
+        names.setdefault(id(live), []).append(each)
+    tensors: dict[str, Side] = {}
+    for found in names.values():
+        stored = [each for each in found if unwrapped(each) in base.tensors]
+        for each in stored or [tied_key(found)]:
+            tensors[each] = replace(state[each], name=each)
+    config: Any = getattr(getattr(model, "module", model), "config", None)
+    kinds = _kinds(config.to_dict()) if hasattr(config, "to_dict") else {}
+    # The class may be one that wraps the saved one; names tell more.
+    kinds |= {"architectures": base.config.get("architectures") if base.config else None}
+    return Checkpoint("sft", f"model {type(model).__name__}", None, {}, tensors, kinds, {}, ())
+
+
+def _kinds(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of a config, and of those nested in it, the model types alone."""
+    found = {key: _kinds(value) for key, value in config.items() if key.endswith("config") and isinstance(value, dict)}
+    return found | ({"model_type": config["model_type"]} if config.get("model_type") else {})
+
+
+def _check_vocabularies(base: Checkpoint, sft: Checkpoint) -> None:
+    for name, tensor in sft.tensors.items():
+        there = base.tensors.get(name)
+        if there is not None and (is_input_embedding(name) or is_output_head(name)) and there.shape != tensor.shape:
+            raise MismatchError(
+                f"tensor '{shown(name)}' is {list(there.shape)} in {base.label} and {list(tensor.shape)} in"
+                f" {sft.label}; a model in memory is merged with a base of the same vocabulary: save it, and use"
+                " merge_checkpoints with vocab='base' or vocab='sft'"
+            )
+
+
+_Equal = frozenset[frozenset[Hashable]]  # pairs of places in memory that hold the same values
+
+
+def _equal_ends(state: Mapping[str, Live], ranks: _Ranks) -> _Equal:
+    """Find embeddings and heads that are two tensors with the same values on all ranks: a tie, as files tell it."""
+    ends = {id(live): live for name, live in state.items() if is_input_embedding(name) or is_output_head(name)}
+    pairs = [
+        (one, other)
+        for one, other in itertools.combinations(ends.values(), 2)
+        if (one.shape, one.dtype) == (other.shape, other.dtype)
+    ]
+    differ = ranks.largest([not _same_here(one.parts, other.parts) for one, other in pairs])
+    return frozenset(
+        frozenset((one.memory, other.memory))
+        for (one, other), differs in zip(pairs, differ, strict=True)
+        if not differs
+    )
+
+
+def _same_here(one: Sequence[Part], other: Sequence[Part]) -> bool:
+    if [(part.place, part.tensor.shape) for part in one] != [(part.place, part.tensor.shape) for part in other]:
+        return False
+    return all(_same_bits(a.tensor, b.tensor) for a, b in zip(one, other, strict=True))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare two tensors, some rows at a time; stops at the first difference."""
+    if one.ndim == 0:
+        one, other = one[None], other[None]
+    rows = max(1, COMPARED // max(1, one[0].numel()))
+    pieces = (
+        (a.contiguous(), b.contiguous()) for a, b in zip(torch.split(one, rows), torch.split(other, rows), strict=True)
+    )
+    return all(torch.equal(a.view(torch.uint8), b.to(a.device).view(torch.uint8)) for a, b in pieces)
+
+
+def _jobs(decided: Decided, sft: Checkpoint) -> list[Job]:
+    """Find the tensors of the model that each decision is about, and check that they can hold the result."""
+    jobs = []
+    owners: dict[Hashable, str] = {}
+    for item in decided.items:
+        group = decided.groups.get(item.name)
+        found = [sft.tensors[name] for name in (group.names if group else [item.name]) if name in sft.tensors]
+        targets = {target.memory if isinstance(target, Live) else id(target): target for target in found}
+        for memory, target in targets.items():
+            if owners.setdefault(memory, item.name) != item.name:
+                why = decided.broken or "the base has two"
+                raise MismatchError(
+                    f"'{shown(owners[memory])}' and '{shown(item.name)}' are one tensor in {sft.label}, but {why};"
+                    " give the model two (clone one of them), or save it and use merge_checkpoints"
+                )
+            if item.action == "take":
+                continue
+            _check_fits(item, target, sft)
+            jobs.append(Job(replace(item, outs=(replace(item.outs[0], dtype=target.dtype),)), target))
+    return jobs
+
+
+def _check_fits(item: Item, target: Side, sft: Checkpoint) -> None:
+    base = item.sides["base"]
+    kinds = base.dtype in MERGED and target.dtype in MERGED
+    if base.shape != target.shape or not (kinds or base.dtype == target.dtype):
+        raise MismatchError(
+            f"tensor '{shown(item.name)}' is {base.dtype} {list(base.shape)} in the base and {target.dtype}"
+            f" {list(target.shape)} in {sft.label}, which cannot hold the base's; leave the model's as it is:"
+            f" {ready_option('--take', item.name)}"
+        )
