@@ -1,0 +1,152 @@
+"""The callback of transformers' Trainer, with real trainings of tiny models."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from checkpoints import State, read_model, same_bits
+from mergekit_imm import ArgumentError, CheckpointError, IMMCallback, merge_checkpoints
+from models import load, new_model
+
+
+class Data(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Sixteen rows of tokens."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        tokens = (torch.arange(12) * (row + 3)) % 90
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def trainer(model: Any, folder: Path, *callbacks: Any, **arguments: Any) -> Any:
+    options: dict[str, Any] = {
+        "output_dir": str(folder / "trained"), "num_train_epochs": 2, "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3,
+        "logging_strategy": "no", **arguments,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return transformers.Trainer(
+            model, transformers.TrainingArguments(**options), train_dataset=Data(), callbacks=list(callbacks)
+        )
+
+
+def train(each: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        each.train()
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    new_model("llama").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def assert_same(one: State, other: State) -> None:
+    assert sorted(one) == sorted(other)
+    assert [name for name in one if not same_bits(one[name], other[name])] == []
+
+
+def test_at_the_end_the_model_is_what_the_trained_one_merges_to(base: Path, tmp_path: Path) -> None:
+    plain = trainer(load(base, "llama", dtype=torch.bfloat16), tmp_path)
+    train(plain)
+    plain.save_model(str(tmp_path / "sft"))
+    merge_checkpoints(base, tmp_path / "sft", tmp_path / "expected", alpha=0.3, drop=0.5, seed=7)
+    callback = IMMCallback(base, alpha=0.3, drop=0.5, seed=7)
+    merged = trainer(load(base, "llama", dtype=torch.bfloat16), tmp_path, callback)
+    train(merged)
+    merged.save_model(str(tmp_path / "merged"))
+    assert_same(read_model(tmp_path / "merged"), read_model(tmp_path / "expected"))
+    assert (callback.merges, callback.model) == (1, merged.model)
+    assert not all(same_bits(tensor, read_model(base)[name]) for name, tensor in read_model(tmp_path / "sft").items())
+
+
+@pytest.mark.parametrize(("every", "merges"), [("epoch", 2), (1, 4), (3, 1)])
+def test_it_merges_when_it_is_told_to(base: Path, tmp_path: Path, every: str | int, merges: int) -> None:
+    """Training goes on from the merged model: a merge with the base alone undoes what was trained until then."""
+    callback = IMMCallback(base, every=every, alpha=1.0, reference="base")
+    each = trainer(load(base, "llama", dtype=torch.bfloat16), tmp_path, callback)
+    train(each)
+    assert callback.merges == merges
+    each.save_model(str(tmp_path / "merged"))
+    same = [same_bits(tensor, read_model(base)[name]) for name, tensor in read_model(tmp_path / "merged").items()]
+    assert all(same) == (every != 3)  # of four steps the last is trained after the merge
+
+
+def test_rounds_of_one_training_have_masks_of_their_own(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mergekit_imm")
+    train(trainer(load(base, "llama", dtype=torch.bfloat16), tmp_path,
+                  IMMCallback(base, every="epoch", reference="base", iteration=5)))  # fmt: skip
+    assert [record.message.rpartition(" ")[2] for record in caplog.records] == ["5", "6"]
+
+
+def adapted(base: Path) -> Any:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return peft.get_peft_model(load(base, "llama", dtype=torch.float32), config)
+
+
+def test_adapters_are_left_alone_and_that_is_said(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = IMMCallback(base)
+    model = adapted(base)
+    train(trainer(model, tmp_path, callback))
+    assert callback.merges == 0
+    assert "the model has adapters: IMMCallback merges nothing" in caplog.text
+    model.save_pretrained(tmp_path / "adapter")  # and it is still an adapter that can be merged
+    merge_checkpoints(base, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_adapters_are_merged_when_asked(base: Path, tmp_path: Path) -> None:
+    plain = adapted(base)
+    train(trainer(plain, tmp_path))
+    plain.merge_and_unload().save_pretrained(tmp_path / "sft")
+    merge_checkpoints(base, tmp_path / "sft", tmp_path / "expected", drop=0.5, dtype="float32")
+    callback = IMMCallback(base, merge_adapter=True, drop=0.5)
+    train(trainer(adapted(base), tmp_path, callback))
+    callback.model.save_pretrained(tmp_path / "merged")
+    assert_same(read_model(tmp_path / "merged"), read_model(tmp_path / "expected"))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"every": "step"}, "every is 'step'"),
+        ({"every": 0}, "every is 0"),
+        ({"every": True}, "every is True"),
+        ({"every": "epoch"}, "give reference='base'"),
+        ({"every": 3, "reference": "base", "merge_adapter": True}, "an adapter can be merged at the end only"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ArgumentError, match=match):
+        IMMCallback("base", **options)
+
+
+def test_a_base_that_is_not_there_is_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
+    each = trainer(load(base, "llama"), tmp_path, IMMCallback(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        train(each)
+    assert each.state.global_step == 0
+
+
+def test_deepspeed_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    callback = IMMCallback(base)
+    arguments = trainer(load(base, "llama"), tmp_path).args
+    arguments.deepspeed = "config.json"
+    with pytest.raises(ArgumentError, match="does not work with DeepSpeed"):
+        callback.on_train_begin(arguments, None, None, model=load(base, "llama"))
