@@ -86,10 +86,12 @@ def test_a_model_of_transformers_is_merged_in_place_and_saved(tmp_path: Path) ->
     assert after.start == tmp_path / "live"
 
 
-def test_a_model_that_cannot_save_itself_is_told_before_or_with_the_cure(base: State) -> None:
+def test_a_model_that_cannot_save_itself_is_refused_before_it_is_merged(base: State) -> None:
     module = torch.nn.Linear(2, 2)
+    before = module.weight.detach().clone()
     with pytest.raises(ArgumentError, match="Linear has no save_pretrained; give `save`"):
         Rounds("base").merge(module, "out")
+    assert same_bits(module.weight.detach(), before)
 
 
 def test_they_are_saved_and_restored(base: State) -> None:

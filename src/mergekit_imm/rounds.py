@@ -69,6 +69,10 @@ class Rounds:
         if isinstance(sft, str | Path):
             merge_checkpoints(self.base, sft, out, **self.numbers())
         else:
+            if save is None and not isinstance(sft, Mapping) and not hasattr(sft, "save_pretrained"):
+                raise ArgumentError(
+                    f"{type(sft).__name__} has no save_pretrained; give `save`, called with it and a path"
+                )
             self._merge_in_place(sft)
             (save or _save)(sft, Path(out))
         return replace(self, start=out, iteration=self.iteration + 1)
@@ -140,9 +144,5 @@ def _save(sft: Any, out: Path) -> None:
         save_file(
             {name: tensor.contiguous() for name, tensor in sft.items()}, out / "model.safetensors", {"format": "pt"}
         )
-    elif hasattr(sft, "save_pretrained"):
-        sft.save_pretrained(out)
     else:
-        raise ArgumentError(
-            f"{type(sft).__name__} has no save_pretrained; give `save`, which is called with it and a path"
-        )
+        sft.save_pretrained(out)
