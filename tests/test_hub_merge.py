@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,3 +116,33 @@ def test_an_adapter_on_a_hub_is_planned_and_merged(tmp_path: Path, hub: FakeHub)
     hub.add("org/ia3", {**files_of(adapter), "adapter_config.json": b'{"peft_type": "IA3"}'})
     refused = imm_merge(tmp_path / "home", hub, str(base), "org/ia3", "-o", str(tmp_path / "other"))
     assert "is a IA3 adapter" in refused.stderr
+
+
+def test_a_model_in_memory_and_its_base_on_a_hub(tmp_path: Path, models: dict[str, Path], hub: FakeHub) -> None:
+    script = """
+        import sys, torch
+        from pathlib import Path
+        from checkpoints import read_model
+        from mergekit_imm import MergeError, merge_into
+        from modules import Model
+        sft, expected, home = map(Path, sys.argv[1:])
+        model = Model(read_model(sft))
+        try:
+            merge_into(model, "org/other")
+        except MergeError as error:
+            print(error)
+        print(list(home.rglob("*.safetensors")))
+        print(merge_into(model, "org/base", seed=5).tensors)
+        print(all(torch.equal(t, model.state_dict()[n]) for n, t in read_model(expected).items()))
+    """
+    places = (models["sft"], models["start"], tmp_path / "home")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    path = os.pathsep.join(str(folder) for folder in (Path(mergekit_imm.__file__).parents[1], Path(__file__).parent))
+    env |= {"PYTHONPATH": path, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script), *map(str, places)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    refused, downloaded, told, same = run.stdout.splitlines()
+    assert "'extra.w'" in refused
+    assert (downloaded, told, same) == ("[]", "{'merged': 2}", "True")

@@ -28,9 +28,9 @@ GAP = 4 * BLOCK  # more elements than these that are not here are not computed
 
 @dataclass(frozen=True)
 class Job:
-    """A tensor of the base's, and the one of the model's that it becomes."""
+    """What happens to a tensor of the base's, and the one of the model's that it becomes, in that one's dtype."""
 
-    item: Item  # its output dtype is the target's
+    item: Item
     target: Tensor
 
     @property

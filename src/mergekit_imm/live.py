@@ -96,38 +96,37 @@ def merge_into(
     >>> model.w.data
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
-    check_platform()
-    workers = check_workers(workers)
-    values = listed(importance=importance, keep=keep, take=take, no_drop=no_drop, rename=rename)
-    parameters = Parameters(
-        alpha=alpha, drop=drop, seed=seed, iteration=0 if iteration is None else iteration, reference=reference,
-        dequantize=dequantize, allow_nonfinite=allow_nonfinite, **values,
-    )  # fmt: skip
     ranks = _Ranks(is_distributed(model))
 
-    state = ranks.all_do(lambda: live_tensors(model))
+    def checked() -> tuple[int, Parameters, dict[str, Live]]:
+        check_platform()
+        values = listed(importance=importance, keep=keep, take=take, no_drop=no_drop, rename=rename)
+        parameters = Parameters(
+            alpha=alpha, drop=drop, seed=seed, iteration=0 if iteration is None else iteration, reference=reference,
+            dequantize=dequantize, allow_nonfinite=allow_nonfinite, **values,
+        )  # fmt: skip
+        return check_workers(workers), parameters, live_tensors(model)
+
+    threads, parameters, state = ranks.all_do(checked)
+    places = {id(live): number for number, live in enumerate(state.values())}
+    ranks.check_same(lambda: [(name, live.shape, live.dtype, places[id(live)]) for name, live in state.items()])
     equal = _equal_ends(state, ranks)
 
     def planned() -> tuple[dict[str, Checkpoint], Parameters, Decided, list[Job]]:
         refs = {"base": base} if start is None else {"base": base, "start": start}
         if any(is_hub_id(ref) for ref in refs.values()):  # refuse from headers, before hours of downloading
-            _plan(
-                {r: open_checkpoint(ref, r, dry_run=True) for r, ref in refs.items()}, model, state, equal, parameters
-            )
+            there = {role: open_checkpoint(ref, role, dry_run=True) for role, ref in refs.items()}
+            _plan(there, model, state, equal, parameters)
         inputs = without_same_start({role: open_checkpoint(ref, role) for role, ref in refs.items()})
         here = replace(parameters, iteration=round_of(inputs)) if iteration is None else parameters
         inputs, decided = _plan(inputs, model, state, equal, here)
         return inputs, here, decided, _jobs(decided, inputs["sft"])
 
-    inputs, parameters, decided, jobs = ranks.all_do(planned)
-    ranks.check_same(
-        lambda: (
-            parameters,
-            [(j.item.name, j.item.action, j.item.numbers, j.item.outs) for j in jobs],
-            [fingerprint(file) for each in inputs.values() for file in each.files.values()],
-        )
-    )
-    work = Work(inputs, parameters, jobs, workers, progress)
+    inputs, here, decided, jobs = ranks.all_do(planned)
+    files = [file for each in inputs.values() for file in each.files.values()]
+    actions = [(job.item.name, job.item.action, job.item.numbers) for job in jobs]
+    ranks.check_same(lambda: (here, actions, [fingerprint(file) for file in files]))
+    work = Work(inputs, here, jobs, threads, progress)
     ranks.all_do(lambda: work.run(write=False))
     try:
         ranks.all_do(lambda: work.run(write=True))
@@ -140,7 +139,7 @@ def merge_into(
     notes = [note for each in inputs.values() for note in each.notes]
     if decided.broken:
         notes.append(f"note: {decided.broken}: both are merged under their own names")
-    return LiveReport(dict(counts), parameters.iteration, notes)
+    return LiveReport(dict(counts), here.iteration, notes)
 
 
 class _Ranks:
@@ -215,9 +214,9 @@ def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -
             tensors[each] = replace(state[each], name=each)
     config: Any = getattr(getattr(model, "module", model), "config", None)
     kinds = _kinds(config.to_dict()) if hasattr(config, "to_dict") else {}
-    # The class may be one that wraps the saved one; names tell more.
-    kinds |= {"architectures": base.config.get("architectures") if base.config else None}
-    return Checkpoint("sft", f"model {type(model).__name__}", None, {}, tensors, kinds, {}, ())
+    if kinds:  # the class may be one that wraps the saved one
+        kinds["architectures"] = base.config.get("architectures") if base.config else None
+    return Checkpoint("sft", f"model {type(model).__name__}", None, {}, tensors, kinds or None, {}, ())
 
 
 def _kinds(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,7 +290,7 @@ def _jobs(decided: Decided, sft: Checkpoint) -> list[Job]:
             if item.action == "take":
                 continue
             _check_fits(item, target, sft)
-            jobs.append(Job(replace(item, outs=(replace(item.outs[0], dtype=target.dtype),)), target))
+            jobs.append(Job(item, target))
     return jobs
 
 
