@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,22 @@ def test_rounds_of_one_training_have_masks_of_their_own(
     train(trainer(load(base, "llama", dtype=torch.bfloat16), tmp_path,
                   IMMCallback(base, every="epoch", reference="base", iteration=5)))  # fmt: skip
     assert [record.message.rpartition(" ")[2] for record in caplog.records] == ["5", "6"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_each_rank_merges_what_it_has(base: Path, tmp_path: Path, kind: str) -> None:
+    script = Path(__file__).parent / "trainer_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}
+    done = subprocess.run(
+        [*command, str(tmp_path), kind], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = read_model(tmp_path / f"{kind}-sft-0")
+    assert not any(torch.equal(tensor, read_model(base)[name].float()) for name, tensor in trained.items())
+    merge_checkpoints(base, tmp_path / f"{kind}-sft-0", tmp_path / "expected", alpha=0.3, drop=0.5, dtype="float32")
+    for rank in (0, 1):
+        assert_same(read_model(tmp_path / f"{kind}-{rank}"), read_model(tmp_path / "expected"))
 
 
 def adapted(base: Path) -> Any:
