@@ -1,7 +1,7 @@
 """The callback on several ranks: `torchrun ... trainer_ranks.py FOLDER KIND`.
 
-KIND is ddp, a Trainer; or fsdp2: accelerate lets a Trainer shard on accelerators only, so a loop by hand calls the callback
-as a Trainer does.
+KIND is ddp, a Trainer; or fsdp2: accelerate lets a Trainer shard on accelerators only, so a loop by hand calls the
+callback as a Trainer does.
 
 FOLDER holds `base`. Every rank writes the merged weights that it has, whole, to `KIND-RANK`, and what it had trained
 before to `KIND-sft-RANK`.
@@ -81,6 +81,7 @@ def main(folder: Path, kind: str) -> None:
     assert callback.merges == 1
     assert any(isinstance(tensor, DTensor) for tensor in callback.model.parameters()) == (kind == "fsdp2")
     write(callback.model, folder / f"{kind}-{rank}")
+    torch.distributed.barrier()  # none goes while another still needs it
     torch.distributed.destroy_process_group()
 
 
