@@ -7,6 +7,7 @@
     ├── MismatchError      inputs that do not belong together (also a ValueError)
     ├── NonFiniteError     NaN, infinity, or a value too large for the output dtype
     ├── OutputError        the output cannot be written, or must not be
+    ├── RankError          of the ranks of one merge, another has ended
     └── VerifyError        an output is not what its recipe says
 
 Each message is one line: what was asked, what was found, where, and the cure.
@@ -39,6 +40,10 @@ class NonFiniteError(MergeError):
 
 class OutputError(MergeError):
     """The output cannot be written, or must not be."""
+
+
+class RankError(MergeError):
+    """Of the ranks of one merge, another has ended."""
 
 
 class VerifyError(MergeError):
