@@ -19,11 +19,13 @@ if TYPE_CHECKING:
         MismatchError,
         NonFiniteError,
         OutputError,
+        RankError,
         VerifyError,
     )
     from .importance import importance_factors
     from .merge import iter_merged, merge_checkpoints
     from .ops import dare, dare_merge, interpolate, keep_mask, task_vector
+    from .ranks import Ranks
     from .recipe import MergeReport
     from .verification import VerifyReport, verify
 
@@ -38,6 +40,8 @@ _HOME = {
     "MismatchError": "errors",
     "NonFiniteError": "errors",
     "OutputError": "errors",
+    "RankError": "errors",
+    "Ranks": "ranks",
     "VerifyError": "errors",
     "VerifyReport": "verification",
     "dare": "ops",
@@ -60,6 +64,8 @@ __all__ = [
     "MismatchError",
     "NonFiniteError",
     "OutputError",
+    "RankError",
+    "Ranks",
     "VerifyError",
     "VerifyReport",
     "dare",

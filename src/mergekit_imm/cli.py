@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -164,6 +165,8 @@ def _join(base: str, sft: str, out: str, options: dict[str, Any], ranks: Ranks) 
     except RankError:
         raise
     except MergeError:
+        with suppress(RankError):
+            ranks.gather(None)  # until rank 0 has said why, and ended: torchrun ends it when another ends first
         return 1
     return int(any(report.refused for report in reports))
 

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import ArgumentError, RankError, shown
-from .ranks import Ranks
+from .ranks import Ranks, reason_of
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 COME = timedelta(minutes=15)  # until all ranks are there
 WAIT = timedelta(days=7)  # for the slowest rank; one that has ended is noticed at once
@@ -107,19 +114,62 @@ def joined(kind: str | None) -> Iterator[Ranks | None]:
         return
     import torch.distributed as dist
 
-    try:
-        dist.init_process_group(
-            "gloo", init_method=f"tcp://{place.address}:{place.port}", rank=place.rank, world_size=place.size,
-            timeout=COME,
-        )  # fmt: skip
-        group = dist.new_group(timeout=WAIT)
-    except (RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RankError(
-            f"rank {place.rank} of {place.size} does not meet the others at {place.address}:{place.port}"
-            f" ({reason:.200}); see to it that all are started and reach that address"
-        ) from error
+    with _ended_by_signals():
+        try:
+            store = _fresh(place)
+            dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=COME)
+            group = dist.new_group(timeout=WAIT)
+        except (RuntimeError, ValueError) as error:
+            raise RankError(
+                f"rank {place.rank} of {place.size} does not meet the others at {shown(place.address)}:{place.port}"
+                f" ({reason_of(error)}); see to it that all are started and reach that address"
+            ) from error
     try:
         yield Ranks.of_group(group)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the process at once: what waits in torch would hear of them at its end only."""
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _fresh(place: Place) -> Store:
+    """Return a part of the store at a place that holds nothing yet, the same one for all ranks.
+
+    torchrun's store outlives the ranks that it restarts, and holds what those before them said. So each says a word of
+    its own, and rank 0 answers it until all have heard.
+    """
+    import torch.distributed as dist
+
+    url = f"tcp://{place.address}:{place.port}"
+    store, _, _ = next(dist.rendezvous(url, place.rank, place.size, timeout=COME))
+    store = dist.PrefixStore("mergekit_imm", store)
+    word = secrets.token_hex(8)
+    if place.rank:
+        store.set(f"word {place.rank}", word)
+        name = store.get(f"answer {word}").decode()
+        store.set(f"{name} heard {place.rank}", "")
+        return dist.PrefixStore(name, store)
+    until = time.monotonic() + COME.total_seconds()
+    missing = list(range(1, place.size))
+    while missing:
+        for rank in missing:
+            if store.check([f"word {rank}"]):
+                store.set(f"answer {store.get(f'word {rank}').decode()}", word)
+        missing = [rank for rank in missing if not store.check([f"{word} heard {rank}"])]
+        if missing and time.monotonic() > until:
+            raise RuntimeError(f"rank {missing[0]} has not come")
+        time.sleep(0.01)
+    return dist.PrefixStore(word, store)

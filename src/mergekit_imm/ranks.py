@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import MergeError, RankError
+from .errors import MergeError, RankError, shown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,14 +41,23 @@ class Ranks:
             try:
                 dist.all_gather_object(values, value, group=group)
             except RuntimeError as error:
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
                 raise RankError(
-                    f"rank {rank} of {size} has lost the others ({reason:.200}): one of them has ended, and says why;"
-                    " start the same job again, and it goes on with what was written"
+                    f"rank {rank} of {size} has lost the others ({reason_of(error)}): one of them has ended, and may say"
+                    " why; start the same job again, and it goes on with what was written"
                 ) from error
             return values
 
         return cls(rank, size, gather)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first sentence of an error of torch.distributed, without the place in its source.
+
+    >>> reason_of(RuntimeError("[/a/pair.cc:53] Connection closed by peer [127.0.0.1]:27. This is typically ..."))
+    'Connection closed by peer [127.0.0.1]:27'
+    """
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return shown(re.split(r"[.] [A-Z]", re.sub(r"^.*[.](cc|cpp|hpp):[0-9]+\] ", "", line))[0])
 
 
 ALONE = Ranks(0, 1, lambda value: [value])
