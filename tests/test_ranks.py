@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from itertools import count, pairwise
 from pathlib import Path
 from threading import Condition, Event, current_thread
@@ -31,10 +32,11 @@ from checkpoints import files_of, random_state, write_model
 from mergekit_imm import MergeReport, Ranks, execute, launch, merge_checkpoints, stream
 from mergekit_imm.checkpoint import disk, journal
 from mergekit_imm.errors import ArgumentError, MismatchError, NonFiniteError, OutputError, RankError
+from mergekit_imm.plan import RECORD
 
 SHAPES = {
     "model.embed_tokens.weight": (1000, 900),
-    **{f"model.layers.{i}.w": (700, 1500 + 100 * i) for i in range(4)},
+    **{f"model.layers.{i}.w": (700, 1500 + 100 * i) for i in range(7)},
     "model.norm": (17,), "empty": (0, 3), "lm_head.weight": (1000, 900),
 }  # fmt: skip
 SHARDS = [list(SHAPES)[:3], list(SHAPES)[3:]]
@@ -43,8 +45,8 @@ CONFIG = {"architectures": ["Tiny"], "model_type": "tiny"}
 Run = Callable[..., Any]
 
 
-def write_pair(folder: Path, *, sft_of: torch.Tensor | None = None, tied: bool = False) -> Path:
-    """Write base, of two files, and sft, of one: 9 MB each."""
+def write_pair(folder: Path, *, tied: bool = False) -> Path:
+    """Write base, of two files, and sft, of one: 21 MB each."""
     for seed, role in enumerate(("base", "sft")):
         state = random_state(SHAPES, seed=seed)
         state["steps"] = torch.arange(3)
@@ -126,7 +128,7 @@ def test_any_number_of_ranks_makes_the_same_bytes(pair: Path, case: Path, size: 
     total = sum(path.stat().st_size for path in (case / "out").glob("*.safetensors"))
     assert reports[0].bytes_written == total
     # What lies across a cut is read twice.
-    assert 2 * 0.99 * total < reports[0].bytes_read < 2 * total + size * 2 * 2 * execute.BLOCK * 1024
+    assert 2 * 0.99 * total < reports[0].bytes_read < 2 * total + size * 2 * 2 * 4 * RECORD
     assert [report.status for report in merged_by(size, verify=True)] == ["already merged"] * size
 
 
@@ -165,16 +167,15 @@ def test_no_two_ranks_write_into_one_mib(
                 owners.setdefault((handle.path.name, block), set()).add(thread)
         write_at(handle, content, offset)
 
-    def begin(*arguments: Any, **options: Any) -> Iterator[Any]:
+    def begin(plans: Any, todo: Any, sink: Any, **options: Any) -> Any:
         """The worker, one for each rank, is named after its rank."""
         name = current_thread().name.replace("rank", "of")
-        sink = arguments[2]
 
         def named(*given: Any) -> None:
             current_thread().name = name
             sink(*given)
 
-        return run(*arguments[:2], named, **options)
+        return run(plans, todo, named, **options)
 
     run = execute.run
     with patch.object(disk, "write_at", noted), patch.object(stream, "run", begin):
@@ -322,8 +323,10 @@ def test_all_stop_when_one_meets_an_infinite_value(tmp_path: Path, monkeypatch: 
     with patch("mergekit_imm.stream.run", slowed):
         failed = merged_by(3, workers=1)
     assert all(isinstance(each, NonFiniteError) for each in failed)
-    assert str(failed[0]).startswith("rank 2 of 3: tensor 'lm_head.weight' of sft sft has 1 NaN or infinite of 900000")
-    assert slow < 3  # of four and more, had it gone on
+    # Two ranks may compute the piece, which lies across a cut.
+    told = r"rank [12] of 3: tensor 'lm_head.weight' of sft sft has 1 NaN or infinite of 900000 elements"
+    assert re.match(told, str(failed[0]))
+    assert slow < 4  # of six and more, had it gone on
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "sft"]
 
 
@@ -401,7 +404,7 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 
 def test_torchrun(pair: Path, case: Path) -> None:
-    """The plain command; one rank is killed at a random moment."""
+    """The plain command."""
     ended = torchrun(2, "-m", "mergekit_imm", *MERGE, "--json", cwd=case)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count('"status": "merged"') == 1
@@ -410,17 +413,17 @@ def test_torchrun(pair: Path, case: Path) -> None:
     assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft"]
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_torchrun_finishes_what_a_dead_rank_left(pair: Path, case: Path, victim: int) -> None:
+def test_torchrun_finishes_what_a_dead_rank_left(pair: Path, case: Path) -> None:
+    """Three ranks, of which one is killed at a random moment."""
     (case / "slow.py").write_text(SLOW)
-    moment = random.uniform(0, 0.5)
+    victim, moment = random.randrange(3), random.uniform(0, 0.5)
     ended = torchrun(
         3, "--max-restarts", "2", "--monitor-interval", "0.1", "slow.py", *MERGE, "--ranks", "torchrun", cwd=case,
         KILL=f"{victim}:{moment}",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert f"failed (exitcode: -9) local_rank: {victim}" in ended.stderr, moment
-    assert ended.stdout.count("merged 9 tensors") == 1
+    assert ended.stdout.count("merged 12 tensors") == 1
     assert files_of(case / "out") == files_of(pair / "one")
     assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft", "slow.py"]
 
@@ -455,17 +458,15 @@ def recorded(partial: Path, ranks: int) -> bool:
 
 
 def test_a_job_that_was_killed_goes_on(pair: Path, case: Path) -> None:
-    processes = by_hand(3, *MERGE, code=SLOW)
+    processes = by_hand(2, *MERGE, code=SLOW)
     until = time.monotonic() + 60
-    while not recorded(case / "out.partial", 3) and time.monotonic() < until:
+    while not recorded(case / "out.partial", 2) and time.monotonic() < until:
         time.sleep(0.01)
     for process in processes:
         process.send_signal(signal.SIGKILL)
-    assert [status for status, *_ in ends(processes)] == [-9] * 3
+    assert [status for status, *_ in ends(processes)] == [-9] * 2
     assert not (case / "out").exists()
-    (first, told, _), (second, *silent) = ends(by_hand(2, *MERGE, "--json"))
-    assert (first, second, silent) == (0, 0, ["", ""])
-    written = int(re.findall(r'"bytes_written": (\d+),\n  "disk_needed"', told)[0])
+    written = merged_by(3)[0].bytes_written
     whole = sum(path.stat().st_size for path in (case / "out").glob("*.safetensors"))
     assert written < whole - (2 << 20)
     assert files_of(case / "out") == files_of(pair / "one")
@@ -508,7 +509,7 @@ def test_slurm(pair: Path, case: Path) -> None:
     other, (status, out, err) = ends(processes)
     assert other == (0, "", "")
     assert (status, err) == (0, "")
-    assert out.startswith("merged 9 tensors")
+    assert out.startswith("merged 12 tensors")
     assert files_of(case / "out") == files_of(pair / "one")
 
 
@@ -562,7 +563,7 @@ def test_places_that_are_not_there(kind: str, environment: dict[str, str], messa
 
 
 def test_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "COME", launch.timedelta(seconds=1))
+    monkeypatch.setattr(launch, "COME", timedelta(seconds=1))
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))

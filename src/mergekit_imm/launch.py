@@ -24,7 +24,7 @@ from .errors import ArgumentError, RankError, shown
 from .ranks import Ranks, reason_of
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 COME = timedelta(minutes=15)  # until all ranks are there
 WAIT = timedelta(days=7)  # for the slowest rank; one that has ended is noticed at once
@@ -151,17 +151,18 @@ def _fresh(place: Place) -> Store:
     torchrun's store outlives the ranks that it restarts, and holds what those before them said. So each says a word of
     its own, and rank 0 answers it until all have heard.
     """
-    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     url = f"tcp://{place.address}:{place.port}"
-    store, _, _ = next(dist.rendezvous(url, place.rank, place.size, timeout=COME))
-    store = dist.PrefixStore("mergekit_imm", store)
+    store, _, _ = next(rendezvous(url, place.rank, place.size, timeout=COME))
+    store = PrefixStore("mergekit_imm", store)
     word = secrets.token_hex(8)
     if place.rank:
         store.set(f"word {place.rank}", word)
         name = store.get(f"answer {word}").decode()
         store.set(f"{name} heard {place.rank}", "")
-        return dist.PrefixStore(name, store)
+        return PrefixStore(name, store)
     until = time.monotonic() + COME.total_seconds()
     missing = list(range(1, place.size))
     while missing:
@@ -172,4 +173,4 @@ def _fresh(place: Place) -> Store:
         if missing and time.monotonic() > until:
             raise RuntimeError(f"rank {missing[0]} has not come")
         time.sleep(0.01)
-    return dist.PrefixStore(word, store)
+    return PrefixStore(word, store)

@@ -42,8 +42,8 @@ class Ranks:
                 dist.all_gather_object(values, value, group=group)
             except RuntimeError as error:
                 raise RankError(
-                    f"rank {rank} of {size} has lost the others ({reason_of(error)}): one of them has ended, and may say"
-                    " why; start the same job again, and it goes on with what was written"
+                    f"rank {rank} of {size} has lost the others ({reason_of(error)}): one of them has ended, and may"
+                    " say why; start the same job again, and it goes on with what was written"
                 ) from error
             return values
 
