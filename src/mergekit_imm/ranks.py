@@ -30,7 +30,8 @@ class Ranks:
     def of_group(cls, group: ProcessGroup | None = None) -> Ranks:
         """Return the ranks of a process group of torch.distributed; of the default one for None.
 
-        Raises RankError, from `gather`, when another rank has ended, or did not come before the group's timeout.
+        `gather` raises RankError when another rank has ended, or is not there before the group's timeout: that must
+        be longer than the slowest rank may take.
         """
         import torch.distributed as dist
 
