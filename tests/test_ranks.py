@@ -246,6 +246,21 @@ def test_another_number_of_ranks_goes_on(pair: Path, case: Path, sizes: tuple[in
     assert not report.notes
 
 
+def test_a_piece_is_recorded_only_when_all_ranks_have_written_their_part(pair: Path, case: Path) -> None:
+    """Rank 1 begins in the middle of a piece, and rank 0 ends before it writes anything."""
+    stopped = stopped_after(2)
+
+    def run(*arguments: Any, **options: Any) -> Iterator[Any]:
+        if current_thread().name == "rank-0":
+            raise KeyboardInterrupt
+        yield from stopped(*arguments, **options)
+
+    with patch("mergekit_imm.stream.SYNC_BYTES", 1), patch("mergekit_imm.stream.run", run):
+        merged_by(2, workers=1)
+    merge_checkpoints("base", "sft", "out", drop=0.9)
+    assert files_of(case / "out") == files_of(pair / "one")
+
+
 def test_journals_of_other_merges_are_not_believed(pair: Path, case: Path) -> None:
     with patch("mergekit_imm.stream.SYNC_BYTES", 1), patch("mergekit_imm.stream.run", stopped_after(2)):
         merged_by(2, workers=1, alpha=0.25)
