@@ -49,8 +49,8 @@ import os, signal
 from mergekit_imm import __main__, stream
 stream.SYNC_BYTES = 2 << 20
 note = stream._Written.note
-def noted(self, done, number):
-    note(self, done, number)
+def noted(self, *arguments):
+    note(self, *arguments)
     if self.job.written > SHARE * self.job.plan.bytes_to_write:
         os.kill(os.getpid(), signal.SIGKILL)
 stream._Written.note = noted

@@ -23,7 +23,7 @@ SOURCE = ROOT / "src" / "mergekit_imm"
 # A module imports only from lines above its own.
 LEVELS = [
     ["errors"],
-    ["json_input"],
+    ["json_input", "ranks"],
     ["mask", "layers", "importance", "config", "sums", "sweep", "schedules"],
     ["recipe", "flat"],
     ["fused"],
@@ -44,12 +44,12 @@ LEVELS = [
     ["layout", "ties", "vocab"],
     ["agreement"],
     ["plan"],
-    ["reading"],
+    ["reading", "shares"],
     ["execute", "report"],
     ["stream", "prepare", "inplace"],
     ["verification"],
     ["build", "check"],
-    ["merge", "live", "summary", "console"],
+    ["merge", "live", "summary", "console", "launch"],
     ["shell"],
     ["loopstate"],
     ["loop", "loopsummary", "rounds", "callback"],

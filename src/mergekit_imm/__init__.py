@@ -21,12 +21,14 @@ if TYPE_CHECKING:
         NonFiniteError,
         OutputError,
         PartialMergeError,
+        RankError,
         VerifyError,
     )
     from .importance import importance_factors
     from .live import merge_into
     from .merge import iter_merged, merge_checkpoints
     from .ops import dare, dare_merge, interpolate, keep_mask, task_vector
+    from .ranks import Ranks
     from .recipe import MergeReport
     from .rounds import Rounds
     from .verification import VerifyReport, verify
@@ -45,6 +47,8 @@ _HOME = {
     "NonFiniteError": "errors",
     "OutputError": "errors",
     "PartialMergeError": "errors",
+    "RankError": "errors",
+    "Ranks": "ranks",
     "VerifyError": "errors",
     "VerifyReport": "verification",
     "dare": "ops",
@@ -70,6 +74,8 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "PartialMergeError",
+    "RankError",
+    "Ranks",
     "Rounds",
     "VerifyError",
     "VerifyReport",

@@ -12,10 +12,11 @@ from .checkpoint import disk, journal, output, swap
 from .errors import ChangedError, MismatchError, NonFiniteError, OutputError, shown
 from .execute import Device, Progress
 from .plan import Plan
+from .ranks import ALONE, Ranks, together
 from .reading import check_inputs
 from .recipe import differences, to_json
 from .report import written_files
-from .stream import Job, Recipe, Records, stream
+from .stream import Job, Recipe, Records, errors_of, stream
 from .verification import compare
 
 
@@ -27,44 +28,68 @@ def build(
     restart: bool,
     verify: bool,
     progress: Progress | None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Make each job's folder from its plan, or go on with what an earlier process began; inputs are read once for all.
 
-    With `verify` all of it is computed again and compared before a folder appears. Raises OutputError, VerifyError and
-    what `run` raises. OUT.partial stays for the next try, unless an input was refused.
+    With `verify` all of it is computed again and compared before a folder appears. Of several ranks, 0 makes, locks and
+    publishes the folders, and all write into them. Raises OutputError, VerifyError and what `run` raises. OUT.partial
+    stays for the next try, unless an input was refused.
     """
     bytes_to_write = sum(job.plan.bytes_to_write for job in jobs)
     total = bytes_to_write * (2 if verify else 1)
+    leads = ranks.rank == 0
 
     def advance(done: int, _: int) -> None:
         if progress is not None:
             progress(done, total)
 
     with ExitStack() as stack:
-        # In one order, lest two sweeps of the same outputs wait for each other's.
-        for job, recipe in sorted(zip(jobs, recipes, strict=True), key=lambda pair: str(pair[0].partial.absolute())):
-            stack.enter_context(output.output_errors(job.out, job.partial))
-            made = disk.make_folder(job.partial)
-            stack.enter_context(output.locked(job.partial))
-            stack.callback(_remove_empty, {job.partial, *made})
-            _take(job, recipe, restart)
-        unwritten = [(job, recipe) for job, recipe in zip(jobs, recipes, strict=True) if _is_unwritten(job, recipe)]
-        try:
-            records = stream([job for job, _ in unwritten], [to_json(each) for _, each in unwritten], device, advance)
-            for job in jobs:
-                _remove_foreign(job)
-            for (job, recipe), each in zip(unwritten, records, strict=True):
-                _write_side(job.plan, job.partial, recipe, each)
+
+        def take() -> list[int]:
+            # In one order, lest two sweeps of the same outputs wait for each other's.
+            pairs = sorted(zip(jobs, recipes, strict=True), key=lambda pair: str(pair[0].partial.absolute()))
+            for job, recipe in pairs if leads else ():
+                with errors_of([job]):
+                    made = disk.make_folder(job.partial)
+                    if not stack.enter_context(output.locked(job.partial)):
+                        job.notes.append(
+                            f"note: the filesystem of {shown(job.out)} has no locks: see to it that nothing else is"
+                            " merged there"
+                        )
+                    stack.callback(_remove_empty, {job.partial, *made})
+                    _take(job, recipe, restart)
+            pairs = list(zip(jobs, recipes, strict=True)) if leads else []
+            return [number for number, (job, recipe) in enumerate(pairs) if _is_unwritten(job, recipe)]
+
+        def write_rest() -> None:
+            if leads:
+                with errors_of(jobs):
+                    for job in jobs:
+                        _remove_foreign(job)
+                    for number, each in zip(unwritten, records, strict=True):
+                        _write_side(jobs[number].plan, jobs[number].partial, recipes[number], each)
             check_inputs(jobs[0].plan.inputs)
+
+        def publish() -> None:
+            for job in jobs if leads else ():
+                with errors_of([job]):
+                    swap.publish(job.out, replace=job.replace)
+
+        unwritten = ranks.gather(together(ranks, take))[0]
+        try:
+            recipes_left = [to_json(recipes[number]) for number in unwritten]
+            records = stream([jobs[number] for number in unwritten], recipes_left, device, advance, ranks)
+            together(ranks, write_rest)
         except (NonFiniteError, MismatchError, ChangedError):
-            for job in jobs:
-                journal.empty(job.partial)
+            if leads:
+                with errors_of(jobs):
+                    for job in jobs:
+                        journal.empty(job.partial)
             raise
         if verify:
-            check(jobs, recipes, device, lambda done, _: advance(bytes_to_write + done, 0))
-        for job in jobs:
-            with output.output_errors(job.out, job.partial):
-                swap.publish(job.out, replace=job.replace)
+            check(jobs, recipes, device, lambda done, _: advance(bytes_to_write + done, 0), ranks)
+        together(ranks, publish)
 
 
 def _remove_empty(folders: set[Path]) -> None:
@@ -101,7 +126,9 @@ def _is_unwritten(job: Job, recipe: Recipe) -> bool:
     return (job.partial / journal.JOURNAL).exists() or not output.is_whole(job.partial, to_json(recipe), job.whole)
 
 
-def check(jobs: Sequence[Job], recipes: Sequence[Recipe], device: Device, progress: Progress | None) -> None:
+def check(
+    jobs: Sequence[Job], recipes: Sequence[Recipe], device: Device, progress: Progress | None, ranks: Ranks = ALONE
+) -> None:
     """Compute whole folders again and compare every byte, those that are published and those that are not yet."""
     total, before = sum(job.plan.bytes_to_write for job in jobs), 0
     for job, recipe in zip(jobs, recipes, strict=True):
@@ -111,17 +138,27 @@ def check(jobs: Sequence[Job], recipes: Sequence[Recipe], device: Device, progre
             if progress is not None:
                 progress(before + done, total)
 
-        folder, cure = job.partial, "memory or disk have failed; merge again with --restart"
-        if not folder.is_dir():
-            folder, cure = job.out, "remove it and merge again"
-        found = compare(job.plan, recipe, folder, workers=job.workers, device=device, progress=advance, cure=cure)
-        foreign = [name for name in found.not_of_the_merge if name != journal.JOURNAL]
-        if foreign and folder == job.partial:
-            raise OutputError(f"{shown(folder / foreign[0])} is none of the merge; {cure}")
+        _check(job, recipe, device, advance, ranks)
         job.verified = time.perf_counter() - began
         before += job.plan.bytes_to_write
         if progress is not None:
             progress(before, total)
+
+
+def _check(job: Job, recipe: Recipe, device: Device, progress: Progress, ranks: Ranks) -> None:
+    folder, cure = job.partial, "memory or disk have failed; merge again with --restart"
+    if not folder.is_dir():
+        folder, cure = job.out, "remove it and merge again"
+    found = compare(
+        job.plan, recipe, folder, workers=job.workers, device=device, progress=progress, cure=cure, ranks=ranks
+    )
+
+    def refuse_foreign() -> None:
+        foreign = [name for name in found.not_of_the_merge if name != journal.JOURNAL]
+        if foreign and folder == job.partial:
+            raise OutputError(f"{shown(folder / foreign[0])} is none of the merge; {cure}")
+
+    together(ranks, refuse_foreign)
 
 
 def check_unfinished(partial: Path, recipe: Mapping[str, Any]) -> None:

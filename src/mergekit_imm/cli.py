@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, NoReturn
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from . import __version__
 from .console import CONTEXT, progress_bar, run, say, tell
-from .errors import ArgumentError, MismatchError, OutputError, bytes_text, shown
+from .errors import ArgumentError, MergeError, MismatchError, OutputError, RankError, bytes_text, shown
 from .loopcli import loop_command
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
+
 
 merge_epilog = """\b
 Examples:
@@ -82,6 +87,10 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 @click.option("--no-drop", metavar="REGEX", multiple=True, help="Tensors to merge without dropping; repeatable.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute; same bits.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, 2 x CPUs)]")
+@click.option(
+    "--ranks", type=click.Choice(["torchrun", "slurm"]),
+    help="One merge by many processes.  [default: torchrun's, if it started `-m mergekit_imm merge`]",
+)  # fmt: skip
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity in the inputs through.")
 @click.option("--copy-code", is_flag=True, help="Copy *.py files of the model too.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would happen, write nothing.")
@@ -97,7 +106,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 @click.version_option(__version__, prog_name="imm-merge")
 def merge_command(
     quiet: bool, as_json: bool, base: str, sft: tuple[str, ...], out: str | None, check: bool, **options: Any
-) -> None:
+) -> int | None:
     """Merge the fine-tuned model SFT back towards BASE, streaming, in constant memory.
 
     \b
@@ -110,13 +119,21 @@ def merge_command(
     if options["dtype"] == "base":
         options["dtype"] = None
     if check:
+        if options["ranks"]:
+            raise click.UsageError("--check reads headers only, and is not for many ranks; leave --ranks out.")
         _check(base, sft, options, as_json=as_json)
-        return
+        return None
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'.")
     if len(sft) > 1:
         raise click.UsageError(f"Got {len(sft)} models, {', '.join(sft)}, to merge into {base}; give one, or --check.")
-    _merge(base, sft[0], out, options, quiet=quiet, as_json=as_json)
+    from .launch import joined
+
+    with joined(options.pop("ranks")) as ranks:
+        if ranks is not None and ranks.rank:
+            return _join(base, sft[0], out, options, ranks)
+        _merge(base, sft[0], out, options, ranks, quiet=quiet, as_json=as_json)
+    return None
 
 
 def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json: bool) -> None:
@@ -139,7 +156,24 @@ def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json
         raise MismatchError(f"{models} cannot be merged into {shown(base)}; {reasons} listed above")
 
 
-def _merge(base: str, sft: str, out: str, options: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
+def _join(base: str, sft: str, out: str, options: dict[str, Any], ranks: Ranks) -> int:
+    """Do another rank's part, and leave to rank 0 what is to be said. Returns the exit status."""
+    from .merge import merge_checkpoints
+
+    try:
+        reports = merge_checkpoints(base, sft, out, ranks=ranks, **options)
+    except RankError:
+        raise
+    except MergeError:
+        with suppress(RankError):
+            ranks.gather(None)  # until rank 0 has said why, and ended: torchrun ends it when another ends first
+        return 1
+    return int(any(report.refused for report in reports))
+
+
+def _merge(
+    base: str, sft: str, out: str, options: dict[str, Any], ranks: Ranks | None, *, quiet: bool, as_json: bool
+) -> None:
     from .merge import merge_checkpoints
     from .summary import finished, planned
     from .sweep import SWEPT, points
@@ -150,7 +184,7 @@ def _merge(base: str, sft: str, out: str, options: dict[str, Any], *, quiet: boo
     except ArgumentError as error:
         raise click.UsageError(str(error)) from error
     with progress_bar("merging", shown=not (quiet or dry_run)) as progress:
-        reports = merge_checkpoints(base, sft, out, progress=progress, **options)
+        reports = merge_checkpoints(base, sft, out, progress=progress, ranks=ranks, **options)
     if not quiet:
         for note in dict.fromkeys(note for report in reports for note in report.notes):
             tell(note)

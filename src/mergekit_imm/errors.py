@@ -8,6 +8,7 @@
     ├── NonFiniteError     NaN, infinity, or a value too large for the output dtype
     ├── OutputError        the output cannot be written, or must not be
     ├── PartialMergeError  a merge into a live model failed on the way: the model is of no use
+    ├── RankError          of the ranks of one merge, another has ended
     └── VerifyError        an output is not what its recipe says
 
 Each message is one line: what was asked, what was found, where, and the cure.
@@ -44,6 +45,10 @@ class OutputError(MergeError):
 
 class PartialMergeError(MergeError):
     """A merge into a live model failed when parts of it were written: load the model again."""
+
+
+class RankError(MergeError):
+    """Of the ranks of one merge, another has ended."""
 
 
 class VerifyError(MergeError):

@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from .checkpoint.tensorfile import TensorInfo
 from .errors import ArgumentError, CheckpointError, OutputError, shown
 from .execute import Progress, check_device, check_workers, pick_device, run
 from .plan import segments
-from .prepare import check_platform, open_inputs, places_of, plans_of, recipes_of, what_is_there
+from .prepare import check_platform, check_same, open_inputs, places_of, plans_of, recipes_of, what_is_there
+from .ranks import ALONE, Ranks, together
 from .reading import check_inputs
 from .recipe import MergeReport, to_json
 from .sweep import is_list, points
@@ -45,6 +46,7 @@ class MergeOptions(TypedDict, total=False):
     copy_code: bool
     dry_run: bool
     progress: Progress | None
+    ranks: Ranks | None
 
 
 @overload
@@ -91,6 +93,7 @@ def merge_checkpoints(
     copy_code: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> MergeReport | list[MergeReport]:
     """Merge two checkpoints on disk (three, with start) into a third, streaming, in constant memory.
 
@@ -123,6 +126,8 @@ def merge_checkpoints(
         copy_code: copy *.py files too.
         dry_run: plan and check everything, write nothing. Too little space is told in the report (`refused`).
         progress: called with (bytes done, bytes in all) now and then, in this thread.
+        ranks: the processes that make this call together, each a part of the work, on a filesystem that all of them
+            see; `Ranks.of_group()` of a process group. If None, this process alone.
 
     Returns a MergeReport, of a sweep a list; its status is "already merged" where `out` holds this very merge. Raises
     MergeError (see `mergekit_imm.errors`), one line that names the cure. After an interruption the same call goes on
@@ -141,62 +146,79 @@ def merge_checkpoints(
     from .stream import Job, lack_of_space
 
     began = time.perf_counter()
+    ranks = ranks or ALONE
     numbers = {"alpha": alpha, "drop": drop, "seed": seed}
-    found = points(str(out), numbers)
-    targets = [output.expanded(point.out) for point in found]
-    for target in targets:
-        output.check_name(target)
-        swap.check_marker(target)
-    if len({target.resolve() for target in targets}) < len(targets):
-        raise ArgumentError(
-            f"two merges would go to one folder; give an output that {shown(str(out))} names once for each"
-        )
     workers = check_workers(workers)
     check_device(device)
-    inputs, parameters, history = open_inputs(
-        base, sft, start, outs=targets, dry_run=dry_run, iteration=iteration, importance=importance,
-        points=[point.values for point in found], reference=reference, dtype=dtype, max_shard_size=max_shard_size,
-        keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, dequantize=dequantize,
-        allow_nonfinite=allow_nonfinite, copy_code=copy_code,
-    )  # fmt: skip
-    places = places_of(inputs)
-    if isinstance(importance, str | Path):
-        places["the importance file"] = Path(importance)
-    for target in targets:
-        output.check_place(target, places)
-    plans = plans_of(inputs, parameters)
-    jobs = [
-        Job(plan, target, workers, device, began, replace=overwrite, restart=restart)
-        for plan, target in zip(plans, targets, strict=True)
-    ]
+
+    def prepare() -> tuple[list[Job], list[dict[str, Any]]]:
+        found = points(str(out), numbers)
+        targets = [output.expanded(point.out) for point in found]
+        for target in targets:
+            output.check_name(target)
+            swap.check_marker(target)
+        if len({target.resolve() for target in targets}) < len(targets):
+            raise ArgumentError(
+                f"two merges would go to one folder; give an output that {shown(str(out))} names once for each"
+            )
+        inputs, parameters, history = open_inputs(
+            base, sft, start, outs=targets, dry_run=dry_run, iteration=iteration, importance=importance,
+            points=[point.values for point in found], reference=reference, dtype=dtype, max_shard_size=max_shard_size,
+            keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, dequantize=dequantize,
+            allow_nonfinite=allow_nonfinite, copy_code=copy_code,
+        )  # fmt: skip
+        places = places_of(inputs)
+        if isinstance(importance, str | Path):
+            places["the importance file"] = Path(importance)
+        for target in targets:
+            output.check_place(target, places)
+        plans = plans_of(inputs, parameters)
+        jobs = [
+            Job(plan, target, workers, device, began, replace=overwrite, restart=restart)
+            for plan, target in zip(plans, targets, strict=True)
+        ]
+        # Of a hub id there are no files in a dry run.
+        unread = any(each.folder is None for each in inputs.values())
+        return jobs, [] if unread else recipes_of(plans, history)
+
+    def decide() -> tuple[list[bool], str]:
+        """Which outputs are there already, and what the others lack."""
+        if ranks.rank:
+            return [], ""
+        if not dry_run:
+            for job in jobs:
+                with output.output_errors(job.out):
+                    swap.repair(job.out)
+        whole = [output.is_whole(job.out, to_json(each), job.whole) for job, each in zip(jobs, recipes, strict=True)]
+        left = [(job, each) for job, each, done in zip(jobs, recipes, whole, strict=True) if not done]
+        for job, each in left:
+            if output.is_occupied(job.out) and not overwrite:
+                there = what_is_there(job.out, each)
+                raise OutputError(f"output {shown(job.out)} is there and {there}; give another, or --overwrite it")
+            if not restart:
+                check_unfinished(job.partial, each)
+        lacking = lack_of_space([job for job, _ in left])
+        if lacking and not dry_run:
+            raise OutputError(lacking)
+        return whole, lacking
 
     def reported(reports: list[MergeReport]) -> MergeReport | list[MergeReport]:
         return reports if any(map(is_list, numbers.values())) else reports[0]
 
-    if any(each.folder is None for each in inputs.values()):  # a dry run on a hub id
+    jobs, recipes = together(ranks, prepare)
+    check_same(ranks, recipes)
+    if not recipes:
         return reported([job.report("dry run", lack_of_space(jobs)) for job in jobs])
-    recipes = recipes_of(plans, history)
-    if not dry_run:
-        for target in targets:
-            with output.output_errors(target):
-                swap.repair(target)
-    whole = [output.is_whole(job.out, to_json(each), job.whole) for job, each in zip(jobs, recipes, strict=True)]
+    whole, lacking = ranks.gather(together(ranks, decide))[0]
     left = [(job, each) for job, each, done in zip(jobs, recipes, whole, strict=True) if not done]
-    for job, each in left:
-        if output.is_occupied(job.out) and not overwrite:
-            there = what_is_there(job.out, each)
-            raise OutputError(f"output {shown(job.out)} is there and {there}; give another, or --overwrite it")
-        if not restart:
-            check_unfinished(job.partial, each)
-    lacking = lack_of_space([job for job, _ in left])
-    if lacking and not dry_run:
-        raise OutputError(lacking)
-    if left and not dry_run:
+    computes = together(ranks, lambda: pick_device(device)) if not dry_run and (left or verify) else None
+    if left and computes is not None:
         jobs_left, recipes_left = zip(*left, strict=True)
-        build(jobs_left, recipes_left, pick_device(device), restart=restart, verify=verify, progress=progress)
-    if verify and not dry_run:
+        build(jobs_left, recipes_left, computes, restart=restart, verify=verify, progress=progress, ranks=ranks)
+    if verify and computes is not None:
         found_whole = [(job, each) for job, each, done in zip(jobs, recipes, whole, strict=True) if done]
-        check([job for job, _ in found_whole], [each for _, each in found_whole], pick_device(device), progress)
+        jobs_whole, recipes_whole = [job for job, _ in found_whole], [each for _, each in found_whole]
+        check(jobs_whole, recipes_whole, computes, progress, ranks)
     merged = "dry run" if dry_run else "merged"
     return reported(
         [job.report("already merged") if w else job.report(merged, lacking) for job, w in zip(jobs, whole, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,17 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .checkpoint.adapter import applied
 from .checkpoint.computed import Tensor
 from .checkpoint.quantised import check_unquantised, dequantized
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import fingerprint
-from .errors import ArgumentError, CheckpointError, shown
+from .errors import ArgumentError, CheckpointError, MismatchError, shown
 from .importance import read_importance
 from .names import matched
 from .plan import Plan, make_plan
+from .ranks import Ranks
 from .reading import same_bytes, same_values
-from .recipe import RECIPE_FILE, Parameters, differences, history_of, make_recipe, parse_size, read_recipe
+from .recipe import RECIPE_FILE, Parameters, differences, history_of, make_recipe, parse_size, read_recipe, to_json
 from .ties import SameBytes
 from .vocab import resized
 
@@ -235,3 +238,21 @@ def what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
     if changes:
         return f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})"
     return "lacks files of this very merge" if found else "not empty"
+
+
+def check_same(ranks: Ranks, recipes: Sequence[Mapping[str, Any]]) -> None:
+    """Raise MismatchError, on every rank, if one sees other inputs than rank 0, or is of another version."""
+    own = hashlib.blake2b(b"\0".join([__version__.encode(), *map(to_json, recipes)]), digest_size=16).digest()
+    first, *others = ranks.gather(own)
+    other = next((rank for rank, each in enumerate(others, 1) if each != first), None)
+    if other is None:
+        return
+    seen = ranks.gather((__version__, list(recipes)))
+    (version, theirs), (its_version, its) = seen[0], seen[other]
+    changes = [] if version == its_version else [f"mergekit_imm {version} -> {its_version}"]
+    for one, another in zip(theirs, its, strict=False):
+        changes += differences(one, another)
+    raise MismatchError(
+        f"rank {other} of {ranks.size} would make another merge than rank 0 ({'; '.join(changes[:3])}"
+        f"{'; …' if len(changes) > 3 else ''}); give all ranks the same command, inputs and version"
+    )

@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,22 @@ from .checkpoint import disk, journal, output
 from .checkpoint.tensorfile import TensorInfo, open_tensorfile
 from .errors import OutputError, bytes_text, shown
 from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
-from .plan import Plan, Segment, segments
+from .plan import Plan, segments
+from .ranks import ALONE, Ranks, together
 from .recipe import MergeReport
 from .report import actions, kinds, renamed
+from .shares import Share, shares
 from .sums import RECORD
 
 Recipe = Mapping[str, Any]
+Finished = npt.NDArray[np.bool_]  # of each segment of a plan
+Handles = dict[str, disk.Handle]
 Records = npt.NDArray[np.float64]  # one row for each segment of a plan
 
 SYNC_BYTES, SYNC_SECONDS = 512 << 20, 5.0
 INTERPRETER = 190 << 20  # Python, numpy, numba, the compiled kernel: the most that was measured
 PER_TENSOR = 1024
+STOP = journal.JOURNAL + ".stop"  # there when one of several ranks has failed
 
 
 class Job:
@@ -105,6 +110,15 @@ def lack_of_space(jobs: Sequence[Job]) -> str:
     return ""
 
 
+@contextmanager
+def errors_of(jobs: Sequence[Job]) -> Iterator[None]:
+    """Turn an OSError into an OutputError that says what was kept."""
+    with ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(output.output_errors(job.out, job.partial))
+        yield
+
+
 def _blocks(path: Path) -> int:
     try:
         return path.lstat().st_blocks * 512
@@ -115,45 +129,39 @@ def _blocks(path: Path) -> int:
 class _Written:
     """One output folder under way: its files, its journal, and what of its plan is done."""
 
-    def __init__(self, job: Job, recipe: bytes, stack: ExitStack) -> None:
-        self.job, plan = job, job.plan
-        total = sum(item.segment_count for item in plan.items)
-        if (job.partial / journal.JOURNAL).exists() and (
-            journal.journal_format(job.partial) != (journal.VERSION, total)
-            or any(_own_size(job.partial / name) != size for name, size in job.sizes.items())
-        ):
-            if journal.has_records(job.partial):
-                job.notes.append("note: the unfinished merge lost files, or another version began it; beginning anew")
-            journal.empty(job.partial)
-        self.journal = journal.Journal(job.partial, recipe, total)
-        stack.callback(self.journal.close)
-        entries = self.journal.entries
-        self.records = np.zeros((total, RECORD))
-        self.finished = np.zeros(total, bool)
+    def __init__(self, job: Job, own: journal.Journal, finished: Finished, handles: Handles) -> None:
+        self.job, self.journal, self.finished, self.handles = job, own, finished, handles
+        self.records = np.zeros((len(finished), RECORD))
+        self.record(own.entries)
+        self.pending: list[int] = []
+        self.halves: list[int] = []  # segments of which another rank writes the rest
+        self.dirty = set(handles)
+
+    def record(self, entries: journal.Entries) -> None:
+        """Take over what a journal says."""
         self.finished[entries["segment"]] = True
         self.records[entries["segment"]] = entries["record"]
-        self.pending: list[int] = []
-        self.handles: dict[str, disk.Handle] = {}
-        for file in plan.files:
-            handle = disk.open_output(job.partial / file.name, file.size)
-            stack.callback(os.close, handle.descriptor)
-            self.handles[file.name] = handle
-            disk.write_at(handle, memoryview(file.head), 0)
-            job.written += len(file.head)
-        disk.sync_folder(job.partial)  # a record is worth nothing if its file has no name
-        self.dirty = set(self.handles)
 
-    def write(self, tensor: TensorInfo, first: int, piece: memoryview) -> None:
+    def entries(self, indices: list[int]) -> journal.Entries:
+        """Return what a journal says of segments."""
+        entries = np.zeros(len(indices), journal.ENTRY)
+        entries["segment"], entries["record"] = indices, self.records[indices]
+        return entries
+
+    def write(self, share: Share, tensor: TensorInfo, first: int, piece: memoryview) -> None:
         handle = self.handles[tensor.file]
-        with output.output_errors(handle.path, self.job.partial):
-            disk.write_at(handle, piece, tensor.begin + first)
+        low, high = share.clip(tensor, first, len(piece))
+        if low < high:
+            with output.output_errors(handle.path, self.job.partial):
+                disk.write_at(handle, piece[low:high], tensor.begin + first + low)
 
-    def note(self, done: Done, number: int) -> None:
+    def note(self, done: Done, number: int, held: int) -> None:
         index = done.segment.index
         self.records[index] = done.records[number]
-        self.pending.append(index)
+        (self.pending if held == done.bytes_written else self.halves).append(index)
         self.dirty.update(out.file for out in self.job.plan.items[done.segment.item].outs)
-        self.job.written += done.bytes_written
+        self.job.written += held
+        self.job.read += done.bytes_read
 
     def sync(self) -> None:
         """Force to the disk what was written, and only then record it."""
@@ -162,72 +170,178 @@ class _Written:
                 disk.sync(self.handles[name].descriptor)
             self.dirty.clear()
             if self.pending:
-                entries = np.zeros(len(self.pending), journal.ENTRY)
-                entries["segment"], entries["record"] = self.pending, self.records[self.pending]
-                self.journal.append(entries)
+                self.journal.append(self.entries(self.pending))
+                self.finished[self.pending] = True
                 self.pending.clear()
 
 
-def stream(jobs: Sequence[Job], recipes: Sequence[bytes], device: Device, progress: Progress | None) -> list[Records]:
+def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Written:
+    """Make the files of a folder, or take up those that are there; make room, and a journal for each of the ranks."""
+    plan, partial = job.plan, job.partial
+    total = sum(item.segment_count for item in plan.items)
+    if (partial / journal.JOURNAL).exists() and (
+        journal.journal_format(partial) != (journal.VERSION, total)
+        or any(_own_size(partial / name) != size for name, size in job.sizes.items())
+    ):
+        if journal.has_records(partial):
+            job.notes.append("note: the unfinished merge lost files, or another version began it; beginning anew")
+        journal.empty(partial)
+    (partial / STOP).unlink(missing_ok=True)
+    own = journal.Journal(partial, recipe, total)
+    stack.callback(own.close)
+    others = journal.take_in(partial, own, recipe, total)
+    handles = {}
+    for file in plan.files:
+        handle = handles[file.name] = disk.open_output(partial / file.name, file.size)
+        stack.callback(os.close, handle.descriptor)
+        disk.write_at(handle, memoryview(file.head), 0)
+        job.written += len(file.head)
+        if size > 1:
+            disk.sync(handle.descriptor)  # before another machine writes behind it
+    for rank in range(1, size):
+        journal.Journal(partial, recipe, total, rank).close()
+    disk.sync_folder(partial)  # a record is worth nothing if its file has no name
+    written = _Written(job, own, np.zeros(total, bool), handles)
+    written.record(others)
+    return written
+
+
+def _joined(job: Job, recipe: bytes, rank: int, finished: Finished, stack: ExitStack) -> _Written:
+    """Open the files of a folder that rank 0 has begun."""
+    own = journal.Journal(job.partial, recipe, len(finished), rank)
+    stack.callback(own.close)
+    handles = {}
+    for file in job.plan.files:
+        handle = handles[file.name] = disk.open_output(job.partial / file.name, None)
+        stack.callback(os.close, handle.descriptor)
+    return _Written(job, own, finished, handles)
+
+
+def stream(
+    jobs: Sequence[Job], recipes: Sequence[bytes], device: Device, progress: Progress | None, ranks: Ranks = ALONE
+) -> list[Records]:
     """Write the safetensors files of all jobs, or what is missing of them, from one reading of the inputs.
 
-    Returns for each job the records of all its segments.
+    Returns for each job the records of all its segments; on rank 0 only.
     """
     if not jobs:
         return []
-    plans = [job.plan for job in jobs]
-    warm_up(plans, device)
     began = time.perf_counter()
     with ExitStack() as stack:
-        folders = [_Written(job, recipe, stack) for job, recipe in zip(jobs, recipes, strict=True)]
 
-        def todo() -> Iterator[Task]:
-            for segment in segments(plans[0]):
-                lacking = [number for number, each in enumerate(folders) if not each.finished[segment.index]]
-                if lacking:
-                    yield segment, lacking
+        def begin() -> list[_Written]:
+            if ranks.rank:
+                return []
+            with errors_of(jobs):
+                return [_begun(job, recipe, ranks.size, stack) for job, recipe in zip(jobs, recipes, strict=True)]
 
-        def sink(number: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
-            folders[number].write(tensor, first, piece)
+        def work() -> list[_Written]:
+            with errors_of(jobs):
+                folders = begun or [
+                    _joined(job, recipe, ranks.rank, np.unpackbits(each, count=count).astype(bool), stack)
+                    for job, recipe, (each, count) in zip(jobs, recipes, finished, strict=True)
+                ]
+                lacking = np.sum([~each.finished for each in folders], axis=0)
+                share = shares(jobs[0].plan, lacking, ranks.size)[ranks.rank]
+                _work(folders, share, device, progress, told=ranks.size > 1)
+                return folders
 
-        waiting, synced = 0, time.perf_counter()
-        total = sum(plan.bytes_to_write for plan in plans)
-        done = sum(_bytes_done(each) for each in folders)
-        # Closed before the files are, whatever happens: a worker must not write to a descriptor that is another's.
-        results = stack.enter_context(closing(run(plans, todo(), sink, workers=jobs[0].workers, device=device)))
-        for result in results:
-            if result is not None:
-                for number in result.records:
-                    folders[number].note(result, number)
-                    jobs[number].read += result.bytes_read
-                    waiting += result.bytes_written
-                    done += result.bytes_written
-            if waiting >= SYNC_BYTES or (waiting and time.perf_counter() - synced >= SYNC_SECONDS):
-                for each in folders:
-                    each.sync()
-                waiting, synced = 0, time.perf_counter()
-            if progress is not None:
-                progress(done, total)
-        for each in folders:
-            each.sync()
-        if progress is not None:
-            progress(total, total)
+        begun = together(ranks, begin)
+        finished = ranks.gather([(np.packbits(each.finished), len(each.finished)) for each in begun])[0]
+        folders = together(ranks, work)
+        parts = ranks.gather([(each.job.read, each.job.written, each.entries(each.halves)) for each in folders])
+
+        def end() -> None:
+            if ranks.rank == 0:
+                with errors_of(jobs):
+                    for each, recipe, *of_ranks in zip(folders, recipes, *parts, strict=True):
+                        _end(each, recipe, of_ranks)
+
+        together(ranks, end)
     for job in jobs:
         job.streamed = time.perf_counter() - began
-        for file in job.plan.files:
-            _read_back(job.partial / file.name, job.plan)
     return [each.records for each in folders]
 
 
-def _bytes_done(written: _Written) -> int:
-    if not written.finished.any():
-        return 0
-    plan, finished = written.job.plan, written.finished
+def _work(folders: Sequence[_Written], share: Share, device: Device, progress: Progress | None, *, told: bool) -> None:
+    """Write a share. With `told` the ranks tell each other, by a file, when one has failed."""
+    jobs = [each.job for each in folders]
+    plans = [job.plan for job in jobs]
+    warm_up(plans, device)
 
-    def size(segment: Segment) -> int:
-        return plan.items[segment.item].bytes_written(segment.count)
+    def todo() -> Iterator[Task]:
+        for segment in segments(plans[0]):
+            lacking = [number for number, each in enumerate(folders) if not each.finished[segment.index]]
+            if lacking and share.held(segment):
+                yield segment, lacking
 
-    return sum(size(segment) for segment in segments(plan) if finished[segment.index])
+    def sink(number: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
+        folders[number].write(share, tensor, first, piece)
+
+    waiting, synced, looked = 0, time.perf_counter(), time.perf_counter()
+    # Closed before the files are, whatever happens: a worker must not write to a descriptor that is another's.
+    with closing(run(plans, todo(), sink, workers=jobs[0].workers, device=device)) as results:
+        total = sum(plan.bytes_to_write for plan in plans)
+        before, own = _amounts(folders, share) if progress is not None else (0, 0)
+        done = 0
+        try:
+            for result in results:
+                if result is not None:
+                    held = share.held(result.segment)
+                    for number in result.records:
+                        folders[number].note(result, number, held)
+                        waiting += held
+                        done += held
+                now = time.perf_counter()
+                if waiting >= SYNC_BYTES or (waiting and now - synced >= SYNC_SECONDS):
+                    for each in folders:
+                        each.sync()
+                    waiting, synced = 0, time.perf_counter()
+                if told and now - looked >= 1:
+                    if (jobs[0].partial / STOP).exists():
+                        return
+                    looked = now
+                if progress is not None:  # all ranks are as far, as far as this one knows
+                    progress(before + done * (total - before) // max(own, 1), total)
+        except Exception:
+            if told:
+                with suppress(OSError):
+                    (jobs[0].partial / STOP).touch()
+            raise
+    for each in folders:
+        each.sync()
+    if progress is not None:
+        progress(total, total)
+
+
+def _amounts(folders: Sequence[_Written], share: Share) -> tuple[int, int]:
+    """Return how many bytes were finished by an earlier process, and how many a share lacks."""
+    plan, before, own = share.plan, 0, 0
+    for segment in segments(plan):
+        finished = sum(bool(each.finished[segment.index]) for each in folders)
+        before += finished * plan.items[segment.item].bytes_written(segment.count)
+        own += (len(folders) - finished) * share.held(segment)
+    return before, own
+
+
+def _end(written: _Written, recipe: bytes, parts: Sequence[tuple[int, int, journal.Entries]]) -> None:
+    """Take in what all ranks did, and read the files back."""
+    job, partial = written.job, written.job.partial
+    reads, writes, halves = zip(*parts, strict=True)
+    job.read, job.written = sum(reads), sum(writes)
+    joined = np.concatenate(halves)
+    if len(joined):  # all parts of them are on the disk now
+        written.journal.append(joined)
+        written.record(joined)
+    written.record(journal.take_in(partial, written.journal, recipe, len(written.finished)))
+    lost = int(np.count_nonzero(~written.finished))
+    if lost:
+        raise OutputError(
+            f"{lost} of the {len(written.finished)} pieces of {shown(partial)} are in no rank's journal; run the same"
+            " command again, and they are written"
+        )
+    for file in job.plan.files:
+        _read_back(partial / file.name, job.plan)
 
 
 def _own_size(path: Path) -> int:

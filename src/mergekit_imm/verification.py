@@ -21,6 +21,7 @@ from .errors import ArgumentError, CheckpointError, VerifyError, shown
 from .execute import Device, Progress, check_workers, pick_device, run
 from .plan import Plan, segments
 from .prepare import plans_of, prepared
+from .ranks import ALONE, Ranks, together
 from .recipe import RECIPE_FILE, REPORT_FILE, history_of, make_recipe, parse_parameters, read_recipe
 from .report import written_files
 from .sums import RECORD
@@ -109,47 +110,66 @@ def compare(
     device: Device,
     progress: Progress | None,
     cure: str = "merge again",
+    ranks: Ranks = ALONE,
 ) -> VerifyReport:
-    """Compute a plan again and compare with the bytes in a folder. Raises VerifyError with the first difference."""
+    """Compute a plan again and compare with the bytes in a folder. Raises VerifyError with the first difference.
+
+    Each of several ranks compares a part of all (there is no `sample` then), and 0 the small files.
+    """
     everything = list(segments(plan))
-    chosen = everything
+    # Not the part that this rank wrote, where there is another: it may lie in this machine's memory.
+    part = (ranks.rank + ranks.size // 2) % ranks.size
+    first, last = (len(everything) * edge // ranks.size for edge in (part, part + 1))
+    chosen = everything[first:last]
     if sample < 1:
         chosen = random.sample(everything, max(1, round(sample * len(everything)))) if everything else []
         chosen.sort(key=lambda segment: segment.index)
     records = np.zeros((len(everything), RECORD))
-    compared = 0
-    with ExitStack() as stack:
-        handles = {file.name: stack.enter_context(_opened(folder / file.name, cure)) for file in plan.files}
-        for file in plan.files:
-            _compare_head(handles[file.name], file.head, file.size, folder / file.name, cure)
 
-        def check(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
-            found = np.empty(len(piece), np.uint8)
-            read_into(handles[tensor.file], memoryview(found), tensor.begin + first, folder / tensor.file)  # type: ignore[arg-type]
-            expected = np.frombuffer(piece, np.uint8)
-            if not np.array_equal(found, expected):
-                at = int(np.flatnonzero(found != expected)[0])
-                element = (first + at) * 8 // DTYPE_BITS[tensor.dtype]
-                raise VerifyError(
-                    f"tensor '{shown(tensor.name)}' in {shown(folder / tensor.file)} differs from its recipe, first at"
-                    f" element {element} (byte {tensor.begin + first + at} of the file); {cure}"
-                )
+    def recompute() -> int:
+        compared = 0
+        with ExitStack() as stack:
+            handles = {file.name: stack.enter_context(_opened(folder / file.name, cure)) for file in plan.files}
+            for file in plan.files:
+                _compare_head(handles[file.name], file.head, file.size, folder / file.name, cure)
 
-        total = sum(file.size for file in plan.files)
-        todo = ((segment, (0,)) for segment in chosen)
-        results = run([plan], todo, check, workers=workers, device=device)
-        for done in stack.enter_context(closing(results)):
-            if done is not None:
-                records[done.segment.index] = done.records[0]
-                compared += done.bytes_written
-            if progress is not None:
-                progress(round(compared / sample), total)
-    expected = written_files(plan, recipe, records)
-    if sample < 1:
-        del expected[REPORT_FILE]
-    _compare_files(plan, folder, expected, cure)
+            def check(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
+                found = np.empty(len(piece), np.uint8)
+                read_into(handles[tensor.file], memoryview(found), tensor.begin + first, folder / tensor.file)  # type: ignore[arg-type]
+                expected = np.frombuffer(piece, np.uint8)
+                if not np.array_equal(found, expected):
+                    at = int(np.flatnonzero(found != expected)[0])
+                    element = (first + at) * 8 // DTYPE_BITS[tensor.dtype]
+                    raise VerifyError(
+                        f"tensor '{shown(tensor.name)}' in {shown(folder / tensor.file)} differs from its recipe, first"
+                        f" at element {element} (byte {tensor.begin + first + at} of the file); {cure}"
+                    )
+
+            total = sum(file.size for file in plan.files)
+            todo = ((segment, (0,)) for segment in chosen)
+            results = run([plan], todo, check, workers=workers, device=device)
+            for done in stack.enter_context(closing(results)):
+                if done is not None:
+                    records[done.segment.index] = done.records[0]
+                    compared += done.bytes_written
+                if progress is not None:
+                    progress(min(round(compared * ranks.size / sample), total), total)
+        return compared
+
+    def compare_small() -> dict[str, bytes]:
+        expected = written_files(plan, recipe, records)
+        if sample < 1:
+            del expected[REPORT_FILE]
+        _compare_files(plan, folder, expected, cure)
+        return expected
+
+    compared = together(ranks, recompute)
+    parts = ranks.gather((first, records[first:last]))
+    for at, each in parts:
+        records[at : at + len(each)] = each
+    expected = together(ranks, compare_small) if ranks.rank == 0 else together(ranks, dict[str, bytes])
     files = [*(file.name for file in plan.files), *plan.side, *expected]
-    others = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
+    others = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()] if ranks.rank == 0 else []
     return VerifyReport(
         out=str(folder),
         segments=len(chosen),

@@ -41,11 +41,16 @@ class Handle:
     direct: bool  # the descriptor takes whole pages only, and they bypass the cache
 
 
-def open_output(path: Path, size: int) -> Handle:
-    """Open a file to be written, as it is or new, with room for `size` bytes. Raises OSError if there is none."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+def open_output(path: Path, size: int | None) -> Handle:
+    """Open a file to be written, as it is or new, with room for `size` bytes. Raises OSError if there is none.
+
+    Without a size the file must be there, and keeps what it has.
+    """
+    new = 0 if size is None else os.O_CREAT
+    descriptor = os.open(path, os.O_RDWR | new | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        allocate(descriptor, size)
+        if size is not None:
+            allocate(descriptor, size)
         if _is_local(path):
             try:
                 direct = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)

@@ -1,7 +1,8 @@
 """The journal of a merge under way: which segments are on the disk, as far as it is certain.
 
-OUT.partial/.imm_journal   first line: the recipe; then batches of finished segments, each recorded only after
-                           its bytes were synced. Removed when the folder is whole.
+OUT.partial/.imm_journal     first line: the recipe; then batches of finished segments, each recorded only after
+                             its bytes were synced. Removed when the folder is whole.
+OUT.partial/.imm_journal-N   the same, of rank N where several write one folder; whoever goes on takes them in.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ Entries = npt.NDArray[Any]
 class Journal:
     """Which segments are on disk, as far as it is certain."""
 
-    def __init__(self, folder: Path, recipe: bytes, segments: int) -> None:
+    def __init__(self, folder: Path, recipe: bytes, segments: int, rank: int = 0) -> None:
         """Begin a new journal for a recipe cut into so many segments, or take up the one that is there."""
-        self.path = folder / JOURNAL
+        self.path = folder / name_of(rank)
         self.entries: Entries = np.empty(0, ENTRY)
         head = json.dumps({"version": VERSION, "segments": segments, "recipe": json.loads(recipe)}).encode() + b"\n"
         if self.path.exists():
@@ -39,7 +40,7 @@ class Journal:
             self._file.truncate(good)
             self._file.seek(good)
         else:
-            temporary = self.path.with_name(JOURNAL + ".new")
+            temporary = self.path.with_name(self.path.name + ".new")
             with temporary.open("wb") as file:
                 file.write(head)
                 file.flush()
@@ -76,6 +77,30 @@ class Journal:
         self._file.close()
 
 
+def name_of(rank: int) -> str:
+    """Return the name of a rank's journal."""
+    return f"{JOURNAL}-{rank}" if rank else JOURNAL
+
+
+def take_in(folder: Path, journal: Journal, recipe: bytes, segments: int) -> Entries:
+    """Record what other ranks' journals in a folder say in this one, and remove them; returns what they said."""
+    found = [np.empty(0, ENTRY)]
+    others = sorted(path for path in folder.glob(f"{JOURNAL}-*") if path.suffix != ".new")
+    for path in others:
+        rank = path.name.removeprefix(f"{JOURNAL}-")
+        if rank.isdecimal() and rank.isascii() and _head(folder, path.name) == _head(folder):
+            other = Journal(folder, recipe, segments, int(rank))
+            found.append(other.entries[other.entries["segment"] < segments])
+            other.close()
+    entries = np.concatenate(found)
+    if len(entries):
+        journal.append(entries)
+    for path in others:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+    return entries
+
+
 def unfinished(folder: Path) -> dict[str, Any] | None:
     """Return the recipe of the merge that a folder was being built for; None if it is no such folder."""
     recipe = _head(folder).get("recipe")
@@ -89,14 +114,18 @@ def journal_format(folder: Path) -> tuple[Any, Any]:
 
 
 def has_records(folder: Path) -> bool:
-    """Whether the journal in a folder holds more than its first line."""
-    with (folder / JOURNAL).open("rb") as file:
-        file.readline()
-        return bool(file.read(1))
+    """Whether a journal in a folder holds more than its first line."""
+    for name in (JOURNAL, *(path.name for path in folder.glob(f"{JOURNAL}-*"))):
+        if _head(folder, name):
+            with (folder / name).open("rb") as file:
+                file.readline()
+                if file.read(1):
+                    return True
+    return False
 
 
-def _head(folder: Path) -> dict[str, Any]:
-    path = folder / JOURNAL
+def _head(folder: Path, name: str = JOURNAL) -> dict[str, Any]:
+    path = folder / name
     try:
         if path.is_symlink() or not path.is_file():
             return {}

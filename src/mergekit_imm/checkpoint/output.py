@@ -145,21 +145,32 @@ def is_occupied(out: Path) -> bool:
     return out.is_dir() and any(out.iterdir())
 
 
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone, on this machine. Raises OutputError if another process holds it."""
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder for this process alone, on this machine. Raises OutputError if another process holds it.
+
+    False where the filesystem has no locks for folders: NFS, and Lustre as it is often mounted.
+    """
     busy = OutputError(f"{shown(folder)} is being written by another merge; wait for it, or give another output")
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise busy from None
     try:
+        held = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise busy from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            held = False
         if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
             raise busy  # which has just finished, and moved it
-        yield
+        yield held
     finally:
         os.close(descriptor)

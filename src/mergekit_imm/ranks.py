@@ -1,0 +1,84 @@
+"""One merge by many processes: who they are, and how they come to one end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import MergeError, RankError, shown
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process among those that run one merge together; all must make the same call.
+
+    `gather` takes a value and returns those of all ranks in their order, once each has given its own.
+    """
+
+    rank: int
+    size: int
+    gather: Callable[[Any], list[Any]]
+
+    @classmethod
+    def of_group(cls, group: ProcessGroup | None = None) -> Ranks:
+        """Return the ranks of a process group of torch.distributed; of the default one for None.
+
+        `gather` raises RankError when another rank has ended, or is not there before the group's timeout: that must
+        be longer than the slowest rank may take.
+        """
+        import torch.distributed as dist
+
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+
+        def gather(value: Any) -> list[Any]:
+            values: list[Any] = [None] * size
+            try:
+                dist.all_gather_object(values, value, group=group)
+            except RuntimeError as error:
+                raise RankError(
+                    f"rank {rank} of {size} has lost the others ({reason_of(error)}): one of them has ended, and may"
+                    " say why; start the same job again, and it goes on with what was written"
+                ) from error
+            return values
+
+        return cls(rank, size, gather)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first sentence of an error of torch.distributed, without the place in its source.
+
+    >>> reason_of(RuntimeError("[/a/pair.cc:53] Connection closed by peer [127.0.0.1]:27. This is typically ..."))
+    'Connection closed by peer [127.0.0.1]:27'
+    """
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return shown(re.split(r"[.] [A-Z]", re.sub(r"^.*[.](cc|cpp|hpp):[0-9]+\] ", "", line))[0])
+
+
+ALONE = Ranks(0, 1, lambda value: [value])
+
+
+def together(ranks: Ranks, step: Callable[[], T]) -> T:
+    """Run a step on each rank and return what it returns on this one, once all have done theirs.
+
+    Where it raises a MergeError on some, the first of these is raised on all.
+    """
+    failure: MergeError | None = None
+    try:
+        result = step()
+    except RankError:
+        raise  # there is nobody to tell
+    except MergeError as error:
+        failure = error
+    for rank, each in enumerate(ranks.gather(failure)):
+        if each is not None:
+            if failure is not None and rank == ranks.rank:
+                raise failure
+            raise type(each)(f"rank {rank} of {ranks.size}: {each}" if rank else str(each))
+    return result
