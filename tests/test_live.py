@@ -441,7 +441,10 @@ def test_memory_is_that_of_the_model(tmp_path: Path) -> None:
         assert before > 10**9
         print(peak() - before)
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=Path(__file__).parent, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
     (tmp_path / "base" / "model.safetensors").unlink()
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 150e6

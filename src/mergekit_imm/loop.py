@@ -75,7 +75,7 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
         disk.make_folder(folder)
         with locked(folder) as held:
             under_way = _Run(folder, held, begin(folder, settings), echo, tell)
-            open_checkpoint(settings.base, "base")  # refuse now, and not after hours of training
+            open_checkpoint(settings.base, "base", dry_run=True)  # refuse now, and not after hours of training
             _go_on(under_way)
             return under_way.state
 
