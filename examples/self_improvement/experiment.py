@@ -24,6 +24,7 @@ from warm import serving
 
 HERE = Path(__file__).resolve().parent
 ROUNDS, POOL, SAMPLES = 3, 600, 8
+QUESTIONS = "--questions 400 100"  # to test with: in domain, and of each other skill
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ ARMS = {
         "IMM, alpha by held-out score",
         "--alpha 0.2 --drop 0.2 --gate held-out --retry 0.4,0.6,0.8",
         evaluate="held-out",
+    ),
+    "stopped": Arm(
+        "STaR, learning rate / 5, stopped by held-out score",
+        f"{PLAIN} --gate held-out",
+        "--lr 1e-4",
+        evaluate="held-out",
+        own_start=True,
     ),
     "previous": Arm("IMM, anchor previous", "--alpha 0.5 --drop 0.2 --anchor previous"),
     "ema": Arm("IMM, anchor ema:0.5", "--alpha 0.5 --drop 0.2 --anchor ema:0.5"),
@@ -81,7 +89,9 @@ def loop_command(name: str, arm: Arm, seed: int) -> list[str]:
     command = ["imm-loop", "base", "-o", name, "--rounds", str(ROUNDS), "--seed", str(seed), *arm.loop.split()]
     command += ["--generate", generate, "--train", train]
     if arm.evaluate:
-        scores = script("evaluate.py", f"--model {{model}} --base {{base}} --json {{json}} --part {arm.evaluate}")
+        scores = script(
+            "evaluate.py", f"--model {{model}} --base {{base}} --json {{json}} --part {arm.evaluate} {QUESTIONS}"
+        )
         command += ["--evaluate", scores]
     return command
 
@@ -103,7 +113,7 @@ def final(model: str, place: str, folder: Path) -> dict[str, Any]:
     """Test a model at length, with pass@k and each skill, unless that was done."""
     path = folder / place
     if not path.exists():
-        arguments = f"--model {model} --base base --json {place}.part --samples {SAMPLES}"
+        arguments = f"--model {model} --base base --json {place}.part --samples {SAMPLES} {QUESTIONS}"
         run(shlex.split(script("evaluate.py", arguments)), folder)
         path.with_name(f"{path.name}.part").rename(path)
     result: dict[str, Any] = json.loads(path.read_text())

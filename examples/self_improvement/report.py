@@ -230,9 +230,13 @@ def draw_arms(results: Results, path: Path) -> None:
             statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0 for values in (inside, outside)
         ]
         merging = "IMM" in label
-        color = "#1f6fb4" if merging else "#b9770e" if arm in GENTLE else "#c0392b"
+        color = "#1f6fb4" if merging else "#b9770e" if arm in (*GENTLE, "stopped") else "#c0392b"
         axes.errorbar(x, y, errors[1], errors[0], fmt="o" if merging else "s", color=color, lw=0.8, alpha=0.8)
-        axes.annotate(label, (x, y), (6, 4), textcoords="offset points", color=color, fontsize=8)
+        left = arm == STAR  # others are near to it
+        axes.annotate(
+            label, (x, y), (-6 if left else 6, 4), textcoords="offset points", color=color, fontsize=8,
+            ha="right" if left else "left",
+        )  # fmt: skip
     axes.set_xlabel("in domain: change from the base, points")
     axes.set_ylabel("out of domain: change from the base, points")
     axes.set_title("After three rounds (bars: one standard error over the seeds)", loc="left")

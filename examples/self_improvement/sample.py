@@ -29,6 +29,8 @@ def main() -> None:
                 right[Example(question.prompt, answer)] = None
     solved = len({prompt for prompt, _ in right})
     print(f"{solved} of {len(prompts)} questions solved, with {len(right)} different answers")
+    if not right:
+        raise SystemExit("error: no answer was right, so there is nothing to train on; pretrain for longer")
     write_examples(right, arguments.output)
 
 

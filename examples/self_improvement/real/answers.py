@@ -83,7 +83,8 @@ class Generator:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.seed, self.longest, self.batch = seed, longest, batch
         self.vllm = self.model = None
-        if importlib.util.find_spec("vllm"):
+        adapter = (Path(model) / "adapter_config.json").exists()  # which vLLM does not take for a model
+        if importlib.util.find_spec("vllm") and not adapter:
             import vllm
 
             self.vllm = vllm.LLM(model, seed=seed)
