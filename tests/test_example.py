@@ -7,10 +7,10 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -77,16 +77,14 @@ def test_it_runs_from_the_base_to_the_report(example: Any, tmp_path: Path) -> No
 
 def test_answers_of_the_toy_are_right(example: Any) -> None:
     toy, rng = example("toy"), random.Random(1)
+    solve: dict[str, Callable[[str], object]] = {
+        "A": eval, "S": eval, "D": eval, "T": eval, "R": lambda t: t[::-1], "O": lambda t: "".join(sorted(t)),
+        "C": lambda t: t + t[-1], "M": lambda t: max(t.split(",")),
+    }  # fmt: skip
     for skill in toy.SKILLS:
         for _ in range(50):
             prompt, answer = toy.draw(skill, rng)
-            asked, found = prompt[1:-1], answer.rpartition(">")[2]
-            expected = {
-                "A": lambda t: eval(t), "S": lambda t: eval(t), "D": lambda t: eval(t), "T": lambda t: eval(t),
-                "R": lambda t: "".join(reversed(t)), "O": lambda t: "".join(sorted(t)), "C": lambda t: t + t[-1],
-                "M": lambda t: max(t.split(",")),
-            }[skill](asked)  # fmt: skip
-            assert found == f"{expected}."
+            assert answer.rpartition(">")[2] == f"{solve[skill](prompt[1:-1])}."
     assert toy.columns(482, 119, 1) == "11,10,6>601."
 
 
@@ -145,7 +143,7 @@ def test_the_number_of_a_real_answer(example: Any, text: str, number: Fraction |
 
 
 def test_differences_are_of_the_same_seed_and_have_their_interval(example: Any) -> None:
-    report: ModuleType = example("report")
+    report = example("report")
     seeds = {
         str(n): {"base": {"in": 10.0 * n, "out": 0.0}, "arms": {"low-lr": {"final": {"in": 10.0 * n + n, "out": 0.0}}}}
         for n in (1, 2, 3)
@@ -153,6 +151,7 @@ def test_differences_are_of_the_same_seed_and_have_their_interval(example: Any) 
     seeds["4"] = {"base": {"in": 99.0, "out": 0.0}, "arms": {}}
     values = report.differences({"seeds": seeds}, "low-lr", "base", report.MEASURES["in"])
     assert values == [1, 2, 3]
+    assert report.differences({"seeds": seeds}, "base", "low-lr", report.MEASURES["in"]) == [-1, -2, -3]
     assert report.spread(values) == "+2.0 ± 1.0"
     assert report.interval(values) == "+2.0 [-0.5, +4.5]"  # 4.30 / sqrt(3)
     assert report.interval([2.0, 2.1, 2.2]).startswith("**+2.1 [")
