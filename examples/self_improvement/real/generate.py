@@ -7,10 +7,18 @@ answer that was cut off is not kept.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from answers import Generator, prompt, read_questions, right
+from answers import Generator, Question, prompt, read_questions, right
 
 TEMPERATURES = (0.2, 0.4, 0.6)
+
+
+def row(question: Question, text: str, tokenizer: Any) -> str:
+    """Make a line of the data: both parts as messages of a chat, or both as text."""
+    asked = prompt(question.question, tokenizer)
+    answer = text if isinstance(asked, str) else [{"role": "assistant", "content": text}]
+    return json.dumps({"prompt": asked, "completion": answer}, ensure_ascii=False)
 
 
 def main() -> None:
@@ -24,30 +32,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="questions at once, without vLLM")
     parser.add_argument("--seed", type=int, default=0, help="give another one in each round")
     arguments = parser.parse_args()
-    generator = Generator(
-        arguments.model, seed=arguments.seed, longest=arguments.longest, batch=arguments.batch
-    )  # fmt: skip
+    generator = Generator(arguments.model, seed=arguments.seed, longest=arguments.longest, batch=arguments.batch)
     questions = read_questions(arguments.questions, arguments.limit)
     kept: dict[tuple[str, str], str] = {}
     solved = set()
     for temperature in TEMPERATURES:
-        for question, answers in zip(
-            questions, generator.answers(questions, arguments.count, temperature), strict=True
-        ):
+        answered = generator.answers(questions, arguments.count, temperature)
+        for question, answers in zip(questions, answered, strict=True):
             for answer in answers:
                 if answer.ended and right(answer.text, question):
                     solved.add(question)
-                    row = {
-                        "prompt": prompt(question.question, generator.tokenizer),
-                        "completion": answer.text,
-                    }
-                    if not isinstance(row["prompt"], str):
-                        row["completion"] = [{"role": "assistant", "content": answer.text}]
-                    kept[question.question, answer.text] = json.dumps(row, ensure_ascii=False)
+                    kept[question.question, answer.text] = row(question, answer.text, generator.tokenizer)
     print(f"{len(solved)} of {len(questions)} questions solved, with {len(kept)} different answers")
     if not kept:
         raise SystemExit("error: no answer was right, so there is nothing to train on")
-    Path(arguments.output).write_text("".join(f"{row}\n" for row in kept.values()), encoding="utf-8")
+    Path(arguments.output).write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="questions at once, without vLLM")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    generator = Generator(
-        arguments.model, seed=arguments.seed, longest=arguments.longest, batch=arguments.batch
-    )  # fmt: skip
+    generator = Generator(arguments.model, seed=arguments.seed, longest=arguments.longest, batch=arguments.batch)
     scores: dict[str, dict[str, float]] = {}
     for pair in arguments.questions:
         name, _, path = pair.partition("=")
