@@ -26,9 +26,9 @@ check: .venv/ready
 docs: .venv/ready
 	$(BIN)/python docs/scripts/help.py --check
 	$(BIN)/python docs/scripts/check_values.py --check
+	$(BIN)/python docs/scripts/self_improvement.py --check
 	$(BIN)/python docs/scripts/results.py --check
 	$(BIN)/python docs/scripts/lost.py --check
-	$(BIN)/python docs/scripts/self_improvement.py --check
 	$(BIN)/python docs/scripts/run_examples.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

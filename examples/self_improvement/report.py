@@ -107,16 +107,17 @@ def gentle_table(results: Results) -> str:
 def pass_table(results: Results) -> str:
     """Show pass@1 and pass@8 from sampled answers."""
     many = f"pass@{results['samples']}"
+    measures: list[Measure] = [lambda final: final[many]["in"], lambda final: final[many]["out"]]
     rows = []
     for arm, label in {BASE: "base", **labels(results, results["questions"])}.items():
         found = list(finals(results, arm).values())
         row = [average(f[k][part] for f in found) for part in ("in", "out") for k in ("pass@1", many)]
-        for part in ("in", "out"):
-            changes = differences(results, arm, BASE, lambda final, part=part: final[many][part])  # type: ignore[misc]
-            row.append("" if arm == BASE else spread(changes))
+        row += ["" if arm == BASE else spread(differences(results, arm, BASE, measure)) for measure in measures]
+        row += ["" if arm == GENTLE[0] else interval(differences(results, arm, GENTLE[0], m)) for m in measures]
         rows.append([label, *row])
-    head = [f"{part} {k}" for part in ("in", "out") for k in ("@1", many[4:])]
-    return markdown(["", *head, f"in {many[4:]}: change", f"out {many[4:]}: change"], rows)
+    k, gentle = many[4:], labels(results, results["questions"]).get(GENTLE[0], "")
+    head = ["in @1", f"in {k}", "out @1", f"out {k}", f"in {k}: change", f"out {k}: change"]
+    return markdown(["", *head, f"in {k}: less {gentle}", f"out {k}: less {gentle}"], rows)
 
 
 def skills_table(results: Results) -> str:
