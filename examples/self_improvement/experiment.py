@@ -43,7 +43,7 @@ class Arm:
 PLAIN = "--alpha 0 --drop 0"  # nothing is dropped and nothing pulled back: each round starts from the SFT
 ARMS = {
     "imm": Arm("IMM, alpha .5, drop .2", "--alpha 0.5 --drop 0.2 --baseline", evaluate="test", own_start=True),
-    "low-lr": Arm("STaR, learning rate / 5", PLAIN, "--lr 1e-4", own_start=True),
+    "low-lr": Arm("STaR, lr / 5", PLAIN, "--lr 1e-4", own_start=True),
     "early-stop": Arm("STaR, steps / 5", PLAIN, "--steps 20", own_start=True),
     "held-out": Arm(
         "IMM, alpha by held-out score",
@@ -51,7 +51,7 @@ ARMS = {
         evaluate="held-out",
     ),
     "stopped": Arm(
-        "STaR, learning rate / 5, stopped by held-out score",
+        "STaR, lr / 5, stopped by held-out score",
         f"{PLAIN} --gate held-out",
         "--lr 1e-4",
         evaluate="held-out",
@@ -65,9 +65,9 @@ ARMS = {
     "accumulation": Arm("STaR, data of all rounds", PLAIN, accumulate=True),
     "mixture": Arm("STaR, a quarter of old data", PLAIN, "--mixture 0.25", own_start=True),
     "imm-250": Arm("IMM, alpha .5, drop .2", "--alpha 0.5 --drop 0.2 --baseline", questions=250, own_start=True),
-    "low-lr-250": Arm("STaR, learning rate / 5", PLAIN, "--lr 1e-4", questions=250, own_start=True),
+    "low-lr-250": Arm("STaR, lr / 5", PLAIN, "--lr 1e-4", questions=250, own_start=True),
     "imm-2400": Arm("IMM, alpha .5, drop .2", "--alpha 0.5 --drop 0.2 --baseline", questions=2400, own_start=True),
-    "low-lr-2400": Arm("STaR, learning rate / 5", PLAIN, "--lr 1e-4", questions=2400, own_start=True),
+    "low-lr-2400": Arm("STaR, lr / 5", PLAIN, "--lr 1e-4", questions=2400, own_start=True),
 }
 STAR = "STaR"  # of an arm with --baseline: the same rounds without merges
 
@@ -134,10 +134,12 @@ def run_seed(seed: int, names: list[str], folder: Path, pretrain: str) -> None:
             run(shlex.split(script("pretrain.py", f"--output base --seed {seed} {pretrain}")), folder)
         if not (folder / "importance.json").exists():
             run(shlex.split(script("importance.py", f"--model base --output importance.json --seed {seed}")), folder)
+        path = folder / "results.json"
+        before = json.loads(path.read_text())["arms"] if path.exists() else {}  # arms that are not asked for now stay
         results: dict[str, Any] = {
             "base": final("base", "final-base.json", folder),
             "importance": json.loads((folder / "importance.json").read_text()),
-            "arms": {},
+            "arms": before,
         }
         for name in names:
             arm = ARMS[name]
@@ -153,7 +155,7 @@ def run_seed(seed: int, names: list[str], folder: Path, pretrain: str) -> None:
                 found["layers"] = json.loads((folder / name / "round-0/imm_report.json").read_text())["layers"]
             results["arms"][name] = found
             say("  in {in:.1f}, out of domain {out:.1f}".format(**found["final"]))
-            (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def processor() -> str:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 Results = Mapping[str, Any]
 Measure = Callable[[Mapping[str, Any]], float]
-BASE, STAR, IMM, GENTLE = "base", "star", "imm", ("low-lr", "early-stop")
+BASE, STAR, IMM, GENTLE, STOPPED = "base", "star", "imm", "low-lr", "stopped"
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # by the number of seeds
 MEASURES: dict[str, Measure] = {
     "in": lambda final: final["in"],
@@ -88,20 +88,15 @@ def arms_table(results: Results) -> str:
 
 
 def gentle_table(results: Results) -> str:
-    """Show the difference between each arm and gentle training, and IMM."""
+    """Show the difference between each arm and gentle training, the same stopped by the held-out score, and IMM."""
     known = labels(results, results["questions"])
-    head = ["", *(f"{part}: less {known[GENTLE[0]]}" for part in ("in", "out", "average"))]
-    others = [other for other in (GENTLE[1], IMM) if other in known]
-    rows = []
-    for arm, label in known.items():
-        if arm == GENTLE[0]:
-            continue
-        row = [interval(differences(results, arm, GENTLE[0], MEASURES[part])) for part in ("in", "out", "average")]
-        row += [
-            "" if arm == other else interval(differences(results, arm, other, MEASURES["average"])) for other in others
-        ]
-        rows.append([label, *row])
-    return markdown([*head, *(f"average: less {known[other]}" for other in others)], rows)
+    columns = [(GENTLE, part) for part in ("in", "out", "average")] + [(STOPPED, "average"), (IMM, "average")]
+    columns = [(other, part) for other, part in columns if other in known]
+    rows = [
+        [label, *("" if arm == o else interval(differences(results, arm, o, MEASURES[part])) for o, part in columns)]
+        for arm, label in known.items()
+    ]
+    return markdown(["", *(f"{part}: less {known[other]}" for other, part in columns)], rows)
 
 
 def pass_table(results: Results) -> str:
@@ -113,9 +108,9 @@ def pass_table(results: Results) -> str:
         found = list(finals(results, arm).values())
         row = [average(f[k][part] for f in found) for part in ("in", "out") for k in ("pass@1", many)]
         row += ["" if arm == BASE else spread(differences(results, arm, BASE, measure)) for measure in measures]
-        row += ["" if arm == GENTLE[0] else interval(differences(results, arm, GENTLE[0], m)) for m in measures]
+        row += ["" if arm == GENTLE else interval(differences(results, arm, GENTLE, m)) for m in measures]
         rows.append([label, *row])
-    k, gentle = many[4:], labels(results, results["questions"]).get(GENTLE[0], "")
+    k, gentle = many[4:], labels(results, results["questions"]).get(GENTLE, "")
     head = ["in @1", f"in {k}", "out @1", f"out {k}", f"in {k}: change", f"out {k}: change"]
     return markdown(["", *head, f"in {k}: less {gentle}", f"out {k}: less {gentle}"], rows)
 
@@ -135,7 +130,7 @@ def pools_table(results: Results) -> str:
     rows = []
     for questions in sorted({arm["questions"] for arm in results["arms"].values()}):
         for arm, label in labels(results, questions).items():
-            if arm.partition("-")[0] in (STAR, IMM) or arm.startswith(GENTLE[0]):
+            if arm.partition("-")[0] in (STAR, IMM) or arm.startswith(GENTLE):
                 parts = [spread(differences(results, arm, BASE, MEASURES[part])) for part in ("in", "out", "average")]
                 rows.append([str(questions), label, str(len(finals(results, arm))), *parts])
     return markdown(["questions", "", "seeds", "in: change", "out: change", "average: change"], rows)
@@ -220,29 +215,27 @@ def plain_axes(axes: Any) -> None:
 
 def draw_arms(results: Results, path: Path) -> None:
     """Plot every arm's change in domain against that out of domain."""
-    figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.5, 5.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(0, 0, "o", color="#222222")
-    axes.annotate("base", (0, 0), (6, 4), textcoords="offset points", color="#222222")
-    for arm, label in labels(results, results["questions"]).items():
+    axes.plot(0, 0, "o", color="#222222", label="base")
+    for number, (arm, label) in enumerate(labels(results, results["questions"]).items(), start=1):
         inside, outside = (differences(results, arm, BASE, MEASURES[part]) for part in ("in", "out"))
         x, y = statistics.mean(inside), statistics.mean(outside)
         errors = [
             statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0 for values in (inside, outside)
         ]
         merging = "IMM" in label
-        color = "#1f6fb4" if merging else "#b9770e" if arm in (*GENTLE, "stopped") else "#c0392b"
-        axes.errorbar(x, y, errors[1], errors[0], fmt="o" if merging else "s", color=color, lw=0.8, alpha=0.8)
-        left = arm == STAR  # others are near to it
-        axes.annotate(
-            label, (x, y), (-6 if left else 6, 4), textcoords="offset points", color=color, fontsize=8,
-            ha="right" if left else "left",
-        )  # fmt: skip
+        color = "#1f6fb4" if merging else "#b9770e" if arm in (GENTLE, STOPPED, "early-stop") else "#c0392b"
+        shape = "o" if merging else "s"
+        axes.errorbar(
+            x, y, errors[1], errors[0], fmt=shape, ms=4, color=color, lw=0.6, alpha=0.8, label=f"{number}  {label}"
+        )
+        axes.annotate(str(number), (x, y), (4, 4), textcoords="offset points", color=color, fontsize=9)
     axes.set_xlabel("in domain: change from the base, points")
     axes.set_ylabel("out of domain: change from the base, points")
     axes.set_title("After three rounds (bars: one standard error over the seeds)", loc="left")
-    axes.margins(x=0.18, y=0.08)
     plain_axes(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Software": None})
 
 
