@@ -1,0 +1,72 @@
+"""Fine-tune on right answers with TRL; the loss is that of the answers alone. (TRL 1.16, transformers 5.23.)
+
+A step that is run again goes on with its last checkpoint. With --lora an adapter is left; `imm-loop` applies it.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from datasets import concatenate_datasets, load_dataset
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, nargs="+", help="what generate.py wrote; several accumulate")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--batch", type=int, default=4, help="rows at once on a device")
+    parser.add_argument("--accumulation", type=int, default=4, help="batches for a step")
+    parser.add_argument("--longest", type=int, default=1024, help="tokens of a row; longer ones are left out")
+    parser.add_argument("--lora", type=int, metavar="RANK")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    files = list(dict.fromkeys(str(Path(path).resolve()) for path in arguments.data))
+    rows = concatenate_datasets(
+        [load_dataset("json", data_files=file, split="train", cache_dir=f"{arguments.output}/cache") for file in files]
+    )
+    peft = None
+    if arguments.lora:
+        from peft import LoraConfig
+
+        peft = LoraConfig(r=arguments.lora, lora_alpha=2 * arguments.lora, target_modules="all-linear")
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    config = SFTConfig(
+        output_dir=f"{arguments.output}/checkpoints",
+        learning_rate=arguments.lr,
+        num_train_epochs=arguments.epochs,
+        per_device_train_batch_size=arguments.batch,
+        gradient_accumulation_steps=arguments.accumulation,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,  # below 1 it is a share of all steps
+        max_length=None,
+        completion_only_loss=True,
+        bf16=bf16,
+        gradient_checkpointing=torch.cuda.is_available(),
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=10,
+        report_to="none",
+        seed=arguments.seed,
+        model_init_kwargs={"dtype": "float32"},  # what is trained; the merge rounds to the base's dtype
+    )
+    trainer = SFTTrainer(arguments.model, args=config, train_dataset=rows, peft_config=peft)
+    long = [number for number, row in enumerate(trainer.train_dataset) if len(row["input_ids"]) > arguments.longest]
+    if long:
+        print(f"{len(long)} of {len(rows)} rows are longer than {arguments.longest} tokens, and left out")
+        skipped = set(long)
+        trainer.train_dataset = trainer.train_dataset.select(n for n in range(len(rows)) if n not in skipped)
+    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(arguments.output)  # with the tokenizer
+    for name in ("checkpoints", "cache"):
+        shutil.rmtree(Path(arguments.output) / name)
+
+
+if __name__ == "__main__":
+    main()
