@@ -332,6 +332,8 @@ def test_the_command_ends_with_the_status_of_the_user_s(base: str) -> None:
     assert done.returncode == 42
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: the train command of round 0 ended with status 42; its last line: oh")
+    quiet = subprocess.run([*arguments, "-q"], capture_output=True, text=True, check=False)
+    assert (quiet.returncode, quiet.stderr.splitlines()[:-1], quiet.stdout) == (42, ["oh"], "")
 
 
 def test_refused_before_anything_is_run(base: str) -> None:

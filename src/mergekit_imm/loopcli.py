@@ -85,7 +85,7 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
     from .loop import run_loop
     from .loopstate import Settings
     from .loopsummary import plot, table
-    from .shell import to_stdout
+    from .shell import CommandError, to_stdout
 
     try:
         alphas = tuple(float(part) for part in retry.split(",")) if retry else ()
@@ -93,7 +93,12 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
         raise click.UsageError(f"--retry '{shown(retry)}' is no list of numbers; write 0.6,0.7") from error
     settings = Settings(base=base, retry=alphas, **options)
     speak = not (quiet or as_json)
-    state = run_loop(settings, run, echo=to_stdout if speak else None, tell=tell if not quiet else None)
+    try:
+        state = run_loop(settings, run, echo=to_stdout if speak else None, tell=tell if not quiet else None)
+    except CommandError as error:
+        for line in () if speak else error.lines:  # which nobody has seen
+            tell(shown(line, 500))
+        raise
     if as_json:
         say(json.dumps(state.to_dict(), indent=2))
     else:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,11 +23,11 @@ GRACE = 20.0  # seconds that a command has to end when it is asked to
 
 
 class CommandError(MergeError):
-    """A user's command failed. `status` is its exit status, 128 + the signal if one ended it."""
+    """A user's command failed. `status` is its exit status, 128 + the signal if one ended it; `lines` its last ones."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int, lines: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.lines = status, tuple(lines)
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
@@ -100,6 +100,7 @@ def run_command(what: str, command: str, log: Path, *, held: int, echo: Echo | N
             f"{what} ended with status {status}{told}; its output is in {shown(log, 300)}; the same command"
             " goes on with this step",
             status,
+            lines,
         )
 
 
