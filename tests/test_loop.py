@@ -201,6 +201,29 @@ def test_models_of_older_rounds_are_removed_when_asked(base: str) -> None:
     assert other.metrics == state.metrics
 
 
+def test_the_last_accepted_model_stays_when_a_gate_ends_the_loop(base: str) -> None:
+    said = "test -d {model}; case {model} in base) v=1 ;; *round-0*) v=2 ;; *) v=0 ;; esac; echo '{\"x\": '$v} > {json}"
+    wanted = asked(base, evaluate=said, gate="x", keep_rounds=1, baseline=True)
+    state = run_loop(wanted, "run")
+    assert (state.model, state.done[-1]) == ("run/round-0/merged", "1/evaluate baseline")
+    assert Path("run/round-0/merged/model.safetensors").exists()
+    told: list[str] = []
+    assert run_loop(wanted, "run", tell=told.append) == state
+    assert told == []
+
+
+def test_the_rounds_without_merges_go_on_when_a_gate_ended_the_loop(base: str) -> None:
+    said = "test -d {model}; case {model} in base) v=1 ;; *round-0*) v=2 ;; *) v=0 ;; esac; echo '{\"x\": '$v} > {json}"
+    train = f"case {{output}} in *baseline*) test -e go || exit 3 ;; esac; {TRAIN}"
+    wanted = asked(base, train=train, evaluate=said, gate="x", baseline=True)
+    with pytest.raises(CommandError):
+        run_loop(wanted, "run")
+    Path("go").touch()
+    state = run_loop(wanted, "run")
+    assert state.stopped.startswith("round 1 was not accepted")
+    assert "1/baseline" in state.metrics
+
+
 def test_a_generate_command_makes_the_data(base: str) -> None:
     made = "mkdir -p {output} && echo {round} > {output}/data.txt && test -d {model}"
     run_loop(asked(base, generate=made, train=f"test -s {{data}}/data.txt && {TRAIN}"), "run")

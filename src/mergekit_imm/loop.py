@@ -85,11 +85,11 @@ def _go_on(run: _Run) -> None:
     if run.settings.evaluate is not None and not run.has("base/evaluate"):
         _evaluate(run, "base/evaluate", "base", run.settings.base, 0, run.folder / "base.json")
     for number in range(run.settings.rounds):
-        if run.state.stopped:
-            return
         _round(run, number)
         if run.settings.baseline:
             _plain_round(run, number)
+        if run.has(f"{number}/stop"):  # the last accepted model is that of the round before: it stays
+            return
         if run.settings.keep_rounds is not None and not run.has(f"{number}/remove"):
             _remove(run, number - run.settings.keep_rounds)
             run.finish(f"{number}/remove")
@@ -98,6 +98,8 @@ def _go_on(run: _Run) -> None:
 def _round(run: _Run, number: int) -> None:
     """Generate, train, merge and evaluate, as far as it is not done; with a gate, until a merge is accepted."""
     settings = run.settings
+    if run.has(f"{number}/accept") or run.has(f"{number}/stop"):
+        return
     _train(run, number, run.start(number), "")
     if settings.evaluate is not None and not run.has(f"{number}/evaluate sft"):
         place = run.place(number, "sft.json")
@@ -105,8 +107,6 @@ def _round(run: _Run, number: int) -> None:
     first = parse_schedule(settings.alpha, settings.rounds)(number)
     closed = ""
     for alpha in (first, *(alpha for alpha in settings.retry if alpha > first)):
-        if run.has(f"{number}/accept"):
-            return
         if not run.has(f"{number}/merge {alpha:g}"):
             _merge(run, number, alpha)
             run.finish(f"{number}/merge {alpha:g}", alphas={**run.state.alphas, str(number): alpha})
