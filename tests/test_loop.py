@@ -158,6 +158,7 @@ def test_a_command_that_makes_no_model_is_told(base: str) -> None:
     [
         (None, "cannot be read: No such file"), ("{", "is not JSON"), ("[1]", "is no JSON object with numbers"),
         ('{"a": "b"}', "is no JSON object with numbers"), ('{"a": NaN}', "'a' is nan"),
+        ('{"a": 1' + "0" * 400 + "}", "'a' is inf"),
         ('{"other": 1}', "has no 'score', which the gate asks for, but other"),
     ],
 )  # fmt: skip
@@ -224,6 +225,15 @@ def test_the_rounds_without_merges_go_on_when_a_gate_ended_the_loop(base: str) -
     assert "1/baseline" in state.metrics
 
 
+def test_what_is_kept_elsewhere_stays_there(base: str) -> None:
+    """A training command may leave a link to where the model is."""
+    there = "$PWD/there-{round}"
+    train = f"{PYTHON} {TRAINER} train {{model}} {there} {{round}} && ln -s {there} {{output}}"
+    run_loop(asked(base, train=train, rounds=2, keep_rounds=1), "run")
+    assert not Path("run/round-0/sft").is_symlink()
+    assert Path("there-0/model.safetensors").exists()
+
+
 def test_a_generate_command_makes_the_data(base: str) -> None:
     made = "mkdir -p {output} && echo {round} > {output}/data.txt && test -d {model}"
     run_loop(asked(base, generate=made, train=f"test -s {{data}}/data.txt && {TRAIN}"), "run")
@@ -248,6 +258,14 @@ def test_the_table_and_the_pictures_show_what_was_measured(base: str) -> None:
     assert plot(run_loop(asked(base), "other"), Path("other")) == []
 
 
+def test_any_name_is_that_of_a_number(base: str) -> None:
+    names = {"round": 7, "kind": 3, "alpha": 0.1, "$\\frac$": 1}
+    said = f"echo {{model}} {shlex.quote(json.dumps(names))} | cut -d' ' -f2- > {{json}}"
+    state = run_loop(asked(base, evaluate=said, rounds=1), "run")
+    assert table(state).splitlines()[-1].split() == ["Merge", "1", "0.5", "7", "3", "0.1", "1"]
+    assert len(plot(state, Path("run"))) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -256,6 +274,7 @@ def test_the_table_and_the_pictures_show_what_was_measured(base: str) -> None:
         ({"train": "train {output} {data}"}, r"has \{data\}, but there is no generate command"),
         ({"generate": "make"}, r"generate command has no \{output\}"),
         ({"evaluate": "measure {model}"}, r"needs \{model\} and \{json\}"),
+        ({"evaluate": EVALUATE, "gate": "-"}, "the gate is '-'; name a number"),
         ({"gate": "x"}, "no evaluate command that measures it"),
         ({"retry": (0.9,)}, "no gate that would ask for them"),
         ({"alpha": "0.1,0.2"}, "has 2 values, and there are 3 rounds"),
@@ -273,6 +292,23 @@ def test_the_table_and_the_pictures_show_what_was_measured(base: str) -> None:
 def test_settings_that_cannot_be_are_refused(base: str, changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ArgumentError, match=match):
         asked(base, **changes)
+
+
+def test_a_base_that_cannot_be_opened_begins_no_loop(base: str) -> None:
+    with pytest.raises(CheckpointError, match="base bsae does not exist"):
+        run_loop(asked("bsae", rounds=1), "run")
+    run_loop(asked(base, rounds=1), "run")
+    with pytest.raises(OutputError, match="output ~nobody-here/run cannot be"):
+        run_loop(asked(base, rounds=1), "~nobody-here/run")
+
+
+def test_names_that_are_no_utf_8_are_refused_before_anything_is_run(base: str) -> None:
+    name = os.fsdecode(b"run-\xff")
+    with pytest.raises(OutputError, match=r"the path run-\\udcff is not valid UTF-8; give another folder"):
+        run_loop(asked(base), name)
+    assert not Path(name).exists()
+    with pytest.raises(ArgumentError, match=r"is not valid UTF-8, which loop\.json is written in"):
+        asked(base, train=f"{TRAIN} {name}")
 
 
 def test_folders_that_are_no_loop_are_left_alone(base: str) -> None:

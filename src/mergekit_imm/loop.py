@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import disk
-from .checkpoint.output import output_errors
+from .checkpoint.output import expanded, output_errors
 from .checkpoint.source import open_checkpoint
-from .errors import CheckpointError, shown
+from .errors import CheckpointError, OutputError, shown
 from .json_input import parse_json, read_small
-from .loopstate import Settings, State, after, begin, decay, locked, save
+from .loopstate import Settings, State, after, begin, decay, is_utf8, locked, save
 from .merge import merge_checkpoints
 from .recipe import RECIPE_FILE, REPORT_FILE
 from .schedules import parse_schedule
@@ -70,12 +70,14 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
     each alpha of `retry`, and if none is accepted, the loop ends there. `echo` gets what the commands say, `tell` a
     line for each step. Returns the state at its end. Raises CommandError if a command fails, and what merges raise.
     """
-    folder = Path(run).expanduser()
+    folder = expanded(run)
+    if not is_utf8(str(folder)):
+        raise OutputError(f"the path {shown(folder)} is not valid UTF-8; give another folder")
+    open_checkpoint(settings.base, "base", dry_run=True)  # refuse now, and not after hours of training
     with output_errors(folder):
         disk.make_folder(folder)
         with locked(folder) as held:
             under_way = _Run(folder, held, begin(folder, settings), echo, tell)
-            open_checkpoint(settings.base, "base", dry_run=True)  # refuse now, and not after hours of training
             _go_on(under_way)
             return under_way.state
 
@@ -222,7 +224,10 @@ def _metrics(path: Path) -> dict[str, float]:
             for key, each in value.items():
                 collect(each, f"{place}.{key}" if place else str(key))
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[place] = float(value)
+            try:
+                found[place] = float(value)
+            except OverflowError:
+                found[place] = math.inf
 
     collect(content, "")
     if not isinstance(content, dict) or not found:
@@ -252,6 +257,6 @@ def _remove(run: _Run, last: int) -> None:
     for number in range(last + 1):
         for chain in ("", BASELINE):
             for path in (run.place(number, name, chain) for name in ("data", "sft", "merged", "anchor")):
-                if path.exists():
+                if path.is_symlink() or path.exists():
                     run.tell(f"removing {path}")
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

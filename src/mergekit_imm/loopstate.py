@@ -64,6 +64,11 @@ class Settings:
             rename=self.rename, vocab=self.vocab,
         )  # fmt: skip
         decay(self.anchor)
+        for text in (self.base, self.train, self.generate, self.evaluate, self.gate):
+            if text is not None and not is_utf8(text):
+                raise ArgumentError(
+                    f"'{shown(text)}' is not valid UTF-8, which {STATE} is written in; rename, or link to it"
+                )
         if "output" not in placeholders(self.train, TRAIN):
             raise ArgumentError("the training command has no {output}; it must say where the trained model goes")
         if self.generate is None and "data" in placeholders(self.train, TRAIN):
@@ -72,6 +77,8 @@ class Settings:
             raise ArgumentError("the generate command has no {output}; it must say where the data goes")
         if self.evaluate is not None and not {"model", "json"} <= placeholders(self.evaluate, EVALUATE):
             raise ArgumentError("the evaluate command needs {model} and {json}: what to measure, and where to write it")
+        if self.gate is not None and not self.gate.removeprefix("-"):
+            raise ArgumentError(f"the gate is {self.gate!r}; name a number that the evaluate command writes")
         if self.gate is not None and self.evaluate is None:
             raise ArgumentError(f"the gate is {self.gate!r}, but there is no evaluate command that measures it")
         if self.retry and self.gate is None:
@@ -80,6 +87,11 @@ class Settings:
             raise ArgumentError(f"tolerance is {self.tolerance!r}; it is a number, 0 or more")
         if self.keep_rounds is not None and self.keep_rounds < 1:
             raise ArgumentError(f"keep_rounds is {self.keep_rounds!r}; the last round is always kept, so at least 1")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: of an argument whose bytes are no UTF-8, Python makes half characters."""
+    return text == text.encode(errors="replace").decode()
 
 
 def decay(anchor: str) -> float:

@@ -13,10 +13,10 @@ _STYLES = {"sft": "^-", "merged": "o-", "baseline": "s--"}
 
 
 def rows(state: State) -> list[dict[str, Any]]:
-    """Return a row for each model that was measured: round, kind, alpha of a merge, and its numbers."""
+    """Return a row for each model that was measured: round, kind, alpha of a merge, and its metrics."""
     found: list[dict[str, Any]] = []
     if "base" in state.metrics:
-        found.append({"round": None, "kind": "base", "alpha": None, **state.metrics["base"]})
+        found.append({"round": None, "kind": "base", "alpha": None, "metrics": state.metrics["base"]})
     for number in range(state.settings.rounds):
         for kind, _ in KINDS:
             metrics = state.metrics.get(f"{number}/{kind}")
@@ -24,7 +24,7 @@ def rows(state: State) -> list[dict[str, Any]]:
                 metrics = state.metrics.get("0/sft")  # it is the same model
             if metrics is not None:
                 alpha = state.alphas.get(str(number)) if kind == "merged" else None
-                found.append({"round": number, "kind": kind, "alpha": alpha, **metrics})
+                found.append({"round": number, "kind": kind, "alpha": alpha, "metrics": metrics})
     return found
 
 
@@ -34,13 +34,15 @@ def table(state: State) -> str:
     if not found:
         alphas = (f"  round {number}: alpha {alpha:g}" for number, alpha in state.alphas.items())
         return "\n".join(["no evaluate command, nothing measured", *alphas])
-    names = list(dict.fromkeys(name for row in found for name in row if name not in ("round", "kind", "alpha")))
+    names = list(dict.fromkeys(name for row in found for name in row["metrics"]))
     titles = dict(KINDS)
     cells = [["model", "alpha", *map(shown, names)]]
     for row in found:
         title = "base" if row["kind"] == "base" else f"{titles[row['kind']]} {row['round'] + 1}"
         alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
-        cells.append([title, alpha, *(f"{row[name]:.4g}" if name in row else "" for name in names)])
+        cells.append(
+            [title, alpha, *(f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "" for name in names)]
+        )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:
@@ -55,7 +57,7 @@ def plot(state: State, folder: Path) -> list[Path]:
     Returns the files; none if nothing was measured. Raises ImportError without matplotlib.
     """
     found = rows(state)
-    names = list(dict.fromkeys(name for row in found for name in row if name not in ("round", "kind", "alpha")))
+    names = list(dict.fromkeys(name for row in found for name in row["metrics"]))
     if not names:
         return []
     import matplotlib as mpl
@@ -67,16 +69,17 @@ def plot(state: State, folder: Path) -> list[Path]:
         figure = Figure(figsize=(3.4 * columns, 2.7 * lines), layout="constrained")
         for number, name in enumerate(names):
             axes = figure.add_subplot(lines, columns, number + 1)
-            base = [row[name] for row in found if row["kind"] == "base" and name in row]
+            measured = [(row["kind"], row["round"], row["metrics"][name]) for row in found if name in row["metrics"]]
+            base = [value for kind, _, value in measured if kind == "base"]
             if base:
                 axes.axhline(base[0], color="0.5", linewidth=1, linestyle=":", label="base")
             for kind, title in KINDS:
-                points = [(row["round"] + 1, row[name]) for row in found if row["kind"] == kind and name in row]
+                points = [(at + 1, value) for each, at, value in measured if each == kind]
                 if points:
                     axes.plot(*zip(*points, strict=True), _STYLES[kind], label=title, markersize=4)
             axes.set_xticks(range(1, state.settings.rounds + 1))
             axes.set_xlabel("round")
-            axes.set_title(name)
+            axes.set_title(shown(name, 60), parse_math=False)
             axes.grid(alpha=0.3)
             if number == 0:
                 axes.legend(fontsize=7)
