@@ -111,6 +111,27 @@ def test_more_rounds_of_a_line_are_other_numbers(base: str) -> None:
         run_loop(asked(base, rounds=3, alpha="linear:0.2,0.8"), "run")
 
 
+def test_more_rounds_of_a_list_are_the_same_numbers_and_more(base: str) -> None:
+    run_loop(asked(base, rounds=2, alpha="0.3,0.5"), "run")
+    with pytest.raises(OutputError, match="alpha of the rounds before, as there are more rounds now"):
+        run_loop(asked(base, rounds=3, alpha="0.3,0.6,0.7"), "run")
+    assert run_loop(asked(base, rounds=3, alpha="0.3,0.5,0.7"), "run").alphas == {"0": 0.3, "1": 0.5, "2": 0.7}
+
+
+def test_an_anchor_that_moves_has_the_vocabulary_that_was_asked_for(base: str) -> None:
+    """The first round adds a row, which then is the sft's."""
+    more = (
+        "import sys; from safetensors.numpy import load_file, save_file; f = sys.argv[1] + '/model.safetensors';"
+        " s = load_file(f); n = 'model.embed_tokens.weight'; s[n] = s[n][[*range(len(s[n])), *[0] * (10 - len(s[n]))]];"
+        " save_file(s, f)"
+    )
+    shapes = {"model.embed_tokens.weight": (8, 4), "model.layers.0.w": (16, 16)}
+    write_model(Path(base), random_state(shapes, dtype=torch.float32), config=CONFIG, side={"tokenizer.json": "{}"})
+    train = f"{TRAIN} && {PYTHON} -c {shlex.quote(more)} {{output}}"
+    run_loop(asked(base, train=train, anchor="ema:0.5", vocab="sft"), "run")
+    assert read_model(Path("run/round-2/anchor"))["model.embed_tokens.weight"].shape == (10, 4)
+
+
 def failing(step: int) -> str:
     """A command that fails the n-th time, once."""
     return f"n=$(cat count 2>/dev/null || echo 0); echo $((n+1)) > count; [ $n -eq {step} ] && exit 7; "

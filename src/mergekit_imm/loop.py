@@ -170,8 +170,9 @@ def _merge(run: _Run, number: int, alpha: float) -> None:
         before, merged = run.anchor(number - 1), run.start(number)
         run.tell(f"round {number}: anchor: {kept:g} x {before} + {1 - kept:g} x {merged}")
         merge_checkpoints(
-            before, merged, run.place(number, "anchor"), alpha=kept, drop=0, iteration=number, overwrite=True
-        )
+            before, merged, run.place(number, "anchor"), alpha=kept, drop=0, iteration=number, vocab=settings.vocab,
+            overwrite=True,
+        )  # fmt: skip
     anchor, start = run.anchor(number), run.start(number)
     drop = parse_schedule(settings.drop, settings.rounds)(number)
     run.tell(f"round {number}: merge: alpha {alpha:g}, drop {drop:g}, anchor {anchor}")

@@ -180,7 +180,8 @@ def begin(run: Path, settings: Settings) -> State:
     old, new = asdict(found.settings), asdict(settings)
     more = new["rounds"] - old["rounds"]
     for each in (old, new):
-        del each["rounds"]
+        for name in ("rounds", "alpha", "drop")[: 3 if more > 0 else 1]:  # of more rounds: the numbers count
+            del each[name]
     changes = differences(json.loads(json.dumps(old)), json.loads(json.dumps(new)))
     if more < 0:
         changes.append(f"rounds: {found.settings.rounds}, now {settings.rounds}")
