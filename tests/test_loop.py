@@ -431,7 +431,7 @@ def until(what: Callable[[], bool]) -> None:
     pytest.fail("it did not come to that")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_command_too(base: str, number: signal.Signals, status: int) -> None:
     train = "echo $$ > pid; trap 'echo asked >> told; exit 1' INT TERM; while :; do sleep 0.1; done # {output}"
     loop = subprocess.Popen(imm_loop("base", "-o", "run", "--train", train), stderr=subprocess.PIPE, text=True)

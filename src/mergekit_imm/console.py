@@ -24,7 +24,7 @@ class _Stopped(BaseException):
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command; exit 0 done, 1 refused or failed, 2 wrong usage, 130/143 on signals."""
+    """Run a command; exit 0 done, 1 refused or failed, 2 wrong usage, 128 + the number on signals."""
 
     os.environ.setdefault("MERGEKIT_IMM_WIDE_VECTORS", "1")  # see `jit`
     _allow_open_files()
@@ -95,10 +95,12 @@ def _let_go_of_stdout() -> None:
 
 
 def _listen() -> None:
-    """Let SIGTERM and SIGINT raise _Stopped, once."""
+    """Let SIGTERM, SIGINT and SIGHUP raise _Stopped, once."""
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
         numbers.append(signal.SIGINT)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        numbers.append(signal.SIGHUP)
 
     def stop(number: int, _: object) -> NoReturn:
         _ignore_signals()  # what is being written comes to its end, in a moment, before the files are closed
@@ -122,7 +124,7 @@ def _listen() -> None:
 
 
 def _ignore_signals() -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
 
 
