@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -279,6 +280,16 @@ def test_the_table_and_the_pictures_show_what_was_measured(base: str) -> None:
     assert plot(run_loop(asked(base), "other"), Path("other")) == []
 
 
+def test_of_many_numbers_the_first_are_drawn(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergekit_imm.loopsummary.PANELS", 2)
+    state = run_loop(asked(base, rounds=1), "run")
+    many = replace(state, metrics={"base": {f"task-{number}": 0.5 for number in range(3)}})
+    with mpl.rc_context({"svg.fonttype": "none"}):  # text stays text
+        plot(many, Path("run"))
+    drawn = Path("run/metrics.svg").read_text()
+    assert [f"task-{number}" in drawn for number in range(3)] == [True, True, False]
+
+
 def test_any_name_is_that_of_a_number(base: str) -> None:
     names = {"round": 7, "kind": 3, "alpha": 0.1, "$\\frac$": 1}
     said = f"echo {{model}} {shlex.quote(json.dumps(names))} | cut -d' ' -f2- > {{json}}"
@@ -337,6 +348,7 @@ def test_folders_that_are_no_loop_are_left_alone(base: str) -> None:
     Path("full/thesis.tex").write_text("x")
     with pytest.raises(OutputError, match=r"full is there, not empty, and holds no loop\.json"):
         run_loop(asked(base), "full")
+    assert list(Path("full").iterdir()) == [Path("full/thesis.tex")]
     run_loop(asked(base, rounds=1), "run")
     Path("run/loop.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"run/loop\.json is damaged"):

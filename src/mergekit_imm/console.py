@@ -99,7 +99,7 @@ def _listen() -> None:
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
         numbers.append(signal.SIGINT)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
         numbers.append(signal.SIGHUP)
 
     def stop(number: int, _: object) -> NoReturn:
@@ -124,8 +124,10 @@ def _listen() -> None:
 
 
 def _ignore_signals() -> None:
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _fail(message: str, status: int, before: str = "") -> NoReturn:

@@ -13,7 +13,7 @@ from .checkpoint.output import expanded, output_errors
 from .checkpoint.source import open_checkpoint
 from .errors import CheckpointError, OutputError, shown
 from .json_input import parse_json, read_small
-from .loopstate import Settings, State, after, begin, decay, is_utf8, locked, save
+from .loopstate import Settings, State, after, begin, decay, is_utf8, locked, refuse_others, save
 from .merge import merge_checkpoints
 from .recipe import RECIPE_FILE, REPORT_FILE
 from .schedules import parse_schedule
@@ -76,6 +76,7 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
     open_checkpoint(settings.base, "base", dry_run=True)  # refuse now, and not after hours of training
     with output_errors(folder):
         disk.make_folder(folder)
+        refuse_others(folder)
         with locked(folder) as held:
             under_way = _Run(folder, held, begin(folder, settings), echo, tell)
             _go_on(under_way)

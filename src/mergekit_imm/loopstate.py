@@ -164,6 +164,13 @@ def load(run: Path) -> State | None:
         ) from error
 
 
+def refuse_others(run: Path) -> None:
+    """Raise OutputError for a folder that holds something, but no loop."""
+    names = {each.name for each in run.iterdir()}
+    if STATE not in names and names - {LOCK, STATE + ".new"}:
+        raise OutputError(f"{shown(run)} is there, not empty, and holds no {STATE}; give another folder")
+
+
 def begin(run: Path, settings: Settings) -> State:
     """Return the state to go on from: a new one, or the one in the folder.
 
@@ -172,8 +179,6 @@ def begin(run: Path, settings: Settings) -> State:
     """
     found = load(run)
     if found is None:
-        if any(each.name not in (LOCK, STATE + ".new") for each in run.iterdir()):
-            raise OutputError(f"{shown(run)} is there, not empty, and holds no {STATE}; give another folder")
         state = State(settings, settings.base)
         save(state, run)
         return state

@@ -9,6 +9,7 @@ from .errors import shown
 from .loopstate import State
 
 KINDS = (("sft", "SFT"), ("merged", "Merge"), ("baseline", "SFT without merges"))
+PANELS = 60  # numbers that are drawn: more take minutes, and a picture that no one reads
 _STYLES = {"sft": "^-", "merged": "o-", "baseline": "s--"}
 
 
@@ -54,10 +55,11 @@ def table(state: State) -> str:
 def plot(state: State, folder: Path) -> list[Path]:
     """Draw each number over the rounds, as the paper's figures 6 and 7 do, into metrics.png and metrics.svg.
 
-    Returns the files; none if nothing was measured. Raises ImportError without matplotlib.
+    Of many numbers the first are drawn. Returns the files; none if nothing was measured. Raises ImportError
+    without matplotlib.
     """
     found = rows(state)
-    names = list(dict.fromkeys(name for row in found for name in row["metrics"]))
+    names = list(dict.fromkeys(name for row in found for name in row["metrics"]))[:PANELS]
     if not names:
         return []
     import matplotlib as mpl
