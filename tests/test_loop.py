@@ -303,6 +303,7 @@ def test_any_name_is_that_of_a_number(base: str) -> None:
     [
         ({"rounds": 0}, "rounds is 0"),
         ({"train": "train {model}"}, r"has no \{output\}"),
+        ({"train": "train {model} ${output}"}, r"has no \{output\}"),
         ({"train": "train {output} {data}"}, r"has \{data\}, but there is no generate command"),
         ({"generate": "make"}, r"generate command has no \{output\}"),
         ({"evaluate": "measure {model}"}, r"needs \{model\} and \{json\}"),
@@ -370,6 +371,7 @@ def test_any_value_reaches_a_command_as_one_word(value: str) -> None:
 
 def test_placeholders_inside_quotes_are_filled_or_refused() -> None:
     assert filled("run '{model}'", {"model": "plain"}) == "run 'plain'"
+    assert filled("run ${model} $x{model}", {"model": "m"}) == "run ${model} $xm"  # the first is a variable
     for template in ("run '{model}'", 'run "--m={model}"'):
         with pytest.raises(ArgumentError, match="leave out the quotes around it"):
             filled(template, {"model": "a b"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
     line for each step. Returns the state at its end. Raises CommandError if a command fails, and what merges raise.
     """
     folder = expanded(run)
+    if settings.base.startswith("~"):  # commands get it in quotes
+        settings = replace(settings, base=str(Path(settings.base).expanduser()))
     if not is_utf8(str(folder)):
         raise OutputError(f"the path {shown(folder)} is not valid UTF-8; give another folder")
     open_checkpoint(settings.base, "base", dry_run=True)  # refuse now, and not after hours of training

@@ -31,7 +31,7 @@ class CommandError(MergeError):
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
-    """Return a command with its placeholders filled in, each as one word of a shell; other braces stay.
+    """Return a command with its placeholders filled in, each as one word of a shell; other braces stay, `${x}` too.
 
     Raises ArgumentError for a placeholder inside quotes whose value would need quotes of its own.
 
@@ -41,7 +41,7 @@ def filled(template: str, values: Mapping[str, str]) -> str:
     found = []
     quote, at = "", 0
     names = "|".join(map(re.escape, values))
-    for match in re.finditer(rf"\\.|['\"]|\{{({names})\}}", template, re.DOTALL):
+    for match in re.finditer(rf"\\.|['\"]|(?<!\$)\{{({names})\}}", template, re.DOTALL):
         found.append(template[at : match.start()])
         at = match.end()
         name = match[1]
@@ -65,7 +65,7 @@ def filled(template: str, values: Mapping[str, str]) -> str:
 
 def placeholders(template: str, names: tuple[str, ...]) -> set[str]:
     """Return which of the known placeholders a command holds."""
-    return {name for name in names if f"{{{name}}}" in template}
+    return {name for name in names if re.search(rf"(?<!\$)\{{{name}\}}", template)}
 
 
 def run_command(what: str, command: str, log: Path, *, held: int, echo: Echo | None) -> None:
