@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -390,7 +392,7 @@ def test_what_a_command_leaves_running_is_not_waited_for_but_holds_the_folder(ba
     wanted = asked(base, rounds=1, train=f"sleep 30 & echo $! > pid; {TRAIN}")
     run_loop(wanted, "run")
     assert time.monotonic() - began < 25
-    with pytest.raises(OutputError, match="run is in use"):
+    with pytest.raises(OutputError, match="run/lock is in use"):
         run_loop(wanted, "run")
     os.kill(int(Path("pid").read_text()), signal.SIGKILL)
     for _ in range(100):
@@ -400,6 +402,17 @@ def test_what_a_command_leaves_running_is_not_waited_for_but_holds_the_folder(ba
         except OutputError:
             time.sleep(0.05)
     pytest.fail("the folder is still held")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_filesystem_without_locks(base: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    told: list[str] = []
+    run_loop(asked(base, rounds=1), "run", tell=told.append)
+    assert told[0] == "note: the filesystem of run has no locks: see to it that no other loop runs there"
 
 
 # --- the command itself

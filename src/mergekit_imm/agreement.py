@@ -11,7 +11,7 @@ from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import MERGED, WHOLE
 from .checkpoint.tokens import added_tokens
 from .errors import ArgumentError, CheckpointError, MergeError, MismatchError, shown
-from .layers import is_input_embedding, is_output_head, only_in, ready_option
+from .layers import is_end, only_in, ready_option
 from .recipe import Parameters
 from .ties import Group
 
@@ -38,7 +38,7 @@ def check_names(
 ) -> None:
     """Complain of tensors that only one of the models has, and no option permits."""
     base, sft = used["base"], used["sft"]
-    kept, taken = _matcher(parameters.keep), _matcher(parameters.take)
+    kept, taken = matcher(parameters.keep), matcher(parameters.take)
     for role, each in used.items():
         if role == "base" or each.adapter is not None:  # whose names were looked up in the base's
             continue
@@ -60,7 +60,8 @@ def check_names(
             complain(MismatchError(complaint + (rename if option else "")), names - set(base.tensors))
 
 
-def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+def matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    """Return a test: is a name found by one of the patterns?"""
     compiled = [re.compile(pattern) for pattern in patterns]
     return lambda name: any(pattern.search(name) for pattern in compiled)
 
@@ -76,7 +77,7 @@ def selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Choo
                     f"--{option.replace('_', '-')} '{shown(pattern)}' matches none of the {len(names)} tensor names,"
                     f" such as {shown(names[0]) if names else ''!r}"
                 )
-    matchers = {option: _matcher(getattr(parameters, option)) for option in ("keep", "take", "no_drop")}
+    matchers = {option: matcher(getattr(parameters, option)) for option in ("keep", "take", "no_drop")}
     for name in base.tensors:
         if matchers["keep"](name) and matchers["take"](name):
             raise ArgumentError(f"tensor '{shown(name)}' is both kept and taken; change --keep or --take")
@@ -102,7 +103,7 @@ def check_alike(name: str, sides: Mapping[str, Tensor], used: Mapping[str, Check
             hint = f"use {ready_option('--keep', name)} for the base's"
             if 0 in (side.count, base.count):
                 hint = "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
-            elif (is_input_embedding(name) or is_output_head(name)) and side.shape[1:] == base.shape[1:]:
+            elif is_end(name) and side.shape[1:] == base.shape[1:]:
                 told = added_tokens(used["base"], used[role])
                 hint = (
                     f"the vocabularies differ{f' ({told})' if told else ''}; say whose the result has, --vocab base or"

@@ -52,7 +52,7 @@ def build(
             for job, recipe in pairs if leads else ():
                 with errors_of([job]):
                     made = disk.make_folder(job.partial)
-                    if not stack.enter_context(output.locked(job.partial)):
+                    if stack.enter_context(output.locked(job.partial)) is None:
                         job.notes.append(
                             f"note: the filesystem of {shown(job.out)} has no locks: see to it that nothing else is"
                             " merged there"

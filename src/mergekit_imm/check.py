@@ -11,8 +11,8 @@ from .checkpoint.source import Checkpoint
 from .errors import MergeError
 from .layers import blanked
 from .plan import decide
-from .prepare import comparer, open_inputs, plans_of
-from .report import kinds, renamed
+from .prepare import comparer, open_inputs, plan_of
+from .report import kinds, left_out, renamed, side_files
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,10 @@ def check(
         )  # fmt: skip
         complaints: list[tuple[MergeError, Collection[str]]] = []
         decided = decide(inputs, parameters, comparer(inputs), lambda *complaint: complaints.append(complaint))
-        plan = None if complaints else plans_of(inputs, [parameters])[0]
+        plan = None if complaints else plan_of(inputs, parameters, decided)
     except MergeError as error:
         found.problems.append(str(error))
         return found
-    side: dict[str, list[str]] = {}
-    for path, (role, _) in plan.side.items() if plan else ():
-        side.setdefault(role, []).append(path)
     return CheckReport(
         base=found.base,
         sft=found.sft,
@@ -76,8 +73,8 @@ def check(
         + _refused({name for _, names in complaints for name in names}, list(decided.used.values())),
         renamed=renamed(inputs),
         config_changes=dict(plan.config_changes) if plan else {},
-        side_files=side,
-        left_out={role: list(each.left_out) for role, each in inputs.items() if each.left_out and role != "start"},
+        side_files=side_files(plan) if plan else {},
+        left_out=left_out(inputs),
         notes=list(plan.notes if plan else [note for each in inputs.values() for note in each.notes]),
         problems=[str(error) for error, _ in complaints],
     )

@@ -56,3 +56,12 @@ def plain_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is no plain file")
     return status.st_size
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: of a name whose bytes are no UTF-8, Python makes half characters.
+
+    >>> is_utf8("modèle"), is_utf8(b"\\xff".decode(errors="surrogateescape"))
+    (True, False)
+    """
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)

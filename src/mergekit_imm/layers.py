@@ -112,6 +112,11 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
+def is_end(name: str) -> bool:
+    """Whether a name is that of an input embedding or of an output head, which have a row for each token."""
+    return is_input_embedding(name) or is_output_head(name)
+
+
 def tied_key(names: Iterable[str]) -> str:
     """Return the name a tied tensor is keyed by: the input embedding's, else the first.
 

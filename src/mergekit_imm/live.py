@@ -25,7 +25,7 @@ from .checkpoint.tensorfile import MERGED, fingerprint
 from .errors import MergeError, MismatchError, PartialMergeError, shown
 from .execute import Progress, check_workers
 from .inplace import Job, Work
-from .layers import is_input_embedding, is_output_head, ready_option, tied_key, unwrapped
+from .layers import is_end, ready_option, tied_key, unwrapped
 from .plan import Decided, Item, decide
 from .prepare import check_platform, comparer, listed, prepared, round_of, without_same_start
 from .recipe import Parameters
@@ -228,7 +228,7 @@ def _kinds(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_vocabularies(base: Checkpoint, sft: Checkpoint) -> None:
     for name, tensor in sft.tensors.items():
         there = base.tensors.get(name)
-        if there is not None and (is_input_embedding(name) or is_output_head(name)) and there.shape != tensor.shape:
+        if there is not None and is_end(name) and there.shape != tensor.shape:
             raise MismatchError(
                 f"tensor '{shown(name)}' is {list(there.shape)} in {base.label} and {list(tensor.shape)} in"
                 f" {sft.label}; a model in memory is merged with a base of the same vocabulary: save it, and use"
@@ -241,7 +241,7 @@ _Equal = frozenset[frozenset[Hashable]]  # pairs of places in memory that hold t
 
 def _equal_ends(state: Mapping[str, Live], ranks: _Ranks) -> _Equal:
     """Find embeddings and heads that are two tensors with the same values on all ranks: a tie, as files tell it."""
-    ends = {id(live): live for name, live in state.items() if is_input_embedding(name) or is_output_head(name)}
+    ends = {id(live): live for name, live in state.items() if is_end(name)}
     pairs = [
         (one, other)
         for one, other in itertools.combinations(ends.values(), 2)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import disk
-from .checkpoint.output import expanded, output_errors
+from .checkpoint.output import expanded, locked, output_errors
 from .checkpoint.source import open_checkpoint
 from .errors import CheckpointError, OutputError, shown
-from .json_input import parse_json, read_small
-from .loopstate import Settings, State, after, begin, decay, is_utf8, locked, refuse_others, save
+from .json_input import is_utf8, parse_json, read_small
+from .loopstate import LOCK, Settings, State, after, begin, decay, refuse_others, save
 from .merge import merge_checkpoints
 from .recipe import RECIPE_FILE, REPORT_FILE
 from .schedules import parse_schedule
@@ -22,12 +22,13 @@ from .shell import Echo, filled, run_command
 
 Tell = Callable[[str], None]
 BASELINE = "baseline"  # the same rounds without merges
+_BUSY = "is in use: a loop runs there, or a command that one began and that lives on; wait for it, or end it"
 
 
 class _Run:
     """A loop under way: where it is, how far it has come, how it speaks."""
 
-    def __init__(self, folder: Path, held: int, state: State, echo: Echo | None, tell: Tell | None) -> None:
+    def __init__(self, folder: Path, held: int | None, state: State, echo: Echo | None, tell: Tell | None) -> None:
         self.folder, self.held, self.state, self.echo = folder, held, state, echo
         self.tell: Tell = tell or (lambda _: None)
         self.settings = state.settings
@@ -80,8 +81,13 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
     with output_errors(folder):
         disk.make_folder(folder)
         refuse_others(folder)
-        with locked(folder) as held:
+        (folder / LOCK).touch()
+        with locked(folder / LOCK, _BUSY) as held:
             under_way = _Run(folder, held, begin(folder, settings), echo, tell)
+            if held is None:
+                under_way.tell(
+                    f"note: the filesystem of {shown(folder)} has no locks: see to it that no other loop runs there"
+                )
             _go_on(under_way)
             return under_way.state
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import disk
 from .errors import ArgumentError, CheckpointError, OutputError, shown
-from .json_input import parse_json, read_small
+from .json_input import is_utf8, parse_json, read_small
 from .recipe import Parameters, differences, to_json
 from .schedules import parse_schedule
 from .shell import placeholders
 
 STATE = "loop.json"
+LOCK = "lock"  # held while a loop runs, or a command that it began
 FORMAT, VERSION = "mergekit_imm loop", 1
 GENERATE = ("model", "output", "round", "base")
 TRAIN = ("model", "output", "data", "round", "base")
@@ -89,11 +87,6 @@ class Settings:
             raise ArgumentError(f"keep_rounds is {self.keep_rounds!r}; the last round is always kept, so at least 1")
 
 
-def is_utf8(text: str) -> bool:
-    """Whether a text can be written: of an argument whose bytes are no UTF-8, Python makes half characters."""
-    return text == text.encode(errors="replace").decode()
-
-
 def decay(anchor: str) -> float:
     """Return how much of an anchor is kept from round to round: 1 for base, 0 for previous, 0.9 for ema:0.9."""
     if anchor in ("base", "previous"):
@@ -131,11 +124,7 @@ def after(state: State, step: str, **changes: Any) -> State:
 
 def save(state: State, run: Path) -> None:
     """Write a state, whole or not at all."""
-    path = run / STATE
-    new = path.with_name(STATE + ".new")
-    disk.write_file(new, to_json(state.to_dict()))
-    new.rename(path)
-    disk.sync_folder(run)
+    disk.replace_file(run / STATE, to_json(state.to_dict()))
 
 
 def load(run: Path) -> State | None:
@@ -187,7 +176,7 @@ def begin(run: Path, settings: Settings) -> State:
     for each in (old, new):
         for name in ("rounds", "alpha", "drop")[: 3 if more > 0 else 1]:  # of more rounds: the numbers count
             del each[name]
-    changes = differences(json.loads(json.dumps(old)), json.loads(json.dumps(new)))
+    changes = differences(old, new)
     if more < 0:
         changes.append(f"rounds: {found.settings.rounds}, now {settings.rounds}")
     for name in ("alpha", "drop"):
@@ -200,25 +189,3 @@ def begin(run: Path, settings: Settings) -> State:
             " another folder, or the command that began it"
         )
     return replace(found, settings=settings)
-
-
-LOCK = "lock"
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[int]:
-    """Hold a loop's folder; yields a descriptor that commands inherit, so that it is held while any of them lives."""
-    import fcntl
-
-    descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"{shown(run)} is in use: a loop runs there, or a command that one began and that lives on; wait for"
-                " it, or end it"
-            ) from None
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from .checkpoint.experts import cut_experts, expert_names, is_fused, joined
 from .checkpoint.source import Checkpoint
 from .config import says_tied
 from .errors import ArgumentError, MismatchError, shown
-from .layers import is_input_embedding, is_output_head, unwrapped
+from .layers import is_end, is_output_head, unwrapped
 from .match import by_prefix, carried, mapping_note, ruled
 
 
@@ -72,7 +72,7 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
         lost = [name for name in tensors if name not in base.tensors]
         tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}  # the base needs not store it
         # Vocabularies of different sizes are not told here.
-        ends = {name for name in lost if is_output_head(name) or is_input_embedding(name)}
+        ends = set(filter(is_end, lost))
         shapes = {name: None if name in ends else tensors[name].shape for name in lost if name not in tied}
         found = by_prefix(shapes, free)
         move(found | {name: new for name in tied if (new := carried(name, found)) is not None})
@@ -94,9 +94,9 @@ def _experts(
     lost = [name for name in tensors if name not in base.tensors]
     names = expert_names(base.tensors)
     if names is not None and any(map(is_fused, lost)):
-        pairs = [cut for name in lost if (cut := cut_experts(each.role, name, tensors[name], names))]
-        made = {new: (tensor, f"{was[old]}{place}") for old, parts in pairs for new, tensor, place in parts}
-        gone = {old for old, _ in pairs}
+        cut = {name: cut_experts(each.role, name, tensors[name], names) for name in lost}
+        made = {new: (tensor, f"{was[old]}{place}") for old, parts in cut.items() for new, tensor, place in parts}
+        gone = {old for old, parts in cut.items() if parts}
     elif any(map(is_fused, base.tensors)):
         made, gone = joined(each.role, tensors, lost, was)
     else:

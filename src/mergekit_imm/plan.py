@@ -59,15 +59,19 @@ class Item:
     @property
     def segment_count(self) -> int:
         """How many segments it is cut into."""
-        return sum(1 for _ in self.cuts())
+        return sum(map(len, self._firsts()))
+
+    def _firsts(self) -> tuple[range, range]:
+        """Where segments begin: elements (bytes, of a raw one) that are merged, and those behind them that are not."""
+        total, step = (self.source.nbytes, COPIED) if self.raw else (self.source.count, RECORD)
+        middle = total if self.common is None else self.common
+        return range(0, middle, step), range(middle, total, step)
 
     def cuts(self) -> Iterator[tuple[int, int]]:
         """Return the first element (byte, of a raw one) of each segment, and their number."""
-        total, step = (self.source.nbytes, COPIED) if self.raw else (self.source.count, RECORD)
-        middle = total if self.common is None else self.common
-        for begin, end in ((0, middle), (middle, total)):
-            for first in range(begin, end, step):
-                yield first, min(step, end - first)
+        for firsts in self._firsts():
+            for first in firsts:
+                yield first, min(firsts.step, firsts.stop - first)
 
     def is_merged(self, first: int) -> bool:
         """Whether the segment that begins there is merged; it is copied or converted otherwise."""
@@ -148,7 +152,12 @@ class Decided:
 def decide(
     inputs: Mapping[str, Checkpoint], parameters: Parameters, same_bytes: SameBytes, complain: Complain = refuse
 ) -> Decided:
-    """Decide what happens to every tensor of a merge; of those that are complained of, nothing."""
+    """Decide what happens to every tensor of a merge of base, sft and maybe start.
+
+    `same_bytes` compares two tensors of one checkpoint; it is asked only where one stores a tied tensor under several
+    names. What does not fit is given to `complain`, and nothing decided about it; if that is `refuse`, raises
+    MismatchError, CheckpointError or ArgumentError: nothing is skipped in silence.
+    """
     configs = {role: (each.label, each.config) for role, each in inputs.items()}
     used = {r: c for r, c in inputs.items() if r != "start" or parameters.reference == "start"}
     base, sft = inputs["base"], inputs["sft"]
@@ -189,13 +198,8 @@ def decide(
     return Decided(items, used, groups, broken, tied)
 
 
-def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, same_bytes: SameBytes) -> Plan:
-    """Decide everything about a merge of base, sft and maybe start.
-
-    `same_bytes` compares two tensors of one checkpoint; it is asked only where one stores a tied tensor under
-    several names. Raises MismatchError, CheckpointError or ArgumentError: nothing is skipped in silence.
-    """
-    decided = decide(inputs, parameters, same_bytes)
+def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: Decided) -> Plan:
+    """Say where every tensor goes, and what else is written. Raises MismatchError for files in each other's way."""
     items, used, broken = decided.items, decided.used, decided.broken
     base, sft = inputs["base"], inputs["sft"]
     placed, files, index = lay_out([out for item in items for out in item.outs], base, parameters.max_shard_size)

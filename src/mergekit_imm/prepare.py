@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .agreement import matcher
 from .checkpoint.adapter import applied
 from .checkpoint.computed import Tensor
 from .checkpoint.quantised import check_unquantised, dequantized
@@ -19,8 +19,9 @@ from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import fingerprint
 from .errors import ArgumentError, CheckpointError, MismatchError, shown
 from .importance import read_importance
+from .json_input import is_utf8
 from .names import matched
-from .plan import Plan, make_plan
+from .plan import Decided, Plan, decide, make_plan
 from .ranks import Ranks
 from .reading import same_bytes, same_values
 from .recipe import RECIPE_FILE, Parameters, differences, history_of, make_recipe, parse_size, read_recipe, to_json
@@ -64,7 +65,7 @@ def open_inputs(
     ]
     refs = {role: ref for role, ref in (("base", base), ("sft", sft), ("start", start)) if ref is not None}
     for role, ref in refs.items():
-        if str(ref) != str(ref).encode(errors="replace").decode():  # a recipe is JSON
+        if not is_utf8(str(ref)):  # a recipe is JSON
             raise CheckpointError(f"the path of {role}, {shown(ref)}, is not valid UTF-8; rename it, or link to it")
 
     def opened(dry_run: bool) -> dict[str, Checkpoint]:
@@ -126,11 +127,7 @@ def without_quantisation(inputs: dict[str, Checkpoint], parameters: Parameters) 
 
     Raises CheckpointError for quantised ones, ArgumentError if there is nothing to do.
     """
-    patterns = [re.compile(pattern) for pattern in (*parameters.keep, *parameters.take)]
-
-    def spared(name: str) -> bool:
-        return any(pattern.search(name) for pattern in patterns)
-
+    spared = matcher((*parameters.keep, *parameters.take))
     if not parameters.dequantize:
         for each in inputs.values():
             check_unquantised(each, spared)
@@ -201,18 +198,23 @@ def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
 def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters]) -> list[Plan]:
     """Plan merges of opened inputs that differ in their numbers."""
     equal = comparer(inputs)
-    plans = [make_plan(inputs, each, equal) for each in parameters]
+    return [plan_of(inputs, each, decide(inputs, each, equal)) for each in parameters]
+
+
+def plan_of(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: Decided) -> Plan:
+    """Plan a merge of which everything is decided about the tensors."""
+    plan = make_plan(inputs, parameters, decided)
     linked = [
         f"{each.label}/{name}" for each in inputs.values() if each.role != "start" for name in each.left_out
         if name.endswith("/") and not Path(name).name.startswith(".")
     ]  # fmt: skip
+    notes = list(plan.notes)
     if linked:
-        note = f"note: left out, as they are links to folders: {', '.join(map(shown, linked[:4]))}"
-        plans = [replace(plan, notes=(*plan.notes, note + (", …" if len(linked) > 4 else ""))) for plan in plans]
+        more = ", …" if len(linked) > 4 else ""
+        notes.append(f"note: left out, as they are links to folders: {', '.join(map(shown, linked[:4]))}{more}")
     if _same_place(inputs["base"], inputs["sft"]):
-        note = "note: BASE and SFT are the same model; the result is that model"
-        plans = [replace(plan, notes=(*plan.notes, note)) for plan in plans]
-    return plans
+        notes.append("note: BASE and SFT are the same model; the result is that model")
+    return replace(plan, notes=tuple(notes))
 
 
 def recipes_of(plans: Sequence[Plan], history: list[dict[str, Any]]) -> list[dict[str, Any]]:

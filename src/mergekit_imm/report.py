@@ -103,6 +103,19 @@ def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
     ]
 
 
+def side_files(plan: Plan) -> dict[str, list[str]]:
+    """Say which other files come from which input."""
+    found: dict[str, list[str]] = {}
+    for path, (role, _) in plan.side.items():
+        found.setdefault(role, []).append(path)
+    return found
+
+
+def left_out(inputs: Mapping[str, Checkpoint]) -> dict[str, list[str]]:
+    """Say which files of the inputs are neither weights nor copied; of a start only the weights are looked at."""
+    return {role: list(each.left_out) for role, each in inputs.items() if each.left_out and role != "start"}
+
+
 def actions(plan: Plan) -> dict[str, int]:
     """Count the tensors by what happens to them."""
     words = {"merge": "merged", "keep": "kept", "take": "taken", "copy": "copied"}

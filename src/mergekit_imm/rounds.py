@@ -88,10 +88,7 @@ class Rounds:
             "format": FORMAT, "version": VERSION, "base": str(self.base),
             "start": None if self.start is None else str(self.start), "seed": self.seed, "iteration": self.iteration,
         }  # fmt: skip
-        path = Path(path)
-        new = path.with_name(path.name + ".new")
-        disk.write_file(new, to_json(content))
-        new.rename(path)
+        disk.replace_file(Path(path), to_json(content))
 
     def restored(self, path: str | Path) -> Rounds:
         """Return these rounds where a file says that they are; as they are, if there is no such file yet.

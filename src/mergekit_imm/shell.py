@@ -68,7 +68,7 @@ def placeholders(template: str, names: tuple[str, ...]) -> set[str]:
     return {name for name in names if re.search(rf"(?<!\$)\{{{name}\}}", template)}
 
 
-def run_command(what: str, command: str, log: Path, *, held: int, echo: Echo | None) -> None:
+def run_command(what: str, command: str, log: Path, *, held: int | None, echo: Echo | None) -> None:
     """Run a command by /bin/sh, its standard output and error shown by `echo` and added to a log.
 
     It has the environment of this process, and holds the descriptor `held` open as long as anything of it lives. Raises
@@ -79,7 +79,8 @@ def run_command(what: str, command: str, log: Path, *, held: int, echo: Echo | N
         file.flush()
         process = subprocess.Popen(
             ["/bin/sh", "-c", command],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=(held,),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            pass_fds=() if held is None else (held,),
             start_new_session=True,
         )  # fmt: skip
         assert process.stdout is not None

@@ -21,7 +21,7 @@ from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
 from .plan import Plan, segments
 from .ranks import ALONE, Ranks, together
 from .recipe import MergeReport
-from .report import actions, kinds, renamed
+from .report import actions, kinds, left_out, renamed, side_files
 from .shares import Share, shares
 from .sums import RECORD
 
@@ -66,9 +66,6 @@ class Job:
             seconds["stream"] = self.streamed
         if self.verified is not None:
             seconds["verify"] = self.verified
-        side: dict[str, list[str]] = {}
-        for path, (role, _) in self.plan.side.items():
-            side.setdefault(role, []).append(path)
         return MergeReport(
             status=status,
             out=str(self.out),
@@ -86,8 +83,8 @@ class Job:
             seconds={key: round(value, 6) for key, value in seconds.items()},
             kinds=kinds(self.plan.items),
             config_changes=dict(self.plan.config_changes),
-            side_files=side,
-            left_out={r: list(each.left_out) for r, each in self.plan.inputs.items() if each.left_out and r != "start"},
+            side_files=side_files(self.plan),
+            left_out=left_out(self.plan.inputs),
             renamed=renamed(self.plan.inputs),
             notes=self.notes,
             refused=refused,

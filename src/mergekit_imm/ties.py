@@ -10,7 +10,7 @@ from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import MERGED
 from .config import mentions_tie, says_tied
 from .errors import CheckpointError, shown
-from .layers import is_input_embedding, is_output_head, layer_key, tied_key
+from .layers import is_end, is_input_embedding, is_output_head, layer_key, tied_key
 
 SameBytes = Callable[[Checkpoint, Tensor, Tensor], bool]
 
@@ -73,8 +73,7 @@ def _groups_of_models(
     ends: dict[tuple[int, ...], set[str]] = {}
     for each in (*used.values(), *adapters):
         for name, tensor in each.tensors.items():
-            end = is_input_embedding(name) or is_output_head(name)
-            if end and layer_key(name) is None and tensor.dtype in MERGED:
+            if is_end(name) and layer_key(name) is None and tensor.dtype in MERGED:
                 ends.setdefault(tensor.shape, set()).add(name)
     groups: dict[str, Group] = {}
     broken = ""

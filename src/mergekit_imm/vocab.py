@@ -11,7 +11,7 @@ from .checkpoint.tensorfile import MERGED
 from .checkpoint.tokens import check_tokens
 from .config import says_tied
 from .errors import CheckpointError, MismatchError, shown
-from .layers import is_input_embedding, is_output_head, layer_key, ready_option
+from .layers import is_end, layer_key, ready_option
 from .recipe import Parameters
 
 Inputs = Mapping[str, Checkpoint]
@@ -74,7 +74,7 @@ def _ends(each: Checkpoint) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in each.tensors.items()
-        if (is_input_embedding(name) or is_output_head(name))
+        if is_end(name)
         and layer_key(name) is None
         and tensor.dtype in MERGED
         and len(tensor.shape) == 2
@@ -162,9 +162,8 @@ def _with_rows_of(name: str, role: str, used: Inputs, rows: Mapping[str, int], o
             f" {used['base'].label} lacks; merge it first: peft's `merge_and_unload()`, then `save_pretrained`"
         )
     rest = sliced(whole, origin, name, common * columns, (size - common, *whole.shape[1:]))
-    places = ((0,) + (0,) * (len(whole.shape) - 1), (common,) + (0,) * (len(whole.shape) - 1))
-    pieces = (Piece(role, own, places[0]), Piece(origin, rest, places[1]))
-    return Extended(name, whole.shape, pieces)
+    corner = (0,) * len(whole.shape[1:])
+    return Extended(name, whole.shape, (Piece(role, own, (0, *corner)), Piece(origin, rest, (common, *corner))))
 
 
 def _whole(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:

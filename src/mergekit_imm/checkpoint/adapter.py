@@ -138,11 +138,8 @@ def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal, rules: Sequenc
     for module, rows in parts.rows.items():
         name = names[f"{module}.weight"]
         whole = trained.pop(name, None)
-        put(
-            _with_rows(
-                name, module, rows, adapter, *((model, _target(name, model)) if whole is None else (adapter, whole))
-            )
-        )
+        origin, target = (model, _target(name, model)) if whole is None else (adapter, whole)
+        put(_with_rows(name, module, rows, adapter, origin, target))
     for (module, kind), pair in parts.factors.items():
         name = names[f"{module}.{'bias' if kind == 'bias' else 'weight'}"]
         whole = trained.pop(name, None)
@@ -273,8 +270,10 @@ def _of_experts(
     found = [replace(change, turned=next(iter(turned))) for change in found]
     parts: list[Computed] = []
     for change in found:
-        cut = None if change.name in model.tensors or ends is None else cut_experts("sft", change.name, change, ends)
-        parts += [change] if cut is None else [part for _, part, _ in cut[1] if isinstance(part, Computed)]
+        if change.name in model.tensors or ends is None:
+            parts.append(change)
+        else:
+            parts += [p for _, p, _ in cut_experts("sft", change.name, change, ends) if isinstance(p, Computed)]
     return parts
 
 

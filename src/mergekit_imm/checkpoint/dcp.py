@@ -65,7 +65,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): _ignored,
     ("builtins", "getattr"): _ignored,  # Python 3.11.0 to 3.11.3 asks for the member of an enumeration by it
     ("collections", "OrderedDict"): mapping,
-    ("torch", "Size"): lambda sizes=(): numbers(sizes),
+    ("torch", "Size"): numbers,
     **{("torch", name): dtype for name, dtype in DTYPES.items()},
     **{
         (module, name): _ignored

@@ -177,6 +177,14 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file and sync it and its name: at any instant the old one is there, or the new one whole."""
+    new = path.with_name(path.name + ".new")
+    write_file(new, content)
+    new.rename(path)
+    sync_folder(path.parent)
+
+
 @contextmanager
 def _new(path: Path) -> Iterator[BinaryIO]:
     """Open a file that is new, whatever was there: never one that others know by another name."""

@@ -37,10 +37,8 @@ def fused_shape(path: str, which: str, names: tuple[str, str, str], tensors: Map
     return count, len(ends) * shape[0], shape[1]
 
 
-def cut_experts(
-    role: str, name: str, tensor: Tensor, names: tuple[str, str, str]
-) -> tuple[str, list[tuple[str, Tensor, str]]] | None:
-    """Cut a fused tensor of experts: (its name, [(name of a part, the part, which it is)]); None if it is none.
+def cut_experts(role: str, name: str, tensor: Tensor, names: tuple[str, str, str]) -> list[tuple[str, Tensor, str]]:
+    """Cut a fused tensor of experts into (name of a part, the part, which it is); nothing if it is none.
 
         gate_up_proj[e] = [gate_proj of expert e; up_proj of expert e],  down_proj[e] = down_proj of expert e
 
@@ -48,12 +46,12 @@ def cut_experts(
     """
     found = _FUSED.fullmatch(name)
     if found is None or len(tensor.shape) != 3:
-        return None  # of other tensors of that name the names are not found, and they are refused
+        return []  # of other tensors of that name the names are not found, and they are refused
     path, which, _ = found.groups()
     ends = names[:2] if which == "gate_up_proj" else names[2:]
     experts, rows, columns = tensor.shape
     if rows % len(ends):
-        return None
+        return []
     height = rows // len(ends)
     parts = []
     for expert in range(experts):
@@ -62,7 +60,7 @@ def cut_experts(
             first = (expert * rows + number * height) * columns
             place = f"[{expert}, {number * height}:{(number + 1) * height}]" if len(ends) > 1 else f"[{expert}]"
             parts.append((part, sliced(tensor, role, part, first, (height, columns)), place))
-    return name, parts
+    return parts
 
 
 def joined(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .disk import sync, sync_folder
+from .disk import replace_file, sync, sync_folder
 
 JOURNAL = ".imm_journal"
 VERSION = 2  # of what is recorded of a segment, too
@@ -40,13 +40,7 @@ class Journal:
             self._file.truncate(good)
             self._file.seek(good)
         else:
-            temporary = self.path.with_name(self.path.name + ".new")
-            with temporary.open("wb") as file:
-                file.write(head)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(self.path)
-            sync_folder(folder)
+            replace_file(self.path, head)
             self._file = self.path.open("r+b")
             self._file.seek(0, os.SEEK_END)
 

@@ -37,7 +37,7 @@ class LowRank(Computed):
     @property
     def stored(self) -> int:
         """Bytes of an adapter that are read for it."""
-        return self.left.nbytes + (self.right.nbytes if self.right else 0)
+        return self.left.stored + (self.right.stored if self.right else 0)
 
     def shared(self, reads: Reads) -> Matrix:
         """Return the right factor."""
@@ -77,7 +77,7 @@ class Rescaled(Computed):
     @property
     def stored(self) -> int:
         """Bytes of an adapter that are read for it."""
-        return self.change.stored + self.magnitude.nbytes
+        return self.change.stored + self.magnitude.stored
 
     def shared(self, reads: Reads) -> Matrix:
         """Return the right factor."""
@@ -108,7 +108,7 @@ class WithRows(Computed):
     @property
     def stored(self) -> int:
         """Bytes of an adapter that are read for it."""
-        return self.trained.nbytes
+        return self.trained.stored
 
     def shared(self, reads: Reads) -> Matrix:
         """Return the rows."""

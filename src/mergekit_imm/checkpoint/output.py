@@ -149,14 +149,18 @@ _NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EI
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder for this process alone, on this machine. Raises OutputError if another process holds it.
+def locked(
+    path: Path, by: str = "is being written by another merge; wait for it, or give another output"
+) -> Iterator[int | None]:
+    """Hold a folder, or a file, for this process alone, and for those that inherit the descriptor it yields.
 
-    False where the filesystem has no locks for folders: NFS, and Lustre as it is often mounted.
+    None where the filesystem has no such locks: NFS has none for folders, Lustre often none at all. Raises OutputError,
+    that says `by` what, if it is held.
     """
-    busy = OutputError(f"{shown(folder)} is being written by another merge; wait for it, or give another output")
+    busy = OutputError(f"{shown(path)} {by}")
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        # NFS locks a file only if it is open for writing.
+        descriptor = os.open(path, (os.O_RDWR if path.is_file() else os.O_RDONLY) | os.O_CLOEXEC)
     except FileNotFoundError:
         raise busy from None
     try:
@@ -169,8 +173,8 @@ def locked(folder: Path) -> Iterator[bool]:
             if error.errno not in _NO_LOCKS:
                 raise
             held = False
-        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
             raise busy  # which has just finished, and moved it
-        yield held
+        yield descriptor if held else None
     finally:
         os.close(descriptor)

@@ -68,10 +68,6 @@ def _parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-def _size(sizes: Any = ()) -> tuple[int, ...]:
-    return numbers(sizes)
-
-
 def _persistent(pid: Any) -> _Storage:
     kind, dtype, key, _, _ = pid
     if kind != "storage" or not isinstance(key, str) or not isinstance(dtype, str):
@@ -81,7 +77,7 @@ def _persistent(pid: Any) -> _Storage:
 
 _TORCH: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): mapping,
-    ("torch", "Size"): _size,
+    ("torch", "Size"): numbers,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuilt_3,
     ("torch._utils", "_rebuild_parameter"): _parameter,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,7 +11,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError, shown
-from ..json_input import parse_json, read_small
+from ..json_input import is_utf8, parse_json, read_small
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
 from .computed import Tensor
@@ -128,7 +128,7 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
         folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
     except OSError as error:
         raise CheckpointError(f"{role} {shown(ref)} cannot be listed: {error.strerror}") from error
-    strange = next((name for name in everything if not _is_text(name)), None)
+    strange = next((name for name in everything if not is_utf8(name)), None)
     if strange is not None:
         raise CheckpointError(
             f"{role} {shown(ref)} holds '{shown(strange)}', a name that is not valid UTF-8; rename or remove it"
@@ -267,11 +267,15 @@ def _assembled(
         files, tensors = from_shards(files, role, f"{role} {shown(ref)}")
     tensors = _by_name(files, role, ref) if tensors is None else tensors
     if index is not None:
-        named = INDEX if all(name.endswith(".safetensors") for name in files) else BIN_INDEX
-        _check_index(index["weight_map"], files, named, f"{role} {shown(ref)}")
+        _check_index(index["weight_map"], files, _index_of(files), f"{role} {shown(ref)}")
     indexed = index is not None and MODEL not in files
     whole = all(name.endswith(".safetensors") for name in files) and not are_shards([*files])
     return Checkpoint(role, ref, folder, files, tensors, config, dict(side), left_out, indexed, laid_out=whole)
+
+
+def _index_of(files: Iterable[str]) -> str:
+    """The name of the index that would belong to files."""
+    return BIN_INDEX if any(name.endswith(".bin") for name in files) else INDEX
 
 
 def _by_name(files: Mapping[str, TensorFile], role: str, ref: str) -> dict[str, Tensor]:
@@ -311,8 +315,7 @@ def _check_index(weight_map: dict[str, str], files: Mapping[str, TensorFile], na
 def _left_out(
     everything: list[str], files: Mapping[str, TensorFile], side: Mapping[str, Path | None]
 ) -> tuple[str, ...]:
-    index = BIN_INDEX if any(name.endswith(".bin") for name in files) else INDEX
-    used = {*files, *side, index}
+    used = {*files, *side, _index_of(files)}
     return tuple(name for name in everything if name not in used)
 
 
@@ -351,10 +354,6 @@ def _walk(folder: Path, outs: Sequence[Path], prefix: str = "") -> list[str]:
         ):
             found += _walk(entry, outs, f"{prefix}{entry.name}/")
     return found
-
-
-def _is_text(name: str) -> bool:
-    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)  # as os.fsdecode makes them
 
 
 def _is_side(name: str, copy_code: bool) -> bool:

@@ -125,7 +125,7 @@ def unpickled(content: bytes, known: Mapping[tuple[str, str], Any], where: str, 
         ) from error
 
 
-def numbers(value: Any) -> tuple[int, ...]:
+def numbers(value: Any = ()) -> tuple[int, ...]:
     """Return a sequence of sizes or offsets as a tuple. Raises ValueError for anything else."""
     if not isinstance(value, tuple) or len(value) > _DIMENSIONS:
         raise ValueError("a shape is no tuple of numbers")
