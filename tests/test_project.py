@@ -25,6 +25,7 @@ LEVELS = [
     ["errors"],
     ["json_input", "ranks"],
     ["mask", "layers", "importance", "config", "sums", "sweep", "schedules"],
+    ["evaluation.bootstrap"],
     ["recipe", "flat"],
     ["fused"],
     ["states"],

@@ -1,0 +1,1 @@
+"""Was it real? Measurements of samples of models before and after self-improvement."""

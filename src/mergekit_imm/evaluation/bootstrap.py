@@ -1,0 +1,84 @@
+"""Intervals by resampling: how far a number would move if the problems were others of their kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError
+
+Indices = npt.NDArray[np.int64]
+RESAMPLES, CONFIDENCE = 2000, 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number, the bootstrap interval around it, and of how many things (problems, layers) it is.
+
+    `low` and `high` are NaN where no interval can be given: fewer than two things, or a number that is not defined.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def is_above(self) -> bool:
+        """Whether all of the interval lies above zero."""
+        return self.low > 0
+
+    @property
+    def is_below(self) -> bool:
+        """Whether all of the interval lies below zero."""
+        return self.high < 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the interval as plain data; None for what is not defined."""
+        values = {"value": self.value, "low": self.low, "high": self.high}
+        return {**{key: x if math.isfinite(x) else None for key, x in values.items()}, "n": self.n}
+
+
+def bootstrap(
+    statistic: Callable[[Indices], float],
+    n: int,
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Interval:
+    """Return a statistic of n things, and its percentile bootstrap interval.
+
+        [q_(1-c)/2, q_(1+c)/2]  of statistic(i), i = n draws with replacement from 0..n-1, `resamples` times
+
+    Args: `statistic`, from the indices of the things drawn to a number; two models of the same problems are compared
+    *paired* by a statistic that takes the difference of both at these indices. `confidence` c, 0 < c < 1. Draws for
+    which the statistic is NaN (not defined) are left out. The same arguments give the same interval. Raises
+    ArgumentError for values out of range.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+
+    >>> import numpy as np
+    >>> solved = np.array([1, 1, 0, 1, 0, 1, 1, 0])
+    >>> bootstrap(lambda i: solved[i].mean(), len(solved))
+    Interval(value=0.625, low=0.25, high=0.875, n=8)
+    """
+    if n < 1:
+        raise ArgumentError(f"n is {n}; a statistic needs at least one thing to be of")
+    if resamples < 1 or not 0 < confidence < 1:
+        raise ArgumentError(f"resamples is {resamples} and confidence {confidence}; they are >= 1, and between 0 and 1")
+    value = float(statistic(np.arange(n)))
+    if n < 2 or math.isnan(value):
+        return Interval(value, math.nan, math.nan, n)
+    generator = np.random.default_rng(seed)
+    drawn = np.array([statistic(generator.integers(0, n, n)) for _ in range(resamples)], np.float64)
+    drawn = drawn[~np.isnan(drawn)]
+    if not len(drawn):
+        return Interval(value, math.nan, math.nan, n)
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value, float(low), float(high), n)
