@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         RankError,
         VerifyError,
     )
+    from .factors import group_factors, lines_factors
     from .importance import importance_factors
     from .live import merge_into
     from .merge import iter_merged, merge_checkpoints
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .ranks import Ranks
     from .recipe import MergeReport
     from .rounds import Rounds
+    from .sparse import della, trim
     from .verification import VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -53,13 +55,17 @@ _HOME = {
     "VerifyReport": "verification",
     "dare": "ops",
     "dare_merge": "ops",
+    "della": "sparse",
+    "group_factors": "factors",
     "importance_factors": "importance",
     "interpolate": "ops",
     "iter_merged": "merge",
     "keep_mask": "ops",
+    "lines_factors": "factors",
     "merge_checkpoints": "merge",
     "merge_into": "live",
     "task_vector": "ops",
+    "trim": "sparse",
     "verify": "verification",
 }
 
@@ -81,13 +87,17 @@ __all__ = [
     "VerifyReport",
     "dare",
     "dare_merge",
+    "della",
+    "group_factors",
     "importance_factors",
     "interpolate",
     "iter_merged",
     "keep_mask",
+    "lines_factors",
     "merge_checkpoints",
     "merge_into",
     "task_vector",
+    "trim",
     "verify",
 ]
 

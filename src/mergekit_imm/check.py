@@ -48,7 +48,8 @@ def check(
     vocab, dequantize, reference, dtype. What cannot be merged is in the report; raises ArgumentError for wrong options.
     """
     values: dict[str, Any] = {
-        "importance": None, "reference": "start", "dtype": None, "max_shard_size": None, "keep": (), "take": (),
+        "importance": None, "shrink": 1.0, "clip": None, "layer_factors": None, "sparsify": "dare",
+        "reference": "start", "dtype": None, "max_shard_size": None, "keep": (), "take": (),
         "no_drop": (), "rename": (), "vocab": "strict", "dequantize": False, "allow_nonfinite": False,
         "copy_code": False, "points": [{}], **options,
     }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .console import CONTEXT, progress_bar, run, say, tell
+from .console import CONTEXT, delta_options, progress_bar, run, say, tell
 from .errors import ArgumentError, MergeError, MismatchError, OutputError, RankError, bytes_text, shown
 from .loopcli import loop_command
 
@@ -53,7 +53,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 )  # fmt: skip
 @click.option(
     "--drop", type=_Several(click.FloatRange(0, 1, max_open=True)), default="0.2", show_default=True,
-    metavar="P[,P...]", help="Share of the delta's elements that DARE drops, from 0 to below 1.",
+    metavar="P[,P...]", help="Share of the delta's elements to drop (see --sparsify), from 0 to below 1.",
 )  # fmt: skip
 @click.option(
     "--seed", type=_Several(click.INT), default="0", show_default=True, metavar="N[,N...]",
@@ -63,11 +63,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
     "--iteration", type=click.IntRange(0), metavar="N",
     help="Round, from 0.  [default: one more than in START's recipe; 0 without]",
 )  # fmt: skip
-@click.option("--importance", metavar="FILE", help="JSON: layer -> importance; weights the delta (IIMM).")
-@click.option(
-    "--reference", type=click.Choice(["start", "base"]), default="start", show_default=True,
-    help="What the delta is taken from.",
-)  # fmt: skip
+@delta_options
 @click.option(
     "--dtype", type=click.Choice(["base", "bfloat16", "float16", "float32"]), default="base", show_default=True,
     help="Of the output's float tensors; base: tensor by tensor.",
@@ -141,7 +137,7 @@ def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json
     from .summary import checked
 
     kept = ("start", "iteration", "reference", "dtype", "max_shard_size", "vocab", "rename", "dequantize", "keep",
-            "take", "no_drop", "importance", "copy_code")  # fmt: skip
+            "take", "no_drop", "importance", "shrink", "clip", "layer_factors", "sparsify", "copy_code")  # fmt: skip
     reports = [check(base, sft, **{name: options[name] for name in kept}) for sft in sfts]
     if as_json:
         content = [report.to_dict() for report in reports]

@@ -20,13 +20,14 @@ import numpy as np
 
 from .checkpoint.computed import Computed, Raw, Tensor
 from .checkpoint.disk import PAGE, place
+from .checkpoint.sparsified import Sparsified, kept
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo
 from .errors import ArgumentError, MismatchError, NonFiniteError, shown
 from .layers import ready_option
 from .mask import BLOCK, Arithmetic, arithmetic
 from .plan import Item, Plan, Segment
 from .reading import Files
-from .sums import RECORD, Record, is_finite, new_tally, to_record
+from .sums import KEPT, RECORD, Record, is_finite, new_tally, to_record
 
 BUFFERS = 64 << 20  # of all workers together
 BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its output fits, wherever a page begins
@@ -237,6 +238,8 @@ def _merge(
         for number, tally in tallies.items():
             each = plans[number].items[segment.item]
             device.merge(base, start, sft, out, count, first, each.key, _CONVERT if converted else each.numbers, tally)
+            if isinstance(sides.get("sft"), Sparsified):  # dropped before it was read: here nothing was
+                tally[KEPT] += kept(*raws["sft"]) - count
             if not is_finite(tally):
                 p = plans[number].parameters
                 merge = f" (alpha {p.alpha}, drop {p.drop}, seed {p.seed})" if len(plans) > 1 else ""

@@ -55,6 +55,9 @@ def merge_into(
     seed: int = 0,
     iteration: int | None = None,
     importance: Mapping[str, float] | str | Path | None = None,
+    shrink: float = 1.0,
+    clip: tuple[float, float] | None = None,
+    layer_factors: Mapping[str, float] | str | Path | None = None,
     reference: str = "start",
     keep: Sequence[str] = (),
     take: Sequence[str] = (),
@@ -74,8 +77,8 @@ def merge_into(
         model: any nn.Module whose parameters and persistent buffers are those of the base, on CPU or GPU; names as
             transformers has them in memory are found in the base's files as in `merge_checkpoints`.
         base, start: as in `merge_checkpoints`, read from disk in slices.
-        alpha, drop, seed, iteration, importance, reference, keep, take, no_drop, rename, dequantize, workers,
-            allow_nonfinite: as in `merge_checkpoints`. What is taken stays as it is.
+        alpha, drop, seed, iteration, importance, shrink, clip, layer_factors, reference, keep, take, no_drop, rename,
+            dequantize, workers, allow_nonfinite: as in `merge_checkpoints`. What is taken stays as it is.
         progress: called with (bytes done, bytes in all) now and then, in this thread; all is read twice.
 
     The bits are those that `merge_checkpoints` writes from the saved model, in the dtype of each parameter. Names,
@@ -100,10 +103,12 @@ def merge_into(
 
     def checked() -> tuple[int, Parameters, dict[str, Live]]:
         check_platform()
-        values = listed(importance=importance, keep=keep, take=take, no_drop=no_drop, rename=rename)
+        values = listed(
+            importance=importance, layer_factors=layer_factors, keep=keep, take=take, no_drop=no_drop, rename=rename
+        )
         parameters = Parameters(
             alpha=alpha, drop=drop, seed=seed, iteration=0 if iteration is None else iteration, reference=reference,
-            dequantize=dequantize, allow_nonfinite=allow_nonfinite, **values,
+            shrink=shrink, clip=clip, dequantize=dequantize, allow_nonfinite=allow_nonfinite, **values,
         )  # fmt: skip
         return check_workers(workers), parameters, live_tensors(model)
 

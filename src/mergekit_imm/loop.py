@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from .checkpoint import disk
 from .checkpoint.output import expanded, locked, output_errors
 from .checkpoint.source import open_checkpoint
 from .errors import CheckpointError, OutputError, shown
+from .factors import factors_of
 from .json_input import is_utf8, parse_json, read_small
 from .loopstate import LOCK, Settings, State, after, begin, decay, refuse_others, save
 from .merge import merge_checkpoints
-from .recipe import RECIPE_FILE, REPORT_FILE
+from .prepare import listed
+from .recipe import RECIPE_FILE, REPORT_FILE, Parameters
 from .schedules import parse_schedule
 from .shell import Echo, filled, run_command
 
@@ -77,7 +79,9 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
         settings = replace(settings, base=str(Path(settings.base).expanduser()))
     if not is_utf8(str(folder)):
         raise OutputError(f"the path {shown(folder)} is not valid UTF-8; give another folder")
-    open_checkpoint(settings.base, "base", dry_run=True)  # refuse now, and not after hours of training
+    # Refuse now, and not after hours of training.
+    base = open_checkpoint(settings.base, "base", dry_run=True)
+    _check_factors(settings, base.tensors)
     with output_errors(folder):
         disk.make_folder(folder)
         refuse_others(folder)
@@ -162,6 +166,15 @@ def _train(run: _Run, number: int, start: str, chain: str) -> None:
         run.finish(f"{number}/train{of}")
 
 
+def _check_factors(settings: Settings, names: Iterable[str]) -> None:
+    """Raise ArgumentError if the layer factors are none, or not of this model."""
+    values = listed(
+        importance=settings.importance, layer_factors=settings.layer_factors, keep=(), take=(), no_drop=(), rename=()
+    )
+    p = Parameters(shrink=settings.shrink, clip=settings.clip, **values)
+    factors_of(names, p.importance, p.layer_factors, p.shrink, p.clip)
+
+
 def _command(run: _Run, template: str, values: Mapping[str, str], what: str, number: int, place: Path) -> None:
     """Run one of the user's commands; its log is beside what it makes."""
     command = filled(template, values)
@@ -189,6 +202,7 @@ def _merge(run: _Run, number: int, alpha: float) -> None:
     report = merge_checkpoints(
         anchor, run.place(number, "sft"), run.place(number, "merged"), start=start if start != anchor else None,
         iteration=number, alpha=alpha, drop=drop, seed=settings.seed, importance=settings.importance,
+        shrink=settings.shrink, clip=settings.clip, layer_factors=settings.layer_factors, sparsify=settings.sparsify,
         reference=settings.reference, dtype=None if settings.dtype == "base" else settings.dtype, keep=settings.keep,
         no_drop=settings.no_drop, rename=settings.rename, vocab=settings.vocab, overwrite=True,
     )  # fmt: skip

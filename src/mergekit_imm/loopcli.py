@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .console import CONTEXT, say, tell
+from .console import CONTEXT, delta_options, say, tell
 from .errors import shown
 
 loop_epilog = """\b
@@ -44,11 +44,7 @@ Example:
     "--anchor", default="base", show_default=True, metavar="WHAT",
     help="What merges pull to: base (the paper), previous, or ema:DECAY of the merged models.",
 )  # fmt: skip
-@click.option("--importance", metavar="FILE", help="JSON: layer -> importance; weights the deltas (IIMM).")
-@click.option(
-    "--reference", type=click.Choice(["start", "base"]), default="start", show_default=True,
-    help="What the delta is taken from.",
-)  # fmt: skip
+@delta_options
 @click.option(
     "--dtype", type=click.Choice(["base", "bfloat16", "float16", "float32"]), default="base", show_default=True,
     help="Of the merged models' float tensors.",

@@ -36,6 +36,10 @@ class Settings:
     seed: int = 0
     anchor: str = "base"  # what a merge pulls towards: base, previous, ema:DECAY
     importance: str | None = None
+    shrink: float = 1.0
+    clip: tuple[float, float] | None = None
+    layer_factors: str | None = None
+    sparsify: str = "dare"
     reference: str = "start"
     dtype: str = "base"
     keep: tuple[str, ...] = ()
@@ -54,7 +58,7 @@ class Settings:
             raise ArgumentError(f"rounds is {self.rounds!r}; a loop has at least one")
         alphas, drops = (parse_schedule(text, self.rounds) for text in (self.alpha, self.drop))
         for number in range(self.rounds):
-            Parameters(alpha=alphas(number), drop=drops(number))
+            Parameters(alpha=alphas(number), drop=drops(number), sparsify=self.sparsify)
         for alpha in self.retry:
             Parameters(alpha=alpha)
         Parameters(

@@ -28,6 +28,10 @@ class MergeOptions(TypedDict, total=False):
     start: str | Path | None
     iteration: int | None
     importance: Mapping[str, float] | str | Path | None
+    shrink: float
+    clip: tuple[float, float] | None
+    layer_factors: Mapping[str, float] | str | Path | None
+    sparsify: str
     reference: str
     dtype: str | None
     max_shard_size: int | str | None
@@ -75,6 +79,10 @@ def merge_checkpoints(
     seed: int | Sequence[int] = 0,
     iteration: int | None = None,
     importance: Mapping[str, float] | str | Path | None = None,
+    shrink: float = 1.0,
+    clip: tuple[float, float] | None = None,
+    layer_factors: Mapping[str, float] | str | Path | None = None,
+    sparsify: str = "dare",
     reference: str = "start",
     dtype: str | None = None,
     max_shard_size: int | str | None = None,
@@ -107,7 +115,11 @@ def merge_checkpoints(
         alpha, drop, seed, reference: as in `dare_merge`. Of alpha, drop and seed lists may be given: a sweep, one
             output for each of their product, all from one reading of the inputs; `out` names them, "out-{alpha}".
         iteration: the round, from 0; if None, one more than in start's recipe, and 0 without start.
-        importance: IIMM layer importance, a mapping or a JSON file; see `importance_factors`.
+        importance, shrink, clip: IIMM layer importance, a mapping or a JSON file; see `importance_factors`.
+        layer_factors: factors of the layers' deltas, a mapping layer key -> factor (and "outside" for all else), a JSON
+            file of one, or a rule: "lines:FIRST,LAST" (`lines_factors`), "groups:EARLY,MIDDLE,LATE" (`group_factors`).
+        sparsify: "dare"; "trim": keep the largest elements of each tensor, see `trim`; "della" or "della:EPSILON": drop
+            the smaller ones more often, see `della`.
         dtype: "bfloat16", "float16" or "float32" for all float tensors; if None, the base's, tensor by tensor.
         max_shard_size: bytes, or "5GB"; if None, the base's own files.
         keep, take, no_drop: regular expressions (re.search on the base's names): tensors to leave as in the
@@ -163,6 +175,7 @@ def merge_checkpoints(
             )
         inputs, parameters, history = open_inputs(
             base, sft, start, outs=targets, dry_run=dry_run, iteration=iteration, importance=importance,
+            shrink=shrink, clip=clip, layer_factors=layer_factors, sparsify=sparsify,
             points=[point.values for point in found], reference=reference, dtype=dtype, max_shard_size=max_shard_size,
             keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, dequantize=dequantize,
             allow_nonfinite=allow_nonfinite, copy_code=copy_code,
@@ -170,6 +183,8 @@ def merge_checkpoints(
         places = places_of(inputs)
         if isinstance(importance, str | Path):
             places["the importance file"] = Path(importance)
+        if isinstance(layer_factors, str | Path) and Path(layer_factors).is_file():
+            places["the file of layer factors"] = Path(layer_factors)
         for target in targets:
             output.check_place(target, places)
         plans = plans_of(inputs, parameters)
@@ -235,6 +250,10 @@ def iter_merged(
     seed: int = 0,
     iteration: int | None = None,
     importance: Mapping[str, float] | str | Path | None = None,
+    shrink: float = 1.0,
+    clip: tuple[float, float] | None = None,
+    layer_factors: Mapping[str, float] | str | Path | None = None,
+    sparsify: str = "dare",
     reference: str = "start",
     dtype: str | None = None,
     keep: Sequence[str] = (),
@@ -261,6 +280,7 @@ def iter_merged(
 
     inputs, parameters, _ = open_inputs(
         base, sft, start, outs=(), dry_run=False, iteration=iteration, importance=importance,
+        shrink=shrink, clip=clip, layer_factors=layer_factors, sparsify=sparsify,
         points=[{"alpha": alpha, "drop": drop, "seed": seed}], reference=reference, dtype=dtype, max_shard_size=None,
         keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, dequantize=dequantize,
         allow_nonfinite=allow_nonfinite, copy_code=False,

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, MismatchError, shown
+from .factors import resolve_factors
 from .flat import CHUNK, FLOATS, boxes, in_box, merge_flat, round_to, uniform16
-from .layers import layer_key, resolve_layers
+from .layers import layer_key
 from .mask import KEEP_ALL, Arithmetic, arithmetic, check_round, keep_threshold, mask_key
 from .states import matched
 
@@ -116,7 +117,7 @@ def dare(delta: Tensor, *, name: str, drop: float, seed: int = 0, iteration: int
     tensor([2., 2., 2., 0., 2., 2., 2., 0.])
     """
     check_round(seed, iteration)
-    _check_float("delta", delta)
+    check_float("delta", delta)
     numbers, key = arithmetic(alpha=0.0, drop=drop), mask_key(name, seed, iteration)
     if offset < 0:
         raise ArgumentError(f"offset is {offset}; it is the index of an element and must be >= 0")
@@ -212,7 +213,8 @@ def dare_merge(
         alpha: weight of the BASE, 0 <= alpha <= 1.
         drop: share of the delta's elements dropped, 0 <= drop < 1.
         seed, iteration: with the name they fix the mask; count `iteration` up every round.
-        factor: IIMM layer factor (one tensor); `layer_factors`: layer key -> factor (a mapping).
+        factor: IIMM layer factor (one tensor); `layer_factors`: layer key -> factor (a mapping),
+            and "outside" for what is in no layer; see `importance_factors`, `lines_factors`, `group_factors`.
         reference: "base" takes the delta from the base instead of from start.
         name: name of a single tensor in the base's file, needed when drop > 0; a mapping's keys are its names.
         dtype: of the result; base's if None. Computed in float32 (float64 if any input is), rounded once.
@@ -249,7 +251,7 @@ def dare_merge(
     if isinstance(base, Mapping) and isinstance(sft, Mapping) and not isinstance(start, Tensor):
         if name is not None or factor != 1.0:
             raise ArgumentError("name and factor are for single tensors; a mapping has its names, and layer_factors=")
-        factors = resolve_layers(layer_factors or {}, base)
+        factors = resolve_factors(layer_factors, base) if layer_factors else {}
         out: dict[str, Tensor] = {}
         for key, written, sides in matched(base, sft, start):
             numbers = arithmetic(alpha=alpha, drop=drop, factor=factors.get(layer_key(key) or "", 1.0))
@@ -317,7 +319,7 @@ def _copy_equal(name: str, sides: Mapping[str, Tensor]) -> Tensor:
 def _check_alike(sides: Mapping[str, Tensor], name: str = "") -> None:
     (first, one), *rest = sides.items()
     for label, side in sides.items():
-        _check_float(label, side, name)
+        check_float(label, side, name)
     for label, side in rest:
         if side.shape != one.shape or side.device != one.device:
             raise MismatchError(
@@ -326,7 +328,8 @@ def _check_alike(sides: Mapping[str, Tensor], name: str = "") -> None:
             )
 
 
-def _check_float(label: str, tensor: Tensor, name: str = "") -> None:
+def check_float(label: str, tensor: Tensor, name: str = "") -> None:
+    """Raise ArgumentError or MismatchError unless this is a dense tensor of a dtype that is merged."""
     if not isinstance(tensor, Tensor):
         raise ArgumentError(f"{_of(name)}{label} is a {type(tensor).__name__}, not a tensor")
     if tensor.dtype not in FLOATS or tensor.layout != torch.strided:

@@ -17,14 +17,16 @@ from .agreement import Choose, Complain, check_alike, check_names, main_dtype, r
 from .checkpoint.computed import Extended, Tensor, is_delta, is_stored
 from .checkpoint.sidefiles import OWN
 from .checkpoint.source import Checkpoint
+from .checkpoint.sparsified import LONGEST_ROW, Ranked, Trimmed
 from .checkpoint.tensorfile import DTYPE_BITS, INDEX, MERGED, TensorInfo
 from .config import check_configs, merged_config
 from .errors import ArgumentError, MergeError, MismatchError, shown
-from .importance import importance_factors
-from .layers import is_input_embedding, layer_key, resolve_layers
+from .factors import factors_of
+from .layers import is_input_embedding, layer_key, ready_option
 from .layout import OutputFile, lay_out
 from .mask import Arithmetic, arithmetic, mask_key
 from .recipe import DTYPES, Parameters
+from .sparsify import parse_sparsify
 from .ties import Group, SameBytes, tied_groups
 
 RECORD = 1 << 20  # elements of a segment, and of one record of the statistics
@@ -174,11 +176,8 @@ def decide(
     groups, broken, tied = tied_groups(used, same_bytes)
     check_names(used, parameters, groups, note)
     choose = selection(parameters, base, sft)
-    factors = (
-        resolve_layers(importance_factors(parameters.importance), base.tensors)
-        if (parameters.importance is not None)
-        else {}
-    )
+    p = parameters
+    factors = factors_of(base.tensors, p.importance, p.layer_factors, p.shrink, p.clip)
     main = main_dtype(base)
 
     items: list[Item] = []
@@ -295,11 +294,10 @@ def _item(
             f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, which is an adapter and holds its change"
             " only; merge it first, or leave out --take"
         )
-    numbers = _arithmetic(
-        alpha=p.alpha,
-        drop=0.0 if choose("no_drop", written, key) else p.drop,
-        factor=factors.get(layer_key(key) or "", 1.0),
-    )
+    factor = factors.get(layer_key(key) or "", 1.0)
+    numbers = _arithmetic(alpha=p.alpha, drop=0.0 if choose("no_drop", written, key) else p.drop, factor=factor)
+    if action == "merge" and p.sparsify != "dare" and numbers.draws and "sft" in sides:
+        sides, numbers = _sparsified(key, sides, p), _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
     if is_delta(sides.get("sft")):
         numbers = replace(numbers, added=True)
     # Placed there by the layout: beside the base's tensor, or at the end.
@@ -314,3 +312,28 @@ def _item(
     if action != "merge" or not extended:
         return item
     return replace(item, common=extended[0], owner=p.vocab if p.vocab in sides else "base")
+
+
+def _sparsified(key: str, sides: Mapping[str, Tensor], p: Parameters) -> dict[str, Tensor]:
+    """Return the sides of a merge with the sft's delta in the place of the sft, its smaller elements dropped."""
+    how = parse_sparsify(p.sparsify, p.drop)
+    sft, origin = sides["sft"], "start" if "start" in sides else "base"
+    start, exact = sides[origin], any(side.dtype == "F64" for side in sides.values())
+    cure = f"merge it without dropping, {ready_option('--no-drop', key)}, or use --sparsify dare"
+    if any(isinstance(side, Extended) for side in sides.values()):
+        raise ArgumentError(
+            f"tensor '{shown(key)}' has rows that only one of the models has, and {how.kind} looks at all of a tensor;"
+            f" {cure}"
+        )
+    if how.kind == "trim":
+        return {**sides, "sft": Trimmed(key, sft.shape, sft, start, origin, exact, p.drop)}
+    if (sft.shape[-1] if sft.shape else 1) > LONGEST_ROW:
+        raise ArgumentError(
+            f"tensor '{shown(key)}' has rows of {sft.shape[-1]} elements, and della ranks at most {LONGEST_ROW}; {cure}"
+        )
+    return {
+        **sides,
+        "sft": Ranked(
+            key, sft.shape, sft, start, origin, exact, p.drop, how.epsilon, mask_key(key, p.seed, p.iteration)
+        ),
+    }

@@ -18,6 +18,7 @@ from .checkpoint.quantised import check_unquantised, dequantized
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import fingerprint
 from .errors import ArgumentError, CheckpointError, MismatchError, shown
+from .factors import read_layer_factors
 from .importance import read_importance
 from .json_input import is_utf8
 from .names import matched
@@ -53,6 +54,11 @@ def open_inputs(
 ) -> tuple[dict[str, Checkpoint], list[Parameters], list[dict[str, Any]]]:
     """Check the arguments, open the inputs, and return the parameters of each merge, and the rounds before it."""
     values |= listed(importance=importance, **values)
+    if values["sparsify"] != "dare" and len({(point.get("drop"), point.get("seed")) for point in points}) > 1:
+        raise ArgumentError(
+            f"several drops or seeds with sparsify {shown(values['sparsify'])}: what is dropped differs for each of"
+            " them; merge them one by one (several alphas are read once)"
+        )
     parameters = [
         Parameters(  # checks the values before anything is opened
             iteration=0 if iteration is None else iteration,
@@ -81,8 +87,13 @@ def open_inputs(
     return inputs, parameters, history_of(inputs["start"].recipe if "start" in inputs else None)
 
 
-def listed(*, importance: Mapping[str, float] | str | Path | None, **values: Any) -> dict[str, Any]:
-    """Return the parameters that are lists of patterns, as tuples, and the importance, read if it is a file."""
+def listed(
+    *,
+    importance: Mapping[str, float] | str | Path | None,
+    layer_factors: Mapping[str, float] | str | Path | None,
+    **values: Any,
+) -> dict[str, Any]:
+    """Return the parameters that are lists of patterns, as tuples, importance and factors, read if they are files."""
     found: dict[str, Any] = {}
     for option in ("keep", "take", "no_drop", "rename"):
         if isinstance(values[option], str):
@@ -94,7 +105,12 @@ def listed(*, importance: Mapping[str, float] | str | Path | None, **values: Any
         raise ArgumentError(
             f"importance is {importance!r:.60}; give a mapping of layers, or a JSON file that holds one"
         )
-    return found | {"importance": None if importance is None else dict(importance)}
+    if isinstance(layer_factors, str | Path):
+        layer_factors = read_layer_factors(layer_factors)
+    return found | {
+        "importance": None if importance is None else dict(importance),
+        "layer_factors": dict(layer_factors) if isinstance(layer_factors, Mapping) else layer_factors,
+    }
 
 
 def without_same_start(inputs: dict[str, Checkpoint]) -> dict[str, Checkpoint]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint.computed import Computed, Raw, Read, Tensor, decoded
+from .checkpoint.computed import Computed, Raw, Read, Reads, Tensor, decoded
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into
 
@@ -22,13 +22,26 @@ ANNOUNCED = 64 << 10  # bytes of a piece that is worth it
 SHARED = 4  # tensors of which what all rows need is held: workers are at the end of one and in the next
 
 
+class _Once:
+    """What all rows of a tensor need, computed by the first worker that needs it; the others wait."""
+
+    def __init__(self, tensor: Computed) -> None:
+        self._tensor, self._lock, self._value = tensor, threading.Lock(), None
+
+    def value(self, reads: Reads) -> Any:
+        with self._lock:
+            if self._value is None:
+                self._value = self._tensor.shared(reads)
+            return self._value
+
+
 class Files:
     """Read-only handles of the files of some inputs, opened when first needed."""
 
     def __init__(self, inputs: Mapping[str, Checkpoint]) -> None:
         self._inputs = inputs
         self._open: dict[Path, int] = {}
-        self._shared: dict[int, tuple[Computed, Any]] = {}  # by id: to hash a tensor of many pieces takes long
+        self._shared: dict[int, _Once] = {}  # by id: to hash a tensor of many pieces takes long
         self._lock = threading.Lock()
 
     def __enter__(self) -> Files:  # noqa: D105
@@ -46,18 +59,14 @@ class Files:
             tensor.fill(self._reads, self._shared_of(tensor), first // (DTYPE_BITS[tensor.dtype] // 8), buffer)
 
     def _shared_of(self, tensor: Computed) -> Any:
+        if type(tensor).shared is Computed.shared:
+            return None
         with self._lock:
-            _, shared = held = self._shared.pop(id(tensor), (tensor, None))
-            if shared is not None:
-                self._shared[id(tensor)] = held  # the last to be let go
-        if shared is None:
-            shared = tensor.shared(self._reads)
-            if shared is not None:
-                with self._lock:
-                    while len(self._shared) >= SHARED:
-                        del self._shared[next(iter(self._shared))]
-                    self._shared[id(tensor)] = tensor, shared
-        return shared
+            once = self._shared.pop(id(tensor), None) or _Once(tensor)
+            self._shared[id(tensor)] = once  # the last to be let go
+            while len(self._shared) > SHARED:
+                del self._shared[next(iter(self._shared))]
+        return once.value(self._reads)
 
     def _reads(self, role: str) -> Read:
         return functools.partial(self.read, role)

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError, CheckpointError, shown
+from .factors import check_factors
+from .importance import importance_factors
 from .json_input import parse_json, read_small
 from .mask import arithmetic, check_round
+from .sparsify import parse_sparsify
 
 RECIPE_FILE, REPORT_FILE, CARD_FILE = "imm_recipe.json", "imm_report.json", "README.md"
 RECIPE_FORMAT, RECIPE_VERSION = "mergekit_imm recipe", 1
@@ -19,7 +22,8 @@ VOCABS = ("strict", "base", "sft")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-_LATER = {"rename", "dequantize"}  # parameters that the first recipes did not have
+# Parameters that the first recipes did not have.
+_LATER = {"rename", "dequantize", "shrink", "clip", "layer_factors", "sparsify"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class Parameters:
     seed: int = 0
     iteration: int = 0
     importance: Mapping[str, float] | None = None
+    shrink: float = 1.0
+    clip: tuple[float, float] | None = None
+    layer_factors: Mapping[str, float] | str | None = None
+    sparsify: str = "dare"
     reference: str = "start"
     dtype: str = "base"
     max_shard_size: int | None = None
@@ -55,6 +63,15 @@ class Parameters:
             raise ArgumentError(f"dtype is {self.dtype!r}; it must be one of base, {', '.join(DTYPES)}")
         if self.vocab not in VOCABS:
             raise ArgumentError(f"vocab is {self.vocab!r}; it must be one of {', '.join(VOCABS)}")
+        parse_sparsify(self.sparsify, self.drop)
+        if self.layer_factors is not None:
+            check_factors(self.layer_factors)
+            if self.importance is not None:
+                raise ArgumentError("importance and layer_factors are both given; a layer has one factor: give one")
+        elif self.importance is None and (self.shrink != 1 or self.clip is not None):
+            raise ArgumentError("shrink and clip change the factors of an importance, and none is given")
+        if self.importance is not None:
+            importance_factors(self.importance, shrink=self.shrink, clip=self.clip)
         for rule in self.rename:
             parse_rename(rule)
         for option in ("keep", "take", "no_drop"):
@@ -114,7 +131,7 @@ def make_recipe(
     return {
         "format": RECIPE_FORMAT,
         "version": RECIPE_VERSION,
-        "formula": "alpha*base + (1-alpha)*(start + factor*DARE(sft-start))",
+        "formula": f"alpha*base + (1-alpha)*(start + factor*{parameters.sparsify.upper()}(sft-start))",
         "parameters": json.loads(json.dumps(asdict(parameters))),
         "inputs": {role: dict(entry) for role, entry in inputs.items()},
         "config_changes": dict(config_changes),
@@ -127,6 +144,7 @@ def parse_parameters(recipe: Mapping[str, Any]) -> Parameters:
     values = dict(recipe["parameters"])
     for option in ("keep", "take", "no_drop", "rename"):
         values[option] = tuple(values.get(option, ()))
+    values["clip"] = tuple(values["clip"]) if values.get("clip") else None
     return Parameters(**values)
 
 

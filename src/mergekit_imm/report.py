@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint.source import Checkpoint
+from .checkpoint.sparsified import Sparsified
 from .layers import blanked, layer_key
 from .match import rules_of
 from .plan import Item, Plan
@@ -76,7 +77,7 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
     for item in items:
         name = blanked(item.name)
         dtypes = tuple((role, side.dtype) for role, side in item.sides.items())
-        drop = round(1 - item.numbers.keep16 / 65536, 6) if item.action == "merge" else None
+        drop = drop_of(item) if item.action == "merge" else None
         groups[name, item.action, dtypes, item.outs[0].dtype, drop].append(item)
     return [
         {
@@ -92,6 +93,12 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
         }
         for (name, action, dtypes, dtype, drop), items in groups.items()
     ]
+
+
+def drop_of(item: Item) -> float:
+    """Return the share of a delta's elements that is dropped."""
+    sft = item.sides.get("sft")
+    return sft.drop if isinstance(sft, Sparsified) else round(1 - item.numbers.keep16 / 65536, 6)
 
 
 def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
@@ -138,6 +145,9 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
         ("`iteration`", f"{p.iteration}"),
         ("`reference`", p.reference),
         ("layer importance", "given; see the recipe" if p.importance is not None else "none"),
+        *((f"`{o}`", _cell(str(getattr(p, o)))) for o in ("shrink", "clip") if getattr(p, o) not in (1.0, None)),
+        *((("`layer_factors`", _cell(_factors_text(p.layer_factors))),) if p.layer_factors is not None else ()),
+        *((("`sparsify`", _cell(p.sparsify)),) if p.sparsify != "dare" else ()),
         ("dtype", "as in the base" if p.dtype == "base" else p.dtype),
         *((f"`{o}`", _cell(" ".join(getattr(p, o)))) for o in ("keep", "take", "no_drop", "rename") if getattr(p, o)),
         *((("`vocab`", f"the {p.vocab}'s"),) if p.vocab != "strict" else ()),
@@ -155,6 +165,11 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
         str(p.iteration),
     ]
     command += ["--importance", "importance.json"] if p.importance is not None else []
+    command += ["--shrink", str(p.shrink)] if p.shrink != 1 else []
+    command += ["--clip", ",".join(map(str, p.clip))] if p.clip is not None else []
+    if p.layer_factors is not None:
+        command += ["--layer-factors", p.layer_factors if isinstance(p.layer_factors, str) else "factors.json"]
+    command += ["--sparsify", p.sparsify] if p.sparsify != "dare" else []
     command += ["--reference", p.reference] if p.reference != "start" else []
     command += ["--dtype", p.dtype] if p.dtype != "base" else []
     command += ["--max-shard-size", str(p.max_shard_size)] if p.max_shard_size else []
@@ -181,7 +196,7 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
         "A fine-tuned model pulled back towards its base (iterative model merging,",
         "[arXiv 2503.02103](https://arxiv.org/abs/2503.02103)):",
         "",
-        "    merged = alpha * base + (1 - alpha) * (start + factor * DARE(sft - start))",
+        f"    merged = alpha * base + (1 - alpha) * (start + factor * {p.sparsify.upper()}(sft - start))",
         "",
         "| | |",
         "|---|---|",
@@ -213,6 +228,10 @@ def written_files(plan: Plan, recipe: Mapping[str, Any], records: npt.NDArray[np
     files[CARD_FILE] = model_card(plan, recipe)
     files[RECIPE_FILE] = to_json(recipe)
     return files
+
+
+def _factors_text(factors: Mapping[str, float] | str) -> str:
+    return factors if isinstance(factors, str) else "given; see the recipe"
 
 
 def _cell(text: str) -> str:

@@ -37,7 +37,11 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
         *inputs,
         f"  alpha {p['alpha']:g}, drop {p['drop']:g}, seed {p['seed']}, iteration {p['iteration']}"
         + (f", reference {p['reference']}" if p["reference"] != "start" else "")
-        + (f", importance of {len(p['importance'])} layers" if p["importance"] is not None else ""),
+        + (f", importance of {len(p['importance'])} layers" if p["importance"] is not None else "")
+        + (f", shrink {p['shrink']:g}" if p["shrink"] != 1 else "")
+        + (f", clip {p['clip'][0]:g} to {p['clip'][1]:g}" if p["clip"] else "")
+        + (f", layer factors {_factors_text(p['layer_factors'])}" if p["layer_factors"] is not None else "")
+        + (f", sparsify {p['sparsify']}" if p["sparsify"] != "dare" else ""),
         "",
         *table(report.kinds, start is not None),
         "",
@@ -76,6 +80,10 @@ def _renamed(report: MergeReport | CheckReport) -> list[str]:
         f"  {each['tensors']} tensors '{shown(each['name'])}' of {each['role']} are '{shown(each['in_base'])}' in base"
         for each in report.renamed
     ]
+
+
+def _factors_text(factors: Mapping[str, float] | str) -> str:
+    return shown(factors) if isinstance(factors, str) else f"of {len(factors)} layers"
 
 
 def _beside(report: MergeReport | CheckReport) -> list[str]:

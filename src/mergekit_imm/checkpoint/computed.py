@@ -167,7 +167,7 @@ class Pieces(Computed):
         for piece in self.pieces:
             for at, begin, count in runs(self.shape, piece.place, piece.tensor.shape, first, end):
                 target = out[(at - first) * width : (at - first + count) * width]
-                _fill_as(piece.tensor, self.dtype, reads(piece.role), begin, target)
+                fill_as(piece.tensor, self.dtype, reads(piece.role), begin, target)
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def runs(
     return found
 
 
-def _fill_as(tensor: Tensor, dtype: str, read: Read, first: int, out: Raw) -> None:
+def fill_as(tensor: Tensor, dtype: str, read: Read, first: int, out: Raw) -> None:
     """Fill a buffer with elements of a tensor, in a dtype that holds all its values."""
     width = DTYPE_BITS[tensor.dtype] // 8
     if tensor.dtype == dtype:

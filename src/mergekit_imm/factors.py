@@ -1,0 +1,138 @@
+"""Layer factors: by how much the delta of each layer is multiplied before it is merged.
+
+    tuned = start + factor * DARE(sft - start)
+
+A mapping layer key -> factor, or a rule that makes one of a model's layers: "lines:0.3,1" and "groups:0.5,1,0.5".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from .errors import ArgumentError, shown
+from .importance import importance_factors, read_layers
+from .layers import resolve_layers, stacks
+from .mask import check_factor
+
+OUTSIDE = "outside"  # embeddings, final norm, head: what lies in no layer
+_RULES = {"lines": 2, "groups": 3}
+
+
+def lines_factors(layers: Iterable[str], first: float, last: float) -> dict[str, float]:
+    """Return factors that grow with depth, on a line from the first layer to the last: LiNeS.
+
+        factor_l = first + (last - first) * l / (L - 1)      l = 0..L-1;   everything outside the layers: first
+
+    Args: `layers`, layer keys (`model.layers.3`) or names of tensors; each stack of layers has its own line; a single
+    layer is the last. The factors, >= 0, need no mean of 1. Returns them by layer key, and one for "outside".
+
+    Source: LiNeS (arXiv 2410.17146), with first = alpha and last = alpha + beta; its authors' code multiplies what is
+    in no layer by alpha, as here.
+
+    >>> lines_factors(["h.0", "h.1", "h.2"], 0.5, 1.0)
+    {'h.0': 0.5, 'h.1': 0.75, 'h.2': 1.0, 'outside': 0.5}
+    """
+    check_factor(first), check_factor(last)
+    found: dict[str, float] = {}
+    for keys in _stacks(layers):
+        for number, key in enumerate(keys):
+            found[key] = first + (last - first) * number / (len(keys) - 1) if len(keys) > 1 else last
+    return {**found, OUTSIDE: float(first)}
+
+
+def group_factors(layers: Iterable[str], early: float, middle: float, late: float) -> dict[str, float]:
+    """Return one factor for each third of the layers.
+
+        factor_l = (early, middle, late)[floor(3 l / L)]      l = 0..L-1;   everything outside the layers: 1
+
+    Args as in `lines_factors`. The thirds are those of the paper's figures (early, middle and late layers); the cut
+    where L is no multiple of three is ours.
+
+    >>> group_factors(["h.0", "h.1", "h.2", "h.3"], 0.5, 1.0, 0.25)
+    {'h.0': 0.5, 'h.1': 0.5, 'h.2': 1.0, 'h.3': 0.25}
+    """
+    values = [check_factor(value) for value in (early, middle, late)]
+    return {key: values[3 * number // len(keys)] for keys in _stacks(layers) for number, key in enumerate(keys)}
+
+
+def _stacks(layers: Iterable[str]) -> list[list[str]]:
+    """Layer keys, stack by stack, each in the order of its numbers."""
+    found = stacks(f"{layer}.weight" if layer.rpartition(".")[2].isdigit() else layer for layer in layers)
+    return [sorted(keys, key=lambda key: int(key.rpartition(".")[2])) for keys in found.values()]
+
+
+def check_rule(text: str) -> tuple[str, list[float]]:
+    """Return the kind and the numbers of a rule. Raises ArgumentError for any other text.
+
+    >>> check_rule("groups:0.5,1,0.5")
+    ('groups', [0.5, 1.0, 0.5])
+    """
+    kind, _, rest = text.partition(":")
+    try:
+        values = [check_factor(float(part)) for part in rest.split(",")]
+    except ValueError:
+        values = []
+    if kind not in _RULES or len(values) != _RULES[kind]:
+        raise ArgumentError(
+            f"layer factors '{shown(text)}' are not understood; write lines:FIRST,LAST or groups:EARLY,MIDDLE,LATE with"
+            " factors >= 0, or give a JSON file"
+        )
+    return kind, values
+
+
+def read_layer_factors(given: str | Path) -> dict[str, float] | str:
+    """Return what an option names: a rule as it is, or what stands in a JSON file, layer key -> factor.
+
+    A file may hold the mapping under "layers", with "outside" beside it. Raises ArgumentError.
+    """
+    text = str(given)
+    if not isinstance(given, Path) and (text.partition(":")[0] in _RULES and ":" in text):
+        check_rule(text)
+        return text
+    layers, content = read_layers(given, "layer factors")
+    if "importance" in str(content.get("format", "")):
+        raise ArgumentError(f"{shown(text)} holds importances, not factors; give it as --importance")
+    return {**layers, **({OUTSIDE: content[OUTSIDE]} if OUTSIDE in content else {})}
+
+
+def check_factors(factors: Mapping[str, float] | str) -> None:
+    """Raise ArgumentError unless these are layer factors: finite numbers >= 0, or a rule."""
+    if isinstance(factors, str):
+        check_rule(factors)
+        return
+    if not isinstance(factors, Mapping) or not factors:
+        raise ArgumentError(f"layer factors are {factors!r:.60}; give a mapping of layers, or lines:FIRST,LAST")
+    for key, value in factors.items():
+        try:
+            check_factor(value)
+        except ArgumentError as error:
+            raise ArgumentError(f"factor of layer '{shown(key)}': {error}") from error
+
+
+def resolve_factors(factors: Mapping[str, float] | str, names: Iterable[str]) -> dict[str, float]:
+    """Return the factors of a model's layers by full layer key; that of everything outside of them under ""."""
+    names = list(names)
+    check_factors(factors)
+    if isinstance(factors, str):
+        kind, values = check_rule(factors)
+        if not stacks(names):
+            raise ArgumentError(f"layer factors '{shown(factors)}' need layers, and the model has none")
+        factors = (lines_factors if kind == "lines" else group_factors)(names, *values)
+    layers = {key: value for key, value in factors.items() if key != OUTSIDE}
+    return {**resolve_layers(layers, names), "": factors.get(OUTSIDE, 1.0)}
+
+
+def factors_of(
+    names: Iterable[str],
+    importance: Mapping[str, float] | None,
+    factors: Mapping[str, float] | str | None,
+    shrink: float = 1.0,
+    clip: tuple[float, float] | None = None,
+) -> dict[str, float]:
+    """Return the factors of a merge, of either an importance (IIMM) or given factors, by full layer key."""
+    if factors is not None:
+        return resolve_factors(factors, names)
+    if importance is None:
+        return {}
+    return resolve_factors(importance_factors(importance, shrink=shrink, clip=clip), names)
