@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models
 from checkpoints import files_of, random_state, read_model, same_bits, write_model
 from loading import EMBED, HEAD
 from mergekit_imm import CheckpointError, MergeError, MismatchError, iter_merged, merge_checkpoints
+from mergekit_imm.check import check
 from mergekit_imm.checkpoint.source import open_checkpoint
 from mergekit_imm.checkpoint.tokens import table_of
 from models import fine_tuned, load, new_model
@@ -212,3 +213,15 @@ def test_damaged_tokenizers_end_in_one_line(tmp_path_factory: pytest.TempPathFac
     for vocab in ("strict", "base"):
         with suppress(MergeError):
             list(iter_merged(*given, vocab=vocab))
+
+
+def test_a_check_says_so_where_sizes_are_the_same(tmp_path: Path) -> None:
+    model = new_model("llama")
+    save(model, tmp_path / "base", tokenizer_of(WORDS))
+    save(fine_tuned(model, seed=2), tmp_path / "sft", tokenizer_of([*WORDS[:-1], "other"]))
+    found = check(tmp_path / "base", tmp_path / "sft")
+    assert found.problems == []
+    assert "1 of the first 96 ids are different tokens" in found.notes[-1]
+    assert "'other'" in found.notes[-1]
+    save(fine_tuned(model, seed=2), tmp_path / "sft", tokenizer_of(WORDS))
+    assert check(tmp_path / "base", tmp_path / "sft").notes == []

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.source import Checkpoint
+from .checkpoint.tokens import check_tokens
 from .errors import MergeError
-from .layers import blanked
+from .layers import blanked, is_end
 from .plan import decide
 from .prepare import comparer, open_inputs, plan_of
 from .report import kinds, left_out, renamed, side_files
@@ -76,9 +77,24 @@ def check(
         config_changes=dict(plan.config_changes) if plan else {},
         side_files=side_files(plan) if plan else {},
         left_out=left_out(inputs),
-        notes=list(plan.notes if plan else [note for each in inputs.values() for note in each.notes]),
+        notes=[
+            *(plan.notes if plan else (note for each in inputs.values() for note in each.notes)),
+            *_other_tokens(inputs["base"], inputs["sft"], parameters.vocab),
+        ],
         problems=[str(error) for error, _ in complaints],
     )
+
+
+def _other_tokens(base: Checkpoint, sft: Checkpoint, vocab: str) -> list[str]:
+    """Say that ids are other tokens to a model with a vocabulary of the same size, which a merge does not look at."""
+    if vocab != "strict":
+        return []  # it was looked at
+    rows = max((tensor.shape[0] for name, tensor in base.tensors.items() if is_end(name) and tensor.shape), default=0)
+    try:
+        check_tokens(base, sft, rows, "the rows of both are merged all the same; be sure that this is meant")
+    except MergeError as error:
+        return [f"note: {error}"]
+    return []
 
 
 def _described(each: Checkpoint) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def resized(inputs: Inputs, parameters: Parameters) -> dict[str, Checkpoint]:
     ends = _ends(base)
     notes = []
     if ends:
-        cure = f"leave out --vocab, and take them whole from the sft: {ready_option('--take', *ends)}"
+        whole = ready_option("--take", *ends)
+        cure = f"rows of different tokens are not merged: leave out --vocab, and take them whole from the sft: {whole}"
         most = max(tensor.shape[0] for tensor in ends.values())
         for each in (used[role] for role in ("sft", "start") if role in used):
             common = min(rows[each.role], rows["base"]) if rows else most

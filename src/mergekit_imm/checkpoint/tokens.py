@@ -52,7 +52,7 @@ def check_tokens(one: Checkpoint, other: Checkpoint, rows: int, cure: str) -> st
     more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
     raise MismatchError(
         f"{len(differing)} of the first {rows} ids are different tokens to {one.label} and {other.label}:"
-        f" {listed}{more}; rows of different tokens are not merged: {cure}"
+        f" {listed}{more}; {cure}"
     )
 
 
