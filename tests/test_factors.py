@@ -73,7 +73,7 @@ def test_shrink_and_clip_follow_their_formulas() -> None:
     assert importance_factors(importance, shrink=0) == dict.fromkeys(importance, 1.0)
     for wrong in ({"shrink": 1.5}, {"shrink": -0.1}, {"clip": (2, 1)}, {"clip": (-1, 1)}, {"clip": (0, float("inf"))}):
         with pytest.raises(ArgumentError, match=next(iter(wrong))):
-            importance_factors(importance, **wrong)  # type: ignore[arg-type]
+            importance_factors(importance, **wrong)
 
 
 def expected(folders: Path, factors: dict[str, float]) -> dict[str, torch.Tensor]:
@@ -194,7 +194,7 @@ def test_a_loop_refuses_factors_of_another_model_before_it_trains(folders: Path)
     for options in ({"importance": str(folders / "wrong.json")}, {"layer_factors": str(folders / "wrong.json")},
                     {"layer_factors": "lines:2"}, {"sparsify": "della:0.5"}, {"shrink": 0.5}):  # fmt: skip
         with pytest.raises(MergeError):
-            run_loop(Settings(base=str(folders / "base"), train=train, **options), folders / "run")  # type: ignore[arg-type]
+            run_loop(Settings(base=str(folders / "base"), train=train, **options), folders / "run")
     assert not (folders / "trained").exists()
 
 

@@ -118,7 +118,7 @@ def test_what_is_not_finite_stays() -> None:
 
 def models(root: Path, shapes: dict[str, tuple[int, ...]], dtypes: Any, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """Write base, start and sft of these shapes; a third of the sft's elements is the start's."""
-    found = []
+    found: list[dict[str, torch.Tensor]] = []
     for number, role in enumerate(("base", "start", "sft")):
         state = {
             name: tensor(int(np.prod(shape)), dtypes[number], seed=97 * seed + 3 * at + number).reshape(shape)
@@ -203,10 +203,10 @@ def test_a_sweep_of_alphas_is_its_merges(tmp_path: Path) -> None:
 
 def test_no_drop_and_a_drop_of_zero_leave_a_delta_whole(tmp_path: Path) -> None:
     models(tmp_path, SHAPES, [torch.bfloat16] * 3)
-    folders = {"plain": {"drop": 0}, "zero": {"drop": 0, "sparsify": "della"},
+    folders: dict[str, dict[str, Any]] = {"plain": {"drop": 0}, "zero": {"drop": 0, "sparsify": "della"},
                "no_drop": {"drop": 0.9, "sparsify": "trim", "no_drop": ["."]}}  # fmt: skip
     for name, options in folders.items():
-        merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / name, **options)  # type: ignore[call-overload]
+        merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / name, **options)
     states = [read_model(tmp_path / name) for name in folders]
     assert all(same_bits(states[0][name], other[name]) for other in states[1:] for name in SHAPES)
 

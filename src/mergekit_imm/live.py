@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,18 +22,17 @@ from torch import nn
 from .checkpoint.computed import Tensor as Side
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import MERGED, fingerprint
-from .errors import MergeError, MismatchError, PartialMergeError, shown
+from .errors import MismatchError, PartialMergeError, shown
 from .execute import Progress, check_workers
 from .inplace import Job, Work
 from .layers import is_end, ready_option, tied_key, unwrapped
 from .plan import Decided, Item, decide
 from .prepare import check_platform, comparer, listed, prepared, round_of, without_same_start
+from .ranks import ALONE, Ranks, together
 from .recipe import Parameters
 from .shards import Live, Part, is_distributed, live_tensors
 
 COMPARED = 1 << 18  # elements at a time
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def merge_into(
     >>> model.w.data
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
-    ranks = _Ranks(is_distributed(model))
+    ranks = Ranks.of_group() if is_distributed(model) and dist.is_initialized() else ALONE
 
     def checked() -> tuple[int, Parameters, dict[str, Live]]:
         check_platform()
@@ -112,9 +111,9 @@ def merge_into(
         )  # fmt: skip
         return check_workers(workers), parameters, live_tensors(model)
 
-    threads, parameters, state = ranks.all_do(checked)
+    threads, parameters, state = together(ranks, checked)
     places = {id(live): number for number, live in enumerate(state.values())}
-    ranks.check_same(lambda: [(name, live.shape, live.dtype, places[id(live)]) for name, live in state.items()])
+    _check_same(ranks, lambda: [(name, live.shape, live.dtype, places[id(live)]) for name, live in state.items()])
     equal = _equal_ends(state, ranks)
 
     def planned() -> tuple[dict[str, Checkpoint], Parameters, Decided, list[Job]]:
@@ -127,14 +126,14 @@ def merge_into(
         inputs, decided = _plan(inputs, model, state, equal, here)
         return inputs, here, decided, _jobs(decided, inputs["sft"])
 
-    inputs, here, decided, jobs = ranks.all_do(planned)
+    inputs, here, decided, jobs = together(ranks, planned)
     files = [file for each in inputs.values() for file in each.files.values()]
     actions = [(job.item.name, job.item.action, job.item.numbers) for job in jobs]
-    ranks.check_same(lambda: (here, actions, [fingerprint(file) for file in files]))
+    _check_same(ranks, lambda: (here, actions, [fingerprint(file) for file in files]))
     work = Work(inputs, here, jobs, threads, progress)
-    ranks.all_do(lambda: work.run(write=False))
+    together(ranks, lambda: work.run(write=False))
     try:
-        ranks.all_do(lambda: work.run(write=True))
+        together(ranks, lambda: work.run(write=True))
     except Exception as error:
         raise PartialMergeError(
             f"the merge failed when parts of the model had been written: {error}; load the model again, from its last"
@@ -147,48 +146,14 @@ def merge_into(
     return LiveReport(dict(counts), here.iteration, notes)
 
 
-class _Ranks:
-    """The processes that hold a model together, or this one alone."""
-
-    def __init__(self, several: bool) -> None:
-        self.several = several and dist.is_initialized()
-        self.device = "cuda" if self.several and dist.get_backend() == "nccl" else "cpu"
-
-    def largest(self, numbers: Sequence[int]) -> list[int]:
-        """Return the largest of each number over all ranks."""
-        if not self.several or not numbers:
-            return list(numbers)
-        tensor = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return [int(number) for number in tensor.tolist()]
-
-    def all_do(self, step: Callable[[], T]) -> T:
-        """Return what a step returns, if it succeeds on all ranks; raise on each if it fails on one."""
-        if not self.several:
-            return step()
-        try:
-            result, failure = step(), None
-        except Exception as error:
-            result, failure = None, error
-        (failed,) = self.largest([0 if failure is None else dist.get_rank() + 1])
-        if failure is not None:
-            raise failure
-        if failed:
-            raise MergeError(f"rank {failed - 1} refused the merge, or failed; its own message says why")
-        return result  # type: ignore[return-value]
-
-    def check_same(self, data: Callable[[], object]) -> None:
-        """Raise MismatchError unless all ranks have the same data."""
-        if not self.several:
-            return
-        text = self.all_do(lambda: repr(data()))
-        number = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
-        most, least = self.largest([number, -number])
-        if most != -least:
-            raise MismatchError(
-                "the ranks do not merge the same: arguments, the files of base or start, or the model's tensors differ"
-                " between them; give all ranks the same"
-            )
+def _check_same(ranks: Ranks, data: Callable[[], object]) -> None:
+    """Raise MismatchError unless all ranks have the same data."""
+    text = together(ranks, lambda: repr(data()) if ranks.size > 1 else "")
+    if len(set(ranks.gather(blake2b(text.encode(), digest_size=16).digest()))) > 1:
+        raise MismatchError(
+            "the ranks do not merge the same: arguments, the files of base or start, or the model's tensors differ"
+            " between them; give all ranks the same"
+        )
 
 
 def _plan(
@@ -244,7 +209,7 @@ def _check_vocabularies(base: Checkpoint, sft: Checkpoint) -> None:
 _Equal = frozenset[frozenset[Hashable]]  # pairs of places in memory that hold the same values
 
 
-def _equal_ends(state: Mapping[str, Live], ranks: _Ranks) -> _Equal:
+def _equal_ends(state: Mapping[str, Live], ranks: Ranks) -> _Equal:
     """Find embeddings and heads that are two tensors with the same values on all ranks: a tie, as files tell it."""
     ends = {id(live): live for name, live in state.items() if is_end(name)}
     pairs = [
@@ -252,11 +217,9 @@ def _equal_ends(state: Mapping[str, Live], ranks: _Ranks) -> _Equal:
         for one, other in itertools.combinations(ends.values(), 2)
         if (one.shape, one.dtype) == (other.shape, other.dtype)
     ]
-    differ = ranks.largest([not _same_here(one.parts, other.parts) for one, other in pairs])
+    same = ranks.gather([_same_here(one.parts, other.parts) for one, other in pairs])
     return frozenset(
-        frozenset((one.memory, other.memory))
-        for (one, other), differs in zip(pairs, differ, strict=True)
-        if not differs
+        frozenset((one.memory, other.memory)) for (one, other), *here in zip(pairs, *same, strict=True) if all(here)
     )
 
 

@@ -67,16 +67,20 @@ ALONE = Ranks(0, 1, lambda value: [value])
 def together(ranks: Ranks, step: Callable[[], T]) -> T:
     """Run a step on each rank and return what it returns on this one, once all have done theirs.
 
-    Where it raises a MergeError on some, the first of these is raised on all.
+    Where it fails on some, all fail with the first of these: by the same MergeError, or, if it was no such, by a
+    RankError that says what it was.
     """
-    failure: MergeError | None = None
+    failure: Exception | None = None
     try:
         result = step()
     except RankError:
         raise  # there is nobody to tell
-    except MergeError as error:
+    except Exception as error:
         failure = error
-    for rank, each in enumerate(ranks.gather(failure)):
+    told = failure
+    if failure is not None and not isinstance(failure, MergeError):
+        told = RankError(f"{type(failure).__name__}: {shown(failure, 300)}")
+    for rank, each in enumerate(ranks.gather(told)):
         if each is not None:
             if failure is not None and rank == ranks.rank:
                 raise failure
