@@ -12,6 +12,12 @@ from .mask import BLOCK, LANES, PHILOX_BUMPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS,
 # Elements worked on at a time: small enough for a CPU's cache and for the 64 MiB of temporaries.
 CHUNK = 1 << 18
 
+# By the names that safetensors headers have for them.
+DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _QUIET_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000}

@@ -18,11 +18,9 @@ from torch import Tensor
 
 from . import fused
 from .errors import ArgumentError
-from .flat import merge_flat, uniform16
+from .flat import DTYPES, merge_flat, uniform16
 from .mask import BLOCK, Arithmetic
 from .sums import KEPT, LANES, LARGEST, Tally
-
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 Bytes = npt.NDArray[np.uint8]
 Side = tuple[Bytes, str]
@@ -73,9 +71,9 @@ def merge_span(
         for raw, dtype in (base, start, sft):
             if id(raw) not in pieces:
                 # As bytes: on the host they may begin anywhere, on the device they are aligned.
-                pieces[id(raw)] = torch.from_numpy(raw).to(device, non_blocking=True).view(_DTYPES[dtype])
+                pieces[id(raw)] = torch.from_numpy(raw).to(device, non_blocking=True).view(DTYPES[dtype])
         b, s, f = (pieces[id(raw)] for raw, _ in (base, start, sft))
-        merged = torch.empty(count, dtype=_DTYPES[out[1]], device=device)
+        merged = torch.empty(count, dtype=DTYPES[out[1]], device=device)
         if fused.fits(b, s, f, merged) and not numbers.added:
             fused.merge_flat_fused(b, s, f, merged, numbers, *key, first)
         else:

@@ -278,6 +278,8 @@ def iter_merged(
     check_platform()
     import torch
 
+    from .flat import DTYPES
+
     inputs, parameters, _ = open_inputs(
         base, sft, start, outs=(), dry_run=False, iteration=iteration, importance=importance,
         shrink=shrink, clip=clip, layer_factors=layer_factors, sparsify=sparsify,
@@ -287,14 +289,8 @@ def iter_merged(
     )  # fmt: skip
     (plan,) = plans_of(inputs, parameters)
     workers, computes = check_workers(workers), pick_device(device)
-    dtypes = {
-        "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
-        "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-        "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    }  # fmt: skip
-
     for item in plan.items:
-        if item.outs[0].dtype not in dtypes:
+        if item.outs[0].dtype not in DTYPES:
             raise CheckpointError(
                 f"tensor '{shown(item.name)}' is {item.outs[0].dtype}, which cannot be given as a torch tensor;"
                 " merge into a folder instead"
@@ -316,9 +312,9 @@ def iter_merged(
             for _ in run([one], todo, sink, workers=workers, device=computes):
                 pass
             if content:
-                tensor = torch.frombuffer(content, dtype=dtypes[out.dtype]).view(out.shape)
+                tensor = torch.frombuffer(content, dtype=DTYPES[out.dtype]).view(out.shape)
             else:
-                tensor = torch.empty(out.shape, dtype=dtypes[out.dtype])
+                tensor = torch.empty(out.shape, dtype=DTYPES[out.dtype])
             for each in item.outs:
                 yield each.name, tensor
         check_inputs(plan.inputs)

@@ -14,12 +14,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from .checkpoint.computed import Computed, Pieces, Slice, runs
 from .checkpoint.computed import Tensor as Side
 from .errors import MismatchError, shown
+from .flat import DTYPES
 
-CODES = {
-    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.bool: "BOOL",
-    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
-}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 # What is set on parameters of which the optimizer has a copy of its own, which it would put back.
 _MASTERS = {
