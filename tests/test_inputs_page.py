@@ -16,21 +16,22 @@ ROWS = {
     "a LoRA adapter, as `SFT`": "test_adapters.py::test_it_is_what_peft_s_own_merge_gives",
     "another adapter (PiSSA and others that change their base, IA3, …)":
         "test_adapters.py::test_what_is_not_plain_lora_is_refused_by_name",
-    "PyTorch files": "test_forms.py::test_a_model_of_transformers_is_merged_and_loaded",
-    "a `torch.distributed` checkpoint": "test_forms.py::test_pieces_of_ranks_are_merged_as_the_whole",
-    "safetensors that ranks wrote, in pieces": "test_forms.py::test_so_are_those_of_fsdp_and_what_torch_joined",
+    "PyTorch files": "forms/test_torch_save.py::test_a_model_of_transformers_is_merged_and_loaded",
+    "a `torch.distributed` checkpoint": "forms/test_pieces.py::test_pieces_of_ranks_are_merged_as_the_whole",
+    "safetensors that ranks wrote, in pieces": "forms/test_pieces.py::test_so_are_those_of_fsdp_and_what_torch_joined",
     "names that differ": "test_names.py::test_the_text_part_of_a_wrapped_model",
     "experts, fused or one by one": "test_names.py::test_names_in_memory_are_those_of_the_files",
-    "vocabularies of different sizes": "test_vocab.py::test_rows_that_both_have_are_merged_and_the_rest_is_the_owner_s",
+    "vocabularies of different sizes":
+        "vocab/test_rows.py::test_rows_that_both_have_are_merged_and_the_rest_is_the_owner_s",
     "a tied head that is stored, or not":
         "layouts/test_ties.py::test_a_tied_tensor_is_one_tensor_by_whatever_names_the_files_hold_it",
     "FP8 with scales (DeepSeek-V3, Qwen and Llama FP8, compressed-tensors, modelopt, fbgemm)":
         "test_dequantize.py::test_it_is_what_transformers_dequantises",
     "GPTQ, AWQ, bitsandbytes, MXFP4 and other quantised models":
         "refusals/test_quantised.py::test_a_config_that_says_so_is_refused",
-    "DeepSpeed": "test_forms.py::test_other_forms_are_refused_with_what_to_run",
-    "verl, SkyRL": "test_forms.py::test_other_forms_are_refused_with_what_to_run",
-    "Megatron; rank files of accelerate": "test_forms.py::test_other_forms_are_refused_with_what_to_run",
+    "DeepSpeed": "forms/test_refused.py::test_other_forms_are_refused_with_what_to_run",
+    "verl, SkyRL": "forms/test_refused.py::test_other_forms_are_refused_with_what_to_run",
+    "Megatron; rank files of accelerate": "forms/test_refused.py::test_other_forms_are_refused_with_what_to_run",
     "GGUF, TensorFlow, Flax, ONNX, other pickles":
         "refusals/test_inputs.py::test_folders_without_a_model_are_refused_by_name",
     "a trainer's output folder":

@@ -11,10 +11,15 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, models
 from tokenizers.pre_tokenizers import Whitespace
 
+import reference
+from checkpoints import State
+from loading import EMBED, HEAD
 from models import fine_tuned, new_model
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{n}" for n in range(87))]  # 90 tokens; the base has 96 rows
 EXTRA = ["<pad>", *(f"<call{n}>" for n in range(9))]
+ENDS = (EMBED, HEAD)
+Options = dict[str, Any]
 
 
 def tokenizer_of(words: list[str], added: list[str] = [], **special: str) -> Any:  # noqa: B006
@@ -50,3 +55,17 @@ def write_pair(layout: str, folder: Path) -> Path:
     tuned.config.pad_token_id = tuned.generation_config.pad_token_id = 90
     save(tuned, folder / "sft", tokenizer)
     return folder
+
+
+def expected_of(
+    base: State, sft: State, owner: State, common: int, start: State | None = None, **numbers: Any
+) -> State:
+    """The merge by the formulas: rows that all have are merged, the rest is the owner's, in the base's dtype."""
+    made = {}
+    for name, tensor in base.items():
+        rows = common if name in ENDS else len(tensor)
+        b, f, s = (each[name][:rows] for each in (base, sft, base if start is None else start))
+        made[name] = reference.merge_tensors(b, f, s, tensor.dtype, name=name, **numbers)
+        if name in ENDS:
+            made[name] = torch.cat([made[name], owner[name][common:].to(tensor.dtype)])
+    return made

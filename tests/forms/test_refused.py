@@ -1,0 +1,128 @@
+"""What is in no form that is read: refused by name, with what to run."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints import write_model
+from mergekit_imm import CheckpointError, merge_checkpoints
+from mergekit_imm.checkpoint.source import open_checkpoint
+from other_forms import BASE, SFT, Evil, save_shards
+
+
+def rewritten(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
+    """Write a zip archive anew, with other contents."""
+    with zipfile.ZipFile(path) as before:
+        contents = {name: before.read(name) for name in before.namelist()}
+    with zipfile.ZipFile(path, "w", method) as after:
+        for name, content in contents.items():
+            after.writestr(name, change(name, content))
+
+
+def big_endian(name: str, content: bytes) -> bytes:
+    return b"big" if name.endswith("byteorder") else content
+
+
+def repacked(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
+    """Write the sft by torch.save, and its archive anew, with other contents."""
+    torch.save(SFT, path)
+    rewritten(path, change, method)
+
+
+def cut_off(path: Path) -> None:
+    torch.save(SFT, path)
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def of(value: Any) -> Callable[[Path], None]:
+    """What saves a value by torch.save."""
+    return lambda path: torch.save(value, path)
+
+
+COMPLEX = torch.ones(3, dtype=torch.complex64)
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "code": (lambda p: torch.save({"a": Evil(p.parent / "trap")}, p), r"holds a posix\.system, .*save_pretrained"),
+    "a whole module": (of(torch.nn.Linear(2, 2)), r"holds a torch\.nn\.modules\.linear\.Linear"),
+    "sparse": (of({"a": torch.eye(3).to_sparse()}), r"holds a torch\._utils\._rebuild_sparse_tensor"),
+    "an unknown dtype": (
+        of({"a": COMPLEX.to(torch.complex128)}),
+        r"holds a torch\.ComplexDoubleStorage, which is not read; ",
+    ),
+    "the old form": (
+        lambda p: torch.save(SFT, p, _use_new_zipfile_serialization=False),
+        r"before version 1\.6; .*`torch\.save`",
+    ),
+    "compressed": (lambda p: repacked(p, lambda _, c: c, zipfile.ZIP_DEFLATED), r"is compressed, .*`torch\.save`"),
+    "big-endian": (lambda p: repacked(p, big_endian), r"big-endian.*little-endian machine"),
+    "turned": (of({"a": torch.ones(3, 4).t()}), r"'a', \[4, 3\], .*strides \[1, 4\].*contiguous"),
+    "expanded": (of({"a": torch.ones(3).expand(4, 3)}), r"'a', \[4, 3\], .*strides \[0, 1\]"),
+    "conjugate": (of({"a": COMPLEX.conj()}), "conjugate"),
+    "nested": (of({"model": SFT}), "more than a model: a mapping under 'model'"),
+    "a number": (of({"a": torch.ones(3), "step": 3}), "holds 'step', of type int and no tensor"),
+    "a name that is none": (of({3: torch.ones(3)}), "holds something under 3, which is no name"),
+    "a tensor": (of(torch.ones(3)), "no mapping of names to tensors"),
+    "another zip": (lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"), "no whole file of torch.save: .*no data.pkl"),
+    "a pipe": (os.mkfifo, "cannot be read: it is no plain file"),
+    "cut off": (cut_off, "no whole file of torch.save"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_read_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    save, match = REFUSED[case]
+    write_model(tmp_path / "base", BASE)
+    (tmp_path / "sft").mkdir()
+    save(tmp_path / "sft" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=match) as caught:
+        merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "sft"]
+    if case == "code":
+        torch.load(tmp_path / "sft" / "pytorch_model.bin", weights_only=False)
+        assert (tmp_path / "sft" / "trap").exists(), "it is a trap"
+
+
+def test_an_index_of_such_files_must_be_right(tmp_path: Path) -> None:
+    sft = save_shards(SFT, tmp_path / "sft")
+    index = json.loads((sft / "pytorch_model.bin.index.json").read_text())
+    for change, match in (
+        ({"a": "../x.bin"}, "only plain names"),
+        ({"a": "x.safetensors"}, r"index\.json names 'x\.safetensors', which is not a \.bin file"),
+        ({"a": "x.bin"}, r"lacks x\.bin .*pytorch_model\.bin\.index\.json names"),
+        ({"a": "pytorch_model-00001-of-00002.bin"}, r"bin\.index\.json says tensor 'a' lies in .* none of its files"),
+    ):
+        changed = {"weight_map": index["weight_map"] | change}
+        (sft / "pytorch_model.bin.index.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=match):
+            open_checkpoint(sft, "sft")
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (["zero_to_fp32.py", "latest", "rng_state_0.pth"],
+         r"DeepSpeed checkpoint; .*`cd '\S+/a b' && python zero_to_fp32\.py \. OUT --safe_serialization`"),
+        (["global_step5/mp_rank_00_model_states.pt"], "a DeepSpeed checkpoint"),
+        (["mp_rank_00_model_states.pt"], "a part of a DeepSpeed checkpoint.*the folder that it is in"),
+        (["model_world_size_2_rank_0.pt", "optim_world_size_2_rank_0.pt"],
+         r"verl stored; .*`python -m verl\.model_merger merge --backend fsdp --local_dir '\S+/a b' --target_dir OUT`"),
+        (["pytorch_model_fsdp_0_rank0.bin"], "each rank of FSDP stored.*SHARDED_STATE_DICT"),
+        ([".metadata", "common.pt"], "a Megatron checkpoint.*Megatron Bridge"),
+        (["iter_0000005/x", "latest_checkpointed_iteration.txt"], "a Megatron checkpoint"),
+    ],
+)  # fmt: skip
+def test_other_forms_are_refused_with_what_to_run(tmp_path: Path, names: list[str], match: str) -> None:
+    sft = tmp_path / "a b"
+    for name in names:
+        (sft / name).parent.mkdir(parents=True, exist_ok=True)
+        (sft / name).write_text("x")
+    with pytest.raises(CheckpointError, match=match):
+        open_checkpoint(sft, "sft")

@@ -1,0 +1,153 @@
+"""The commands of the user, and the command itself: signals, kills, what is left running."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loops import EVALUATE, TRAIN, asked
+from mergekit_imm import ArgumentError, OutputError
+from mergekit_imm.loop import run_loop
+from mergekit_imm.loopstate import load
+from mergekit_imm.shell import filled
+
+
+@given(value=st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1))
+@settings(max_examples=60, deadline=None)
+def test_any_value_reaches_a_command_as_one_word(value: str) -> None:
+    command = filled("printf '<%s>' {model} '{x: 1}' {other}", {"model": value})
+    said = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=True).stdout
+    assert said.decode() == f"<{value}><{{x: 1}}><{{other}}>"
+
+
+def test_placeholders_inside_quotes_are_filled_or_refused() -> None:
+    assert filled("run '{model}'", {"model": "plain"}) == "run 'plain'"
+    assert filled("run ${model} $x{model}", {"model": "m"}) == "run ${model} $xm"  # the first is a variable
+    for template in ("run '{model}'", 'run "--m={model}"'):
+        with pytest.raises(ArgumentError, match="leave out the quotes around it"):
+            filled(template, {"model": "a b"})
+    assert filled("run \\'{model} \"'\" {model}", {"model": "a b"}) == "run \\''a b' \"'\" 'a b'"
+
+
+def test_commands_have_the_environment_and_no_input(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OF_THE_USER", "here")
+    heard: list[bytes] = []
+    run_loop(asked(base, rounds=1, train=f"echo $OF_THE_USER; cat; {TRAIN}"), "run", echo=heard.append)
+    assert b"here\ntrained round 0\n" in b"".join(heard)
+
+
+def test_what_a_command_leaves_running_is_not_waited_for_but_holds_the_folder(base: str) -> None:
+    began = time.monotonic()
+    wanted = asked(base, rounds=1, train=f"sleep 30 & echo $! > pid; {TRAIN}")
+    run_loop(wanted, "run")
+    assert time.monotonic() - began < 25
+    with pytest.raises(OutputError, match="run/lock is in use"):
+        run_loop(wanted, "run")
+    os.kill(int(Path("pid").read_text()), signal.SIGKILL)
+    for _ in range(100):
+        try:
+            run_loop(wanted, "run")
+            return
+        except OutputError:
+            time.sleep(0.05)
+    pytest.fail("the folder is still held")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_filesystem_without_locks(base: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    told: list[str] = []
+    run_loop(asked(base, rounds=1), "run", tell=told.append)
+    assert told[0] == "note: the filesystem of run has no locks: see to it that no other loop runs there"
+
+
+# --- the command itself
+
+
+def imm_loop(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "mergekit_imm", "loop", *arguments]
+
+
+def test_the_command_tells_its_steps_and_ends_with_the_table(base: str) -> None:
+    arguments = imm_loop("base", "-o", "run", "--rounds", "2", "--train", TRAIN, "--evaluate", EVALUATE)
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("trained round 0\ntrained round 1\nmodel    alpha  distance  nested.left\nbase")
+    assert done.stdout.endswith("drawn in run/metrics.png, run/metrics.svg\nthe last model is run/round-1/merged\n")
+    assert "round 1: merge: alpha 0.5, drop 0.2, anchor base\n" in done.stderr
+    quiet = subprocess.run([*arguments, "--json", "-q"], capture_output=True, text=True, check=True)
+    assert json.loads(quiet.stdout)["model"] == "run/round-1/merged"
+    assert quiet.stderr == ""
+
+
+def test_the_command_ends_with_the_status_of_the_user_s(base: str) -> None:
+    arguments = imm_loop("base", "-o", "run", "--train", "echo oh; exit 42 # {output}")
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 42
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the train command of round 0 ended with status 42; its last line: oh")
+    quiet = subprocess.run([*arguments, "-q"], capture_output=True, text=True, check=False)
+    assert (quiet.returncode, quiet.stderr.splitlines()[:-1], quiet.stdout) == (42, ["oh"], "")
+
+
+def test_refused_before_anything_is_run(base: str) -> None:
+    done = subprocess.run(
+        imm_loop("nowhere", "-o", "run", "--train", "touch ran {output}"), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, Path("ran").exists()) == (1, False)
+
+
+def until(what: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if what():
+            return
+        time.sleep(0.05)
+    pytest.fail("it did not come to that")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_command_too(base: str, number: signal.Signals, status: int) -> None:
+    train = "echo $$ > pid; trap 'echo asked >> told; exit 1' INT TERM; while :; do sleep 0.1; done # {output}"
+    loop = subprocess.Popen(
+        imm_loop("base", "-o", "run", "--train", train), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a job in the background may have it ignored
+    )  # fmt: skip
+    until(lambda: Path("pid").exists() and Path("pid").read_text().strip() != "")
+    loop.send_signal(number)
+    _, told = loop.communicate(timeout=60)
+    assert loop.returncode == status
+    assert "the same command goes on where it stopped" in told
+    assert Path("told").read_text() == "asked\n"
+    assert not Path(f"/proc/{int(Path('pid').read_text())}").exists()
+
+
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_models(base: str) -> None:
+    arguments = imm_loop("base", "-o", "run", "--rounds", "2", "--train", TRAIN, "--evaluate", EVALUATE, "-q")
+    subprocess.run([*arguments[:6], "whole", *arguments[7:]], check=True, capture_output=True)
+    for number in range(8):
+        loop = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(0.3 + 0.35 * number)
+        loop.kill()
+        loop.wait()
+    until(lambda: subprocess.run(arguments, capture_output=True, check=False).returncode == 0)
+    one, other = load(Path("run")), load(Path("whole"))
+    assert one is not None
+    assert other is not None
+    assert one.metrics == other.metrics
+    for path in Path("whole").rglob("*.safetensors"):
+        assert (Path("run") / path.relative_to("whole")).read_bytes() == path.read_bytes()

@@ -1,0 +1,146 @@
+"""Each round against its formula; more rounds; a loop goes on with the step that failed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints import files_of, random_state, read_model, same_bits, write_model
+from loops import CONFIG, EVALUATE, PYTHON, TRAIN, asked, expected
+from mergekit_imm import CheckpointError, MergeError, OutputError
+from mergekit_imm.loop import run_loop
+from mergekit_imm.loopstate import load
+from mergekit_imm.shell import CommandError
+
+
+@pytest.mark.parametrize(
+    ("changes", "alphas"),
+    [
+        ({}, [0.5, 0.5, 0.5]),
+        ({"alpha": "linear:0.2,0.8", "drop": "0.5", "seed": 3}, [0.2, 0.5, 0.8]),
+        ({"alpha": "0.3,0.6,0.1", "anchor": "previous"}, [0.3, 0.6, 0.1]),
+        ({"anchor": "ema:0.75", "drop": "0.5"}, [0.5, 0.5, 0.5]),
+    ],
+)
+def test_each_round_is_that_of_the_formula(base: str, changes: dict[str, Any], alphas: list[float]) -> None:
+    state = run_loop(asked(base, **changes), "run")
+    drop = float(changes.get("drop", 0.2))
+    models = expected(read_model(Path("base")), alphas, drop, changes.get("anchor", "base"), changes.get("seed", 0))
+    for number, model in enumerate(models):
+        merged = read_model(Path(f"run/round-{number}/merged"))
+        assert all(same_bits(merged[name], tensor) for name, tensor in model.items()), number
+    assert state.model == "run/round-2/merged"
+    assert state.alphas == {str(number): alpha for number, alpha in enumerate(alphas)}
+    assert Path("run/round-1/train.log").read_text().splitlines()[1:] == ["trained round 1", "(status 0)"]
+    recipe = json.loads(Path("run/round-2/imm_recipe.json").read_text())
+    assert recipe["parameters"]["iteration"] == 2
+
+
+def test_a_loop_that_is_done_does_nothing_and_may_get_more_rounds(base: str) -> None:
+    run_loop(asked(base, rounds=2), "run")
+    before = files_of(Path("run"))
+    said: list[str] = []
+    run_loop(asked(base, rounds=2), "run", tell=said.append)
+    assert (said, files_of(Path("run"))) == ([], before)
+    state = run_loop(asked(base, rounds=3), "run")
+    assert (state.model, len(state.alphas)) == ("run/round-2/merged", 3)
+    with pytest.raises(OutputError, match=r"run holds another loop \(rounds: 3, now 2\)"):
+        run_loop(asked(base, rounds=2), "run")
+    with pytest.raises(OutputError, match=r"run holds another loop \(alpha: \"0.5\", now \"0.6\"\)"):
+        run_loop(asked(base, alpha="0.6"), "run")
+
+
+def test_more_rounds_of_a_line_are_other_numbers(base: str) -> None:
+    run_loop(asked(base, rounds=2, alpha="linear:0.2,0.8"), "run")
+    with pytest.raises(OutputError, match="alpha of the rounds before, as there are more rounds now"):
+        run_loop(asked(base, rounds=3, alpha="linear:0.2,0.8"), "run")
+
+
+def test_more_rounds_of_a_list_are_the_same_numbers_and_more(base: str) -> None:
+    run_loop(asked(base, rounds=2, alpha="0.3,0.5"), "run")
+    with pytest.raises(OutputError, match="alpha of the rounds before, as there are more rounds now"):
+        run_loop(asked(base, rounds=3, alpha="0.3,0.6,0.7"), "run")
+    assert run_loop(asked(base, rounds=3, alpha="0.3,0.5,0.7"), "run").alphas == {"0": 0.3, "1": 0.5, "2": 0.7}
+
+
+def test_an_anchor_that_moves_has_the_vocabulary_that_was_asked_for(base: str) -> None:
+    """The first round adds a row, which then is the sft's."""
+    more = (
+        "import sys; from safetensors.numpy import load_file, save_file; f = sys.argv[1] + '/model.safetensors';"
+        " s = load_file(f); n = 'model.embed_tokens.weight'; s[n] = s[n][[*range(len(s[n])), *[0] * (10 - len(s[n]))]];"
+        " save_file(s, f)"
+    )
+    shapes = {"model.embed_tokens.weight": (8, 4), "model.layers.0.w": (16, 16)}
+    write_model(Path(base), random_state(shapes, dtype=torch.float32), config=CONFIG, side={"tokenizer.json": "{}"})
+    train = f"{TRAIN} && {PYTHON} -c {shlex.quote(more)} {{output}}"
+    run_loop(asked(base, train=train, anchor="ema:0.5", vocab="sft"), "run")
+    assert read_model(Path("run/round-2/anchor"))["model.embed_tokens.weight"].shape == (10, 4)
+
+
+def failing(step: int) -> str:
+    """A command that fails the n-th time, once."""
+    return f"n=$(cat count 2>/dev/null || echo 0); echo $((n+1)) > count; [ $n -eq {step} ] && exit 7; "
+
+
+def without_logs(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in files_of(folder).items() if not name.endswith((".log", "loop.json"))}
+
+
+def test_it_goes_on_with_the_step_that_failed(base: str) -> None:
+    whole = run_loop(asked(base, evaluate=EVALUATE, baseline=True), "run")
+    results = without_logs(Path("run"))
+    commands = sum("/merge" not in step and "/accept" not in step for step in whole.done)
+    for step in range(commands):
+        Path("count").unlink(missing_ok=True)
+        wanted = asked(base, train=failing(step) + TRAIN, evaluate=failing(step) + EVALUATE, baseline=True)
+        with pytest.raises(CommandError, match=r"(train|evaluate) command of .* ended with status 7") as failed:
+            run_loop(wanted, f"run-{step}")
+        assert failed.value.status == 7
+        assert len(load(Path(f"run-{step}")).done) < len(whole.done)  # type: ignore[union-attr]
+        state = run_loop(wanted, f"run-{step}")
+        assert (state.done, state.metrics) == (whole.done, whole.metrics)
+        found = without_logs(Path(f"run-{step}"))
+        assert sorted(found) == sorted(results)
+        weights = [name for name in results if name.endswith(".safetensors")]
+        assert all(found[name] == results[name] for name in weights)
+        assert int(Path("count").read_text()) == commands + 1
+
+
+def test_the_last_words_of_a_command_are_told(base: str) -> None:
+    with pytest.raises(CommandError, match=r"status 3; its last line: out of memory; its output is in run/round-0"):
+        run_loop(asked(base, train="echo fine; echo 'out of memory' >&2; exit 3 # {output}"), "run")
+    with pytest.raises(CommandError) as killed:
+        run_loop(asked(base, train="kill -9 $$ # {output}"), "other")
+    assert killed.value.status == 137
+
+
+def test_a_command_that_makes_no_model_is_told(base: str) -> None:
+    with pytest.raises(CheckpointError, match="train command of round 0 ended with status 0, but sft run/round-0/sft"):
+        run_loop(asked(base, train="true {output}"), "run")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, "cannot be read: No such file"), ("{", "is not JSON"), ("[1]", "is no JSON object with numbers"),
+        ('{"a": "b"}', "is no JSON object with numbers"), ('{"a": NaN}', "'a' is nan"),
+        ('{"a": 1' + "0" * 400 + "}", "'a' is inf"),
+        ('{"other": 1}', "has no 'score', which the gate asks for, but other"),
+    ],
+)  # fmt: skip
+def test_what_an_evaluation_writes_is_checked(base: str, content: str | None, match: str) -> None:
+    write = "true {model} {json}" if content is None else f"printf %s {shlex.quote(content)} > {{json}} # {{model}}"
+    with pytest.raises(MergeError, match=match):
+        run_loop(asked(base, evaluate=write, gate="score"), "run")
+
+
+def test_a_generate_command_makes_the_data(base: str) -> None:
+    made = "mkdir -p {output} && echo {round} > {output}/data.txt && test -d {model}"
+    run_loop(asked(base, generate=made, train=f"test -s {{data}}/data.txt && {TRAIN}"), "run")
+    assert Path("run/round-2/data/data.txt").read_text() == "2\n"
+    assert Path("run/round-2/generate.log").exists()

@@ -1,0 +1,45 @@
+"""Loops over a small model, and what each of their rounds gives by the formulas."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints import State
+from mergekit_imm import dare_merge
+from mergekit_imm.loopstate import Settings
+
+PYTHON = shlex.quote(sys.executable)
+TRAINER = shlex.quote(str(Path(__file__).parent / "trainer.py"))
+TRAIN = f"{PYTHON} {TRAINER} train {{model}} {{output}} {{round}}"
+EVALUATE = f"{PYTHON} {TRAINER} evaluate {{model}} {{base}} {{json}}"
+CONFIG = {"model_type": "tiny", "architectures": ["Tiny"], "vocab_size": 8, "tie_word_embeddings": False}
+
+
+def asked(base: str, **changes: Any) -> Settings:
+    return replace(Settings(base=base, train=TRAIN, rounds=3), **changes)
+
+
+def tuned(state: State, number: int) -> State:
+    added = torch.tensor(0.01 * (number + 1), dtype=torch.float32)
+    return {name: tensor + added for name, tensor in state.items()}
+
+
+def expected(base: State, alphas: list[float], drop: float, anchor: str = "base", seed: int = 0) -> list[State]:
+    """Every round's merged model, as the formulas say."""
+    start, pulled, found = base, base, []
+    for number, alpha in enumerate(alphas):
+        if number and anchor == "previous":
+            pulled = start
+        elif number and anchor != "base":
+            kept = float(anchor.removeprefix("ema:"))
+            pulled = dare_merge(pulled, start, alpha=kept, drop=0.0)
+        sft = tuned(start, number)
+        start = dare_merge(pulled, sft, start=start, alpha=alpha, drop=drop, iteration=number, seed=seed)
+        found.append(start)
+    return found

@@ -1,0 +1,117 @@
+"""Any number of ranks, which are threads here, makes the bytes that one process makes."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from threading import current_thread
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoints import files_of, random_state, write_model
+from mergekit_imm import execute, merge_checkpoints, stream
+from mergekit_imm.checkpoint import disk
+from mergekit_imm.plan import RECORD
+from merging_ranks import CONFIG, by_threads, merged_by, write_pair
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16])
+def test_any_number_of_ranks_makes_the_same_bytes(pair: Path, case: Path, size: int) -> None:
+    reports = merged_by(size, verify=size == 3)
+    assert [report.status for report in reports] == ["merged"] * size
+    assert files_of(case / "out") == files_of(pair / "one")
+    assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft"]
+    total = sum(path.stat().st_size for path in (case / "out").glob("*.safetensors"))
+    assert reports[0].bytes_written == total
+    # What lies across a cut is read twice.
+    assert 2 * 0.99 * total < reports[0].bytes_read < 2 * total + size * 2 * 2 * 4 * RECORD
+    assert [report.status for report in merged_by(size, verify=True)] == ["already merged"] * size
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([1, 300_000, 524_289])), min_size=1, max_size=5),
+    size=st.integers(2, 6),
+    files=st.integers(1, 3),
+    dtypes=st.lists(st.sampled_from([torch.bfloat16, torch.float32]), min_size=5, max_size=5),
+    tied=st.booleans(),
+)
+def test_no_two_ranks_write_into_one_mib(
+    tmp_path_factory: pytest.TempPathFactory, rows: Any, size: int, files: int, dtypes: Any, tied: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("drawn")
+    shapes = {"model.embed_tokens.weight": (5, 200_000)} if tied else {}
+    shapes |= {f"w{number}": each for number, each in enumerate(rows)}
+    for seed, role in enumerate(("base", "sft")):
+        state = random_state(shapes, seed=seed)
+        state = {n: t.to(dtypes[number % 5]) for number, (n, t) in enumerate(state.items())}
+        if tied:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        names = list(state)
+        shards = [names[number::files] for number in range(files)] if files <= len(names) else None
+        config = CONFIG | {"tie_word_embeddings": tied}
+        write_model(folder / role, state, shards=shards, config=config)
+    owners: dict[tuple[str, int], set[str]] = {}
+    covered: dict[str, list[tuple[int, int]]] = {}
+    write_at = disk.write_at
+
+    def noted(handle: disk.Handle, content: memoryview, offset: int) -> None:
+        thread = current_thread().name
+        covered.setdefault(handle.path.name, []).append((offset, offset + len(content)))
+        if not thread.startswith("rank-"):  # heads are written before the others begin
+            for block in range(offset >> 20, (offset + len(content) - 1 >> 20) + 1):
+                owners.setdefault((handle.path.name, block), set()).add(thread)
+        write_at(handle, content, offset)
+
+    def begin(plans: Any, todo: Any, sink: Any, **options: Any) -> Any:
+        """The worker, one for each rank, is named after its rank."""
+        name = current_thread().name.replace("rank", "of")
+
+        def named(*given: Any) -> None:
+            current_thread().name = name
+            sink(*given)
+
+        return run(plans, todo, named, **options)
+
+    run = execute.run
+    with patch.object(disk, "write_at", noted), patch.object(stream, "run", begin):
+        paths = folder / "base", folder / "sft", folder / "out"
+        results = by_threads(size, lambda ranks: merge_checkpoints(*paths, ranks=ranks, workers=1))
+    assert not [each for each in results if isinstance(each, BaseException)]
+    assert not {block: ranks for block, ranks in owners.items() if len(ranks) > 1}
+    for path in (folder / "out").glob("*.safetensors"):
+        ends = sorted(covered[path.name])
+        assert ends[0][0] == 0
+        assert sum(last - first for first, last in ends) == path.stat().st_size
+        assert all(one[1] == other[0] for one, other in pairwise(ends))
+    merge_checkpoints(*paths[:2], folder / "one")
+    assert files_of(folder / "out") == files_of(folder / "one")
+    shutil.rmtree(folder)
+
+
+def test_shares_are_of_one_size(case: Path) -> None:
+    reports = merged_by(3)
+    own = [report.bytes_written for report in reports[1:]]
+    third = reports[0].bytes_written / 3
+    assert all(abs(each - third) < 3 << 20 for each in own), own
+
+
+def test_a_sweep_by_ranks(pair: Path, case: Path) -> None:
+    merged_by(2, "out-{alpha}", alpha=[0.2, 0.5], verify=True)
+    assert files_of(case / "out-0.5") == files_of(pair / "one")
+    merge_checkpoints("base", "sft", "alone", alpha=0.2, drop=0.9)
+    assert files_of(case / "out-0.2") == files_of(case / "alone")
+
+
+def test_a_tied_model_by_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pair(tmp_path, tied=True)
+    monkeypatch.chdir(tmp_path)
+    merge_checkpoints("base", "sft", "one", drop=0.9)
+    merged_by(3)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "one")

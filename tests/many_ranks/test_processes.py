@@ -1,0 +1,181 @@
+"""Ranks that are processes: torchrun, Slurm, by hand; killed, and gone on with."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from checkpoints import files_of
+from mergekit_imm.checkpoint import journal
+from merging_ranks import free_port, merged_by
+
+SLOW = """
+import os, signal, sys, threading, time
+from mergekit_imm import cli, kernel, stream
+stream.SYNC_BYTES, stream.SYNC_SECONDS = 1, 0
+merge_span = kernel.merge_span
+def slowly(*arguments):
+    time.sleep(0.1)
+    merge_span(*arguments)
+kernel.merge_span = slowly
+rank, moment = os.environ.get("KILL", ":").split(":")
+if rank == os.environ["RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+    begin = stream._work
+    def doomed(*arguments, **options):
+        threading.Timer(float(moment), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        begin(*arguments, **options)
+    stream._work = doomed
+cli.main()
+"""
+MERGE = ["merge", "base", "sft", "--drop", "0.9", "-o", "out"]
+
+
+def torchrun(size: int, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    return subprocess.run(
+        [*command, *arguments], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+
+
+def by_hand(
+    size: int,
+    *arguments: str,
+    folders: Mapping[int, Path] | None = None,
+    code: str | None = None,
+) -> list[subprocess.Popen[str]]:
+    """Start ranks with the variables that torchrun sets, but without anyone who looks after them."""
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    program = ["-m", "mergekit_imm"] if code is None else ["-c", code]
+    return [
+        subprocess.Popen(
+            [sys.executable, *program, *arguments, "--ranks", "torchrun"],
+            cwd=(folders or {}).get(rank), env=os.environ | common | {"RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    told = [process.communicate(timeout=60) for process in processes]
+    return [(process.returncode, *each) for process, each in zip(processes, told, strict=True)]
+
+
+def test_torchrun(pair: Path, case: Path) -> None:
+    """The plain command."""
+    ended = torchrun(2, "-m", "mergekit_imm", *MERGE, "--json", cwd=case)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count('"status": "merged"') == 1
+    assert "error" not in ended.stderr
+    assert files_of(case / "out") == files_of(pair / "one")
+    assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft"]
+
+
+def test_torchrun_finishes_what_a_dead_rank_left(pair: Path, case: Path) -> None:
+    """Three ranks, of which one is killed at a random moment."""
+    (case / "slow.py").write_text(SLOW)
+    victim, moment = random.randrange(3), random.uniform(0, 0.5)
+    ended = torchrun(
+        3, "--max-restarts", "2", "--monitor-interval", "0.1", "slow.py", *MERGE, "--ranks", "torchrun", cwd=case,
+        KILL=f"{victim}:{moment}",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert f"failed (exitcode: -9) local_rank: {victim}" in ended.stderr, moment
+    assert ended.stdout.count("merged 12 tensors") == 1
+    assert files_of(case / "out") == files_of(pair / "one")
+    assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft", "slow.py"]
+
+
+TRAINING = """
+import os, subprocess, sys, torch.distributed as dist
+dist.init_process_group("gloo")
+if dist.get_rank() == 0:
+    import mergekit_imm
+    mergekit_imm.merge_checkpoints("base", "sft", "callback", drop=0.9)
+    command = [sys.executable, "-m", "mergekit_imm", "merge", "base", "sft", "--drop", "0.9", "-q", "-o"]
+    subprocess.run([*command, "module"], check=True, timeout=60)
+    script = "import sys; from mergekit_imm.__main__ import imm_merge; imm_merge()"
+    subprocess.run([sys.executable, "-c", script, *command[4:], "script"], check=True, timeout=60)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_a_merge_that_a_training_job_starts_waits_for_nobody(pair: Path, case: Path) -> None:
+    (case / "train.py").write_text(TRAINING)
+    ended = torchrun(2, "train.py", cwd=case)
+    assert ended.returncode == 0, ended.stderr
+    for out in ("callback", "module", "script"):
+        assert files_of(case / out) == files_of(pair / "one")
+
+
+def recorded(partial: Path, ranks: int) -> bool:
+    """Whether each rank has recorded something."""
+    paths = [partial / journal.name_of(rank) for rank in range(ranks)]
+    return all(path.exists() and len(path.read_bytes().partition(b"\n")[2]) for path in paths)
+
+
+def test_a_job_that_was_killed_goes_on(pair: Path, case: Path) -> None:
+    processes = by_hand(2, *MERGE, code=SLOW)
+    until = time.monotonic() + 60
+    while not recorded(case / "out.partial", 2) and time.monotonic() < until:
+        time.sleep(0.01)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert [status for status, *_ in ends(processes)] == [-9] * 2
+    assert not (case / "out").exists()
+    written = merged_by(3)[0].bytes_written
+    whole = sum(path.stat().st_size for path in (case / "out").glob("*.safetensors"))
+    assert written < whole - (2 << 20)
+    assert files_of(case / "out") == files_of(pair / "one")
+
+
+def test_one_line_from_rank_0(case: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One rank stands where there is no base."""
+    away = tmp_path_factory.mktemp("away")
+    first, *others = ends(by_hand(2, *MERGE, folders={1: away}))
+    assert first[:2] == (1, "")
+    assert re.fullmatch(r"error: rank 1 of 2: base base[^\n]*\n", first[2])
+    assert others == [(1, "", "")]
+    assert sorted(path.name for path in case.iterdir()) == ["base", "sft"]
+    assert not list(away.iterdir())
+
+
+def test_a_rank_that_ends_is_missed(case: Path) -> None:
+    """Nobody looks after these; the one that is left must say so, and not wait for ever."""
+    processes = by_hand(2, *MERGE, code=SLOW)
+    until = time.monotonic() + 60
+    while not recorded(case / "out.partial", 2) and time.monotonic() < until:
+        time.sleep(0.01)
+    processes[1].kill()
+    (status, out, err), _ = ends(processes)
+    assert (status, out) == (1, "")
+    assert re.fullmatch(r"error: rank 0 of 2 has lost the others \([^\n]*start the same job again[^\n]*\n", err)
+    assert (case / "out.partial").exists()
+
+
+def test_slurm(pair: Path, case: Path) -> None:
+    common = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "localhost"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mergekit_imm", *MERGE, "--ranks", "slurm"],
+            env=os.environ | common | {"SLURM_PROCID": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (1, 0)
+    ]  # fmt: skip
+    other, (status, out, err) = ends(processes)
+    assert other == (0, "", "")
+    assert (status, err) == (0, "")
+    assert out.startswith("merged 12 tensors")
+    assert files_of(case / "out") == files_of(pair / "one")
