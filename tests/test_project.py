@@ -36,7 +36,7 @@ LEVELS = [
     ["checkpoint.sidefiles", "checkpoint.tensorfile", "checkpoint.unpickled"],
     ["match"],
     ["checkpoint.hub", "checkpoint.disk", "checkpoint.computed", "checkpoint.pickled"],
-    ["checkpoint.pieces", "checkpoint.lowrank", "checkpoint.experts"],
+    ["checkpoint.pieces", "checkpoint.lowrank", "checkpoint.experts", "analysis.gradients"],
     ["checkpoint.dcp"],
     ["checkpoint.forms"],
     ["checkpoint.source", "checkpoint.output", "checkpoint.journal"],

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .analysis.gradients import layer_importance
     from .callback import IMMCallback
     from .errors import (
         ArgumentError,
@@ -57,6 +58,7 @@ _HOME = {
     "interpolate": "ops",
     "iter_merged": "merge",
     "keep_mask": "ops",
+    "layer_importance": "analysis.gradients",
     "merge_checkpoints": "merge",
     "merge_into": "live",
     "task_vector": "ops",
@@ -85,6 +87,7 @@ __all__ = [
     "interpolate",
     "iter_merged",
     "keep_mask",
+    "layer_importance",
     "merge_checkpoints",
     "merge_into",
     "task_vector",
