@@ -92,6 +92,10 @@ def layer_importance(
         raise ArgumentError(f"order is {shown(repr(order))}; it must be one of {', '.join(ORDERS)}")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give a torch module, such as a loaded model")
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            "torch.inference_mode is on, in which there are no gradients; call layer_importance outside"
+        )
     weights = _weights(model)
     steps = _steps(batches, split=order != "first")
     step = next(steps, None)
@@ -148,7 +152,8 @@ def layer_importance(
             else:
                 mine = {kind: each[name] for kind, each in sums.items()}
                 found[name] = _salience(weight.detach(), mine, tokens, sequences)
-    return _sorted_out(weights, found, state.used, order, sequences, tokens, math.fsum(losses) / tokens)
+    sorted_out = _sorted_out(weights, found, state.used)
+    return Importance(*sorted_out, order=order, sequences=sequences, tokens=tokens, loss=math.fsum(losses) / tokens)
 
 
 @dataclass(frozen=True)
@@ -283,7 +288,7 @@ def _borrowed(
     before = [(weight, weight.requires_grad, weight.grad) for weight in weights.values()]
     hooks = []
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             model.eval()
             for name, weight in weights.items():
                 weight.grad = None
@@ -362,15 +367,9 @@ def _salience(weight: Tensor, sums: Mapping[str, Tensor], tokens: int, samples: 
 
 
 def _sorted_out(
-    weights: Mapping[str, nn.Parameter],
-    found: Mapping[str, float],
-    used: set[str],
-    order: str,
-    sequences: int,
-    tokens: int,
-    loss: float,
-) -> Importance:
-    """From the sums over each weight to those over layers."""
+    weights: Mapping[str, nn.Parameter], found: Mapping[str, float], used: set[str]
+) -> tuple[dict[str, float], dict[str, float], dict[str, dict[str, float]], tuple[str, ...]]:
+    """From the sums over each weight to those over layers: layers, outside, modules, unused of `Importance`."""
     layers: dict[str, float] = {}
     modules: dict[str, dict[str, float]] = {}
     outside = dict.fromkeys(_BUCKETS.values(), 0.0)
@@ -394,4 +393,4 @@ def _sorted_out(
         raise NonFiniteError(
             "the gradients of all linear weights in layers are 0: in float16 they underflow; load the model in float32"
         )
-    return Importance(layers, outside, modules, tuple(unused), order, sequences, tokens, loss)
+    return layers, outside, modules, tuple(unused)
