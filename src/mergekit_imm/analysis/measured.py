@@ -179,11 +179,12 @@ def _check_device(device: str) -> None:
     import torch
 
     try:
-        kind = torch.device(device).type
+        asked = torch.device(device)
     except RuntimeError as error:
         raise ArgumentError(f"device is {shown(repr(device))}; it must be cpu or cuda") from error
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ArgumentError(f"device {shown(device)} is not there; give cpu" + (" or cuda" if kind != "cuda" else ""))
+    if asked.type != "cpu" and (asked.type != "cuda" or (asked.index or 0) >= torch.cuda.device_count()):
+        there = "cpu or cuda" if torch.cuda.device_count() else "cpu, as there is no GPU that torch can use"
+        raise ArgumentError(f"device {shown(device)} is not there; give {there}")
 
 
 def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[], nn.Module]]:
