@@ -55,7 +55,9 @@ LEVELS = [
     ["shell"],
     ["loopstate"],
     ["loop", "loopsummary", "rounds", "callback"],
-    ["loopcli"],
+    ["analysis.gradients", "analysis.calibration"],
+    ["analysis.measured"],
+    ["loopcli", "analysis.importancecli"],
     ["cli"],
     ["__main__"],
 ]

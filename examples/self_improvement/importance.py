@@ -10,6 +10,8 @@ from pathlib import Path
 
 from toy import IN_DOMAIN, distinct, encode, load
 
+from mergekit_imm import layer_importance
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -21,15 +23,7 @@ def main() -> None:
     model, tokenizer = load(arguments.model)
     questions = distinct(IN_DOMAIN, arguments.questions, random.Random(arguments.seed), test=False)
     ids, labels = encode(tokenizer, questions)
-    model(ids, labels=labels, use_cache=False).loss.backward()
-    layers = {
-        f"model.layers.{number}": sum(
-            float((weight.grad * weight).abs().sum())
-            for weight in layer.parameters()
-            if weight.ndim == 2 and weight.grad is not None
-        )
-        for number, layer in enumerate(model.model.layers)
-    }
+    layers = layer_importance(model, [{"input_ids": ids, "labels": labels}]).layers
     Path(arguments.output).write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
 
 

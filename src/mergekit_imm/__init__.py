@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .analysis.gradients import layer_importance
     from .callback import IMMCallback
     from .errors import (
         ArgumentError,
@@ -61,6 +62,7 @@ _HOME = {
     "interpolate": "ops",
     "iter_merged": "merge",
     "keep_mask": "ops",
+    "layer_importance": "analysis.gradients",
     "lines_factors": "factors",
     "merge_checkpoints": "merge",
     "merge_into": "live",
@@ -93,6 +95,7 @@ __all__ = [
     "interpolate",
     "iter_merged",
     "keep_mask",
+    "layer_importance",
     "lines_factors",
     "merge_checkpoints",
     "merge_into",

@@ -177,9 +177,15 @@ def _fail(message: str, status: int, before: str = "") -> NoReturn:
     sys.exit(status)
 
 
+def _written(per_second: float) -> str:
+    return f"{per_second / 1e9:.2f} GB/s written"
+
+
 @contextmanager
-def progress_bar(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with GB/s and time left on a terminal, nothing on a pipe."""
+def progress_bar(
+    label: str, *, shown: bool, rate: Callable[[float], str] = _written
+) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with time left, and what `rate` makes of steps in a second, on a terminal; nothing on a pipe."""
     if not shown or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads
         yield None
@@ -194,11 +200,11 @@ def progress_bar(label: str, *, shown: bool) -> Iterator[Callable[[int, int], No
             first = done
             bar = click.progressbar(
                 length=total, label=label, file=sys.stderr, show_eta=True, width=30,
-                item_show_func=lambda rate: rate, update_min_steps=max(1, total // 500),
+                item_show_func=lambda item: item, update_min_steps=max(1, total // 500),
             )  # fmt: skip
             bar.__enter__()
         elapsed = time.perf_counter() - began
-        bar.update(max(0, done - bar.pos), f"{(done - first) / max(elapsed, 1e-9) / 1e9:.2f} GB/s written")
+        bar.update(max(0, done - bar.pos), rate((done - first) / max(elapsed, 1e-9)))
 
     try:
         yield update

@@ -1,15 +1,45 @@
-"""Layer importance and the factors that IIMM makes of it."""
+"""Layer importance, as it was measured and as files hold it, and the factors that IIMM makes of it."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError, shown
 from .json_input import parse_json, without_duplicates
+
+IMPORTANCE_FORMAT, IMPORTANCE_VERSION = "mergekit_imm importance", 1
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What `layer_importance` measured. All importances are in nats: they estimate differences of the mean loss.
+
+    layers: layer key -> I_n, the sum over the layer's linear weights. outside: the same sums over all that is no
+    linear weight of a layer: "embeddings", "head", "norms", "biases", "other" (norms and biases of the layers too);
+    factors are not made of them. modules: kind of weight, its name without its numbers -> layer key -> its part of
+    I_n. unused: stacks of layers that took no part in the loss, as a vision tower that saw no picture; they are not
+    among `layers`. order: of `layer_importance`. sequences, tokens: of how many it is; only tokens that count in the
+    loss. loss: their mean loss, in nats per token.
+    """
+
+    layers: dict[str, float]
+    outside: dict[str, float]
+    modules: dict[str, dict[str, float]]
+    unused: tuple[str, ...]
+    order: str
+    sequences: int
+    tokens: int
+    loss: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as files hold it; `read_importance` and `imm-merge --importance` take that."""
+        content = {"format": IMPORTANCE_FORMAT, "version": IMPORTANCE_VERSION, **asdict(self)}
+        return content | {"unused": list(self.unused)}
 
 
 def importance_factors(
@@ -17,24 +47,35 @@ def importance_factors(
 ) -> dict[str, float]:
     """Turn layer importances into IIMM layer factors of mean 1.
 
-        c_n = N * I_n / sum(I);   c_n <- 1 + shrink * (c_n - 1);   then clipped to clip = (low, high)
+        c_n = N * I_n / sum(I);   c_n <- 1 + shrink * (c_n - 1);   c_n <- min(max(c_n, low), high)
 
     Args: `importance`, layer key (`model.layers.3`, or `3`) -> I_n, finite and >= 0 with a positive sum. Any
-    unit: only ratios count. `shrink`, 0 to 1, pulls the factors towards 1, which keeps their mean; `clip` does not keep
-    it. Both are ours, not the paper's. Returns the factors under the same keys, as doubles; N and the sum run over the
-    layers given. Raises ArgumentError for an empty mapping or values out of range.
+    unit: only ratios count. `shrink`, 0 to 1, pulls the factors towards 1: at 0 the merge is that of Eq. 6. `clip`,
+    (low, high) with 0 <= low <= high, cuts them off after that. Both are ours, not the paper's; the mean stays 1 when
+    factors shrink, and need no longer be 1 when some are cut off. Returns the factors under the same keys, as
+    doubles; N and the sum run over the layers given. Raises ArgumentError for an empty mapping or values out of
+    range.
 
     Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), Eq. 7.
 
     >>> importance_factors({"model.layers.0": 1.0, "model.layers.1": 3.0})
     {'model.layers.0': 0.5, 'model.layers.1': 1.5}
+    >>> importance_factors({"model.layers.0": 1.0, "model.layers.1": 3.0}, shrink=0.5, clip=(0.0, 1.2))
+    {'model.layers.0': 0.75, 'model.layers.1': 1.2}
     """
+    if not _is_number(shrink) or not 0 <= shrink <= 1:
+        raise ArgumentError(f"shrink is {shown(repr(shrink), 60)}; it must be a number from 0 to 1")
+    if clip is not None:
+        is_pair = isinstance(clip, (tuple, list)) and len(clip) == 2 and all(map(_is_number, clip))
+        if not is_pair or not 0 <= clip[0] <= clip[1] <= sys.float_info.max:
+            raise ArgumentError(
+                f"clip is {shown(repr(clip), 60)}; it must be (low, high), two finite numbers with 0 <= low <= high"
+            )
     if not importance:
         raise ArgumentError("importance is empty; give one value for each layer")
     values = {}
     for key, value in importance.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 <= value <= sys.float_info.max:
+        if not _is_number(value) or not 0 <= value <= sys.float_info.max:
             raise ArgumentError(
                 f"importance of layer '{shown(key)}' is {shown(repr(value), 60)}; it must be a finite number >= 0"
             )
@@ -45,17 +86,17 @@ def importance_factors(
         total = math.inf
     if not 0 < total < math.inf:
         raise ArgumentError(f"importances sum to {total}; at least one must be > 0, and the sum finite")
-    if not 0 <= shrink <= 1:
-        raise ArgumentError(f"shrink is {shrink!r}; it is a number from 0 (all factors are 1) to 1 (as they are)")
     factors = {key: len(values) * value / total for key, value in values.items()}
     if shrink != 1:
         factors = {key: 1 + shrink * (factor - 1) for key, factor in factors.items()}
     if clip is not None:
-        low, high = clip
-        if not 0 <= low <= high < math.inf:
-            raise ArgumentError(f"clip is {clip!r}; it is two numbers, 0 <= low <= high")
+        low, high = map(float, clip)
         factors = {key: min(max(factor, low), high) for key, factor in factors.items()}
     return factors
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def read_importance(path: str | Path) -> dict[str, float]:

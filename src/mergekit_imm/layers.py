@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from os.path import commonprefix
@@ -17,6 +17,14 @@ _INPUT_END = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings|embedding|shared)\.weight$"
 )
 _OUTPUT_END = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out)\.weight$")
+
+# What a tensor is, told by the part of its name that is its module or parameter; `weight_kind` says in which order.
+_SCALE = re.compile(r"(^|_)(scale|scales|scale_inv|zeros|qzeros|g_idx)$|^(A_log|inv_freq)$")  # of other forms, of scans
+_BIAS = re.compile(r"(^|_)bias(_|$)")
+_NORM = re.compile(r"norm|^ln(_|\d|$)|_ln$", re.IGNORECASE)
+_EMBEDDING = re.compile(r"(^|_)(embed|embeddings?|wte|wpe)$|^embed_|^relative_attention_bias$")
+_CONVOLUTION = re.compile(r"(^|_)conv(\d|_|$)|(^|_)conv[12]d$")
+_PLAIN = ("weight", "gamma", "beta")  # names of parameters that say nothing; their module's name does
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -34,6 +42,40 @@ def layer_key(name: str) -> str | None:
         if part.isascii() and part.isdigit():
             return ".".join(parts[: i + 1])
     return None
+
+
+def weight_kind(name: str, shape: Sequence[int]) -> str:
+    """Return what a tensor is, told by its name and shape, of a file or of a live model.
+
+    One of "linear" (a weight matrix of a layer, or a stack of them, as fused experts are: the W of Eq. 2 to 4),
+    "embedding", "head", "norm", "bias" (norms' biases too), "other": convolutions, scales, matrices outside the
+    layers (projectors of images), single vectors. The paper says "the linear weight matrix" and names no rule: this
+    one is ours. It knows names that are in use, and calls every other matrix of a layer linear.
+
+    Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), Eq. 2 to 4.
+
+    >>> weight_kind("model.layers.0.mlp.up_proj.weight", (64, 32)), weight_kind("lm_head.weight", (96, 32))
+    ('linear', 'head')
+    >>> weight_kind("model.layers.0.mlp.experts.down_proj", (4, 32, 16))
+    'linear'
+    """
+    parts = unwrapped(name).split(".")
+    module = parts[-2] if len(parts) > 1 and parts[-1] in _PLAIN else parts[-1]
+    in_layer = layer_key(name) is not None
+    if len(shape) > 3 or _SCALE.search(parts[-1]):
+        return "other"
+    if (is_output_head(name) and (not in_layer or module == "lm_head")) or parts[-3:-1] == ["shared_head", "head"]:
+        return "head"
+    if _EMBEDDING.search(module) or (is_input_embedding(name) and not in_layer):
+        return "embedding"
+    if _BIAS.search(parts[-1]):
+        return "bias"
+    if _NORM.search(module):
+        return "norm"
+    is_matrix = len(shape) == 2 or (len(shape) == 3 and sum(size > 1 for size in shape) > 1)
+    if in_layer and is_matrix and not _CONVOLUTION.search(module):
+        return "linear"
+    return "other"
 
 
 @cache

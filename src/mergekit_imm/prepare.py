@@ -233,16 +233,19 @@ def plan_of(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: D
     return replace(plan, notes=tuple(notes))
 
 
+def origin(each: Checkpoint) -> dict[str, Any]:
+    """Return where an input came from, and the fingerprints of its files, as recipes hold it."""
+    return {
+        "path": each.ref,
+        **({"repo": each.repo, "commit": each.commit} if each.repo else {}),
+        **({} if each.adapter is None else {"adapter": each.adapter}),
+        "files": {name: {"size": file.size, "fingerprint": fingerprint(file)} for name, file in each.files.items()},
+    }
+
+
 def recipes_of(plans: Sequence[Plan], history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the recipe of each plan, with the fingerprints of the inputs, which all share."""
-    inputs = {}
-    for role, each in plans[0].inputs.items():
-        inputs[role] = {
-            "path": each.ref,
-            **({"repo": each.repo, "commit": each.commit} if each.repo else {}),
-            **({} if each.adapter is None else {"adapter": each.adapter}),
-            "files": {name: {"size": file.size, "fingerprint": fingerprint(file)} for name, file in each.files.items()},
-        }
+    inputs = {role: origin(each) for role, each in plans[0].inputs.items()}
     return [make_recipe(plan.parameters, inputs, plan.config_changes, history) for plan in plans]
 
 

@@ -1,0 +1,283 @@
+"""The importance of a checkpoint's layers on the texts of a file: what `imm-analyze importance` does."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.disk import replace_file
+from ..checkpoint.output import expanded, output_errors
+from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..config import quantisation
+from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError, OutputError, shown
+from ..importance import IMPORTANCE_FORMAT, Importance
+from ..json_input import parse_json, read_small
+from ..layers import layer_key, resolve_layers, unwrapped, weight_kind
+from ..match import by_prefix
+from ..prepare import origin
+from ..recipe import to_json
+from .calibration import Lines, Tokens, batches, read_lines, tokenised
+
+if TYPE_CHECKING:
+    from torch import nn
+
+INSTALL = "pip install 'mergekit-imm[analyze]'"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured, as the file holds it, and what is worth knowing and not an error."""
+
+    importance: Importance
+    content: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def measure_importance(
+    model: str,
+    data: str,
+    out: str,
+    *,
+    order: str = "first",
+    samples: int | None = None,
+    max_length: int = 1024,
+    batch_size: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    accumulate: str = "memory",
+    progress: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """Load a model with transformers, measure its layers on the texts of a file, and write an importance file.
+
+    What can be refused is refused before the model is loaded: an output that cannot be written, or that holds
+    something else, a bad line, a model that is not there. Keys of layers are those of the tensors in the model's
+    files. Raises the errors of `layer_importance`, `read_lines` and `open_checkpoint`.
+    """
+    target = expanded(out)
+    _check_output(target, out)
+    lines = read_lines(data, samples)
+    checkpoint = open_checkpoint(model, "model")
+    if checkpoint.config is None or checkpoint.folder is None:
+        raise CheckpointError(f"{checkpoint.label} has no config.json; give the folder of a whole model")
+    if quantisation(checkpoint.config) is not None:
+        raise MismatchError(f"{checkpoint.label} is quantised, and has no gradients; give the model it was made from")
+    _check_device(device)
+    tokenizer, loaded = _transformers(checkpoint, dtype)
+    sequences = tokenised(lines, tokenizer, max_length)
+    network = loaded().to(device)
+    _check_fit(network, sequences, checkpoint)
+    keys = file_keys({name: tuple(w.shape) for name, w in network.named_parameters()}, checkpoint)
+
+    from .gradients import layer_importance
+
+    def told(done: int) -> None:
+        if progress is not None:
+            progress(done, len(sequences))
+
+    with _memory(device):
+        found = layer_importance(
+            network,
+            batches(sequences, batch_size),
+            order=order,
+            accumulate="memory" if accumulate == "memory" else target.parent,
+            progress=told,
+        )
+    found = _under(found, keys)
+    own = str(next(network.parameters()).dtype).removeprefix("torch.")
+    content = found.to_dict() | {
+        "max_length": max_length,
+        "cut_sequences": sum(each.cut > 0 for each in sequences),
+        "cut_tokens": sum(each.cut for each in sequences),
+        "dtype": own,
+        "model": origin(checkpoint),
+        "data": {"file": lines.name, "blake2b": lines.blake2b, "examples": lines.there},
+    }
+    with output_errors(target):
+        replace_file(target, to_json(content))
+    return Measured(found, content, _notes(content, lines, samples))
+
+
+def file_keys(weights: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the layers of a model in memory, each with its key in the model's files, where a prefix may differ.
+
+    Raises MismatchError if these are not the layers of the files.
+    """
+    names = {unwrapped(name): shape for name, shape in weights.items()}
+    lost = {name: shape for name, shape in names.items() if name not in checkpoint.tensors}
+    free = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in names}
+    called = by_prefix(lost, free)
+    keys = {}
+    for name, shape in names.items():
+        key = layer_key(name)
+        if key is None:
+            continue
+        if name in called or name in checkpoint.tensors:
+            keys[key] = layer_key(called.get(name, name)) or key
+        elif weight_kind(name, shape) == "linear":
+            keys.setdefault(key, key)
+    linear = {layer_key(name) for name, shape in names.items() if weight_kind(name, shape) == "linear"}
+    keys = {key: stored for key, stored in keys.items() if key in linear}
+    try:
+        resolve_layers(dict.fromkeys(keys.values(), 1.0), checkpoint.tensors)
+    except ArgumentError as error:
+        raise MismatchError(
+            f"{checkpoint.label}: transformers loads other layers than its files hold: {error}"
+        ) from error
+    return keys
+
+
+def _under(found: Importance, keys: Mapping[str, str]) -> Importance:
+    return replace(
+        found,
+        layers={keys[key]: value for key, value in found.layers.items()},
+        modules={kind: {keys[k]: value for k, value in each.items()} for kind, each in found.modules.items()},
+    )
+
+
+def _notes(content: Mapping[str, Any], lines: Lines, samples: int | None) -> tuple[str, ...]:
+    notes = []
+    if content["cut_tokens"]:
+        notes.append(
+            f"note: {content['cut_sequences']} of {content['sequences']} sequences were longer than"
+            f" {content['max_length']} tokens; {content['cut_tokens']} tokens at their ends were cut off"
+        )
+    if samples is not None and lines.there < samples:
+        notes.append(f"note: {shown(lines.name)} holds {lines.there} examples, fewer than the {samples} asked for")
+    if content["dtype"] == "float16":
+        notes.append("note: gradients of a model in float16 underflow; --dtype float32 is safe")
+    if content["unused"]:
+        stacks = ", ".join(f"{shown(stack)}.*" for stack in content["unused"])
+        notes.append(f"note: {stacks} took no part in the loss, and are left out")
+    return tuple(notes)
+
+
+def _check_output(target: Path, typed: str) -> None:
+    """Raise OutputError if the file cannot be written there, or would replace something else."""
+    with output_errors(target):
+        if target.is_dir() or target.name in ("", ".", ".."):
+            raise OutputError(f"output {shown(typed)} is a folder; give the name of a file to write")
+        if not target.parent.is_dir():
+            raise OutputError(f"output {shown(typed)}: its folder {shown(target.parent)} does not exist; make it")
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+        if target.exists():
+            try:
+                content = parse_json(read_small(target))
+                same = isinstance(content, dict) and content.get("format") == IMPORTANCE_FORMAT
+            except ValueError:
+                same = False
+            if not same:
+                raise OutputError(f"output {shown(typed)} exists and is no importance file; choose another name")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(f"device is {shown(repr(device))}; it must be cpu or cuda") from error
+    if asked.type != "cpu" and (asked.type != "cuda" or (asked.index or 0) >= torch.cuda.device_count()):
+        there = "cpu or cuda" if torch.cuda.device_count() else "cpu, as there is no GPU that torch can use"
+        raise ArgumentError(f"device {shown(device)} is not there; give {there}")
+
+
+def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[], nn.Module]]:
+    """The model's tokenizer, and what loads the model. Raises CheckpointError, one line, for whatever goes wrong."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise CheckpointError(f"transformers is not installed, which loads the model; {INSTALL}") from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+    def load() -> nn.Module:
+        with _loading(checkpoint, "model"):
+            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+        missing = sorted({*told["missing_keys"], *(each[0] for each in told["mismatched_keys"])})
+        if missing:
+            raise CheckpointError(
+                f"{checkpoint.label} lacks {len(missing)} of the weights that its config asks for, first"
+                f" '{shown(missing[0])}'; is it the whole model?"
+            )
+        network: nn.Module = model
+        return network
+
+    with _loading(checkpoint, "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    return tokenizer, load
+
+
+@contextmanager
+def _loading(checkpoint: Checkpoint, what: str) -> Any:
+    try:
+        yield
+    except MergeError:
+        raise
+    except Exception as error:  # of transformers, and of what it calls: any kind
+        said = shown(" ".join(str(error).split()) or type(error).__name__, 300)
+        raise CheckpointError(
+            f"the {what} of {checkpoint.label} cannot be loaded: {said}; see that transformers loads it"
+        ) from error
+
+
+@contextmanager
+def _memory(device: str) -> Any:
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ArgumentError(
+            f"the memory of {shown(device)} is not enough; use a smaller --batch-size or --max-length, or"
+            " --dtype bfloat16"
+        ) from error
+
+
+def _check_fit(network: Any, sequences: list[Tokens], checkpoint: Checkpoint) -> None:
+    """Raise MismatchError for tokens and positions that the model does not have."""
+    rows = network.get_input_embeddings().num_embeddings
+    largest = max(max(each.ids) for each in sequences)
+    if largest >= rows:
+        raise MismatchError(
+            f"{checkpoint.label}: its tokenizer makes token {largest}, but its embedding has {rows} rows; the tokenizer"
+            " is another model's"
+        )
+    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(each.ids) for each in sequences)
+    if positions and longest > positions:
+        raise MismatchError(
+            f"{checkpoint.label} has {positions} positions, but the longest sequence has {longest} tokens; give"
+            f" --max-length {positions}"
+        )
+
+
+def written(measured: Measured, width: int = 40) -> str:
+    """Return the layers as lines of text, each with its importance, factor and a bar."""
+    from ..importance import importance_factors
+
+    found = measured.importance
+    factors = importance_factors(found.layers)
+    most = max(found.layers.values())
+    long = max(len(shown(key)) for key in found.layers)
+    lines = [
+        f"order {found.order}, {found.sequences} sequences, {found.tokens} tokens, loss {found.loss:.4f} nats a token",
+        f"{'layer'.ljust(long)}  importance  factor",
+    ]
+    for key, value in found.layers.items():
+        bar = "#" * round(width * value / most)
+        lines.append(f"{shown(key).ljust(long)}  {value:10.4g}  {factors[key]:6.3f}  {bar}".rstrip())
+    outside = ", ".join(f"{key} {value:.4g}" for key, value in found.outside.items() if value)
+    return "\n".join([*lines, f"outside the layers' linear weights: {outside or 'nothing'}"])
+
+
+def to_text(measured: Measured) -> str:
+    """Return the content of the file."""
+    return json.dumps(measured.content, indent=2)
