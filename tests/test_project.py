@@ -56,8 +56,11 @@ LEVELS = [
     ["loopstate"],
     ["loop", "loopsummary", "rounds", "callback"],
     ["analysis.gradients", "analysis.calibration"],
-    ["analysis.measured"],
-    ["loopcli", "analysis.importancecli"],
+    ["analysis.measured", "analysis.change"],
+    ["analysis.mismatch"],
+    ["analysis.pictures", "analysis.terminal", "analysis.page"],
+    ["analysis.diagnosis"],
+    ["loopcli", "analysis.importancecli", "analysis.changecli"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,6 +1,6 @@
 """Time and memory of `layer_importance` on a random model of 110 million parameters, beside a plain backward pass.
 
-    python benchmarks/importance.py [--sequences 8] [--length 256]
+    python benchmarks/gradients.py [--sequences 8] [--length 256]
 
 Each row is a process of its own. Memory is the process's own (RssAnon: not what is mapped from files), sampled every 5
 ms, above that of the model alone; in bytes for each parameter.
