@@ -40,7 +40,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for layout in ("llama", "gemma3"):
+    for layout in ("llama", "gemma3", "qwen2"):
         save(new_model(layout), folder / layout, "base", "20KB")
     return folder
 
@@ -110,7 +110,9 @@ def test_the_file_and_what_is_shown(
     assert list(bars) == list(wanted.layers)
     assert bars[largest] == max(bars.values()) == 40
     assert shown[-1] == "written to out.json"
-    assert sorted(path.name for path in here.iterdir()) == ["gemma3", "llama", "out.json", "pairs.jsonl", "texts.jsonl"]
+    assert sorted(path.name for path in here.iterdir()) == [
+        "gemma3", "llama", "out.json", "pairs.jsonl", "qwen2", "texts.jsonl",
+    ]  # fmt: skip
 
 
 def test_the_same_command_writes_the_same_bytes_and_json_prints_them(here: Path, measure: Measure) -> None:
@@ -135,6 +137,13 @@ def test_a_merge_takes_the_file(layout: str, here: Path, measure: Measure) -> No
     layers = json.loads((here / "out.json").read_text())["layers"]
     assert changed
     assert all(any(name.startswith(f"{layer}.") for layer in layers) for name in changed)
+
+
+def test_the_tokenizer_is_that_of_the_files(here: Path, measure: Measure) -> None:
+    """For Qwen2, AutoTokenizer of transformers 5 builds one of its own, which finds none of these words."""
+    measure("qwen2", "--data", "texts.jsonl", "-o", "out.json")
+    content = json.loads((here / "out.json").read_text())
+    assert content["layers"] == pytest.approx(expected(here / "qwen2", with_prompt=True).layers, rel=1e-5)
 
 
 def test_what_is_cut_is_told(here: Path, measure: Measure) -> None:

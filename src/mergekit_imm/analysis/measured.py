@@ -26,6 +26,7 @@ from .calibration import Lines, Tokens, batches, read_lines, tokenised
 if TYPE_CHECKING:
     from torch import nn
 
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 INSTALL = "pip install 'mergekit-imm[analyze]'"
 
 
@@ -211,8 +212,23 @@ def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[],
         return network
 
     with _loading(checkpoint, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+        tokenizer = _tokenizer_class(checkpoint, transformers).from_pretrained(checkpoint.folder, local_files_only=True)
     return tokenizer, load
+
+
+def _tokenizer_class(checkpoint: Checkpoint, transformers: Any) -> Any:
+    """What loads a tokenizer as it is in the files.
+
+    Where these say that tokenizer.json is all of it, AutoTokenizer may still build that of the architecture instead,
+    as transformers 5 does for Qwen2: other tokens, and not a word.
+    """
+    assert checkpoint.folder is not None
+    about = checkpoint.folder / "tokenizer_config.json"
+    if about.exists() and (checkpoint.folder / "tokenizer.json").exists():
+        content = parse_json(read_small(about))
+        if isinstance(content, dict) and content.get("tokenizer_class") in _GENERIC:
+            return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
 
 
 @contextmanager
