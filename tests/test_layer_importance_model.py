@@ -162,6 +162,7 @@ ONLY_FIRST = {**BATCHES[1], "labels": torch.tensor([[5] + [-100] * 11])}
         (BATCHES, {"order": "third"}, "order is 'third'; it must be one of first, second, mix, per-sample"),
         ([{**BATCHES[0], "position_ids": torch.zeros(3, 2, 9)}], {"order": "second"}, "'position_ids' [3, 2, 9] does"),
         (BATCHES, {"loss": lambda *_: 1.0}, "the loss of batch 1 is no pair"),
+        (BATCHES, {"loss": lambda *_: (torch.ones(()), "1")}, "the loss of batch 1 is no pair"),
         (BATCHES, {"loss": lambda *_: (torch.ones(()), 1)}, "the loss of batch 1 has no gradient"),
     ],
 )

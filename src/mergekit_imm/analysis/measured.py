@@ -70,7 +70,8 @@ def measure_importance(
     _check_device(device)
     tokenizer, loaded = _transformers(checkpoint, dtype)
     sequences = tokenised(lines, tokenizer, max_length)
-    network = loaded().to(device)
+    with _memory(device):
+        network = loaded().to(device)
     _check_fit(network, sequences, checkpoint)
     keys = file_keys({name: tuple(w.shape) for name, w in network.named_parameters()}, checkpoint)
 
@@ -202,7 +203,7 @@ def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[],
             model, told = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder, dtype=dtype, local_files_only=True, output_loading_info=True
             )
-        missing = sorted({*told["missing_keys"], *(each[0] for each in told["mismatched_keys"])})
+        missing = sorted(told["missing_keys"])
         if missing:
             raise CheckpointError(
                 f"{checkpoint.label} lacks {len(missing)} of the weights that its config asks for, first"
