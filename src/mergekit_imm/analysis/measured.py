@@ -81,6 +81,7 @@ def measure_importance(
         if progress is not None:
             progress(done, len(sequences))
 
+    told(0)
     with _memory(device):
         found = layer_importance(
             network,
