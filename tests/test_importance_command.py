@@ -193,6 +193,7 @@ def test_bad_lines_are_named(lines: str, message: str, here: Path, measure: Meas
     [
         (("nothing/", "--data", "texts.jsonl", "-o", "o"), "model nothing does not exist; give a folder"),
         (("llama", "--data", "nothing", "-o", "o"), "data file nothing cannot be read: No such file or directory"),
+        (("llama", "--data", "~nobody-here/x", "-o", "o"), "data file ~nobody-here/x cannot be read: Could not"),
         (("llama", "--data", "llama", "-o", "o"), "data file llama cannot be read: it is no plain file"),
         (("llama", "--data", "texts.jsonl", "-o", "llama"), "output llama is a folder; give the name of a file"),
         (("llama", "--data", "texts.jsonl", "-o", "no/o"), "its folder no does not exist; make it"),
