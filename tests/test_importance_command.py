@@ -297,6 +297,12 @@ def test_tokens_of_an_example(
     assert (list(one.ids), one.prompt, one.cut) == (found, prompt, 0)
 
 
+def test_the_end_is_what_is_cut_off(tmp_path: Path) -> None:
+    lines = read_lines(jsonl(tmp_path / "a.jsonl", [{"prompt": "merge", "response": " back base base"}]))
+    (one,) = tokenised(lines, tokenizer(), 3)
+    assert (one.ids, one.prompt, one.cut) == ((3, 4, 5), 1, 2)
+
+
 def test_batches_are_padded_on_the_right(tmp_path: Path) -> None:
     rows = [
         {"prompt": p, "response": r} for p, r in [("merge ", "back"), ("back back ", "base merge"), ("base ", "back")]

@@ -253,6 +253,19 @@ def test_stacks_that_take_no_part_are_left_out() -> None:
     assert found.unused == ("vision.layers",)
 
 
+def test_a_tied_weight_is_the_embedding_whichever_name_comes_first() -> None:
+    model = nn.ModuleDict({"lm_head": nn.Linear(2, 3, bias=False), "layers": nn.ModuleList([nn.Linear(2, 2)])})
+    model["embed_tokens"] = nn.Embedding(3, 2)
+    model["embed_tokens"].weight = model["lm_head"].weight
+
+    def loss(module: Any, ids: Tensor) -> tuple[Tensor, int]:
+        return module["lm_head"](module["layers"][0](module["embed_tokens"](ids))).mean(), 1
+
+    found = layer_importance(model, [torch.tensor([[0, 2]])], loss=loss)
+    assert found.outside["embeddings"] > 0
+    assert found.outside["head"] == 0
+
+
 @pytest.mark.parametrize("place", ["not there", "file"])
 def test_no_room_for_sums(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
