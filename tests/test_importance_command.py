@@ -201,6 +201,8 @@ def test_bad_lines_are_named(lines: str, message: str, here: Path, measure: Meas
         (("llama", "--data", "texts.jsonl", "-o", "o", "--device", "xpu"), "device xpu is not there"),
         (("llama", "--data", "texts.jsonl", "-o", "o", "--device", "a b"), "device is 'a b'; it must be cpu or cuda"),
         (("strange", "--data", "texts.jsonl", "-o", "o"), "the tokenizer of model strange cannot be loaded"),
+        (("failing", "--data", "texts.jsonl", "-o", "o"), "model failing fails when it is run: The size of tensor a"),
+        (("unknown", "--data", "texts.jsonl", "-o", "o"), "model unknown cannot be loaded: The checkpoint you are"),
         (("lacking", "--data", "texts.jsonl", "-o", "o"), "model lacking lacks 1 of the weights"),
         (("quantised", "--data", "texts.jsonl", "-o", "o"), "model quantised is quantised, and has no gradients"),
         (("bare", "--data", "texts.jsonl", "-o", "o"), "model bare has no config.json"),
@@ -222,9 +224,9 @@ def test_refusals_are_one_line(arguments: tuple[str, ...], message: str, here: P
 
 def broken(here: Path, name: str) -> None:
     """Make a model that something is wrong with."""
-    if name not in ("strange", "lacking", "quantised", "bare", "small"):
+    if name not in ("strange", "lacking", "quantised", "bare", "small", "failing", "unknown"):
         return
-    model = new_model("llama")
+    model = new_model("deepseek_v3" if name == "failing" else "llama")  # heads of the former do not fit together
     if name == "small":
         model.resize_token_embeddings(6)
     folder = save(model, here / name, "base")
@@ -238,6 +240,8 @@ def broken(here: Path, name: str) -> None:
         state = read_model(folder)
         del state["model.layers.1.mlp.up_proj.weight"]
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    elif name == "unknown":
+        config["model_type"] = "nothing_known"
     elif name == "quantised":
         config["quantization_config"] = {"quant_method": "fp8"}
     elif name == "small":

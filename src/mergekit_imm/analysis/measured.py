@@ -70,7 +70,7 @@ def measure_importance(
     _check_device(device)
     tokenizer, loaded = _transformers(checkpoint, dtype)
     sequences = tokenised(lines, tokenizer, max_length)
-    with _memory(device):
+    with _running(checkpoint, device):
         network = loaded().to(device)
     _check_fit(network, sequences, checkpoint)
     keys = file_keys({name: tuple(w.shape) for name, w in network.named_parameters()}, checkpoint)
@@ -82,7 +82,7 @@ def measure_importance(
             progress(done, len(sequences))
 
     told(0)
-    with _memory(device):
+    with _running(checkpoint, device):
         found = layer_importance(
             network,
             batches(sequences, batch_size),
@@ -200,7 +200,7 @@ def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[],
     transformers.utils.logging.disable_progress_bar()
 
     def load() -> nn.Module:
-        with _loading(checkpoint, "model"):
+        with _loading(checkpoint.label):
             model, told = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder, dtype=dtype, local_files_only=True, output_loading_info=True
             )
@@ -213,7 +213,7 @@ def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[],
         network: nn.Module = model
         return network
 
-    with _loading(checkpoint, "tokenizer"):
+    with _loading(f"the tokenizer of {checkpoint.label}"):
         tokenizer = _tokenizer_class(checkpoint, transformers).from_pretrained(checkpoint.folder, local_files_only=True)
     return tokenizer, load
 
@@ -234,20 +234,17 @@ def _tokenizer_class(checkpoint: Checkpoint, transformers: Any) -> Any:
 
 
 @contextmanager
-def _loading(checkpoint: Checkpoint, what: str) -> Any:
+def _loading(what: str) -> Any:
     try:
         yield
     except MergeError:
         raise
     except Exception as error:  # of transformers, and of what it calls: any kind
-        said = shown(" ".join(str(error).split()) or type(error).__name__, 300)
-        raise CheckpointError(
-            f"the {what} of {checkpoint.label} cannot be loaded: {said}; see that transformers loads it"
-        ) from error
+        raise CheckpointError(f"{what} cannot be loaded: {_said(error)}; see that transformers loads it") from error
 
 
 @contextmanager
-def _memory(device: str) -> Any:
+def _running(checkpoint: Checkpoint, device: str) -> Any:
     import torch
 
     try:
@@ -257,6 +254,14 @@ def _memory(device: str) -> Any:
             f"the memory of {shown(device)} is not enough; use a smaller --batch-size or --max-length, or"
             " --dtype bfloat16"
         ) from error
+    except RuntimeError as error:  # of the model's own code, memory of the CPU among it
+        raise CheckpointError(
+            f"{checkpoint.label} fails when it is run: {_said(error)}; see that transformers runs it"
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    return shown(" ".join(str(error).split()) or type(error).__name__, 300)
 
 
 def _check_fit(network: Any, sequences: list[Tokens], checkpoint: Checkpoint) -> None:
