@@ -1,6 +1,6 @@
 """Time and memory of `layer_importance` on a random model of 110 million parameters, beside a plain backward pass.
 
-    python benchmarks/importance.py [--sequences 4] [--length 64]
+    python benchmarks/gradients.py [--sequences 4] [--length 64]
 
 Each row is a process of its own, with one thread. Time is that of the processor. Memory is the process's own (RssAnon:
 not what is mapped from files), sampled every 10 ms, above that of the model alone; in bytes for each parameter.
