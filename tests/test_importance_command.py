@@ -40,7 +40,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for layout in ("llama", "gemma3"):
+    for layout in ("llama", "gemma3", "qwen2"):
         save(new_model(layout), folder / layout, "base", "20KB")
     return folder
 
@@ -110,7 +110,9 @@ def test_the_file_and_what_is_shown(
     assert list(bars) == list(wanted.layers)
     assert bars[largest] == max(bars.values()) == 40
     assert shown[-1] == "written to out.json"
-    assert sorted(path.name for path in here.iterdir()) == ["gemma3", "llama", "out.json", "pairs.jsonl", "texts.jsonl"]
+    assert sorted(path.name for path in here.iterdir()) == [
+        "gemma3", "llama", "out.json", "pairs.jsonl", "qwen2", "texts.jsonl",
+    ]  # fmt: skip
 
 
 def test_the_same_command_writes_the_same_bytes_and_json_prints_them(here: Path, measure: Measure) -> None:
@@ -135,6 +137,13 @@ def test_a_merge_takes_the_file(layout: str, here: Path, measure: Measure) -> No
     layers = json.loads((here / "out.json").read_text())["layers"]
     assert changed
     assert all(any(name.startswith(f"{layer}.") for layer in layers) for name in changed)
+
+
+def test_the_tokenizer_is_that_of_the_files(here: Path, measure: Measure) -> None:
+    """For Qwen2, AutoTokenizer of transformers 5 builds one of its own, which finds none of these words."""
+    measure("qwen2", "--data", "texts.jsonl", "-o", "out.json")
+    content = json.loads((here / "out.json").read_text())
+    assert content["layers"] == pytest.approx(expected(here / "qwen2", with_prompt=True).layers, rel=1e-5)
 
 
 def test_what_is_cut_is_told(here: Path, measure: Measure) -> None:
@@ -184,6 +193,7 @@ def test_bad_lines_are_named(lines: str, message: str, here: Path, measure: Meas
     [
         (("nothing/", "--data", "texts.jsonl", "-o", "o"), "model nothing does not exist; give a folder"),
         (("llama", "--data", "nothing", "-o", "o"), "data file nothing cannot be read: No such file or directory"),
+        (("llama", "--data", "~nobody-here/x", "-o", "o"), "data file ~nobody-here/x cannot be read: Could not"),
         (("llama", "--data", "llama", "-o", "o"), "data file llama cannot be read: it is no plain file"),
         (("llama", "--data", "texts.jsonl", "-o", "llama"), "output llama is a folder; give the name of a file"),
         (("llama", "--data", "texts.jsonl", "-o", "no/o"), "its folder no does not exist; make it"),
@@ -191,6 +201,8 @@ def test_bad_lines_are_named(lines: str, message: str, here: Path, measure: Meas
         (("llama", "--data", "texts.jsonl", "-o", "o", "--device", "xpu"), "device xpu is not there"),
         (("llama", "--data", "texts.jsonl", "-o", "o", "--device", "a b"), "device is 'a b'; it must be cpu or cuda"),
         (("strange", "--data", "texts.jsonl", "-o", "o"), "the tokenizer of model strange cannot be loaded"),
+        (("failing", "--data", "texts.jsonl", "-o", "o"), "model failing fails when it is run: The size of tensor a"),
+        (("unknown", "--data", "texts.jsonl", "-o", "o"), "model unknown cannot be loaded: The checkpoint you are"),
         (("lacking", "--data", "texts.jsonl", "-o", "o"), "model lacking lacks 1 of the weights"),
         (("quantised", "--data", "texts.jsonl", "-o", "o"), "model quantised is quantised, and has no gradients"),
         (("bare", "--data", "texts.jsonl", "-o", "o"), "model bare has no config.json"),
@@ -212,9 +224,9 @@ def test_refusals_are_one_line(arguments: tuple[str, ...], message: str, here: P
 
 def broken(here: Path, name: str) -> None:
     """Make a model that something is wrong with."""
-    if name not in ("strange", "lacking", "quantised", "bare", "small"):
+    if name not in ("strange", "lacking", "quantised", "bare", "small", "failing", "unknown"):
         return
-    model = new_model("llama")
+    model = new_model("deepseek_v3" if name == "failing" else "llama")  # heads of the former do not fit together
     if name == "small":
         model.resize_token_embeddings(6)
     folder = save(model, here / name, "base")
@@ -228,6 +240,8 @@ def broken(here: Path, name: str) -> None:
         state = read_model(folder)
         del state["model.layers.1.mlp.up_proj.weight"]
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    elif name == "unknown":
+        config["model_type"] = "nothing_known"
     elif name == "quantised":
         config["quantization_config"] = {"quant_method": "fp8"}
     elif name == "small":
@@ -285,6 +299,12 @@ def test_tokens_of_an_example(
     lines = read_lines(jsonl(tmp_path / "a.jsonl", [row]))
     (one,) = tokenised(lines, tokenizer(before, after), 99)
     assert (list(one.ids), one.prompt, one.cut) == (found, prompt, 0)
+
+
+def test_the_end_is_what_is_cut_off(tmp_path: Path) -> None:
+    lines = read_lines(jsonl(tmp_path / "a.jsonl", [{"prompt": "merge", "response": " back base base"}]))
+    (one,) = tokenised(lines, tokenizer(), 3)
+    assert (one.ids, one.prompt, one.cut) == ((3, 4, 5), 1, 2)
 
 
 def test_batches_are_padded_on_the_right(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ ONLY_FIRST = {**BATCHES[1], "labels": torch.tensor([[5] + [-100] * 11])}
         (BATCHES, {"order": "third"}, "order is 'third'; it must be one of first, second, mix, per-sample"),
         ([{**BATCHES[0], "position_ids": torch.zeros(3, 2, 9)}], {"order": "second"}, "'position_ids' [3, 2, 9] does"),
         (BATCHES, {"loss": lambda *_: 1.0}, "the loss of batch 1 is no pair"),
+        (BATCHES, {"loss": lambda *_: (torch.ones(()), "1")}, "the loss of batch 1 is no pair"),
         (BATCHES, {"loss": lambda *_: (torch.ones(()), 1)}, "the loss of batch 1 has no gradient"),
     ],
 )
@@ -250,6 +251,19 @@ def test_stacks_that_take_no_part_are_left_out() -> None:
     found = layer_importance(model, [torch.ones(1, 2)], loss=lambda m, x: (m["text"](x).sum(), 1))  # type: ignore[index]
     assert list(found.layers) == ["text.layers.0", "text.layers.1"]
     assert found.unused == ("vision.layers",)
+
+
+def test_a_tied_weight_is_the_embedding_whichever_name_comes_first() -> None:
+    model = nn.ModuleDict({"lm_head": nn.Linear(2, 3, bias=False), "layers": nn.ModuleList([nn.Linear(2, 2)])})
+    model["embed_tokens"] = nn.Embedding(3, 2)
+    model["embed_tokens"].weight = model["lm_head"].weight
+
+    def loss(module: Any, ids: Tensor) -> tuple[Tensor, int]:
+        return module["lm_head"](module["layers"][0](module["embed_tokens"](ids))).mean(), 1
+
+    found = layer_importance(model, [torch.tensor([[0, 2]])], loss=loss)
+    assert found.outside["embeddings"] > 0
+    assert found.outside["head"] == 0
 
 
 @pytest.mark.parametrize("place", ["not there", "file"])

@@ -190,14 +190,13 @@ def progress_bar(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads
         yield None
         return
-    began = time.perf_counter()
     bar: Any = None
-    first = 0
+    first, began = 0, 0.0
 
     def update(done: int, total: int) -> None:
-        nonlocal bar, first
+        nonlocal bar, first, began
         if bar is None:
-            first = done
+            first, began = done, time.perf_counter()
             bar = click.progressbar(
                 length=total, label=label, file=sys.stderr, show_eta=True, width=30,
                 item_show_func=lambda item: item, update_min_steps=max(1, total // 500),

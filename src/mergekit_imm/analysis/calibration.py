@@ -67,8 +67,8 @@ def read_lines(path: str | Path, samples: int | None = None) -> Lines:
                 there += 1
                 if samples is None or there <= samples:
                     examples.append((number, values))
-    except OSError as error:
-        raise ArgumentError(f"data file {file} cannot be read: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # the latter of a home that is not there
+        raise ArgumentError(f"data file {file} cannot be read: {getattr(error, 'strerror', error)}") from error
     if not examples:
         raise ArgumentError(f'data file {file} holds no examples; write a line {{"text": "..."}} for each')
     return Lines(str(path), kind, tuple(examples), there, digest.hexdigest())

@@ -259,7 +259,7 @@ def _language_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
 def _backward(model: nn.Module, step: _Step, loss: Loss, state: _Backward) -> float:
     """One forward and backward pass; returns the mean loss."""
     answer = loss(model, step.batch)
-    is_pair = isinstance(answer, tuple) and len(answer) == 2
+    is_pair = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], int | float | Tensor)
     if not is_pair or not isinstance(answer[0], Tensor) or answer[0].numel() != 1:
         raise ArgumentError(f"the loss of {step.place} is no pair (scalar tensor, number of tokens)")
     mean, tokens = answer[0].squeeze(), int(answer[1])

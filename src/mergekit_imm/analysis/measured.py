@@ -26,6 +26,7 @@ from .calibration import Lines, Tokens, batches, read_lines, tokenised
 if TYPE_CHECKING:
     from torch import nn
 
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 INSTALL = "pip install 'mergekit-imm[analyze]'"
 
 
@@ -69,7 +70,8 @@ def measure_importance(
     _check_device(device)
     tokenizer, loaded = _transformers(checkpoint, dtype)
     sequences = tokenised(lines, tokenizer, max_length)
-    network = loaded().to(device)
+    with _running(checkpoint, device):
+        network = loaded().to(device)
     _check_fit(network, sequences, checkpoint)
     keys = file_keys({name: tuple(w.shape) for name, w in network.named_parameters()}, checkpoint)
 
@@ -79,7 +81,8 @@ def measure_importance(
         if progress is not None:
             progress(done, len(sequences))
 
-    with _memory(device):
+    told(0)
+    with _running(checkpoint, device):
         found = layer_importance(
             network,
             batches(sequences, batch_size),
@@ -197,11 +200,11 @@ def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[],
     transformers.utils.logging.disable_progress_bar()
 
     def load() -> nn.Module:
-        with _loading(checkpoint, "model"):
+        with _loading(checkpoint.label):
             model, told = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder, dtype=dtype, local_files_only=True, output_loading_info=True
             )
-        missing = sorted({*told["missing_keys"], *(each[0] for each in told["mismatched_keys"])})
+        missing = sorted(told["missing_keys"])
         if missing:
             raise CheckpointError(
                 f"{checkpoint.label} lacks {len(missing)} of the weights that its config asks for, first"
@@ -210,26 +213,38 @@ def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[],
         network: nn.Module = model
         return network
 
-    with _loading(checkpoint, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    with _loading(f"the tokenizer of {checkpoint.label}"):
+        tokenizer = _tokenizer_class(checkpoint, transformers).from_pretrained(checkpoint.folder, local_files_only=True)
     return tokenizer, load
 
 
+def _tokenizer_class(checkpoint: Checkpoint, transformers: Any) -> Any:
+    """What loads a tokenizer as it is in the files.
+
+    Where these say that tokenizer.json is all of it, AutoTokenizer may still build that of the architecture instead,
+    as transformers 5 does for Qwen2: other tokens, and not a word.
+    """
+    assert checkpoint.folder is not None
+    about = checkpoint.folder / "tokenizer_config.json"
+    if about.exists() and (checkpoint.folder / "tokenizer.json").exists():
+        content = parse_json(read_small(about))
+        if isinstance(content, dict) and content.get("tokenizer_class") in _GENERIC:
+            return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
+
+
 @contextmanager
-def _loading(checkpoint: Checkpoint, what: str) -> Any:
+def _loading(what: str) -> Any:
     try:
         yield
     except MergeError:
         raise
     except Exception as error:  # of transformers, and of what it calls: any kind
-        said = shown(" ".join(str(error).split()) or type(error).__name__, 300)
-        raise CheckpointError(
-            f"the {what} of {checkpoint.label} cannot be loaded: {said}; see that transformers loads it"
-        ) from error
+        raise CheckpointError(f"{what} cannot be loaded: {_said(error)}; see that transformers loads it") from error
 
 
 @contextmanager
-def _memory(device: str) -> Any:
+def _running(checkpoint: Checkpoint, device: str) -> Any:
     import torch
 
     try:
@@ -239,6 +254,14 @@ def _memory(device: str) -> Any:
             f"the memory of {shown(device)} is not enough; use a smaller --batch-size or --max-length, or"
             " --dtype bfloat16"
         ) from error
+    except RuntimeError as error:  # of the model's own code, memory of the CPU among it
+        raise CheckpointError(
+            f"{checkpoint.label} fails when it is run: {_said(error)}; see that transformers runs it"
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    return shown(" ".join(str(error).split()) or type(error).__name__, 300)
 
 
 def _check_fit(network: Any, sequences: list[Tokens], checkpoint: Checkpoint) -> None:
