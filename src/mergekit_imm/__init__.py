@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .analysis.change import weight_change
     from .callback import IMMCallback
     from .errors import (
         ArgumentError,
@@ -61,6 +62,7 @@ _HOME = {
     "merge_into": "live",
     "task_vector": "ops",
     "verify": "verification",
+    "weight_change": "analysis.change",
 }
 
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "merge_into",
     "task_vector",
     "verify",
+    "weight_change",
 ]
 
 

@@ -1,0 +1,273 @@
+"""How far fine-tuning moved each layer (Eq. 4): of tensors in memory, of checkpoints on disk, of a merge's report."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import CheckpointError, MergeError, MismatchError, NonFiniteError, shown
+from ..layers import is_end, layer_key, only_in, weight_kind
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..execute import Progress
+
+MERGES_OPTIONS = ("--keep", "--take", "--allow-nonfinite", "--dequantize", "--vocab sft")
+CURE = "give two models of the same finite float tensors, whole and not quantised"
+
+
+class Norms(NamedTuple):
+    """Of one tensor: its shape, ||W - W'|| and ||W|| (Frobenius); None where a norm is not finite."""
+
+    shape: Sequence[int]
+    change: float | None
+    weight: float | None
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """The change of each layer, and of what lies outside Eq. 4.
+
+    `layers` is Eq. 4, `weights` the same sum of ||W||_F; `kinds` splits a layer's change by module (q_proj, up_proj);
+    `elsewhere` has the sums of norms of embeddings, heads, norms, biases and other tensors, which no layer counts.
+    """
+
+    layers: dict[str, float]
+    weights: dict[str, float]
+    kinds: dict[str, dict[str, float]]
+    elsewhere: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def relative(self) -> dict[str, float | None]:
+        """The change of each layer divided by its sum of ||W||_F; None where that sum is 0."""
+        return {key: value / self.weights[key] if self.weights[key] else None for key, value in self.layers.items()}
+
+    @property
+    def share(self) -> dict[str, float | None]:
+        """The part of all layers' change that lies in each (figure 12); None where nothing changed."""
+        total = math.fsum(self.layers.values())
+        return {key: value / total if total else None for key, value in self.layers.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the change as plain data."""
+        return {**asdict(self), "relative": self.relative, "share": self.share, "notes": list(self.notes)}
+
+
+def module_kind(name: str) -> str:
+    """Return the module that a weight belongs to: its last name, a number with the name before it.
+
+    >>> module_kind("model.layers.3.mlp.experts.7.up_proj.weight"), module_kind("h.0.mlp.2.weight")
+    ('up_proj', 'mlp.*')
+    """
+    parts = name.removesuffix(".weight").split(".")
+    return f"{parts[-2]}.*" if parts[-1].isdigit() and len(parts) > 1 else parts[-1]
+
+
+def change_of(norms: Mapping[str, Norms], notes: Sequence[str] = (), cure: str = CURE) -> WeightChange:
+    """Add the norms of tensors up, layer by layer. Raises NonFiniteError, MismatchError where no layer has a weight."""
+    parts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    weights: dict[str, list[float]] = defaultdict(list)
+    elsewhere: dict[str, list[float]] = defaultdict(list)
+    for name, (shape, change, weight) in norms.items():
+        if change is None or weight is None or not (math.isfinite(change) and math.isfinite(weight)):
+            raise NonFiniteError(f"tensor '{shown(name)}': the norm of its change or weight is not finite; {cure}")
+        kind, layer = weight_kind(name, shape), layer_key(name)
+        if kind == "linear" and layer is not None:
+            parts[layer][module_kind(name)].append(change)
+            weights[layer].append(weight)
+        else:
+            elsewhere[kind].append(change)
+    if not parts:
+        raise MismatchError(f"none of {len(norms)} tensors is a weight matrix of a layer (model.layers.0.*); {CURE}")
+    order = sorted(parts, key=layer_order)
+    return WeightChange(
+        layers={key: math.fsum(x for each in parts[key].values() for x in each) for key in order},
+        weights={key: math.fsum(weights[key]) for key in order},
+        kinds={key: {kind: math.fsum(x) for kind, x in parts[key].items()} for key in order},
+        elsewhere={kind: math.fsum(x) for kind, x in sorted(elsewhere.items())},
+        notes=tuple(notes),
+    )
+
+
+def layer_order(key: str) -> tuple[str, int]:
+    """Return what layer keys are sorted by: their stack, then their number."""
+    return key.rpartition(".")[0], int(key.rpartition(".")[2])
+
+
+def weight_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> WeightChange:
+    """Return how far the weights of each layer moved.
+
+        DeltaW^n = sum_k || W^{k,n} - W'^{k,n} ||_F          k: the linear weights of layer n
+
+    Args: `before`, `after`, name -> float tensor, of the same names and shapes; nothing is broadcast. Differences are
+    float32 (float64 of float64 tensors), sums of squares float64. It is a sum of norms, not the norm of all together.
+    Raises MismatchError for other names, shapes or kinds of dtype, NonFiniteError for NaN and infinity. The Frobenius
+    norm is ours: the paper does not name its norm.
+
+    Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), Eq. 4.
+
+    >>> import torch
+    >>> name = "model.layers.0.mlp.up_proj.weight"
+    >>> weight_change({name: torch.zeros(2, 2)}, {name: torch.ones(2, 2)}).layers
+    {'model.layers.0': 2.0}
+    """
+    import torch
+
+    for one, other, labels in ((before, after, ("before", "after")), (after, before, ("after", "before"))):
+        surplus = only_in(one, other, *labels)
+        if surplus:
+            raise MismatchError(f"{surplus}; give the same tensors of both")
+    norms = {}
+    for name, old in before.items():
+        new = after[name]
+        if old.shape != new.shape:
+            raise MismatchError(
+                f"tensor '{shown(name)}' has shape {tuple(old.shape)} before and {tuple(new.shape)} after; give tensors"
+                " of equal shapes"
+            )
+        if not (old.is_floating_point() and new.is_floating_point()):
+            raise MismatchError(
+                f"tensor '{shown(name)}' is {old.dtype} before and {new.dtype} after; give float tensors only"
+            )
+        wide = torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32
+        first = old.detach().to(wide)
+        delta = (first - new.detach().to(first.device, wide)).double()
+        norms[name] = Norms(tuple(old.shape), *(float(x.double().norm()) for x in (delta, first)))
+    return change_of(norms)
+
+
+def checkpoint_change(
+    base: str | Path,
+    sft: str | Path,
+    *,
+    rename: Sequence[str] = (),
+    vocab: str = "base",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> WeightChange:
+    """Return the change from one checkpoint to another, read once, in constant memory; nothing is written.
+
+    Inputs as in `merge_checkpoints`: folders, hub ids, an adapter as `sft`. Norms are added in float32 lanes, right to
+    some seven digits. `vocab` "base": of vocabularies of different sizes only common rows count, and a note says so.
+    Raises MergeError.
+
+    >>> len(checkpoint_change(base_folder, sft_folder).layers) > 0
+    True
+    """
+    import numpy as np
+
+    from ..execute import check_workers, pick_device, run
+    from ..plan import segments
+    from ..prepare import check_platform, open_inputs, plans_of
+    from ..reading import check_inputs
+    from ..report import statistics
+    from ..sums import RECORD
+
+    check_platform()
+    try:
+        inputs, parameters, _ = open_inputs(
+            base, sft, None, outs=(), dry_run=False, iteration=0, importance=None,
+            points=[{"alpha": 0.0, "drop": 0.0, "seed": 0}], reference="start", dtype="float32", max_shard_size=None,
+            keep=(), take=(), no_drop=(), vocab=vocab, rename=rename, dequantize=False, allow_nonfinite=False,
+            copy_code=False,
+        )  # fmt: skip
+        (plan,) = plans_of(inputs, parameters)
+        notes = list(plan.notes)
+        measured = tuple(item for item in plan.items if item.action == "merge")
+        if len(measured) < len(plan.items):
+            notes.append(f"note: {len(plan.items) - len(measured)} tensors that are no floats are not measured")
+        plan = replace(plan, items=measured)
+        todo = list(segments(plan))
+        records = np.zeros((len(todo), RECORD))
+        total, done_bytes = sum(item.source.count * 4 * len(item.outs) for item in measured), 0
+        results = run(
+            [plan], ((each, (0,)) for each in todo), lambda *_: None, workers=check_workers(workers),
+            device=pick_device("cpu"),
+        )  # fmt: skip
+        with closing(results):
+            for done in results:
+                if done is not None:
+                    records[done.segment.index] = done.records[0]
+                    done_bytes += done.bytes_written
+                    if progress is not None:
+                        progress(done_bytes, total)
+        check_inputs(plan.inputs)
+    except MergeError as error:
+        raise _with_own_cure(error) from error
+    found = statistics(plan, records)["tensors"]
+    shapes = {item.name: item.source.shape for item in measured}
+    return change_of({n: Norms(shapes[n], each["delta_norm"], each["base_norm"]) for n, each in found.items()}, notes)
+
+
+def _with_own_cure(error: MergeError) -> MergeError:
+    """Return an error of a merge without cures that only a merge has."""
+    clauses = str(error).split("; ")
+    fit = [each for each in clauses if not any(option in each for option in MERGES_OPTIONS)]
+    return error if len(fit) == len(clauses) or not fit else type(error)("; ".join([*fit, CURE]))
+
+
+def reported_change(merged: str | Path) -> WeightChange:
+    """Return the change of the round that made a merged folder, from its imm_report.json: ||sft - start||, unread.
+
+    Only the report and the headers beside it are read. Relative changes are of the base's norms, as the report has no
+    others. Raises CheckpointError where the report cannot tell: no report, a linear weight that was not merged, a
+    sparsifier other than DARE.
+
+    >>> len(reported_change(out_folder).layers) > 0
+    True
+    """
+    from ..checkpoint.source import open_checkpoint
+    from ..json_input import parse_json, without_duplicates
+    from ..recipe import REPORT_FILE, read_recipe
+
+    folder = Path(merged).expanduser()
+    cure = "measure it from the models: imm-analyze change START SFT"
+    recipe = read_recipe(folder)
+    if recipe is None or not (folder / REPORT_FILE).is_file():
+        raise CheckpointError(f"{shown(merged)} holds no merge with {REPORT_FILE}; {cure}")
+    sparsify = recipe["parameters"].get("sparsify", "dare")
+    if sparsify != "dare":
+        raise CheckpointError(
+            f"{shown(merged)} was merged with sparsify {shown(sparsify)}, whose report is of what was kept; {cure}"
+        )
+    try:
+        report = parse_json((folder / REPORT_FILE).read_bytes(), without_duplicates)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown(folder / REPORT_FILE)} cannot be read: {shown(error, 200)}; {cure}") from error
+    tensors = report.get("tensors") if isinstance(report, dict) and report.get("version") == 2 else None
+    if not isinstance(tensors, dict) or not all(isinstance(each, dict) for each in tensors.values()):
+        raise CheckpointError(f"{shown(folder / REPORT_FILE)} is no report of version 2; merge again, or {cure}")
+    stored = open_checkpoint(folder, "base").tensors
+    norms, skipped = {}, []
+    for name, entry in tensors.items():
+        # A tied tensor goes by its embedding's name, which need not be stored; its shape does not matter.
+        shape = stored[name].shape if name in stored else (1, 1) if is_end(name) else None
+        if shape is None:
+            raise CheckpointError(f"{shown(merged)} lacks tensor '{shown(name)}' of its {REPORT_FILE}; {cure}")
+        if entry.get("action") == "merge":
+            values = [entry.get(key) for key in ("delta_norm", "base_norm")]
+            if not all(x is None or (isinstance(x, (int, float)) and not isinstance(x, bool)) for x in values):
+                raise CheckpointError(
+                    f"{shown(folder / REPORT_FILE)}: the norms of '{shown(name)}' are no numbers; {cure}"
+                )
+            norms[name] = Norms(shape, *values)
+        elif weight_kind(name, shape) == "linear" and entry.get("action") != "copy":
+            raise CheckpointError(
+                f"{shown(merged)}: '{shown(name)}' was not merged ({shown(entry.get('action'))}), so its report does not"
+                f" hold its change; {cure}"
+            )
+        else:
+            skipped.append(name)
+    parameters = recipe["parameters"]
+    of = "base" if parameters.get("reference") == "base" or "start" not in recipe["inputs"] else "start"
+    notes = [f"note: from {REPORT_FILE}: the change is sft - {of}, relative to the norm of base"]
+    if skipped:
+        notes.append(f"note: {len(skipped)} tensors that were not merged are not measured, '{shown(skipped[0])}' first")
+    return change_of(norms, notes, cure)

@@ -1,0 +1,158 @@
+"""Does the change sit where importance is not? Rank correlation over layers, thirds, and a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError, MismatchError, shown
+from ..evaluation.bootstrap import Interval, bootstrap
+from ..importance import importance_factors
+from ..layers import only_in, stacks
+from .change import WeightChange, layer_order
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+LEAST = 6  # layers of which a verdict is given
+THIRDS = ("early", "middle", "late")
+
+
+@dataclass(frozen=True)
+class Third:
+    """A third of the layers, and its shares of all importance and of all change (None where there is no change)."""
+
+    layers: tuple[str, ...]
+    importance: float
+    change: float | None
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Importance against change over the layers of one stack; `rho` is of Eq. 4, `relative` of the relative change."""
+
+    rho: Interval
+    relative: Interval
+    thirds: dict[str, Third]
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {**asdict(self), "rho": self.rho.to_dict(), "relative": self.relative.to_dict()}
+
+
+def ranks(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return ranks from 1, equal values sharing the average of theirs.
+
+    >>> ranks([10.0, 30.0, 10.0]).tolist()
+    [1.5, 3.0, 1.5]
+    """
+    import numpy as np
+
+    _, inverse, counts = np.unique(np.asarray(values, np.float64), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    averages: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[inverse.reshape(-1)]
+    return averages
+
+
+def spearman(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
+    """Return Spearman's rank correlation, Pearson's of the average ranks; NaN where one of them is constant.
+
+    >>> spearman([1, 2, 3, 4], [1, 4, 9, 16])
+    1.0
+    """
+    x, y = ranks(one), ranks(other)
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    return max(-1.0, min(1.0, float(x @ y) / scale)) if scale else math.nan
+
+
+def mismatch(importance: Mapping[str, float], change: WeightChange) -> Mismatch:
+    """Compare where layers matter with where they changed.
+
+        rho = Spearman(I^n, DeltaW^n) over layers n, with a 95% bootstrap interval over layers
+
+    Args: `importance`, layer key (or plain index) -> I^n >= 0, all layers of one stack; `change`, of the same model.
+    Third t of N layers is those from floor(t N / 3) to floor((t + 1) N / 3) - 1. Verdict: superficial where the whole
+    interval lies below 0, not where it lies above, else it cannot be told, as of fewer than 6 layers. Raises
+    MismatchError for other layers or several stacks, ArgumentError for importances out of range.
+
+    The rank correlation, its interval and the rule are ours: the paper (arXiv 2503.02103, section 3.2, figures 3 and 4)
+    compares two pictures by eye. Layers are not independent draws, so the interval is a guide.
+
+    >>> change = WeightChange({f"h.{i}": float(i) for i in range(6)}, {f"h.{i}": 1.0 for i in range(6)}, {}, {})
+    >>> mismatch({f"h.{i}": 6.0 - i for i in range(6)}, change).rho.value
+    -1.0
+    """
+    importance_factors(importance)
+    values = _same_layers(importance, change)
+    keys = sorted(values, key=layer_order)
+    of_importance = [values[key] for key in keys]
+    of_change = [change.layers[key] for key in keys]
+    rho = _interval(of_importance, of_change)
+    relative = _interval(of_importance, [_number(change.relative[key]) for key in keys])
+    edges = [t * len(keys) // 3 for t in range(4)]
+    thirds = {
+        name: Third(
+            tuple(keys[a:b]),
+            math.fsum(of_importance[a:b]) / math.fsum(of_importance),
+            math.fsum(of_change[a:b]) / total if (total := math.fsum(of_change)) else None,
+        )
+        for name, a, b in zip(THIRDS, edges, edges[1:], strict=False)
+    }
+    return Mismatch(rho, relative, thirds, _verdict(rho))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _interval(one: list[float], other: list[float]) -> Interval:
+    import numpy as np
+
+    x, y = np.array(one), np.array(other)
+    if np.isnan(y).any():
+        return Interval(math.nan, math.nan, math.nan, len(x))
+    return bootstrap(lambda i: spearman(x[i], y[i]), len(x))
+
+
+def _same_layers(importance: Mapping[str, float], change: WeightChange) -> dict[str, float]:
+    """Return importances under the change's layer keys. Raises MismatchError unless both are of one and all layers."""
+    there = stacks(change.layers)
+    values = {str(key): float(value) for key, value in importance.items()}
+    if all(key.isascii() and key.isdigit() for key in values) and len(there) == 1 and (prefix := next(iter(there))):
+        values = {f"{prefix}.{key}": value for key, value in values.items()}
+    odd = next((key for key in values if not key.rpartition(".")[2].isdigit() or not key.isascii()), None)
+    if odd is not None:
+        raise ArgumentError(f"importance has '{shown(odd)}', which is no layer; give keys such as 'model.layers.0'")
+    named = stacks(values)
+    if len(named) != 1:
+        raise MismatchError(
+            f"importance is of {len(named)} stacks of layers ({', '.join(map(shown, sorted(named)))}), whose layers"
+            " cannot be ranked together; give the importance of one of them"
+        )
+    layers = there.get(next(iter(named)), set(change.layers))
+    for one, other, labels in (
+        (values, layers, ("importance", "the change")),
+        (layers, values, ("the change", "importance")),
+    ):
+        surplus = only_in(one, other, *labels)
+        if surplus:
+            raise MismatchError(f"layers differ: {surplus.replace('tensor', 'layer')}; measure both on the same model")
+    return values
+
+
+def _verdict(rho: Interval) -> str:
+    found = f"rho {rho.value:+.2f} [{rho.low:+.2f}, {rho.high:+.2f}] over {rho.n} layers"
+    if rho.n < LEAST:
+        return f"Cannot be told: {rho.n} layers are too few (at least {LEAST})."
+    if math.isnan(rho.value) or math.isnan(rho.low):
+        return f"Cannot be told: all {rho.n} layers have one importance or one change, so there is no order to compare."
+    if rho.is_below:
+        return f"Looks superficial: the change sits where importance is not ({found})."
+    if rho.is_above:
+        return f"Does not look superficial: the change sits where importance is ({found})."
+    return f"Cannot be told: the interval holds 0 ({found})."
