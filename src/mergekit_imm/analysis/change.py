@@ -260,8 +260,8 @@ def reported_change(merged: str | Path) -> WeightChange:
             norms[name] = Norms(shape, *values)
         elif weight_kind(name, shape) == "linear" and entry.get("action") != "copy":
             raise CheckpointError(
-                f"{shown(merged)}: '{shown(name)}' was not merged ({shown(entry.get('action'))}), so its report does not"
-                f" hold its change; {cure}"
+                f"{shown(merged)}: '{shown(name)}' was not merged ({shown(entry.get('action'))}), so its report does"
+                f" not hold its change; {cure}"
             )
         else:
             skipped.append(name)

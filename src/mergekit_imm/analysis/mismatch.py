@@ -44,6 +44,15 @@ class Mismatch:
         return {**asdict(self), "rho": self.rho.to_dict(), "relative": self.relative.to_dict()}
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """One checkpoint as reports show it: its label, its change, and the mismatch where importance is given."""
+
+    label: str
+    change: WeightChange
+    mismatch: Mismatch | None = None
+
+
 def ranks(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Return ranks from 1, equal values sharing the average of theirs.
 
@@ -88,7 +97,7 @@ def mismatch(importance: Mapping[str, float], change: WeightChange) -> Mismatch:
     -1.0
     """
     importance_factors(importance)
-    values = _same_layers(importance, change)
+    values = same_layers(importance, change)
     keys = sorted(values, key=layer_order)
     of_importance = [values[key] for key in keys]
     of_change = [change.layers[key] for key in keys]
@@ -119,7 +128,7 @@ def _interval(one: list[float], other: list[float]) -> Interval:
     return bootstrap(lambda i: spearman(x[i], y[i]), len(x))
 
 
-def _same_layers(importance: Mapping[str, float], change: WeightChange) -> dict[str, float]:
+def same_layers(importance: Mapping[str, float], change: WeightChange) -> dict[str, float]:
     """Return importances under the change's layer keys. Raises MismatchError unless both are of one and all layers."""
     there = stacks(change.layers)
     values = {str(key): float(value) for key, value in importance.items()}

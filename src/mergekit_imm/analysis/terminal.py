@@ -1,0 +1,118 @@
+"""The change of layers as a terminal shows it: a line for each layer with a bar, the kinds of modules, the verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ..errors import shown
+from .mismatch import Comparison
+
+BARS = 3  # checkpoints side by side that leave room for bars
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def bar(part: float, width: int) -> str:
+    """Return a bar of part of a width, to an eighth of a character.
+
+    >>> bar(0.5, 5)
+    '██▌'
+    """
+    eighths = round(max(0.0, min(1.0, part)) * width * 8)
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def percent(value: float | None) -> str:
+    """Return a share as it is shown: four digits where it is small, and a dash where there is none.
+
+    >>> percent(0.1234), percent(0.000123), percent(None)
+    ('12.3%', '0.0123%', '-')
+    """
+    return "-" if value is None else f"{100 * value:#.3g}".rstrip(".") + "%"
+
+
+def number(value: float) -> str:
+    """Return a norm or an importance in four digits.
+
+    >>> number(1.32456), number(0.0000123)
+    ('1.325', '1.23e-05')
+    """
+    return f"{value:.4g}"
+
+
+def kind_sums(one: Comparison) -> dict[str, float]:
+    """Return the change of each kind of module, over all layers, and then of what is in no layer's sum."""
+    kinds = dict.fromkeys(kind for each in one.change.kinds.values() for kind in each)
+    sums = {kind: math.fsum(each.get(kind, 0.0) for each in one.change.kinds.values()) for kind in kinds}
+    return sums | {f"({kind})": value for kind, value in one.change.elsewhere.items()}
+
+
+def render(found: Sequence[Comparison], importance: Mapping[str, float] | None, width: int = 100) -> str:
+    """Return tables of all checkpoints, side by side, then the verdicts. `importance` has full layer keys."""
+    lines = (
+        [f"{i}  {shown(one.label)}" for i, one in enumerate(found, 1)] if len(found) > 1 else [shown(found[0].label)]
+    )
+    lines += ["", *_layers(found, importance, width), "", *_kinds(found)]
+    for i, one in enumerate(found, 1):
+        if one.mismatch is not None:
+            lines += ["", *_verdict(one, f"{i}  " if len(found) > 1 else "")]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None, width: int) -> list[str]:
+    suffix = [f" {i}" if len(found) > 1 else "" for i in range(1, len(found) + 1)]
+    head = ["layer", *(["importance"] if importance else [])]
+    for end in suffix:
+        head += [f"change{end}", f"relative{end}", f"share{end}"]
+    rows = []
+    for key in found[0].change.layers:
+        row = [shown(key, 40), *([number(importance[key]) if key in importance else "-"] if importance else [])]
+        for one in found:
+            change = one.change
+            row += [number(change.layers[key]), percent(change.relative[key]), percent(change.share[key])]
+        rows.append(row)
+    lines = aligned([head, *rows])
+    if len(found) <= BARS:
+        room = max(6, min(30, (width - len(lines[0])) // len(found) - 2))
+        most = max(max(one.change.layers.values()) for one in found) or 1.0
+        for at, key in enumerate(found[0].change.layers, 1):
+            bars = (bar(one.change.layers[key] / most, room).ljust(room) for one in found)
+            lines[at] = "  ".join([lines[at], *bars])
+    return lines
+
+
+def _kinds(found: Sequence[Comparison]) -> list[str]:
+    sums = [kind_sums(one) for one in found]
+    names = list(dict.fromkeys(name for each in sums for name in each))
+    head = ["module", *(f"change {i}" if len(found) > 1 else "change" for i in range(1, len(found) + 1))]
+    body = [[shown(name, 40), *(number(each[name]) if name in each else "-" for each in sums)] for name in names]
+    return [*aligned([head, *body]), "in brackets: tensors that no layer's change counts"]
+
+
+def _verdict(one: Comparison, label: str) -> list[str]:
+    found = one.mismatch
+    assert found is not None
+    rows = [["third", "layers", "importance", "change"]]
+    rows += [
+        [name, str(len(third.layers)), percent(third.importance), percent(third.change)]
+        for name, third in found.thirds.items()
+    ]
+    return [*aligned(rows), f"{label}{found.verdict}", *([relative_line(one)] if relative_line(one) else [])]
+
+
+def relative_line(one: Comparison) -> str:
+    """Return the correlation with the relative change, in a line; nothing where it is not defined."""
+    if one.mismatch is None or math.isnan(one.mismatch.relative.value):
+        return ""
+    rho = one.mismatch.relative
+    interval = "" if math.isnan(rho.low) else f" [{rho.low:+.2f}, {rho.high:+.2f}]"
+    return f"Of the relative change: rho {rho.value:+.2f}{interval}."
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of cells, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    ]
