@@ -25,9 +25,7 @@ Examples:
 
 @click.command("change", context_settings=CONTEXT, epilog=change_epilog)
 @click.argument("models", nargs=-1, required=True, metavar="BASE SFT [MORE...] | MERGED")
-@click.option(
-    "--importance", metavar="FILE", help="JSON: layer -> importance; says whether the change looks superficial."
-)
+@click.option("--importance", metavar="FILE", help="JSON: layer -> importance; does the change look superficial?")
 @click.option("-o", "--out", metavar="DIR", help="Folder for report.html, change.json and the pictures.")
 @click.option("--rename", metavar="REGEX=REPL", multiple=True, help="What names of SFT are in BASE; repeatable.")
 @click.option(

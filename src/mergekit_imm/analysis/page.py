@@ -30,8 +30,8 @@ dt { font-weight: 600; margin-top: .6rem } dd { margin-left: 1.2rem }
 """
 
 DEFINITIONS = (
-    ("change", "Of a layer n: the sum over its weight matrices of ||W - W'||_F (arXiv 2503.02103, Eq. 4; that the norm is"
-     " Frobenius' is ours). A sum of norms, so larger and more matrices count for more."),
+    ("change", "Of a layer n: the sum over its weight matrices of ||W - W'||_F (arXiv 2503.02103, Eq. 4; that norm"
+     " is our choice). A sum of norms, so larger and more matrices count for more."),
     ("relative", "The change divided by the sum of ||W||_F over the same matrices. Ours."),
     ("share", "The change of a layer divided by that of all layers (figure 12)."),
     ("in brackets", "Embeddings, heads, norms, biases and others: measured the same way, in no layer's change."),
@@ -39,8 +39,8 @@ DEFINITIONS = (
     ("rho", "Spearman's rank correlation of importance and change over layers, equal values sharing their average rank."
      " In brackets its 95% bootstrap interval over layers; layers are no independent draws, so it is a guide. Ours."),
     ("thirds", "Of N layers, third t (from 0) has those from floor(t N / 3) to floor((t + 1) N / 3) - 1."),
-    ("verdict", "Looks superficial: the whole interval of rho lies below 0. Does not: it lies above 0. Else, and of fewer"
-     " than 6 layers, it cannot be told. The rule is ours: the paper compares pictures by eye."),
+    ("verdict", "Looks superficial: the whole interval of rho lies below 0. Does not: it lies above 0. Else, and of"
+     " fewer than 6 layers, it cannot be told. The rule is ours: the paper compares pictures by eye."),
 )  # fmt: skip
 
 

@@ -35,9 +35,9 @@ def number(value: float) -> str:
     """Return a norm or an importance in four digits.
 
     >>> number(1.32456), number(0.0000123)
-    ('1.325', '1.23e-05')
+    ('1.325', '1.230e-05')
     """
-    return f"{value:.4g}"
+    return f"{value:#.4g}".rstrip(".")
 
 
 def kind_sums(one: Comparison) -> dict[str, float]:
