@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MERGES_OPTIONS = ("--keep", "--take", "--allow-nonfinite", "--dequantize", "--vocab sft")
 CURE = "give two models of the same finite float tensors, whole and not quantised"
+MEASURE = "measure it from the models: imm-analyze change START SFT"
 
 
 class Norms(NamedTuple):
@@ -228,15 +229,11 @@ def reported_change(merged: str | Path) -> WeightChange:
     from ..recipe import REPORT_FILE, read_recipe
 
     folder = Path(merged).expanduser()
-    cure = "measure it from the models: imm-analyze change START SFT"
+    cure = MEASURE
     recipe = read_recipe(folder)
     if recipe is None or not (folder / REPORT_FILE).is_file():
         raise CheckpointError(f"{shown(merged)} holds no merge with {REPORT_FILE}; {cure}")
-    sparsify = recipe["parameters"].get("sparsify", "dare")
-    if sparsify != "dare":
-        raise CheckpointError(
-            f"{shown(merged)} was merged with sparsify {shown(sparsify)}, whose report is of what was kept; {cure}"
-        )
+    check_sparsifier(recipe, str(merged))
     try:
         report = parse_json((folder / REPORT_FILE).read_bytes(), without_duplicates)
     except (OSError, ValueError) as error:
@@ -271,3 +268,12 @@ def reported_change(merged: str | Path) -> WeightChange:
     if skipped:
         notes.append(f"note: {len(skipped)} tensors that were not merged are not measured, '{shown(skipped[0])}' first")
     return change_of(norms, notes, cure)
+
+
+def check_sparsifier(recipe: Mapping[str, Any], label: str) -> None:
+    """Raise CheckpointError for a merge whose report is not of the whole change: another sparsifier than DARE's."""
+    sparsify = recipe["parameters"].get("sparsify", "dare")
+    if sparsify != "dare":
+        raise CheckpointError(
+            f"{shown(label)} was merged with sparsify {shown(sparsify)}, whose report is of what was kept; {MEASURE}"
+        )

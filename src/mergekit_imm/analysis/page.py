@@ -11,7 +11,7 @@ from .mismatch import Comparison
 from .terminal import kind_sums, number, percent, relative_line
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --line: #d6d9de; --soft: #f3f4f6; --bar: #7f9fd0 }
+:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --line: #d6d9de; --soft: #f3f4f6; --bar: #b9cbe8 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e5e8; --paper: #17191c; --line: #3a3e45; --soft: #22252a;
   --bar: #46689c } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem;
@@ -72,7 +72,7 @@ def html_page(
     body = "\n".join([*parts, "</dl>"])
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Weight change</title>\n<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )

@@ -67,7 +67,7 @@ def _change_figure(found: Sequence[Comparison], importance: Mapping[str, float] 
     absolute.set_ylabel("change\n(sum of norms)")
     share.set_ylabel("share of the\nchange (%)")
     for axes in (absolute, share):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * axes.dataLim.ymax or 1)
         axes.grid(alpha=0.3)
     if len(found) > 1:
         legend = figure.legend(
