@@ -29,6 +29,8 @@ figure svg { max-width: 100%; height: auto; display: block; margin: auto }
 dt { font-weight: 600; margin-top: .6rem } dd { margin-left: 1.2rem }
 """
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # heat maps are images in the SVG
+
 DEFINITIONS = (
     ("change", "Of a layer n: the sum over its weight matrices of ||W - W'||_F (arXiv 2503.02103, Eq. 4; that norm"
      " is our choice). A sum of norms, so larger and more matrices count for more."),
@@ -72,7 +74,7 @@ def html_page(
     body = "\n".join([*parts, "</dl>"])
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Weight change</title>\n<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
