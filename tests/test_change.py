@@ -139,7 +139,7 @@ def test_what_a_report_cannot_tell_is_refused(tmp_path: Path) -> None:
     before, after = pair()
     for name, state in (("base", before), ("sft", after)):
         write_model(tmp_path / name, state)
-    with pytest.raises(CheckpointError, match="holds no merge with imm_report.json; measure it from the models"):
+    with pytest.raises(CheckpointError, match=r"holds no merge with imm_report\.json; measure it from the models"):
         reported_change(tmp_path / "base")
     merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "kept", keep=["up_proj"])
     with pytest.raises(CheckpointError, match=r"up_proj' was not merged \(keep\)"):
@@ -150,7 +150,7 @@ def test_what_a_report_cannot_tell_is_refused(tmp_path: Path) -> None:
     content = json.loads(report.read_text())
     content["tensors"]["model.layers.0.mlp.up_proj.weight"]["delta_norm"] = None
     report.write_text(json.dumps(content))
-    with pytest.raises(NonFiniteError, match="'model.layers.0.mlp.up_proj.weight'"):
+    with pytest.raises(NonFiniteError, match=r"'model\.layers\.0\.mlp\.up_proj\.weight'"):
         reported_change(tmp_path / "norms")
     report.write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -179,13 +179,13 @@ def test_other_names_and_shapes_are_refused(tmp_path: Path) -> None:
     del after[name]
     with pytest.raises(MismatchError, match="1 tensor is in before only"):
         weight_change(before, after)
-    with pytest.raises(MismatchError, match="is torch.int64 before"):
+    with pytest.raises(MismatchError, match=r"is torch\.int64 before"):
         weight_change({"h.0.w": torch.zeros(2, 2, dtype=torch.int64)}, {"h.0.w": torch.zeros(2, 2)})
     with pytest.raises(MismatchError, match="none of 1 tensors is a weight matrix"):
         weight_change({"w": torch.zeros(2, 2)}, {"w": torch.zeros(2, 2)})
     write_model(tmp_path / "base", before)
     write_model(tmp_path / "sft", after)
-    with pytest.raises(MismatchError, match="up_proj.weight") as error:
+    with pytest.raises(MismatchError, match=r"up_proj\.weight") as error:
         checkpoint_change(tmp_path / "base", tmp_path / "sft")
     assert "--keep" not in str(error.value)
     with pytest.raises(ArgumentError, match="workers"):

@@ -142,7 +142,7 @@ def test_refusals_are_one_line(folder: Path, arguments: list[str], message: str)
 
 
 def test_without_matplotlib_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MergeError, match=r"pip install 'mergekit-imm\[analyze\]'"):
         call("base", "sft", "-o", "out")
     assert not (folder / "out").exists()

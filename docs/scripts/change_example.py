@@ -1,9 +1,10 @@
 """Make the models of docs/change.md: a base of 12 layers, an sft of it, and the importance of the base's layers.
 
-    python docs/scripts/change_example.py FOLDER
+    python docs/scripts/change_example.py FOLDER [--write]
 
 The base learns to count in steps of 1 to 5; fine-tuning teaches it steps of 7. Importance is Eq. 3 on the base's own
-data: of each layer the sum of |dL/dW * W| over its weight matrices. Twenty seconds on two cores.
+data: of each layer the sum of |dL/dW * W| over its weight matrices. Fifteen seconds on two cores. With --write the page
+and its pictures take what was measured.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ from pathlib import Path
 import torch
 import transformers
 
+from mergekit_imm.analysis.change import checkpoint_change
+from mergekit_imm.analysis.mismatch import Comparison, mismatch
+from mergekit_imm.analysis.pictures import change_picture, mismatch_picture
+from mergekit_imm.analysis.terminal import render
+from mergekit_imm.importance import read_importance
 from mergekit_imm.layers import layer_key, weight_kind
 
+DOCS = Path(__file__).resolve().parents[1]
 VOCABULARY, LAYERS = 97, 12
 
 
@@ -47,6 +54,25 @@ def importance(model: torch.nn.Module, data: torch.Tensor) -> dict[str, float]:
     return found
 
 
+def report(folder: Path) -> None:
+    """Measure the models, and put what the terminal shows and the pictures into the page."""
+    weights = read_importance(folder / "importance.json")
+    found = []
+    for name in ("sft-1", "sft-2"):
+        change = checkpoint_change(folder / "base", folder / name)
+        found.append(Comparison(name, change, mismatch(weights, change)))
+    for name, picture in (
+        ("change-layers.png", change_picture(found, weights)),
+        ("change-importance.png", mismatch_picture(found, weights)),
+    ):
+        (DOCS / name).write_bytes(picture["png"])
+    page = DOCS / "change.md"
+    before, _, rest = page.read_text().partition("<!-- example -->\n")
+    after = rest.partition("<!-- /example -->")[2]
+    text = f"```text\n{render(found, weights)}\n```\n"
+    page.write_text(f"{before}<!-- example -->\n{text}<!-- /example -->{after}")
+
+
 def main(folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -69,3 +95,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    if "--write" in sys.argv:
+        report(Path(sys.argv[1]))
