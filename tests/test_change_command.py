@@ -23,7 +23,9 @@ from mergekit_imm.analysis.terminal import render
 from mergekit_imm.errors import MergeError
 
 N = 7
-SHAPES = {f"model.layers.{i}.mlp.{kind}.weight": (8, 8) for i in range(N) for kind in ("up_proj", "down_proj")}
+SHAPES: dict[str, tuple[int, ...]] = {
+    f"model.layers.{i}.mlp.{kind}.weight": (8, 8) for i in range(N) for kind in ("up_proj", "down_proj")
+}
 SHAPES |= {"model.embed_tokens.weight": (20, 8), "model.norm.weight": (8,)}
 FILES = {"change.json", "change.png", "change.svg", "mismatch.png", "mismatch.svg", "report.html"}
 HOSTILE = '"><script>alert(1)</script>\n$x_{1}$\x1b[31m_'
