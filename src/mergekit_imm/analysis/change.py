@@ -221,6 +221,8 @@ def reported_change(merged: str | Path) -> WeightChange:
     others. Raises CheckpointError where the report cannot tell: no report, a linear weight that was not merged, a
     sparsifier other than DARE.
 
+    >>> from mergekit_imm import merge_checkpoints
+    >>> report = merge_checkpoints(base_folder, sft_folder, out_folder)
     >>> len(reported_change(out_folder).layers) > 0
     True
     """
