@@ -110,8 +110,8 @@ def test_rows_of_one_vocabulary_do_not_count(tmp_path: Path) -> None:
     write_model(tmp_path / "sft", after | more)
     found = checkpoint_change(tmp_path / "base", tmp_path / "sft")
     assert found.elsewhere == pytest.approx(weight_change(before, after).elsewhere, rel=1e-6)
-    assert any(note.startswith("note: 3 rows that sft") for note in found.notes)
-    with pytest.raises(MismatchError):
+    assert "note: the vocabularies have 50 and 53 rows; the first 50 are compared" in found.notes
+    with pytest.raises(MismatchError, match="; compare the rows that both have with --vocab base"):
         checkpoint_change(tmp_path / "base", tmp_path / "sft", vocab="strict")
 
 
@@ -226,3 +226,24 @@ def test_kinds_of_weights(name: str, shape: tuple[int, ...], kind: str) -> None:
 def test_kinds_of_modules() -> None:
     assert module_kind("model.layers.3.mlp.experts.gate_up_proj") == "gate_up_proj"
     assert module_kind("h.0.mlp.2.weight") == "mlp.*"
+
+
+def test_experts_one_by_one_are_matrices_of_their_own_and_integers_are_no_change(tmp_path: Path) -> None:
+    shapes = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": (8, 4) for i in range(3)}
+    before, after = random_state(shapes), random_state(shapes, seed=1)
+    for number, (name, state) in enumerate((("base", before), ("sft", after))):
+        counts = {"model.layers.0.mlp.count": torch.full((2, 2), number)}
+        write_model(tmp_path / name, state | counts)
+    found = checkpoint_change(tmp_path / "base", tmp_path / "sft")
+    expected = sum(float((before[name].double() - after[name].double()).norm()) for name in shapes)
+    assert found.layers == pytest.approx({"model.layers.0": expected}, rel=1e-6)
+    assert found.kinds["model.layers.0"].keys() == {"up_proj"}
+    assert "note: 1 tensors that are no floats are not measured" in found.notes
+
+
+def test_names_may_be_others_by_a_rule(tmp_path: Path) -> None:
+    before, after = pair()
+    write_model(tmp_path / "base", before)
+    write_model(tmp_path / "sft", {name.replace("model.", "net.", 1): each for name, each in after.items()})
+    found = checkpoint_change(tmp_path / "base", tmp_path / "sft", rename=[r"^net\.=model."])
+    assert found.layers == pytest.approx(by_hand(before, after), rel=1e-6)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..execute import Progress
 
-MERGES_OPTIONS = ("--keep", "--take", "--allow-nonfinite", "--dequantize", "--vocab sft")
+MERGES_OPTIONS = ("--keep", "--take", "--allow-nonfinite", "--dequantize", "--vocab")
 CURE = "give two models of the same finite float tensors, whole and not quantised"
 MEASURE = "measure it from the models: imm-analyze change START SFT"
 
@@ -181,6 +181,10 @@ def checkpoint_change(
         )  # fmt: skip
         (plan,) = plans_of(inputs, parameters)
         notes = list(plan.notes)
+        rows = sorted({each.rows[0] for each in plan.inputs.values() if each.rows})
+        if len(rows) > 1:  # what a merge does with the others is no matter here
+            notes = [note for note in notes if "--vocab" not in note and "the vocabulary is that of" not in note]
+            notes.append(f"note: the vocabularies have {rows[0]} and {rows[-1]} rows; the first {rows[0]} are compared")
         measured = tuple(item for item in plan.items if item.action == "merge")
         if len(measured) < len(plan.items):
             notes.append(f"note: {len(plan.items) - len(measured)} tensors that are no floats are not measured")
@@ -211,7 +215,8 @@ def _with_own_cure(error: MergeError) -> MergeError:
     """Return an error of a merge without cures that only a merge has."""
     clauses = str(error).split("; ")
     fit = [each for each in clauses if not any(option in each for option in MERGES_OPTIONS)]
-    return error if len(fit) == len(clauses) or not fit else type(error)("; ".join([*fit, CURE]))
+    cure = "compare the rows that both have with --vocab base" if "--vocab" in str(error) else CURE
+    return error if len(fit) == len(clauses) or not fit else type(error)("; ".join([*fit, cure]))
 
 
 def reported_change(merged: str | Path) -> WeightChange:
