@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .analysis.gradients import layer_importance
+    from .analysis.change import weight_change
     from .callback import IMMCallback
     from .errors import (
         ArgumentError,
@@ -69,6 +69,7 @@ _HOME = {
     "task_vector": "ops",
     "trim": "sparse",
     "verify": "verification",
+    "weight_change": "analysis.change",
 }
 
 __all__ = [
@@ -102,6 +103,7 @@ __all__ = [
     "task_vector",
     "trim",
     "verify",
+    "weight_change",
 ]
 
 

@@ -1,154 +1,147 @@
-"""Where the weights changed: the norm of each weight's change, summed up by layer and by kind (the paper's Eq. 4)."""
+"""How far fine-tuning moved each layer (Eq. 4): of tensors in memory, of checkpoints on disk, of a merge's report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import CheckpointError, MismatchError, NonFiniteError, shown
-from ..layers import blanked, layer_key, only_in, weight_kind
+from ..errors import CheckpointError, MergeError, MismatchError, NonFiniteError, shown
+from ..layers import is_end, layer_key, only_in, weight_kind
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
     from ..execute import Progress
 
-CHANGE_FORMAT, CHANGE_VERSION = "mergekit_imm change", 1
-_BUCKETS = {"embedding": "embeddings", "head": "head", "norm": "norms", "bias": "biases", "other": "other"}
+MERGES_OPTIONS = ("--keep", "--take", "--allow-nonfinite", "--dequantize", "--vocab")
+CURE = "give two models of the same finite float tensors, whole and not quantised"
+MEASURE = "measure it from the models: imm-analyze change START SFT"
 
 
-@dataclass(frozen=True)
-class Amount:
-    """How much some weights changed.
+class Norms(NamedTuple):
+    """Of one tensor: its shape, ||W - W'|| and ||W|| (Frobenius); None where a norm is not finite."""
 
-    change: the sum of their norms ||W' - W||. norm: the sum of ||W||. relative: change / norm; None if norm is 0.
-    share: of the change of all layers, in layers; None if nothing changed.
-    """
-
-    change: float
-    norm: float
-    relative: float | None
-    share: float | None
+    shape: Sequence[int]
+    change: float | None
+    weight: float | None
 
 
 @dataclass(frozen=True)
 class WeightChange:
-    """What `weight_change` measured.
+    """The change of each layer, and of what lies outside Eq. 4.
 
-    layers: layer key -> the change of its linear weights. kinds: kind of weight, its name without numbers -> layer key
-    -> its part of that. outside: all that is no linear weight of a layer, "embeddings", "head", "norms", "biases",
-    "other" (norms and biases of the layers too); their share is None. left_out: tensors that were not compared, as one
-    of the models lacks them. All norms are Frobenius norms.
+    `layers` is Eq. 4, `weights` the same sum of ||W||_F; `kinds` splits a layer's change by module (q_proj, up_proj);
+    `elsewhere` has the sums of norms of embeddings, heads, norms, biases and other tensors, which no layer counts.
     """
 
-    layers: dict[str, Amount]
-    kinds: dict[str, dict[str, Amount]]
-    outside: dict[str, Amount]
-    left_out: tuple[str, ...] = ()
+    layers: dict[str, float]
+    weights: dict[str, float]
+    kinds: dict[str, dict[str, float]]
+    elsewhere: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def relative(self) -> dict[str, float | None]:
+        """The change of each layer divided by its sum of ||W||_F; None where that sum is 0."""
+        return {key: value / self.weights[key] if self.weights[key] else None for key, value in self.layers.items()}
+
+    @property
+    def share(self) -> dict[str, float | None]:
+        """The part of all layers' change that lies in each (figure 12); None where nothing changed."""
+        total = math.fsum(self.layers.values())
+        return {key: value / total if total else None for key, value in self.layers.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return asdict(self) | {"left_out": list(self.left_out)}
+        """Return the change as plain data."""
+        return {**asdict(self), "relative": self.relative, "share": self.share, "notes": list(self.notes)}
 
 
-@dataclass(frozen=True)
-class Norms:
-    """Of one tensor: the norm of its change, its norm before, and its shape."""
+def module_kind(name: str) -> str:
+    """Return the module that a weight belongs to: its last name, a number with the name before it.
 
-    change: float
-    before: float
-    shape: tuple[int, ...]
+    >>> module_kind("model.layers.3.mlp.experts.7.up_proj.weight"), module_kind("h.0.mlp.2.weight")
+    ('up_proj', 'mlp.*')
+    """
+    parts = name.removesuffix(".weight").split(".")
+    return f"{parts[-2]}.*" if parts[-1].isdigit() and len(parts) > 1 else parts[-1]
 
 
-def weight_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> WeightChange:
-    """Measure how much each layer's linear weights changed.
+def change_of(norms: Mapping[str, Norms], notes: Sequence[str] = (), cure: str = CURE) -> WeightChange:
+    """Add the norms of tensors up, layer by layer. Raises NonFiniteError, MismatchError where no layer has a weight."""
+    parts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    weights: dict[str, list[float]] = defaultdict(list)
+    elsewhere: dict[str, list[float]] = defaultdict(list)
+    for name, (shape, change, weight) in norms.items():
+        if change is None or weight is None or not (math.isfinite(change) and math.isfinite(weight)):
+            raise NonFiniteError(f"tensor '{shown(name)}': the norm of its change or weight is not finite; {cure}")
+        kind, layer = weight_kind(name, shape), layer_key(name)
+        if kind == "linear" and layer is not None:
+            parts[layer][module_kind(name)].append(change)
+            weights[layer].append(weight)
+        else:
+            elsewhere[kind].append(change)
+    if not parts:
+        raise MismatchError(f"none of {len(norms)} tensors is a weight matrix of a layer (model.layers.0.*); {CURE}")
+    order = sorted(parts, key=layer_order)
+    return WeightChange(
+        layers={key: math.fsum(x for each in parts[key].values() for x in each) for key in order},
+        weights={key: math.fsum(weights[key]) for key in order},
+        kinds={key: {kind: math.fsum(x) for kind, x in parts[key].items()} for key in order},
+        elsewhere={kind: math.fsum(x) for kind, x in sorted(elsewhere.items())},
+        notes=tuple(notes),
+    )
 
-        DeltaW^n = sum over the linear weights W of layer n of ||W' - W||                             (Eq. 4)
 
-    A sum of norms, not the norm of all. The paper names no norm; this is the Frobenius norm. Besides, the change
-    relative to the sum of ||W||, each layer's share of the change of all layers (the paper's figure 12), and the same
-    for each kind of weight. What is a linear weight is `weight_kind`'s to say; a stack of experts is one.
+def layer_order(key: str) -> tuple[str, int]:
+    """Return what layer keys are sorted by: their stack, then their number."""
+    return key.rpartition(".")[0], int(key.rpartition(".")[2])
 
-    Args: `before`, `after`, mappings name -> tensor of the same names and shapes, any float dtypes; integers are left
-    out. Differences are float32 (float64 if a tensor is), squares are added in float64. Raises MismatchError, or
-    NonFiniteError for NaN and infinity.
+
+def weight_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> WeightChange:
+    """Return how far the weights of each layer moved.
+
+        DeltaW^n = sum_k || W^{k,n} - W'^{k,n} ||_F          k: the linear weights of layer n
+
+    Args: `before`, `after`, name -> float tensor, of the same names and shapes; nothing is broadcast. Differences are
+    float32 (float64 of float64 tensors), sums of squares float64. It is a sum of norms, not the norm of all together.
+    Raises MismatchError for other names, shapes or kinds of dtype, NonFiniteError for NaN and infinity. The Frobenius
+    norm is ours: the paper does not name its norm.
 
     Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), Eq. 4.
 
     >>> import torch
-    >>> before = {"h.0.q.weight": torch.zeros(2, 2), "h.1.q.weight": torch.eye(2)}
-    >>> found = weight_change(before, {"h.0.q.weight": torch.ones(2, 2), "h.1.q.weight": 3 * torch.eye(2)})
-    >>> {layer: amount.change for layer, amount in found.layers.items()}
-    {'h.0': 2.0, 'h.1': 2.8284271247461903}
+    >>> name = "model.layers.0.mlp.up_proj.weight"
+    >>> weight_change({name: torch.zeros(2, 2)}, {name: torch.ones(2, 2)}).layers
+    {'model.layers.0': 2.0}
     """
-    from ..flat import boxes, in_box
+    import torch
 
-    for complaint in (only_in(before, after, "before", "after"), only_in(after, before, "after", "before")):
-        if complaint:
-            raise MismatchError(complaint)
+    for one, other, labels in ((before, after, ("before", "after")), (after, before, ("after", "before"))):
+        surplus = only_in(one, other, *labels)
+        if surplus:
+            raise MismatchError(f"{surplus}; give the same tensors of both")
     norms = {}
     for name, old in before.items():
         new = after[name]
-        if old.shape != new.shape or old.is_floating_point() != new.is_floating_point():
+        if old.shape != new.shape:
             raise MismatchError(
-                f"tensor '{shown(name)}' is {old.dtype} {list(old.shape)} before, and {new.dtype}"
-                f" {list(new.shape)} after"
+                f"tensor '{shown(name)}' has shape {tuple(old.shape)} before and {tuple(new.shape)} after; give tensors"
+                " of equal shapes"
             )
-        if not old.is_floating_point():
-            continue
-        exact = old.element_size() == 8 or new.element_size() == 8
-        squares = []
-        for index, _ in boxes(old.shape):
-            a, b = (in_box(each, index).double() if exact else in_box(each, index).float() for each in (old, new))
-            b = b.to(a.device)
-            squares.append((float((b - a).double().square().sum()), float(a.double().square().sum())))
-        changes, befores = zip(*squares, strict=True) if squares else ((), ())
-        norms[name] = Norms(math.fsum(changes) ** 0.5, math.fsum(befores) ** 0.5, tuple(old.shape))
-    return summed(norms)
-
-
-def summed(norms: Mapping[str, Norms], left_out: Sequence[str] = ()) -> WeightChange:
-    """Sum up the norms of tensors by layer, by kind, and outside the layers' linear weights."""
-    layers: dict[str, list[Norms]] = {}
-    kinds: dict[str, dict[str, list[Norms]]] = {}
-    outside: dict[str, list[Norms]] = {}
-    for name, each in norms.items():
-        if not (math.isfinite(each.change) and math.isfinite(each.before)):
-            raise NonFiniteError(
-                f"tensor '{shown(name)}' holds NaN or infinity in one of the models, or changed by more than float32"
-                " holds; its change has no norm"
+        if not (old.is_floating_point() and new.is_floating_point()):
+            raise MismatchError(
+                f"tensor '{shown(name)}' is {old.dtype} before and {new.dtype} after; give float tensors only"
             )
-        kind, layer = weight_kind(name, each.shape), layer_key(name)
-        if kind != "linear" or layer is None:
-            outside.setdefault(_BUCKETS.get(kind, "other"), []).append(each)
-            continue
-        layers.setdefault(layer, []).append(each)
-        kinds.setdefault(blanked(name), {}).setdefault(layer, []).append(each)
-    total = math.fsum(each.change for found in layers.values() for each in found)
-    ordered = sorted(layers, key=_place)
-    return WeightChange(
-        layers={layer: _amount(layers[layer], total) for layer in ordered},
-        kinds={
-            kind: {layer: _amount(of_kind[layer], total) for layer in ordered if layer in of_kind}
-            for kind, of_kind in kinds.items()
-        },
-        outside={bucket: _amount(outside[bucket], None) for bucket in _BUCKETS.values() if bucket in outside},
-        left_out=tuple(left_out),
-    )
-
-
-def _place(layer: str) -> tuple[str, int]:
-    stack, _, number = layer.rpartition(".")
-    return stack, int(number)
-
-
-def _amount(norms: Iterable[Norms], total: float | None) -> Amount:
-    norms = list(norms)
-    change, before = math.fsum(each.change for each in norms), math.fsum(each.before for each in norms)
-    return Amount(change, before, change / before if before else None, change / total if total else None)
+        wide = torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32
+        first = old.detach().to(wide)
+        delta = (first - new.detach().to(first.device, wide)).double()
+        norms[name] = Norms(tuple(old.shape), *(float(x.double().norm()) for x in (delta, first)))
+    return change_of(norms)
 
 
 def checkpoint_change(
@@ -156,25 +149,22 @@ def checkpoint_change(
     sft: str | Path,
     *,
     rename: Sequence[str] = (),
-    vocab: str = "strict",
-    keep: Sequence[str] = (),
-    take: Sequence[str] = (),
+    vocab: str = "base",
     workers: int | None = None,
     progress: Progress | None = None,
-) -> tuple[WeightChange, list[str]]:
-    """Measure how much the weights of two checkpoints differ, streaming, in constant memory; see `weight_change`.
+) -> WeightChange:
+    """Return the change from one checkpoint to another, read once, in constant memory; nothing is written.
 
-    The models are read as `merge_checkpoints` reads them: any form it takes, names and vocabularies matched as there.
-    keep and take name tensors that only `base` and only `sft` has, which are left out. Norms are those of merge
-    reports, right to some seven digits. Returns the change, and notes. Raises MergeError.
+    Inputs as in `merge_checkpoints`: folders, hub ids, an adapter as `sft`. Norms are added in float32 lanes, right to
+    some seven digits. `vocab` "base": of vocabularies of different sizes only common rows count, and a note says so.
+    Raises MergeError.
 
-    >>> change, _ = checkpoint_change(base_folder, sft_folder)
-    >>> f"{change.layers['model.layers.0'].change:.3f}"
-    '0.080'
+    >>> len(checkpoint_change(base_folder, sft_folder).layers) > 0
+    True
     """
     import numpy as np
 
-    from ..execute import check_workers, pick_device, run, warm_up
+    from ..execute import check_workers, pick_device, run
     from ..plan import segments
     from ..prepare import check_platform, open_inputs, plans_of
     from ..reading import check_inputs
@@ -182,84 +172,115 @@ def checkpoint_change(
     from ..sums import RECORD
 
     check_platform()
-    threads = check_workers(workers)
-    inputs, parameters, _ = open_inputs(
-        base, sft, None, outs=(), dry_run=False, iteration=0, importance=None, layer_factors=None, shrink=1.0,
-        clip=None, sparsify="dare", dtype="float32", max_shard_size=None, points=[{"alpha": 0.0, "drop": 0.0, "seed": 0}],
-        reference="start", keep=keep, take=take, no_drop=(), vocab=vocab, rename=rename, dequantize=False,
-        allow_nonfinite=True, copy_code=False,
-    )  # fmt: skip
-    (plan,) = plans_of(inputs, parameters)
-    device = pick_device("cpu")
-    every = list(segments(plan))
-    wanted = [segment for segment in every if plan.items[segment.item].action == "merge"]
-    records = np.zeros((len(every), RECORD))
-    warm_up([plan], device)
-    done, total = 0, sum(segment.count for segment in wanted)
-    for result in run([plan], ((s, (0,)) for s in wanted), lambda *_: None, workers=threads, device=device):
-        if result is not None:
-            records[result.segment.index] = result.records[0]
-            done += result.segment.count
-        if progress is not None:
-            progress(done, total)
-    check_inputs(inputs)
-    shapes = {item.name: item.source.shape for item in plan.items}
-    other = [item.name for item in plan.items if item.action in ("keep", "take")]
-    return _from_statistics(statistics(plan, records)["tensors"], shapes, other), list(plan.notes)
+    try:
+        inputs, parameters, _ = open_inputs(
+            base, sft, None, outs=(), dry_run=False, iteration=0, importance=None,
+            points=[{"alpha": 0.0, "drop": 0.0, "seed": 0}], reference="start", dtype="float32", max_shard_size=None,
+            keep=(), take=(), no_drop=(), vocab=vocab, rename=rename, dequantize=False, allow_nonfinite=False,
+            copy_code=False,
+        )  # fmt: skip
+        (plan,) = plans_of(inputs, parameters)
+        notes = list(plan.notes)
+        rows = sorted({each.rows[0] for each in plan.inputs.values() if each.rows})
+        if len(rows) > 1:  # what a merge does with the others is no matter here
+            notes = [note for note in notes if "--vocab" not in note and "the vocabulary is that of" not in note]
+            notes.append(f"note: the vocabularies have {rows[0]} and {rows[-1]} rows; the first {rows[0]} are compared")
+        measured = tuple(item for item in plan.items if item.action == "merge")
+        if len(measured) < len(plan.items):
+            notes.append(f"note: {len(plan.items) - len(measured)} tensors that are no floats are not measured")
+        plan = replace(plan, items=measured)
+        todo = list(segments(plan))
+        records = np.zeros((len(todo), RECORD))
+        total, done_bytes = sum(item.source.count * 4 * len(item.outs) for item in measured), 0
+        results = run(
+            [plan], ((each, (0,)) for each in todo), lambda *_: None, workers=check_workers(workers),
+            device=pick_device("cpu"),
+        )  # fmt: skip
+        with closing(results):
+            for done in results:
+                if done is not None:
+                    records[done.segment.index] = done.records[0]
+                    done_bytes += done.bytes_written
+                    if progress is not None:
+                        progress(done_bytes, total)
+        check_inputs(plan.inputs)
+    except MergeError as error:
+        raise _with_own_cure(error) from error
+    found = statistics(plan, records)["tensors"]
+    shapes = {item.name: item.source.shape for item in measured}
+    return change_of({n: Norms(shapes[n], each["delta_norm"], each["base_norm"]) for n, each in found.items()}, notes)
 
 
-def reported_change(out: str | Path) -> WeightChange:
-    """Return how much the weights changed in the round that a merged folder is of, from its report: sft - start.
+def _with_own_cure(error: MergeError) -> MergeError:
+    """Return an error of a merge without cures that only a merge has."""
+    clauses = str(error).split("; ")
+    fit = [each for each in clauses if not any(option in each for option in MERGES_OPTIONS)]
+    cure = "compare the rows that both have with --vocab base" if "--vocab" in str(error) else CURE
+    return error if len(fit) == len(clauses) or not fit else type(error)("; ".join([*fit, cure]))
 
-    Nothing but headers is read. The norms before are those of the base. Raises CheckpointError for a folder without a
-    report, or of a merge whose report does not tell it.
+
+def reported_change(merged: str | Path) -> WeightChange:
+    """Return the change of the round that made a merged folder, from its imm_report.json: ||sft - start||, unread.
+
+    Only the report and the headers beside it are read. Relative changes are of the base's norms, as the report has no
+    others. Raises CheckpointError where the report cannot tell: no report, a linear weight that was not merged, a
+    sparsifier other than DARE.
 
     >>> from mergekit_imm import merge_checkpoints
-    >>> _ = merge_checkpoints(base_folder, sft_folder, out_folder)
-    >>> f"{reported_change(out_folder).layers['model.layers.0'].change:.3f}"
-    '0.080'
+    >>> report = merge_checkpoints(base_folder, sft_folder, out_folder)
+    >>> len(reported_change(out_folder).layers) > 0
+    True
     """
     from ..checkpoint.source import open_checkpoint
-    from ..json_input import parse_json
+    from ..json_input import parse_json, without_duplicates
     from ..recipe import REPORT_FILE, read_recipe
 
-    folder = Path(out).expanduser()
-    recipe, path = read_recipe(folder), folder / REPORT_FILE
-    if recipe is None or not path.exists():
-        raise CheckpointError(
-            f"{shown(out)} has no {REPORT_FILE}; give a folder that imm-merge made, or BASE and SFT themselves"
-        )
+    folder = Path(merged).expanduser()
+    cure = MEASURE
+    recipe = read_recipe(folder)
+    if recipe is None or not (folder / REPORT_FILE).is_file():
+        raise CheckpointError(f"{shown(merged)} holds no merge with {REPORT_FILE}; {cure}")
+    check_sparsifier(recipe, str(merged))
+    try:
+        report = parse_json((folder / REPORT_FILE).read_bytes(), without_duplicates)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown(folder / REPORT_FILE)} cannot be read: {shown(error, 200)}; {cure}") from error
+    tensors = report.get("tensors") if isinstance(report, dict) and report.get("version") == 2 else None
+    if not isinstance(tensors, dict) or not all(isinstance(each, dict) for each in tensors.values()):
+        raise CheckpointError(f"{shown(folder / REPORT_FILE)} is no report of version 2; merge again, or {cure}")
+    stored = open_checkpoint(folder, "base").tensors
+    norms, skipped = {}, []
+    for name, entry in tensors.items():
+        # A tied tensor goes by its embedding's name, which need not be stored; its shape does not matter.
+        shape = stored[name].shape if name in stored else (1, 1) if is_end(name) else None
+        if shape is None:
+            raise CheckpointError(f"{shown(merged)} lacks tensor '{shown(name)}' of its {REPORT_FILE}; {cure}")
+        if entry.get("action") == "merge":
+            values = [entry.get(key) for key in ("delta_norm", "base_norm")]
+            if not all(x is None or (isinstance(x, (int, float)) and not isinstance(x, bool)) for x in values):
+                raise CheckpointError(
+                    f"{shown(folder / REPORT_FILE)}: the norms of '{shown(name)}' are no numbers; {cure}"
+                )
+            norms[name] = Norms(shape, *values)
+        elif weight_kind(name, shape) == "linear" and entry.get("action") != "copy":
+            raise CheckpointError(
+                f"{shown(merged)}: '{shown(name)}' was not merged ({shown(entry.get('action'))}), so its report does"
+                f" not hold its change; {cure}"
+            )
+        else:
+            skipped.append(name)
+    parameters = recipe["parameters"]
+    of = "base" if parameters.get("reference") == "base" or "start" not in recipe["inputs"] else "start"
+    notes = [f"note: from {REPORT_FILE}: the change is sft - {of}, relative to the norm of base"]
+    if skipped:
+        notes.append(f"note: {len(skipped)} tensors that were not merged are not measured, '{shown(skipped[0])}' first")
+    return change_of(norms, notes, cure)
+
+
+def check_sparsifier(recipe: Mapping[str, Any], label: str) -> None:
+    """Raise CheckpointError for a merge whose report is not of the whole change: another sparsifier than DARE's."""
     sparsify = recipe["parameters"].get("sparsify", "dare")
     if sparsify != "dare":
         raise CheckpointError(
-            f"{shown(out)} was merged with sparsify {shown(sparsify)}, and its report tells what that left of the"
-            " change; give BASE and SFT themselves"
+            f"{shown(label)} was merged with sparsify {shown(sparsify)}, whose report is of what was kept; {MEASURE}"
         )
-    try:
-        tensors = parse_json(path.read_bytes())["tensors"]
-        shapes = {name: each.shape for name, each in open_checkpoint(folder, "base").tensors.items()}
-        other = [name for name, entry in tensors.items() if entry["action"] in ("keep", "take")]
-        return _from_statistics(tensors, shapes, other)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, NonFiniteError | MismatchError):
-            raise
-        raise CheckpointError(f"{shown(path)} is damaged: {shown(error, 200)}; merge again") from error
-
-
-def _from_statistics(
-    tensors: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]], other: Sequence[str]
-) -> WeightChange:
-    norms = {}
-    for name, entry in tensors.items():
-        if entry["action"] == "merge":
-            change, before = (math.nan if entry[key] is None else entry[key] for key in ("delta_norm", "base_norm"))
-            norms[name] = Norms(change, before, tuple(shapes[name]))
-    return summed(norms, other)
-
-
-def by_stack(layers: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the stacks of layers: (prefix, keys in the order of their numbers)."""
-    found: dict[str, list[str]] = {}
-    for layer in sorted(layers, key=_place):
-        found.setdefault(layer.rpartition(".")[0], []).append(layer)
-    yield from found.items()

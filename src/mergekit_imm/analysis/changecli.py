@@ -1,59 +1,164 @@
-"""The command `imm-analyze change`: parse, call `diagnose`, print."""
+"""The command `imm-analyze change`: parse, measure, print, write."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..console import CONTEXT, progress_bar, say, tell
-from ..errors import shown
+from ..errors import ArgumentError, OutputError, shown
+
+if TYPE_CHECKING:
+    from .mismatch import Comparison
 
 change_epilog = """\b
 Examples:
   imm-analyze change base/ sft/
-  imm-analyze change base/ round-1/ round-2/ --importance importance.json -o report/
-  imm-analyze change merged/                  the round that it is of, from its report
+  imm-analyze change base/ sft/ --importance importance.json -o report/
+  imm-analyze change base/ run/round-0/sft run/round-1/sft
+  imm-analyze change merged/         of the round that made it, from its report
 """
 
 
 @click.command("change", context_settings=CONTEXT, epilog=change_epilog)
-@click.argument("models", nargs=-1, required=True, metavar="BASE SFT...")
-@click.option("--importance", metavar="FILE", help="Importance of the layers: does the change go with it?")
-@click.option("-o", "--out", metavar="DIR", help="Folder for change.json, the pictures, and report.html.")
+@click.argument("models", nargs=-1, required=True, metavar="BASE SFT [MORE...] | MERGED")
+@click.option("--importance", metavar="FILE", help="JSON: layer -> importance; does the change look superficial?")
+@click.option("-o", "--out", metavar="DIR", help="Folder for report.html, change.json and the pictures.")
 @click.option("--rename", metavar="REGEX=REPL", multiple=True, help="What names of SFT are in BASE; repeatable.")
 @click.option(
-    "--vocab", type=click.Choice(["strict", "base"]), default="strict", show_default=True,
-    help="base: of vocabularies of different sizes compare the rows that both have.",
+    "--vocab", type=click.Choice(["strict", "base"]), default="base", show_default=True,
+    help="Vocabularies of different sizes: refuse, or compare the rows that both have.",
 )  # fmt: skip
-@click.option("--keep", metavar="REGEX", multiple=True, help="Tensors of BASE to leave out; repeatable.")
-@click.option("--take", metavar="REGEX", multiple=True, help="Tensors of SFT to leave out; repeatable.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, 2 x CPUs)]")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar, no notes.")
-@click.option("--json", "as_json", is_flag=True, help="Print what change.json holds.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and --json).")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; min(4, 2 x CPUs) if not given.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-def change_command(models: tuple[str, ...], out: str | None, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Measure where the weights of SFT differ from BASE, layer by layer; of several SFTs, side by side.
+def change_command(
+    models: tuple[str, ...], importance: str | None, out: str | None, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """How far each layer moved from BASE to SFT: the sum of ||W - W'|| over its weight matrices (Eq. 4).
 
-    \b
-      DeltaW = sum of ||W' - W|| over the linear weights W of a layer
-
-    Models are what imm-merge takes. With --importance also: did the layers change that matter?
+    Several SFT are shown side by side, each against BASE. One folder alone, that imm-merge made: the change of that
+    round, from its imm_report.json, at no cost.
     """
-    from .diagnosis import check_folder, diagnose, write
-    from .terminal import view
+    from .mismatch import Comparison, mismatch, same_layers
 
-    folder = None if out is None else check_folder(out)
-    with progress_bar("reading", shown=not quiet, rate=lambda rate: f"{rate / 1e9:.2f} G weights/s") as progress:
-        found = diagnose(models, progress=progress, **options)
-    for note in found.notes if not quiet else ():
-        tell(note)
-    written = [] if folder is None else write(found, folder)
+    if len(models) == 1 and (options["rename"] or options["vocab"] != "base"):
+        raise click.UsageError("--rename and --vocab are of two models; give BASE and SFT")
+    if out is not None:
+        _check_out(out, models)
+    weights, about = _importance(importance)
+    found = []
+    for label, change in _changes(models, quiet=quiet, **options):
+        compared = None if weights is None else mismatch(weights, change)
+        found.append(Comparison(label, change, compared))
+        if not quiet:
+            for note in change.notes:
+                tell(note)
+    if weights is not None:
+        weights = same_layers(weights, found[0].change)
+    base = models[0] if len(models) > 1 else None
+    content = {
+        "format": "mergekit_imm change",
+        "version": 1,
+        "base": base,
+        "importance": None if weights is None else {"file": importance, **about, "layers": weights},
+        "changes": [
+            {
+                "model": one.label,
+                **one.change.to_dict(),
+                "mismatch": None if one.mismatch is None else one.mismatch.to_dict(),
+            }
+            for one in found
+        ],
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    written = [] if out is None else _write(Path(out).expanduser(), found, weights, text, _provenance(base, content))
     if as_json:
-        say(json.dumps(found.to_dict(), indent=2))
-        return
+        say(text.rstrip("\n"))
+    elif not quiet:
+        from .terminal import render
+
+        say(render(found, weights))
     if not quiet:
-        say(view(found.changes, found.importance, found.mismatches))
-    if written and not quiet:
-        say(f"\nwritten to {shown(folder)}: {', '.join(path.name for path in written)}")
+        for path in written:
+            tell(f"wrote {shown(path)}")
+
+
+def _changes(models: tuple[str, ...], *, quiet: bool, rename: tuple[str, ...], vocab: str, workers: int | None) -> Any:
+    """Yield each model's label and change."""
+    from .change import checkpoint_change, reported_change
+
+    if len(models) == 1:
+        yield models[0], reported_change(models[0])
+        return
+    base, *others = models
+    for sft in others:
+        with progress_bar(f"measuring {shown(sft, 40)}", shown=not quiet) as progress:
+            change = checkpoint_change(base, sft, rename=rename, vocab=vocab, workers=workers, progress=progress)
+        yield sft, change
+
+
+def _importance(path: str | None) -> tuple[dict[str, float] | None, dict[str, Any]]:
+    """Read an importance file: its values, and what else it says (of which model and data they are)."""
+    if path is None:
+        return None, {}
+    from ..importance import importance_factors, read_importance
+    from ..json_input import parse_json, without_duplicates
+
+    values = read_importance(path)
+    importance_factors(values)
+    content = parse_json(Path(path).read_bytes(), without_duplicates)
+    about = {str(k): v for k, v in content.items() if k not in ("layers", "file")} if "layers" in content else {}
+    return values, about
+
+
+def _provenance(base: str | None, content: dict[str, Any]) -> dict[str, str]:
+    rows = {} if base is None else {"base": base}
+    for i, each in enumerate(content["changes"], 1):
+        rows[f"model {i}" if len(content["changes"]) > 1 else "model"] = each["model"]
+    for key, value in (content["importance"] or {}).items():
+        if key != "layers":
+            rows[f"importance: {key}"] = value if isinstance(value, str) else json.dumps(value)
+    return rows
+
+
+def _check_out(out: str, models: tuple[str, ...]) -> None:
+    """Refuse what cannot be written, before anything is measured."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ArgumentError("pictures need matplotlib, which is not installed: pip install 'mergekit-imm[analyze]'")
+    folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"output {shown(out)} is a file; give a folder")
+    inputs = [Path(each).expanduser().absolute() for each in models]
+    if folder.absolute() in inputs or (folder.exists() and folder.resolve() in [each.resolve() for each in inputs]):
+        raise OutputError(f"output {shown(out)} is the folder of a model that is measured; give another")
+
+
+def _write(
+    folder: Path, found: list[Comparison], weights: dict[str, float] | None, text: str, provenance: dict[str, str]
+) -> list[Path]:
+    """Write the numbers, the pictures and the page, each file whole or not at all. Raises OutputError."""
+    from ..checkpoint.disk import make_folder, replace_file
+    from .page import html_page
+    from .pictures import change_picture, mismatch_picture
+
+    pictures = {"change": change_picture(found, weights)}
+    if weights is not None:
+        pictures["mismatch"] = mismatch_picture(found, weights)
+    page = html_page(found, weights, [each["svg"] for each in pictures.values()], provenance)
+    files = {"change.json": text.encode()}
+    files |= {f"{name}.{form}": content for name, each in pictures.items() for form, content in each.items()}
+    files["report.html"] = page.encode()
+    try:
+        make_folder(folder)
+        for name, content in files.items():
+            replace_file(folder / name, content)
+    except OSError as error:
+        raise OutputError(f"output {shown(folder)} cannot be written: {error.strerror}; give another folder") from error
+    return [folder / name for name in files]

@@ -1,159 +1,167 @@
-"""Importance against change: did a fine-tuning move the layers that matter? The rule is ours."""
+"""Does the change sit where importance is not? Rank correlation over layers, thirds, and a verdict."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MismatchError, shown
+from ..errors import ArgumentError, MismatchError, shown
 from ..evaluation.bootstrap import Interval, bootstrap
-from .change import WeightChange, by_stack
+from ..importance import importance_factors
+from ..layers import only_in, stacks
+from .change import WeightChange, layer_order
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    Values = Sequence[float] | npt.NDArray[np.float64]
-
-FEWEST = 6  # layers of which anything is said
+LEAST = 6  # layers of which a verdict is given
 THIRDS = ("early", "middle", "late")
 
 
 @dataclass(frozen=True)
 class Third:
-    """A third of the layers: how many, and their share of the importance and of the change of all."""
+    """A third of the layers, and its shares of all importance and of all change (None where there is no change)."""
 
-    layers: int
+    layers: tuple[str, ...]
     importance: float
-    change: float
+    change: float | None
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """What `mismatch` found of one stack of layers.
+    """Importance against change over the layers of one stack; `rho` is of Eq. 4, `relative` of the relative change."""
 
-    rho: Spearman's rank correlation of importance and change (Eq. 3 and 4) over the layers, with its bootstrap
-    interval. relative: the same with the change relative to the weights. thirds: "early", "middle", "late".
-    superficial: True, False, or None where it cannot be told. verdict: that in one sentence, with its numbers.
-    """
-
-    stack: str
     rho: Interval
     relative: Interval
     thirds: dict[str, Third]
-    superficial: bool | None
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return asdict(self) | {"rho": self.rho.to_dict(), "relative": self.relative.to_dict()}
+        return {**asdict(self), "rho": self.rho.to_dict(), "relative": self.relative.to_dict()}
 
 
-def spearman(one: Values, other: Values) -> float:
-    """Return Spearman's rank correlation: Pearson's of the ranks, equal values sharing the mean of theirs.
+@dataclass(frozen=True)
+class Comparison:
+    """One checkpoint as reports show it: its label, its change, and the mismatch where importance is given."""
 
-    NaN if one of them is constant, or has fewer than two values. Source: Spearman, "The proof and measurement of
-    association between two things", 1904.
+    label: str
+    change: WeightChange
+    mismatch: Mismatch | None = None
 
-    >>> spearman([1, 2, 3, 4], [10, 9, 9, 1])
-    -0.9486832980505138
+
+def ranks(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return ranks from 1, equal values sharing the average of theirs.
+
+    >>> ranks([10.0, 30.0, 10.0]).tolist()
+    [1.5, 3.0, 1.5]
     """
     import numpy as np
 
-    ranks = [_ranks(np.asarray(values, np.float64)) for values in (one, other)]
-    a, b = (each - each.mean() for each in ranks)
-    size = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / size if size else math.nan
-
-
-def _ranks(values: Any) -> Any:
-    """Ranks from 0, equal values with the mean of theirs."""
-    import numpy as np
-
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(np.asarray(values, np.float64), return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    return ((last - counts + last - 1) / 2)[inverse]
+    averages: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[inverse.reshape(-1)]
+    return averages
 
 
-def mismatch(importance: Mapping[str, float], change: WeightChange) -> list[Mismatch]:
-    """Compare where weights matter with where they changed, for each stack of layers that importances name.
+def spearman(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
+    """Return Spearman's rank correlation, Pearson's of the average ranks; NaN where one of them is constant.
 
-        rho = Spearman(I_n, DeltaW_n) over layers n
-        superficial:   all of the 95 % interval of rho lies below 0: the change is where importance is not
-        not so:        all of it lies above 0
-        else, or with fewer than 6 layers: it cannot be told
-
-    The interval is a bootstrap over layers. Layers of a model are few and no random sample, so that it is a measure of
-    how firm the order is, not a test. The rule is ours: the paper (section 3.2, figures 3, 4 and 10) compares plots.
-
-    Args: `importance`, layer key -> I_n (Eq. 3), of whole stacks; `change`, by `weight_change`. Raises MismatchError if
-    layers have an importance and no change, or the other way round.
-
-    >>> from mergekit_imm.analysis.change import Norms, summed
-    >>> sizes = [1.0, 2.0, 4.0, 7.0, 5.0, 6.0]
-    >>> change = summed({f"h.{n}.q.weight": Norms(size, 10.0, (2, 2)) for n, size in enumerate(sizes)})
-    >>> (found,) = mismatch({f"h.{n}": 10 - size for n, size in enumerate(sizes)}, change)
-    >>> found.rho.value, found.superficial
-    (-1.0, True)
+    >>> spearman([1, 2, 3, 4], [1, 4, 9, 16])
+    1.0
     """
-    found = []
-    changed = dict(by_stack(change.layers))
-    for stack, keys in by_stack(importance):
-        there = changed.get(stack, [])
-        lacking = sorted(set(keys) ^ set(there))
-        if lacking:
-            where = "an importance, but no change" if lacking[0] in keys else "changed, but has no importance"
-            known = ", ".join(map(shown, changed)) or "none"
-            raise MismatchError(
-                f"layer '{shown(lacking[0])}' has {where}; {len(lacking)} of {max(len(keys), len(there))} layers are"
-                f" not in both (stacks that changed: {known}); give the importance of this very model"
-            )
-        found.append(_of_stack(stack, [importance[key] for key in keys], [change.layers[key] for key in keys]))
-    return found
+    x, y = ranks(one), ranks(other)
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    return max(-1.0, min(1.0, float(x @ y) / scale)) if scale else math.nan
 
 
-def _of_stack(stack: str, importance: list[float], amounts: list[Any]) -> Mismatch:
-    import numpy as np
+def mismatch(importance: Mapping[str, float], change: WeightChange) -> Mismatch:
+    """Compare where layers matter with where they changed.
 
-    size = np.array(importance, np.float64)
-    change = np.array([each.change for each in amounts])
-    relative = np.array([math.nan if each.relative is None else each.relative for each in amounts])
-    n = len(size)
-    rho = bootstrap(lambda i: spearman(size[i], change[i]), n)
-    of_relative = (
-        bootstrap(lambda i: spearman(size[i], relative[i]), n)
-        if np.isfinite(relative).all()
-        else Interval(math.nan, math.nan, math.nan, n)
-    )
+        rho = Spearman(I^n, DeltaW^n) over layers n, with a 95% bootstrap interval over layers
+
+    Args: `importance`, layer key (or plain index) -> I^n >= 0, all layers of one stack; `change`, of the same model.
+    Third t of N layers is those from floor(t N / 3) to floor((t + 1) N / 3) - 1. Verdict: superficial where the whole
+    interval lies below 0, not where it lies above, else it cannot be told, as of fewer than 6 layers. Raises
+    MismatchError for other layers or several stacks, ArgumentError for importances out of range.
+
+    The rank correlation, its interval and the rule are ours: the paper (arXiv 2503.02103, section 3.2, figures 3 and 4)
+    compares two pictures by eye. Layers are not independent draws, so the interval is a guide.
+
+    >>> change = WeightChange({f"h.{i}": float(i) for i in range(6)}, {f"h.{i}": 1.0 for i in range(6)}, {}, {})
+    >>> mismatch({f"h.{i}": 6.0 - i for i in range(6)}, change).rho.value
+    -1.0
+    """
+    importance_factors(importance)
+    values = same_layers(importance, change)
+    keys = sorted(values, key=layer_order)
+    of_importance = [values[key] for key in keys]
+    of_change = [change.layers[key] for key in keys]
+    rho = _interval(of_importance, of_change)
+    relative = _interval(of_importance, [_number(change.relative[key]) for key in keys])
+    edges = [t * len(keys) // 3 for t in range(4)]
     thirds = {
         name: Third(
-            sum(3 * k // n == number for k in range(n)),
-            *(
-                sum(float(v) for k, v in enumerate(values) if 3 * k // n == number) / (float(values.sum()) or math.nan)
-                for values in (size, change)
-            ),
+            tuple(keys[a:b]),
+            math.fsum(of_importance[a:b]) / math.fsum(of_importance),
+            math.fsum(of_change[a:b]) / total if (total := math.fsum(of_change)) else None,
         )
-        for number, name in enumerate(THIRDS)
+        for name, a, b in zip(THIRDS, edges, edges[1:], strict=False)
     }
-    superficial = None if n < FEWEST else True if rho.is_below else False if rho.is_above else None
-    return Mismatch(stack, rho, of_relative, thirds, superficial, _verdict(rho, thirds, superficial, n))
+    return Mismatch(rho, relative, thirds, _verdict(rho))
 
 
-def _verdict(rho: Interval, thirds: Mapping[str, Third], superficial: bool | None, n: int) -> str:
-    most = max(thirds, key=lambda name: thirds[name].change)
-    numbers = f"rho {rho.value:+.2f}, 95 % interval {rho.low:+.2f} to {rho.high:+.2f}, {n} layers"
-    third = (
-        f"the {most} third has {thirds[most].change:.0%} of the change and {thirds[most].importance:.0%} of the"
-        " importance"
-    )
-    if n < FEWEST:
-        return f"Too few layers to tell whether this fine-tuning is superficial ({n}, fewer than {FEWEST}); {third}."
-    if math.isnan(rho.value):
-        return f"It cannot be told whether this fine-tuning is superficial: all layers changed alike; {third}."
-    if superficial:
-        return f"This fine-tuning looks superficial: it changed the layers that matter less ({numbers}); {third}."
-    if superficial is False:
-        return f"This fine-tuning does not look superficial: it changed the layers that matter ({numbers}); {third}."
-    return f"It cannot be told whether this fine-tuning is superficial ({numbers}); {third}."
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _interval(one: list[float], other: list[float]) -> Interval:
+    import numpy as np
+
+    x, y = np.array(one), np.array(other)
+    if np.isnan(y).any():
+        return Interval(math.nan, math.nan, math.nan, len(x))
+    return bootstrap(lambda i: spearman(x[i], y[i]), len(x))
+
+
+def same_layers(importance: Mapping[str, float], change: WeightChange) -> dict[str, float]:
+    """Return importances under the change's layer keys. Raises MismatchError unless both are of one and all layers."""
+    there = stacks(change.layers)
+    values = {str(key): float(value) for key, value in importance.items()}
+    if all(key.isascii() and key.isdigit() for key in values) and len(there) == 1 and (prefix := next(iter(there))):
+        values = {f"{prefix}.{key}": value for key, value in values.items()}
+    odd = next((key for key in values if not key.rpartition(".")[2].isdigit() or not key.isascii()), None)
+    if odd is not None:
+        raise ArgumentError(f"importance has '{shown(odd)}', which is no layer; give keys such as 'model.layers.0'")
+    named = stacks(values)
+    if len(named) != 1:
+        raise MismatchError(
+            f"importance is of {len(named)} stacks of layers ({', '.join(map(shown, sorted(named)))}), whose layers"
+            " cannot be ranked together; give the importance of one of them"
+        )
+    layers = there.get(next(iter(named)), set(change.layers))
+    for one, other, labels in (
+        (values, layers, ("importance", "the change")),
+        (layers, values, ("the change", "importance")),
+    ):
+        surplus = only_in(one, other, *labels)
+        if surplus:
+            raise MismatchError(f"layers differ: {surplus.replace('tensor', 'layer')}; measure both on the same model")
+    return values
+
+
+def _verdict(rho: Interval) -> str:
+    found = f"rho {rho.value:+.2f} [{rho.low:+.2f}, {rho.high:+.2f}] over {rho.n} layers"
+    if rho.n < LEAST:
+        return f"Cannot be told: {rho.n} layers are too few (at least {LEAST})."
+    if math.isnan(rho.value) or math.isnan(rho.low):
+        return f"Cannot be told: all {rho.n} layers have one importance or one change, so there is no order to compare."
+    if rho.is_below:
+        return f"Looks superficial: the change sits where importance is not ({found})."
+    if rho.is_above:
+        return f"Does not look superficial: the change sits where importance is ({found})."
+    return f"Cannot be told: the interval holds 0 ({found})."

@@ -1,157 +1,133 @@
-"""The diagnosis as one HTML file that needs nothing else: pictures, tables, what each number means, and is of."""
+"""The report of a change as one HTML file that opens anywhere: no script, nothing fetched, light and dark."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
-from .change import WeightChange
-from .mismatch import THIRDS, Mismatch
+from ..errors import shown
+from .mismatch import Comparison
+from .terminal import kind_sums, number, percent, relative_line
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #666; --line: #ddd; --card: #f6f7f9; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e6ea; --paper: #16181c; --soft: #9aa0a8; --line: #3a3f47; --card: #22262c; }
-}
-body {
-  font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 68rem;
-  padding: 1.5rem;
-}
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p.verdict { background: var(--card); border-left: 4px solid #3366cc; padding: .7rem 1rem; margin: .6rem 0; }
-figure {
-  margin: .5rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem;
-  overflow-x: auto;
-}
-figure svg { display: block; max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
-.wide { overflow-x: auto; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
-dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0; } .soft { color: var(--soft); overflow-wrap: anywhere; }
-details summary { cursor: pointer; color: var(--soft); }
+:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --line: #d6d9de; --soft: #f3f4f6; --bar: #b9cbe8 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e3e5e8; --paper: #17191c; --line: #3a3e45; --soft: #22252a;
+  --bar: #46689c } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem;
+  margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+td.text { white-space: normal; text-align: left; overflow-wrap: anywhere }
+td.bar { background: linear-gradient(to right, var(--bar) var(--part), transparent var(--part)) }
+figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); padding: .5rem; overflow-x: auto }
+figure svg { max-width: 100%; height: auto; display: block; margin: auto }
+.verdict { background: var(--soft); border-left: 4px solid var(--bar); padding: .6rem 1rem; overflow-wrap: anywhere }
+dt { font-weight: 600; margin-top: .6rem } dd { margin-left: 1.2rem }
 """
 
-_MEANINGS = {
-    "change of a layer": "DeltaW = the sum over its linear weights W of ||W' - W||, Frobenius norms (Eq. 4 of arXiv"
-    " 2503.02103; the paper does not name the norm). Embeddings, head, norms and biases are apart.",
-    "relative": "that sum, divided by the sum of ||W|| over the same weights.",
-    "share": "a layer's part of the change, or of the importance, of all layers of its stack of layers.",
-    "importance of a layer": "I = the sum over its linear weights of |G * W|, G the gradient of the mean loss on the"
-    " data named below (Eq. 3), unless its order says otherwise.",
-    "rho": "Spearman's rank correlation of importance and change over the layers, with a 95 % bootstrap interval over"
-    " layers. Ours: the paper compares plots.",
-    "thirds": "layer l of L belongs to third floor(3 l / L).",
-    "verdict": "superficial if all of the interval of rho lies below 0, not so if all of it lies above, else it cannot"
-    " be told; nor can it with fewer than 6 layers. A rule of thumb of ours, not a test: it says where weights moved,"
-    " and not whether the model got better.",
-}
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # heat maps are images in the SVG
+
+DEFINITIONS = (
+    ("change", "Of a layer n: the sum over its weight matrices of ||W - W'||_F (arXiv 2503.02103, Eq. 4; that norm"
+     " is our choice). A sum of norms, so larger and more matrices count for more."),
+    ("relative", "The change divided by the sum of ||W||_F over the same matrices. Ours."),
+    ("share", "The change of a layer divided by that of all layers (figure 12)."),
+    ("in brackets", "Embeddings, heads, norms, biases and others: measured the same way, in no layer's change."),
+    ("importance", "Of a layer, as the file has it; only ratios and ranks count."),
+    ("rho", "Spearman's rank correlation of importance and change over layers, equal values sharing their average rank."
+     " In brackets its 95% bootstrap interval over layers; layers are no independent draws, so it is a guide. Ours."),
+    ("thirds", "Of N layers, third t (from 0) has those from floor(t N / 3) to floor((t + 1) N / 3) - 1."),
+    ("verdict", "Looks superficial: the whole interval of rho lies below 0. Does not: it lies above 0. Else, and of"
+     " fewer than 6 layers, it cannot be told. The rule is ours: the paper compares pictures by eye."),
+)  # fmt: skip
 
 
 def html_page(
-    changes: Mapping[str, WeightChange],
-    pictures: Mapping[str, bytes],
+    found: Sequence[Comparison],
+    importance: Mapping[str, float] | None,
+    pictures: Sequence[bytes],
     provenance: Mapping[str, str],
-    importance: Mapping[str, float] | None = None,
-    found: Mapping[str, Sequence[Mismatch]] | None = None,
-) -> bytes:
-    """Return the report: `pictures` are SVG by their titles, `provenance` what the numbers are of."""
-    models = ", ".join(changes)
-    body = [f"<h1>Where the weights changed</h1><p class='soft'>{escape(models)}</p>"]
-    for name, verdicts in (found or {}).items():
-        for each in verdicts:
-            title = f"<b>{escape(name)}</b>, {escape(each.stack)}: " if len(changes) > 1 or len(verdicts) > 1 else ""
-            body.append(f"<p class='verdict'>{title}{escape(each.verdict)}</p>")
-    for number, (title, svg) in enumerate(pictures.items()):
-        body.append(f"<h2>{escape(title)}</h2><figure>{_inline(svg, f'p{number}-')}</figure>")
-    body += [
-        f"<h2>Thirds of {escape(each.stack)}, {escape(name)}</h2>{_thirds(each)}"
-        for name, verdicts in (found or {}).items()
-        for each in verdicts
+) -> str:
+    """Return the report as HTML. `pictures` are SVG files; `provenance` is what was measured, from where."""
+    several = len(found) > 1
+    parts = ["<h1>Weight change</h1>"]
+    for i, one in enumerate(found, 1):
+        if one.mismatch is not None:
+            name = f"<b>{i}: {_text(one.label)}</b><br>" if several else ""
+            more = f"<br>{_text(relative_line(one))}" if relative_line(one) else ""
+            parts.append(f'<p class="verdict">{name}{_text(one.mismatch.verdict)}{more}</p>')
+    parts += [f"<figure>{inline_svg(svg)}</figure>" for svg in pictures]
+    parts += ["<h2>Layers</h2>", _layers(found, importance), "<h2>Kinds of modules</h2>", _kinds(found)]
+    thirds = [_thirds(one, f"{i}: {one.label}" if several else "") for i, one in enumerate(found, 1) if one.mismatch]
+    parts += ["<h2>Thirds of the layers</h2>", *thirds] if thirds else []
+    rows = [[_cell(key), f'<td class="text">{_text(value)}</td>'] for key, value in provenance.items()]
+    rows += [
+        [_cell("note"), f'<td class="text">{_text(note.removeprefix("note: "))}</td>']
+        for note in dict.fromkeys(note for one in found for note in one.change.notes)
     ]
-    body.append(f"<h2>Layers</h2>{_layers(changes, importance)}")
-    body.append(f"<h2>Kinds of weights, relative change</h2>{_kinds(changes)}")
-    body.append(f"<h2>Outside the layers' linear weights, relative change</h2>{_outside(changes)}")
-    meanings = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _MEANINGS.items())
-    body.append(f"<h2>What the numbers are</h2><dl>{meanings}</dl>")
-    rows = "".join(f"<dt>{escape(key)}</dt><dd class='soft'>{escape(value)}</dd>" for key, value in provenance.items())
-    body.append(f"<h2>What they are of</h2><dl>{rows}</dl>")
-    page = (
-        "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(models)}: where the weights changed</title><style>{_STYLE}</style></head>\n<body>"
-        + "\n".join(body)
-        + "</body></html>\n"
+    parts += ["<h2>What was measured</h2>", _table([], rows), "<h2>How each number is defined</h2>", "<dl>"]
+    parts += [f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in DEFINITIONS]
+    body = "\n".join([*parts, "</dl>"])
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Weight change</title>\n<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
-    return page.encode()
 
 
-def _inline(svg: bytes, prefix: str) -> str:
-    """Return an SVG as it may stand in a page beside others: ids of its own, no header, no word of its maker."""
+def inline_svg(svg: bytes) -> str:
+    """Return an SVG file of matplotlib as it may stand in HTML: without its prologue and metadata."""
     text = svg.decode()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{prefix}', text)
-    text = re.sub(r'(xlink:href|href)="#', rf'\1="#{prefix}', text)
-    return text.replace("url(#", f"url(#{prefix}")
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{100 * value:.3g} %"
+def _text(value: object) -> str:
+    return escape(shown(value, 1000))
 
 
-def _table(rows: Sequence[Sequence[Any]]) -> str:
-    head, *body = rows
-    lines = ["<div class='wide'><table><tr>", *(f"<th>{escape(str(cell))}</th>" for cell in head), "</tr>"]
-    for row in body:
-        lines += ["<tr>", *(f"<td>{escape(str(cell))}</td>" for cell in row), "</tr>"]
-    return "".join([*lines, "</table></div>"])
+def _cell(value: object) -> str:
+    return f"<td>{_text(value)}</td>"
 
 
-def _layers(changes: Mapping[str, WeightChange], importance: Mapping[str, float] | None) -> str:
-    names = list(changes)
-    fields = ("change", "relative", "share")
-    several = len(names) > 1
-    head = ["layer", *(["importance", "share"] if importance else [])]
-    head += [f"{field} {name}" if several else field for name in names for field in fields]
-    rows = [head]
-    total = sum(importance.values()) if importance else 0.0
-    for layer in changes[names[0]].layers:
-        row = [layer]
-        if importance:
-            there = layer in importance
-            row += [f"{importance[layer]:.4g}", _percent(importance[layer] / total)] if there else ["", ""]
-        for name in names:
-            amount = changes[name].layers[layer]
-            row += [f"{amount.change:.4g}", _percent(amount.relative), _percent(amount.share)]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = f"<thead><tr>{''.join(f'<th>{_text(each)}</th>' for each in head)}</tr></thead>" if head else ""
+    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    return f'<div class="wide"><table>{top}<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None) -> str:
+    most = max(max(one.change.layers.values()) for one in found) or 1.0
+    head = ["layer", *(["importance"] if importance else [])]
+    for i in range(1, len(found) + 1):
+        head += [f"{name} {i}" if len(found) > 1 else name for name in ("change", "relative", "share")]
+    rows = []
+    for key in found[0].change.layers:
+        row = [_cell(key), *([_cell(number(importance[key]) if key in importance else "-")] if importance else [])]
+        for one in found:
+            value = one.change.layers[key]
+            row.append(f'<td class="bar" style="--part:{100 * value / most:.1f}%">{number(value)}</td>')
+            row += [_cell(percent(one.change.relative[key])), _cell(percent(one.change.share[key]))]
         rows.append(row)
-    return _table(rows)
+    return _table(head, rows)
 
 
-def _kinds(changes: Mapping[str, WeightChange]) -> str:
-    rows = [["kind", *changes]]
-    for kind in next(iter(changes.values())).kinds:
-        cells = []
-        for change in changes.values():
-            amounts = change.kinds[kind].values()
-            norm = sum(amount.norm for amount in amounts)
-            cells.append(_percent(sum(amount.change for amount in amounts) / norm if norm else None))
-        rows.append([kind, *cells])
-    return _table(rows)
+def _kinds(found: Sequence[Comparison]) -> str:
+    sums = [kind_sums(one) for one in found]
+    names = dict.fromkeys(name for each in sums for name in each)
+    head = ["module", *(f"change {i}" if len(found) > 1 else "change" for i in range(1, len(found) + 1))]
+    return _table(head, [[_cell(n), *(_cell(number(each[n]) if n in each else "-") for each in sums)] for n in names])
 
 
-def _outside(changes: Mapping[str, WeightChange]) -> str:
-    rows = [["", *changes]]
-    for bucket in next(iter(changes.values())).outside:
-        found = [change.outside.get(bucket) for change in changes.values()]
-        rows.append([bucket, *(_percent(amount.relative if amount else None) for amount in found)])
-    return _table(rows)
-
-
-def _thirds(each: Mismatch) -> str:
-    rows: list[list[Any]] = [["", "layers", "share of importance", "share of change"]]
-    for third in THIRDS:
-        found = each.thirds[third]
-        rows.append([third, found.layers, _percent(found.importance), _percent(found.change)])
-    return _table(rows)
+def _thirds(one: Comparison, label: str) -> str:
+    assert one.mismatch is not None
+    rows = [
+        [_cell(name), _cell(len(third.layers)), _cell(percent(third.importance)), _cell(percent(third.change))]
+        for name, third in one.mismatch.thirds.items()
+    ]
+    title = f"<p>{_text(label)}</p>" if label else ""
+    return title + _table(["third", "layers", "importance", "change"], rows)

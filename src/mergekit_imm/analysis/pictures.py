@@ -1,160 +1,160 @@
-"""Pictures of the diagnosis: importance and change, layer by layer (the paper's figures 3, 4 and 12)."""
+"""The change of layers as pictures: per layer, against importance, and per kind of module."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.disk import replace_file
-from ..errors import CheckpointError, shown
-from .change import Amount, WeightChange, by_stack
-from .mismatch import THIRDS, Mismatch
+from ..errors import shown
+from .mismatch import Comparison
 
-_COLOURS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#dd4477", "#66aa00")
-_OF_THIRDS = dict(zip(THIRDS, ("#1b9e77", "#d95f02", "#7570b3"), strict=True))
-_MAPS = 4  # heat maps of kinds side by side
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {"early": "#3b76af", "middle": "#c98a1b", "late": "#b0413e"}
+HEAT_MAPS = 4  # checkpoints of which one is drawn: the last ones
 
 
-def draw_change(changes: Mapping[str, WeightChange]) -> Any:
-    """Draw the change of each layer, absolute, relative, and as a share, for one or several models (figures 4, 12)."""
-    stacks = list(by_stack(next(iter(changes.values())).layers))
-    panels = (("change", "||W' - W||, summed", 1.0), ("relative", "relative change, %", 100.0),
-              ("share", "share of the change, %", 100.0))  # fmt: skip
-    with _figure(3.7 * len(panels), 2.9 * max(1, len(stacks))) as figure:
-        for line, (stack, keys) in enumerate(stacks):
-            for column, (field, label, unit) in enumerate(panels):
-                axes = figure.add_subplot(len(stacks), len(panels), line * len(panels) + column + 1)
-                for number, (name, change) in enumerate(changes.items()):
-                    values = [getattr(change.layers[key], field) for key in keys]
-                    drawn = [float("nan") if value is None else unit * value for value in values]
-                    _line(axes, keys, drawn, _COLOURS[number % len(_COLOURS)], name)
-                axes.set_ylim(bottom=0)
-                axes.set_ylabel(label)
-                axes.set_title(shown(stack, 40) if len(stacks) > 1 else "", parse_math=False)
-                if line == column == 0 and len(changes) > 1:
-                    axes.legend(fontsize=7)
-        return figure
+def change_picture(found: Sequence[Comparison], importance: Mapping[str, float] | None) -> dict[str, bytes]:
+    """Draw importance (figure 3), change, share (figures 4, 12) and kinds of modules, layer by layer.
 
-
-def draw_kinds(changes: Mapping[str, WeightChange]) -> Any:
-    """Draw the relative change of each kind of weight in each layer, as a map, of the last models."""
-    last = dict(list(changes.items())[-_MAPS:])
-    first = next(iter(last.values()))
-    kinds, layers = list(first.kinds), list(first.layers)
-    with _figure(1.6 + max(2.6, 0.18 * len(layers)) * len(last), 1.3 + 0.24 * len(kinds)) as figure:
-        worth = [a.relative for change in last.values() for kind in change.kinds.values() for a in kind.values()]
-        most = 100 * max((value for value in worth if value is not None), default=0.0) or 1.0
-        for number, (name, change) in enumerate(last.items()):
-            axes = figure.add_subplot(1, len(last), number + 1)
-            grid = [[_percent(change.kinds[kind].get(layer)) for layer in layers] for kind in kinds]
-            image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=most, interpolation="nearest")
-            axes.set_title(shown(name, 40) if len(last) > 1 else "", parse_math=False)
-            axes.set_yticks(range(len(kinds)), [_short(kind) for kind in kinds] if number == 0 else [])
-            _ticks(axes, layers)
-        figure.colorbar(image, ax=figure.axes, label="relative change, %", shrink=0.9)
-        return figure
-
-
-def draw_mismatch(importance: Mapping[str, float], change: WeightChange, found: Sequence[Mismatch]) -> Any:
-    """Draw importance and change of each layer, and one against the other (figures 3 and 4 in one)."""
-    with _figure(9.6, 3.3 * len(found)) as figure:
-        for line, each in enumerate(found):
-            keys = dict(by_stack(importance))[each.stack]
-            sizes, changes = [importance[key] for key in keys], [change.layers[key].change for key in keys]
-            shares = [[100 * v / (sum(values) or 1) for v in values] for values in (sizes, changes)]
-            third = [THIRDS[3 * n // len(keys)] for n in range(len(keys))]
-            axes = figure.add_subplot(len(found), 2, 2 * line + 1)
-            for name in THIRDS:
-                places = [n for n, of in enumerate(third) if of == name]
-                if places:
-                    axes.axvspan(places[0] - 0.5, places[-1] + 0.5, color=_OF_THIRDS[name], alpha=0.08, linewidth=0)
-            _line(axes, keys, shares[0], "#333333", "importance", "o-")
-            _line(axes, keys, shares[1], "#dc3912", "change", "s--")
-            axes.set_ylim(bottom=0)
-            axes.set_ylabel("share of all layers, %")
-            axes.legend(fontsize=7)
-            axes = figure.add_subplot(len(found), 2, 2 * line + 2)
-            for name in THIRDS:
-                places = [n for n, of in enumerate(third) if of == name]
-                axes.scatter(
-                    [shares[0][n] for n in places], [shares[1][n] for n in places], s=22, color=_OF_THIRDS[name],
-                    label=f"{name} layers",
-                )  # fmt: skip
-            if len(keys) <= 40:
-                for n in range(len(keys)):
-                    axes.annotate(
-                        keys[n].rpartition(".")[2], (shares[0][n], shares[1][n]), fontsize=6, xytext=(3, 3),
-                        textcoords="offset points",
-                    )  # fmt: skip
-            axes.set_xlabel("share of the importance, %")
-            axes.set_ylabel("share of the change, %")
-            interval = f"{each.rho.low:+.2f} to {each.rho.high:+.2f}"
-            axes.set_title(f"{shown(each.stack, 40)}: rho {each.rho.value:+.2f} ({interval})", parse_math=False)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
-        return figure
-
-
-@contextmanager
-def _figure(width: float, height: float) -> Iterator[Any]:
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CheckpointError(
-            "matplotlib is not installed, which draws the pictures; pip install 'mergekit-imm[analyze]'"
-        ) from error
-    with mpl.rc_context({"svg.hashsalt": "mergekit_imm", "font.size": 9}):
-        yield Figure(figsize=(width, height), layout="constrained")
-
-
-def _line(axes: Any, keys: Sequence[str], values: Sequence[float], colour: str, label: str, style: str = "o-") -> None:
-    size = 3.5 if len(keys) <= 40 else 1.5
-    axes.plot(range(len(keys)), values, style, color=colour, label=shown(label, 40), markersize=size, linewidth=1.2)
-    _ticks(axes, keys)
-    axes.grid(alpha=0.3)
-
-
-def _ticks(axes: Any, keys: Sequence[str]) -> None:
-    step = max(1, -(-len(keys) // 12))
-    axes.set_xticks(range(0, len(keys), step), [key.rpartition(".")[2] for key in keys[::step]])
-    axes.set_xlabel("layer")
-
-
-def _percent(amount: Amount | None) -> float:
-    return float("nan") if amount is None or amount.relative is None else 100 * amount.relative
-
-
-def _short(kind: str) -> str:
-    """The end of a kind's name that tells it from others."""
-    parts = kind.removesuffix(".weight").split(".*.", 1)
-    return shown(parts[-1], 30)
-
-
-def to_png(figure: Any) -> bytes:
-    """Return a picture as PNG, the same bytes for the same data."""
-    return _saved(figure, "png", {"Software": None})
-
-
-def to_svg(figure: Any) -> bytes:
-    """Return a picture as SVG, the same bytes for the same data."""
-    return _saved(figure, "svg", {"Date": None})
-
-
-def _saved(figure: Any, kind: str, metadata: Mapping[str, Any]) -> bytes:
+    Returns the same picture as "png" and as "svg". Raises ImportError without matplotlib.
+    """
     import matplotlib as mpl
 
-    with mpl.rc_context({"svg.hashsalt": "mergekit_imm", "font.size": 9}), io.BytesIO() as file:
-        figure.savefig(file, format=kind, dpi=150, metadata=metadata)
-        return file.getvalue()
+    with mpl.rc_context({"font.size": 9}):
+        return _saved(_change_figure(found, importance), "change")
 
 
-def save(figure: Any, folder: Path, name: str) -> list[Path]:
-    """Write a picture as NAME.png and NAME.svg, each whole or not at all."""
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    for path, content in zip(paths, (to_png(figure), to_svg(figure)), strict=True):
-        replace_file(path, content)
-    return paths
+def mismatch_picture(found: Sequence[Comparison], importance: Mapping[str, float]) -> dict[str, bytes]:
+    """Draw importance against change, a panel for each checkpoint, the thirds of the layers in colours.
+
+    Returns the same picture as "png" and as "svg". Raises ImportError without matplotlib.
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context({"font.size": 9}):
+        return _saved(_mismatch_figure(found, importance), "mismatch")
+
+
+def _change_figure(found: Sequence[Comparison], importance: Mapping[str, float] | None) -> Figure:
+    from matplotlib.figure import Figure
+
+    keys = list(found[0].change.layers)
+    mapped = found[-HEAT_MAPS:]
+    kinds = list(dict.fromkeys(kind for one in mapped for each in one.change.kinds.values() for kind in each))
+    heights = [*([1.6] if importance else []), 2.2, 2.2, *[0.6 + 0.22 * max(3, min(40, len(kinds)))] * len(mapped)]
+    size = (max(6.4, min(12.0, 2.5 + 0.14 * len(keys))), sum(heights) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    panels: list[Any] = list(figure.subplots(len(heights), 1, height_ratios=heights, sharex=True).flat)
+    at = iter(panels)
+    if importance:
+        axes = next(at)
+        values = [importance.get(key, float("nan")) for key in keys]
+        axes.bar(range(len(keys)), values, color="0.6")
+        axes.set_ylabel("importance")
+        axes.set_ylim(bottom=0)
+    size_of_marker = 4 if len(keys) <= 40 else 2.5
+    absolute, share = next(at), next(at)
+    lines = []
+    for one in found:
+        change = one.change
+        (line,) = absolute.plot(list(change.layers.values()), "o-", markersize=size_of_marker, linewidth=1.2)
+        shares = [100 * (value or 0.0) for value in change.share.values()]
+        share.plot(shares, "o-", markersize=size_of_marker, linewidth=1.2)
+        lines.append(line)
+    absolute.set_ylabel("change\n(sum of norms)")
+    share.set_ylabel("share of the\nchange (%)")
+    for axes in (absolute, share):
+        axes.set_ylim(0, 1.06 * axes.dataLim.ymax or 1)
+        axes.grid(alpha=0.3)
+    if len(found) > 1:
+        legend = figure.legend(
+            lines, [_label(i, one) for i, one in enumerate(found, 1)], fontsize=7, loc="outside upper center",
+            ncols=min(3, len(found)),
+        )  # fmt: skip
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    most = max((x for one in mapped for each in one.change.kinds.values() for x in each.values()), default=0.0) or 1.0
+    for number, one in enumerate(mapped, len(found) - len(mapped) + 1):
+        axes = next(at)
+        rows = [[one.change.kinds[key].get(kind, float("nan")) for key in keys] for kind in kinds]
+        image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=most, interpolation="nearest")
+        axes.set_yticks(range(len(kinds)), [shown(kind, 24) for kind in kinds], fontsize=7, parse_math=False)
+        if len(found) > 1:
+            axes.set_title(_label(number, one), fontsize=8, parse_math=False)
+        figure.colorbar(image, ax=axes, pad=0.01, label="change")
+    panels[-1].set_xlabel("layer")
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(keys) / s <= 5 * size[0])
+    ticks = [i for i, key in enumerate(keys) if int(key.rpartition(".")[2]) % step == 0]
+    panels[-1].set_xticks(ticks, [keys[i].rpartition(".")[2] for i in ticks], fontsize=8)
+    _mark_stacks(panels, keys)
+    return figure
+
+
+def _mark_stacks(panels: Sequence[Any], keys: Sequence[str]) -> None:
+    """Part the stacks of layers, and name them, where there are several."""
+    prefixes = [key.rpartition(".")[0] for key in keys]
+    begins = [i for i, prefix in enumerate(prefixes) if i == 0 or prefix != prefixes[i - 1]]
+    if len(begins) < 2:
+        return
+    for begin in begins:
+        for axes in panels:
+            axes.axvline(begin - 0.5, color="0.3", linewidth=0.8, linestyle=":")
+        panels[0].annotate(
+            shown(prefixes[begin], 30), (begin - 0.4, 1.02), xycoords=("data", "axes fraction"), fontsize=7,
+            parse_math=False,
+        )  # fmt: skip
+
+
+def _mismatch_figure(found: Sequence[Comparison], importance: Mapping[str, float]) -> Figure:
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(found))
+    lines = -(-len(found) // columns)
+    size = (max(4.6, 3.6 * columns), 3.5 * lines + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    for i, one in enumerate(found, 1):
+        axes: Any = figure.add_subplot(lines, columns, i)
+        assert one.mismatch is not None
+        count = sum(len(third.layers) for third in one.mismatch.thirds.values())
+        for name, third in one.mismatch.thirds.items():
+            x = [importance[key] for key in third.layers]
+            y = [one.change.layers[key] for key in third.layers]
+            axes.scatter(x, y, s=22, color=COLOURS[name], label=name)
+            for key, *point in zip(third.layers, x, y, strict=True):
+                if count <= 40:
+                    number = key.rpartition(".")[2]
+                    axes.annotate(number, point, (3, 3), textcoords="offset points", fontsize=6, color="0.3")
+        rho = one.mismatch.rho
+        interval = f" [{rho.low:+.2f}, {rho.high:+.2f}]" if rho.low == rho.low else ""
+        told = f"rho {rho.value:+.2f}{interval}" if rho.value == rho.value else "rho is not defined"
+        title = f"{_label(i, one, 40)}\n{told}" if len(found) > 1 else told
+        axes.set_title(title, fontsize=8, parse_math=False)
+        axes.set_xlabel("importance")
+        axes.set_ylabel("change (sum of norms)")
+        axes.grid(alpha=0.3)
+        axes.margins(0.1)
+        if i == 1:
+            axes.legend(fontsize=7, title="layers", title_fontsize=7)
+    return figure
+
+
+def _label(number: int, one: Comparison, limit: int = 60) -> str:
+    """Return a label with its number: labels may be equal, and a first '_' would hide one from the legend."""
+    text = shown(one.label, 400)
+    return f"{number}: {text if len(text) <= limit else '…' + text[-limit:]}"
+
+
+def _saved(figure: Figure, salt: str) -> dict[str, bytes]:
+    """Save a figure in both formats, the same bytes each time."""
+    import matplotlib as mpl
+
+    saved = {}
+    for form in ("png", "svg"):
+        buffer = io.BytesIO()
+        with mpl.rc_context({"svg.hashsalt": f"mergekit_imm {salt}"}):
+            figure.savefig(buffer, format=form, dpi=150, metadata={"Date" if form == "svg" else "Software": None})
+        saved[form] = buffer.getvalue()
+    return saved

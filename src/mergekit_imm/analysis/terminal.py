@@ -1,108 +1,118 @@
-"""The diagnosis on a terminal: a table of layers with bars, the kinds of weights, and the verdict."""
+"""The change of layers as a terminal shows it: a line for each layer with a bar, the kinds of modules, the verdict."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from ..errors import shown
-from .change import Amount, WeightChange
-from .mismatch import THIRDS, Mismatch
+from .mismatch import Comparison
 
-_BAR = 20
-
-
-def view(
-    changes: Mapping[str, WeightChange],
-    importance: Mapping[str, float] | None = None,
-    found: Mapping[str, Sequence[Mismatch]] | None = None,
-) -> str:
-    """Return the tables of one or several changes, and what is said of each against an importance."""
-    parts = [_layers(changes, importance), _kinds(changes), _outside(changes)]
-    for name, verdicts in (found or {}).items():
-        parts.append("\n".join(_verdict(name if len(changes) > 1 else "", each) for each in verdicts))
-    left_out = {name: change.left_out for name, change in changes.items() if change.left_out}
-    parts += [f"not compared, as one of the models lacks them: {_named(names)}" for names in left_out.values()]
-    return "\n\n".join(part for part in parts if part)
+BARS = 3  # checkpoints side by side that leave room for bars
+_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def _layers(changes: Mapping[str, WeightChange], importance: Mapping[str, float] | None) -> str:
-    names = list(changes)
-    first = changes[names[0]]
-    single = len(names) == 1
+def bar(part: float, width: int) -> str:
+    """Return a bar of part of a width, to an eighth of a character.
+
+    >>> bar(0.5, 5)
+    '██▌'
+    """
+    eighths = round(max(0.0, min(1.0, part)) * width * 8)
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def percent(value: float | None) -> str:
+    """Return a share as it is shown: four digits where it is small, and a dash where there is none.
+
+    >>> percent(0.1234), percent(0.000123), percent(None)
+    ('12.3%', '0.0123%', '-')
+    """
+    return "-" if value is None else f"{100 * value:#.3g}".rstrip(".") + "%"
+
+
+def number(value: float) -> str:
+    """Return a norm or an importance in four digits.
+
+    >>> number(1.32456), number(0.0000123)
+    ('1.325', '1.230e-05')
+    """
+    return f"{value:#.4g}".rstrip(".")
+
+
+def kind_sums(one: Comparison) -> dict[str, float]:
+    """Return the change of each kind of module, over all layers, and then of what is in no layer's sum."""
+    kinds = dict.fromkeys(kind for each in one.change.kinds.values() for kind in each)
+    sums = {kind: math.fsum(each.get(kind, 0.0) for each in one.change.kinds.values()) for kind in kinds}
+    return sums | {f"({kind})": value for kind, value in one.change.elsewhere.items()}
+
+
+def render(found: Sequence[Comparison], importance: Mapping[str, float] | None, width: int = 100) -> str:
+    """Return tables of all checkpoints, side by side, then the verdicts. `importance` has full layer keys."""
+    lines = (
+        [f"{i}  {shown(one.label)}" for i, one in enumerate(found, 1)] if len(found) > 1 else [shown(found[0].label)]
+    )
+    lines += ["", *_layers(found, importance, width), "", *_kinds(found)]
+    for i, one in enumerate(found, 1):
+        if one.mismatch is not None:
+            lines += ["", *_verdict(one, f"{i}  " if len(found) > 1 else "")]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None, width: int) -> list[str]:
+    suffix = [f" {i}" if len(found) > 1 else "" for i in range(1, len(found) + 1)]
     head = ["layer", *(["importance"] if importance else [])]
-    head += ["change", "relative", "share"] if single else [shown(name, 24) for name in names]
-    rows = [head]
-    total = sum(importance.values()) if importance else 0.0
-    for layer in first.layers:
-        row = [shown(layer)]
-        if importance:
-            row.append(f"{100 * importance[layer] / total:.1f} %" if layer in importance else "")
-        amounts = [changes[name].layers[layer] for name in names]
-        if single:
-            row += [f"{amounts[0].change:.4g}", _percent(amounts[0].relative), _percent(amounts[0].share)]
-        else:
-            row += [_percent(amount.relative) for amount in amounts]
+    for end in suffix:
+        head += [f"change{end}", f"relative{end}", f"share{end}"]
+    rows = []
+    for key in found[0].change.layers:
+        row = [shown(key, 40), *([number(importance[key]) if key in importance else "-"] if importance else [])]
+        for one in found:
+            change = one.change
+            row += [number(change.layers[key]), percent(change.relative[key]), percent(change.share[key])]
         rows.append(row)
-    lines = _table(rows)
-    if single:
-        shares = [amount.share or 0.0 for amount in first.layers.values()]
-        most = max(shares, default=0.0) or 1.0
-        bars = ["", *("#" * round(_BAR * share / most) for share in shares)]
-        lines = [f"{line}  {bar}".rstrip() for line, bar in zip(lines, bars, strict=True)]
-    else:
-        lines.insert(0, "relative change, ||W' - W|| of a layer's linear weights over ||W||")
-    return "\n".join(lines)
+    lines = aligned([head, *rows])
+    if len(found) <= BARS:
+        room = max(6, min(30, (width - len(lines[0])) // len(found) - 2))
+        most = max(max(one.change.layers.values()) for one in found) or 1.0
+        for at, key in enumerate(found[0].change.layers, 1):
+            bars = (bar(one.change.layers[key] / most, room).ljust(room) for one in found)
+            lines[at] = "  ".join([lines[at], *bars])
+    return lines
 
 
-def _kinds(changes: Mapping[str, WeightChange]) -> str:
-    names = list(changes)
-    rows = [["kind of weight", *(["relative"] if len(names) == 1 else [shown(name, 24) for name in names])]]
+def _kinds(found: Sequence[Comparison]) -> list[str]:
+    sums = [kind_sums(one) for one in found]
+    names = list(dict.fromkeys(name for each in sums for name in each))
+    head = ["module", *(f"change {i}" if len(found) > 1 else "change" for i in range(1, len(found) + 1))]
+    body = [[shown(name, 40), *(number(each[name]) if name in each else "-" for each in sums)] for name in names]
+    return [*aligned([head, *body]), "in brackets: tensors that no layer's change counts"]
+
+
+def _verdict(one: Comparison, label: str) -> list[str]:
+    found = one.mismatch
+    assert found is not None
+    rows = [["third", "layers", "importance", "change"]]
     rows += [
-        [shown(kind), *(_percent(_all(changes[name].kinds[kind])) for name in names)]
-        for kind in changes[names[0]].kinds
+        [name, str(len(third.layers)), percent(third.importance), percent(third.change)]
+        for name, third in found.thirds.items()
     ]
-    return "\n".join(_table(rows))
+    return [*aligned(rows), f"{label}{found.verdict}", *([relative_line(one)] if relative_line(one) else [])]
 
 
-def _outside(changes: Mapping[str, WeightChange]) -> str:
-    names = list(changes)
-    rows = [["outside", *(["relative"] if len(names) == 1 else [shown(name, 24) for name in names])]]
-    for bucket in changes[names[0]].outside:
-        amounts = [changes[name].outside.get(bucket) for name in names]
-        rows.append([bucket, *(_percent(amount.relative if amount else None) for amount in amounts)])
-    return "\n".join(_table(rows)) if len(rows) > 1 else ""
+def relative_line(one: Comparison) -> str:
+    """Return the correlation with the relative change, in a line; nothing where it is not defined."""
+    if one.mismatch is None or math.isnan(one.mismatch.relative.value):
+        return ""
+    rho = one.mismatch.relative
+    interval = "" if math.isnan(rho.low) else f" [{rho.low:+.2f}, {rho.high:+.2f}]"
+    return f"Of the relative change: rho {rho.value:+.2f}{interval}."
 
 
-def _all(amounts: Mapping[str, Amount]) -> float | None:
-    norm = sum(amount.norm for amount in amounts.values())
-    return sum(amount.change for amount in amounts.values()) / norm if norm else None
-
-
-def _verdict(name: str, each: Mismatch) -> str:
-    rows = [["", "layers", "importance", "change"]]
-    rows += [
-        [third, str(found.layers), _percent(found.importance), _percent(found.change)]
-        for third, found in ((third, each.thirds[third]) for third in THIRDS)
-    ]
-    title = f"{shown(name)}, {shown(each.stack)}" if name else shown(each.stack)
-    return "\n".join([f"{title}:", *(f"  {line}" for line in _table(rows)), each.verdict])
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None or value != value else f"{100 * value:.3g} %"
-
-
-def _named(names: Sequence[str]) -> str:
-    listed = ", ".join(map(shown, names[:4]))
-    return listed + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of cells, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
-        "  ".join(
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
     ]

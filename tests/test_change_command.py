@@ -1,0 +1,200 @@
+"""The command `imm-analyze change`: what it prints, writes and refuses, and that its page is safe and whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from checkpoints import random_state, write_model
+from mergekit_imm import merge_checkpoints, weight_change
+from mergekit_imm.analysis.change import WeightChange
+from mergekit_imm.analysis.changecli import change_command
+from mergekit_imm.analysis.mismatch import Comparison, mismatch
+from mergekit_imm.analysis.page import html_page, inline_svg
+from mergekit_imm.analysis.pictures import change_picture, mismatch_picture
+from mergekit_imm.analysis.terminal import render
+from mergekit_imm.errors import MergeError
+
+N = 7
+SHAPES: dict[str, tuple[int, ...]] = {
+    f"model.layers.{i}.mlp.{kind}.weight": (8, 8) for i in range(N) for kind in ("up_proj", "down_proj")
+}
+SHAPES |= {"model.embed_tokens.weight": (20, 8), "model.norm.weight": (8,)}
+FILES = {"change.json", "change.png", "change.svg", "mismatch.png", "mismatch.svg", "report.html"}
+HOSTILE = '"><script>alert(1)</script>\n$x_{1}$\x1b[31m_'
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Reader(HTMLParser):
+    """Follow the tags, and note what a browser would fetch or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check_page(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    reader.close()
+    assert not reader.open
+    assert not reader.tags & {"script", "link", "iframe", "object"}
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in reader.links)
+    assert "@import" not in page
+    assert "url(http" not in page
+    return reader
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    base, sft = random_state(SHAPES), random_state(SHAPES, seed=1)
+    for i in range(N):
+        name = f"model.layers.{i}.mlp.up_proj.weight"
+        sft[name] = base[name] + (i + 1) * torch.full_like(base[name], 0.5)
+    write_model(tmp_path / "base", base)
+    write_model(tmp_path / "sft", sft)
+    content = {"data": "of a kind", "layers": {f"model.layers.{i}": float(N - i) for i in range(N)}}
+    (tmp_path / "importance.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(change_command, arguments, catch_exceptions=False, standalone_mode=False)
+
+
+def test_all_is_written_and_is_the_same_each_time(folder: Path) -> None:
+    given = ("base", "sft", "--importance", "importance.json", "-o", "out")
+    result = call(*given)
+    assert "Looks superficial: the change sits where importance is not" in result.stdout
+    assert "model.layers.6" in result.stdout
+    first = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    assert set(first) == FILES
+    call(*given, "-q")
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == first
+    assert first["change.png"].startswith(b"\x89PNG")
+    page = first["report.html"].decode()
+    assert "svg" in check_page(page).tags
+    assert "of a kind" in page
+    content = json.loads(first["change.json"])
+    assert content["importance"]["data"] == "of a kind"
+    assert content["changes"][0]["mismatch"]["rho"]["value"] == -1.0
+
+
+def test_json_is_what_is_measured(folder: Path) -> None:
+    result = call("base", "sft", "base", "--json", "-q")
+    content = json.loads(result.stdout)
+    base, sft = random_state(SHAPES), random_state(SHAPES, seed=1)
+    name = "model.layers.3.mlp.down_proj.weight"
+    expected = weight_change({name: base[name]}, {name: sft[name]}).layers["model.layers.3"]
+    first, second = content["changes"]
+    assert first["kinds"]["model.layers.3"]["down_proj"] == pytest.approx(expected, rel=1e-6)
+    assert set(second["layers"].values()) == {0.0}
+    assert set(second["share"].values()) == {None}
+    assert content["importance"] is None
+
+
+def test_a_merged_folder_alone_is_read(folder: Path) -> None:
+    merge_checkpoints("base", "sft", "merged")
+    one, two = (json.loads(call(*args, "--json", "-q").stdout) for args in (["merged"], ["base", "sft"]))
+    assert one["changes"][0]["layers"] == two["changes"][0]["layers"]
+    assert one["base"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["base"], "holds no merge with imm_report.json"),
+        (["base", "gone"], "gone"),
+        (["base", "sft", "-o", "sft"], "is the folder of a model that is measured"),
+        (["base", "sft", "-o", "importance.json"], "is a file; give a folder"),
+        (["base", "sft", "--importance", "none.json"], "importance file none.json cannot be read"),
+        (["base", "sft", "--importance", "short.json"], "layers differ: 6 layers are in the change only"),
+    ],
+)
+def test_refusals_are_one_line(folder: Path, arguments: list[str], message: str) -> None:
+    (folder / "short.json").write_text('{"0": 1.0}')
+    with pytest.raises(MergeError, match=message) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_without_matplotlib_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(MergeError, match=r"pip install 'mergekit-imm\[analyze\]'"):
+        call("base", "sft", "-o", "out")
+    assert not (folder / "out").exists()
+
+
+def test_a_sparsifier_other_than_dare_is_refused(folder: Path) -> None:
+    merge_checkpoints("base", "sft", "merged")
+    path = folder / "merged" / "imm_recipe.json"
+    from mergekit_imm.analysis.change import check_sparsifier
+
+    recipe = json.loads(path.read_text())
+    check_sparsifier(recipe, "merged")
+    recipe["parameters"]["sparsify"] = "della"
+    with pytest.raises(MergeError, match="merged with sparsify della, whose report is of what was kept"):
+        check_sparsifier(recipe, "merged")
+
+
+def test_hostile_names_are_text() -> None:
+    keys = [f"a<b>&.{i}" for i in range(80)]
+    change = WeightChange(
+        {key: 1.0 + i for i, key in enumerate(keys)}, dict.fromkeys(keys, 1.0), {key: {HOSTILE: 1.0} for key in keys},
+        {HOSTILE: 1.0}, (f"note: {HOSTILE}",),
+    )  # fmt: skip
+    importance = {key: 80.0 - i for i, key in enumerate(keys)}
+    found = [
+        Comparison(HOSTILE, change, mismatch(importance, change)),
+        Comparison("_", change, mismatch(importance, change)),
+    ]
+    svg = [change_picture(found, importance)["svg"], mismatch_picture(found, importance)["svg"]]
+    page = html_page(found, importance, svg, {HOSTILE: HOSTILE})
+    check_page(page)
+    assert "\x1b" not in page
+    terminal = render(found, importance)
+    assert "\x1b" not in terminal
+    assert max(map(len, terminal.splitlines()[:85])) <= 120
+    with pytest.raises(AssertionError):
+        check_page(page.replace("&lt;script", "<script"))
+
+
+def test_inline_svg_has_no_prologue() -> None:
+    svg = b'<?xml version="1.0"?><!DOCTYPE svg><svg><metadata>http://x\n</metadata><g/></svg>'
+    assert inline_svg(svg) == "<svg><g/></svg>"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from mergekit_imm.analysis.changecli import change_command as c\n"
+        "c(['--help'], standalone_mode=False)\n"
+        "assert not {'numpy', 'torch', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Eq. 4" in done.stdout
