@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .analysis.change import weight_change
+    from .analysis.gradients import layer_importance
     from .callback import IMMCallback
     from .errors import (
         ArgumentError,

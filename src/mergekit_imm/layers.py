@@ -214,26 +214,3 @@ def _abbreviated(keys: Iterable[str]) -> str:
     ordered = sorted(keys, key=lambda key: (key.rpartition(".")[0], int(key.rpartition(".")[2])))
     names = [shown(key) for key in ordered]
     return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, … {names[-1]}"
-
-
-def weight_kind(name: str, shape: Sequence[int]) -> str:
-    """Return what a tensor is: "linear" (a weight matrix in a layer), "embedding", "head", "norm", "bias" or "other".
-
-    >>> weight_kind("model.layers.0.mlp.up_proj.weight", (8, 4)), weight_kind("lm_head.weight", (8, 4))
-    ('linear', 'head')
-    """
-    words = name.lower().split(".")
-    if is_input_embedding(name):
-        return "embedding"
-    if is_output_head(name) and layer_key(name) is None:
-        return "head"
-    if words[-1] == "bias" or words[-1].endswith("_bias"):
-        return "bias"
-    module = ".".join(words[:-1] if words[-1] == "weight" else words)
-    if re.search(r"norm|(^|[._])ln(_|\d|\.|$)", module):
-        return "norm"
-    if re.search(r"embed|wpe|wte", module):
-        return "embedding"
-    if layer_key(name) is not None and len(shape) >= 2 and "conv" not in module:
-        return "linear"
-    return "other"
