@@ -16,7 +16,7 @@ from .bootstrap import RESAMPLES, Indices, Interval, bootstrap
 from .diversity import cosine_diversity, distinct_equations, expectation_adjusted_distinct, mean_distinct
 from .passk import pass_at_k, powers_of_two
 from .reversal import UNKNOWN, Reversal, group_disparity, improvement_set, judge
-from .samples import Model, Problem, Response  # noqa: F401  (Response: for the example)
+from .samples import Model, Problem
 
 Encoder = Callable[[list[str]], npt.ArrayLike]
 Numbers = npt.NDArray[np.float64]
@@ -114,6 +114,7 @@ def compare(
 
     Source: "Self-Improvement Reversal", 2024 (arXiv 2407.05013); intervals, equal numbers and the verdict are ours.
 
+    >>> from mergekit_imm.evaluation.samples import Response
     >>> before = Model("base", {str(i): Problem(str(i), None, False, (), Response("2", i < 3)) for i in range(9)})
     >>> after = Model("round 1", {str(i): Problem(str(i), None, False, (), Response("2", i < 8)) for i in range(9)})
     >>> report = compare([before, after])
@@ -159,8 +160,8 @@ def _refuse_others(base: Model, model: Model) -> None:
         other = model.problems[name]
         if (problem.level, problem.ood) != (other.level, other.ood):
             raise MismatchError(
-                f"problem '{shown(name)}' has level {problem.level} and ood {problem.ood} of '{shown(base.name)}', level "
-                f"{other.level} and ood {other.ood} of '{shown(model.name)}'; give both the same"
+                f"problem '{shown(name)}' has level {problem.level} and ood {problem.ood} of '{shown(base.name)}', "
+                f"level {other.level} and ood {other.ood} of '{shown(model.name)}'; give both the same"
             )
 
 
@@ -310,7 +311,7 @@ class _Pair:
                 places[m.name] += len(problem.sampled)
         kind = "correct" if right else "incorrect"
         notes.append(
-            f"diversity, {kind}: of {compared} of {len(self.inside)} problems, where both have two {kind} samples or more"
+            f"diversity, {kind}: of {compared} of {len(self.inside)} problems, where both have at least two such samples"
         )
         found = {}
         for title, pairs in columns.items():
