@@ -157,11 +157,11 @@ def _refuse_others(base: Model, model: Model) -> None:
                 f"'{shown(one.name)}': {some}{', ...' if len(missing) > 3 else ''}; sample the same ones of each model"
             )
     for name, problem in base.problems.items():
-        other = model.problems[name]
-        if (problem.level, problem.ood) != (other.level, other.ood):
+        twin = model.problems[name]
+        if (problem.level, problem.ood) != (twin.level, twin.ood):
             raise MismatchError(
                 f"problem '{shown(name)}' has level {problem.level} and ood {problem.ood} of '{shown(base.name)}', "
-                f"level {other.level} and ood {other.ood} of '{shown(model.name)}'; give both the same"
+                f"level {twin.level} and ood {twin.ood} of '{shown(model.name)}'; give both the same"
             )
 
 
@@ -219,7 +219,7 @@ class _Pair:
         gained, lost, on_gained, on_lost = self.sets()
         signs = {"pass_1": first, "diversity": diversity, "ood": ood, "disparity": disparity, "pass_k": pass_k}
         verdict = judge(
-            **{name: each.difference if each else UNKNOWN for name, each in signs.items()},  # type: ignore[arg-type]
+            **{name: each.difference if each else UNKNOWN for name, each in signs.items()},
             names={name: each.name for name, each in signs.items() if each},
         )
         return Comparison(
@@ -241,7 +241,7 @@ class _Pair:
             bootstrap(lambda i: of(model, i) - of(base, i), **draw),
         )
 
-    def rates(self, names: Sequence[str], title: str, notes: list[str]) -> tuple[str, list[Numbers]] | None:
+    def rates(self, names: Sequence[str], title: str, notes: list[str]) -> tuple[str, Numbers, Numbers] | None:
         """The share solved of each problem, greedily if both models have greedy answers, else of samples."""
         both = [[model.problems[name] for name in names] for model in (self.base, self.model)]
         lacking = [
@@ -251,7 +251,8 @@ class _Pair:
             if problem.greedy is None
         ]
         if not lacking:
-            return "greedy", [np.array([float(p.greedy.correct) for p in each if p.greedy]) for each in both]
+            base, model = (np.array([float(p.greedy.correct) for p in each if p.greedy]) for each in both)
+            return "greedy", base, model
         notes.append(
             f"{title}: no greedy answer in {len(lacking)} places, as '{shown(lacking[0][0])}' to "
             f"'{shown(lacking[0][1])}': not measured greedily"
@@ -259,12 +260,13 @@ class _Pair:
         if any(not p.sampled for each in both for p in each):
             notes.append(f"{title}: a problem has no samples either: not measured")
             return None
-        return "sampled", [np.array([pass_at_k(*p.counts, 1) for p in each]) for each in both]
+        base, model = (np.array([pass_at_k(*p.counts, 1) for p in each]) for each in both)
+        return "sampled", base, model
 
     def solved(self, names: Sequence[str], title: str, notes: list[str]) -> Measure | None:
         """pass@1, greedy or sampled."""
         found = self.rates(names, title, notes)
-        return self.measure(f"{title} ({found[0]})", *found[1]) if found else None
+        return self.measure(f"{title} ({found[0]})", found[1], found[2]) if found else None
 
     def disparity(self, notes: list[str]) -> Measure | None:
         """The group disparity, of the problems out of the domain if they have levels, else of those in it."""
@@ -284,7 +286,7 @@ class _Pair:
             return None
         level = np.array([levels[name] for name in ends])
         measured = self.measure(
-            f"{title} ({found[0]})", *found[1], statistic=lambda values, i: group_disparity(values[i], level[i])
+            f"{title} ({found[0]})", found[1], found[2], lambda values, i: group_disparity(values[i], level[i])
         )
         if np.isnan(measured.difference.value):
             notes.append(f"{title}: not defined: one level alone, or nothing solved of the lowest")
@@ -311,7 +313,7 @@ class _Pair:
                 places[m.name] += len(problem.sampled)
         kind = "correct" if right else "incorrect"
         notes.append(
-            f"diversity, {kind}: of {compared} of {len(self.inside)} problems, where both have at least two such samples"
+            f"diversity, {kind}: of {compared} of {len(self.inside)} problems, where both have two such samples or more"
         )
         found = {}
         for title, pairs in columns.items():

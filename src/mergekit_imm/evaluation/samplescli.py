@@ -124,7 +124,7 @@ def _load(name: str) -> Encoder:
             return encode(texts)
         except Exception as error:  # of others' code
             raise ArgumentError(
-                f"--encoder {shown(name)} failed: {type(error).__name__}: {shown(error, 200)}; run it by hand on a few texts"
+                f"--encoder {shown(name)} failed: {type(error).__name__}: {shown(error, 200)}; try it on a few texts"
             ) from error
 
     return checked
