@@ -16,7 +16,9 @@ def line(model: int, problem: int, ood: bool, greedy: bool, chance: random.Rando
     """One sample; the second model knows or does not know, the first one guesses better and worse."""
     ease = random.Random(problem).random()  # of the problem, for both models
     hard = 0.5 if ood and problem % 2 else 1.0
-    rate = (0.15 + 0.6 * ease) * hard if model == 0 else (float(ease > 0.3) * (0.2 * hard if ood else 0.97))
+    rate = (0.15 + 0.6 * ease) * hard
+    if model == 1:
+        rate = hard * 0.9 - 0.45 if ood else 0.97 * (ease > 0.3)
     right = chance.random() < rate
     one, two = problem + 3, 2 * problem + 1
     total = one + two + (not right)

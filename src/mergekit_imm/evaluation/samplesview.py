@@ -112,7 +112,10 @@ def pictures(report: Report) -> dict[str, bytes]:
             axes.set_yticks(range(len(rows)), rows)
             axes.set_ylim(len(rows) - 0.4, -0.6)
             axes.set_xlabel(f"difference to {shown(report.reference, 40)}".replace("$", r"\$"))
-            axes.set_title("95 % paired bootstrap intervals over problems", fontsize=8)
+            left, right = axes.get_xlim()  # shares differ by at most 1; a disparity may differ by more
+            axes.set_xlim(max(left, -1.05), min(right, 1.05))
+            cut = "; ends beyond 1 are not shown" if left < -1.05 or right > 1.05 else ""
+            axes.set_title(f"95 % paired bootstrap intervals over problems{cut}", fontsize=8)
             axes.grid(alpha=0.3, axis="x")
             axes.legend(fontsize=8)
             found |= _saved(figure, "differences")
