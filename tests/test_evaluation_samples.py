@@ -117,8 +117,10 @@ def test_files_that_are_refused() -> None:
     Path("empty.jsonl").write_text("\n")
     cases: list[tuple[list[str], type[MergeError], str]] = [
         ([], ArgumentError, "no files"), (["none.jsonl"], CheckpointError, "none.jsonl cannot be read: No such file"),
-        (["one"], CheckpointError, "one cannot be read: it is no plain file"), (["empty.jsonl"], CheckpointError, "hold nothing"),
-        (["a.jsonl", "./a.jsonl"], ArgumentError, "given twice"), (["a.jsonl", "one/a.jsonl"], MismatchError, "both be the model 'a'"),
+        (["one"], CheckpointError, "one cannot be read: it is no plain file"),
+        (["empty.jsonl"], CheckpointError, "hold nothing"),
+        (["a.jsonl", "./a.jsonl"], ArgumentError, "given twice"),
+        (["a.jsonl", "one/a.jsonl"], MismatchError, "both be the model 'a'"),
     ]  # fmt: skip
     for files, kind, message in cases:
         with pytest.raises(kind, match=message):
@@ -164,8 +166,8 @@ def test_a_comparison_by_hand() -> None:
 
 def test_ood_levels_and_meaning() -> None:
     ood = [
-        {"problem": f"o{i}", "model": m, "response": "r", "correct": (i % 4 < 2 if m == "a" else i % 2 == 0), "ood": True,
-         "level": 1 + 4 * (i % 2), "greedy": True} for m in "ab" for i in range(12)
+        {"problem": f"o{i}", "model": m, "response": "r", "correct": (i % 4 < 2 if m == "a" else i % 2 == 0),
+         "ood": True, "level": 1 + 4 * (i % 2), "greedy": True} for m in "ab" for i in range(12)
     ]  # fmt: skip
     lines = [made("a", [2] * 8), made("b", [4] * 8)]
     encoder = lambda texts: [[1.0, float(text.split()[2])] for text in texts]  # noqa: E731
@@ -231,12 +233,13 @@ def test_the_command() -> None:
 def test_encoders_of_the_command() -> None:
     file = write("f.jsonl", made("a", [2] * 2))
     Path("my_encoder_of_tests.py").write_text(
-        "def encode(texts):\n    return [[1.0, len(t)] for t in texts]\ndef broken(texts):\n    raise ValueError('no')\n"
+        "def encode(texts): return [[1.0, len(t)] for t in texts]\ndef broken(texts): raise ValueError('no')\n"
     )
     assert "pass@4" in run(file, "--encoder", "my_encoder_of_tests:encode")
     for name, message in (
         ("encode", "is no MODULE:FUNCTION"), ("no_such_module_here:f", "no_such_module_here cannot be imported"),
-        ("my_encoder_of_tests:nothing", "has no function 'nothing'"), ("my_encoder_of_tests:broken", "failed: ValueError: no"),
+        ("my_encoder_of_tests:nothing", "has no function 'nothing'"),
+        ("my_encoder_of_tests:broken", "failed: ValueError: no"),
     ):  # fmt: skip
         with pytest.raises(ArgumentError, match=message):
             run(file, "--encoder", name)
