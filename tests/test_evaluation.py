@@ -146,7 +146,7 @@ def test_an_interval_needs_enough_draws() -> None:
     assert math.isnan(bootstrap(lambda _: 1.0, 1).low)
     for n, options in ((0, {}), (3, {"resamples": 0}), (3, {"confidence": 1.0})):
         with pytest.raises(ArgumentError):
-            bootstrap(lambda _: 1.0, n, **options)  # type: ignore[arg-type]
+            bootstrap(lambda _: 1.0, n, **options)
 
 
 def test_gained_and_lost() -> None:

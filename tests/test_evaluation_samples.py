@@ -170,13 +170,14 @@ def test_ood_levels_and_meaning() -> None:
          "ood": True, "level": 1 + 4 * (i % 2), "greedy": True} for m in "ab" for i in range(12)
     ]  # fmt: skip
     lines = [made("a", [2] * 8), made("b", [4] * 8)]
-    encoder = lambda texts: [[1.0, float(text.split()[2])] for text in texts]  # noqa: E731
+    encoder = lambda texts: [[1.0, int(t.split()[2]) * (int(t.split()[8]) + 1.0)] for t in texts]  # noqa: E731
     (found,) = report(*lines, ood, encoder=encoder).comparisons
     named = {m.name: m for m in found.measures}
     assert named["OOD pass@1 (greedy)"].reference.value == 0.5
     assert named["OOD group disparity (greedy)"].reference.value == 0.0
     assert named["OOD group disparity (greedy)"].model.value == 1.0
-    assert named["cosine diversity, correct"].reference.value == pytest.approx(1 - 2**-0.5)  # (1, 0) and (1, 1)
+    by_hand = [1 - (1 + (q + 1) ** 2) ** -0.5 for q in range(8)]  # of (1, 0) and (1, q + 1), the right ones of a
+    assert named["cosine diversity, correct"].reference.value == pytest.approx(sum(by_hand) / 8)
     assert named["cosine diversity, correct"].model.value == pytest.approx(0)
     assert found.verdict.diversity_fell
     assert found.verdict.disparity_rose
