@@ -140,8 +140,14 @@ def test_models_that_do_not_belong_together() -> None:
         MismatchError, match="problem 'p' has level 1 and ood False of 'a', level 2 and ood False of 'b'"
     ):
         report([{**GOOD, "model": "a", "level": 1}], [{**GOOD, "model": "b", "level": 2}])
-    with pytest.raises(ArgumentError, match=r"an array of shape \(1, 2\) of 4 texts"):
-        report(made("a", [1]), encoder=lambda _: [[1.0, 2.0]])
+    for rows, message in (
+        ([[1.0, 2.0]], r"an array of shape \(1, 2\) of 4 texts"),
+        ([[1.0], [0.0], [1.0], [1.0]], "of the text 'a says 1 and so on, 1 [+] 0 = 1'; such a row"),
+        ([[1.0], [1.0, 2.0]], "made no array of numbers"),
+        ([["a"]] * 4, "made no array of numbers"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            report(made("a", [1]), encoder=lambda _, rows=rows: rows)
 
 
 def test_a_comparison_by_hand() -> None:
@@ -162,6 +168,13 @@ def test_a_comparison_by_hand() -> None:
     assert correct["distinct-n, correct"].model.value < correct["distinct-n, correct"].reference.value
     assert correct["distinct equations, correct"].model.value == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert correct["tokens, correct"].difference.value == 0
+    vocabulary = {
+        word for m in "ab" for line in made(m, before) if not line.get("greedy") for word in line["response"].split()
+    }
+    v, words = len(vocabulary), 11  # of each response; of b all are the same, of which 9 or 10 words are distinct
+    texts = [f"b says 0 and so on, 1 + {q} = {q + 1}".split() for q in (2, 3)]
+    ead = [len(set(t)) / (v * (1 - ((v - 1) / v) ** (words * n))) for t, n in zip(texts, (2, 3), strict=True)]
+    assert correct["EAD, correct"].model.value == pytest.approx(sum(ead) / 2)
 
 
 def test_ood_levels_and_meaning() -> None:
@@ -240,7 +253,7 @@ def test_encoders_of_the_command() -> None:
     for name, message in (
         ("encode", "is no MODULE:FUNCTION"), ("no_such_module_here:f", "no_such_module_here cannot be imported"),
         ("my_encoder_of_tests:nothing", "has no function 'nothing'"),
-        ("my_encoder_of_tests:broken", "failed: ValueError: no"),
+        ("my_encoder_of_tests:broken", "^--encoder my_encoder_of_tests:broken failed: ValueError: no"),
     ):  # fmt: skip
         with pytest.raises(ArgumentError, match=message):
             run(file, "--encoder", name)

@@ -108,8 +108,8 @@ def compare(
     array of one row each, for the diversity in meaning. pass@k is at k = 1, 2, 4, ... up to the fewest samples of a
     problem. Diversity is per problem over its samples, right and wrong ones apart, averaged over the problems where
     both models have at least two; of the model that has more, as many are taken as the other has, the first of its
-    file, as more texts repeat more. V of EAD is the number of distinct tokens in all samples. The verdict is `judge`'s;
-    its diversity is the cosine diversity of right responses, or their EAD without an encoder. Raises MismatchError if
+    file, as more texts repeat more. V of EAD is the number of distinct tokens in all samples of the domain. The verdict
+    is `judge`'s; its diversity is the cosine diversity of right responses, or their EAD without an encoder. Raises MismatchError if
     the models have different problems, ArgumentError for a reference that is not there or an encoder that is of no use.
 
     Source: "Self-Improvement Reversal", 2024 (arXiv 2407.05013); intervals, equal numbers and the verdict are ours.
@@ -166,10 +166,24 @@ def _refuse_others(base: Model, model: Model) -> None:
 
 
 def _encode(encoder: Encoder, texts: list[str]) -> npt.NDArray[Any]:
-    rows = np.asarray(encoder(texts)) if texts else np.zeros((0, 0))
+    if not texts:
+        return np.zeros((0, 0))
+    made = encoder(texts)
+    try:
+        rows = np.asarray(made)
+        useless = np.flatnonzero(~(np.isfinite(rows).all(axis=-1) & rows.any(axis=-1)))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"the encoder made no array of numbers: {shown(error, 200)}; it needs a row each"
+        ) from error
     if rows.ndim != 2 or len(rows) != len(texts):
         raise ArgumentError(
             f"the encoder made an array of shape {rows.shape} of {len(texts)} texts; it needs a row each"
+        )
+    if len(useless):
+        raise ArgumentError(
+            f"the encoder made a row of zeros, NaN or infinity of the text '{shown(texts[useless[0]], 60)}'; such a "
+            f"row has no direction"
         )
     return rows
 

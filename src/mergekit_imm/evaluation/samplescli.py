@@ -106,7 +106,8 @@ def _load(name: str) -> Encoder:
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise ArgumentError(f"--encoder '{shown(name)}' is no MODULE:FUNCTION; write my_encoder:encode")
-    sys.path.insert(0, str(Path.cwd()))
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module)
     except Exception as error:  # whatever the module does
@@ -114,7 +115,7 @@ def _load(name: str) -> Encoder:
             f"--encoder: {shown(module)} cannot be imported: {type(error).__name__}: {shown(error, 200)}"
         ) from error
     finally:
-        sys.path.remove(str(Path.cwd()))
+        sys.path.remove(here)
     encode = getattr(found, function, None)
     if not callable(encode):
         raise ArgumentError(f"--encoder: {shown(module)} has no function '{shown(function)}'")
