@@ -109,8 +109,10 @@ def compare(
     problem. Diversity is per problem over its samples, right and wrong ones apart, averaged over the problems where
     both models have at least two; of the model that has more, as many are taken as the other has, the first of its
     file, as more texts repeat more. V of EAD is the number of distinct tokens in all samples of the domain. The verdict
-    is `judge`'s; its diversity is the cosine diversity of right responses, or their EAD without an encoder. Raises MismatchError if
-    the models have different problems, ArgumentError for a reference that is not there or an encoder that is of no use.
+    is `judge`'s; its diversity is the cosine diversity of right responses, or their EAD without an encoder.
+
+    Raises MismatchError if the models have different problems, ArgumentError for a reference that is not there or an
+    encoder that is of no use.
 
     Source: "Self-Improvement Reversal", 2024 (arXiv 2407.05013); intervals, equal numbers and the verdict are ours.
 
