@@ -15,7 +15,7 @@ import torch
 
 import mergekit_imm
 from checkpoints import random_state, write_model
-from mergekit_imm import cli, loopcli
+from mergekit_imm import analyzecli, cli, loopcli
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "mergekit_imm"
@@ -25,7 +25,11 @@ LEVELS = [
     ["errors"],
     ["json_input", "ranks"],
     ["mask", "layers", "importance", "config", "sums", "sweep", "schedules"],
-    ["evaluation.bootstrap", "factors", "sparsify"],
+    ["answers", "evaluation.bootstrap", "factors", "sparsify"],
+    ["evaluation.passk", "evaluation.diversity", "evaluation.samples"],
+    ["evaluation.reversal"],
+    ["evaluation.compare"],
+    ["evaluation.samplesview"],
     ["recipe", "flat"],
     ["fused"],
     ["states"],
@@ -60,7 +64,8 @@ LEVELS = [
     ["analysis.terminal", "analysis.pictures"],
     ["analysis.page"],
     ["analysis.importancecli", "analysis.changecli"],
-    ["loopcli"],
+    ["evaluation.samplescli"],
+    ["loopcli", "analyzecli"],
     ["cli"],
     ["__main__"],
 ]
@@ -166,7 +171,12 @@ def test_every_public_function_has_an_example() -> None:
 
 
 def options() -> list[tuple[str, str]]:
-    commands = (cli.merge_command, cli.verify_command, loopcli.loop_command)
+    commands = [
+        cli.merge_command,
+        cli.verify_command,
+        loopcli.loop_command,
+        *analyzecli.analyze_command.commands.values(),
+    ]
     return [(str(c.name), o) for c in commands for p in c.params for o in p.opts if o.startswith("--")]
 
 

@@ -1,4 +1,4 @@
-"""Where the commands begin: `imm-merge`, `imm-verify`, `imm-loop`, and `python -m mergekit_imm merge|verify|loop`."""
+"""Where the commands begin: `imm-merge` and its siblings, and `python -m mergekit_imm merge|verify|loop|analyze`."""
 
 import sys
 
@@ -38,6 +38,11 @@ def imm_verify() -> None:
 def imm_loop() -> None:
     """Run `imm-loop`."""
     _begin("imm_loop")
+
+
+def imm_analyze() -> None:
+    """Run `imm-analyze`."""
+    _begin("imm_analyze")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
+from .analyzecli import analyze_command
 from .console import CONTEXT, delta_options, progress_bar, run, say, tell
 from .errors import ArgumentError, MergeError, MismatchError, OutputError, RankError, bytes_text, shown
 from .loopcli import loop_command
@@ -249,9 +250,16 @@ def imm_loop() -> NoReturn:
     run(loop_command)
 
 
+def imm_analyze() -> NoReturn:
+    """Run `imm-analyze`."""
+    run(analyze_command)
+
+
 def main() -> NoReturn:
-    """Run `python -m mergekit_imm merge|verify|loop`."""
-    commands = {"merge": merge_command, "verify": verify_command, "loop": loop_command}
+    """Run `python -m mergekit_imm merge|verify|loop|analyze`."""
+    commands: dict[str, click.Command] = {
+        "merge": merge_command, "verify": verify_command, "loop": loop_command, "analyze": analyze_command,
+    }  # fmt: skip
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in commands:
         run(commands[name], sys.argv[2:])

@@ -23,7 +23,12 @@ Examples:
 """
 
 
-@click.command("change", context_settings=CONTEXT, epilog=change_epilog)
+@click.command(
+    "change",
+    short_help="Where the weights changed, and if there they matter.",
+    context_settings=CONTEXT,
+    epilog=change_epilog,
+)
 @click.argument("models", nargs=-1, required=True, metavar="BASE SFT [MORE...] | MERGED")
 @click.option("--importance", metavar="FILE", help="JSON: layer -> importance; does the change look superficial?")
 @click.option("-o", "--out", metavar="DIR", help="Folder for report.html, change.json and the pictures.")

@@ -16,7 +16,12 @@ Examples:
 """
 
 
-@click.command("importance", context_settings=CONTEXT, epilog=importance_epilog)
+@click.command(
+    "importance",
+    short_help="How much each layer matters to the loss on texts.",
+    context_settings=CONTEXT,
+    epilog=importance_epilog,
+)
 @click.argument("model")
 @click.option(
     "--data", required=True, metavar="FILE",

@@ -20,7 +20,8 @@ RESAMPLES, CONFIDENCE = 2000, 0.95
 class Interval:
     """A number, the bootstrap interval around it, and of how many things (problems, layers) it is.
 
-    `low` and `high` are NaN where no interval can be given: fewer than two things, or a number that is not defined.
+    `low` and `high` are NaN where no interval can be given: fewer than two things, or a number that is not defined, or
+    not in too many of the draws.
     """
 
     value: float
@@ -58,8 +59,9 @@ def bootstrap(
 
     Args: `statistic`, from the indices of the things drawn to a number; two models of the same problems are compared
     *paired* by a statistic that takes the difference of both at these indices. `confidence` c, 0 < c < 1. Draws for
-    which the statistic is NaN (not defined) are left out. The same arguments give the same interval. Raises
-    ArgumentError for values out of range.
+    which the statistic is NaN (not defined) are left out; if they are more than 1 - c of all, there is no interval, as
+    it would be of the other draws alone. The same arguments give the same interval. Raises ArgumentError for values out
+    of range.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
 
@@ -78,7 +80,7 @@ def bootstrap(
     generator = np.random.default_rng(seed)
     drawn = np.array([statistic(generator.integers(0, n, n)) for _ in range(resamples)], np.float64)
     drawn = drawn[~np.isnan(drawn)]
-    if not len(drawn):
+    if len(drawn) < confidence * resamples:
         return Interval(value, math.nan, math.nan, n)
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value, float(low), float(high), n)

@@ -1,0 +1,366 @@
+"""Models compared by their samples: every number with its paired interval over problems."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError, MismatchError, shown
+from .bootstrap import RESAMPLES, Indices, Interval, bootstrap
+from .diversity import cosine_diversity, distinct_equations, expectation_adjusted_distinct, mean_distinct
+from .passk import pass_at_k, powers_of_two
+from .reversal import UNKNOWN, Reversal, group_disparity, improvement_set, judge
+from .samples import Model, Problem
+
+Encoder = Callable[[list[str]], npt.ArrayLike]
+Numbers = npt.NDArray[np.float64]
+FORMAT = "mergekit_imm samples 1"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of the reference and of a model over the same problems, and model - reference, paired."""
+
+    name: str
+    reference: Interval
+    model: Interval
+    difference: Interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against the reference. `notes` says what could not be measured, and why.
+
+    `on_gained` is the reference's pass@k on the problems that only the model solves greedily, `on_lost` the model's on
+    those that only the reference does; `gained` and `lost` are how many, None without greedy answers.
+    """
+
+    model: str
+    measures: tuple[Measure, ...]
+    gained: int | None
+    lost: int | None
+    on_gained: Mapping[int, Interval]
+    on_lost: Mapping[int, Interval]
+    verdict: Reversal
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that samples tell: pass@k of each model, and each against the reference."""
+
+    reference: str
+    problems: int
+    ood_problems: int
+    curves: Mapping[str, Mapping[int, Interval]]
+    comparisons: tuple[Comparison, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data; None for what is not defined."""
+
+        def plain(curve: Mapping[int, Interval]) -> dict[str, Any]:
+            return {str(k): each.to_dict() for k, each in curve.items()}
+
+        return {
+            "format": FORMAT,
+            "reference": self.reference,
+            "problems": self.problems,
+            "ood_problems": self.ood_problems,
+            "pass_at_k": {name: plain(curve) for name, curve in self.curves.items()},
+            "comparisons": [
+                {
+                    "model": each.model,
+                    "measures": [
+                        {
+                            "name": m.name, "reference": m.reference.to_dict(), "model": m.model.to_dict(),
+                            "difference": m.difference.to_dict(),
+                        }
+                        for m in each.measures
+                    ],
+                    "improvement_set": {"problems": each.gained, "reference_pass_at_k": plain(each.on_gained)},
+                    "regression_set": {"problems": each.lost, "model_pass_at_k": plain(each.on_lost)},
+                    "verdict": each.verdict.to_dict(),
+                    "notes": list(each.notes),
+                }
+                for each in self.comparisons
+            ],
+        }  # fmt: skip
+
+
+def compare(
+    models: Sequence[Model],
+    *,
+    reference: str | None = None,
+    encoder: Encoder | None = None,
+    resamples: int = RESAMPLES,
+) -> Report:
+    """Compare models by their samples of the same problems, each with the reference.
+
+        difference = mean_j (model_j - reference_j),  interval: paired bootstrap over the problems j
+
+    Args: `models`, of `read_samples`; `reference`, the name of one, by default the first; `encoder`, from texts to an
+    array of one row each, for the diversity in meaning. pass@k is at k = 1, 2, 4, ... up to the fewest samples of a
+    problem. Diversity is per problem over its samples, right and wrong ones apart, averaged over the problems where
+    both models have at least two; of the model that has more, as many are taken as the other has, the first of its
+    file, as more texts repeat more. V of EAD is the number of distinct tokens in all samples of the domain. The verdict
+    is `judge`'s; its diversity is the cosine diversity of right responses, or their EAD without an encoder.
+
+    Raises MismatchError if the models have different problems, ArgumentError for a reference that is not there or an
+    encoder that is of no use.
+
+    Source: "Self-Improvement Reversal", 2024 (arXiv 2407.05013); intervals, equal numbers and the verdict are ours.
+
+    >>> from mergekit_imm.evaluation.samples import Response
+    >>> before = Model("base", {str(i): Problem(str(i), None, False, (), Response("2", i < 3)) for i in range(9)})
+    >>> after = Model("round 1", {str(i): Problem(str(i), None, False, (), Response("2", i < 8)) for i in range(9)})
+    >>> report = compare([before, after])
+    >>> report.comparisons[0].measures[0].difference.value, report.comparisons[0].gained
+    (0.5555555555555556, 5)
+    """
+    if not models:
+        raise ArgumentError("there are no models to compare; give samples of at least one")
+    names = [model.name for model in models]
+    base = models[0] if reference is None else next((m for m in models if m.name == reference), None)
+    if base is None:
+        raise ArgumentError(f"the reference '{shown(reference)}' is none of the models: {', '.join(map(shown, names))}")
+    for model in models:
+        _refuse_others(base, model)
+    order = list(base.problems)
+    inside = [name for name in order if not base.problems[name].ood]
+    outside = [name for name in order if base.problems[name].ood]
+    if not inside:
+        raise MismatchError("all problems are marked ood; at least one must be of the domain of the training")
+    sampled = {m.name: [r.text for name in inside for r in m.problems[name].sampled] for m in models}
+    vocabulary = len({token for text in chain(*sampled.values()) for token in text.split()})
+    embedded = {name: _encode(encoder, texts) for name, texts in sampled.items()} if encoder else {}
+    ks = powers_of_two(min(len(m.problems[name].sampled) for m in models for name in inside))
+    curves = {m.name: {k: _interval(_pass_k(m, inside, k), resamples) for k in ks} for m in models}
+    comparisons = []
+    for model in models:
+        if model is not base:
+            pair = _Pair(base, model, inside, outside, ks, vocabulary, embedded, resamples)
+            comparisons.append(pair.compare())
+    return Report(base.name, len(inside), len(outside), curves, tuple(comparisons))
+
+
+def _refuse_others(base: Model, model: Model) -> None:
+    for one, other in ((base, model), (model, base)):
+        missing = [name for name in one.problems if name not in other.problems]
+        if missing:
+            some = ", ".join(f"'{shown(name, 40)}'" for name in missing[:3])
+            raise MismatchError(
+                f"'{shown(other.name)}' lacks {len(missing)} of the {len(one.problems)} problems of "
+                f"'{shown(one.name)}': {some}{', ...' if len(missing) > 3 else ''}; sample the same ones of each model"
+            )
+    for name, problem in base.problems.items():
+        twin = model.problems[name]
+        if (problem.level, problem.ood) != (twin.level, twin.ood):
+            raise MismatchError(
+                f"problem '{shown(name)}' has level {problem.level} and ood {problem.ood} of '{shown(base.name)}', "
+                f"level {twin.level} and ood {twin.ood} of '{shown(model.name)}'; give both the same"
+            )
+
+
+def _encode(encoder: Encoder, texts: list[str]) -> npt.NDArray[Any]:
+    if not texts:
+        return np.zeros((0, 0))
+    made = encoder(texts)
+    try:
+        rows = np.asarray(made)
+        useless = np.flatnonzero(~(np.isfinite(rows).all(axis=-1) & rows.any(axis=-1)))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"the encoder made no array of numbers: {shown(error, 200)}; it needs a row each"
+        ) from error
+    if rows.ndim != 2 or len(rows) != len(texts):
+        raise ArgumentError(
+            f"the encoder made an array of shape {rows.shape} of {len(texts)} texts; it needs a row each"
+        )
+    if len(useless):
+        raise ArgumentError(
+            f"the encoder made a row of zeros, NaN or infinity of the text '{shown(texts[useless[0]], 60)}'; such a "
+            f"row has no direction"
+        )
+    return rows
+
+
+def _pass_k(model: Model, names: Sequence[str], k: int) -> Numbers:
+    return np.array([pass_at_k(*model.problems[name].counts, k) for name in names])
+
+
+def _interval(values: Numbers, resamples: int) -> Interval:
+    return bootstrap(lambda i: float(values[i].mean()), len(values), resamples=resamples) if len(values) else UNKNOWN
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A model and the reference, and what is the same for all pairs."""
+
+    base: Model
+    model: Model
+    inside: Sequence[str]
+    outside: Sequence[str]
+    ks: Sequence[int]
+    vocabulary: int
+    embedded: Mapping[str, npt.NDArray[Any]]
+    resamples: int
+
+    def compare(self) -> Comparison:
+        """Measure all that can be."""
+        notes: list[str] = []
+        measures: list[Measure] = []
+        first = self.solved(self.inside, "pass@1", notes)
+        measures += [first] if first and "greedy" in first.name else []
+        for k in self.ks:
+            of = (_pass_k(self.base, self.inside, k), _pass_k(self.model, self.inside, k))
+            measures.append(self.measure(f"pass@{k} (sampled)", *of))
+        if not self.ks:
+            notes.append("a problem has no samples but a greedy answer: no pass@k, no diversity")
+        pass_k = measures[-1] if self.ks and self.ks[-1] > 1 else None
+        diversity = None
+        for right in (True, False):
+            found = self.diversity(right, notes)
+            measures += found.values()
+            if right:
+                diversity = found.get("cosine diversity", found.get("EAD"))
+        ood = self.solved(self.outside, "OOD pass@1", notes) if self.outside else None
+        disparity = self.disparity(notes)
+        measures += [each for each in (ood, disparity) if each]
+        gained, lost, on_gained, on_lost = self.sets()
+        signs = {"pass_1": first, "diversity": diversity, "ood": ood, "disparity": disparity, "pass_k": pass_k}
+        verdict = judge(
+            **{name: each.difference if each else UNKNOWN for name, each in signs.items()},
+            names={name: each.name for name, each in signs.items() if each},
+        )
+        return Comparison(
+            self.model.name, tuple(measures), gained, lost, on_gained, on_lost, verdict, tuple(notes)
+        )  # fmt: skip
+
+    def measure(
+        self, name: str, base: Numbers, model: Numbers, statistic: Callable[[Numbers, Indices], float] | None = None
+    ) -> Measure:
+        """Both numbers and their difference, at the same draws of problems."""
+        of = statistic or (lambda values, i: float(values[i].mean()))
+        if not len(base):
+            return Measure(name, UNKNOWN, UNKNOWN, UNKNOWN)
+        draw = {"n": len(base), "resamples": self.resamples}
+        return Measure(
+            name,
+            bootstrap(lambda i: of(base, i), **draw),
+            bootstrap(lambda i: of(model, i), **draw),
+            bootstrap(lambda i: of(model, i) - of(base, i), **draw),
+        )
+
+    def rates(self, names: Sequence[str], title: str, notes: list[str]) -> tuple[str, Numbers, Numbers] | None:
+        """The share solved of each problem, greedily if both models have greedy answers, else of samples."""
+        both = [[model.problems[name] for name in names] for model in (self.base, self.model)]
+        lacking = [
+            (m.name, problem.name)
+            for m, problems in zip((self.base, self.model), both, strict=True)
+            for problem in problems
+            if problem.greedy is None
+        ]
+        if not lacking:
+            base, model = (np.array([float(p.greedy.correct) for p in each if p.greedy]) for each in both)
+            return "greedy", base, model
+        notes.append(
+            f"{title}: no greedy answer in {len(lacking)} places, as '{shown(lacking[0][0])}' to "
+            f"'{shown(lacking[0][1])}': not measured greedily"
+        )
+        if any(not p.sampled for each in both for p in each):
+            notes.append(f"{title}: a problem has no samples either: not measured")
+            return None
+        base, model = (np.array([pass_at_k(*p.counts, 1) for p in each]) for each in both)
+        return "sampled", base, model
+
+    def solved(self, names: Sequence[str], title: str, notes: list[str]) -> Measure | None:
+        """pass@1, greedy or sampled."""
+        found = self.rates(names, title, notes)
+        return self.measure(f"{title} ({found[0]})", found[1], found[2]) if found else None
+
+    def disparity(self, notes: list[str]) -> Measure | None:
+        """The group disparity, of the problems out of the domain if they have levels, else of those in it."""
+        levels = {name: problem.level for name, problem in self.base.problems.items() if problem.level is not None}
+        title = "OOD group disparity" if any(name in levels for name in self.outside) else "group disparity"
+        names = self.outside if title.startswith("OOD") else self.inside
+        graded = [levels[name] for name in names if name in levels]
+        if not graded:
+            return None
+        if len(graded) < len(names):
+            notes.append(
+                f"{title}: {len(names) - len(graded)} of {len(names)} problems have no level, and no part in it"
+            )
+        ends = [name for name in names if levels.get(name) in (min(graded), max(graded))]
+        found = self.rates(ends, title, notes)
+        if not found:
+            return None
+        level = np.array([levels[name] for name in ends])
+        measured = self.measure(
+            f"{title} ({found[0]})", found[1], found[2], lambda values, i: group_disparity(values[i], level[i])
+        )
+        if np.isnan(measured.difference.value):
+            notes.append(f"{title}: not defined: one level alone, or nothing solved of the lowest")
+        return measured
+
+    def diversity(self, right: bool, notes: list[str]) -> dict[str, Measure]:
+        """The measures of diversity of the right responses, or of the wrong ones."""
+        columns: dict[str, list[list[float]]] = {}
+        places = {self.base.name: 0, self.model.name: 0}  # where a problem's embeddings begin
+        compared = 0
+        for name in self.inside:
+            both = [m.problems[name] for m in (self.base, self.model)]
+            chosen = [[i for i, r in enumerate(p.sampled) if r.correct == right] for p in both]
+            count = min(map(len, chosen))
+            if count >= 2:
+                compared += 1
+                for m, problem, indices in zip((self.base, self.model), both, chosen, strict=True):
+                    rows = [places[m.name] + i for i in indices[:count]]
+                    for title, value in self.values(problem, indices[:count], m.name, rows).items():
+                        columns.setdefault(title, []).append([value]) if m is self.base else columns[title][-1].append(
+                            value
+                        )
+            for m, problem in zip((self.base, self.model), both, strict=True):
+                places[m.name] += len(problem.sampled)
+        kind = "correct" if right else "incorrect"
+        notes.append(
+            f"diversity, {kind}: of {compared} of {len(self.inside)} problems, where both have two such samples or more"
+        )
+        found = {}
+        for title, pairs in columns.items():
+            table = np.array(pairs)
+            table = table[~np.isnan(table).any(axis=1)]
+            if len(table) < compared:
+                notes.append(f"{title}, {kind}: not defined for {compared - len(table)} problems, which are left out")
+            found[title] = self.measure(f"{title}, {kind}", table[:, 0], table[:, 1])
+        return found
+
+    def values(self, problem: Problem, indices: Sequence[int], model: str, rows: list[int]) -> dict[str, float]:
+        """Each measure of diversity of some responses to one problem, and their mean length."""
+        texts = [problem.sampled[i].text for i in indices]
+        found = {
+            "distinct-n": mean_distinct(texts),
+            "EAD": expectation_adjusted_distinct(texts, vocabulary=max(1, self.vocabulary)),
+            "distinct equations": distinct_equations(texts),
+        }
+        if self.embedded:
+            found["cosine diversity"] = cosine_diversity(self.embedded[model][rows])
+        return {**found, "tokens": statistics.fmean(len(text.split()) for text in texts)}
+
+    def sets(self) -> tuple[int | None, int | None, dict[int, Interval], dict[int, Interval]]:
+        """The improvement and the regression set, and what the other model samples of each."""
+        greedy = [[m.problems[name].greedy for name in self.inside] for m in (self.model, self.base)]
+        right = [[each.correct for each in answers if each] for answers in greedy]
+        if any(len(each) < len(self.inside) for each in right):
+            return None, None, {}, {}
+        gained, lost = improvement_set(*right)
+        on_gained, on_lost = (
+            {k: _interval(_pass_k(m, [self.inside[i] for i in at], k), self.resamples) for k in self.ks if at}
+            for m, at in ((self.base, gained), (self.model, lost))
+        )
+        return len(gained), len(lost), on_gained, on_lost

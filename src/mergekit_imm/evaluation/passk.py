@@ -1,0 +1,68 @@
+"""pass@k: the chance that one of k answers is right."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from ..errors import ArgumentError, shown
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the chance that of k answers, drawn from n of which c are right, at least one is right.
+
+        pass@k = 1 - C(n-c, k) / C(n, k) = 1 - prod_{i=n-c+1..n} (1 - k/i);  1 if n - c < k
+
+    Args: `n` samples of one problem, `c` of them right, 1 <= k <= n. It is unbiased; 1 - (1 - c/n)^k is too low. With
+    k near n it varies much: have n >= 2k. Raises ArgumentError for numbers out of range: for k > n the formula would
+    give 1, even where nothing is right.
+
+    Source: Chen et al., "Evaluating Large Language Models Trained on Code", 2021 (arXiv 2107.03374), Eq. 1.
+
+    >>> pass_at_k(5, 2, 3), pass_at_k(10, 0, 3)
+    (0.9, 0.0)
+    """
+    if n < 1 or not 0 <= c <= n:
+        raise ArgumentError(f"{c} right of {n} samples; there must be at least one sample, and 0 to all of them right")
+    if not 1 <= k <= n:
+        raise ArgumentError(f"pass@{k} of {n} samples; k must be between 1 and the number of samples")
+    if n - c < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+
+
+def mean_pass_at_k(counts: Sequence[tuple[int, int]] | Mapping[str, tuple[int, int]], k: int) -> float:
+    """Return the mean of pass@k over problems, each with its own numbers of samples.
+
+        mean_j pass@k(n_j, c_j)
+
+    Args: `counts`, (n, c) of each problem, in a list, or by the problems' names. Raises ArgumentError if there is none,
+    or if one has fewer than k samples, which it names: a mean over the others would be of other problems.
+
+    Source: as `pass_at_k`.
+
+    >>> mean_pass_at_k([(5, 2), (4, 1)], 2)
+    0.6
+    """
+    if not counts:
+        raise ArgumentError("there are no problems to take a mean over; give at least one")
+    named = counts.items() if isinstance(counts, Mapping) else enumerate(counts)
+    few = [(name, n) for name, (n, _) in named if n < k]
+    if few:
+        more = f", as {len(few) - 1} others do" if len(few) > 1 else ""
+        raise ArgumentError(
+            f"pass@{k} needs {k} samples of each problem; problem {shown(few[0][0])} has {few[0][1]}{more}; "
+            f"take a smaller k, or sample more"
+        )
+    each = counts.values() if isinstance(counts, Mapping) else counts
+    return statistics.fmean(pass_at_k(n, c, k) for n, c in each)
+
+
+def powers_of_two(n: int) -> tuple[int, ...]:
+    """Return 1, 2, 4, ... up to n: the k at which a curve of pass@k is drawn.
+
+    >>> powers_of_two(12)
+    (1, 2, 4, 8)
+    """
+    return tuple(2**i for i in range(n.bit_length())) if n > 0 else ()

@@ -1,0 +1,170 @@
+"""Improvement, or its reversal: what was gained, what was lost, and a rule that says which it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError
+from .bootstrap import Interval
+
+FEWEST = 6  # problems: of fewer, even if all point one way, a sign test is not below 2.5 % (2^-5 > 0.025 > 2^-6)
+UNKNOWN = Interval(math.nan, math.nan, math.nan, 0)
+
+
+def improvement_set(model: Sequence[bool], reference: Sequence[bool]) -> tuple[list[int], list[int]]:
+    """Return which problems a model has gained against a reference, and which it has lost.
+
+        IS = {x: model right, reference wrong},  RS = {x: reference right, model wrong}
+
+    Args: `model` and `reference`, for each problem, in the same order, whether the greedy answer is right. Returns the
+    indices of IS and RS. Raises ArgumentError for different lengths.
+
+    Source: IS, "Self-Improvement Reversal", 2024 (arXiv 2407.05013). RS is ours: two models that differ by chance alone
+    gain some problems and lose as many.
+
+    >>> improvement_set([True, True, False], [True, False, True])
+    ([1], [2])
+    """
+    if len(model) != len(reference):
+        raise ArgumentError(
+            f"{len(model)} answers of the model, {len(reference)} of the reference; give one per problem"
+        )
+    pairs = list(zip(model, reference, strict=True))
+    return (
+        [i for i, (now, before) in enumerate(pairs) if now and not before],
+        [i for i, (now, before) in enumerate(pairs) if before and not now],
+    )
+
+
+def group_disparity(solved: npt.ArrayLike, levels: npt.ArrayLike) -> float:
+    """Return how much less of the hardest level is solved than of the easiest, as a share of the latter.
+
+        (acc(lowest level) - acc(highest level)) / acc(lowest level)
+
+    Args: `solved`, for each problem 1 or 0, or the share of right answers; `levels`, the problems' levels. NaN where it
+    is not defined: one level, or nothing solved of the lowest. Raises ArgumentError for different lengths or none.
+
+    Source: "Self-Improvement Reversal", 2024 (arXiv 2407.05013), for levels 1 and 5 of MATH.
+
+    >>> group_disparity([1, 1, 0, 1, 0, 0], [1, 1, 1, 5, 5, 5])
+    0.5
+    """
+    share, level = np.asarray(solved, np.float64), np.asarray(levels)
+    if share.shape != level.shape or share.ndim != 1 or not len(share):
+        raise ArgumentError(f"{share.size} problems and {level.size} levels; give one level for each problem")
+    easiest, hardest = level.min(), level.max()
+    easy, hard = float(share[level == easiest].mean()), float(share[level == hardest].mean())
+    return (easy - hard) / easy if easy > 0 and easiest != hardest else math.nan
+
+
+@dataclass(frozen=True)
+class Reversal:
+    """A verdict: did pass@1 rise, what fell, and whether that is a reversal. None is what cannot be told.
+
+    `evidence` holds the differences, model - reference, that it rests on; `sentence` says it with its numbers.
+    """
+
+    improved: bool | None
+    diversity_fell: bool | None
+    ood_fell: bool | None
+    disparity_rose: bool | None
+    pass_k_fell: bool | None
+    evidence: Mapping[str, Interval]
+    sentence: str
+
+    @property
+    def is_reversal(self) -> bool | None:
+        """Whether pass@1 rose and something else got worse; None if that cannot be told."""
+        signs = (self.diversity_fell, self.ood_fell, self.disparity_rose, self.pass_k_fell)
+        if self.improved is None:
+            return None
+        if not self.improved or any(signs):
+            return self.improved
+        return False if any(sign is not None for sign in signs) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict as plain data."""
+        names = ("improved", "diversity_fell", "ood_fell", "disparity_rose", "pass_k_fell")
+        return {
+            "reversal": self.is_reversal,
+            **{name: getattr(self, name) for name in names},
+            "evidence": {name: interval.to_dict() for name, interval in self.evidence.items()},
+            "sentence": self.sentence,
+        }
+
+
+def judge(
+    pass_1: Interval,
+    *,
+    diversity: Interval = UNKNOWN,
+    ood: Interval = UNKNOWN,
+    disparity: Interval = UNKNOWN,
+    pass_k: Interval = UNKNOWN,
+    names: Mapping[str, str] | None = None,
+) -> Reversal:
+    """Say whether an improvement is a reversal: pass@1 is better, and something else is worse.
+
+        reversal = [low(pass@1) > 0] and any of
+                   [high(diversity) < 0], [high(OOD) < 0], [low(disparity) > 0], [high(pass@k) < 0]
+
+    Args: the differences model - reference, each with its paired bootstrap interval over problems; what was not
+    measured is left out. Of fewer than 6 problems nothing is told. `names`, how the sentence calls pass_1, diversity,
+    ood, disparity and pass_k. Each of the four signs shows by chance in at most one case of 40, nearly, if its interval
+    is a good one; all together in one of 10.
+
+    Source: that a reversal is a better pass@1 with a worse rest, "Self-Improvement Reversal", 2024 (arXiv 2407.05013),
+    which has no test and no threshold. The rule is ours.
+
+    >>> verdict = judge(Interval(0.12, 0.05, 0.19, 200), pass_k=Interval(-0.08, -0.13, -0.03, 200))
+    >>> verdict.is_reversal, verdict.ood_fell
+    (True, None)
+    >>> verdict.sentence
+    'reversal: pass@1 rose by 0.120 [0.050, 0.190] (n = 200), but pass@k fell by 0.080 [0.030, 0.130] (n = 200)'
+    """
+    called = {"pass_1": "pass@1", "diversity": "diversity", "ood": "OOD pass@1", "disparity": "group disparity"}
+    called |= {"pass_k": "pass@k", **(names or {})}
+    measured = {"pass_1": pass_1, "diversity": diversity, "ood": ood, "disparity": disparity, "pass_k": pass_k}
+    worse = {
+        name: None if not _tells(each) else each.is_above if name in ("pass_1", "disparity") else each.is_below
+        for name, each in measured.items()
+    }
+    improved = worse.pop("pass_1")
+    said = {name: _said(called[name], each) for name, each in measured.items() if _tells(each)}
+    bad = [said[name] for name, sign in worse.items() if sign]
+    good = [called[name] for name, sign in worse.items() if sign is False]
+    unknown = [called[name] for name, sign in worse.items() if sign is None]
+    rest = f"; not measured: {', '.join(unknown)}" if unknown else ""
+    if improved is None:
+        sentence = f"no verdict: {called['pass_1']} has no interval over at least {FEWEST} problems"
+    elif not improved:
+        fell = f"; {' and '.join(bad)}" if bad else ""
+        sentence = f"no improvement shown: {said['pass_1']}{fell}"
+    elif bad:
+        sentence = f"reversal: {said['pass_1']}, but {' and '.join(bad)}"
+    elif good:
+        sentence = f"no reversal shown: {said['pass_1']}, and no harm is shown in {', '.join(good)}{rest}"
+    else:
+        sentence = f"no verdict: {said['pass_1']}, but nothing else was measured"
+    evidence = {name: each for name, each in measured.items() if each.n}
+    return Reversal(
+        improved, worse["diversity"], worse["ood"], worse["disparity"], worse["pass_k"], evidence, sentence
+    )  # fmt: skip
+
+
+def _tells(each: Interval) -> bool:
+    return each.n >= FEWEST and not math.isnan(each.low)
+
+
+def _said(name: str, each: Interval) -> str:
+    if each.is_below:
+        change, low, high = f"fell by {-each.value:.3f}", -each.high, -each.low
+    else:
+        change = f"rose by {each.value:.3f}" if each.is_above else f"changed by {each.value:+.3f}"
+        low, high = each.low, each.high
+    return f"{name} {change} [{low:.3f}, {high:.3f}] (n = {each.n})"
