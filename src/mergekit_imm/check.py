@@ -48,19 +48,11 @@ def check(
     `options` are those of `merge_checkpoints` that decide what is merged with what: keep, take, no_drop, rename,
     vocab, dequantize, reference, dtype. What cannot be merged is in the report; raises ArgumentError for wrong options.
     """
-    values: dict[str, Any] = {
-        "importance": None, "shrink": 1.0, "clip": None, "layer_factors": None, "sparsify": "dare",
-        "reference": "start", "dtype": None, "max_shard_size": None, "keep": (), "take": (),
-        "no_drop": (), "rename": (), "vocab": "strict", "dequantize": False, "allow_nonfinite": False,
-        "copy_code": False, "points": [{}], **options,
-    }  # fmt: skip
     # The round decides no more than the mask.
     iteration = iteration if iteration is not None or start is None else 0
     found = CheckReport(str(base), str(sft))
     try:
-        inputs, (parameters,), _ = open_inputs(
-            base, sft, start, outs=(), dry_run=True, iteration=iteration, **values
-        )  # fmt: skip
+        inputs, (parameters,), _ = open_inputs(base, sft, start, dry_run=True, iteration=iteration, **options)
         complaints: list[tuple[MergeError, Collection[str]]] = []
         decided = decide(inputs, parameters, comparer(inputs), lambda *complaint: complaints.append(complaint))
         plan = None if complaints else plan_of(inputs, parameters, decided)

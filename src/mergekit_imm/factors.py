@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import ArgumentError, shown
 from .importance import importance_factors, read_layers
-from .layers import resolve_layers, stacks
+from .layers import layer_order, resolve_layers, stacks, thirds
 from .mask import check_factor
 
 OUTSIDE = "outside"  # embeddings, final norm, head: what lies in no layer
@@ -44,22 +44,27 @@ def lines_factors(layers: Iterable[str], first: float, last: float) -> dict[str,
 def group_factors(layers: Iterable[str], early: float, middle: float, late: float) -> dict[str, float]:
     """Return one factor for each third of the layers.
 
-        factor_l = (early, middle, late)[floor(3 l / L)]      l = 0..L-1;   everything outside the layers: 1
+        factor_l = early, middle or late, by the third of the L layers that l is in;   outside the layers: 1
 
-    Args as in `lines_factors`. The thirds are those of the paper's figures (early, middle and late layers); the cut
-    where L is no multiple of three is ours.
+    Args as in `lines_factors`. The thirds are `layers.thirds`: early, middle and late layers, as the paper speaks of
+    them; where L is no multiple of three the cut is ours.
 
     >>> group_factors(["h.0", "h.1", "h.2", "h.3"], 0.5, 1.0, 0.25)
-    {'h.0': 0.5, 'h.1': 0.5, 'h.2': 1.0, 'h.3': 0.25}
+    {'h.0': 0.5, 'h.1': 1.0, 'h.2': 0.25, 'h.3': 0.25}
     """
     values = [check_factor(value) for value in (early, middle, late)]
-    return {key: values[3 * number // len(keys)] for keys in _stacks(layers) for number, key in enumerate(keys)}
+    return {
+        key: value
+        for keys in _stacks(layers)
+        for value, third in zip(values, thirds(keys), strict=True)
+        for key in third
+    }
 
 
 def _stacks(layers: Iterable[str]) -> list[list[str]]:
     """Layer keys, stack by stack, each in the order of its numbers."""
     found = stacks(f"{layer}.weight" if layer.rpartition(".")[2].isdigit() else layer for layer in layers)
-    return [sorted(keys, key=lambda key: int(key.rpartition(".")[2])) for keys in found.values()]
+    return [sorted(keys, key=layer_order) for keys in found.values()]
 
 
 def check_rule(text: str) -> tuple[str, list[float]]:

@@ -102,6 +102,21 @@ def stacks(names: Iterable[str]) -> dict[str, set[str]]:
     return found
 
 
+def layer_order(key: str) -> tuple[str, int]:
+    """Return what layer keys are sorted by: their stack, then their number."""
+    return key.rpartition(".")[0], int(key.rpartition(".")[2])
+
+
+def thirds(layers: Sequence[str]) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+    """Return the early, the middle and the late layers: third t of N are floor(t N / 3) to floor((t + 1) N / 3) - 1.
+
+    >>> [len(third) for third in thirds([f"h.{n}" for n in range(8)])]
+    [2, 3, 3]
+    """
+    first, second = len(layers) // 3, 2 * len(layers) // 3
+    return layers[:first], layers[first:second], layers[second:]
+
+
 def resolve_layers(values: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
     """Return values keyed by full layer keys, having checked them against a model's tensor names.
 
@@ -211,6 +226,5 @@ def ready_option(option: str, *names: str) -> str:
 
 
 def _abbreviated(keys: Iterable[str]) -> str:
-    ordered = sorted(keys, key=lambda key: (key.rpartition(".")[0], int(key.rpartition(".")[2])))
-    names = [shown(key) for key in ordered]
+    names = [shown(key) for key in sorted(keys, key=layer_order)]
     return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, … {names[-1]}"

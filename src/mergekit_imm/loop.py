@@ -168,9 +168,7 @@ def _train(run: _Run, number: int, start: str, chain: str) -> None:
 
 def _check_factors(settings: Settings, names: Iterable[str]) -> None:
     """Raise ArgumentError if the layer factors are none, or not of this model."""
-    values = listed(
-        importance=settings.importance, layer_factors=settings.layer_factors, keep=(), take=(), no_drop=(), rename=()
-    )
+    values = listed(importance=settings.importance, layer_factors=settings.layer_factors)
     p = Parameters(shrink=settings.shrink, clip=settings.clip, **values)
     factors_of(names, p.importance, p.layer_factors, p.shrink, p.clip)
 

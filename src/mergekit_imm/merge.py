@@ -281,11 +281,11 @@ def iter_merged(
     from .flat import DTYPES
 
     inputs, parameters, _ = open_inputs(
-        base, sft, start, outs=(), dry_run=False, iteration=iteration, importance=importance,
+        base, sft, start, iteration=iteration, importance=importance,
         shrink=shrink, clip=clip, layer_factors=layer_factors, sparsify=sparsify,
-        points=[{"alpha": alpha, "drop": drop, "seed": seed}], reference=reference, dtype=dtype, max_shard_size=None,
+        points=[{"alpha": alpha, "drop": drop, "seed": seed}], reference=reference, dtype=dtype,
         keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, dequantize=dequantize,
-        allow_nonfinite=allow_nonfinite, copy_code=False,
+        allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     (plan,) = plans_of(inputs, parameters)
     workers, computes = check_workers(workers), pick_device(device)

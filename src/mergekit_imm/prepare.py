@@ -43,18 +43,20 @@ def open_inputs(
     sft: str | Path,
     start: str | Path | None,
     *,
-    outs: Sequence[Path],
-    dry_run: bool,
-    iteration: int | None,
-    importance: Mapping[str, float] | str | Path | None,
-    dtype: str | None,
-    max_shard_size: int | str | None,
-    points: Sequence[Mapping[str, Any]],
+    outs: Sequence[Path] = (),
+    dry_run: bool = False,
+    iteration: int | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str | None = None,
+    points: Sequence[Mapping[str, Any]] = ({},),
     **values: Any,
 ) -> tuple[dict[str, Checkpoint], list[Parameters], list[dict[str, Any]]]:
     """Check the arguments, open the inputs, and return the parameters of each merge, and the rounds before it."""
-    values |= listed(importance=importance, **values)
-    if values["sparsify"] != "dare" and len({(point.get("drop"), point.get("seed")) for point in points}) > 1:
+    values = listed(**values)
+    if (
+        values.get("sparsify", "dare") != "dare"
+        and len({(point.get("drop"), point.get("seed")) for point in points}) > 1
+    ):
         raise ArgumentError(
             f"several drops or seeds with sparsify {shown(values['sparsify'])}: what is dropped differs for each of"
             " them; merge them one by one (several alphas are read once)"
@@ -89,13 +91,13 @@ def open_inputs(
 
 def listed(
     *,
-    importance: Mapping[str, float] | str | Path | None,
-    layer_factors: Mapping[str, float] | str | Path | None,
+    importance: Mapping[str, float] | str | Path | None = None,
+    layer_factors: Mapping[str, float] | str | Path | None = None,
     **values: Any,
 ) -> dict[str, Any]:
-    """Return the parameters that are lists of patterns, as tuples, importance and factors, read if they are files."""
-    found: dict[str, Any] = {}
-    for option in ("keep", "take", "no_drop", "rename"):
+    """Return parameters, lists of patterns as tuples, and importance and factors read if they are files."""
+    found = dict(values)
+    for option in {"keep", "take", "no_drop", "rename"} & set(values):
         if isinstance(values[option], str):
             raise ArgumentError(f"{option} is a string; give a list of patterns, [{values[option]!r}]")
         found[option] = tuple(values[option])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import CheckpointError, MergeError, MismatchError, NonFiniteError, shown
-from ..layers import is_end, layer_key, only_in, weight_kind
+from ..layers import is_end, layer_key, layer_order, only_in, weight_kind
 
 if TYPE_CHECKING:
     import torch
@@ -97,11 +97,6 @@ def change_of(norms: Mapping[str, Norms], notes: Sequence[str] = (), cure: str =
     )
 
 
-def layer_order(key: str) -> tuple[str, int]:
-    """Return what layer keys are sorted by: their stack, then their number."""
-    return key.rpartition(".")[0], int(key.rpartition(".")[2])
-
-
 def weight_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> WeightChange:
     """Return how far the weights of each layer moved.
 
@@ -174,11 +169,8 @@ def checkpoint_change(
     check_platform()
     try:
         inputs, parameters, _ = open_inputs(
-            base, sft, None, outs=(), dry_run=False, iteration=0, importance=None,
-            points=[{"alpha": 0.0, "drop": 0.0, "seed": 0}], reference="start", dtype="float32", max_shard_size=None,
-            keep=(), take=(), no_drop=(), vocab=vocab, rename=rename, dequantize=False, allow_nonfinite=False,
-            copy_code=False,
-        )  # fmt: skip
+            base, sft, None, alpha=0.0, drop=0.0, dtype="float32", vocab=vocab, rename=rename
+        )
         (plan,) = plans_of(inputs, parameters)
         notes = list(plan.notes)
         rows = sorted({each.rows[0] for each in plan.inputs.values() if each.rows})

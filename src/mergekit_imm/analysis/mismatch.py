@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ArgumentError, MismatchError, shown
 from ..evaluation.bootstrap import Interval, bootstrap
 from ..importance import importance_factors
-from ..layers import only_in, stacks
-from .change import WeightChange, layer_order
+from ..layers import layer_order, only_in, stacks, thirds
+from .change import WeightChange
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,16 +103,16 @@ def mismatch(importance: Mapping[str, float], change: WeightChange) -> Mismatch:
     of_change = [change.layers[key] for key in keys]
     rho = _interval(of_importance, of_change)
     relative = _interval(of_importance, [_number(change.relative[key]) for key in keys])
-    edges = [t * len(keys) // 3 for t in range(4)]
-    thirds = {
+    total = math.fsum(of_change)
+    shares = {
         name: Third(
-            tuple(keys[a:b]),
-            math.fsum(of_importance[a:b]) / math.fsum(of_importance),
-            math.fsum(of_change[a:b]) / total if (total := math.fsum(of_change)) else None,
+            tuple(third),
+            math.fsum(values[key] for key in third) / math.fsum(of_importance),
+            math.fsum(change.layers[key] for key in third) / total if total else None,
         )
-        for name, a, b in zip(THIRDS, edges, edges[1:], strict=False)
+        for name, third in zip(THIRDS, thirds(keys), strict=True)
     }
-    return Mismatch(rho, relative, thirds, _verdict(rho))
+    return Mismatch(rho, relative, shares, _verdict(rho))
 
 
 def _number(value: float | None) -> float:
