@@ -1,4 +1,4 @@
-"""Write what `imm-merge`, `imm-verify` and `imm-loop --help` print into docs/cli.md.
+"""Write what the commands' --help prints into docs/cli.md.
 
 python docs/scripts/help.py [--check]
 """
@@ -15,11 +15,12 @@ from pages import update
 def help_of(command: str) -> str:
     """Run a command's --help as in a terminal as wide as the page."""
     shown = subprocess.run(
-        [sys.executable, "-m", "mergekit_imm", command, "--help"],
+        [sys.executable, "-m", "mergekit_imm", *command.split(), "--help"],
         env={**os.environ, "COLUMNS": "84"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return f"```text\n{shown.stdout.rstrip()}\n```"
 
 
 if __name__ == "__main__":
-    update("cli.md", {f"imm-{name} --help": help_of(name) for name in ("merge", "verify", "loop")}, __doc__)
+    names = ("merge", "verify", "loop", "analyze importance", "analyze change", "analyze samples")
+    update("cli.md", {f"imm-{name} --help": help_of(name) for name in names}, __doc__)
