@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +100,6 @@ def test_answers_of_the_toy_are_right(example: Any) -> None:
 )
 def test_an_answer_is_right_by_its_result(example: Any, given: str, same: bool) -> None:
     assert example("toy").same_result(given, "11,10,6>601.") is same
-
-
-@pytest.mark.parametrize("module", ["toy", "score"])
-def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(example: Any, module: str) -> None:
-    pass_at_k = example(module).pass_at_k
-    for samples, right, k in [(8, 0, 8), (8, 1, 8), (8, 1, 1), (5, 2, 3), (6, 4, 2), (4, 4, 1)]:
-        draws = list(combinations([True] * right + [False] * (samples - right), k))
-        assert pass_at_k(samples, right, k) == pytest.approx(float(Fraction(sum(map(any, draws)), len(draws))))
 
 
 def test_no_question_is_both_trained_on_and_tested_or_held_out_and_reported(example: Any) -> None:

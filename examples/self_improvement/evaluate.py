@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch.nn.utils import parameters_to_vector
-from toy import IN_DOMAIN, NAMES, OUT_OF_DOMAIN, SKILLS, Example, distinct, load, pass_at_k, respond, same_result
+from toy import IN_DOMAIN, NAMES, OUT_OF_DOMAIN, SKILLS, Example, distinct, load, respond, same_result
+
+from mergekit_imm.evaluation import mean_pass_at_k
 
 TEMPERATURE = 0.6  # of the answers that are sampled for pass@k
 FEWER = 4  # each of these is answered several times, so a quarter of the questions
@@ -54,7 +56,7 @@ def sampled(model: Any, tokenizer: Any, asked: dict[str, list[Example]], samples
         right = [same_result(answer, example.answer) for answer, example in zip(answers, examples, strict=True)]
         counts = [sum(right[at : at + samples]) for at in range(0, len(right), samples)]
         for k, percent in chances.items():
-            percent[skill] = 100 * sum(pass_at_k(samples, count, k) for count in counts) / len(counts)
+            percent[skill] = 100 * mean_pass_at_k([(samples, count) for count in counts], k)
     return {f"pass@{k}": summary(percent) for k, percent in chances.items()}
 
 

@@ -93,11 +93,6 @@ def same_result(a: str, b: str) -> bool:
     return a.rpartition(">")[2] == b.rpartition(">")[2]
 
 
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Return the chance that one of k answers is right, drawn without putting back from samples of which some are."""
-    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
-
-
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One character is one token."""
     ids = {character: i for i, character in enumerate(VOCABULARY)}

@@ -12,10 +12,7 @@ from pathlib import Path
 
 from answers import Generator, read_questions, right
 
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Return the chance that one of k answers is right, drawn without putting back from samples of which some are."""
-    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+from mergekit_imm.evaluation import mean_pass_at_k
 
 
 def main() -> None:
@@ -48,8 +45,7 @@ def main() -> None:
                 for each, question in zip(sampled, questions, strict=True)
             ]
             for k in (1, arguments.samples):
-                passed = sum(pass_at_k(arguments.samples, count, k) for count in counts)
-                found[f"pass@{k}"] = 100 * passed / len(questions)
+                found[f"pass@{k}"] = 100 * mean_pass_at_k([(arguments.samples, count) for count in counts], k)
         scores[name] = found
     Path(arguments.json).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 
