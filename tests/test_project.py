@@ -56,7 +56,7 @@ LEVELS = [
     ["loopstate"],
     ["loop", "loopsummary", "rounds", "callback"],
     ["answers"],
-    ["synthesis.filtering", "synthesis.mixture", "synthesis.crescent"],
+    ["synthesis.filtering", "synthesis.mixture"],
     ["evaluation.bootstrap", "evaluation.passk", "evaluation.diversity", "evaluation.samples"],
     ["evaluation.reversal"],
     ["evaluation.compare"],

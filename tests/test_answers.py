@@ -1,0 +1,155 @@
+"""Answers: found in responses, compared exactly, and never slower than the text is long."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_imm.answers import final_answer, is_correct, same_answer
+
+FOUND = [
+    (r"so \boxed{12} or rather \boxed{13}", "13"),
+    (r"\boxed{\frac{1}{\sqrt{2}}} and {}", r"\frac{1}{\sqrt{2}}"),
+    (r"\boxed{\boxed{3}}", "3"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"The answer is 7. No: \boxed{8}", "8"),
+    (r"never closed \boxed{8, but 9", "9"),
+    ("1 + 1 = 2\n#### 1,234", "1,234"),
+    ("#### 1\n#### 2", "2"),
+    ("The answer is **42**.", "42"),
+    ("the answer is: the total is 42 dollars", "42"),
+    ("The answer is 42 because there are 3 dogs", "42"),
+    ("Answer: (B).", "(B)"),
+    ("The answer is Tuesday.", "Tuesday"),
+    (r"The answer is $\frac{3}{4}$.", r"$\frac{3}{4}$"),
+    ("It costs $5.50 in all.", "$5.50"),
+    ("from 2-3 we get -1", "-1"),
+    ("x=−3", "−3"),
+    ("3.5.", "3.5"),
+    ("1/3", "1/3"),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), FOUND)
+def test_the_last_answer_of_the_first_kind_that_is_there(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("text", ["", "no number", r"\boxed{}", "####", "#### \n", "v2 or h3o"])
+def test_there_may_be_none(text: str) -> None:
+    assert final_answer(text) is None
+    assert not is_correct(text, "5")
+
+
+SAME = [
+    ("1,234", "1234.0"), ("3/4", "0.75"), (r"\frac{3}{4}", "3/4"), (r"\dfrac34", "0.75"), ("-5", "−5"), ("$12", "12"),
+    ("1 1/2", "1.5"), (r"1\frac{1}{2}", "3/2"), ("-1 1/2", "-1.5"), ("1.5e3", "1,500"), (r"1.5 \times 10^{3}", "1500"),
+    ("2*10^-2", "0.02"), ("5 cm", "5"), ("7 apples", "7 apple"), ("50%", "50"), (r"50\%", "50%"), ("(B)", "b"),
+    ("x = 5", "5"), (r"\text{Tuesday}", "tuesday."), (r"\left(1,2\right)", "(1, 2)"), ("(0.5, 3)", r"(\frac12,3)"),
+    (r"-\frac{1}{2}", "-0.5"), (r"\frac{-1}{2}", "-1/2"), ("$-3$", "-3"), ("18 dollars", "18"), (".5", "0.5"),
+    ("5.", "5"), (r"90^\circ", "90"),
+    (r"$\frac{\pi}{2}$", r"\frac{\pi}{2}"), ("1e999999999", "1e999999999"),
+    ("1" * 5000, "1" * 5000), ("1e900", "10e899"),
+]  # fmt: skip
+OTHERS = [
+    ("5 cm", "5 m"), ("50%", "0.5"), ("1,2", "12"), ("5", "-5"), ("3/4", "4/3"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"),
+    ("(1,2)", "(1,2,3)"), ("a", "b"), ("", "0"), ("1e999999999", "5"), ("1/0", "1"), ("1 1/0", "1"),
+    ("1" * 5000, "1" * 5001), ("0.333", "1/3"), ("1,23", "123"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_the_same(one: str, other: str) -> None:
+    assert same_answer(one, other)
+    assert same_answer(other, one)
+    assert is_correct(f"So it is \\boxed{{{one}}}.", other)
+
+
+@pytest.mark.parametrize(("one", "other"), OTHERS)
+def test_not_the_same(one: str, other: str) -> None:
+    assert not same_answer(one, other)
+    assert not same_answer(other, one)
+
+
+@st.composite
+def notations(draw: st.DrawFn) -> tuple[Fraction, str]:
+    """A number, and one of the ways to write it."""
+    sign, top, under = draw(st.sampled_from(["", "-"])), draw(st.integers(0, 10**9)), draw(st.integers(1, 999))
+    value = Fraction(top, under) * (-1 if sign else 1)
+    kind = draw(st.sampled_from(["ratio", "latex", "mixed", "decimal", "grouped", "scientific"]))
+    if kind == "ratio":
+        return value, f"{sign}{top}/{under}"
+    if kind == "latex":
+        return value, f"{sign}\\frac{{{top}}}{{{under}}}"
+    if kind == "mixed":
+        return value, f"{sign}{top // under} {top % under}/{under}"
+    whole = Fraction(top) * (-1 if sign else 1)
+    if kind == "decimal":
+        digits = draw(st.integers(0, 6))
+        return (
+            whole / 10**digits,
+            f"{sign}{top // 10**digits}.{top % 10**digits:0{max(digits, 1)}d}" if digits else f"{sign}{top}.",
+        )
+    if kind == "grouped":
+        return whole, f"{sign}{top:,}"
+    power = draw(st.integers(-9, 9))
+    return whole * Fraction(10) ** power, f"{sign}{top}e{power}"
+
+
+@given(notations(), notations())
+def test_numbers_are_the_same_whatever_the_notation(one: tuple[Fraction, str], other: tuple[Fraction, str]) -> None:
+    assert same_answer(one[1], other[1]) is (one[0] == other[0])
+    assert same_answer(one[1], str(one[0]))
+
+
+@given(st.text(st.sampled_from("\\{}boxedfrac(),.0123456789 $-%#\n answeris:"), max_size=80), st.text(max_size=20))
+def test_any_text_is_an_answer_or_none(text: str, other: str) -> None:
+    found = final_answer(text)
+    assert found is None or (found == found.strip() and found != "")
+    assert same_answer(text, text)
+    assert same_answer(text, other) is same_answer(other, text)
+
+
+def test_a_whole_solution_may_be_the_right_answer() -> None:
+    assert is_correct("that makes 5", "He has 2 and 3.\n#### 5")
+    assert is_correct("that makes 5", r"thus $\boxed{5}$.")
+    assert not is_correct("that makes 5", "6")
+
+
+HOSTILE = [
+    "\\boxed{",
+    "{",
+    "}",
+    "\\",
+    "1,",
+    "1",
+    "answer ",
+    " ",
+    "-",
+    "\\frac",
+    "\\text{",
+    "1 ",
+    "answer is ",
+    "(",
+    "1/",
+    "$ ",
+    "a",
+    "°",
+]
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_time_is_that_of_the_length(piece: str) -> None:
+    """Four times the text takes less than twelve times as long (16 if it were quadratic), or next to nothing."""
+    took = []
+    for count in (250_000, 1_000_000):
+        text = piece * (count // len(piece))
+        began = time.process_time()
+        final_answer(text)
+        same_answer(text, text + "x")
+        took.append(time.process_time() - began)
+    assert took[1] < max(1.0, 12 * took[0])
