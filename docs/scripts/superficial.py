@@ -28,7 +28,9 @@ DATA = {"additions": "in.jsonl", "all skills": "all.jsonl"}
 
 
 def call(script: str, *arguments: object) -> None:
-    subprocess.run([sys.executable, str(EXAMPLE / script), *map(str, arguments)], check=True)
+    """Run a script of the example, unless what it makes is there."""
+    if not Path(str(arguments[arguments.index("--output") + 1])).exists():
+        subprocess.run([sys.executable, str(EXAMPLE / script), *map(str, arguments)], check=True)
 
 
 def measure(folder: Path) -> None:
@@ -67,7 +69,7 @@ def measure(folder: Path) -> None:
             for data, file in DATA.items()
         }
         for name, sft_name in ARMS.items():
-            change, _ = checkpoint_change(str(here / "base"), str(here / sft_name))
+            change = checkpoint_change(str(here / "base"), str(here / sft_name))
             verdicts = {data: mismatch(values, change).to_dict() for data, values in layers.items()}
             found["arms"][name][str(seed)] = verdicts
             print(name, seed, {data: each["verdict"] for data, each in verdicts.items()}, flush=True)
