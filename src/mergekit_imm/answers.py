@@ -20,12 +20,17 @@ _DROPPED = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\^\{?\\c
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|operatorname)\s?\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dtc]?frac\s?(?:\{([^{}]*)\}|(\d))\s?(?:\{([^{}]*)\}|(\d))")
 _VALUE = re.compile(
-    rf"(?P<sign>[-+]?)\s?\$?\s?(?P<whole>{_NUMBER})?(?:\s?(?P<over>\d+)/(?P<under>\d+))?"
-    r"(?:[eE](?P<power>[-+]?\d{1,4})(?![\d.])|\s?(?:\\times|\\cdot|[x×*])\s?10\^\{?(?P<ten>[-+]?\d{1,4})\}?)?"
-    r"\s?(?P<unit>(?:\\?[%$€£]|[A-Za-z][A-Za-z ./^0-9]*)?)"
+    rf"(?P<sign>[-+]?)\s?\$?\s?(?:(?P<a>{_NUMBER})\s?/\s?(?P<b>{_NUMBER})"
+    rf"|(?P<whole>{_NUMBER})?(?:\s?(?P<over>\d+)/(?P<under>\d+))?"
+    r"(?:[eE](?P<power>[-+]?\d{1,4})(?![\d.])|\s?(?:\\times|\\cdot|[x×*])\s?10\^\{?(?P<ten>[-+]?\d{1,4})\}?)?)"
+    r"(?P<unit>\s?(?:[%$€£]|[A-Za-z][A-Za-z .]*(?:[²³]|\^\{?[23]\}?)?(?:/[A-Za-z]+)?)?)"
 )
-_RATIO = re.compile(
-    rf"(?P<sign>[-+]?)\s?\$?(?P<a>{_NUMBER})\s?/\s?(?P<b>{_NUMBER})\s?(?P<unit>\\?%|[A-Za-z][A-Za-z ]*)?"
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SHORT = frozenset("cm mm km m kg mg g ml l lb lbs oz ft yd mi hr hrs h min sec s mph in of a an".split())
+# Words behind a number that make another one of it.
+_NO_UNITS = frozenset(
+    "pi half halves third thirds quarter quarters squared cubed sqrt sin cos tan log exp mod plus minus times over out"
+    " less more and not".split()
 )
 _NAMED = re.compile(r"[A-Za-z]\s?=\s?")
 
@@ -81,8 +86,9 @@ def same_answer(one: str, other: str) -> bool:
 
     Numbers are compared exactly, however they are written: `1,234`, `1234.0`, `3/4`, `0.75`, `\frac34`, `1 1/2`,
     `1.5e3`, `1.5 \times 10^3`, `$12`. A unit does not count unless both have one: `5 cm` is `5`, but not `5 m`; `%` is
-    a unit, so that `50%` is `50`, and not `0.5`. All else is compared as text, without spaces, case, `$`, `\left`,
-    `\right`, `\text` and a last period; lists in brackets element by element; `(B)` is `B`, and `x = 5` is `5`.
+    a unit, so that `50%` is `50`, and not `0.5`; `3 million` is `3000000`, and `5x` no number. All else is compared as
+    text, without spaces, case, `$`, `\left`, `\right`, `\text` and a last period; lists in brackets element by element;
+    `(B)` is `B`, and `x = 5` is `5`.
 
     >>> same_answer(r"\frac{3}{4}", "0.75"), same_answer("1,234", "1234.0"), same_answer("50%", "0.5")
     (True, True, False)
@@ -164,33 +170,38 @@ def _word(text: str) -> str:
 
 def _number(text: str) -> tuple[Fraction, str] | None:
     """The value of a number, and its unit; None if it is none, or too long to be worth it."""
-    if len(text) > LONGEST:
+    found = _VALUE.fullmatch(text) if len(text) <= LONGEST else None
+    if found is None:
         return None
-    ratio = _RATIO.fullmatch(text)
-    if ratio is not None:
-        top, bottom = (_fraction(ratio[key]) for key in "ab")
-        if not bottom:
+    if found["a"] is not None:
+        value, under = _fraction(found["a"]), _fraction(found["b"])
+    else:
+        value, under = _fraction(found["whole"] or "0"), Fraction(int(found["under"] or 1))
+        if found["whole"] is None and found["over"] is None:
             return None
-        value = top / bottom
-        return -value if ratio["sign"] == "-" else value, _unit(ratio["unit"] or "")
-    found = _VALUE.fullmatch(text)
-    if found is None or (found["whole"] is None and found["over"] is None):
+    power, measured = int(found["power"] or found["ten"] or 0), _measured(found["unit"])
+    if not under or abs(power) > LONGEST or measured is None:
         return None
-    value = _fraction(found["whole"]) if found["whole"] is not None else Fraction(0)
-    if found["over"] is not None:
-        if not int(found["under"]):
-            return None
-        value += Fraction(int(found["over"]), int(found["under"]))
-    power = int(found["power"] or found["ten"] or 0)
-    if abs(power) > LONGEST:
-        return None
-    value *= Fraction(10) ** power
-    return -value if found["sign"] == "-" else value, _unit(found["unit"])
+    value = value / under if found["a"] is not None else value + Fraction(int(found["over"] or 0)) / under
+    scale, unit = measured
+    return value * Fraction(10) ** power * (-scale if found["sign"] == "-" else scale), unit
 
 
 def _fraction(digits: str) -> Fraction:
     return Fraction(digits.replace(",", "").removesuffix(".") or "0")
 
 
-def _unit(text: str) -> str:
-    return text.strip().strip(".$\\").strip().lower().removesuffix("s")
+def _measured(tail: str) -> tuple[int, str] | None:
+    """What stands behind a number: what it is multiplied by, and its unit; None if it makes something else of it."""
+    if not tail.strip() or not tail.strip()[0].isalpha():
+        return 1, tail.strip()
+    words = tail.lower().split()
+    scale = 1
+    while words and words[0] in _SCALES:
+        scale *= _SCALES[words.pop(0)]
+    names = [re.split(r"[./^²³]", word)[0] for word in words]
+    if any(name in _NO_UNITS or (len(name) < 3 and name not in _SHORT) for name in names) or len(names) > 6:
+        return None
+    if words and scale == 1 and tail[0] != " " and names[0] not in _SHORT:
+        return None  # 5ab is a product
+    return scale, " ".join(words).removesuffix("s")
