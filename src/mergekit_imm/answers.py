@@ -21,7 +21,7 @@ _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|operatorname)\s?\{([^{}
 _FRACTION = re.compile(r"\\[dtc]?frac\s?(?:\{([^{}]*)\}|(\d))\s?(?:\{([^{}]*)\}|(\d))")
 _VALUE = re.compile(
     rf"(?P<sign>[-+]?)\s?\$?\s?(?:(?P<a>{_NUMBER})\s?/\s?(?P<b>{_NUMBER})"
-    rf"|(?P<whole>{_NUMBER})?(?:\s?(?P<over>\d+)/(?P<under>\d+))?"
+    rf"|(?P<whole>{_NUMBER})?(?:\s?(?<![\d.,])(?P<over>\d+)/(?P<under>\d+))?"
     r"(?:[eE](?P<power>[-+]?\d{1,4})(?![\d.])|\s?(?:\\times|\\cdot|[x×*])\s?10\^\{?(?P<ten>[-+]?\d{1,4})\}?)?)"
     r"(?P<unit>\s?(?:[%$€£]|[A-Za-z][A-Za-z .]*(?:[²³]|\^\{?[23]\}?)?(?:/[A-Za-z]+)?)?)"
 )
@@ -164,7 +164,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _word(text: str) -> str:
-    text = text.replace(" ", "").replace("$", "").lower()
+    text = re.sub(r"(?<!\d) | (?!\d)", "", text.replace("$", "").lower())
     return text[1:-1] if len(text) == 3 and text[0] + text[-1] == "()" else text
 
 
