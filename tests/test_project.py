@@ -26,6 +26,8 @@ LEVELS = [
     ["json_input", "ranks"],
     ["mask", "layers", "importance", "config", "sums", "sweep", "schedules"],
     ["evaluation.bootstrap", "factors", "sparsify"],
+    ["synthesis.deduplication"],
+    ["synthesis.crescent"],
     ["recipe", "flat"],
     ["fused"],
     ["states"],
