@@ -205,13 +205,20 @@ def crescent(
     check_count("samples", samples, 1)
     _check_vote(min_votes, min_agreement)
     if min_votes > samples:
-        raise ArgumentError(f"min_votes is {min_votes}, but there are {samples} samples: no answer could win")
+        raise ArgumentError(f"min_votes is {min_votes} and samples is {samples}: no answer could win; sample more")
     baits = as_texts("bait", bait_prompts() if bait is None else bait)
     if not baits:
         raise ArgumentError("bait is empty; give one prompt at least, or None for the prompts of bait_prompts()")
     raw = _called("generate", generate, [baits[i % len(baits)] for i in range(questions)])
-    cleaned = [text for text in map(clean, raw) if text]
-    again = None if rewrite is None else lambda question, neighbour: clean(rewrite(question, neighbour))
+
+    def cleaning(text: str) -> str:
+        question = clean(text)
+        if not isinstance(question, str):
+            raise ArgumentError(f"clean gave {shown(repr(question), 60)} for '{shown(text)}'; give a text")
+        return question.strip()
+
+    cleaned = [question for question in map(cleaning, raw) if question]
+    again = None if rewrite is None else lambda question, neighbour: cleaning(rewrite(question, neighbour))
     kept = deduplicate(cleaned, encode, history=history, threshold=threshold, rewrite=again, retries=retries)
     responses = _called("answer", answer, [question for question in kept.accepted for _ in range(samples)])
     votes = tuple(
@@ -230,7 +237,9 @@ def _called(name: str, function: Generate, texts: list[str]) -> list[str]:
     """Give texts to a callable of the user's, and look at what it returns."""
     returned = as_texts(f"what {name} returned", function(texts), empty=True) if texts else []
     if len(returned) != len(texts):
-        raise ArgumentError(f"{name} returned {len(returned)} texts for {len(texts)}; it must return one for each")
+        raise ArgumentError(
+            f"{name} was given {len(texts)} texts and returned {len(returned)}; it must return one each"
+        )
     return returned
 
 

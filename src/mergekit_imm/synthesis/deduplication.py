@@ -147,13 +147,13 @@ def _unit_vectors(encode: Encode, texts: list[str], width: int | None) -> Vector
     given = encode(texts)
     try:
         vectors = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: tensors that have a gradient
         raise ArgumentError(
-            f"encode gave no array of numbers for {len(texts)} texts: {shown(error)}; give a vector for each text"
+            f"encode gave no array of numbers: {shown(error)}; give a vector for each text, all of one width"
         ) from error
     if vectors.ndim != 2 or len(vectors) != len(texts) or vectors.shape[1] != (width or vectors.shape[1]):
         raise ArgumentError(
-            f"encode gave shape {vectors.shape} for {len(texts)} texts; it must be ({len(texts)}, {width or 'width'})"
+            f"encode gave shape {vectors.shape}; it must be ({len(texts)}, {width or 'width'}): a vector for each text"
         )
     largest = np.abs(vectors).max(axis=1, initial=0.0)
     for bad, what in ((~np.isfinite(largest), "a vector with NaN or infinity"), (largest == 0, "a zero vector")):
