@@ -227,10 +227,19 @@ def test_counts_add_up(data: st.DataObject) -> None:
         ({"generate": lambda _: [None] * 7}, r"^what generate returned: number 0 of 7 is None, not a text$"),
         ({"answer": lambda _: ["7"]}, r"^answer was given 15 texts and returned 1; it must return one each$"),
         ({"answer": lambda _: "7"}, r"^what answer returned: one text '7'; give a list of texts$"),
-        ({"threshold": 2}, r"^threshold is 2"),
+        ({"rewrite": lambda *_: None}, r"^rewrite gave None for 'What is 2 \+ 1\?'; give a text$"),
         ({"clean": lambda _: None}, r"^clean gave None for 'What is 1 \+ 2\? 3'; give a text$"),
     ],
 )
 def test_what_the_pipeline_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         run(**change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"threshold": 2}, {"retries": -1}, {"history": "1?"}, {"min_votes": 4}, {"min_agreement": 2}],
+)
+def test_values_are_refused_before_anything_is_generated(change: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=rf"^{next(iter(change))}\b"):
+        run(generate=lambda _: pytest.fail("it was asked"), **change)

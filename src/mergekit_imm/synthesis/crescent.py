@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..answers import final_answer, same_answer
 from ..errors import ArgumentError, shown
-from .deduplication import Deduplicated, Encode, Rewrite, as_texts, check_count, deduplicate, is_number
+from .deduplication import Deduplicated, Encode, Rewrite, as_texts, check_count, check_nearness, deduplicate, is_number
 
 Generate = Callable[[list[str]], Sequence[str]]  # prompts -> a response to each
 
@@ -203,7 +203,9 @@ def crescent(
     """
     check_count("questions", questions, 1)
     check_count("samples", samples, 1)
+    check_nearness(threshold, retries)  # all is checked before the model is asked for anything
     _check_vote(min_votes, min_agreement)
+    history = as_texts("history", history)
     if min_votes > samples:
         raise ArgumentError(f"min_votes is {min_votes} and samples is {samples}: no answer could win; sample more")
     baits = as_texts("bait", bait_prompts() if bait is None else bait)
@@ -218,8 +220,14 @@ def crescent(
         return question.strip()
 
     cleaned = [question for question in map(cleaning, raw) if question]
-    again = None if rewrite is None else lambda question, neighbour: cleaning(rewrite(question, neighbour))
-    kept = deduplicate(cleaned, encode, history=history, threshold=threshold, rewrite=again, retries=retries)
+
+    def again(question: str, neighbour: str) -> str:
+        answer = rewrite(question, neighbour)  # type: ignore[misc]
+        return cleaning(answer) if isinstance(answer, str) else answer  # deduplicate refuses what is no text
+
+    kept = deduplicate(
+        cleaned, encode, history=history, threshold=threshold, rewrite=again if rewrite else None, retries=retries
+    )
     responses = _called("answer", answer, [question for question in kept.accepted for _ in range(samples)])
     votes = tuple(
         consensus(responses[at : at + samples], min_votes=min_votes, min_agreement=min_agreement, extract=extract,

@@ -79,9 +79,7 @@ def deduplicate(
     """
     import numpy as np
 
-    if not is_number(threshold) or not 0 < threshold <= 1:
-        raise ArgumentError(f"threshold is {shown(repr(threshold), 60)}; it must be a cosine above 0 and at most 1")
-    check_count("retries", retries, 0)
+    check_nearness(threshold, retries)
     questions, texts = as_texts("questions", questions), as_texts("history", history)
     limit = threshold - ROUNDING
     pool: list[Vectors] = []  # vectors of `texts`, in blocks
@@ -184,6 +182,13 @@ def as_texts(name: str, texts: Sequence[str], *, empty: bool = False) -> list[st
         if not text.strip() and not empty:
             raise ArgumentError(f"{name}: number {i} of {len(found)} is empty; leave it out")
     return found
+
+
+def check_nearness(threshold: float, retries: int) -> None:
+    """Refuse a threshold that is no cosine above 0, or retries below 0."""
+    if not is_number(threshold) or not 0 < threshold <= 1:
+        raise ArgumentError(f"threshold is {shown(repr(threshold), 60)}; it must be a cosine above 0 and at most 1")
+    check_count("retries", retries, 0)
 
 
 def check_count(name: str, value: int, least: int) -> None:
