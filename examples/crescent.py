@@ -2,8 +2,9 @@
 
     python examples/crescent.py [--quick] [--seeds 0 1] [--json FILE]
 
-1. A Qwen2 model of 109 thousand parameters is trained from scratch on eight skills, on the questions too: so it can be
-   baited. Its bait is the letter of a skill: after `A` it writes an addition, as `82+18=`.
+1. A Qwen2 model of 109 thousand parameters is trained from scratch on eight skills, at first on the answers and then on
+   the questions too: so it can be baited. Its bait is the letter of a skill: after `A` it writes an addition, as
+   `82+18=`.
 2. `mergekit_imm.synthesis.crescent` makes training pairs of nothing but this model: 1500 questions are asked for, those
    that are near to others are dropped, each of the rest is answered 8 times, and a majority decides.
 3. The model is fine-tuned on the pairs and tested on addition (in domain) and on the other seven skills (out of
@@ -69,7 +70,8 @@ ARMS = {
 class Size:
     """How much of everything."""
 
-    pretraining: int = 1000  # steps
+    answering: int = 900  # steps of pretraining on answers
+    asking: int = 250  # and on questions and answers after that
     batch: int = 128
     asked: int = 1500  # questions
     samples: int = 8
@@ -77,7 +79,7 @@ class Size:
     tests: tuple[int, int] = (400, 100)  # questions in domain, and of each other skill
 
 
-QUICK = Size(pretraining=120, batch=48, asked=60, samples=4, steps=4, tests=(20, 5))
+QUICK = Size(answering=60, asking=60, batch=48, asked=60, samples=4, steps=4, tests=(20, 5))
 
 
 def embed(texts: list[str]) -> npt.NDArray[np.float64]:
@@ -116,11 +118,14 @@ def equal(one: str, other: str) -> bool:
 
 
 def pretrain(tokenizer: PreTrainedTokenizerFast, size: Size, seed: int) -> Qwen2ForCausalLM:
-    """Train a base on answers, and on one question in 32: they are easy to write, and their digits are noise."""
+    """Train a base on answers alone, then on questions and answers: digits of questions are noise, and slow it down."""
     model = build_model(tokenizer, layers=2, seed=seed)
-    ids, labels = encode(tokenizer, training_mix(size.pretraining * size.batch, random.Random(seed)))
-    labels[::32] = ids[::32].masked_fill(ids[::32] == tokenizer.pad_token_id, -100)
-    train(model, ids, labels, steps=size.pretraining, batch=size.batch, lr=4e-3, seed=seed, tell=tell)
+    for phase, (steps, lr) in enumerate(((size.answering, 4e-3), (size.asking, 2e-3))):
+        mix = training_mix(steps * size.batch, random.Random(f"{seed} {phase}"))
+        ids, labels = encode(tokenizer, mix)
+        if phase == 1:
+            labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        train(model, ids, labels, steps=steps, batch=size.batch, lr=lr, seed=seed, tell=tell)
     return model
 
 
