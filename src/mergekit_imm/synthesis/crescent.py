@@ -1,0 +1,257 @@
+"""Crescent: a model asks itself new questions, drops those that are alike, and votes on the answers.
+
+The steps follow "The Self-Improvement Paradox" (arXiv 2502.13441, Crescent). Where its released code and a sound
+procedure part, this is the sound one: a rewritten question is tested like any other, there is one threshold on one
+cosine, an answer needs a majority, and cleaning leaves the mathematics alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..answers import final_answer, same_answer
+from ..errors import ArgumentError, shown
+from .deduplication import Deduplicated, Encode, Rewrite, as_texts, check_count, check_nearness, deduplicate, is_number
+
+Generate = Callable[[list[str]], Sequence[str]]  # prompts -> a response to each
+
+_END = re.compile(r"[?？؟]")  # also full-width and Arabic
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """What a vote came to.
+
+    answer: the answer that won, in the form in which it came first; None without a majority. votes: of the largest
+    group, won or not. n: number of responses, those without an answer too. responses: those that gave the answer, in
+    their order. reason: None, or why there is no majority: "no answer" (no response had one), "tie", "few votes"
+    (under min_votes), "low agreement" (votes/n under min_agreement); the first of these that holds.
+    """
+
+    answer: str | None
+    votes: int
+    n: int
+    responses: tuple[str, ...]
+    reason: str | None = None
+
+
+class Pair(NamedTuple):
+    """A question, and a response to train on."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Crescent:
+    """What `crescent` made.
+
+    pairs: a pair for each question with a majority: the first response that gives its answer. questions: what
+    `deduplicate` returned. votes: `consensus` of each accepted question, in their order. counts: step -> number, in
+    order: "asked" = "no question" + "too near" + "no answer" + "tie" + "few votes" + "low agreement" + "pairs".
+    """
+
+    pairs: tuple[Pair, ...]
+    questions: Deduplicated
+    votes: tuple[Consensus, ...]
+    counts: dict[str, int]
+
+
+def bait_prompts() -> tuple[str, ...]:
+    """Return prompts that make a chat model ask a mathematical question of its own.
+
+    Nothing in them comes from a data set: that is the point of Crescent. The wording is ours, not the paper's; several
+    prompts, so that a model which repeats itself is moved at least by the prompt. Each asks for a question mark, which
+    `clean_question` looks for.
+
+    Source: bait prompting, arXiv 2502.13441.
+
+    >>> len(bait_prompts()), "question mark" in bait_prompts()[0]
+    (6, True)
+    """
+    kinds = (
+        "about buying and selling",
+        "about time, speed and distance",
+        "about fractions or percentages",
+        "about counting or arranging things",
+        "about lengths, areas or volumes",
+        "that takes several steps of arithmetic",
+    )
+    return tuple(
+        f"Invent a word problem in mathematics {kind} that nobody has asked before. Write the problem alone, without"
+        " its solution, and end it with a question mark."
+        for kind in kinds
+    )
+
+
+def clean_question(text: str) -> str:
+    """Return a generated text up to and with its first question mark, or "" if there is none.
+
+    Spaces and line ends become single spaces; everything else stays, above all - / % $ ( ) = and decimal points, which
+    the released code of Crescent deletes ("3/4" becomes "34" there). Ours: no list of phrases to cut out.
+
+    Source: arXiv 2502.13441, its cleaning step, changed as said.
+
+    >>> clean_question("Tom has $3.50 and\\nspends 3/4 of it (75%).  What is left?  Answer: $0.875")
+    'Tom has $3.50 and spends 3/4 of it (75%). What is left?'
+    >>> clean_question("Let x - 1 = -5.")
+    ''
+    """
+    end = _END.search(text)
+    if end is None or not text[: end.start()].strip():
+        return ""
+    return " ".join(text[: end.end()].split())
+
+
+def consensus(
+    responses: Sequence[str],
+    *,
+    min_votes: int = 2,
+    min_agreement: float = 0.5,
+    extract: Callable[[str], str | None] = final_answer,
+    same: Callable[[str, str], bool] = same_answer,
+) -> Consensus:
+    """Let responses to one question vote on its answer.
+
+        answer = the largest group,   if it is the only largest one, votes >= min_votes and votes / n >= min_agreement
+
+    Args: `extract` gives the answer of a response, or None; None never wins, and counts in n. `same` tells whether two
+    answers are one; an answer joins the first group whose first answer is the same. Raises ArgumentError for no
+    responses or values out of range.
+
+    Source: arXiv 2502.13441, consensus. The minima and the rule that a tie is no majority are ours: the released code
+    takes the most frequent answer whatever its share, the first one in a tie, and lets "no answer" win.
+
+    >>> consensus(["3 + 4 = 7", "It is 7.", "It is 8."])
+    Consensus(answer='7', votes=2, n=3, responses=('3 + 4 = 7', 'It is 7.'), reason=None)
+    >>> consensus(["It is 7.", "It is 8.", "I do not know."]).reason
+    'tie'
+    """
+    _check_vote(min_votes, min_agreement)
+    given = as_texts("responses", responses, empty=True)
+    if not given:
+        raise ArgumentError("there are no responses to vote; give one at least")
+    groups: list[tuple[str, list[str]]] = []
+    for response in given:
+        answer = extract(response)
+        if answer is None:
+            continue
+        members = next((members for first, members in groups if same(first, answer)), None)
+        if members is None:
+            members = []
+            groups.append((answer, members))
+        members.append(response)
+    n = len(given)
+    if not groups:
+        return Consensus(None, 0, n, (), "no answer")
+    answer, members = max(groups, key=lambda group: len(group[1]))
+    votes = len(members)
+    reason = None
+    if sum(len(others) == votes for _, others in groups) > 1:
+        reason = "tie"
+    elif votes < min_votes:
+        reason = "few votes"
+    elif votes / n < min_agreement:
+        reason = "low agreement"
+    return Consensus(None, votes, n, (), reason) if reason else Consensus(answer, votes, n, tuple(members))
+
+
+def crescent(
+    generate: Generate,
+    encode: Encode,
+    answer: Generate,
+    *,
+    questions: int,
+    samples: int,
+    bait: Sequence[str] | None = None,
+    clean: Callable[[str], str] = clean_question,
+    history: Sequence[str] = (),
+    threshold: float = 0.85,
+    rewrite: Rewrite | None = None,
+    retries: int = 3,
+    min_votes: int = 2,
+    min_agreement: float = 0.5,
+    extract: Callable[[str], str | None] = final_answer,
+    same: Callable[[str, str], bool] = same_answer,
+) -> Crescent:
+    """Make training pairs out of nothing but a model: bait, clean, deduplicate, answer, vote.
+
+        raw_i = generate(bait_i mod b), i < questions;   q = deduplicate(clean(raw));   r_j = answer(q), j < samples
+        pairs = (q, the first r_j that gives the answer of consensus(r)), where there is one
+
+    Args: `generate(prompts)` and `answer(questions)` return a text for each of theirs, sampled, not greedy: `answer`
+    gets each question `samples` times, next to each other, and adds its own instructions. `bait`: prompts, used in
+    turn; None takes `bait_prompts()`. `clean`: raw text -> question, or "" if there is none; it cleans what
+    `rewrite` gives too. The others are those of `deduplicate` and `consensus`. Raises ArgumentError as these do, and if
+    a callable returns another number of texts than it was given.
+
+    Source: arXiv 2502.13441; what differs is said at each step.
+
+    >>> made = crescent(
+    ...     lambda prompts: [f"What is {i % 3} + 4?" for i, _ in enumerate(prompts)],
+    ...     lambda texts: [[text.count(digit) for digit in "01234"] for text in texts],
+    ...     lambda texts: [f"It is {int(text[8]) + 4}." for text in texts],
+    ...     questions=5, samples=3, threshold=0.99,
+    ... )  # fmt: skip
+    >>> made.pairs[2]
+    Pair(prompt='What is 2 + 4?', response='It is 6.')
+    >>> {step: count for step, count in made.counts.items() if count}
+    {'asked': 5, 'too near': 2, 'pairs': 3}
+    """
+    check_count("questions", questions, 1)
+    check_count("samples", samples, 1)
+    check_nearness(threshold, retries)  # all is checked before the model is asked for anything
+    _check_vote(min_votes, min_agreement)
+    history = as_texts("history", history)
+    if min_votes > samples:
+        raise ArgumentError(f"min_votes is {min_votes} and samples is {samples}: no answer could win; sample more")
+    baits = as_texts("bait", bait_prompts() if bait is None else bait)
+    if not baits:
+        raise ArgumentError("bait is empty; give one prompt at least, or None for the prompts of bait_prompts()")
+    raw = _called("generate", generate, [baits[i % len(baits)] for i in range(questions)])
+
+    def cleaning(text: str) -> str:
+        question = clean(text)
+        if not isinstance(question, str):
+            raise ArgumentError(f"clean gave {shown(repr(question), 60)} for '{shown(text)}'; give a text")
+        return question.strip()
+
+    cleaned = [question for question in map(cleaning, raw) if question]
+
+    def again(question: str, neighbour: str) -> str:
+        answer = rewrite(question, neighbour)  # type: ignore[misc]
+        return cleaning(answer) if isinstance(answer, str) else answer  # deduplicate refuses what is no text
+
+    kept = deduplicate(
+        cleaned, encode, history=history, threshold=threshold, rewrite=again if rewrite else None, retries=retries
+    )
+    responses = _called("answer", answer, [question for question in kept.accepted for _ in range(samples)])
+    votes = tuple(
+        consensus(responses[at : at + samples], min_votes=min_votes, min_agreement=min_agreement, extract=extract,
+                  same=same)
+        for at in range(0, len(responses), samples)
+    )  # fmt: skip
+    pairs = tuple(Pair(q, vote.responses[0]) for q, vote in zip(kept.accepted, votes, strict=True) if vote.responses)
+    counts = {"asked": questions, "no question": questions - len(cleaned), "too near": len(kept.discarded)}
+    for reason in ("no answer", "tie", "few votes", "low agreement"):
+        counts[reason] = sum(vote.reason == reason for vote in votes)
+    return Crescent(pairs, kept, votes, counts | {"pairs": len(pairs)})
+
+
+def _called(name: str, function: Generate, texts: list[str]) -> list[str]:
+    """Give texts to a callable of the user's, and look at what it returns."""
+    returned = as_texts(f"what {name} returned", function(texts), empty=True) if texts else []
+    if len(returned) != len(texts):
+        raise ArgumentError(
+            f"{name} was given {len(texts)} texts and returned {len(returned)}; it must return one each"
+        )
+    return returned
+
+
+def _check_vote(min_votes: int, min_agreement: float) -> None:
+    check_count("min_votes", min_votes, 1)
+    if not is_number(min_agreement) or not 0 <= min_agreement <= 1:
+        raise ArgumentError(f"min_agreement is {shown(repr(min_agreement), 60)}; it must be a share from 0 to 1")
