@@ -167,6 +167,8 @@ def test_an_importance_shrunk_and_clipped_is_its_factors(folders: Path) -> None:
         ({"layer_factors": {}}, "give a mapping"),
         ({"layer_factors": "lines:0,1", "importance": {"model.layers.0": 1.0}}, "both given"),
         ({"shrink": 0.5}, "none is given"),
+        ({"layer_factors": "lines:0,1", "clip": (0.5, 2)}, "none is given"),
+        ({"layer_factors": {str(n): 10**400 for n in range(12)}}, "a finite number >= 0"),
         ({"clip": (0.5, 2)}, "none is given"),
     ],
 )

@@ -16,6 +16,7 @@ from peft.utils.merge_utils import magnitude_based_pruning
 import reference
 from checkpoints import read_model, same_bits, write_model
 from mergekit_imm import dare, della, execute, merge_checkpoints, merge_into, trim, verify
+from mergekit_imm.check import check
 from mergekit_imm.checkpoint import sparsified
 from mergekit_imm.errors import ArgumentError, NonFiniteError
 from strategies import DTYPES
@@ -252,3 +253,22 @@ def test_nan_is_refused_although_it_might_be_dropped(tmp_path: Path, sparsify: s
     write_model(tmp_path / "sft", state[2])
     with pytest.raises(NonFiniteError, match=r"mlp.up_proj.weight' of .*sft.* has 1 NaN or infinite of 6300"):
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", sparsify=sparsify, drop=0.89)
+
+
+def test_recipes_hold_what_is_used_and_no_more(tmp_path: Path) -> None:
+    """So that recipes of merges by DARE are what they were before there was anything else."""
+    models(tmp_path, SHAPES, [torch.float32] * 3)
+    for sparsify, held in (("dare", None), ("trim", "trim"), ("della", "della:0.1"), ("della:.10", "della:0.1")):
+        merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", sparsify=sparsify, overwrite=True)
+        recipe = json.loads((tmp_path / "out" / "imm_recipe.json").read_text())
+        assert recipe["parameters"].get("sparsify") == held
+        assert not {"shrink", "clip", "layer_factors"} & set(recipe["parameters"])
+    again = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", sparsify="della")
+    assert again.status == "already merged"
+
+
+def test_a_check_takes_the_drop_that_was_asked_for(tmp_path: Path) -> None:
+    models(tmp_path, SHAPES, [torch.float32] * 3)
+    assert check(tmp_path / "base", tmp_path / "sft", sparsify="della:0.3", drop=0.5).problems == []
+    (problem,) = check(tmp_path / "base", tmp_path / "sft", sparsify="della:0.15", drop=0.9).problems
+    assert "use della:0.099 or less" in problem

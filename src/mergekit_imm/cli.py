@@ -139,7 +139,8 @@ def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json
 
     kept = ("start", "iteration", "reference", "dtype", "max_shard_size", "vocab", "rename", "dequantize", "keep",
             "take", "no_drop", "importance", "shrink", "clip", "layer_factors", "sparsify", "copy_code")  # fmt: skip
-    reports = [check(base, sft, **{name: options[name] for name in kept}) for sft in sfts]
+    numbers: dict[str, Any] = {name: float(options[name][0]) for name in ("alpha", "drop")}  # of a sweep the first
+    reports = [check(base, sft, **numbers, **{name: options[name] for name in kept}) for sft in sfts]
     if as_json:
         content = [report.to_dict() for report in reports]
         say(json.dumps(content if len(content) > 1 else content[0], indent=2))

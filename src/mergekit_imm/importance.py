@@ -110,7 +110,7 @@ def read_importance(path: str | Path) -> dict[str, float]:
 def read_layers(path: str | Path, what: str) -> tuple[dict[str, float], dict[str, Any]]:
     """Read a JSON file that maps layers to numbers, bare or under "layers"; return the mapping, and all it holds."""
     try:
-        content = parse_json(Path(path).read_bytes(), without_duplicates)
+        content = parse_json(Path(path).expanduser().read_bytes(), without_duplicates)
     except OSError as error:
         raise ArgumentError(f"{what} file {shown(path)} cannot be read: {error.strerror}") from error
     except ValueError as error:

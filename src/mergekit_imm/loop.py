@@ -16,6 +16,7 @@ from .errors import CheckpointError, OutputError, shown
 from .factors import factors_of
 from .json_input import is_utf8, parse_json, read_small
 from .loopstate import LOCK, Settings, State, after, begin, decay, refuse_others, save
+from .mask import arithmetic
 from .merge import merge_checkpoints
 from .prepare import listed
 from .recipe import RECIPE_FILE, REPORT_FILE, Parameters
@@ -170,7 +171,10 @@ def _check_factors(settings: Settings, names: Iterable[str]) -> None:
     """Raise ArgumentError if the layer factors are none, or not of this model."""
     values = listed(importance=settings.importance, layer_factors=settings.layer_factors)
     p = Parameters(shrink=settings.shrink, clip=settings.clip, **values)
-    factors_of(names, p.importance, p.layer_factors, p.shrink, p.clip)
+    factors = factors_of(names, p.importance, p.layer_factors, p.shrink, p.clip)
+    for number in range(settings.rounds):
+        drop = parse_schedule(settings.drop, settings.rounds)(number)
+        arithmetic(alpha=0.5, drop=drop, factor=max(factors.values(), default=1.0))
 
 
 def _command(run: _Run, template: str, values: Mapping[str, str], what: str, number: int, place: Path) -> None:

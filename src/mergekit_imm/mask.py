@@ -12,7 +12,7 @@ over it is contiguous. The element is kept when the bits are < keep16.
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -112,7 +112,7 @@ def check_drop(drop: float) -> float:
 
 def check_factor(factor: float) -> float:
     """Return factor, or raise ArgumentError unless it is finite and >= 0."""
-    if not _is_number(factor) or not math.isfinite(factor) or factor < 0:
+    if not _is_number(factor) or not 0 <= factor <= sys.float_info.max:
         raise ArgumentError(f"factor is {factor!r}; a layer factor is a finite number >= 0")
     return float(factor)
 

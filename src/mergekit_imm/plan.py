@@ -296,8 +296,9 @@ def _item(
         )
     factor = factors.get(layer_key(key) or "", 1.0)
     numbers = _arithmetic(alpha=p.alpha, drop=0.0 if choose("no_drop", written, key) else p.drop, factor=factor)
-    if action == "merge" and p.sparsify != "dare" and numbers.draws and "sft" in sides:
-        sides, numbers = _sparsified(key, sides, p), _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
+    if action == "merge" and p.sparsify != "dare" and numbers.draws:
+        numbers = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
+        sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter leaves the rest as it was
     if is_delta(sides.get("sft")):
         numbers = replace(numbers, added=True)
     # Placed there by the layout: beside the base's tensor, or at the end.

@@ -23,7 +23,8 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 # Parameters that the first recipes did not have.
-_LATER = {"rename", "dequantize", "shrink", "clip", "layer_factors", "sparsify"}
+_LATEST = {"shrink", "clip", "layer_factors", "sparsify"}
+_LATER = {"rename", "dequantize"} | _LATEST
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,13 @@ class Parameters:
             raise ArgumentError(f"dtype is {self.dtype!r}; it must be one of base, {', '.join(DTYPES)}")
         if self.vocab not in VOCABS:
             raise ArgumentError(f"vocab is {self.vocab!r}; it must be one of {', '.join(VOCABS)}")
-        parse_sparsify(self.sparsify, self.drop)
+        how = parse_sparsify(self.sparsify, self.drop)
+        object.__setattr__(self, "sparsify", how.kind + (f":{how.epsilon:g}" if how.kind == "della" else ""))
         if self.layer_factors is not None:
             check_factors(self.layer_factors)
             if self.importance is not None:
                 raise ArgumentError("importance and layer_factors are both given; a layer has one factor: give one")
-        elif self.importance is None and (self.shrink != 1 or self.clip is not None):
+        if self.importance is None and (self.shrink != 1 or self.clip is not None):
             raise ArgumentError("shrink and clip change the factors of an importance, and none is given")
         if self.importance is not None:
             importance_factors(self.importance, shrink=self.shrink, clip=self.clip)
@@ -121,6 +123,13 @@ def parse_size(size: int | str) -> int:
     return value
 
 
+def _written(parameters: Parameters) -> dict[str, Any]:
+    """Parameters as a recipe holds them: later ones only where they are used, so that older recipes stay the same."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(parameters)))
+    unused = {each.name for each in fields(Parameters) if values[each.name] == each.default}
+    return {name: value for name, value in values.items() if name not in _LATEST & unused}
+
+
 def make_recipe(
     parameters: Parameters,
     inputs: Mapping[str, Mapping[str, Any]],
@@ -132,7 +141,7 @@ def make_recipe(
         "format": RECIPE_FORMAT,
         "version": RECIPE_VERSION,
         "formula": f"alpha*base + (1-alpha)*(start + factor*{parameters.sparsify.upper()}(sft-start))",
-        "parameters": json.loads(json.dumps(asdict(parameters))),
+        "parameters": _written(parameters),
         "inputs": {role: dict(entry) for role, entry in inputs.items()},
         "config_changes": dict(config_changes),
         "history": history,

@@ -76,7 +76,8 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Item]] = defaultdict(list)
     for item in items:
         name = blanked(item.name)
-        dtypes = tuple((role, side.dtype) for role, side in item.sides.items())
+        read = {role: s.sft if isinstance(s, Sparsified) else s for role, s in item.sides.items()}
+        dtypes = tuple((role, side.dtype) for role, side in read.items())
         drop = drop_of(item) if item.action == "merge" else None
         groups[name, item.action, dtypes, item.outs[0].dtype, drop].append(item)
     return [

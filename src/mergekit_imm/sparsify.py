@@ -52,10 +52,13 @@ def parse_sparsify(text: str, drop: float) -> Sparsifier:
 def check_epsilon(epsilon: float, drop: float) -> None:
     """Raise ArgumentError unless drop - epsilon >= 0 and drop + epsilon < 1; with drop = 0 nothing is dropped."""
     check_drop(drop)
-    if drop and not (0 <= epsilon <= drop and drop + epsilon < 1):
+    if drop == 0 and epsilon >= 0:
+        return
+    if not (0 <= epsilon <= drop and drop + epsilon < 1):
+        most = math.floor(1000 * min(drop, 0.999 - drop)) / 1000
         raise ArgumentError(
             f"epsilon {epsilon!r} does not go with drop {drop!r}: drop rates would run from {drop - epsilon:.4g} to"
-            f" {drop + epsilon:.4g}, and must stay in 0 <= p < 1; use a smaller epsilon, as in della:0.05"
+            f" {drop + epsilon:.4g}, and must stay in 0 <= p < 1; use della:{max(most, 0.0):g} or less"
         )
 
 

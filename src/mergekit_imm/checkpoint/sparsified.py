@@ -18,7 +18,7 @@ from .computed import Computed, Raw, Reads, Tensor, fill_as, is_delta
 from .tensorfile import DTYPE_BITS
 
 PIECE = 1 << 17  # elements worked on at a time
-LONGEST_ROW = 1 << 22  # elements that are ranked together
+LONGEST_ROW = 1 << 18  # elements that are ranked together
 
 Wide = npt.NDArray[Any]  # float32 or float64
 
