@@ -271,4 +271,4 @@ def test_a_check_takes_the_drop_that_was_asked_for(tmp_path: Path) -> None:
     models(tmp_path, SHAPES, [torch.float32] * 3)
     assert check(tmp_path / "base", tmp_path / "sft", sparsify="della:0.3", drop=0.5).problems == []
     (problem,) = check(tmp_path / "base", tmp_path / "sft", sparsify="della:0.15", drop=0.9).problems
-    assert "use della:0.099 or less" in problem
+    assert "use della:0.098 or less" in problem
