@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..errors import ArgumentError, MismatchError, shown
 from .bootstrap import RESAMPLES, Indices, Interval, bootstrap
 from .diversity import cosine_diversity, distinct_equations, expectation_adjusted_distinct, mean_distinct
 from .passk import pass_at_k, powers_of_two
-from .reversal import UNKNOWN, Reversal, group_disparity, improvement_set, judge
+from .reversal import FEWEST, UNKNOWN, Reversal, group_disparity, improvement_set, judge
 from .samples import Model, Problem
 
 Encoder = Callable[[list[str]], npt.ArrayLike]
@@ -108,8 +109,9 @@ def compare(
     array of one row each, for the diversity in meaning. pass@k is at k = 1, 2, 4, ... up to the fewest samples of a
     problem. Diversity is per problem over its samples, right and wrong ones apart, averaged over the problems where
     both models have at least two; of the model that has more, as many are taken as the other has, the first of its
-    file, as more texts repeat more. V of EAD is the number of distinct tokens in all samples of the domain. The verdict
-    is `judge`'s; its diversity is the cosine diversity of right responses, or their EAD without an encoder.
+    file, as more texts repeat more. V of EAD is the number of distinct tokens in all samples of both models. The
+    verdict is `judge`'s; its diversity is the cosine diversity of right responses, or without an encoder their EAD,
+    unless the responses have become longer; its pass@k is that of the largest k of at most half of the samples.
 
     Raises MismatchError if the models have different problems, ArgumentError for a reference that is not there or an
     encoder that is of no use.
@@ -126,6 +128,9 @@ def compare(
     if not models:
         raise ArgumentError("there are no models to compare; give samples of at least one")
     names = [model.name for model in models]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ArgumentError(f"two models are called '{shown(twice)}'; give each a name of its own")
     base = models[0] if reference is None else next((m for m in models if m.name == reference), None)
     if base is None:
         raise ArgumentError(f"the reference '{shown(reference)}' is none of the models: {', '.join(map(shown, names))}")
@@ -137,13 +142,14 @@ def compare(
     if not inside:
         raise MismatchError("all problems are marked ood; at least one must be of the domain of the training")
     sampled = {m.name: [r.text for name in inside for r in m.problems[name].sampled] for m in models}
-    vocabulary = len({token for text in chain(*sampled.values()) for token in text.split()})
     embedded = {name: _encode(encoder, texts) for name, texts in sampled.items()} if encoder else {}
     ks = powers_of_two(min(len(m.problems[name].sampled) for m in models for name in inside))
     curves = {m.name: {k: _interval(_pass_k(m, inside, k), resamples) for k in ks} for m in models}
     comparisons = []
     for model in models:
         if model is not base:
+            texts = chain(sampled[base.name], sampled[model.name])
+            vocabulary = len({token for text in texts for token in text.split()})
             pair = _Pair(base, model, inside, outside, ks, vocabulary, embedded, resamples)
             comparisons.append(pair.compare())
     return Report(base.name, len(inside), len(outside), curves, tuple(comparisons))
@@ -222,13 +228,18 @@ class _Pair:
             measures.append(self.measure(f"pass@{k} (sampled)", *of))
         if not self.ks:
             notes.append("a problem has no samples but a greedy answer: no pass@k, no diversity")
-        pass_k = measures[-1] if self.ks and self.ks[-1] > 1 else None
+        fewest = min(len(m.problems[name].sampled) for m in (self.base, self.model) for name in self.inside)
+        told = [f"pass@{k} (sampled)" for k in self.ks if 1 < k <= fewest / 2]  # near n it varies, and saturates
+        pass_k = next((each for each in measures if told and each.name == told[-1]), None)
         diversity = None
         for right in (True, False):
             found = self.diversity(right, notes)
             measures += found.values()
             if right:
                 diversity = found.get("cosine diversity", found.get("EAD"))
+                if diversity is found.get("EAD") and diversity and found["tokens"].difference.is_above:
+                    diversity = None
+                    notes.append("responses are longer, and EAD falls with length: no part of the verdict; --encoder")
         ood = self.solved(self.outside, "OOD pass@1", notes) if self.outside else None
         disparity = self.disparity(notes)
         measures += [each for each in (ood, disparity) if each]
@@ -304,6 +315,9 @@ class _Pair:
         measured = self.measure(
             f"{title} ({found[0]})", found[1], found[2], lambda values, i: group_disparity(values[i], level[i])
         )
+        if min(np.count_nonzero(level == end) for end in (min(graded), max(graded))) < FEWEST:
+            notes.append(f"{title}: fewer than {FEWEST} problems of a level, which decide nothing")
+            return replace(measured, difference=replace(measured.difference, low=math.nan, high=math.nan))
         if np.isnan(measured.difference.value):
             notes.append(f"{title}: not defined: one level alone, or nothing solved of the lowest")
         return measured

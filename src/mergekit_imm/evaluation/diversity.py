@@ -59,9 +59,9 @@ def expectation_adjusted_distinct(
         EAD = U / (V (1 - ((V-1)/V)^C)),  U distinct n-grams, C n-grams in all, pooled over the texts
 
     Args: `texts`, `n` and `tokenizer` as in `distinct_n`; `vocabulary`, V, from how many n-grams they could be drawn.
-    V must be the same for all that is compared: take the number of distinct n-grams of all models. It falls far less
-    with length than distinct-n; above 1 it is where U exceeds the expectation. NaN where there is no n-gram. Raises
-    ArgumentError if V < 1 or V < U, or n < 1.
+    V must be the same for all that is compared: take the number of distinct n-grams of all models. It falls with
+    length, less than distinct-n if V is near what texts use, and nearly as much if V is large; above 1 it is where U
+    exceeds the expectation. NaN where there is no n-gram. Raises ArgumentError if V < 1 or V < U, or n < 1.
 
     Source: Liu et al., "Rethinking and Refining the Distinct Metric", 2022 (arXiv 2202.13587). That V is counted, and
     not the size of a tokenizer's vocabulary, is ours: few of its entries ever occur in solutions.

@@ -29,6 +29,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         raise ArgumentError(f"pass@{k} of {n} samples; k must be between 1 and the number of samples")
     if n - c < k:
         return 1.0
+    if k == 1:
+        return c / n  # the product is not always this number, to the last bit
     return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 

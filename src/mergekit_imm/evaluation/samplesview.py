@@ -17,7 +17,7 @@ PICTURES = ("pass-at-k.png", "pass-at-k.svg", "differences.png", "differences.sv
 def table(report: Report) -> str:
     """Return the tables of a report: one for each model against the reference, or pass@k of a single model."""
     if not report.comparisons:
-        rows = [["measure", report.reference, "95 % interval", "n"]]
+        rows = [["measure", shown(report.reference, 24), "95 % interval", "n"]]
         for k, each in report.curves[report.reference].items():
             rows.append([f"pass@{k} (sampled)", _number(each.value), _range(each), str(each.n)])
         return "\n".join([*_aligned(rows), "one model: nothing to compare it with"])
@@ -77,7 +77,7 @@ def pictures(report: Report) -> dict[str, bytes]:
             axes = figure.add_subplot()
             for name, curve in report.curves.items():
                 ks, values = list(curve), [each.value for each in curve.values()]
-                (line,) = axes.plot(ks, values, "o-", markersize=4, label=shown(name, 40).replace("$", r"\$"))
+                (line,) = axes.plot(ks, values, "o-", markersize=4, label=_label(name))
                 low, high = ([getattr(each, end) for each in curve.values()] for end in ("low", "high"))
                 axes.fill_between(ks, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
             axes.set_xscale("log", base=2)
@@ -104,10 +104,9 @@ def pictures(report: Report) -> dict[str, bytes]:
                 values = [m.difference.value for m in drawn]
                 error = [[m.difference.value - m.difference.low for m in drawn]]
                 error.append([m.difference.high - m.difference.value for m in drawn])
-                label = shown(each.model, 40).replace("$", r"\$")
                 axes.errorbar(
                     values, at, xerr=[[max(0.0, e) for e in side] for side in error], fmt="o", markersize=4,
-                    linewidth=1.2, color=f"C{number + 1}", label=label,
+                    linewidth=1.2, color=f"C{number + 1}", label=_label(each.model),
                 )  # fmt: skip
             axes.set_yticks(range(len(rows)), rows)
             axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -134,3 +133,9 @@ def _saved(figure: object, name: str) -> dict[str, bytes]:
 def refused(folder: Path, marked: bool) -> list[str]:
     """Return the names of files in a folder that would be written over and, as no report of ours is there, may not."""
     return [] if marked else [name for name in ("samples.json", *PICTURES) if (folder / name).exists()]
+
+
+def _label(name: str) -> str:
+    """Return a name as a legend takes it: no formula, and shown also where it begins with _."""
+    text = shown(name, 40).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

@@ -1,0 +1,65 @@
+"""What decides a verdict, and what must not: length, other models, few problems, k near the number of samples."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from mergekit_imm import ArgumentError
+from mergekit_imm.evaluation import Model, Problem, Response, pass_at_k
+from mergekit_imm.evaluation.compare import compare
+
+Text = Callable[[int, int], str]
+
+
+def made(name: str, text: Text, solved: range, level: int | None = None) -> Model:
+    """A model with a greedy answer and eight samples to each of 30 problems, all right or all wrong."""
+    problems = {}
+    for n in range(30):
+        responses = tuple(Response(text(n, i), n in solved) for i in range(8))
+        problems[str(n)] = Problem(str(n), level if n else 5, False, responses, Response("x", n in solved))
+    return Model(name, problems)
+
+
+def words(length: int) -> Text:
+    """So many words of a language: the k-th of 2000 is used 1/k as often as the first (Zipf's law)."""
+    vocabulary, weights = [f"w{k}" for k in range(2000)], [1 / (k + 1) for k in range(2000)]
+    return lambda n, i: " ".join(random.Random(100 * n + i).choices(vocabulary, weights, k=length))
+
+
+def test_longer_responses_are_no_loss_of_diversity() -> None:
+    (found,) = compare([made("short", words(20), range(10, 30)), made("long", words(120), range(5, 30))]).comparisons
+    (fell,) = (each for each in found.measures if each.name == "EAD, correct")
+    assert fell.difference.is_below
+    assert found.verdict.diversity_fell is None
+    assert any("EAD falls with length" in note for note in found.notes)
+    (back,) = compare([made("long", words(120), range(10, 30)), made("short", words(20), range(5, 30))]).comparisons
+    assert back.verdict.diversity_fell is False
+
+
+def test_the_verdict_takes_k_of_half_the_samples_and_levels_of_six_problems() -> None:
+    (found,) = compare([made(name, words(9), range(10, 30), level=1) for name in ("a", "b")]).comparisons
+    assert any("fewer than 6 problems of a level" in note for note in found.notes)
+    assert found.verdict.disparity_rose is None
+    better = made("c", words(9), range(5, 30))
+    sentence = compare([made("a", words(9), range(10, 30)), better]).comparisons[0].verdict.sentence
+    assert "pass@4 (sampled)" in sentence
+    assert "pass@8" not in sentence
+
+
+def test_a_third_model_changes_no_verdict() -> None:
+    models = [made(name, words(9), range(10, 30)) for name in ("a", "b")]
+    other = made("c", lambda n, i: " ".join(f"v{n}-{i}-{j}" for j in range(50)), range(10, 30))
+    assert compare([*models, other]).to_dict()["comparisons"][0] == compare(models).to_dict()["comparisons"][0]
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="two models are called 'a'"):
+        compare([made("a", words(3), range(9))] * 2)
+
+
+def test_one_rate_is_one_number() -> None:
+    assert pass_at_k(8, 2, 1) == pass_at_k(12, 3, 1) == 0.25
+    assert pass_at_k(10, 1, 1) == pass_at_k(100, 10, 1)
