@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..errors import shown
-from .mismatch import Comparison
+from .mismatch import LEAST, Comparison
 
 BARS = 3  # checkpoints side by side that leave room for bars
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -101,8 +101,8 @@ def _verdict(one: Comparison, label: str) -> list[str]:
 
 
 def relative_line(one: Comparison) -> str:
-    """Return the correlation with the relative change, in a line; nothing where it is not defined."""
-    if one.mismatch is None or math.isnan(one.mismatch.relative.value):
+    """Return the correlation with the relative change, in a line; nothing where it is not defined, or of too few layers."""
+    if one.mismatch is None or math.isnan(one.mismatch.relative.value) or one.mismatch.relative.n < LEAST:
         return ""
     rho = one.mismatch.relative
     interval = "" if math.isnan(rho.low) else f" [{rho.low:+.2f}, {rho.high:+.2f}]"
