@@ -78,8 +78,9 @@ def measure(folder: Path) -> None:
 
 def table() -> str:
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    head = "fine-tuned on | importance on | rho of Eq. 4, a seed each | of the relative change | importance, by thirds | change, by thirds"
-    lines = [f"| {head} |", "|---|---|---|---|---|---|"]  # the last two of the early, middle and late thirds
+    head = ["fine-tuned on", "importance on", "rho of Eq. 4, a seed each", "of the relative change"]
+    head += ["importance, by thirds", "change, by thirds"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|"]
     for name, seeds in found["arms"].items():
         for data in DATA:
             of_data = [each[data] for each in seeds.values()]

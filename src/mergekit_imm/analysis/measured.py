@@ -69,7 +69,7 @@ def measure_importance(
         raise MismatchError(f"{checkpoint.label} is quantised, and has no gradients; give the model it was made from")
     _check_device(device)
     tokenizer, loaded = _transformers(checkpoint, dtype)
-    with _loading(checkpoint, "tokenizer"):  # whose own errors name no file
+    with _loading(f"{lines.name} by the tokenizer of {checkpoint.label}"):  # whose own errors name no file
         sequences = tokenised(lines, tokenizer, max_length)
     with _running(checkpoint, device):
         network = loaded().to(device)

@@ -101,7 +101,7 @@ def _verdict(one: Comparison, label: str) -> list[str]:
 
 
 def relative_line(one: Comparison) -> str:
-    """Return the correlation with the relative change, in a line; nothing where it is not defined, or of too few layers."""
+    """Return the correlation with the relative change, in a line; nothing of too few layers, or undefined."""
     if one.mismatch is None or math.isnan(one.mismatch.relative.value) or one.mismatch.relative.n < LEAST:
         return ""
     rho = one.mismatch.relative
