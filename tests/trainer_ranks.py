@@ -87,3 +87,4 @@ def main(folder: Path, kind: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    os._exit(0)  # gloo has threads that now and then are not done when the interpreter is
