@@ -8,6 +8,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -129,16 +130,18 @@ def test_a_merged_folder_alone_is_read(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["base"], "holds no merge with imm_report.json"),
+        (["gone"], "gone is no folder"),
+        (["base", "--take", "x"], "are of two models"),
         (["base", "gone"], "gone"),
         (["base", "sft", "-o", "sft"], "is the folder of a model that is measured"),
-        (["base", "sft", "-o", "importance.json"], "is a file; give a folder"),
+        (["base", "sft", "-o", "importance.json"], "is no folder; give another"),
         (["base", "sft", "--importance", "none.json"], "importance file none.json cannot be read"),
-        (["base", "sft", "--importance", "short.json"], "layers differ: 6 layers are in the change only"),
+        (["base", "sft", "--importance", "short.json"], "for 1 of 7: missing"),
     ],
 )
 def test_refusals_are_one_line(folder: Path, arguments: list[str], message: str) -> None:
     (folder / "short.json").write_text('{"0": 1.0}')
-    with pytest.raises(MergeError, match=message) as error:
+    with pytest.raises((MergeError, click.UsageError), match=message) as error:
         call(*arguments)
     assert "\n" not in str(error.value)
 
@@ -151,15 +154,47 @@ def test_without_matplotlib_one_line(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_sparsifier_other_than_dare_is_refused(folder: Path) -> None:
-    merge_checkpoints("base", "sft", "merged")
-    path = folder / "merged" / "imm_recipe.json"
-    from mergekit_imm.analysis.change import check_sparsifier
+    merge_checkpoints("base", "sft", "merged", sparsify="della")
+    with pytest.raises(MergeError, match=r"sparsify della:0\.1, whose report is of what was kept; measure it"):
+        call("merged")
 
-    recipe = json.loads(path.read_text())
-    check_sparsifier(recipe, "merged")
-    recipe["parameters"]["sparsify"] = "della"
-    with pytest.raises(MergeError, match="merged with sparsify della, whose report is of what was kept"):
-        check_sparsifier(recipe, "merged")
+
+def test_a_folder_of_others_is_left_alone(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "report.html").write_text("mine")
+    with pytest.raises(MergeError, match=r"out/report.html is there, and not of this command"):
+        call("base", "sft", "-o", "out")
+    assert (folder / "out" / "report.html").read_text() == "mine"
+
+
+def test_pictures_that_are_not_made_again_go(folder: Path) -> None:
+    call("base", "sft", "--importance", "importance.json", "-o", "out", "-q")
+    call("base", "sft", "-o", "out", "-q")
+    assert {path.name for path in (folder / "out").iterdir()} == {name for name in FILES if "mismatch" not in name}
+
+
+def test_tensors_that_one_model_has_alone_can_be_left_out(folder: Path) -> None:
+    more = {**random_state(SHAPES), "model.extra.weight": torch.ones(3, dtype=torch.bfloat16)}
+    write_model(folder / "more", more)
+    with pytest.raises(MergeError, match="--take '\\^model"):
+        call("base", "more")
+    result = call("base", "more", "--take", "extra", "--json", "-q")
+    assert set(json.loads(result.stdout)["changes"][0]["layers"].values()) == {0.0}
+    call("more", "base", "--keep", "extra", "-q")
+
+
+def test_kinds_of_modules_have_all_three_numbers(folder: Path) -> None:
+    found = json.loads(call("base", "sft", "--json", "-q").stdout)["changes"][0]
+    base, sft = random_state(SHAPES), random_state(SHAPES, seed=1)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(N)]
+    for i, name in enumerate(names):
+        sft[name] = base[name] + (i + 1) * torch.full_like(base[name], 0.5)
+    norm = sum(float((sft[name].double() - base[name].double()).norm()) for name in names)
+    module = found["modules"]["up_proj"]
+    assert module["change"] == pytest.approx(norm, rel=1e-5)
+    assert module["relative"] == pytest.approx(norm / sum(float(base[n].double().norm()) for n in names), rel=1e-5)
+    assert module["share"] == pytest.approx(norm / sum(found["layers"].values()), rel=1e-5)
+    assert sum(each["share"] for each in found["modules"].values()) == pytest.approx(1)
 
 
 def test_hostile_names_are_text() -> None:
@@ -173,7 +208,7 @@ def test_hostile_names_are_text() -> None:
         Comparison(HOSTILE, change, mismatch(importance, change)),
         Comparison("_", change, mismatch(importance, change)),
     ]
-    svg = [change_picture(found, importance)["svg"], mismatch_picture(found, importance)["svg"]]
+    svg = [change_picture(found, importance)["change.svg"], mismatch_picture(found, importance)["mismatch.svg"]]
     page = html_page(found, importance, svg, {HOSTILE: HOSTILE})
     check_page(page)
     assert "\x1b" not in page

@@ -15,7 +15,7 @@ from mergekit_imm import ArgumentError, CheckpointError, MergeError, MismatchErr
 from mergekit_imm.evaluation import Report, read_samples
 from mergekit_imm.evaluation.compare import compare
 from mergekit_imm.evaluation.samplescli import samples_command
-from mergekit_imm.evaluation.samplesview import PICTURES, pictures, table
+from mergekit_imm.evaluation.samplesview import FILES, pictures, table
 
 Line = dict[str, Any]
 GOOD = {"problem": "p", "response": "r", "correct": True}
@@ -214,7 +214,7 @@ def test_a_report_is_plain_data_and_pictures_are_the_same_each_time() -> None:
     assert plain["comparisons"][0]["measures"][0]["difference"]["n"] == 7
     assert list(plain["pass_at_k"]["a"]) == ["1", "2", "4"]
     drawn = pictures(found)
-    assert sorted(drawn) == sorted(PICTURES)
+    assert sorted(["samples.json", *drawn]) == sorted(FILES)
     assert drawn == pictures(found)
     assert drawn["pass-at-k.png"][:4] == b"\x89PNG"
     alone = report(made("a", [0, 1]))
@@ -231,7 +231,7 @@ def test_the_command() -> None:
     printed = run(*files, "-o", "out/deep")
     assert "b against a" in printed
     assert "written to out/deep/samples.json" in printed
-    assert sorted(path.name for path in Path("out/deep").iterdir()) == sorted([*PICTURES, "samples.json"])
+    assert sorted(path.name for path in Path("out/deep").iterdir()) == sorted(FILES)
     before = Path("out/deep/samples.json").read_bytes()
     assert run(*files, "-o", "out/deep", "-q").startswith("b: ")  # what is ours is replaced
     assert Path("out/deep/samples.json").read_bytes() == before

@@ -106,9 +106,9 @@ def test_the_file_and_what_is_shown(
     assert len(content["model"]["files"]) == len(list((here / "llama").glob("*.safetensors"))) > 1
     shown = ended.out.splitlines()
     largest = max(wanted.layers, key=wanted.layers.__getitem__)
-    bars = {line.split()[0]: line.count("#") for line in shown if line.startswith("model.layers")}
+    bars = {line.split()[0]: line.count("█") for line in shown if line.startswith("model.layers")}
     assert list(bars) == list(wanted.layers)
-    assert bars[largest] == max(bars.values()) == 40
+    assert bars[largest] == max(bars.values()) == 30
     assert shown[-1] == "written to out.json"
     assert sorted(path.name for path in here.iterdir()) == [
         "gemma3", "llama", "out.json", "pairs.jsonl", "qwen2", "texts.jsonl",

@@ -23,7 +23,7 @@ SOURCE = ROOT / "src" / "mergekit_imm"
 # A module imports only from lines above its own.
 LEVELS = [
     ["errors"],
-    ["json_input", "ranks"],
+    ["json_input", "ranks", "views"],
     ["mask", "layers", "importance", "config", "sums", "sweep", "schedules"],
     ["factors", "sparsify"],
     ["recipe", "flat"],
@@ -50,6 +50,7 @@ LEVELS = [
     ["execute", "report"],
     ["stream", "prepare", "inplace"],
     ["verification"],
+    ["results"],
     ["build", "check"],
     ["merge", "live", "summary", "console", "launch"],
     ["shell"],

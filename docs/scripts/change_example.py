@@ -3,7 +3,7 @@
     python docs/scripts/change_example.py FOLDER [--write]
 
 The base learns to count in steps of 1 to 5; fine-tuning teaches it steps of 7. Importance is Eq. 3 on the base's own
-data: of each layer the sum of |dL/dW * W| over its weight matrices. Fifteen seconds on two cores. With --write the page
+data. Fifteen seconds on two cores. With --write the page
 and its pictures take what was measured.
 """
 
@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from mergekit_imm import layer_importance
 from mergekit_imm.analysis.change import checkpoint_change
 from mergekit_imm.analysis.mismatch import Comparison, mismatch
 from mergekit_imm.analysis.pictures import change_picture, mismatch_picture
 from mergekit_imm.analysis.terminal import render
 from mergekit_imm.importance import read_importance
-from mergekit_imm.layers import layer_key, weight_kind
 
 DOCS = Path(__file__).resolve().parents[1]
 VOCABULARY, LAYERS = 97, 12
@@ -43,17 +43,6 @@ def train(model: torch.nn.Module, steps: list[int], rounds: int, rate: float, ge
         optimizer.zero_grad()
 
 
-def importance(model: torch.nn.Module, data: torch.Tensor) -> dict[str, float]:
-    """Return Eq. 3 of each layer: gradients of all data first, absolute values after."""
-    model(input_ids=data, labels=data).loss.backward()
-    found: dict[str, float] = {}
-    for name, weight in model.named_parameters():
-        layer = layer_key(name)
-        if layer is not None and weight.grad is not None and weight_kind(name, weight.shape) == "linear":
-            found[layer] = found.get(layer, 0.0) + float((weight.grad * weight.detach()).abs().double().sum())
-    return found
-
-
 def report(folder: Path) -> None:
     """Measure the models, and put what the terminal shows and the pictures into the page."""
     weights = read_importance(folder / "importance.json")
@@ -65,7 +54,7 @@ def report(folder: Path) -> None:
         ("change-layers.png", change_picture(found, weights)),
         ("change-importance.png", mismatch_picture(found, weights)),
     ):
-        (DOCS / name).write_bytes(picture["png"])
+        (DOCS / name).write_bytes(next(iter(picture.values())))
     page = DOCS / "change.md"
     before, _, rest = page.read_text().partition("<!-- example -->\n")
     after = rest.partition("<!-- /example -->")[2]
@@ -84,9 +73,9 @@ def main(folder: Path) -> None:
     model = transformers.Qwen2ForCausalLM(config)
     train(model, [1, 2, 3, 4, 5], 150, 2e-3, generator)
     model.save_pretrained(folder / "base")
-    layers = importance(model, counting([1, 2, 3, 4, 5], generator, rows=128))
-    about = {"formula": "Eq. 3", "data": "128 rows that count in steps of 1 to 5"}
-    (folder / "importance.json").write_text(json.dumps({**about, "layers": layers}, indent=2) + "\n")
+    data = counting([1, 2, 3, 4, 5], generator, rows=128)
+    importance = layer_importance(model, [{"input_ids": data, "labels": data}])
+    (folder / "importance.json").write_text(json.dumps(importance.to_dict(), indent=2) + "\n")
     for name in ("sft-1", "sft-2"):
         model.zero_grad()
         train(model, [7], 20, 3e-4, generator)

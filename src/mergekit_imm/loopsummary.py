@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.disk import replace_file
 from .errors import shown
 from .loopstate import State
+from .views import aligned, saved
 
 KINDS = (("sft", "SFT"), ("merged", "Merge"), ("baseline", "SFT without merges"))
 PANELS = 60  # numbers that are drawn: more take minutes, and a picture that no one reads
@@ -44,12 +46,7 @@ def table(state: State) -> str:
         cells.append(
             [title, alpha, *(f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "" for name in names)]
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        first = line[0].ljust(widths[0])
-        lines.append("  ".join([first, *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip())
-    return "\n".join(lines)
+    return "\n".join(aligned(cells))
 
 
 def plot(state: State, folder: Path) -> list[Path]:
@@ -67,7 +64,7 @@ def plot(state: State, folder: Path) -> list[Path]:
 
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    with mpl.rc_context({"svg.hashsalt": "mergekit_imm", "font.size": 9}):
+    with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(3.4 * columns, 2.7 * lines), layout="constrained")
         for number, name in enumerate(names):
             axes = figure.add_subplot(lines, columns, number + 1)
@@ -85,7 +82,7 @@ def plot(state: State, folder: Path) -> list[Path]:
             axes.grid(alpha=0.3)
             if number == 0:
                 axes.legend(fontsize=7)
-        paths = [folder / "metrics.png", folder / "metrics.svg"]
-        for path in paths:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
-    return paths
+        files = saved(figure, "metrics")
+    for name, content in files.items():
+        replace_file(folder / name, content)
+    return [folder / name for name in files]

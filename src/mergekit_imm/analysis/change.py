@@ -6,20 +6,19 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import CheckpointError, MergeError, MismatchError, NonFiniteError, shown
-from ..layers import is_end, layer_key, layer_order, only_in, weight_kind
+from ..errors import CheckpointError, MismatchError, NonFiniteError, shown
+from ..layers import is_end, layer_key, layer_order, only_in, ready_option, weight_kind
 
 if TYPE_CHECKING:
     import torch
 
     from ..execute import Progress
 
-MERGES_OPTIONS = ("--keep", "--take", "--allow-nonfinite", "--dequantize", "--vocab")
-CURE = "give two models of the same finite float tensors, whole and not quantised"
+CURE = "give two models of the same finite float tensors"
 MEASURE = "measure it from the models: imm-analyze change START SFT"
 
 
@@ -31,12 +30,21 @@ class Norms(NamedTuple):
     weight: float | None
 
 
+class Module(NamedTuple):
+    """Of one kind of module over all layers: its change, relative to its sum of ||W||_F, and its share."""
+
+    change: float
+    relative: float | None
+    share: float | None
+
+
 @dataclass(frozen=True)
 class WeightChange:
     """The change of each layer, and of what lies outside Eq. 4.
 
-    `layers` is Eq. 4, `weights` the same sum of ||W||_F; `kinds` splits a layer's change by module (q_proj, up_proj);
-    `elsewhere` has the sums of norms of embeddings, heads, norms, biases and other tensors, which no layer counts.
+    `layers` is Eq. 4, `weights` the same sum of ||W||_F; `kinds` and `kind_weights` split both by module (q_proj,
+    up_proj); `elsewhere` has the sums of norms of embeddings, heads, norms, biases and other tensors, which no layer
+    counts.
     """
 
     layers: dict[str, float]
@@ -44,6 +52,19 @@ class WeightChange:
     kinds: dict[str, dict[str, float]]
     elsewhere: dict[str, float]
     notes: tuple[str, ...] = ()
+    kind_weights: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> dict[str, Module]:
+        """Each kind of module over all layers; its relative change is None where the sum of ||W||_F is 0."""
+        total = math.fsum(self.layers.values())
+        found = {}
+        for kind in dict.fromkeys(kind for each in self.kinds.values() for kind in each):
+            change, weight = (
+                math.fsum(each.get(kind, 0.0) for each in of.values()) for of in (self.kinds, self.kind_weights)
+            )
+            found[kind] = Module(change, change / weight if weight else None, change / total if total else None)
+        return found
 
     @property
     def relative(self) -> dict[str, float | None]:
@@ -58,7 +79,11 @@ class WeightChange:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the change as plain data."""
-        return {**asdict(self), "relative": self.relative, "share": self.share, "notes": list(self.notes)}
+        modules = {kind: each._asdict() for kind, each in self.modules.items()}
+        return {
+            **asdict(self), "relative": self.relative, "share": self.share, "modules": modules,
+            "notes": list(self.notes),
+        }  # fmt: skip
 
 
 def module_kind(name: str) -> str:
@@ -73,28 +98,28 @@ def module_kind(name: str) -> str:
 
 def change_of(norms: Mapping[str, Norms], notes: Sequence[str] = (), cure: str = CURE) -> WeightChange:
     """Add the norms of tensors up, layer by layer. Raises NonFiniteError, MismatchError where no layer has a weight."""
-    parts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    weights: dict[str, list[float]] = defaultdict(list)
+    parts: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     elsewhere: dict[str, list[float]] = defaultdict(list)
     for name, (shape, change, weight) in norms.items():
         if change is None or weight is None or not (math.isfinite(change) and math.isfinite(weight)):
             raise NonFiniteError(f"tensor '{shown(name)}': the norm of its change or weight is not finite; {cure}")
         kind, layer = weight_kind(name, shape), layer_key(name)
         if kind == "linear" and layer is not None:
-            parts[layer][module_kind(name)].append(change)
-            weights[layer].append(weight)
+            parts[layer][module_kind(name)].append((change, weight))
         else:
             elsewhere[kind].append(change)
     if not parts:
         raise MismatchError(f"none of {len(norms)} tensors is a weight matrix of a layer (model.layers.0.*); {CURE}")
     order = sorted(parts, key=layer_order)
-    return WeightChange(
-        layers={key: math.fsum(x for each in parts[key].values() for x in each) for key in order},
-        weights={key: math.fsum(weights[key]) for key in order},
-        kinds={key: {kind: math.fsum(x) for kind, x in parts[key].items()} for key in order},
-        elsewhere={kind: math.fsum(x) for kind, x in sorted(elsewhere.items())},
-        notes=tuple(notes),
+    layers, weights = (
+        {key: math.fsum(pair[at] for each in parts[key].values() for pair in each) for key in order} for at in (0, 1)
     )
+    kinds, kind_weights = (
+        {key: {kind: math.fsum(pair[at] for pair in each) for kind, each in parts[key].items()} for key in order}
+        for at in (0, 1)
+    )
+    outside = {kind: math.fsum(x) for kind, x in sorted(elsewhere.items())}
+    return WeightChange(layers, weights, kinds, outside, tuple(notes), kind_weights)
 
 
 def weight_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> WeightChange:
@@ -145,14 +170,17 @@ def checkpoint_change(
     *,
     rename: Sequence[str] = (),
     vocab: str = "base",
+    keep: Sequence[str] = (),
+    take: Sequence[str] = (),
+    dequantize: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> WeightChange:
     """Return the change from one checkpoint to another, read once, in constant memory; nothing is written.
 
     Inputs as in `merge_checkpoints`: folders, hub ids, an adapter as `sft`. Norms are added in float32 lanes, right to
-    some seven digits. `vocab` "base": of vocabularies of different sizes only common rows count, and a note says so.
-    Raises MergeError.
+    some seven digits. Of vocabularies of different sizes only common rows count, and a note says so, unless `vocab` is
+    "strict". `keep` and `take` leave tensors of `base` and of `sft` out. Raises MergeError.
 
     >>> len(checkpoint_change(base_folder, sft_folder).layers) > 0
     True
@@ -167,48 +195,43 @@ def checkpoint_change(
     from ..sums import RECORD
 
     check_platform()
-    try:
-        inputs, parameters, _ = open_inputs(
-            base, sft, None, alpha=0.0, drop=0.0, dtype="float32", vocab=vocab, rename=rename
-        )
-        (plan,) = plans_of(inputs, parameters)
-        notes = list(plan.notes)
-        rows = sorted({each.rows[0] for each in plan.inputs.values() if each.rows})
-        if len(rows) > 1:  # what a merge does with the others is no matter here
-            notes = [note for note in notes if "--vocab" not in note and "the vocabulary is that of" not in note]
-            notes.append(f"note: the vocabularies have {rows[0]} and {rows[-1]} rows; the first {rows[0]} are compared")
-        measured = tuple(item for item in plan.items if item.action == "merge")
-        if len(measured) < len(plan.items):
-            notes.append(f"note: {len(plan.items) - len(measured)} tensors that are no floats are not measured")
-        plan = replace(plan, items=measured)
-        todo = list(segments(plan))
-        records = np.zeros((len(todo), RECORD))
-        total, done_bytes = sum(item.source.count * 4 * len(item.outs) for item in measured), 0
-        results = run(
-            [plan], ((each, (0,)) for each in todo), lambda *_: None, workers=check_workers(workers),
-            device=pick_device("cpu"),
-        )  # fmt: skip
-        with closing(results):
-            for done in results:
-                if done is not None:
-                    records[done.segment.index] = done.records[0]
-                    done_bytes += done.bytes_written
-                    if progress is not None:
-                        progress(done_bytes, total)
-        check_inputs(plan.inputs)
-    except MergeError as error:
-        raise _with_own_cure(error) from error
+    threads = check_workers(workers)
+    inputs, parameters, _ = open_inputs(
+        base, sft, None, alpha=0.0, drop=0.0, dtype="float32", vocab=vocab, rename=rename, keep=keep, take=take,
+        dequantize=dequantize, allow_nonfinite=True,
+    )  # fmt: skip
+    (plan,) = plans_of(inputs, parameters)
+    # What a merge makes of a vocabulary is no matter here.
+    notes = [note for note in plan.notes if "--vocab" not in note and "the vocabulary is that of" not in note]
+    rows = sorted({each.rows[0] for each in plan.inputs.values() if each.rows})
+    if len(rows) > 1:
+        notes.append(f"note: the vocabularies have {rows[0]} and {rows[-1]} rows; the first {rows[0]} are compared")
+    measured = tuple(item for item in plan.items if item.action == "merge")
+    if len(measured) < len(plan.items):
+        notes.append(f"note: {len(plan.items) - len(measured)} tensors are not measured: left out, or no floats")
+    plan = replace(plan, items=measured)
+    todo = list(segments(plan))
+    records = np.zeros((len(todo), RECORD))
+    total, done_bytes = sum(item.source.count * 4 * len(item.outs) for item in measured), 0
+    tasks = ((each, (0,)) for each in todo)
+    with closing(run([plan], tasks, lambda *_: None, workers=threads, device=pick_device("cpu"))) as results:
+        for done in results:
+            if done is not None:
+                records[done.segment.index] = done.records[0]
+                done_bytes += done.bytes_written
+                if progress is not None:
+                    progress(done_bytes, total)
+    check_inputs(plan.inputs)
     found = statistics(plan, records)["tensors"]
     shapes = {item.name: item.source.shape for item in measured}
+    bad = next((name for name, each in found.items() if None in (each["delta_norm"], each["base_norm"])), None)
+    if bad is not None:
+        label = inputs["base" if found[bad]["base_norm"] is None else "sft"].label
+        raise NonFiniteError(
+            f"tensor '{shown(bad)}' of {label} holds NaN or infinity; train or save the model again, or leave it out:"
+            f" {ready_option('--keep', bad)}"
+        )
     return change_of({n: Norms(shapes[n], each["delta_norm"], each["base_norm"]) for n, each in found.items()}, notes)
-
-
-def _with_own_cure(error: MergeError) -> MergeError:
-    """Return an error of a merge without cures that only a merge has."""
-    clauses = str(error).split("; ")
-    fit = [each for each in clauses if not any(option in each for option in MERGES_OPTIONS)]
-    cure = "compare the rows that both have with --vocab base" if "--vocab" in str(error) else CURE
-    return error if len(fit) == len(clauses) or not fit else type(error)("; ".join([*fit, cure]))
 
 
 def reported_change(merged: str | Path) -> WeightChange:
@@ -227,12 +250,17 @@ def reported_change(merged: str | Path) -> WeightChange:
     from ..json_input import parse_json, without_duplicates
     from ..recipe import REPORT_FILE, read_recipe
 
-    folder = Path(merged).expanduser()
-    cure = MEASURE
+    folder, cure = Path(merged).expanduser(), MEASURE
+    if not folder.is_dir():
+        raise CheckpointError(f"{shown(merged)} is no folder; give BASE and SFT, or a folder that imm-merge made")
     recipe = read_recipe(folder)
     if recipe is None or not (folder / REPORT_FILE).is_file():
         raise CheckpointError(f"{shown(merged)} holds no merge with {REPORT_FILE}; {cure}")
-    check_sparsifier(recipe, str(merged))
+    sparsify = recipe["parameters"].get("sparsify", "dare")
+    if sparsify != "dare":
+        raise CheckpointError(
+            f"{shown(merged)} was merged with sparsify {shown(sparsify)}, whose report is of what was kept; {cure}"
+        )
     try:
         report = parse_json((folder / REPORT_FILE).read_bytes(), without_duplicates)
     except (OSError, ValueError) as error:
@@ -267,12 +295,3 @@ def reported_change(merged: str | Path) -> WeightChange:
     if skipped:
         notes.append(f"note: {len(skipped)} tensors that were not merged are not measured, '{shown(skipped[0])}' first")
     return change_of(norms, notes, cure)
-
-
-def check_sparsifier(recipe: Mapping[str, Any], label: str) -> None:
-    """Raise CheckpointError for a merge whose report is not of the whole change: another sparsifier than DARE's."""
-    sparsify = recipe["parameters"].get("sparsify", "dare")
-    if sparsify != "dare":
-        raise CheckpointError(
-            f"{shown(label)} was merged with sparsify {shown(sparsify)}, whose report is of what was kept; {MEASURE}"
-        )

@@ -14,6 +14,10 @@ from ..errors import ArgumentError, OutputError, shown
 if TYPE_CHECKING:
     from .mismatch import Comparison
 
+FORMAT = "mergekit_imm change"
+FILES = ("change.json", "report.html", "change.png", "change.svg", "mismatch.png", "mismatch.svg")
+TWO = ("rename", "keep", "take", "dequantize")
+
 change_epilog = """\b
 Examples:
   imm-analyze change base/ sft/
@@ -33,9 +37,12 @@ Examples:
 @click.option("--importance", metavar="FILE", help="JSON: layer -> importance; does the change look superficial?")
 @click.option("-o", "--out", metavar="DIR", help="Folder for report.html, change.json and the pictures.")
 @click.option("--rename", metavar="REGEX=REPL", multiple=True, help="What names of SFT are in BASE; repeatable.")
+@click.option("--keep", metavar="REGEX", multiple=True, help="Tensors of BASE to leave out; repeatable.")
+@click.option("--take", metavar="REGEX", multiple=True, help="Tensors of SFT to leave out; repeatable.")
+@click.option("--dequantize", is_flag=True, help="Multiply FP8 weights by their scales.")
 @click.option(
-    "--vocab", type=click.Choice(["strict", "base"]), default="base", show_default=True,
-    help="Vocabularies of different sizes: refuse, or compare the rows that both have.",
+    "--vocab", type=click.Choice(["strict", "base", "sft"]), default="base", show_default=True,
+    help="Vocabularies of different sizes: refuse, or (base, sft) compare the rows that both have.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and --json).")
@@ -51,10 +58,9 @@ def change_command(
     """
     from .mismatch import Comparison, mismatch, same_layers
 
-    if len(models) == 1 and (options["rename"] or options["vocab"] != "base"):
-        raise click.UsageError("--rename and --vocab are of two models; give BASE and SFT")
-    if out is not None:
-        _check_out(out, models)
+    if len(models) == 1 and (options["vocab"] != "base" or any(options[x] for x in TWO)):
+        raise click.UsageError(f"--{', --'.join(TWO)} and --vocab are of two models; give BASE and SFT")
+    folder = None if out is None else _checked(out, models)
     weights, about = _importance(importance)
     found = []
     for label, change in _changes(models, quiet=quiet, **options):
@@ -67,7 +73,7 @@ def change_command(
         weights = same_layers(weights, found[0].change)
     base = models[0] if len(models) > 1 else None
     content = {
-        "format": "mergekit_imm change",
+        "format": FORMAT,
         "version": 1,
         "base": base,
         "importance": None if weights is None else {"file": importance, **about, "layers": weights},
@@ -81,7 +87,7 @@ def change_command(
         ],
     }
     text = json.dumps(content, indent=2) + "\n"
-    written = [] if out is None else _write(Path(out).expanduser(), found, weights, text, _provenance(base, content))
+    written = [] if folder is None else _write(folder, found, weights, text, _provenance(base, content))
     if as_json:
         say(text.rstrip("\n"))
     elif not quiet:
@@ -93,7 +99,7 @@ def change_command(
             tell(f"wrote {shown(path)}")
 
 
-def _changes(models: tuple[str, ...], *, quiet: bool, rename: tuple[str, ...], vocab: str, workers: int | None) -> Any:
+def _changes(models: tuple[str, ...], *, quiet: bool, **options: Any) -> Any:
     """Yield each model's label and change."""
     from .change import checkpoint_change, reported_change
 
@@ -102,21 +108,23 @@ def _changes(models: tuple[str, ...], *, quiet: bool, rename: tuple[str, ...], v
         return
     base, *others = models
     for sft in others:
-        with progress_bar(f"measuring {shown(sft, 40)}", shown=not quiet) as progress:
-            change = checkpoint_change(base, sft, rename=rename, vocab=vocab, workers=workers, progress=progress)
+        with progress_bar(f"measuring {shown(sft, 40)}", shown=not quiet, rate=_read) as progress:
+            change = checkpoint_change(base, sft, progress=progress, **options)
         yield sft, change
+
+
+def _read(per_second: float) -> str:
+    return f"{per_second / 1e9:.2f} GB/s of float32"
 
 
 def _importance(path: str | None) -> tuple[dict[str, float] | None, dict[str, Any]]:
     """Read an importance file: its values, and what else it says (of which model and data they are)."""
     if path is None:
         return None, {}
-    from ..importance import importance_factors, read_importance
-    from ..json_input import parse_json, without_duplicates
+    from ..importance import importance_factors, read_layers
 
-    values = read_importance(path)
+    values, content = read_layers(path, "importance")
     importance_factors(values)
-    content = parse_json(Path(path).read_bytes(), without_duplicates)
     about = {str(k): v for k, v in content.items() if k not in ("layers", "file")} if "layers" in content else {}
     return values, about
 
@@ -131,39 +139,30 @@ def _provenance(base: str | None, content: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
-def _check_out(out: str, models: tuple[str, ...]) -> None:
-    """Refuse what cannot be written, before anything is measured."""
+def _checked(out: str, models: tuple[str, ...]) -> Path:
+    """Return the folder to write to; refuse what cannot be written, before anything is measured."""
     from importlib.util import find_spec
+
+    from ..results import check_folder
 
     if find_spec("matplotlib") is None:
         raise ArgumentError("pictures need matplotlib, which is not installed: pip install 'mergekit-imm[analyze]'")
-    folder = Path(out).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"output {shown(out)} is a file; give a folder")
-    inputs = [Path(each).expanduser().absolute() for each in models]
-    if folder.absolute() in inputs or (folder.exists() and folder.resolve() in [each.resolve() for each in inputs]):
+    folder = check_folder(out, FILES, FORMAT)
+    if folder.resolve() in [Path(each).expanduser().resolve() for each in models]:
         raise OutputError(f"output {shown(out)} is the folder of a model that is measured; give another")
+    return folder
 
 
 def _write(
     folder: Path, found: list[Comparison], weights: dict[str, float] | None, text: str, provenance: dict[str, str]
 ) -> list[Path]:
-    """Write the numbers, the pictures and the page, each file whole or not at all. Raises OutputError."""
-    from ..checkpoint.disk import make_folder, replace_file
+    """Write the numbers, the pictures and the page, each file whole or not at all."""
+    from ..results import write_folder
     from .page import html_page
     from .pictures import change_picture, mismatch_picture
 
-    pictures = {"change": change_picture(found, weights)}
-    if weights is not None:
-        pictures["mismatch"] = mismatch_picture(found, weights)
-    page = html_page(found, weights, [each["svg"] for each in pictures.values()], provenance)
-    files = {"change.json": text.encode()}
-    files |= {f"{name}.{form}": content for name, each in pictures.items() for form, content in each.items()}
-    files["report.html"] = page.encode()
-    try:
-        make_folder(folder)
-        for name, content in files.items():
-            replace_file(folder / name, content)
-    except OSError as error:
-        raise OutputError(f"output {shown(folder)} cannot be written: {error.strerror}; give another folder") from error
-    return [folder / name for name in files]
+    pictures = change_picture(found, weights) | ({} if weights is None else mismatch_picture(found, weights))
+    svgs = [content for name, content in pictures.items() if name.endswith(".svg")]
+    files = {"change.json": text.encode(), **pictures}
+    files["report.html"] = html_page(found, weights, svgs, provenance).encode()
+    return write_folder(folder, files, FILES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import click
@@ -63,7 +64,8 @@ def importance_command(model: str, data: str, out: str, quiet: bool, as_json: bo
 
     MODEL is a folder or a hub id (org/name[@revision]) that transformers loads.
     """
-    from .measured import measure_importance, to_text, written
+    from .measured import measure_importance
+    from .terminal import importance_table
 
     with progress_bar(
         "measuring", shown=not quiet, rate=lambda per_second: f"{per_second:.2f} sequences/s"
@@ -72,7 +74,7 @@ def importance_command(model: str, data: str, out: str, quiet: bool, as_json: bo
     for note in measured.notes if not quiet else ():
         tell(note)
     if as_json:
-        say(to_text(measured))
+        say(json.dumps(measured.content, indent=2))
     elif not quiet:
-        say(written(measured))
+        say(importance_table(measured.importance))
         say(f"written to {shown(out)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from ..layers import layer_key, resolve_layers, unwrapped, weight_kind
 from ..match import by_prefix
 from ..prepare import origin
 from ..recipe import to_json
+from ..results import is_result
 from .calibration import Lines, Tokens, batches, read_lines, tokenised
 
 if TYPE_CHECKING:
@@ -169,14 +169,8 @@ def _check_output(target: Path, typed: str) -> None:
             raise OutputError(f"output {shown(typed)}: its folder {shown(target.parent)} does not exist; make it")
         with tempfile.TemporaryFile(dir=target.parent):
             pass
-        if target.exists():
-            try:
-                content = parse_json(read_small(target))
-                same = isinstance(content, dict) and content.get("format") == IMPORTANCE_FORMAT
-            except ValueError:
-                same = False
-            if not same:
-                raise OutputError(f"output {shown(typed)} exists and is no importance file; choose another name")
+        if target.exists() and not is_result(target, IMPORTANCE_FORMAT):
+            raise OutputError(f"output {shown(typed)} exists and is no importance file; choose another name")
 
 
 def _check_device(device: str) -> None:
@@ -281,27 +275,3 @@ def _check_fit(network: Any, sequences: list[Tokens], checkpoint: Checkpoint) ->
             f"{checkpoint.label} has {positions} positions, but the longest sequence has {longest} tokens; give"
             f" --max-length {positions}"
         )
-
-
-def written(measured: Measured, width: int = 40) -> str:
-    """Return the layers as lines of text, each with its importance, factor and a bar."""
-    from ..importance import importance_factors
-
-    found = measured.importance
-    factors = importance_factors(found.layers)
-    most = max(found.layers.values())
-    long = max(len(shown(key)) for key in found.layers)
-    lines = [
-        f"order {found.order}, {found.sequences} sequences, {found.tokens} tokens, loss {found.loss:.4f} nats a token",
-        f"{'layer'.ljust(long)}  importance  factor",
-    ]
-    for key, value in found.layers.items():
-        bar = "#" * round(width * value / most)
-        lines.append(f"{shown(key).ljust(long)}  {value:10.4g}  {factors[key]:6.3f}  {bar}".rstrip())
-    outside = ", ".join(f"{key} {value:.4g}" for key, value in found.outside.items() if value)
-    return "\n".join([*lines, f"outside the layers' linear weights: {outside or 'nothing'}"])
-
-
-def to_text(measured: Measured) -> str:
-    """Return the content of the file."""
-    return json.dumps(measured.content, indent=2)

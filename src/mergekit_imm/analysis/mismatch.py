@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, MismatchError, shown
+from ..errors import MismatchError, shown
 from ..evaluation.bootstrap import Interval, bootstrap
 from ..importance import importance_factors
-from ..layers import layer_order, only_in, stacks, thirds
+from ..layers import layer_order, resolve_layers, thirds
 from .change import WeightChange
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def mismatch(importance: Mapping[str, float], change: WeightChange) -> Mismatch:
     Args: `importance`, layer key (or plain index) -> I^n >= 0, all layers of one stack; `change`, of the same model.
     Third t of N layers is those from floor(t N / 3) to floor((t + 1) N / 3) - 1. Verdict: superficial where the whole
     interval lies below 0, not where it lies above, else it cannot be told, as of fewer than 6 layers. Raises
-    MismatchError for other layers or several stacks, ArgumentError for importances out of range.
+    MismatchError for several stacks, ArgumentError for other layers and importances out of range.
 
     The rank correlation, its interval and the rule are ours: the paper (arXiv 2503.02103, section 3.2, figures 3 and 4)
     compares two pictures by eye. Layers are not independent draws, so the interval is a guide.
@@ -129,28 +129,17 @@ def _interval(one: list[float], other: list[float]) -> Interval:
 
 
 def same_layers(importance: Mapping[str, float], change: WeightChange) -> dict[str, float]:
-    """Return importances under the change's layer keys. Raises MismatchError unless both are of one and all layers."""
-    there = stacks(change.layers)
-    values = {str(key): float(value) for key, value in importance.items()}
-    if all(key.isascii() and key.isdigit() for key in values) and len(there) == 1 and (prefix := next(iter(there))):
-        values = {f"{prefix}.{key}": value for key, value in values.items()}
-    odd = next((key for key in values if not key.rpartition(".")[2].isdigit() or not key.isascii()), None)
-    if odd is not None:
-        raise ArgumentError(f"importance has '{shown(odd)}', which is no layer; give keys such as 'model.layers.0'")
-    named = stacks(values)
+    """Return importances under the change's layer keys.
+
+    Raises ArgumentError unless they are of layers that changed, whole stacks of them; MismatchError for several stacks.
+    """
+    values = resolve_layers(importance, [f"{key}.weight" for key in change.layers])
+    named = {key.rpartition(".")[0] for key in values}
     if len(named) != 1:
         raise MismatchError(
             f"importance is of {len(named)} stacks of layers ({', '.join(map(shown, sorted(named)))}), whose layers"
             " cannot be ranked together; give the importance of one of them"
         )
-    layers = there.get(next(iter(named)), set(change.layers))
-    for one, other, labels in (
-        (values, layers, ("importance", "the change")),
-        (layers, values, ("the change", "importance")),
-    ):
-        surplus = only_in(one, other, *labels)
-        if surplus:
-            raise MismatchError(f"layers differ: {surplus.replace('tensor', 'layer')}; measure both on the same model")
     return values
 
 

@@ -8,7 +8,7 @@ from html import escape
 
 from ..errors import shown
 from .mismatch import Comparison
-from .terminal import kind_sums, number, percent, relative_line
+from .terminal import MEASURES, ends, kind_cells, number, percent, relative_line
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --line: #d6d9de; --soft: #f3f4f6; --bar: #b9cbe8 }
@@ -36,6 +36,7 @@ DEFINITIONS = (
      " is our choice). A sum of norms, so larger and more matrices count for more."),
     ("relative", "The change divided by the sum of ||W||_F over the same matrices. Ours."),
     ("share", "The change of a layer divided by that of all layers (figure 12)."),
+    ("module", "One kind of matrix over all layers: its change, relative to its own norms, and its share of all change."),
     ("in brackets", "Embeddings, heads, norms, biases and others: measured the same way, in no layer's change."),
     ("importance", "Of a layer, as the file has it; only ratios and ranks count."),
     ("rho", "Spearman's rank correlation of importance and change over layers, equal values sharing their average rank."
@@ -103,8 +104,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None) -> str:
     most = max(max(one.change.layers.values()) for one in found) or 1.0
     head = ["layer", *(["importance"] if importance else [])]
-    for i in range(1, len(found) + 1):
-        head += [f"{name} {i}" if len(found) > 1 else name for name in ("change", "relative", "share")]
+    head += [f"{what}{end}" for end in ends(found) for what in MEASURES]
     rows = []
     for key in found[0].change.layers:
         row = [_cell(key), *([_cell(number(importance[key]) if key in importance else "-")] if importance else [])]
@@ -117,10 +117,14 @@ def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None)
 
 
 def _kinds(found: Sequence[Comparison]) -> str:
-    sums = [kind_sums(one) for one in found]
-    names = dict.fromkeys(name for each in sums for name in each)
-    head = ["module", *(f"change {i}" if len(found) > 1 else "change" for i in range(1, len(found) + 1))]
-    return _table(head, [[_cell(n), *(_cell(number(each[n]) if n in each else "-") for each in sums)] for n in names])
+    cells = [kind_cells(one) for one in found]
+    names = dict.fromkeys(name for each in cells for name in each)
+    head = [
+        "module",
+        *(f"{what} {i}" if len(found) > 1 else what for i in range(1, len(found) + 1) for what in MEASURES),
+    ]
+    rows = [[_cell(n), *(_cell(c) for each in cells for c in each.get(n, ("-", "-", "-")))] for n in names]
+    return _table(head, rows)
 
 
 def _thirds(one: Comparison, label: str) -> str:

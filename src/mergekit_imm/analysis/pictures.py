@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import shown
+from ..views import saved
 from .mismatch import Comparison
 
 if TYPE_CHECKING:
@@ -19,23 +19,23 @@ HEAT_MAPS = 4  # checkpoints of which one is drawn: the last ones
 def change_picture(found: Sequence[Comparison], importance: Mapping[str, float] | None) -> dict[str, bytes]:
     """Draw importance (figure 3), change, share (figures 4, 12) and kinds of modules, layer by layer.
 
-    Returns the same picture as "png" and as "svg". Raises ImportError without matplotlib.
+    Returns the files, as PNG and as SVG. Raises ImportError without matplotlib.
     """
     import matplotlib as mpl
 
     with mpl.rc_context({"font.size": 9}):
-        return _saved(_change_figure(found, importance), "change")
+        return saved(_change_figure(found, importance), "change")
 
 
 def mismatch_picture(found: Sequence[Comparison], importance: Mapping[str, float]) -> dict[str, bytes]:
     """Draw importance against change, a panel for each checkpoint, the thirds of the layers in colours.
 
-    Returns the same picture as "png" and as "svg". Raises ImportError without matplotlib.
+    Returns the files, as PNG and as SVG. Raises ImportError without matplotlib.
     """
     import matplotlib as mpl
 
     with mpl.rc_context({"font.size": 9}):
-        return _saved(_mismatch_figure(found, importance), "mismatch")
+        return saved(_mismatch_figure(found, importance), "mismatch")
 
 
 def _change_figure(found: Sequence[Comparison], importance: Mapping[str, float] | None) -> Figure:
@@ -145,16 +145,3 @@ def _label(number: int, one: Comparison, limit: int = 60) -> str:
     """Return a label with its number: labels may be equal, and a first '_' would hide one from the legend."""
     text = shown(one.label, 400)
     return f"{number}: {text if len(text) <= limit else '…' + text[-limit:]}"
-
-
-def _saved(figure: Figure, salt: str) -> dict[str, bytes]:
-    """Save a figure in both formats, the same bytes each time."""
-    import matplotlib as mpl
-
-    saved = {}
-    for form in ("png", "svg"):
-        buffer = io.BytesIO()
-        with mpl.rc_context({"svg.hashsalt": f"mergekit_imm {salt}"}):
-            figure.savefig(buffer, format=form, dpi=150, metadata={"Date" if form == "svg" else "Software": None})
-        saved[form] = buffer.getvalue()
-    return saved

@@ -1,4 +1,4 @@
-"""The change of layers as a terminal shows it: a line for each layer with a bar, the kinds of modules, the verdict."""
+"""Importance and change of layers as a terminal shows them: a line for each with a bar, kinds of modules, verdicts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..errors import shown
+from ..importance import Importance, importance_factors
+from ..views import aligned
 from .mismatch import LEAST, Comparison
 
+MEASURES = ("change", "relative", "share")
 BARS = 3  # checkpoints side by side that leave room for bars
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
@@ -40,11 +43,27 @@ def number(value: float) -> str:
     return f"{value:#.4g}".rstrip(".")
 
 
-def kind_sums(one: Comparison) -> dict[str, float]:
-    """Return the change of each kind of module, over all layers, and then of what is in no layer's sum."""
-    kinds = dict.fromkeys(kind for each in one.change.kinds.values() for kind in each)
-    sums = {kind: math.fsum(each.get(kind, 0.0) for each in one.change.kinds.values()) for kind in kinds}
-    return sums | {f"({kind})": value for kind, value in one.change.elsewhere.items()}
+def importance_table(found: Importance) -> str:
+    """Return the layers as lines, each with its importance, the factor a merge would make of it, and a bar."""
+    factors = importance_factors(found.layers)
+    rows = [[shown(key, 40), number(value), f"{factors[key]:.3f}"] for key, value in found.layers.items()]
+    head, *lines = aligned([["layer", "importance", "factor"], *rows])
+    most = max(found.layers.values())
+    of = f"{found.sequences} sequences, {found.tokens} tokens, loss {found.loss:.4f} nats a token"
+    bars = (f"{line}  {bar(value / most, 30)}" for line, value in zip(lines, found.layers.values(), strict=True))
+    outside = ", ".join(f"{key} {number(value)}" for key, value in found.outside.items() if value)
+    return "\n".join(
+        [f"order {found.order}, {of}", head, *bars, f"outside the layers' linear weights: {outside or 'nothing'}"]
+    )
+
+
+def kind_cells(one: Comparison) -> dict[str, tuple[str, str, str]]:
+    """Return change, relative and share of each kind of module over all layers, and of what is in no layer's sum."""
+    cells = {
+        kind: (number(each.change), percent(each.relative), percent(each.share))
+        for kind, each in one.change.modules.items()
+    }
+    return cells | {f"({kind})": (number(value), "-", "-") for kind, value in one.change.elsewhere.items()}
 
 
 def render(found: Sequence[Comparison], importance: Mapping[str, float] | None, width: int = 100) -> str:
@@ -60,10 +79,8 @@ def render(found: Sequence[Comparison], importance: Mapping[str, float] | None, 
 
 
 def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None, width: int) -> list[str]:
-    suffix = [f" {i}" if len(found) > 1 else "" for i in range(1, len(found) + 1)]
     head = ["layer", *(["importance"] if importance else [])]
-    for end in suffix:
-        head += [f"change{end}", f"relative{end}", f"share{end}"]
+    head += [f"{what}{end}" for end in ends(found) for what in MEASURES]
     rows = []
     for key in found[0].change.layers:
         row = [shown(key, 40), *([number(importance[key]) if key in importance else "-"] if importance else [])]
@@ -75,18 +92,24 @@ def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None,
     if len(found) <= BARS:
         room = max(6, min(30, (width - len(lines[0])) // len(found) - 2))
         most = max(max(one.change.layers.values()) for one in found) or 1.0
+        width = len(lines[0])
         for at, key in enumerate(found[0].change.layers, 1):
             bars = (bar(one.change.layers[key] / most, room).ljust(room) for one in found)
-            lines[at] = "  ".join([lines[at], *bars])
+            lines[at] = "  ".join([lines[at].ljust(width), *bars])
     return lines
 
 
 def _kinds(found: Sequence[Comparison]) -> list[str]:
-    sums = [kind_sums(one) for one in found]
-    names = list(dict.fromkeys(name for each in sums for name in each))
-    head = ["module", *(f"change {i}" if len(found) > 1 else "change" for i in range(1, len(found) + 1))]
-    body = [[shown(name, 40), *(number(each[name]) if name in each else "-" for each in sums)] for name in names]
+    cells = [kind_cells(one) for one in found]
+    names = list(dict.fromkeys(name for each in cells for name in each))
+    head = ["module", *(f"{what}{end}" for end in ends(found) for what in MEASURES)]
+    body = [[shown(name, 40), *(c for each in cells for c in each.get(name, ("-", "-", "-")))] for name in names]
     return [*aligned([head, *body]), "in brackets: tensors that no layer's change counts"]
+
+
+def ends(found: Sequence[Comparison]) -> list[str]:
+    """What columns of several checkpoints end in."""
+    return [f" {i}" for i in range(1, len(found) + 1)] if len(found) > 1 else [""]
 
 
 def _verdict(one: Comparison, label: str) -> list[str]:
@@ -107,12 +130,3 @@ def relative_line(one: Comparison) -> str:
     rho = one.mismatch.relative
     interval = "" if math.isnan(rho.low) else f" [{rho.low:+.2f}, {rho.high:+.2f}]"
     return f"Of the relative change: rho {rho.value:+.2f}{interval}."
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines of cells, the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
-    ]

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..console import CONTEXT, say, tell
-from ..errors import ArgumentError, OutputError, shown
+from ..errors import ArgumentError, shown
 
 if TYPE_CHECKING:
     from .compare import Encoder
-
-FILE = "samples.json"
 
 samples_epilog = """\b
 A line of FILE, of which problem, response, and correct or answer are needed:
@@ -48,13 +46,12 @@ def samples_command(
     Each number comes with its bootstrap interval over problems; the verdict says whether pass@1 rose while something
     else got worse. Samples are JSON lines; the greedy answer of a problem is marked "greedy": true.
     """
-    from .compare import compare
+    from ..results import check_folder, write_folder
+    from .compare import FORMAT, compare
     from .samples import read_samples
-    from .samplesview import table, verdicts
+    from .samplesview import FILES, table, verdicts
 
-    folder = Path(out).expanduser() if out else None
-    if folder:
-        _refuse_foreign(folder)  # now, and not after an hour of encoding
+    folder = check_folder(out, FILES, FORMAT) if out else None  # now, and not after an hour of encoding
     encode = _load(encoder) if encoder else None
     report = compare(read_samples(files), reference=reference, encoder=encode)
     plain = report.to_dict()
@@ -62,7 +59,9 @@ def samples_command(
         say(json.dumps(plain, indent=2))
     else:
         parts = [verdicts(report)] if quiet else [table(report), verdicts(report)]
-        say("\n\n".join(part for part in parts if part))
+        text = "\n\n".join(part for part in parts if part)
+        if text:
+            say(text)
     if folder:
         from .samplesview import pictures
 
@@ -70,37 +69,11 @@ def samples_command(
             drawn = pictures(report)
         except ImportError:
             drawn = {}
-            tell("note: no pictures, as matplotlib is not there; install it with `pip install 'mergekit-imm[plots]'`")
-        _write(folder, {FILE: (json.dumps(plain, indent=2) + "\n").encode(), **drawn})
+            tell("note: no pictures, as matplotlib is not there; install it with `pip install 'mergekit-imm[analyze]'`")
+        content = (json.dumps(plain, indent=2) + "\n").encode()
+        written = write_folder(folder, {"samples.json": content, **drawn}, FILES)
         if not (as_json or quiet):
-            say(f"written to {', '.join(shown(folder / name) for name in (FILE, *drawn))}")
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Files of an earlier report are replaced, others are not."""
-    from .compare import FORMAT
-    from .samplesview import refused
-
-    try:
-        content = json.loads((folder / FILE).read_bytes())
-    except (OSError, ValueError):
-        content = None
-    ours = isinstance(content, dict) and content.get("format") == FORMAT
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{shown(folder)} is no folder; give another one with -o")
-    if found := refused(folder, ours):
-        raise OutputError(f"{shown(folder / found[0])} is there, and not of this command; give another folder with -o")
-
-
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    from ..checkpoint.disk import make_folder, replace_file
-
-    try:
-        make_folder(folder)
-        for name, content in files.items():
-            replace_file(folder / name, content)
-    except OSError as error:
-        raise OutputError(f"{shown(folder)} cannot be written: {error.strerror}") from error
+            say(f"written to {', '.join(map(shown, written))}")
 
 
 def _load(name: str) -> Encoder:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Sequence
-from pathlib import Path
 
 from ..errors import shown
+from ..views import aligned, saved
 from .bootstrap import Interval
 from .compare import Comparison, Report
 
-PICTURES = ("pass-at-k.png", "pass-at-k.svg", "differences.png", "differences.svg")
+FILES = ("samples.json", "pass-at-k.png", "pass-at-k.svg", "differences.png", "differences.svg")
 
 
 def table(report: Report) -> str:
@@ -20,7 +18,7 @@ def table(report: Report) -> str:
         rows = [["measure", shown(report.reference, 24), "95 % interval", "n"]]
         for k, each in report.curves[report.reference].items():
             rows.append([f"pass@{k} (sampled)", _number(each.value), _range(each), str(each.n)])
-        return "\n".join([*_aligned(rows), "one model: nothing to compare it with"])
+        return "\n".join([*aligned(rows), "one model: nothing to compare it with"])
     return "\n\n".join(_comparison(report.reference, each) for each in report.comparisons)
 
 
@@ -34,7 +32,7 @@ def _comparison(reference: str, each: Comparison) -> str:
     for m in each.measures:
         values = [_number(m.reference.value), _number(m.model.value), _number(m.difference.value, "+")]
         rows.append([m.name, *values, _range(m.difference, "+"), str(m.difference.n)])
-    lines = [f"{shown(each.model)} against {shown(reference)}", *_aligned(rows)]
+    lines = [f"{shown(each.model)} against {shown(reference)}", *aligned(rows)]
     if each.gained is not None:
         lines.append(f"improvement set: {each.gained} problems gained (greedy); regression set: {each.lost} lost")
         sets = [["pass@k there", *map(str, each.on_gained or each.on_lost)]]
@@ -42,7 +40,7 @@ def _comparison(reference: str, each: Comparison) -> str:
             if curve:
                 what = "gained" if curve is each.on_gained else "lost"
                 sets.append([f"{shown(title, 24)}, on the {what}", *(_number(at.value) for at in curve.values())])
-        lines += _aligned(sets) if len(sets) > 1 else []
+        lines += aligned(sets) if len(sets) > 1 else []
     return "\n".join([*lines, *(f"note: {note}" for note in each.notes)])
 
 
@@ -54,14 +52,6 @@ def _range(each: Interval, sign: str = "") -> str:
     return "-" if math.isnan(each.low) else f"[{each.low:{sign}.3f}, {each.high:{sign}.3f}]"
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in cells
-    ]
-
-
 def pictures(report: Report) -> dict[str, bytes]:
     """Draw pass@k with bands, and the differences to the reference, as PNG and SVG.
 
@@ -71,7 +61,7 @@ def pictures(report: Report) -> dict[str, bytes]:
     from matplotlib.figure import Figure
 
     found: dict[str, bytes] = {}
-    with mpl.rc_context({"svg.hashsalt": "mergekit_imm", "font.size": 9}):
+    with mpl.rc_context({"font.size": 9}):
         if any(report.curves.values()):
             figure = Figure(figsize=(5.2, 3.6), layout="constrained")
             axes = figure.add_subplot()
@@ -87,7 +77,7 @@ def pictures(report: Report) -> dict[str, bytes]:
             axes.set_title(f"{report.problems} problems; bands: 95 % bootstrap intervals", fontsize=8)
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
-            found |= _saved(figure, "pass-at-k")
+            found |= saved(figure, "pass-at-k")
         rows = [
             name
             for name in dict.fromkeys(m.name for each in report.comparisons for m in each.measures)
@@ -117,22 +107,8 @@ def pictures(report: Report) -> dict[str, bytes]:
             axes.set_title(f"95 % paired bootstrap intervals over problems{cut}", fontsize=8)
             axes.grid(alpha=0.3, axis="x")
             axes.legend(fontsize=8)
-            found |= _saved(figure, "differences")
+            found |= saved(figure, "differences")
     return found
-
-
-def _saved(figure: object, name: str) -> dict[str, bytes]:
-    found = {}
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, dpi=150, metadata=metadata)  # type: ignore[attr-defined]
-        found[f"{name}.{kind}"] = content.getvalue()
-    return found
-
-
-def refused(folder: Path, marked: bool) -> list[str]:
-    """Return the names of files in a folder that would be written over and, as no report of ours is there, may not."""
-    return [] if marked else [name for name in ("samples.json", *PICTURES) if (folder / name).exists()]
 
 
 def _label(name: str) -> str:
