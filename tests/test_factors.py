@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from mergekit_imm import (
     merge_checkpoints,
     merge_into,
 )  # fmt: skip
+from mergekit_imm.cli import merge_command
 from mergekit_imm.errors import ArgumentError, MergeError
 from mergekit_imm.factors import resolve_factors
 from mergekit_imm.loop import run_loop
@@ -162,6 +164,8 @@ def test_an_importance_shrunk_and_clipped_is_its_factors(folders: Path) -> None:
         ({"layer_factors": "lines:-1,2"}, "factors >= 0"),
         ({"layer_factors": "lines:0,nan"}, "factors >= 0"),
         ({"layer_factors": "nowhere.json"}, "layer factors file nowhere.json cannot be read"),
+        ({"layer_factors": "line:0.3,1"}, "rules are lines:FIRST,LAST and groups:EARLY"),
+        ({"importance": {"0": 1.7e308} | {str(n): 0 for n in range(1, 12)}}, "too large"),
         ({"layer_factors": {"model.layers.0": 1.0}}, "for 1 of 12"),
         ({"layer_factors": {"model.layers.0": "x"}}, "factor of layer 'model.layers.0'"),
         ({"layer_factors": {}}, "give a mapping"),
@@ -212,3 +216,33 @@ def test_a_loop_merges_with_them(folders: Path) -> None:
     )  # fmt: skip
     one, other = read_model(Path(state.model)), read_model(folders / "out")
     assert all(same_bits(one[name], other[name]) for name in one)
+
+
+def test_what_stands_beside_layers_is_not_passed_over(folders: Path) -> None:
+    content = {"layers": dict.fromkeys(LAYERS, 1.0), "Outside": 0.0}
+    (folders / "factors.json").write_text(json.dumps(content))
+    with pytest.raises(ArgumentError, match="has 'Outside' beside its layers"):
+        merge_checkpoints(folders / "base", folders / "sft", folders / "out", layer_factors=folders / "factors.json")
+
+
+def test_whole_numbers_are_keys_too(folders: Path) -> None:
+    base, sft = read_model(folders / "base"), read_model(folders / "sft")
+    given: Any = dict.fromkeys(range(12), 0.5)
+    merged = dare_merge(base, sft, drop=0.0, layer_factors=given)
+    assert same_bits(merged[NAMES[1]], dare_merge(base[NAMES[1]], sft[NAMES[1]], drop=0.0, factor=0.5))
+    with pytest.raises(ArgumentError, match="give a mapping"):
+        dare_merge(base, sft, layer_factors={})
+
+
+def test_the_command_takes_them(folders: Path) -> None:
+    importance = {layer: float(number + 1) for number, layer in enumerate(LAYERS)}
+    (folders / "importance.json").write_text(json.dumps({"layers": importance}))
+    arguments = [str(folders / "base"), str(folders / "sft"), "--importance", str(folders / "importance.json")]
+    arguments += ["--shrink", "0.5", "--clip", "0.7", "1.2", "-q", "-o", str(folders / "out")]
+    CliRunner().invoke(merge_command, arguments, catch_exceptions=False, standalone_mode=False)
+    merge_checkpoints(
+        folders / "base", folders / "sft", folders / "two", importance=importance, shrink=0.5, clip=(0.7, 1.2)
+    )
+    one, other = read_model(folders / "out"), read_model(folders / "two")
+    assert all(same_bits(one[name], other[name]) for name in one)
+    assert "--clip 0.7 1.2" in (folders / "out" / "README.md").read_text()

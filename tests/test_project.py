@@ -24,7 +24,8 @@ SOURCE = ROOT / "src" / "mergekit_imm"
 LEVELS = [
     ["errors"],
     ["json_input", "ranks", "views"],
-    ["mask", "layers", "importance", "config", "sums", "sweep", "schedules"],
+    ["mask", "layers", "config", "sums", "sweep", "schedules"],
+    ["importance"],
     ["factors", "sparsify"],
     ["recipe", "flat"],
     ["fused"],

@@ -272,3 +272,10 @@ def test_a_check_takes_the_drop_that_was_asked_for(tmp_path: Path) -> None:
     assert check(tmp_path / "base", tmp_path / "sft", sparsify="della:0.3", drop=0.5).problems == []
     (problem,) = check(tmp_path / "base", tmp_path / "sft", sparsify="della:0.15", drop=0.9).problems
     assert "use della:0.098 or less" in problem
+
+
+@pytest.mark.parametrize("epsilon", [None, "x", -0.1, float("nan")])
+def test_an_epsilon_is_a_number(epsilon: Any) -> None:
+    for drop in (0.0, 0.5):
+        with pytest.raises(ArgumentError, match="epsilon"):
+            della(torch.ones(4), name=NAME, drop=drop, epsilon=epsilon)

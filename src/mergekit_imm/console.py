@@ -19,26 +19,13 @@ from .errors import MergeError, OutputError
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-class _Pair(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.2 only
-    """Two numbers, LOW,HIGH."""
-
-    name = "pair"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        try:
-            low, high = map(float, value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not two numbers; write 0.5,2", param, ctx)
-        return low, high
-
-
 _DELTA_OPTIONS = [
     click.option("--importance", metavar="FILE", help="JSON: layer -> importance; weights the delta (IIMM)."),
     click.option(
         "--shrink", type=click.FloatRange(0, 1), default=1.0, show_default=True, metavar="S",
         help="Pull the factors of --importance towards 1.",
     ),
-    click.option("--clip", type=_Pair(), metavar="LOW,HIGH", help="Bounds of the factors of --importance."),
+    click.option("--clip", nargs=2, type=float, metavar="LOW HIGH", help="Bounds of the factors of --importance."),
     click.option(
         "--layer-factors", metavar="WHAT",
         help="Factors of the delta by layer: lines:FIRST,LAST, groups:EARLY,MIDDLE,LATE, or a JSON FILE.",

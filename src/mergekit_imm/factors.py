@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .errors import ArgumentError, shown
-from .importance import importance_factors, read_layers
+from .importance import IMPORTANCE_FORMAT, importance_factors, read_layers
 from .layers import layer_order, resolve_layers, stacks, thirds
 from .mask import check_factor
 
 OUTSIDE = "outside"  # embeddings, final norm, head: what lies in no layer
 _RULES = {"lines": 2, "groups": 3}
+_RULES_TEXT = "lines:FIRST,LAST and groups:EARLY,MIDDLE,LATE"
 
 
 def lines_factors(layers: Iterable[str], first: float, last: float) -> dict[str, float]:
@@ -37,7 +38,7 @@ def lines_factors(layers: Iterable[str], first: float, last: float) -> dict[str,
     found: dict[str, float] = {}
     for keys in _stacks(layers):
         for number, key in enumerate(keys):
-            found[key] = first + (last - first) * number / (len(keys) - 1) if len(keys) > 1 else last
+            found[key] = first + (last - first) * (number / (len(keys) - 1)) if len(keys) > 1 else last
     return {**found, OUTSIDE: float(first)}
 
 
@@ -80,8 +81,7 @@ def check_rule(text: str) -> tuple[str, list[float]]:
         values = []
     if kind not in _RULES or len(values) != _RULES[kind]:
         raise ArgumentError(
-            f"layer factors '{shown(text)}' are not understood; write lines:FIRST,LAST or groups:EARLY,MIDDLE,LATE with"
-            " factors >= 0, or give a JSON file"
+            f"layer factors '{shown(text)}' are not understood; rules are {_RULES_TEXT}, with factors >= 0"
         )
     return kind, values
 
@@ -95,10 +95,19 @@ def read_layer_factors(given: str | Path) -> dict[str, float] | str:
     if not isinstance(given, Path) and (text.partition(":")[0] in _RULES and ":" in text):
         check_rule(text)
         return text
-    layers, content = read_layers(given, "layer factors")
-    if "importance" in str(content.get("format", "")):
+    try:
+        layers, content = read_layers(given, "layer factors")
+    except ArgumentError as error:
+        rules = "" if Path(text).expanduser().exists() else f"; rules are {_RULES_TEXT}"
+        raise ArgumentError(f"{error}{rules}") from error
+    if content.get("format") == IMPORTANCE_FORMAT:
         raise ArgumentError(f"{shown(text)} holds importances, not factors; give it as --importance")
-    return {**layers, **({OUTSIDE: content[OUTSIDE]} if OUTSIDE in content else {})}
+    other = sorted(set(content) - {"layers", OUTSIDE}) if "layers" in content else []
+    if other:
+        raise ArgumentError(
+            f"{shown(text)} has '{shown(other[0])}' beside its layers; it may have \"{OUTSIDE}\", and nothing else"
+        )
+    return layers | ({OUTSIDE: content[OUTSIDE]} if OUTSIDE in content else {})
 
 
 def check_factors(factors: Mapping[str, float] | str) -> None:
@@ -124,7 +133,7 @@ def resolve_factors(factors: Mapping[str, float] | str, names: Iterable[str]) ->
         if not stacks(names):
             raise ArgumentError(f"layer factors '{shown(factors)}' need layers, and the model has none")
         factors = (lines_factors if kind == "lines" else group_factors)(names, *values)
-    layers = {key: value for key, value in factors.items() if key != OUTSIDE}
+    layers = {str(key): value for key, value in factors.items() if key != OUTSIDE}
     return {**resolve_layers(layers, names), "": factors.get(OUTSIDE, 1.0)}
 
 

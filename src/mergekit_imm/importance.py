@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import ArgumentError, shown
 from .json_input import parse_json, without_duplicates
+from .mask import is_number
 
 IMPORTANCE_FORMAT, IMPORTANCE_VERSION = "mergekit_imm importance", 1
 
@@ -63,19 +64,21 @@ def importance_factors(
     >>> importance_factors({"model.layers.0": 1.0, "model.layers.1": 3.0}, shrink=0.5, clip=(0.0, 1.2))
     {'model.layers.0': 0.75, 'model.layers.1': 1.2}
     """
-    if not _is_number(shrink) or not 0 <= shrink <= 1:
+    if not is_number(shrink) or not 0 <= shrink <= 1:
         raise ArgumentError(f"shrink is {shown(repr(shrink), 60)}; it must be a number from 0 to 1")
     if clip is not None:
-        is_pair = isinstance(clip, (tuple, list)) and len(clip) == 2 and all(map(_is_number, clip))
+        is_pair = isinstance(clip, (tuple, list)) and len(clip) == 2 and all(map(is_number, clip))
         if not is_pair or not 0 <= clip[0] <= clip[1] <= sys.float_info.max:
             raise ArgumentError(
                 f"clip is {shown(repr(clip), 60)}; it must be (low, high), two finite numbers with 0 <= low <= high"
             )
+    if not isinstance(importance, Mapping):
+        raise ArgumentError(f"importance is {shown(repr(importance), 60)}; give a mapping layer -> importance")
     if not importance:
         raise ArgumentError("importance is empty; give one value for each layer")
     values = {}
     for key, value in importance.items():
-        if not _is_number(value) or not 0 <= value <= sys.float_info.max:
+        if not is_number(value) or not 0 <= value <= sys.float_info.max:
             raise ArgumentError(
                 f"importance of layer '{shown(key)}' is {shown(repr(value), 60)}; it must be a finite number >= 0"
             )
@@ -87,16 +90,14 @@ def importance_factors(
     if not 0 < total < math.inf:
         raise ArgumentError(f"importances sum to {total}; at least one must be > 0, and the sum finite")
     factors = {key: len(values) * value / total for key, value in values.items()}
+    if not all(map(math.isfinite, factors.values())):
+        raise ArgumentError("importances are too large to make factors of; only ratios count: divide all by one number")
     if shrink != 1:
         factors = {key: 1 + shrink * (factor - 1) for key, factor in factors.items()}
     if clip is not None:
         low, high = map(float, clip)
         factors = {key: min(max(factor, low), high) for key, factor in factors.items()}
     return factors
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def read_importance(path: str | Path) -> dict[str, float]:

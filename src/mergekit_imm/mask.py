@@ -95,14 +95,14 @@ def arithmetic(*, alpha: float, drop: float, factor: float = 1.0) -> Arithmetic:
 
 def check_alpha(alpha: float) -> float:
     """Return alpha, or raise ArgumentError unless 0 <= alpha <= 1."""
-    if not _is_number(alpha) or not 0 <= alpha <= 1:
+    if not is_number(alpha) or not 0 <= alpha <= 1:
         raise ArgumentError(f"alpha is {alpha!r}; it is the weight of the base, a number in 0 <= alpha <= 1")
     return float(alpha)
 
 
 def check_drop(drop: float) -> float:
     """Return drop, or raise ArgumentError unless 0 <= drop < 1."""
-    if not _is_number(drop) or not 0 <= drop < 1:
+    if not is_number(drop) or not 0 <= drop < 1:
         raise ArgumentError(
             f"drop is {drop!r}; it is the share of delta elements dropped, a number in 0 <= drop < 1"
             " (for no change at all use alpha=1)"
@@ -112,7 +112,7 @@ def check_drop(drop: float) -> float:
 
 def check_factor(factor: float) -> float:
     """Return factor, or raise ArgumentError unless it is finite and >= 0."""
-    if not _is_number(factor) or not 0 <= factor <= sys.float_info.max:
+    if not is_number(factor) or not 0 <= factor <= sys.float_info.max:
         raise ArgumentError(f"factor is {factor!r}; a layer factor is a finite number >= 0")
     return float(factor)
 
@@ -129,5 +129,6 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a number; True and False are not."""
     return _is_integer(value) or isinstance(value, float)

@@ -251,7 +251,7 @@ def dare_merge(
     if isinstance(base, Mapping) and isinstance(sft, Mapping) and not isinstance(start, Tensor):
         if name is not None or factor != 1.0:
             raise ArgumentError("name and factor are for single tensors; a mapping has its names, and layer_factors=")
-        factors = resolve_factors(layer_factors, base) if layer_factors else {}
+        factors = {} if layer_factors is None else resolve_factors(layer_factors, base)
         out: dict[str, Tensor] = {}
         for key, written, sides in matched(base, sft, start):
             numbers = arithmetic(alpha=alpha, drop=drop, factor=factors.get(layer_key(key) or "", 1.0))

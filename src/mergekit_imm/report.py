@@ -167,7 +167,7 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
     ]
     command += ["--importance", "importance.json"] if p.importance is not None else []
     command += ["--shrink", str(p.shrink)] if p.shrink != 1 else []
-    command += ["--clip", ",".join(map(str, p.clip))] if p.clip is not None else []
+    command += ["--clip", *map(str, p.clip)] if p.clip is not None else []
     if p.layer_factors is not None:
         command += ["--layer-factors", p.layer_factors if isinstance(p.layer_factors, str) else "factors.json"]
     command += ["--sparsify", p.sparsify] if p.sparsify != "dare" else []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import ArgumentError, shown
-from .mask import KEEP_ALL, check_drop
+from .mask import KEEP_ALL, check_drop, is_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +52,8 @@ def parse_sparsify(text: str, drop: float) -> Sparsifier:
 def check_epsilon(epsilon: float, drop: float) -> None:
     """Raise ArgumentError unless drop - epsilon >= 0 and drop + epsilon < 1; with drop = 0 nothing is dropped."""
     check_drop(drop)
+    if not is_number(epsilon):
+        raise ArgumentError(f"epsilon is {shown(repr(epsilon), 60)}; it must be a number")
     if drop == 0 and epsilon >= 0:
         return
     if not (0 <= epsilon <= drop and drop + epsilon < 1):

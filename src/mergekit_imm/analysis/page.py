@@ -36,7 +36,7 @@ DEFINITIONS = (
      " is our choice). A sum of norms, so larger and more matrices count for more."),
     ("relative", "The change divided by the sum of ||W||_F over the same matrices. Ours."),
     ("share", "The change of a layer divided by that of all layers (figure 12)."),
-    ("module", "One kind of matrix over all layers: its change, relative to its own norms, and its share of all change."),
+    ("module", "One kind of matrix over all layers: its change, relative to its norms, and its share of all change."),
     ("in brackets", "Embeddings, heads, norms, biases and others: measured the same way, in no layer's change."),
     ("importance", "Of a layer, as the file has it; only ratios and ranks count."),
     ("rho", "Spearman's rank correlation of importance and change over layers, equal values sharing their average rank."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, shown
+from ..mask import is_number
 
 if TYPE_CHECKING:  # numpy is imported where it is needed: commands import this package for their --help
     import numpy as np
@@ -195,8 +196,3 @@ def check_count(name: str, value: int, least: int) -> None:
     """Refuse what is no whole number, or too small."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ArgumentError(f"{name} is {shown(repr(value), 60)}; it must be a whole number, {least} or more")
-
-
-def is_number(value: object) -> bool:
-    """Tell whether a value is a number; True and False are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
