@@ -95,7 +95,8 @@ def test_cosine_diversity_is_the_mean_over_pairs(rows: list[list[int]]) -> None:
 def test_embeddings_that_are_of_no_use() -> None:
     assert math.isnan(cosine_diversity([[1.0, 2.0]]))
     for rows, message in (
-        ([[1.0], [0.0]], "row 1 is all zeros"), ([[1.0], [math.nan]], "row 1 has NaN"), ([1.0, 2.0], r"shape \(2,\)"),
+        ([[1.0], [0.0]], "a zero vector for row 1"),
+        ([[1.0], [math.nan]], "with NaN or infinity for row 1"), ([1.0, 2.0], r"shape \(2,\)"),
         ([["a"]], "no array of numbers"),
     ):  # fmt: skip
         with pytest.raises(ArgumentError, match=message):

@@ -86,6 +86,7 @@ def test_answers_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
         ({**GOOD, "corect": True}, "the key 'corect' looks like 'correct'"),
         ({**GOOD, "Greedy": True}, "the key 'Greedy' looks like 'greedy'"),
         ({**GOOD, "odd": True}, "the key 'odd' looks like 'ood'"),
+        ({"problem": "p", "response": "r", "answer": float("inf")}, 'there is no "correct"'),
     ],
 )
 def test_a_line_that_is_refused(line: str | Line, message: str) -> None:
@@ -141,10 +142,10 @@ def test_models_that_do_not_belong_together() -> None:
     ):
         report([{**GOOD, "model": "a", "level": 1}], [{**GOOD, "model": "b", "level": 2}])
     for rows, message in (
-        ([[1.0, 2.0]], r"an array of shape \(1, 2\) of 4 texts"),
-        ([[1.0], [0.0], [1.0], [1.0]], "of the text 'a says 1 and so on, 1 [+] 0 = 1'; such a row"),
-        ([[1.0], [1.0, 2.0]], "made no array of numbers"),
-        ([["a"]] * 4, "made no array of numbers"),
+        ([[1.0, 2.0]], r"shape \(1, 2\); it must be \(4, width\)"),
+        ([[1.0], [0.0], [1.0], [1.0]], "zero vector for 'a says 1 and so on, 1 [+] 0 = 1'"),
+        ([[1.0], [1.0, 2.0]], "gave no array of numbers"),
+        ([["a"]] * 4, "gave no array of numbers"),
     ):
         with pytest.raises(ArgumentError, match=message):
             report(made("a", [1]), encoder=lambda _, rows=rows: rows)
@@ -157,10 +158,12 @@ def test_a_comparison_by_hand() -> None:
     assert values["pass@1 (greedy)"] == pytest.approx((3 / 8, 6 / 8, 3 / 8))
     assert values["pass@1 (sampled)"] == pytest.approx((sum(before) / 32, sum(after) / 32, 15 / 32))
     assert values["pass@4 (sampled)"] == pytest.approx((6 / 8, 7 / 8, 1 / 8))
-    assert (found.gained, found.lost) == (4, 1)  # q0, q1, q4, q5; q7
-    assert found.on_gained[1].value == pytest.approx((0 + 1 + 1 + 1) / 16)
-    assert found.on_gained[4].value == pytest.approx(3 / 4)
-    assert found.on_lost[1].value == pytest.approx(1 / 4)
+    assert found.gained is not None
+    assert found.lost is not None
+    assert (found.gained.problems, found.lost.problems) == (4, 1)  # q0, q1, q4, q5; q7
+    assert found.gained.reference[1].value == pytest.approx((0 + 1 + 1 + 1) / 16)
+    assert found.gained.reference[4].value == pytest.approx(3 / 4)
+    assert found.lost.model[1].value == pytest.approx(1 / 4)
     correct = {m.name: m for m in found.measures if m.name.endswith(", correct")}
     assert correct["EAD, correct"].difference.n == 2  # q2, q3: two right samples of both
     assert any("diversity, correct: of 2 of 8 problems" in note for note in found.notes)

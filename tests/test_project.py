@@ -23,7 +23,7 @@ SOURCE = ROOT / "src" / "mergekit_imm"
 # A module imports only from lines above its own.
 LEVELS = [
     ["errors"],
-    ["json_input", "ranks", "views"],
+    ["json_input", "ranks", "vectors", "views"],
     ["mask", "layers", "config", "sums", "sweep", "schedules"],
     ["importance"],
     ["factors", "sparsify"],

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, MismatchError, shown
+from ..vectors import unit_rows
 from .bootstrap import RESAMPLES, Indices, Interval, bootstrap
 from .diversity import cosine_diversity, distinct_equations, expectation_adjusted_distinct, mean_distinct
 from .passk import pass_at_k, powers_of_two
@@ -35,19 +36,26 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class ProblemSet:
+    """Some of the problems: how many, and pass@k there of the reference and of the model."""
+
+    problems: int
+    reference: Mapping[int, Interval]
+    model: Mapping[int, Interval]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A model against the reference. `notes` says what could not be measured, and why.
 
-    `on_gained` is the reference's pass@k on the problems that only the model solves greedily, `on_lost` the model's on
-    those that only the reference does; `gained` and `lost` are how many, None without greedy answers.
+    `gained` are the problems that only the model solves greedily, `lost` those that only the reference does; None
+    without greedy answers.
     """
 
     model: str
     measures: tuple[Measure, ...]
-    gained: int | None
-    lost: int | None
-    on_gained: Mapping[int, Interval]
-    on_lost: Mapping[int, Interval]
+    gained: ProblemSet | None
+    lost: ProblemSet | None
     verdict: Reversal
     notes: tuple[str, ...]
 
@@ -68,6 +76,12 @@ class Report:
         def plain(curve: Mapping[int, Interval]) -> dict[str, Any]:
             return {str(k): each.to_dict() for k, each in curve.items()}
 
+        def problem_set(found: ProblemSet | None) -> dict[str, Any] | None:
+            return None if found is None else {
+                "problems": found.problems, "reference_pass_at_k": plain(found.reference),
+                "model_pass_at_k": plain(found.model),
+            }  # fmt: skip
+
         return {
             "format": FORMAT,
             "reference": self.reference,
@@ -84,8 +98,8 @@ class Report:
                         }
                         for m in each.measures
                     ],
-                    "improvement_set": {"problems": each.gained, "reference_pass_at_k": plain(each.on_gained)},
-                    "regression_set": {"problems": each.lost, "model_pass_at_k": plain(each.on_lost)},
+                    "improvement_set": problem_set(each.gained),
+                    "regression_set": problem_set(each.lost),
                     "verdict": each.verdict.to_dict(),
                     "notes": list(each.notes),
                 }
@@ -122,7 +136,7 @@ def compare(
     >>> before = Model("base", {str(i): Problem(str(i), None, False, (), Response("2", i < 3)) for i in range(9)})
     >>> after = Model("round 1", {str(i): Problem(str(i), None, False, (), Response("2", i < 8)) for i in range(9)})
     >>> report = compare([before, after])
-    >>> report.comparisons[0].measures[0].difference.value, report.comparisons[0].gained
+    >>> report.comparisons[0].measures[0].difference.value, report.comparisons[0].gained.problems
     (0.5555555555555556, 5)
     """
     if not models:
@@ -142,7 +156,7 @@ def compare(
     if not inside:
         raise MismatchError("all problems are marked ood; at least one must be of the domain of the training")
     sampled = {m.name: [r.text for name in inside for r in m.problems[name].sampled] for m in models}
-    embedded = {name: _encode(encoder, texts) for name, texts in sampled.items()} if encoder else {}
+    embedded = {name: unit_rows(encoder(t), "the encoder", t) for name, t in sampled.items() if t} if encoder else {}
     ks = powers_of_two(min(len(m.problems[name].sampled) for m in models for name in inside))
     curves = {m.name: {k: _interval(_pass_k(m, inside, k), resamples) for k in ks} for m in models}
     comparisons = []
@@ -171,29 +185,6 @@ def _refuse_others(base: Model, model: Model) -> None:
                 f"problem '{shown(name)}' has level {problem.level} and ood {problem.ood} of '{shown(base.name)}', "
                 f"level {twin.level} and ood {twin.ood} of '{shown(model.name)}'; give both the same"
             )
-
-
-def _encode(encoder: Encoder, texts: list[str]) -> npt.NDArray[Any]:
-    if not texts:
-        return np.zeros((0, 0))
-    made = encoder(texts)
-    try:
-        rows = np.asarray(made)
-        useless = np.flatnonzero(~(np.isfinite(rows).all(axis=-1) & rows.any(axis=-1)))
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"the encoder made no array of numbers: {shown(error, 200)}; it needs a row each"
-        ) from error
-    if rows.ndim != 2 or len(rows) != len(texts):
-        raise ArgumentError(
-            f"the encoder made an array of shape {rows.shape} of {len(texts)} texts; it needs a row each"
-        )
-    if len(useless):
-        raise ArgumentError(
-            f"the encoder made a row of zeros, NaN or infinity of the text '{shown(texts[useless[0]], 60)}'; such a "
-            f"row has no direction"
-        )
-    return rows
 
 
 def _pass_k(model: Model, names: Sequence[str], k: int) -> Numbers:
@@ -243,14 +234,14 @@ class _Pair:
         ood = self.solved(self.outside, "OOD pass@1", notes) if self.outside else None
         disparity = self.disparity(notes)
         measures += [each for each in (ood, disparity) if each]
-        gained, lost, on_gained, on_lost = self.sets()
+        gained, lost = self.sets(notes)
         signs = {"pass_1": first, "diversity": diversity, "ood": ood, "disparity": disparity, "pass_k": pass_k}
         verdict = judge(
             **{name: each.difference if each else UNKNOWN for name, each in signs.items()},
             names={name: each.name for name, each in signs.items() if each},
         )
         return Comparison(
-            self.model.name, tuple(measures), gained, lost, on_gained, on_lost, verdict, tuple(notes)
+            self.model.name, tuple(measures), gained, lost, verdict, tuple(notes)
         )  # fmt: skip
 
     def measure(
@@ -366,15 +357,20 @@ class _Pair:
             found["cosine diversity"] = cosine_diversity(self.embedded[model][rows])
         return {**found, "tokens": statistics.fmean(len(text.split()) for text in texts)}
 
-    def sets(self) -> tuple[int | None, int | None, dict[int, Interval], dict[int, Interval]]:
-        """The improvement and the regression set, and what the other model samples of each."""
+    def sets(self, notes: list[str]) -> tuple[ProblemSet | None, ProblemSet | None]:
+        """The improvement and the regression set, and what both models sample of each."""
         greedy = [[m.problems[name].greedy for name in self.inside] for m in (self.model, self.base)]
         right = [[each.correct for each in answers if each] for answers in greedy]
         if any(len(each) < len(self.inside) for each in right):
-            return None, None, {}, {}
-        gained, lost = improvement_set(*right)
-        on_gained, on_lost = (
-            {k: _interval(_pass_k(m, [self.inside[i] for i in at], k), self.resamples) for k in self.ks if at}
-            for m, at in ((self.base, gained), (self.model, lost))
+            notes.append("improvement and regression set: not measured, as greedy answers are missing")
+            return None, None
+        gained, lost = (self.on([self.inside[i] for i in at]) for at in improvement_set(*right))
+        return gained, lost
+
+    def on(self, names: list[str]) -> ProblemSet:
+        """What both models sample of some problems."""
+        ks = self.ks if names else ()
+        base, model = (
+            {k: _interval(_pass_k(m, names, k), self.resamples) for k in ks} for m in (self.base, self.model)
         )
-        return len(gained), len(lost), on_gained, on_lost
+        return ProblemSet(len(names), base, model)

@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
-import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
+from ..vectors import unit_rows
 
 Tokenizer = Callable[[str], Sequence[str]]
 ORDERS = (1, 2, 3, 4, 5)  # of the n-grams whose shares are averaged
@@ -109,24 +109,10 @@ def cosine_diversity(embeddings: npt.ArrayLike) -> float:
     >>> cosine_diversity([[1, 0], [0, 2], [1, 0]])
     0.6666666666666667
     """
-    try:
-        rows = np.asarray(embeddings, np.float64)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError("the embeddings are no array of numbers; give one row for each text") from error
-    if rows.ndim != 2:
-        raise ArgumentError(f"the embeddings have shape {rows.shape}; give one row for each text, (texts, dimensions)")
-    if not np.isfinite(rows).all():
-        at = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-        raise ArgumentError(f"the embedding in row {at} has NaN or infinity; embeddings must be finite")
-    largest = np.abs(rows).max(axis=1, initial=0.0)
-    if not largest.all():
-        at = int(np.flatnonzero(largest == 0)[0])
-        raise ArgumentError(f"the embedding in row {at} is all zeros, and has no direction; see what its text is")
-    count = len(rows)
+    units = unit_rows(embeddings, "the encoder")
+    count = len(units)
     if count < 2:
         return NAN
-    units = rows / largest[:, None]  # first, so that no square is too large or too small
-    units /= np.sqrt((units**2).sum(axis=1))[:, None]
     total = units.sum(axis=0)
     return float(1 - (total @ total - count) / (count * (count - 1)))
 

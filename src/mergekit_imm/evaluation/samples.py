@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -169,7 +171,8 @@ def _line(content: bytes, where: str) -> _Line:
     correct = value("correct", bool)
     if correct is None:
         answer = line.get("answer")
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        number = not isinstance(answer, bool) and isinstance(answer, int | float) and -math.inf < answer < math.inf
+        if not (number or isinstance(answer, str)):
             raise CheckpointError(
                 f'{where}: there is no "correct": true or false, nor an "answer", a text or a number, to judge by'
             )
@@ -184,23 +187,7 @@ def _line(content: bytes, where: str) -> _Line:
 
 @lru_cache(maxsize=1024)
 def _misspelt(key: str) -> str | None:
-    """The known key that an unknown one is one letter away from; two, if it is a long one."""
-    if key in KEYS:
+    """The known key that an unknown one may be meant for; names of several words are others' own."""
+    if key in KEYS or "_" in key:
         return None
-    near = (known for known in KEYS if _distance(key.lower(), known) <= (2 if len(known) > 5 else 1))
-    return next(near, None)
-
-
-def _distance(one: str, other: str) -> int:
-    """How many letters differ, are missing, too many, or change places."""
-    if abs(len(one) - len(other)) > 2:
-        return 3
-    rows = [list(range(len(other) + 1))]
-    for i, a in enumerate(one, 1):
-        row = [i]
-        for j, b in enumerate(other, 1):
-            row.append(min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (a != b)))
-            if i > 1 and j > 1 and a == other[j - 2] and b == one[i - 2]:
-                row[-1] = min(row[-1], rows[-2][j - 2] + 1)
-        rows.append(row)
-    return rows[-1][-1]
+    return next(iter(get_close_matches(key.lower(), KEYS, n=1, cutoff=0.66)), None)

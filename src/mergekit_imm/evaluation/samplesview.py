@@ -33,14 +33,17 @@ def _comparison(reference: str, each: Comparison) -> str:
         values = [_number(m.reference.value), _number(m.model.value), _number(m.difference.value, "+")]
         rows.append([m.name, *values, _range(m.difference, "+"), str(m.difference.n)])
     lines = [f"{shown(each.model)} against {shown(reference)}", *aligned(rows)]
-    if each.gained is not None:
-        lines.append(f"improvement set: {each.gained} problems gained (greedy); regression set: {each.lost} lost")
-        sets = [["pass@k there", *map(str, each.on_gained or each.on_lost)]]
-        for title, curve in ((reference, each.on_gained), (each.model, each.on_lost)):
-            if curve:
-                what = "gained" if curve is each.on_gained else "lost"
-                sets.append([f"{shown(title, 24)}, on the {what}", *(_number(at.value) for at in curve.values())])
-        lines += aligned(sets) if len(sets) > 1 else []
+    if each.gained and each.lost:
+        counts = f"{each.gained.problems} problems gained (greedy); regression set: {each.lost.problems} lost"
+        lines.append(f"improvement set: {counts}")
+        curves = [
+            (f"{shown(name, 24)}, on the {what}", curve)
+            for what, found in (("gained", each.gained), ("lost", each.lost))
+            for name, curve in ((reference, found.reference), (each.model, found.model))
+            if curve
+        ]
+        rows = [[title, *(_number(at.value) for at in curve.values())] for title, curve in curves]
+        lines += aligned([["pass@k there", *map(str, curves[0][1])], *rows]) if curves else []
     return "\n".join([*lines, *(f"note: {note}" for note in each.notes)])
 
 

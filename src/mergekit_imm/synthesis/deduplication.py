@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, shown
 from ..mask import is_number
+from ..vectors import unit_rows
 
 if TYPE_CHECKING:  # numpy is imported where it is needed: commands import this package for their --help
     import numpy as np
@@ -86,13 +87,13 @@ def deduplicate(
     pool: list[Vectors] = []  # vectors of `texts`, in blocks
     width = None
     for block in _blocks(texts):
-        pool.append(_unit_vectors(encode, block, width))
+        pool.append(unit_rows(encode(block), "encode", block, width))
         width = pool[0].shape[1]
     accepted: list[str] = []
     discarded = []
     rewritten = calls = 0
     for block in _blocks(questions):
-        vectors = _unit_vectors(encode, block, width)
+        vectors = unit_rows(encode(block), "encode", block, width)
         width = vectors.shape[1]
         cosines, neighbours = _nearest(vectors, pool)
         fresh, first = np.empty_like(vectors), len(texts)  # what this block adds
@@ -108,7 +109,7 @@ def deduplicate(
                 if not isinstance(answer, str):
                     raise ArgumentError(f"rewrite gave {shown(repr(answer), 60)} for '{shown(wording)}'; give a text")
                 if answer.strip():
-                    wording, vector = answer, _unit_vectors(encode, [answer], width)[0]
+                    wording, vector = answer, unit_rows(encode([answer]), "encode", [answer], width)[0]
                     (cosine,), (near,) = _nearest(vector[None], [*pool, fresh[: len(texts) - first]])
             if cosine >= limit:
                 assert reason is not None
@@ -137,31 +138,6 @@ def _nearest(vectors: Vectors, pool: list[Vectors]) -> tuple[Vectors, npt.NDArra
             best[nearer], places[nearer] = values[nearer], before + at[nearer]
         before += len(block)
     return best, places
-
-
-def _unit_vectors(encode: Encode, texts: list[str], width: int | None) -> Vectors:
-    """Encode texts; return vectors of length 1."""
-    import numpy as np
-
-    given = encode(texts)
-    try:
-        vectors = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError, RuntimeError) as error:  # the last: tensors that have a gradient
-        raise ArgumentError(
-            f"encode gave no array of numbers: {shown(error)}; give a vector for each text, all of one width"
-        ) from error
-    if vectors.ndim != 2 or len(vectors) != len(texts) or vectors.shape[1] != (width or vectors.shape[1]):
-        raise ArgumentError(
-            f"encode gave shape {vectors.shape}; it must be ({len(texts)}, {width or 'width'}): a vector for each text"
-        )
-    largest = np.abs(vectors).max(axis=1, initial=0.0)
-    for bad, what in ((~np.isfinite(largest), "a vector with NaN or infinity"), (largest == 0, "a zero vector")):
-        if bad.any():
-            text = texts[int(bad.argmax())]
-            raise ArgumentError(f"encode gave {what} for '{shown(text)}', which has no direction; leave it out")
-    vectors = vectors / largest[:, None]  # so that no square is too large or too small
-    unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return unit
 
 
 def _blocks(texts: list[str]) -> Iterator[list[str]]:
