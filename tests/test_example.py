@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -113,24 +112,6 @@ def test_no_question_is_both_trained_on_and_tested_or_held_out_and_reported(exam
         assert not one & other
         if skill != "D":  # there are 800 remainders in all
             assert not (one | other) & trained
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so 3 + 4 = 7\n#### 7", Fraction(7)),
-        ("The answer is 1,234.50 dollars.", Fraction(2469, 2)),
-        ("The answer is 3. No: The answer is -5.", Fraction(-5)),
-        ("first 12, then 8", Fraction(8)),
-        ("The answer is none", None),
-        ("1/0", None),
-        ("", None),
-    ],
-)
-def test_the_number_of_a_real_answer(example: Any, text: str, number: Fraction | None) -> None:
-    answers = example("answers")
-    assert answers.result(text) == number
-    assert answers.right(text, answers.Question("?", f"#### {number}")) is (number is not None)
 
 
 def test_differences_are_of_the_same_seed_and_have_their_interval(example: Any) -> None:

@@ -1,4 +1,4 @@
-"""Answer questions at temperatures .2, .4 and .6, and keep the answers whose number is right.
+"""Answer questions at temperatures .2, .4 and .6, and keep the right answers.
 
 Each kept answer is a line with "prompt" and "completion", as TRL's SFTTrainer takes them; no line comes twice, and an
 answer that was cut off is not kept.
@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from answers import Generator, Question, prompt, read_questions, right
+from answers import Generator, Question, prompt, read_questions
+
+from mergekit_imm.answers import is_correct
 
 TEMPERATURES = (0.2, 0.4, 0.6)
 
@@ -40,7 +42,7 @@ def main() -> None:
         answered = generator.answers(questions, arguments.count, temperature)
         for question, answers in zip(questions, answered, strict=True):
             for answer in answers:
-                if answer.ended and right(answer.text, question):
+                if answer.ended and is_correct(answer.text, question.answer):
                     solved.add(question)
                     kept[question.question, answer.text] = row(question, answer.text, generator.tokenizer)
     print(f"{len(solved)} of {len(questions)} questions solved, with {len(kept)} different answers")

@@ -10,8 +10,9 @@ import json
 import math
 from pathlib import Path
 
-from answers import Generator, read_questions, right
+from answers import Generator, read_questions
 
+from mergekit_imm.answers import is_correct
 from mergekit_imm.evaluation import mean_pass_at_k
 
 
@@ -33,7 +34,9 @@ def main() -> None:
         name, _, path = pair.partition("=")
         questions = read_questions(path, arguments.limit)
         greedy = generator.answers(questions, 1, 0.0)
-        share = sum(right(each[0].text, q) for each, q in zip(greedy, questions, strict=True)) / len(questions)
+        share = sum(is_correct(each[0].text, q.answer) for each, q in zip(greedy, questions, strict=True)) / len(
+            questions
+        )
         found = {
             "accuracy": 100 * share,
             "standard error": 100 * math.sqrt(share * (1 - share) / len(questions)),
@@ -41,7 +44,7 @@ def main() -> None:
         if arguments.samples:
             sampled = generator.answers(questions, arguments.samples, arguments.temperature)
             counts = [
-                sum(right(answer.text, question) for answer in each)
+                sum(is_correct(answer.text, question.answer) for answer in each)
                 for each, question in zip(sampled, questions, strict=True)
             ]
             for k in (1, arguments.samples):
