@@ -38,6 +38,7 @@ import numpy.typing as npt
 import torch
 import transformers
 from evaluate import accuracy, questions, summary
+from report import markdown
 from toy import (
     IN_DOMAIN,
     NAMES,
@@ -239,8 +240,7 @@ def scores(model: Any, tokenizer: Any, asked: dict[str, list[Example]], pairs: i
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return markdown(head, (map(str, row) for row in rows)) + "\n"
 
 
 def steps_table(results: Mapping[str, Any]) -> str:
