@@ -198,7 +198,8 @@ def test_a_loop_refuses_factors_of_another_model_before_it_trains(folders: Path)
     (folders / "wrong.json").write_text(json.dumps({"model.layers.0": 1.0}))
     train = f"touch {folders / 'trained'}; cp -r {{model}} {{output}}"
     for options in ({"importance": str(folders / "wrong.json")}, {"layer_factors": str(folders / "wrong.json")},
-                    {"layer_factors": "lines:2"}, {"sparsify": "della:0.5"}, {"shrink": 0.5}):  # fmt: skip
+                    {"layer_factors": "lines:2"}, {"layer_factors": "lines:1e39,1"},
+                    {"sparsify": "della:0.5"}, {"shrink": 0.5}):  # fmt: skip
         with pytest.raises(MergeError):
             run_loop(Settings(base=str(folders / "base"), train=train, **options), folders / "run")
     assert not (folders / "trained").exists()

@@ -279,3 +279,17 @@ def test_an_epsilon_is_a_number(epsilon: Any) -> None:
     for drop in (0.0, 0.5):
         with pytest.raises(ArgumentError, match="epsilon"):
             della(torch.ones(4), name=NAME, drop=drop, epsilon=epsilon)
+
+
+def test_a_threshold_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models(tmp_path, {NAME: (1500, 999), "v": (5000,)}, [torch.bfloat16] * 3)
+    computed, shared = [], sparsified.Trimmed.shared
+
+    def counted(self: sparsified.Trimmed, reads: Any) -> int:
+        computed.append(self.name)
+        return shared(self, reads)
+
+    monkeypatch.setattr(sparsified.Trimmed, "shared", counted)
+    monkeypatch.setattr(execute, "BUFFER", execute.LEAST)
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", sparsify="trim", workers=4)
+    assert sorted(computed) == sorted([NAME, "v"])

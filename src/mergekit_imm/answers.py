@@ -200,7 +200,7 @@ def _measured(tail: str) -> tuple[int, str] | None:
     while words and words[0] in _SCALES:
         scale *= _SCALES[words.pop(0)]
     names = [re.split(r"[./^²³]", word)[0] for word in words]
-    if any(name in _NO_UNITS or (len(name) < 3 and name not in _SHORT) for name in names) or len(names) > 6:
+    if any(name in _NO_UNITS or (len(name) < 3 and name not in _SHORT) for name in names):
         return None
     if words and scale == 1 and tail[0] != " " and names[0] not in _SHORT:
         return None  # 5ab is a product
