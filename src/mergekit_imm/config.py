@@ -48,20 +48,21 @@ def quantisation(config: Config | None) -> tuple[str, Mapping[str, Any]] | None:
 
 def says_tied(config: Config | None) -> bool:
     """Whether a config ties the output head to the input embedding; transformers' default is that it does."""
-    if config is None:
-        return False
-    return next((bool(level["tie_word_embeddings"]) for level in _tie_levels(config)), True)
+    return config is not None and tie_said(config) is not False
 
 
-def mentions_tie(config: Config | None) -> bool:
-    """Whether a config says in so many words if the head is tied."""
-    return config is not None and any(True for _ in _tie_levels(config))
-
-
-def _tie_levels(config: Config) -> Iterator[Mapping[str, Any]]:
-    for level in (config, config.get("text_config")):
+def tie_said(config: Config | None) -> bool | None:
+    """Whether a config says that the head is tied; None if it does not say."""
+    for level in (config or {}, (config or {}).get("text_config")):
         if isinstance(level, Mapping) and "tie_word_embeddings" in level:
-            yield level
+            return bool(level["tie_word_embeddings"])
+    return None
+
+
+def vocabulary_sizes(config: Config | None) -> set[int]:
+    """The vocabulary sizes that a config and those nested in it name."""
+    sizes = (level.get("vocab_size") for _, level in _levels(config or {}))
+    return {size for size in sizes if type(size) is int}
 
 
 def merged_config(

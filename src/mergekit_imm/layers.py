@@ -14,9 +14,13 @@ from .errors import ArgumentError, shown
 # The two ends of a model that `tie_word_embeddings` makes one tensor, by the last parts of their names in the
 # files of today's architectures. A name missing here is not mishandled: it is a tensor of its own.
 _INPUT_END = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings|embedding|shared)\.weight$"
+    r"(^|[./])(embed_tokens|tokens_embed|wte|word_embeddings?|tok_embeddings|embed_in|embeddings|embedding|shared)"
+    r"\.weight$"
 )
-_OUTPUT_END = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out)\.weight$")
+_OUTPUT_END = re.compile(
+    r"(^|[./])(lm_head|generator_lm_head|embed_out|output|output_layer|proj_out|(predictions|lm_head)\.decoder)"
+    r"\.weight$"
+)
 
 # What a tensor is, told by the part of its name that is its module or parameter; `weight_kind` says in which order.
 _SCALE = re.compile(r"(^|_)(scale|scales|scale_inv|zeros|qzeros|g_idx)$|^(A_log|inv_freq)$")  # of other forms, of scans
@@ -42,6 +46,15 @@ def layer_key(name: str) -> str | None:
         if part.isascii() and part.isdigit():
             return ".".join(parts[: i + 1])
     return None
+
+
+def folder_of(name: str) -> str:
+    """Return the part of a model that a tensor is in: the folder before its name, "" at the top.
+
+    >>> folder_of("2_Dense/linear.weight"), folder_of("lm_head.weight")
+    ('2_Dense/', '')
+    """
+    return name[: name.rfind("/") + 1]
 
 
 def weight_kind(name: str, shape: Sequence[int]) -> str:

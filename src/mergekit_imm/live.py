@@ -141,8 +141,8 @@ def merge_into(
         ) from error
     counts = Counter({"keep": "kept", "take": "taken", "copy": "copied"}.get(i.action, "merged") for i in decided.items)
     notes = [note for each in inputs.values() for note in each.notes]
-    if decided.broken:
-        notes.append(f"note: {decided.broken}: both are merged under their own names")
+    if decided.ties.broken:
+        notes.append(f"note: {decided.ties.broken}: both are merged under their own names")
     return LiveReport(dict(counts), here.iteration, notes)
 
 
@@ -245,12 +245,12 @@ def _jobs(decided: Decided, sft: Checkpoint) -> list[Job]:
     jobs = []
     owners: dict[Hashable, str] = {}
     for item in decided.items:
-        group = decided.groups.get(item.name)
+        group = decided.ties.groups.get(item.name)
         found = [sft.tensors[name] for name in (group.names if group else [item.name]) if name in sft.tensors]
         targets = {target.memory if isinstance(target, Live) else id(target): target for target in found}
         for memory, target in targets.items():
             if owners.setdefault(memory, item.name) != item.name:
-                why = decided.broken or "the base has two"
+                why = decided.ties.broken or "the base has two"
                 raise MismatchError(
                     f"'{shown(owners[memory])}' and '{shown(item.name)}' are one tensor in {sft.label}, but {why};"
                     " give the model two (clone one of them), or save it and use merge_checkpoints"

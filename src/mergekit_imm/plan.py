@@ -27,7 +27,7 @@ from .layout import OutputFile, lay_out
 from .mask import Arithmetic, arithmetic, mask_key
 from .recipe import DTYPES, Parameters
 from .sparsify import parse_sparsify
-from .ties import Group, SameBytes, tied_groups
+from .ties import SameBytes, Ties, tied_groups
 
 RECORD = 1 << 20  # elements of a segment, and of one record of the statistics
 COPIED = 4 << 20  # bytes of a segment that is copied as it is
@@ -146,9 +146,7 @@ class Decided:
 
     items: list[Item]
     used: Mapping[str, Checkpoint]
-    groups: Mapping[str, Group]  # names that mean one tensor
-    broken: str  # what breaks the base's tie
-    tied: bool | None  # what a config must say
+    ties: Ties
 
 
 def decide(
@@ -173,7 +171,8 @@ def decide(
         check_configs(configs, renamed=[role for role, each in inputs.items() if each.was])
     except MergeError as error:
         note(error, ())
-    groups, broken, tied = tied_groups(used, same_bytes)
+    ties = tied_groups(used, same_bytes)
+    groups = ties.groups
     check_names(used, parameters, groups, note)
     choose = selection(parameters, base, sft)
     p = parameters
@@ -182,7 +181,8 @@ def decide(
 
     items: list[Item] = []
     done: set[str] = set(wrong)
-    for name in [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]:
+    # A head that only the start or an adapter holds is in a group.
+    for name in dict.fromkeys([*base.tensors, *groups, *sft.tensors]):
         if name in done:
             continue
         group = groups.get(name)
@@ -194,12 +194,12 @@ def decide(
             items.append(_item(key, written, sides, used, choose, factors, main, parameters))
         except MergeError as error:
             note(error, [name])
-    return Decided(items, used, groups, broken, tied)
+    return Decided(items, used, ties)
 
 
 def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: Decided) -> Plan:
     """Say where every tensor goes, and what else is written. Raises MismatchError for files in each other's way."""
-    items, used, broken = decided.items, decided.used, decided.broken
+    items, used, broken = decided.items, decided.used, decided.ties.broken
     base, sft = inputs["base"], inputs["sft"]
     placed, files, index = lay_out([out for item in items for out in item.outs], base, parameters.max_shard_size)
     items = [replace(item, outs=tuple(placed[out.name] for out in item.outs)) for item in items]
@@ -218,7 +218,7 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided:
         None if sft.was or parameters.vocab == "base" else sft.config,
         base.config,
         dtype=dtype,
-        tied=decided.tied,
+        tied=decided.ties.tied.get(""),
         rows=written_rows,
         resized=dict(each.rows for each in used.values() if each.rows),
     )

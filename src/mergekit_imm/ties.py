@@ -1,113 +1,225 @@
-"""Tied embeddings: which names of the inputs mean one tensor, and what breaks a tie."""
+"""Tied tensors: which names of the inputs mean one tensor, and what breaks a tie.
+
+The base says which they are: tensors of one shape with the bytes of its input embedding, whatever they are called,
+unless its config says untied. An input may store any of the names; one that stores two different tensors breaks the
+tie, and each of them is merged under its own name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .checkpoint.computed import Tensor, is_delta, is_stored
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import MERGED
-from .config import mentions_tie, says_tied
+from .config import Config, tie_said, vocabulary_sizes
 from .errors import CheckpointError, shown
-from .layers import is_end, is_input_embedding, is_output_head, layer_key, tied_key
+from .layers import folder_of, is_end, is_input_embedding, is_output_head, layer_key, tied_key
 
 SameBytes = Callable[[Checkpoint, Tensor, Tensor], bool]
+Used = Mapping[str, Checkpoint]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Names that mean one tensor in the base; once an input breaks the tie, each is a group of its own."""
+    """Names that mean one tensor in all inputs."""
 
     names: tuple[str, ...]  # merged as one, under `key`
     key: str
     written: tuple[str, ...]
-    siblings: tuple[str, ...]  # all names of the tie, broken or not
+    siblings: tuple[str, ...]  # all names that the base ties, the first one first that stands for a name not stored
 
 
-def tied_groups(used: Mapping[str, Checkpoint], same_bytes: SameBytes) -> tuple[dict[str, Group], str, bool | None]:
-    """Find the names that the base's config ties: name -> group, what breaks the tie, and what a config must say."""
-    models = {role: each for role, each in used.items() if each.adapter is None}
-    adapters = [each for each in used.values() if each.adapter is not None]
-    groups, broken, tied = _groups_of_models(models, adapters, same_bytes)
-    for adapter in adapters:
-        for group in {id(group): group for group in groups.values() if len(group.names) > 1}.values():
-            breaker = _broken_by_adapter(group, adapter, same_bytes)
-            if breaker:
-                broken, tied = broken or breaker, False
-                groups |= {name: Group((name,), name, (name,), group.names) for name in group.names}
-    return groups, broken, tied
+@dataclass(frozen=True)
+class Ties:
+    """What is tied in a merge."""
+
+    groups: Mapping[str, Group] = field(default_factory=dict)  # by each of their names
+    broken: str = ""  # what breaks the base's tie
+    tied: Mapping[str, bool | None] = field(default_factory=dict)  # of each folder, what its config must say
 
 
-def _broken_by_adapter(group: Group, adapter: Checkpoint, same_bytes: SameBytes) -> str:
-    """Say how an adapter makes two tensors of one; nothing if it does not.
-
-    Factors and rows for either name change the one tensor, as PEFT merges them, and the same rows for both, too. A
-    module trained whole is a copy.
-    """
-    held = {name: adapter.tensors[name] for name in group.names if name in adapter.tensors}
-    changed = {name: tensor for name, tensor in held.items() if is_stored(tensor)}
-    parts = [name for name, tensor in held.items() if not is_stored(tensor)]
-    if parts and len(held) > 1:
-        one, *others = held.values()
-        if not any(map(is_delta, held.values())) and all(same_bytes(adapter, one, other) for other in others):
-            return ""
-        raise CheckpointError(
-            f"{adapter.label} changes '{shown(group.names[0])}' and '{shown(group.names[1])}', which are one tensor;"
-            " merge it first: peft's `merge_and_unload()`, then `save_pretrained`"
-        )
-    if parts or not changed:
-        return ""
-    one, *others = changed.values()
-    if len(changed) == len(group.names) and all(same_bytes(adapter, one, other) for other in others):
-        return ""
-    return f"{adapter.label} holds '{shown(next(iter(changed)))}', trained apart, though the base ties it"
-
-
-def _groups_of_models(
-    used: Mapping[str, Checkpoint], adapters: Sequence[Checkpoint], same_bytes: SameBytes
-) -> tuple[dict[str, Group], str, bool | None]:
+def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
+    """Find the names that mean one tensor, in each part of the model by its own config."""
     base = used["base"]
-    if not says_tied(base.config):
-        return {}, "", None if base.config is None else False
-    ends: dict[tuple[int, ...], set[str]] = {}
-    for each in (*used.values(), *adapters):
-        for name, tensor in each.tensors.items():
-            if is_end(name) and layer_key(name) is None and tensor.dtype in MERGED:
-                ends.setdefault(tensor.shape, set()).add(name)
     groups: dict[str, Group] = {}
     broken = ""
-    for found in ends.values():
-        embeddings = {name for name in found if is_input_embedding(name)}
-        # A head belongs to an embedding of its own sub-model: that of `expert.lm_head` is below `expert.`
-        heads = {n for n in found - embeddings if any(e.startswith(n[: n.rfind(".", 0, -7) + 1]) for e in embeddings)}
-        names = sorted(embeddings | heads)
-        if not names or not all(any(name in each.tensors for name in names) for each in used.values()):
-            continue  # a name is missing altogether: an error, but not about ties
-        classes = _equal_classes(base, [name for name in names if name in base.tensors], same_bytes)
-        if len(classes) > 1 and any(all(map(is_output_head, each)) for each in classes):
-            if not mentions_tie(base.config):
-                return {}, "", None  # what its config does not say, its tensors do: they are not tied
-            broken = _breaks(base, classes[0][0], classes[1][0], "its config ties them")
-            groups |= {name: Group((name,), name, (name,), tuple(names)) for name in names}
-            continue
-        for members in [names] if len(classes) == 1 else classes:
-            held = {role: [n for n in members if n in each.tensors] for role, each in used.items()}
-            if len(members) < 2 or not all(held.values()) or not any(map(is_input_embedding, members)):
-                continue
-            split = {role: _equal_classes(each, held[role], same_bytes) for role, each in used.items()}
-            breaker = next((role for role, parts in split.items() if len(parts) > 1), None)
-            if breaker is None:
-                group = Group(tuple(members), tied_key(held["base"]), tuple(held["base"]), tuple(members))
-                groups |= dict.fromkeys(members, group)
-            else:
-                one, other = split[breaker][0][0], split[breaker][1][0]
-                broken = broken or _breaks(used[breaker], one, other, "the base ties them")
-                groups |= {name: Group((name,), name, (name,), tuple(members)) for name in members}
-    return groups, broken, not broken
+    tied: dict[str, bool | None] = {}
+    shapes = _candidates(used)
+    for folder in dict.fromkeys(map(folder_of, base.tensors)):
+        config = base.config_of(folder)
+        said = tie_said(config)
+        embeddings = _embeddings(base, folder, config)
+        sizes = {base.tensors[name].shape for name in embeddings}
+        if said is None and any(_stores_another_head(base, shapes[folder, size], embeddings, same_bytes)
+                                for size in sizes):  # fmt: skip
+            said = False  # what its config does not say, its tensors do
+        tied[folder] = None if config is None or (tie_said(config) is None and said is False) else said is not False
+        for size in sizes:
+            names = shapes[folder, size]
+            own = [name for name in embeddings if base.tensors[name].shape == size]
+            for members in _classes_of_base(used, own, names, said, same_bytes):
+                found, breaker, heads_apart = _split(used, members, same_bytes)
+                groups |= found
+                broken = broken or breaker
+                if heads_apart and tied[folder]:
+                    tied[folder] = False
+        for pair in _bias_pairs(base, folder, shapes, {size[0] for size in sizes}):
+            if len(_equal_classes(base, [name for name in pair if name in base.tensors], same_bytes)) == 1:
+                found, breaker, _ = _split(used, pair, same_bytes)
+                groups |= found
+                broken = broken or breaker
+    return Ties(groups, broken, tied)
 
 
-def _equal_classes(each: Checkpoint, names: list[str], same_bytes: SameBytes) -> list[list[str]]:
+Shapes = dict[tuple[str, tuple[int, ...]], list[str]]
+
+
+def _candidates(used: Used) -> Shapes:
+    """The vectors and matrices outside the layers, of all inputs, by their folder and shape."""
+    found: dict[tuple[str, tuple[int, ...]], dict[str, None]] = {}
+    for each in used.values():
+        for name, tensor in each.tensors.items():
+            if 1 <= len(tensor.shape) <= 2 and tensor.dtype in MERGED and layer_key(name) is None:
+                found.setdefault((folder_of(name), tensor.shape), {})[name] = None
+    return {key: list(names) for key, names in found.items()}
+
+
+def _embeddings(base: Checkpoint, folder: str, config: Config | None) -> list[str]:
+    """The input embeddings of the base in a folder: by name, else by their row for each token, else its heads."""
+    sizes = vocabulary_sizes(config)
+    matrices = sorted(
+        name
+        for name, tensor in base.tensors.items()
+        if len(tensor.shape) == 2
+        and (is_end(name) or tensor.shape[0] in sizes)
+        and folder_of(name) == folder
+        and tensor.dtype in MERGED
+        and layer_key(name) is None
+    )
+    return (
+        [name for name in matrices if is_input_embedding(name)]
+        or [name for name in matrices if not is_output_head(name)]
+        or matrices
+    )
+
+
+def _stores_another_head(base: Checkpoint, names: Sequence[str], embeddings: list[str], same: SameBytes) -> bool:
+    """Whether the base holds a head of an embedding's model that none of its embeddings equals."""
+    heads = [name for name in names if name in base.tensors and is_output_head(name) and _owner(name, embeddings)]
+    return any(not any(same(base, base.tensors[e], base.tensors[head]) for e in embeddings) for head in heads)
+
+
+def _owner(name: str, embeddings: Sequence[str]) -> str:
+    """The embedding of the sub-model that a head is of: that of `expert.lm_head` is below `expert.`; "" if none is."""
+    above = name[: name.rfind(".", 0, -len(".weight")) + 1] or folder_of(name)
+    return next((each for each in embeddings if each.startswith(above)), "")
+
+
+def _classes_of_base(
+    used: Used, embeddings: list[str], names: Sequence[str], said: bool | None, same_bytes: SameBytes
+) -> list[list[str]]:
+    """Names of one shape that the base means as one tensor, and those of other inputs that belong to them."""
+    base = used["base"]
+    named = [name for name in names if said is not False or is_input_embedding(name)]
+    classes = _equal_classes(base, _ordered(name for name in named if name in base.tensors), same_bytes)
+    tied = [members for members in classes if {*members} & {*embeddings}]
+    rest = [name for name in named if not any(name in members for members in tied)]
+    models = [each for each in used.values() if each.adapter is None]
+    for name in rest:
+        owner = _owner(name, embeddings) if is_output_head(name) else ""
+        if name not in base.tensors and len(tied) == 1 and (is_input_embedding(name) or is_output_head(name)):
+            owner = owner or tied[0][0]
+        for members in tied:
+            if owner in members or (
+                name not in base.tensors and any(_equals(each, name, members, same_bytes) for each in models)
+            ):
+                members.append(name)
+                break
+    return [_ordered(members) for members in tied if len(members) > 1]
+
+
+def _equals(each: Checkpoint, name: str, members: Sequence[str], same_bytes: SameBytes) -> bool:
+    """Whether a model stores under a name what it stores under one that is tied."""
+    own = each.tensors.get(name)
+    held = next((each.tensors[member] for member in members if member in each.tensors), None)
+    return own is not None and held is not None and same_bytes(each, held, own)
+
+
+def _bias_pairs(base: Checkpoint, folder: str, shapes: Shapes, rows: Collection[int]) -> list[list[str]]:
+    """Biases of heads by two names, `lm_head.bias` and `lm_head.decoder.bias`: BERT and its kin store both."""
+    pairs = []
+    for size in sorted(rows):
+        names = shapes.get((folder, (size,)), [])
+        for name in names:
+            outer = f"{name.removesuffix('.bias').rpartition('.')[0]}.bias"
+            if name.endswith(".bias") and outer in names and (name in base.tensors or outer in base.tensors):
+                pairs.append([outer, name])
+    return pairs
+
+
+def _split(used: Used, members: list[str], same_bytes: SameBytes) -> tuple[dict[str, Group], str, bool]:
+    """Return the groups of names that are one tensor in every input, what splits them, and whether heads are apart."""
+    if not all(any(name in each.tensors for name in members) for each in used.values() if each.adapter is None):
+        return {}, "", False  # a name is missing altogether: an error, but not about ties
+    marks: dict[str, list[int]] = {name: [] for name in members}
+    breaker = ""
+    for role, each in used.items():
+        classes = _classes_of(each, members, same_bytes)
+        if len(classes) > 1 and not breaker:
+            one, other = classes[0][0], classes[1][0]
+            breaker = _broken_by(each, one, other, "its config ties them" if role == "base" else "the base ties them")
+        for number, names in enumerate(classes):
+            for name in names:
+                marks[name].append(number)
+    groups: dict[str, Group] = {}
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for name in members:
+        alike.setdefault(tuple(marks[name]), []).append(name)
+    for names in alike.values():
+        holders = [used["base"], *used.values()]
+        written = next(held for each in holders if (held := [name for name in names if name in each.tensors]))
+        groups |= dict.fromkeys(names, Group(tuple(names), tied_key(written), tuple(written), tuple(members)))
+    with_embedding = {tuple(marks[name]) for name in members if is_input_embedding(name)} or {tuple(marks[members[0]])}
+    heads_apart = any(tuple(marks[name]) not in with_embedding for name in members)
+    return groups, breaker, heads_apart
+
+
+def _classes_of(each: Checkpoint, members: list[str], same_bytes: SameBytes) -> list[list[str]]:
+    """Sort tied names into those that are one tensor to an input; one that it does not store is the first it stores."""
+    if each.adapter is not None:
+        return _classes_of_adapter(each, members, same_bytes)
+    classes = _equal_classes(each, [name for name in members if name in each.tensors], same_bytes)
+    classes[0] += [name for name in members if name not in each.tensors]
+    return classes
+
+
+def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: SameBytes) -> list[list[str]]:
+    """Sort tied names into those that an adapter trained as one.
+
+    Factors and rows for either name change the one tensor, as PEFT merges them, and the same rows for both, too. A
+    module trained whole is a copy; what the adapter does not hold is as it was.
+    """
+    held = {name: adapter.tensors[name] for name in members if name in adapter.tensors}
+    whole = [name for name, tensor in held.items() if is_stored(tensor)]
+    if len(whole) < len(held):
+        one, *others = held.values()
+        if others and (
+            any(map(is_delta, held.values())) or not all(same_bytes(adapter, one, other) for other in others)
+        ):
+            both = " and ".join(f"'{shown(name)}'" for name in sorted(held))
+            raise CheckpointError(
+                f"{adapter.label} changes {both}, which are one tensor; merge it first: peft's `merge_and_unload()`,"
+                " then `save_pretrained`"
+            )
+        return [members]
+    left = [name for name in members if name not in held]
+    classes = _equal_classes(adapter, whole, same_bytes)
+    return [each for each in (*classes, left) if each]
+
+
+def _equal_classes(each: Checkpoint, names: Sequence[str], same_bytes: SameBytes) -> list[list[str]]:
     """Sort names of a checkpoint into those that hold the same bytes."""
     classes: list[list[str]] = []
     for name in names:
@@ -120,5 +232,13 @@ def _equal_classes(each: Checkpoint, names: list[str], same_bytes: SameBytes) ->
     return classes
 
 
-def _breaks(each: Checkpoint, one: str, other: str, though: str) -> str:
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Embeddings first: a head that is not stored is the embedding."""
+    return sorted(names, key=lambda name: (not is_input_embedding(name), name))
+
+
+def _broken_by(each: Checkpoint, one: str, other: str, though: str) -> str:
+    if each.adapter is not None:
+        held = one if one in each.tensors else other
+        return f"{each.label} holds '{shown(held)}', trained apart, though the base ties it"
     return f"{each.label} holds '{shown(one)}' and '{shown(other)}' with different values, though {though}"

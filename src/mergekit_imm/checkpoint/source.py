@@ -48,11 +48,16 @@ class Checkpoint:
     rows: tuple[int, int] | None = None  # of a vocabulary that is resized: as stored, and as merged
     notes: tuple[str, ...] = ()  # what is worth knowing and not an error
     laid_out: bool = True  # its files are such as an output can have
+    part_configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # of sub-folders: folder -> config.json
 
     @property
     def label(self) -> str:
         """How messages call it: its role and where it came from."""
         return f"{self.role} {shown(self.ref)}"
+
+    def config_of(self, folder: str) -> dict[str, Any] | None:
+        """Return the config of a part of the model, by its folder ("" or "2_Dense/")."""
+        return self.part_configs.get(folder) if folder else self.config
 
     @cached_property
     def _homes(self) -> dict[str, str]:
