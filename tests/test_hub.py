@@ -174,24 +174,8 @@ def test_only_what_a_merge_needs_is_wanted() -> None:
     files = sharded()
     side = ["LICENSE", "chat_template.jinja", "config.json"]
     rest = [INDEX, "processor/a [1].json", "tokenizer.json"]
-    index = json.loads(files[INDEX])
-    assert wanted(files, index, False) == [ONE, TWO, *side, *rest]
-    assert wanted(iter(files), index, True) == [ONE, TWO, *side, "modeling_x.py", *rest]
-    # One file wins over shards; its index is still there to be compared with it.
-    assert wanted([*files, "model.safetensors"], index, False) == ["model.safetensors", *side, *rest]
-    # With neither, all at the top, and none below it.
-    assert wanted(["b.safetensors", "a/c.safetensors", "d.bin"], None, False) == ["b.safetensors"]
-    assert wanted(["adapter_config.json", "adapter_model.safetensors"], None, False) == [
-        "adapter_model.safetensors",
-        "adapter_config.json",
-    ]
-
-
-@pytest.mark.parametrize(
-    "index", [{}, {"weight_map": ["a.safetensors"]}, {"weight_map": {"a": ["x"], "b": 1, "c": "../x"}}]
-)
-def test_an_index_that_makes_no_sense_names_no_weights(index: dict[str, Any]) -> None:
-    assert wanted(["a.safetensors", "../x"], index, False) == []
+    assert wanted(files, [ONE, TWO], False) == [ONE, TWO, *side, *rest]
+    assert wanted(iter(files), [ONE, TWO], True) == [ONE, TWO, *side, "modeling_x.py", *rest]
 
 
 # The cache alone.
@@ -204,8 +188,9 @@ def test_offline_a_cached_model_is_found(tmp_path: Path) -> None:
     tagged = write_cache(tmp_path, "org/tagged", {"model.safetensors": weights()}, revision="v1")
     requests = [("fetch", "org/name"), ("fetch", f"org/name@{folder.name}"), ("fetch", "org/tagged@v1")]
     *found, listing = calls([*requests, ("list_remote", "org/name")], tmp_path, offline=True)
-    snapshot = {"repo": "org/name", "commit": folder.name, "folder": str(folder)}
-    assert found == [snapshot, snapshot, {"repo": "org/tagged", "commit": tagged.name, "folder": str(tagged)}]
+    snapshot = {"repo": "org/name", "commit": folder.name, "folder": str(folder), "left_out": []}
+    other = {"repo": "org/tagged", "commit": tagged.name, "folder": str(tagged), "left_out": []}
+    assert found == [snapshot, snapshot, other]
     assert (folder / ONE).is_symlink()
     assert (listing["repo"], listing["commit"]) == ("org/name", folder.name)
     assert listing["sizes"] == {name: len(content) for name, content in files.items()}
@@ -252,9 +237,9 @@ def test_fetch_downloads_only_what_is_needed_and_only_once(tmp_path: Path, hub: 
     commit = hub.add("org/name", files)
     found = call("fetch", "org/name", tmp_path, hub=hub.url)
     folder = Path(found["folder"])
-    assert found == {"repo": "org/name", "commit": commit, "folder": str(folder)}
+    assert found == {"repo": "org/name", "commit": commit, "folder": str(folder), "left_out": []}
     assert folder.parts[-4:] == ("hub", "models--org--name", "snapshots", commit)
-    needed = wanted(files, json.loads(files[INDEX]), False)
+    needed = wanted(files, [ONE, TWO], False)
     assert hub.downloaded() == sorted(needed)
     assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == {
         name: files[name] for name in needed

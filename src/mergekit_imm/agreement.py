@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 from .checkpoint.computed import Tensor
-from .checkpoint.source import Checkpoint
+from .checkpoint.source import Checkpoint, leave_out_option
 from .checkpoint.tensorfile import MERGED, WHOLE
 from .checkpoint.tokens import added_tokens
 from .errors import ArgumentError, CheckpointError, MergeError, MismatchError, shown
@@ -46,18 +46,36 @@ def check_names(
         rename = "; or, if they only have other names, --rename REGEX=REPLACEMENT" if all(differ) else ""
         allowed = {n for n in base.tensors if kept(n)} | set(groups)
         names = set(base.tensors) - allowed
+        names -= _complain_of_files(names - set(each.tensors), base, each, "--keep", complain)
         complaint = only_in(names, each.tensors, base.label, each.label, "--keep")
         if complaint:
             complain(MismatchError(complaint + rename), names - set(each.tensors))
         permitted = {n for n in each.tensors if taken(n) and n in sft.tensors} | set(groups)
         option = "--take" if role == "sft" else ""
         names = set(each.tensors) - permitted
+        names -= _complain_of_files(names - set(base.tensors), each, base, option, complain)
         complaint = only_in(names, base.tensors, each.label, base.label, option)
         if complaint and not option:
             complaint += "; a start holds the base's tensors: save it again, or take the delta from the base instead"
             complaint += " (--reference base)"
         if complaint:
             complain(MismatchError(complaint + (rename if option else "")), names - set(base.tensors))
+
+
+def _complain_of_files(
+    names: Collection[str], each: Checkpoint, other: Checkpoint, option: str, complain: Complain
+) -> set[str]:
+    """Complain of tensors of files beside a model's own, or below them, that the other lacks; return their names."""
+    files: dict[str, set[str]] = {}
+    beside = {file for part in each.parts if part.beside or part.folder for file in part.files}
+    for name in names:
+        file = each.homes.get(each.was.get(name, name), "")
+        if file in beside:
+            files.setdefault(file, set()).add(name)
+    for file, found in sorted(files.items()):
+        complaint = only_in(found, other.tensors, f"{each.label} ({shown(file)})", other.label, option)
+        complain(MismatchError(f"{complaint}; or leave the file out: {leave_out_option(file)}"), found)
+    return set().union(*files.values())
 
 
 def matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:

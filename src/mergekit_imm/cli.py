@@ -82,6 +82,10 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 @click.option("--keep", metavar="REGEX", multiple=True, help="Tensors to leave as in BASE; repeatable.")
 @click.option("--take", metavar="REGEX", multiple=True, help="Tensors to take from SFT; repeatable.")
 @click.option("--no-drop", metavar="REGEX", multiple=True, help="Tensors to merge without dropping; repeatable.")
+@click.option(
+    "--leave-out", metavar="FILE", multiple=True,
+    help="File or folder of an input that is no weights of the model, by its path there; repeatable.",
+)  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute; same bits.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, 2 x CPUs)]")
 @click.option(
@@ -137,8 +141,9 @@ def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json
     from .check import check
     from .summary import checked
 
-    kept = ("start", "iteration", "reference", "dtype", "max_shard_size", "vocab", "rename", "dequantize", "keep",
-            "take", "no_drop", "importance", "shrink", "clip", "layer_factors", "sparsify", "copy_code")  # fmt: skip
+    kept = ("start", "iteration", "reference", "dtype", "max_shard_size", "vocab", "rename", "leave_out", "dequantize",
+            "keep", "take", "no_drop", "importance", "shrink", "clip", "layer_factors", "sparsify",
+            "copy_code")  # fmt: skip
     numbers: dict[str, Any] = {name: float(options[name][0]) for name in ("alpha", "drop")}  # of a sweep the first
     reports = [check(base, sft, **numbers, **{name: options[name] for name in kept}) for sft in sfts]
     if as_json:

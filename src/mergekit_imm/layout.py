@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from .checkpoint.parts import Part, index_of, stem_of
+from .checkpoint.pieces import are_shards
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, MODEL, TensorInfo, build_header
 
@@ -24,57 +26,77 @@ class OutputFile:
 
 def lay_out(
     outs: Sequence[TensorInfo], base: Checkpoint, max_shard_size: int | None
-) -> tuple[dict[str, TensorInfo], tuple[OutputFile, ...], bytes | None]:
-    """Give every output tensor its file and offset: name -> tensor, the files, the index if there is one.
+) -> tuple[dict[str, TensorInfo], tuple[OutputFile, ...], dict[str, bytes]]:
+    """Give every output tensor its file and offset: name -> tensor, the files, and the indexes by their path.
 
-    Without `max_shard_size` the base's own files and order; a tensor that the base does not store goes to the end
-    of the base file that its `file` names. A base of another form than safetensors files is laid out anew.
+    A tensor's `file` is the one of the base that it goes to, at the end if the base does not store it, or one that the
+    base does not have. Without `max_shard_size` the base's own files and order; what it has in another form than
+    safetensors files is laid out anew.
     """
-    if max_shard_size is None and not base.laid_out:
-        max_shard_size = SHARD_SIZE
-    if max_shard_size is None:
-        shards = _as_in_base(outs, base)
-        names = list(base.files) if base.indexed else [MODEL]
-    else:
-        shards = _anew(outs, max_shard_size, next(iter(base.files.values())).metadata)
-        total = len(shards)
-        names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)] if total > 1 else [MODEL]
     placed: dict[str, TensorInfo] = {}
     files = []
-    for name, (metadata, tensors) in zip(names, shards, strict=True):
-        ordered = _aligned(tensors)
-        head, begins, size = build_header(
-            ((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), {**metadata, "format": "pt"}
-        )
-        files.append(OutputFile(name, head, size))
-        placed |= {t.name: replace(t, file=name, begin=begin) for t, begin in zip(ordered, begins, strict=True)}
-    return placed, tuple(files), None if names == [MODEL] else _index(placed)
+    indexes = {}
+    known = {file for part in base.parts for file in part.files}
+    new = [file for file in dict.fromkeys(out.file for out in outs) if file not in known]
+    for part in (*base.parts, *(Part((file,), stem_of(file), beside=True) for file in new)):
+        of_part = {*part.files}
+        own = [out for out in outs if out.file in of_part]
+        if not own and part.beside:
+            continue
+        as_it_is = max_shard_size is None and all(file.endswith(".safetensors") for file in part.files)
+        as_it_is = as_it_is and not are_shards(part.files) and part.files[0] in known
+        if as_it_is:
+            shards = _as_in_base(own, base, part)
+            # A single file at the top is the model, whatever it was called.
+            names = [MODEL] if not (part.index or part.beside or part.folder) else list(part.files)
+            index = part.index
+        else:
+            first = base.files.get(part.files[0])
+            limit = None if part.beside else max_shard_size or SHARD_SIZE
+            shards = _anew(own, limit, {} if first is None else first.metadata)
+            stem, total = f"{part.folder}{part.stem}", len(shards)
+            several = [f"{stem}-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+            names = several if total > 1 else [f"{stem}.safetensors"]
+            index = index_of(part.folder, part.stem) if total > 1 else None
+        of_index: dict[str, TensorInfo] = {}
+        for name, (metadata, tensors) in zip(names, shards, strict=True):
+            ordered = _aligned(tensors)
+            head, begins, size = build_header(
+                ((t.name.removeprefix(part.folder), t.dtype, t.shape, t.nbytes) for t in ordered),
+                {**metadata, "format": "pt"},
+            )
+            files.append(OutputFile(name, head, size))
+            of_index |= {t.name: replace(t, file=name, begin=begin) for t, begin in zip(ordered, begins, strict=True)}
+        placed |= of_index
+        if index is not None:
+            indexes[index] = _index(of_index, part.folder)
+    return placed, tuple(files), indexes
 
 
-def _index(placed: dict[str, TensorInfo]) -> bytes:
+def _index(placed: dict[str, TensorInfo], folder: str) -> bytes:
     content = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in placed.values())},
-        "weight_map": {name: placed[name].file for name in sorted(placed)},
+        "weight_map": {name.removeprefix(folder): placed[name].file.removeprefix(folder) for name in sorted(placed)},
     }
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _as_in_base(outs: Sequence[TensorInfo], base: Checkpoint) -> list[Shard]:
+def _as_in_base(outs: Sequence[TensorInfo], base: Checkpoint, part: Part) -> list[Shard]:
     left = {out.name: out for out in outs}
     homes = {
-        file.name: [left.pop(tensor.name) for tensor in file.tensors if tensor.name in left]
-        for file in base.files.values()
+        name: [left.pop(tensor.name) for tensor in base.files[name].tensors if tensor.name in left]
+        for name in part.files
     }
     for out in left.values():
         homes[out.file].append(out)
     return [(base.files[name].metadata, tensors) for name, tensors in homes.items()]
 
 
-def _anew(outs: Sequence[TensorInfo], limit: int, metadata: dict[str, str]) -> list[Shard]:
+def _anew(outs: Sequence[TensorInfo], limit: int | None, metadata: dict[str, str]) -> list[Shard]:
     shards: list[Shard] = [(metadata, [])]
     size = 0
     for out in outs:
-        if shards[-1][1] and size + out.nbytes > limit:
+        if limit is not None and shards[-1][1] and size + out.nbytes > limit:
             shards.append((metadata, []))
             size = 0
         shards[-1][1].append(out)

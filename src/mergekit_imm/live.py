@@ -27,7 +27,7 @@ from .execute import Progress, check_workers
 from .inplace import Job, Work
 from .layers import is_end, ready_option, tied_key, unwrapped
 from .plan import Decided, Item, decide
-from .prepare import check_platform, comparer, listed, prepared, round_of, without_same_start
+from .prepare import check_left_out, check_platform, comparer, listed, prepared, round_of, without_same_start
 from .ranks import ALONE, Ranks, together
 from .recipe import Parameters
 from .shards import Live, Part, is_distributed, live_tensors
@@ -62,6 +62,7 @@ def merge_into(
     take: Sequence[str] = (),
     no_drop: Sequence[str] = (),
     rename: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
     dequantize: bool = False,
     workers: int | None = None,
     allow_nonfinite: bool = False,
@@ -77,7 +78,7 @@ def merge_into(
             transformers has them in memory are found in the base's files as in `merge_checkpoints`.
         base, start: as in `merge_checkpoints`, read from disk in slices.
         alpha, drop, seed, iteration, importance, shrink, clip, layer_factors, reference, keep, take, no_drop, rename,
-            dequantize, workers, allow_nonfinite: as in `merge_checkpoints`. What is taken stays as it is.
+            leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`. What is taken stays as it is.
         progress: called with (bytes done, bytes in all) now and then, in this thread; all is read twice.
 
     The bits are those that `merge_checkpoints` writes from the saved model, in the dtype of each parameter. Names,
@@ -103,7 +104,13 @@ def merge_into(
     def checked() -> tuple[int, Parameters, dict[str, Live]]:
         check_platform()
         values = listed(
-            importance=importance, layer_factors=layer_factors, keep=keep, take=take, no_drop=no_drop, rename=rename
+            importance=importance,
+            layer_factors=layer_factors,
+            keep=keep,
+            take=take,
+            no_drop=no_drop,
+            rename=rename,
+            leave_out=leave_out,
         )
         parameters = Parameters(
             alpha=alpha, drop=drop, seed=seed, iteration=0 if iteration is None else iteration, reference=reference,
@@ -119,9 +126,9 @@ def merge_into(
     def planned() -> tuple[dict[str, Checkpoint], Parameters, Decided, list[Job]]:
         refs = {"base": base} if start is None else {"base": base, "start": start}
         if any(is_hub_id(ref) for ref in refs.values()):  # refuse from headers, before hours of downloading
-            there = {role: open_checkpoint(ref, role, dry_run=True) for role, ref in refs.items()}
+            there = _opened(refs, parameters, dry_run=True)
             _plan(there, model, state, equal, parameters)
-        inputs = without_same_start({role: open_checkpoint(ref, role) for role, ref in refs.items()})
+        inputs = without_same_start(_opened(refs, parameters))
         here = replace(parameters, iteration=round_of(inputs)) if iteration is None else parameters
         inputs, decided = _plan(inputs, model, state, equal, here)
         return inputs, here, decided, _jobs(decided, inputs["sft"])
@@ -144,6 +151,14 @@ def merge_into(
     if decided.ties.broken:
         notes.append(f"note: {decided.ties.broken}: both are merged under their own names")
     return LiveReport(dict(counts), here.iteration, notes)
+
+
+def _opened(refs: Mapping[str, str | Path], parameters: Parameters, *, dry_run: bool = False) -> dict[str, Checkpoint]:
+    found = {
+        role: open_checkpoint(ref, role, dry_run=dry_run, leave_out=parameters.leave_out) for role, ref in refs.items()
+    }
+    check_left_out(found, parameters.leave_out)
+    return found
 
 
 def _check_same(ranks: Ranks, data: Callable[[], object]) -> None:

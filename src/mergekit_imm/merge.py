@@ -40,6 +40,7 @@ class MergeOptions(TypedDict, total=False):
     no_drop: Sequence[str]
     vocab: str
     rename: Sequence[str]
+    leave_out: Sequence[str]
     dequantize: bool
     device: str
     workers: int | None
@@ -91,6 +92,7 @@ def merge_checkpoints(
     no_drop: Sequence[str] = (),
     vocab: str = "strict",
     rename: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
     dequantize: bool = False,
     device: str = "cpu",
     workers: int | None = None,
@@ -128,6 +130,7 @@ def merge_checkpoints(
             both have are merged, the others are that model's.
         rename: "REGEX=REPLACEMENT" each: what the names of sft and start are in the base, where the rules that are
             tried by themselves do not find it.
+        leave_out: files, or folders, of the inputs that are no weights of the model, by their path in it ("vit.pt").
         dequantize: multiply FP8 weights by the scales stored beside them; the output is bfloat16.
         device: "cpu", or "cuda" to compute the same bits there.
         workers: threads; min(4, 2 x CPUs) if None.
@@ -177,8 +180,8 @@ def merge_checkpoints(
             base, sft, start, outs=targets, dry_run=dry_run, iteration=iteration, importance=importance,
             shrink=shrink, clip=clip, layer_factors=layer_factors, sparsify=sparsify,
             points=[point.values for point in found], reference=reference, dtype=dtype, max_shard_size=max_shard_size,
-            keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, dequantize=dequantize,
-            allow_nonfinite=allow_nonfinite, copy_code=copy_code,
+            keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, leave_out=leave_out,
+            dequantize=dequantize, allow_nonfinite=allow_nonfinite, copy_code=copy_code,
         )  # fmt: skip
         places = places_of(inputs)
         if isinstance(importance, str | Path):
@@ -261,6 +264,7 @@ def iter_merged(
     no_drop: Sequence[str] = (),
     vocab: str = "strict",
     rename: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
     dequantize: bool = False,
     device: str = "cpu",
     workers: int | None = None,
@@ -284,7 +288,7 @@ def iter_merged(
         base, sft, start, iteration=iteration, importance=importance,
         shrink=shrink, clip=clip, layer_factors=layer_factors, sparsify=sparsify,
         points=[{"alpha": alpha, "drop": drop, "seed": seed}], reference=reference, dtype=dtype,
-        keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, dequantize=dequantize,
+        keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, leave_out=leave_out, dequantize=dequantize,
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     (plan,) = plans_of(inputs, parameters)

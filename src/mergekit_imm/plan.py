@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 from .agreement import Choose, Complain, check_alike, check_names, main_dtype, refuse, selection, side_of
 from .checkpoint.computed import Extended, Tensor, is_delta, is_stored
-from .checkpoint.sidefiles import OWN
+from .checkpoint.sidefiles import OWN, is_side_file
 from .checkpoint.source import Checkpoint
 from .checkpoint.sparsified import LONGEST_ROW, Ranked, Trimmed
-from .checkpoint.tensorfile import DTYPE_BITS, INDEX, MERGED, TensorInfo
+from .checkpoint.tensorfile import DTYPE_BITS, MERGED, TensorInfo
 from .config import check_configs, merged_config
-from .errors import ArgumentError, MergeError, MismatchError, shown
+from .errors import ArgumentError, CheckpointError, MergeError, MismatchError, shown
 from .factors import factors_of
-from .layers import is_input_embedding, layer_key, ready_option
+from .layers import folder_of, is_input_embedding, layer_key, ready_option
 from .layout import OutputFile, lay_out
 from .mask import Arithmetic, arithmetic, mask_key
 from .recipe import DTYPES, Parameters
@@ -103,8 +103,8 @@ class Plan:
     inputs: Mapping[str, Checkpoint]
     items: tuple[Item, ...]
     files: tuple[OutputFile, ...]
-    index: bytes | None  # of model.safetensors.index.json
-    config: bytes | None  # of config.json, where it is not sft's as it stands
+    indexes: Mapping[str, bytes]  # what says which file holds which tensor, by its path
+    configs: Mapping[str, bytes]  # each config.json that is not sft's as it stands, by its path
     config_changes: Mapping[str, Any]
     side: Mapping[str, tuple[str, Path | None]]  # path -> role it comes from, and the file
     notes: tuple[str, ...] = field(default=())
@@ -112,8 +112,7 @@ class Plan:
     @cached_property
     def beside(self) -> tuple[str, ...]:
         """Names of all files but the safetensors files."""
-        made = (("config.json", self.config), (INDEX, self.index))
-        return (*self.side, *(name for name, content in made if content is not None), *OWN)
+        return (*self.side, *self.configs, *self.indexes, *OWN)
 
     @cached_property
     def bytes_to_read(self) -> int:
@@ -158,7 +157,6 @@ def decide(
     names. What does not fit is given to `complain`, and nothing decided about it; if that is `refuse`, raises
     MismatchError, CheckpointError or ArgumentError: nothing is skipped in silence.
     """
-    configs = {role: (each.label, each.config) for role, each in inputs.items()}
     used = {r: c for r, c in inputs.items() if r != "start" or parameters.reference == "start"}
     base, sft = inputs["base"], inputs["sft"]
     wrong: set[str] = set()
@@ -167,10 +165,20 @@ def decide(
         complain(error, names)
         wrong.update(names)
 
-    try:
-        check_configs(configs, renamed=[role for role, each in inputs.items() if each.was])
-    except MergeError as error:
-        note(error, ())
+    for folder in ("", *base.part_configs):
+        configs = {r: (f"{c.label}{f' ({folder})' if folder else ''}", c.config_of(folder)) for r, c in inputs.items()}
+        try:
+            check_configs(configs, renamed=[role for role, each in inputs.items() if each.was])
+        except MergeError as error:
+            note(error, ())
+    for folder in {*sft.adapters} & {part.folder for part in base.parts}:
+        note(
+            CheckpointError(
+                f"{sft.label} holds an adapter in {shown(folder)}, where {base.label} has weights; merge it first:"
+                " peft's `merge_and_unload()`, then `save_pretrained`"
+            ),
+            [name for name in base.tensors if folder_of(name) == folder],
+        )
     ties = tied_groups(used, same_bytes)
     groups = ties.groups
     check_names(used, parameters, groups, note)
@@ -200,35 +208,21 @@ def decide(
 def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: Decided) -> Plan:
     """Say where every tensor goes, and what else is written. Raises MismatchError for files in each other's way."""
     items, used, broken = decided.items, decided.used, decided.ties.broken
-    base, sft = inputs["base"], inputs["sft"]
-    placed, files, index = lay_out([out for item in items for out in item.outs], base, parameters.max_shard_size)
+    base = inputs["base"]
+    placed, files, indexes = lay_out([out for item in items for out in item.outs], base, parameters.max_shard_size)
     items = [replace(item, outs=tuple(placed[out.name] for out in item.outs)) for item in items]
     order = {file.name: number for number, file in enumerate(files)}
     items.sort(key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
 
-    written_rows = {i.source.shape[0] for i in items if is_input_embedding(i.name) and i.source.shape}
-    floats = Counter[str]()
-    for item in items:
-        if item.outs[0].dtype in MERGED:
-            floats[item.outs[0].dtype] += item.source.count
-    names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
-    dtype = names[floats.most_common(1)[0][0]] if floats else None
-    # Of a model with other names, or with another vocabulary than the result, it need not fit.
-    config, changes = merged_config(
-        None if sft.was or parameters.vocab == "base" else sft.config,
-        base.config,
-        dtype=dtype,
-        tied=decided.ties.tied.get(""),
-        rows=written_rows,
-        resized=dict(each.rows for each in used.values() if each.rows),
-    )
-    side = {
-        path: (role, each.side[path])
-        for role, each in (("base", base), ("sft", sft))
-        for path in each.side
-        if path != "config.json" or not (changes or (role == "sft" and sft.was and "config.json" in base.side))
-    }
-    notes = [note for each in inputs.values() for note in each.notes]
+    configs: dict[str, bytes] = {}
+    changes: dict[str, Any] = {}
+    for folder in ("", *base.part_configs):
+        config, changed = _config(folder, items, inputs, used, decided.ties, parameters)
+        if changed:
+            configs[f"{folder}config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            changes |= {folder + place: value for place, value in changed.items()}
+    side, notes = _side_files(inputs, configs)
+    notes = [*(note for each in inputs.values() for note in each.notes), *notes]
     if broken:
         notes.append(f"note: {broken}: both are merged under their own names, and config.json says untied")
     plan = Plan(
@@ -236,14 +230,64 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided:
         inputs=inputs,
         items=tuple(items),
         files=files,
-        index=index,
-        config=(json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode() if changes else None,
+        indexes=indexes,
+        configs=configs,
         config_changes=changes,
         side=dict(sorted(side.items())),
         notes=tuple(notes),
     )
     _check_paths(plan)
     return plan
+
+
+def _config(
+    folder: str,
+    items: Sequence[Item],
+    inputs: Mapping[str, Checkpoint],
+    used: Mapping[str, Checkpoint],
+    ties: Ties,
+    parameters: Parameters,
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Return the config of a part of the result, and what was changed in it."""
+    base, sft = inputs["base"], inputs["sft"]
+    origin = base.config_of(folder)
+    # Of a model with other names, or with another vocabulary than the result, the sft's need not fit.
+    tuned = None if sft.was or parameters.vocab == "base" else sft.config_of(folder)
+    if folder and not (tuned or origin or {}).get("model_type"):
+        return None, {}  # what a module of another kind is made of
+    own = [item for item in items if folder_of(item.name) == folder]
+    floats = Counter[str]()
+    for item in own:
+        if item.outs[0].dtype in MERGED:
+            floats[item.outs[0].dtype] += item.source.count
+    names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
+    return merged_config(
+        tuned,
+        origin,
+        dtype=names[floats.most_common(1)[0][0]] if floats else None,
+        tied=ties.tied.get(folder),
+        rows={item.source.shape[0] for item in own if is_input_embedding(item.name) and item.source.shape},
+        resized=dict(each.rows for each in used.values() if each.rows),
+    )
+
+
+def _side_files(
+    inputs: Mapping[str, Checkpoint], configs: Collection[str]
+) -> tuple[dict[str, tuple[str, Path | None]], list[str]]:
+    """Say which other files come from which input: sft's where it has them; and what of them does not."""
+    base, sft = inputs["base"], inputs["sft"]
+    alone = [folder for folder in sft.adapters if folder not in base.adapters]
+    side = {path: ("base", base.side[path]) for path in base.side}
+    for path, file in sft.side.items():
+        of_model = path.rpartition("/")[2] == "config.json" and folder_of(path) in ("", *base.part_configs)
+        of_adapter = path.startswith(tuple(alone)) and not is_side_file(path, copy_code=True)
+        if not of_adapter and not (of_model and sft.was and path in base.side):
+            side[path] = ("sft", file)
+    notes = [
+        f"note: {sft.label} holds an adapter in {shown(folder)}, which is not merged; to merge it, give that folder as"
+        " SFT" for folder in alone
+    ]  # fmt: skip
+    return {path: found for path, found in side.items() if path not in configs}, notes
 
 
 def _check_paths(plan: Plan) -> None:
@@ -301,8 +345,7 @@ def _item(
         sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter leaves the rest as it was
     if is_delta(sides.get("sft")):
         numbers = replace(numbers, added=True)
-    # Placed there by the layout: beside the base's tensor, or at the end.
-    home = used["base"].home(sides["base"].name if "base" in sides else "")
+    home = _home(key, sides.get("base"), source, used)
     outs = tuple(
         TensorInfo(name, dtype, source.shape, home, 0, source.count * DTYPE_BITS[dtype] // 8) for name in written
     )
@@ -313,6 +356,21 @@ def _item(
     if action != "merge" or not extended:
         return item
     return replace(item, common=extended[0], owner=p.vocab if p.vocab in sides else "base")
+
+
+def _home(key: str, own: Tensor | None, source: Tensor, used: Mapping[str, Checkpoint]) -> str:
+    """The file that a tensor goes to: the base's, or what corresponds to the sft's."""
+    base, folder = used["base"], folder_of(key)
+    home = base.homes.get(own.name) if own is not None else None
+    if home is not None:
+        return home
+    if isinstance(source, TensorInfo) and own is None:
+        part = next((part for part in used["sft"].parts if source.file in part.files), None)
+        if part is not None and part.beside:
+            alike = (each.files[0] for each in base.parts if (each.folder, each.stem) == (part.folder, part.stem))
+            return next(alike, f"{part.folder}{part.stem}.safetensors")
+    there = [each for each in base.parts if each.folder == folder] or [*base.parts]
+    return next((each for each in there if not each.beside), there[0]).files[-1]
 
 
 def _sparsified(key: str, sides: Mapping[str, Tensor], p: Parameters) -> dict[str, Tensor]:

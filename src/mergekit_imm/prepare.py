@@ -14,6 +14,7 @@ from . import __version__
 from .agreement import matcher
 from .checkpoint.adapter import applied
 from .checkpoint.computed import Tensor
+from .checkpoint.parts import matches
 from .checkpoint.quantised import check_unquantised, dequantized
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import fingerprint
@@ -77,8 +78,13 @@ def open_inputs(
             raise CheckpointError(f"the path of {role}, {shown(ref)}, is not valid UTF-8; rename it, or link to it")
 
     def opened(dry_run: bool) -> dict[str, Checkpoint]:
-        code = parameters[0].copy_code
-        return {r: open_checkpoint(ref, r, copy_code=code, dry_run=dry_run, outs=outs) for r, ref in refs.items()}
+        code, leave_out = parameters[0].copy_code, parameters[0].leave_out
+        found = {
+            role: open_checkpoint(ref, role, copy_code=code, dry_run=dry_run, outs=outs, leave_out=leave_out)
+            for role, ref in refs.items()
+        }
+        check_left_out(found, leave_out)
+        return found
 
     if not dry_run and any(is_hub_id(ref) for ref in refs.values()):
         # Refuse from headers, before hours of downloading.
@@ -97,7 +103,7 @@ def listed(
 ) -> dict[str, Any]:
     """Return parameters, lists of patterns as tuples, and importance and factors read if they are files."""
     found = dict(values)
-    for option in {"keep", "take", "no_drop", "rename"} & set(values):
+    for option in {"keep", "take", "no_drop", "rename", "leave_out"} & set(values):
         if isinstance(values[option], str):
             raise ArgumentError(f"{option} is a string; give a list of patterns, [{values[option]!r}]")
         found[option] = tuple(values[option])
@@ -113,6 +119,17 @@ def listed(
         "importance": None if importance is None else dict(importance),
         "layer_factors": dict(layer_factors) if isinstance(layer_factors, Mapping) else layer_factors,
     }
+
+
+def check_left_out(inputs: Mapping[str, Checkpoint], leave_out: Sequence[str]) -> None:
+    """Raise ArgumentError for a name to be left out by which no file of the inputs goes."""
+    for pattern in leave_out:
+        if not any(matches(path, [pattern]) for each in inputs.values() for path in each.left_out):
+            labels = ", ".join(each.label for each in inputs.values())
+            raise ArgumentError(
+                f"--leave-out {shown(pattern)} names no file of {labels}; give the path in the model, such as"
+                " value_head.safetensors or 2_Dense"
+            )
 
 
 def without_same_start(inputs: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
@@ -137,7 +154,7 @@ def round_of(inputs: Mapping[str, Checkpoint]) -> int:
 def prepared(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
     """Return the inputs as they are merged: under the base's names, each tensor as a whole."""
     inputs = matched(without_quantisation(inputs, parameters), parameters.rename)
-    return resized(with_adapter(inputs, parameters.reference, parameters.rename), parameters)
+    return resized(with_adapter(inputs, parameters), parameters)
 
 
 def without_quantisation(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
@@ -157,12 +174,12 @@ def without_quantisation(inputs: dict[str, Checkpoint], parameters: Parameters) 
     return found
 
 
-def with_adapter(inputs: dict[str, Checkpoint], reference: str, rules: Sequence[str]) -> dict[str, Checkpoint]:
+def with_adapter(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
     """Return the inputs with an adapter given as sft applied to the start, which it was trained on."""
     adapter = inputs["sft"]
     if adapter.adapter is None:
         return inputs
-    if "start" in inputs and reference == "base":
+    if "start" in inputs and parameters.reference == "base":
         raise ArgumentError(
             f"{adapter.label} is an adapter: its delta is taken from the start it was trained on; leave out"
             " --reference base"
@@ -174,7 +191,7 @@ def with_adapter(inputs: dict[str, Checkpoint], reference: str, rules: Sequence[
             return True  # a dry run on a hub id; compared when it is merged
         return same_values(inputs, ("sft", one), (model.role, other))
 
-    return {**inputs, "sft": applied(adapter, model, equal, rules)}
+    return {**inputs, "sft": applied(adapter, model, equal, parameters.rename, matcher(parameters.take))}
 
 
 def _same_place(one: Checkpoint, other: Checkpoint) -> bool:

@@ -23,7 +23,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 # Parameters that the first recipes did not have.
-_LATEST = {"shrink", "clip", "layer_factors", "sparsify"}
+_LATEST = {"shrink", "clip", "layer_factors", "sparsify", "leave_out"}
 _LATER = {"rename", "dequantize"} | _LATEST
 
 
@@ -51,6 +51,7 @@ class Parameters:
     dequantize: bool = False
     allow_nonfinite: bool = False
     copy_code: bool = False
+    leave_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ArgumentError for any value out of range."""
@@ -76,6 +77,11 @@ class Parameters:
             importance_factors(self.importance, shrink=self.shrink, clip=self.clip)
         for rule in self.rename:
             parse_rename(rule)
+        for pattern in self.leave_out:
+            if not isinstance(pattern, str) or not pattern:
+                raise ArgumentError(
+                    f"leave_out holds {pattern!r}; give files by their path in the model, 'vit.safetensors'"
+                )
         for option in ("keep", "take", "no_drop"):
             for pattern in getattr(self, option):
                 try:
@@ -151,7 +157,7 @@ def make_recipe(
 def parse_parameters(recipe: Mapping[str, Any]) -> Parameters:
     """Return the parameters of a recipe that `read_recipe` returned."""
     values = dict(recipe["parameters"])
-    for option in ("keep", "take", "no_drop", "rename"):
+    for option in ("keep", "take", "no_drop", "rename", "leave_out"):
         values[option] = tuple(values.get(option, ()))
     values["clip"] = tuple(values["clip"]) if values.get("clip") else None
     return Parameters(**values)

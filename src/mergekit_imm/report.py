@@ -19,6 +19,7 @@ from .match import rules_of
 from .plan import Item, Plan
 from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
 
+_LISTS = ("keep", "take", "no_drop", "rename", "leave_out")  # parameters of several values
 OUTSIDE = "outside the layers"
 
 
@@ -150,7 +151,7 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
         *((("`layer_factors`", _cell(_factors_text(p.layer_factors))),) if p.layer_factors is not None else ()),
         *((("`sparsify`", _cell(p.sparsify)),) if p.sparsify != "dare" else ()),
         ("dtype", "as in the base" if p.dtype == "base" else p.dtype),
-        *((f"`{o}`", _cell(" ".join(getattr(p, o)))) for o in ("keep", "take", "no_drop", "rename") if getattr(p, o)),
+        *((f"`{o}`", _cell(" ".join(getattr(p, o)))) for o in _LISTS if getattr(p, o)),
         *((("`vocab`", f"the {p.vocab}'s"),) if p.vocab != "strict" else ()),
     ]
     command = ["imm-merge", *(f"{plan.inputs[role].ref}" for role in ("base", "sft"))]
@@ -175,7 +176,7 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
     command += ["--dtype", p.dtype] if p.dtype != "base" else []
     command += ["--max-shard-size", str(p.max_shard_size)] if p.max_shard_size else []
     command += ["--vocab", p.vocab] if p.vocab != "strict" else []
-    for option in ("keep", "take", "no_drop", "rename"):
+    for option in _LISTS:
         for pattern in getattr(p, option):
             command += [f"--{option.replace('_', '-')}", pattern]
     command += [f"--{o.replace('_', '-')}" for o in ("allow_nonfinite", "copy_code", "dequantize") if getattr(p, o)]
@@ -220,11 +221,7 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
 
 def written_files(plan: Plan, recipe: Mapping[str, Any], records: npt.NDArray[np.float64]) -> dict[str, bytes]:
     """Return the small files that a merge writes itself, the recipe last."""
-    files: dict[str, bytes] = {}
-    if plan.index is not None:
-        files["model.safetensors.index.json"] = plan.index
-    if plan.config is not None:
-        files["config.json"] = plan.config
+    files: dict[str, bytes] = {**plan.indexes, **plan.configs}
     files[REPORT_FILE] = to_json(statistics(plan, records))
     files[CARD_FILE] = model_card(plan, recipe)
     files[RECIPE_FILE] = to_json(recipe)

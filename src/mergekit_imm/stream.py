@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint import disk, journal, output
+from .checkpoint.source import in_part
 from .checkpoint.tensorfile import TensorInfo, open_tensorfile
 from .errors import OutputError, bytes_text, shown
 from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
@@ -189,6 +190,7 @@ def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Written:
     others = journal.take_in(partial, own, recipe, total)
     handles = {}
     for file in plan.files:
+        disk.make_folder((partial / file.name).parent)
         handle = handles[file.name] = disk.open_output(partial / file.name, file.size)
         stack.callback(os.close, handle.descriptor)
         disk.write_at(handle, memoryview(file.head), 0)
@@ -197,7 +199,8 @@ def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Written:
             disk.sync(handle.descriptor)  # before another machine writes behind it
     for rank in range(1, size):
         journal.Journal(partial, recipe, total, rank).close()
-    disk.sync_folder(partial)  # a record is worth nothing if its file has no name
+    for folder in {(partial / name).parent for name in (*handles, journal.JOURNAL)}:
+        disk.sync_folder(folder)  # a record is worth nothing if its file has no name
     written = _Written(job, own, np.zeros(total, bool), handles)
     written.record(others)
     return written
@@ -338,7 +341,7 @@ def _end(written: _Written, recipe: bytes, parts: Sequence[tuple[int, int, journ
             " command again, and they are written"
         )
     for file in job.plan.files:
-        _read_back(partial / file.name, job.plan)
+        _read_back(partial, file.name, job.plan)
 
 
 def _own_size(path: Path) -> int:
@@ -350,9 +353,9 @@ def _own_size(path: Path) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else -1
 
 
-def _read_back(path: Path, plan: Plan) -> None:
+def _read_back(partial: Path, name: str, plan: Plan) -> None:
     """Check that a written file is what other programs will read: names, dtypes, shapes, offsets."""
-    file = open_tensorfile(path, path.name)
-    expected = {out.name: out for item in plan.items for out in item.outs if out.file == path.name}
+    expected = {out.name: out for item in plan.items for out in item.outs if out.file == name}
+    file = in_part(open_tensorfile(partial / name, name))
     if {tensor.name: tensor for tensor in file.tensors} != expected:
-        raise OutputError(f"{path} does not read back as it was planned; check the disk and merge again")
+        raise OutputError(f"{partial / name} does not read back as it was planned; check the disk and merge again")

@@ -188,7 +188,10 @@ def _reopen(
     if given is None and entry.get("commit"):
         ref = f"{entry['repo']}@{entry['commit']}"
     try:
-        found = open_checkpoint(ref, role, copy_code=recipe["parameters"]["copy_code"], outs=[out])
+        found = open_checkpoint(
+            ref, role, copy_code=recipe["parameters"]["copy_code"], outs=[out],
+            leave_out=recipe["parameters"].get("leave_out", ()),
+        )  # fmt: skip
     except CheckpointError as error:
         cure = "" if given is not None else f" (if it has moved, say where it is with --{role})"
         raise CheckpointError(f"{error}{cure}") from error

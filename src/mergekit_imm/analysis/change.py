@@ -172,6 +172,7 @@ def checkpoint_change(
     vocab: str = "base",
     keep: Sequence[str] = (),
     take: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
     dequantize: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -180,7 +181,8 @@ def checkpoint_change(
 
     Inputs as in `merge_checkpoints`: folders, hub ids, an adapter as `sft`. Norms are added in float32 lanes, right to
     some seven digits. Of vocabularies of different sizes only common rows count, and a note says so, unless `vocab` is
-    "strict". `keep` and `take` leave tensors of `base` and of `sft` out. Raises MergeError.
+    "strict". `keep` and `take` leave tensors of `base` and of `sft` out,
+    `leave_out` files of either. Raises MergeError.
 
     >>> len(checkpoint_change(base_folder, sft_folder).layers) > 0
     True
@@ -198,7 +200,7 @@ def checkpoint_change(
     threads = check_workers(workers)
     inputs, parameters, _ = open_inputs(
         base, sft, None, alpha=0.0, drop=0.0, dtype="float32", vocab=vocab, rename=rename, keep=keep, take=take,
-        dequantize=dequantize, allow_nonfinite=True,
+        leave_out=leave_out, dequantize=dequantize, allow_nonfinite=True,
     )  # fmt: skip
     (plan,) = plans_of(inputs, parameters)
     # What a merge makes of a vocabulary is no matter here.

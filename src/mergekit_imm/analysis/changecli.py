@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FORMAT = "mergekit_imm change"
 FILES = ("change.json", "report.html", "change.png", "change.svg", "mismatch.png", "mismatch.svg")
-TWO = ("rename", "keep", "take", "dequantize")
+TWO = ("rename", "keep", "take", "leave_out", "dequantize")
 
 change_epilog = """\b
 Examples:
@@ -39,6 +39,7 @@ Examples:
 @click.option("--rename", metavar="REGEX=REPL", multiple=True, help="What names of SFT are in BASE; repeatable.")
 @click.option("--keep", metavar="REGEX", multiple=True, help="Tensors of BASE to leave out; repeatable.")
 @click.option("--take", metavar="REGEX", multiple=True, help="Tensors of SFT to leave out; repeatable.")
+@click.option("--leave-out", metavar="FILE", multiple=True, help="File or folder of a model to leave out; repeatable.")
 @click.option("--dequantize", is_flag=True, help="Multiply FP8 weights by their scales.")
 @click.option(
     "--vocab", type=click.Choice(["strict", "base", "sft"]), default="base", show_default=True,

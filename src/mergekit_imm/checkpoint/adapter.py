@@ -17,8 +17,8 @@ from ..match import Shape, by_prefix, mapping_note, ruled
 from .computed import Computed, Tensor, renamed
 from .experts import cut_experts, expert_names, fused_shape
 from .lowrank import LowRank, OfExperts, Rescaled, WithRows
-from .source import Checkpoint
-from .tensorfile import MERGED
+from .source import Checkpoint, leave_out_option
+from .tensorfile import MERGED, TensorInfo
 
 # What changes the meaning of the factors, with the reason. Absent, None, false and empty are as if not there.
 _REFUSED = {
@@ -112,18 +112,25 @@ def names_of(adapter: Checkpoint, model: Checkpoint) -> list[str]:
     return list(_wanted(_parts(adapter), adapter, model))
 
 
-def applied(adapter: Checkpoint, model: Checkpoint, equal: Equal, rules: Sequence[str] = ()) -> Checkpoint:
+def applied(
+    adapter: Checkpoint,
+    model: Checkpoint,
+    equal: Equal,
+    rules: Sequence[str] = (),
+    taken: Callable[[str], bool] = lambda _: False,
+) -> Checkpoint:
     """Return an adapter with its tensors under the names of the model's that they change.
 
     A pair of factors becomes a `LowRank` (with a magnitude, a `Rescaled`; of experts, an `OfExperts`), trained rows
-    become a `WithRows`; a tensor that was trained whole stays as it is. `rules` rename, as `--rename` does. Raises
+    become a `WithRows`; a tensor that was trained whole stays as it is. `rules` rename, as `--rename` does. One that is
+    `taken`, and trained whole, need not be in the model. Raises
     MismatchError for one that belongs to no tensor of the model, CheckpointError for one that is not understood.
     `equal` compares the values of tensors of the two: PEFT stores an embedding that has factors as it was, beside them.
     """
     assert adapter.adapter is not None
     adapter = replace(adapter, adapter=settings(adapter.adapter, adapter.label))
     parts = _parts(adapter)
-    names = _names(_wanted(parts, adapter, model), adapter, model, rules)
+    names = _names(parts, adapter, model, rules, taken)
     was = {name: path for path, name in names.items() if path != name}
     notes = (mapping_note(was, adapter.label, model.label),) if was else ()
     adapter = replace(adapter, was=was, notes=(*adapter.notes, *notes))
@@ -181,8 +188,17 @@ def _parts(adapter: Checkpoint) -> _Parts:
         elif "lora_" in path or "token_adapter" in path:
             raise CheckpointError(f"{adapter.label} stores '{shown(key)}', which is not understood; {_FIRST}")
         else:
+            if path in parts.whole:
+                raise CheckpointError(
+                    f"{adapter.label} stores tensor '{shown(path)}' twice, in {shown(_file(parts.whole[path]))} and in"
+                    f" {shown(_file(tensor))}; leave one of the files out: {leave_out_option(_file(tensor))}"
+                )
             parts.whole[path] = tensor
     return parts
+
+
+def _file(tensor: Tensor) -> str:
+    return tensor.file if isinstance(tensor, TensorInfo) else ""
 
 
 def _parameters(module: str, adapter: Checkpoint) -> list[str]:
@@ -209,15 +225,32 @@ def _wanted(parts: _Parts, adapter: Checkpoint, model: Checkpoint) -> dict[str, 
     return wanted
 
 
-def _names(wanted: Mapping[str, Shape], adapter: Checkpoint, model: Checkpoint, rules: Sequence[str]) -> dict[str, str]:
+def _names(
+    parts: _Parts, adapter: Checkpoint, model: Checkpoint, rules: Sequence[str], taken: Callable[[str], bool]
+) -> dict[str, str]:
     """Return what each name is in the model."""
+    wanted = _wanted(parts, adapter, model)
     names = dict(zip(wanted, ruled(wanted, rules), strict=True))
     tied = says_tied(model.config) and any(map(is_input_embedding, model.tensors))
     lost = {n: path for path, n in names.items() if n not in model.tensors and not (tied and is_output_head(n))}
     there = {name: tensor.shape for name, tensor in model.tensors.items()}
     found = by_prefix({name: wanted[path] for name, path in lost.items()}, there)
     names |= {lost[name]: new for name, new in found.items()}
-    complaint = only_in(set(lost) - set(found), model.tensors, adapter.label, model.label)
+    homes = {_unwrapped(name): file for name, file in adapter.homes.items()}
+    beside = {file for part in adapter.parts if part.beside or part.folder for file in part.files}
+    own = set(lost) - set(found)
+    for file in sorted(beside):
+        names_of_file = {name for name in own if homes.get(lost[name]) == file}
+        surplus = {name for name in names_of_file if not taken(name)}
+        complaint = only_in(surplus, model.tensors, f"{adapter.label} ({shown(file)})", model.label, "--take")
+        if complaint:
+            raise MismatchError(f"{complaint}; or leave the file out: {leave_out_option(file)}")
+        own -= names_of_file
+    whole = {name for name in own if lost[name] in parts.whole}
+    complaint = only_in(own - whole, model.tensors, adapter.label, model.label)
+    if not complaint:
+        surplus = {name for name in whole if not taken(name)}
+        complaint = only_in(surplus, model.tensors, adapter.label, model.label, "--take")
     if complaint:
         raise MismatchError(f"{complaint}; is this the model that the adapter was trained on? If so, tell --rename")
     twice = next((new for new, count in Counter(names.values()).items() if count > 1), None)

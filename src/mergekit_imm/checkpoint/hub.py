@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import CheckpointError, shown
 from ..json_input import parse_json
 from ..recipe import RECIPE_FILE
+from .parts import Part, holds_parts, matches, parts_below, parts_beside
 from .sidefiles import is_side_file
 from .tensorfile import HEADER_LIMIT, INDEX, MODEL
 
@@ -33,6 +34,7 @@ class Snapshot:
     repo: str
     commit: str
     folder: Path  # its files are links to blobs
+    left_out: tuple[str, ...] = ()  # files of the repository that were to be left out
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Listing:
     repo: str
     commit: str
     sizes: dict[str, int]  # of every file (offline: of those in the cache)
-    small: dict[str, bytes]  # content of config.json, the index and the recipe, where they exist
+    small: dict[str, bytes]  # content of each config.json, the indexes and the recipe, where they exist
     headers: dict[str, bytes]  # JSON headers of the model's files, without the length before them
 
 
@@ -71,7 +73,7 @@ def split_ref(ref: str) -> tuple[str, str | None] | None:
     return match[1], revision or None
 
 
-def fetch(ref: str, *, copy_code: bool = False) -> Snapshot:
+def fetch(ref: str, *, copy_code: bool = False, leave_out: Sequence[str] = ()) -> Snapshot:
     """Download what a merge needs of a hub id, unless it is cached, and return where it lies.
 
     With HF_HUB_OFFLINE, from the cache alone. Raises CheckpointError, one line that names the cure.
@@ -79,12 +81,14 @@ def fetch(ref: str, *, copy_code: bool = False) -> Snapshot:
     from huggingface_hub import snapshot_download
 
     with _one_line(ref):
-        found = _find(ref)
+        found, left_out = _without(_find(ref), leave_out)
         index = _index(found, _small(found, INDEX))
-        _model_files(found, index)
+        own, parts, adapters = _parts(found, index)
         if found.folder is not None:
-            return Snapshot(found.repo, found.commit, found.folder)
-        names = wanted(found.sizes, index, copy_code)
+            return Snapshot(found.repo, found.commit, found.folder, left_out)
+        names = wanted(found.sizes, [*own, *(name for part in parts for name in part.files)], copy_code)
+        names += [part.index for part in parts if part.index]
+        names += [name for name in found.sizes if name.startswith(tuple(adapters)) and name not in names]
         patterns = [escape(name) for name in names]
         folder = Path(snapshot_download(found.repo, revision=found.commit, allow_patterns=patterns))
         # The client returns part of a snapshot if the connection is lost at the wrong moment.
@@ -92,32 +96,66 @@ def fetch(ref: str, *, copy_code: bool = False) -> Snapshot:
         if missing:
             raise EOFError(f"the download stopped before {missing[0]}")
         _remember(folder, found.revision or "main")
-        return Snapshot(found.repo, found.commit, folder)
+        return Snapshot(found.repo, found.commit, folder, left_out)
 
 
-def list_remote(ref: str) -> Listing:
+def list_remote(ref: str, leave_out: Sequence[str] = ()) -> Listing:
     """Return names, sizes and headers of a hub id's files, read by range; nothing is written.
 
     With HF_HUB_OFFLINE, of what is in the cache. Raises CheckpointError, one line that names the cure.
     """
     with _one_line(ref), ThreadPoolExecutor(8) as pool:
-        found = _find(ref)
+        whole = _find(ref)
+        found, _ = _without(whole, leave_out)
         small = _small(found, "config.json", INDEX, RECIPE_FILE, ADAPTER_CONFIG)
-        files = _model_files(found, _index(found, small))
+        own, parts, _ = _parts(found, _index(found, small))
+        small |= _small(found, *(part.index for part in parts if part.index))
+        small |= _small(found, *{f"{part.folder}config.json" for part in parts if part.folder})
+        files = [*own, *(name for part in parts for name in part.files)]
         headers = pool.map(lambda name: _header(found, name), files)
-        return Listing(found.repo, found.commit, found.sizes, small, dict(zip(files, headers, strict=True)))
+        return Listing(found.repo, found.commit, whole.sizes, small, dict(zip(files, headers, strict=True)))
 
 
-def wanted(names: Iterable[str], index: dict[str, Any] | None, copy_code: bool) -> list[str]:
-    """Return which files of a repository a merge needs: the model's own, its index, its recipe, side files.
+def wanted(names: Iterable[str], weights: Sequence[str], copy_code: bool) -> list[str]:
+    """Return which files of a repository a merge needs: its weights, its index, its recipe, side files.
 
-    >>> wanted(["config.json", "model.safetensors", "pytorch_model.bin"], None, False)
+    >>> wanted(["config.json", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"], False)
     ['model.safetensors', 'config.json']
     """
-    names = list(names)
     own = (INDEX, RECIPE_FILE, ADAPTER_CONFIG)
-    side = [name for name in names if name in own or is_side_file(name, copy_code=copy_code)]
-    return _weights(names, index) + side
+    return [*weights, *(name for name in names if name in own or is_side_file(name, copy_code=copy_code))]
+
+
+def _without(found: _Found, leave_out: Sequence[str]) -> tuple[_Found, tuple[str, ...]]:
+    """Return a repository without the files that are to be left out, and their names."""
+    left_out = tuple(name for name in found.sizes if matches(name, leave_out))
+    return replace(found, sizes={name: size for name, size in found.sizes.items() if name not in left_out}), left_out
+
+
+def _parts(found: _Found, index: dict[str, Any] | None) -> tuple[list[str], list[Part], list[str]]:
+    """Return the model's own files, the parts beside and below them, and the sub-folders that hold an adapter."""
+    top = [name for name in found.sizes if "/" not in name]
+
+    def read(path: str) -> dict[str, Any]:
+        content = parse_json(_small(found, path)[path])
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is no JSON object")
+        return content
+
+    own = _model_files(found, index)
+    below, adapters = parts_below(sorted(found.sizes), read)
+    parts = parts_beside(top, own) + below
+    other = next((name for part in parts for name in part.files if not name.endswith(".safetensors")), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{found.ref} holds weights in {shown(other)}; on a hub only safetensors are read: download it,"
+            f" `{_command(found.repo, found.commit)} --local-dir DIR`, and give DIR; or leave the file out, --leave-out"
+            f" {shlex.quote(other)}"
+        )
+    lacking = [name for part in parts for name in part.files if name not in found.sizes]
+    if lacking:
+        raise CheckpointError(f"{found.ref} lacks {shown(lacking[0])}, which an index names; choose another revision")
+    return own, parts, adapters
 
 
 def _weights(names: Iterable[str], index: dict[str, Any] | None) -> list[str]:
@@ -139,7 +177,7 @@ def _model_files(found: _Found, index: dict[str, Any] | None) -> list[str]:
     files = _weights(found.sizes, index)
     whole = [name for name in files if name != ADAPTER]
     lacking = [] if files == [MODEL] else sorted(_shards(index) - set(files))
-    if found.folder is not None and index is None:
+    if found.folder is not None and index is None and not holds_parts(found.sizes):
         # Other tools cache parts of a model: a tokenizer without weights, a shard without the index.
         partial = [MODEL] if not files else [INDEX] if re.search(r"-\d+-of-\d+\.", files[0]) else []
         lacking = lacking or partial
@@ -150,6 +188,8 @@ def _model_files(found: _Found, index: dict[str, Any] | None) -> list[str]:
         where, cure = f"{where} on the hub", f"its {INDEX} names it: choose another revision"
     if lacking:
         raise CheckpointError(f"{where} lacks {shown(lacking[0])} ({len(lacking)} missing); {cure}")
+    if index is None and not files and holds_parts(found.sizes):
+        return []
     if index is None and not files:
         bins = [name for name in found.sizes if re.fullmatch(r"(pytorch|adapter)_model[\w-]*\.bin", name)]
         if bins:

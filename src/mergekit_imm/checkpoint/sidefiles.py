@@ -7,7 +7,11 @@ from pathlib import PurePosixPath
 
 OWN = ("README.md", "imm_recipe.json", "imm_report.json")
 
-_FOLDERS = ("original", "onnx", "runs", "wandb", "checkpoint-*", "global_step*", "__pycache__")
+# Folders of copies of the weights in other forms, and of a training run.
+FOLDERS = (
+    "original", "onnx", "openvino", "coreml", "runs", "wandb", "checkpoint-*", "global_step*", "optimizer_*",
+    "pytorch_model_fsdp_*", "__pycache__",
+)  # fmt: skip
 _WEIGHTS = (
     ".bin .ckpt .distcp .engine .ggml .gguf .h5 .mlmodel .msgpack .nemo .npy .npz .onnx .onnx_data .ot "
     ".pdparams .pickle .pkl .pt .pth .safetensors .tflite"
@@ -32,7 +36,7 @@ def is_side_file(path: str, *, copy_code: bool = False) -> bool:
     *folders, name = PurePosixPath(path).parts
     if path in OWN or any(part.startswith(".") for part in (*folders, name)):
         return False
-    if any(fnmatchcase(folder, pattern) for folder in folders for pattern in _FOLDERS):
+    if any(fnmatchcase(folder, pattern) for folder in folders for pattern in FOLDERS):
         return False
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in _WEIGHTS or any(fnmatchcase(name, pattern) for pattern in _LEFTOVERS):

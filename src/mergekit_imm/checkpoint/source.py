@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError, shown
 from ..json_input import is_utf8, parse_json, read_small
+from ..layers import folder_of
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
 from .computed import Tensor
 from .dcp import open_dcp
-from .forms import ADAPTER_BIN, BIN_INDEX, bin_files, dcp_prefix, other_form
+from .forms import ADAPTER_BIN, BIN, BIN_INDEX, bin_files, dcp_prefix, other_form
 from .hub import ADAPTER, ADAPTER_CONFIG
+from .parts import ADAPTERS, Part, holds_parts, index_files, matches, parts_below, parts_beside
 from .pickled import open_pickled
 from .pieces import are_shards, from_shards, is_sharded
 from .sidefiles import is_side_file
-from .tensorfile import INDEX, MODEL, Stamp, TensorFile, TensorInfo, is_plain_name, open_tensorfile, parse_header, stamp
+from .tensorfile import INDEX, MODEL, Stamp, TensorFile, TensorInfo, open_tensorfile, parse_header, stamp
 
 _DEPTH = 64  # of folders in a model
 
@@ -38,7 +42,7 @@ class Checkpoint:
     config: dict[str, Any] | None
     side: dict[str, Path | None]  # copied files, by their path within the folder
     left_out: tuple[str, ...]  # files that are neither weights of this model nor copied
-    indexed: bool = False  # an index names the files
+    parts: tuple[Part, ...] = ()  # which of the files belong together
     recipe: dict[str, Any] | None = None  # of the merge that made it
     adapter: dict[str, Any] | None = None  # of an adapter: its config
     was: Mapping[str, str] = field(default_factory=dict)  # base's name -> its own in the file, where they differ
@@ -47,8 +51,9 @@ class Checkpoint:
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)  # of all files that are read whole
     rows: tuple[int, int] | None = None  # of a vocabulary that is resized: as stored, and as merged
     notes: tuple[str, ...] = ()  # what is worth knowing and not an error
-    laid_out: bool = True  # its files are such as an output can have
     part_configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # of sub-folders: folder -> config.json
+    adapters: tuple[str, ...] = ()  # sub-folders that hold an adapter, which is no part of the model
+    unread: tuple[TensorInfo, ...] = ()  # tensors of its files that are none of the model's; a note says which
 
     @property
     def label(self) -> str:
@@ -60,12 +65,9 @@ class Checkpoint:
         return self.part_configs.get(folder) if folder else self.config
 
     @cached_property
-    def _homes(self) -> dict[str, str]:
+    def homes(self) -> dict[str, str]:
+        """The file that holds each stored tensor."""
         return {tensor.name: file.name for file in self.files.values() for tensor in file.tensors}
-
-    def home(self, name: str) -> str:
-        """Return the file that holds a tensor, or the last one."""
-        return self._homes.get(name) or list(self.files)[-1]
 
     def path(self, tensor: TensorInfo) -> Path:
         """Return the file that holds a tensor."""
@@ -91,11 +93,13 @@ def open_checkpoint(
     copy_code: bool = False,
     dry_run: bool = False,
     outs: Sequence[Path] = (),
+    leave_out: Sequence[str] = (),
 ) -> Checkpoint:
     """Find and read the headers of a model: a local folder, a .safetensors file, or `org/name[@revision]`.
 
     An existing path wins over a hub id. A file is its tensors and nothing else. What lies in one of `outs`, if that
-    is inside the folder, is not part of the model. Raises CheckpointError, one line that names the cure.
+    is inside the folder, is not part of the model, nor what `leave_out` names: files and folders by their path in the
+    model, or patterns of such. Raises CheckpointError, one line that names the cure.
     """
     text = str(ref)
     text = text.rstrip("/") or text  # a shell's completion adds one; it is no other model
@@ -107,7 +111,7 @@ def open_checkpoint(
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{role} {shown(text)} cannot be opened: {getattr(error, 'strerror', error)}") from error
     if path.is_dir():
-        return _from_folder(path, role, text, copy_code, outs)
+        return _from_folder(path, role, text, copy_code, outs, leave_out)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(
@@ -115,29 +119,32 @@ def open_checkpoint(
                 " convert it: load with transformers and `save_pretrained`"
             )
         file = open_tensorfile(path, path.name)
-        return _assembled(role, text, path.parent, {path.name: file}, None, {}, ())
+        return _assembled(role, text, path.parent, {path.name: file}, None, {})
     if not is_hub_id(ref):
         raise CheckpointError(
             f"{role} {shown(text)} does not exist; give a folder, a .safetensors file or a hub id org/name[@revision]"
         )
     if dry_run:
-        return _from_listing(hub.list_remote(text), role, text, copy_code)
-    snapshot = hub.fetch(text, copy_code=copy_code)
-    found = _from_folder(snapshot.folder, role, text, copy_code)
-    return replace(found, repo=snapshot.repo, commit=snapshot.commit)
+        return _from_listing(hub.list_remote(text, leave_out), role, text, copy_code, leave_out)
+    snapshot = hub.fetch(text, copy_code=copy_code, leave_out=leave_out)
+    found = _from_folder(snapshot.folder, role, text, copy_code, leave_out=leave_out)
+    left_out = (*found.left_out, *(name for name in snapshot.left_out if name not in found.left_out))
+    return replace(found, repo=snapshot.repo, commit=snapshot.commit, left_out=left_out)
 
 
-def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Sequence[Path] = ()) -> Checkpoint:
+def _from_folder(
+    folder: Path, role: str, ref: str, copy_code: bool, outs: Sequence[Path] = (), leave_out: Sequence[str] = ()
+) -> Checkpoint:
+    label = f"{role} {shown(ref)}"
     try:
-        everything = sorted(_walk(folder, outs))
+        listed = sorted(_walk(folder, outs))
         folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
     except OSError as error:
-        raise CheckpointError(f"{role} {shown(ref)} cannot be listed: {error.strerror}") from error
-    strange = next((name for name in everything if not is_utf8(name)), None)
+        raise CheckpointError(f"{label} cannot be listed: {error.strerror}") from error
+    strange = next((name for name in listed if not is_utf8(name)), None)
     if strange is not None:
-        raise CheckpointError(
-            f"{role} {shown(ref)} holds '{shown(strange)}', a name that is not valid UTF-8; rename or remove it"
-        )
+        raise CheckpointError(f"{label} holds '{shown(strange)}', a name that is not valid UTF-8; rename or remove it")
+    everything = [name for name in listed if not matches(name, leave_out)]
     top = [name for name in everything if "/" not in name]
     stamps = _stamps(folder, everything, copy_code)
     indexed_by = BIN_INDEX if bin_files(top) == [BIN_INDEX] else INDEX
@@ -145,60 +152,137 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
     adapter = _adapter_file(top) if role == "sft" else None
     prefix = None if adapter else dcp_prefix(everything)
     names = [adapter] if adapter else [] if prefix is not None else _model_files(top, index, role, ref, folders)
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing and (folder / missing[0]).is_symlink():
-        raise CheckpointError(
-            f"{role} {shown(ref)}: {shown(missing[0])} is a broken link; copy or download the model again"
-        )
-    if missing:
-        raise CheckpointError(
-            f"{role} {shown(ref)} lacks {shown(missing[0])} ({len(missing)} of {len(names)} files), which its"
-            f" {indexed_by} names; copy or download it again"
-        )
+    own = Part(tuple(names), index=indexed_by if index is not None and MODEL not in names else None)
+    beside, adapters = parts_below(everything, lambda path: _json(folder / path))
+    beside = parts_beside(top, names) + beside
+    for part in (own, *beside):
+        _check_there(folder, part, label)
     files = {name: _opened(folder / name, name) for name in names}
     tensors: dict[str, Tensor] | None = None
-    beside: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     if prefix is not None:
-        files, tensors, beside = open_dcp(folder, prefix, role, f"{role} {shown(ref)}")
-    side = {name: folder / name for name in everything if _is_side(name, copy_code)}
+        files, tensors, others = open_dcp(folder, prefix, role, label)
+        own = Part(tuple(files))
+    files_beside = {name: _opened_beside(folder / name, name, label) for part in beside for name in part.files}
+    side = {
+        name: folder / name
+        for name in everything
+        if _is_side(name, copy_code) or (name.startswith(tuple(adapters)) and not name.endswith("/"))
+    }
     unreadable = [name for name, path in side.items() if not path.is_file()]
     if unreadable:
+        raise CheckpointError(f"{label}: {shown(unreadable[0])} is a broken link or no plain file; repair or remove it")
+    indexes = {path: _json(folder / path) for part in beside if (path := part.index)}
+    indexes |= {own.index or indexed_by: index} if index is not None and not adapter else {}
+    found = _assembled(
+        role, ref, folder, files, _json(folder / "config.json") if "config.json" in top else None, side,
+        parts=((own, *beside) if own.files else tuple(beside)), files_beside=files_beside, indexes=indexes,
+        tensors=tensors,
+    )  # fmt: skip
+    configs = {f"{part.folder}config.json" for part in beside} & set(everything)
+    return replace(
+        found,
+        stamps=stamps,
+        left_out=(*_left_out(listed, found), *others),
+        adapter=_json(folder / ADAPTER_CONFIG) if adapter else None,
+        adapters=tuple(adapters),
+        part_configs={folder_of(path): _json(folder / path) for path in sorted(configs) if "/" in path},
+        recipe=read_recipe(folder) if role == "start" else None,
+        notes=(*found.notes, *_note_of_adapter(top, adapter, label)),
+    )
+
+
+def _check_there(folder: Path, part: Part, label: str) -> None:
+    """Raise CheckpointError for a file that an index names and that is not there."""
+    missing = [name for name in part.files if not (folder / name).exists()]
+    if missing and (folder / missing[0]).is_symlink():
+        raise CheckpointError(f"{label}: {shown(missing[0])} is a broken link; copy or download the model again")
+    if missing:
         raise CheckpointError(
-            f"{role} {shown(ref)}: {shown(unreadable[0])} is a broken link or no plain file; repair or remove it"
+            f"{label} lacks {shown(missing[0])} ({len(missing)} of {len(part.files)} files), which its"
+            f" {part.index or INDEX} names; copy or download it again"
         )
-    left = (*_left_out(everything, files, side), *beside)
-    config = _json(folder / "config.json") if "config.json" in top else None
-    if adapter:
-        found = _assembled(role, ref, folder, files, config, side, left)
-        return replace(found, stamps=stamps, adapter=_json(folder / ADAPTER_CONFIG))
-    found = replace(_assembled(role, ref, folder, files, config, side, left, index, tensors), stamps=stamps)
-    return replace(found, recipe=read_recipe(folder)) if role == "start" else found
 
 
-def _from_listing(listing: hub.Listing, role: str, ref: str, copy_code: bool) -> Checkpoint:
-    everything = sorted(listing.sizes)
+def _note_of_adapter(top: Sequence[str], adapter: str | None, label: str) -> list[str]:
+    found = next((name for name in ADAPTERS if name in top), None)
+    if found is None or adapter is not None:
+        return []
+    return [f"note: {label} holds an adapter beside its weights, {found}, which is not merged"]
+
+
+def _from_listing(
+    listing: hub.Listing, role: str, ref: str, copy_code: bool, leave_out: Sequence[str] = ()
+) -> Checkpoint:
+    everything = sorted(name for name in listing.sizes if not matches(name, leave_out))
     top = [name for name in everything if "/" not in name]
     small = {name: _parsed(content, f"{ref}/{name}") for name, content in listing.small.items()}
     index = small.get(INDEX)
     folders = sorted({PurePosixPath(name).parts[0] for name in everything if "/" in name})
     is_adapter = role == "sft" and _adapter_file(top) == ADAPTER
+    names = [ADAPTER] if is_adapter else _model_files(top, index, role, ref, folders)
+    own = Part(tuple(names), index=INDEX if index is not None and MODEL not in names else None)
+    beside, adapters = parts_below(everything, small.__getitem__)
+    beside = parts_beside(top, names) + beside
     files = {}
-    for name in [ADAPTER] if is_adapter else _model_files(top, index, role, ref, folders):
-        if name not in listing.headers:
-            raise CheckpointError(f"{role} {shown(ref)} lacks {shown(name)} on the hub, which its {INDEX} names")
-        files[name] = parse_header(listing.headers[name], name, listing.sizes[name], None)
-    side: dict[str, Path | None] = {n: None for n in everything if _is_side(n, copy_code)}
-    left = _left_out(everything, files, side)
-    config = small.get("config.json")
-    found = _assembled(role, ref, None, files, config, side, left, index)
+    for part in (own, *beside):
+        for name in part.files:
+            if name not in listing.headers:
+                raise CheckpointError(
+                    f"{role} {shown(ref)} lacks {shown(name)} on the hub, which its {part.index or INDEX} names"
+                )
+            files[name] = in_part(parse_header(listing.headers[name], name, listing.sizes[name], None))
+    side: dict[str, Path | None] = {
+        n: None for n in everything if _is_side(n, copy_code) or n.startswith(tuple(adapters))
+    }
+    indexes = {path: small[path] for part in (own, *beside) if (path := part.index)}
+    if index is not None and not is_adapter:
+        indexes[INDEX] = index
+    found = _assembled(
+        role, ref, None, {name: files.pop(name) for name in names}, small.get("config.json"), side,
+        parts=((own, *beside) if own.files else tuple(beside)), files_beside=files, indexes=indexes,
+    )  # fmt: skip
     content = listing.small.get(RECIPE_FILE) if role == "start" else None
-    recipe = None if content is None else parse_recipe(content, f"{ref}/{RECIPE_FILE}")
-    adapter = small[ADAPTER_CONFIG] if is_adapter else None
-    return replace(found, repo=listing.repo, commit=listing.commit, recipe=recipe, adapter=adapter)
+    return replace(
+        found,
+        repo=listing.repo,
+        commit=listing.commit,
+        left_out=_left_out(sorted(listing.sizes), found),
+        recipe=None if content is None else parse_recipe(content, f"{ref}/{RECIPE_FILE}"),
+        adapter=small[ADAPTER_CONFIG] if is_adapter else None,
+        adapters=tuple(adapters),
+        part_configs={
+            folder_of(n): small[n] for part in beside if (n := f"{part.folder}config.json") in small and part.folder
+        },
+        notes=(*found.notes, *_note_of_adapter(top, ADAPTER if is_adapter else None, f"{role} {shown(ref)}")),
+    )
 
 
 def _opened(path: Path, name: str) -> TensorFile:
-    return open_tensorfile(path, name) if name.endswith(".safetensors") else open_pickled(path, name)
+    return in_part(open_tensorfile(path, name) if name.endswith(".safetensors") else open_pickled(path, name))
+
+
+def _opened_beside(path: Path, name: str, label: str) -> TensorFile:
+    """Open a file that lies beside a model's own, which may be none of its weights."""
+    try:
+        return _opened(path, name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; if it is none of the weights of {label}, leave it out: {leave_out_option(name)}"
+        ) from error
+
+
+def in_part(file: TensorFile) -> TensorFile:
+    """Return a file of a part with the path in the model before its tensors' names."""
+    folder = folder_of(file.name)
+    if not folder:
+        return file
+    return replace(file, tensors=tuple(replace(each, name=folder + each.name) for each in file.tensors))
+
+
+def leave_out_option(*paths: str) -> str:
+    """Return the options that leave files out, as they can be pasted into a shell."""
+    return " ".join(f"--leave-out {shlex.quote(path)}" for path in paths)
 
 
 def _adapter_file(top: list[str]) -> str | None:
@@ -214,7 +298,7 @@ def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: s
     if bins and bins != [BIN_INDEX]:
         return bins
     if index is not None:
-        named = _index_files(index, f"{ref}/{BIN_INDEX if bins else INDEX}", ".bin" if bins else ".safetensors")
+        named = index_files(index, f"{ref}/{BIN_INDEX if bins else INDEX}", ".bin" if bins else ".safetensors")
         if MODEL not in top:
             return named
     if MODEL in top:
@@ -227,6 +311,8 @@ def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: s
             f"{role} {shown(ref)} holds neither {MODEL} nor {INDEX}, but {len(found)} other safetensors files"
             f" ({', '.join(map(shown, found[:4]))}{', …' if len(found) > 4 else ''}); give the one to use by its path"
         )
+    if holds_parts(top):
+        return []
     form = other_form(top, folders, ref)
     if form is not None:
         raise CheckpointError(f"{role} {shown(ref)} holds {form}")
@@ -240,23 +326,6 @@ def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: s
     raise CheckpointError(f"{role} {shown(ref)} holds no *.safetensors file; is it a model folder?")
 
 
-def _index_files(index: dict[str, Any], where: str, suffix: str) -> list[str]:
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{shown(where)} has no weight_map; download it again, or delete it if it is stale")
-    strange = [name for name in weight_map.values() if not isinstance(name, str)]
-    names = strange[:1] or sorted(set(weight_map.values()))
-    for name in names:
-        if not is_plain_name(name):
-            raise CheckpointError(
-                f"{shown(where)} names '{shown(name)}'; only plain names of files beside it are allowed"
-            )
-        if not name.endswith(suffix):
-            kind = "safetensors" if suffix == ".safetensors" else suffix
-            raise CheckpointError(f"{shown(where)} names '{shown(name)}', which is not a {kind} file")
-    return names
-
-
 def _assembled(
     role: str,
     ref: str,
@@ -264,63 +333,105 @@ def _assembled(
     files: dict[str, TensorFile],
     config: dict[str, Any] | None,
     side: Mapping[str, Path | None],
-    left_out: tuple[str, ...],
-    index: dict[str, Any] | None = None,
+    *,
+    parts: tuple[Part, ...] = (),
+    files_beside: Mapping[str, TensorFile] = MappingProxyType({}),
+    indexes: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     tensors: dict[str, Tensor] | None = None,
 ) -> Checkpoint:
+    """Put together what was found. The tensors of pieces, if not given, are those that the files tell of."""
+    label = f"{role} {shown(ref)}"
+    for index, content in indexes.items():
+        own = [each for part in parts if part.index == index for each in part.files] or [*files]
+        _check_index(content["weight_map"], {**files, **files_beside}, own, index, label)
     if tensors is None and is_sharded(files):
-        files, tensors = from_shards(files, role, f"{role} {shown(ref)}")
-    tensors = _by_name(files, role, ref) if tensors is None else tensors
-    if index is not None:
-        _check_index(index["weight_map"], files, _index_of(files), f"{role} {shown(ref)}")
-    indexed = index is not None and MODEL not in files
-    whole = all(name.endswith(".safetensors") for name in files) and not are_shards([*files])
-    return Checkpoint(role, ref, folder, files, tensors, config, dict(side), left_out, indexed, laid_out=whole)
+        files, tensors = from_shards(files, role, label)
+    places = {
+        f"{folder_of(index)}{name}": f"{folder_of(index)}{file}"
+        for index, content in indexes.items()
+        for name, file in content["weight_map"].items()
+    }
+    if tensors is None:
+        tensors, unread = _by_name([*files.values(), *files_beside.values()], places, role, ref)
+    else:
+        more, unread = _by_name(files_beside.values(), places, role, ref)
+        twice = next((name for name in more if name in tensors), None)
+        if twice is not None:
+            raise _stored_twice(twice, "its own files", next(iter(files_beside)), role, ref)
+        tensors |= more
+    notes = []
+    if unread:
+        notes.append(
+            f"note: {label} stores {len(unread)} tensors twice, first '{shown(unread[0].name)}'; each is read from the"
+            " file that its index names"
+        )
+    return Checkpoint(
+        role, ref, folder, {**files, **files_beside}, tensors, config, dict(side), (),
+        parts=parts or (Part(tuple(files)),), unread=tuple(unread), notes=tuple(notes),
+    )  # fmt: skip
 
 
-def _index_of(files: Iterable[str]) -> str:
-    """The name of the index that would belong to files."""
-    return BIN_INDEX if any(name.endswith(".bin") for name in files) else INDEX
-
-
-def _by_name(files: Mapping[str, TensorFile], role: str, ref: str) -> dict[str, Tensor]:
+def _by_name(
+    files: Iterable[TensorFile], places: Mapping[str, str], role: str, ref: str
+) -> tuple[dict[str, Tensor], list[TensorInfo]]:
+    """Return the tensors of files by name, and those that an index says are read from another file."""
     tensors: dict[str, Tensor] = {}
-    places: dict[str, str] = {}
-    for file in files.values():
+    unread = []
+    homes: dict[str, str] = {}
+    for file in files:
         for tensor in file.tensors:
-            if tensor.name in tensors:
-                raise CheckpointError(
-                    f"{role} {shown(ref)} stores tensor '{shown(tensor.name)}' twice,"
-                    f" in {shown(places[tensor.name])} and in {shown(file.name)}; remove one of the files"
-                )
+            if tensor.name not in homes:
+                pass
+            elif places.get(tensor.name) == homes[tensor.name]:
+                unread.append(tensor)
+                continue
+            elif places.get(tensor.name) == file.name:
+                before = tensors[tensor.name]
+                assert isinstance(before, TensorInfo)
+                unread.append(before)
+            else:
+                raise _stored_twice(tensor.name, homes[tensor.name], file.name, role, ref)
             tensors[tensor.name] = tensor
-            places[tensor.name] = file.name
-    return tensors
+            homes[tensor.name] = file.name
+    return tensors, unread
 
 
-def _check_index(weight_map: dict[str, str], files: Mapping[str, TensorFile], named: str, where: str) -> None:
-    places = {tensor.name: file.name for file in files.values() for tensor in file.tensors}
-    if MODEL in files and set(weight_map) != set(places):
-        raise CheckpointError(f"{where} holds both {MODEL} and {named}, with different tensors; delete the stale one")
+def _stored_twice(name: str, one: str, other: str, role: str, ref: str) -> CheckpointError:
+    return CheckpointError(
+        f"{role} {shown(ref)} stores tensor '{shown(name)}' twice, in {shown(one)} and in {shown(other)}; leave one of"
+        f" the files out, {leave_out_option(other)}, or remove it"
+    )
+
+
+def _check_index(
+    weight_map: dict[str, str], files: Mapping[str, TensorFile], own: Sequence[str], index: str, where: str
+) -> None:
+    """Check that an index is one of the files that it names: `own`, by their path in the model."""
+    folder = folder_of(index)
+    places: dict[str, set[str]] = {}
+    for name in own:
+        for tensor in files[name].tensors:
+            places.setdefault(tensor.name.removeprefix(folder), set()).add(name.removeprefix(folder))
+    if own == [MODEL] and set(weight_map) != set(places):
+        raise CheckpointError(f"{where} holds both {MODEL} and {index}, with different tensors; delete the stale one")
     for name, file in weight_map.items():
-        if places.get(name) not in (file, MODEL):
-            place = f"lies in {shown(places[name])}" if name in places else "is in none of its files"
+        if not places.get(name, set()) & {file, MODEL}:
+            place = f"lies in {shown(min(places[name]))}" if name in places else "is in none of its files"
             raise CheckpointError(
-                f"{where}: {named} says tensor '{shown(name)}' lies in {shown(file)}, but it {place};"
+                f"{where}: {index} says tensor '{shown(name)}' lies in {shown(file)}, but it {place};"
                 " download the model again, or delete a stale index"
             )
     unnamed = sorted(set(places) - set(weight_map))
     if unnamed:
         raise CheckpointError(
-            f"{where} stores {len(unnamed)} tensors that its {named} does not name, first"
+            f"{where} stores {len(unnamed)} tensors that its {index} does not name, first"
             f" '{shown(unnamed[0])}'; download the model again, or delete a stale index"
         )
 
 
-def _left_out(
-    everything: list[str], files: Mapping[str, TensorFile], side: Mapping[str, Path | None]
-) -> tuple[str, ...]:
-    used = {*files, *side, _index_of(files)}
+def _left_out(everything: list[str], found: Checkpoint) -> tuple[str, ...]:
+    used = {*found.files, *found.side, *(part.index for part in found.parts)}
+    used |= {INDEX} if MODEL in found.files else {BIN_INDEX} if BIN in found.files else set()
     return tuple(name for name in everything if name not in used)
 
 

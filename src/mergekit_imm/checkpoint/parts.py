@@ -1,0 +1,179 @@
+"""The parts of a model: which files of a folder and its sub-folders hold weights, and which of them belong together.
+
+A model may be several: sentence-transformers keep modules in sub-folders (`2_Dense/`), diffusers the components of a
+pipeline, trainers put what they trained beside a model or an adapter (`value_head.safetensors`). All of it is the
+model. Left out are copies of the same weights in another form, the state of a training, and what is named for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from typing import Any
+
+from ..errors import CheckpointError, shown
+from .sidefiles import FOLDERS
+from .tensorfile import INDEX, MODEL, is_plain_name
+
+READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # how names of weight files end
+# Files at the top of a model of several parts, which say that it is one.
+_SPLIT = ("modules.json", "model_index.json")
+
+_MAIN = ("model", "diffusion_pytorch_model")  # what loaders open in a folder, without the ending
+_MAIN_BIN = {"pytorch_model": "model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
+
+# Not the weights of a model: what a training needs to go on, and copies in another form.
+_TRAINING = (
+    "training_args.*", "optimizer*", "optim_*", "*scheduler*", "rng_state*", "random_states*", "scaler.*", "sampler*",
+    "dataloader*", "dl_state*", "*_optim_states.pt", "*_model_states.pt", "trainer_state*", "custom_checkpoint_*",
+)  # fmt: skip
+_COPIES = (
+    "consolidated*", "lit_model.pth", "shard-*-model-*-of-*.safetensors", "pytorch_model_fsdp.bin", "tf_model*",
+    "flax_model*", "rust_model*",
+)  # fmt: skip
+_TWIN = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin")  # of a safetensors file
+_INDEX_OF_VARIANT = re.compile(r"([a-z_]+)\.(?:safetensors|bin)\.index\.(\w+)\.json")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_VARIANT = re.compile(  # `model.fp16.safetensors`, whole or in shards
+    r"(pytorch_model|diffusion_pytorch_model|model)(-\d+-of-\d+)?\.[A-Za-z]\w*(-\d+-of-\d+)?\.(safetensors|bin)"
+)
+_INDEX_OF_INDEX_OF_VARIANT = re.compile(r"([a-z_]+)\.(?:safetensors|bin)\.index\.(\w+)\.json")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_VARIANT = re.compile(r"([a-z_]+)\.(?:safetensors|bin)\.index\.(\w+)\.json")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+
+Json = Callable[[str], dict[str, Any]]  # read a JSON file of the model, by its path
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weight files that are one thing to a loader."""
+
+    files: tuple[str, ...]  # by their path in the model, in the order in which they are read and written
+    stem: str = "model"  # what an output calls them, without the ending
+    index: str | None = None  # the index that names them, by its path
+    beside: bool = False  # a file of its own beside others, which no index names
+
+    @property
+    def folder(self) -> str:
+        """The folder that they lie in, which begins the names of their tensors: "" or "2_Dense/"."""
+        return self.files[0][: self.files[0].rfind("/") + 1]
+
+
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether a file, or a folder that it lies in, is named by one of some patterns (`vit.safetensors`, `2_Dense`).
+
+    >>> matches("2_Dense/model.safetensors", ["2_Dense"]), matches("a/vit.pt", ["*.pt"]), matches("vit.pt", ["vit"])
+    (True, True, False)
+    """
+    places = [path, *map(str, PurePosixPath(path).parents)]
+    return any(fnmatchcase(place, pattern.rstrip("/")) for place in places for pattern in patterns)
+
+
+def holds_parts(top: Iterable[str]) -> bool:
+    """Whether a folder is a model of several parts, of which none need lie at its top."""
+    return any(name in _SPLIT for name in top)
+
+
+def parts_beside(top: Sequence[str], own: Sequence[str]) -> list[Part]:
+    """Return the weight files at the top of a model beside its own, each a part."""
+    if MODEL in own and INDEX in top:  # it is of shards of the same tensors
+        top = [name for name in top if not _SHARD.fullmatch(name)]
+    return [Part((name,), stem_of(name), beside=True) for name in top if name not in own and _holds_weights(name, own)]
+
+
+def parts_below(paths: Sequence[str], read: Json) -> tuple[list[Part], list[str]]:
+    """Return the parts in the sub-folders of a model, and the sub-folders that hold an adapter, which is none.
+
+    `read` returns what an index holds. Raises CheckpointError for an index that cannot be.
+    """
+    below: dict[str, list[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if folder and name and not _is_aside(folder):
+            below.setdefault(f"{folder}/", []).append(name)
+    parts: list[Part] = []
+    adapters = []
+    for folder, names in below.items():
+        if "adapter_config.json" in names:
+            adapters += [folder] if any(name in names for name in ADAPTERS) else []
+            continue
+        main = _main(folder, names, read)
+        own = [PurePosixPath(path).name for path in main.files] if main else []
+        parts += [main] if main else []
+        parts += [
+            Part((folder + name,), stem_of(name), beside=True)
+            for name in names
+            if name not in own and _holds_weights(name, own)
+        ]
+    return parts, adapters
+
+
+def _is_aside(folder: str) -> bool:
+    parts = folder.split("/")
+    return any(part.startswith(".") or fnmatchcase(part, pattern) for part in parts for pattern in FOLDERS)
+
+
+def _holds_weights(name: str, own: Sequence[str]) -> bool:
+    """Whether a file is one of weights that are not also in a folder's own files."""
+    if not name.endswith(READ) or name.startswith(".") or name in ADAPTERS:
+        return False
+    if any(fnmatchcase(name, pattern) for pattern in (*_TRAINING, *_COPIES)):
+        return False
+    return not (own and (_TWIN.fullmatch(name) or _VARIANT.fullmatch(name)))
+
+
+def _main(folder: str, names: Sequence[str], read: Json) -> Part | None:
+    """What a loader opens in a sub-folder."""
+    for stems, ending in ((dict(zip(_MAIN, _MAIN, strict=True)), ".safetensors"), (_MAIN_BIN, ".bin")):
+        for stem, written in stems.items():
+            if f"{stem}{ending}" in names:
+                return Part((f"{folder}{stem}{ending}",), written)
+            index = f"{stem}{ending}.index.json"
+            if index in names:
+                return _indexed(folder, index, written, ending, read)
+        variants = [name for name in names if (found := _VARIANT.fullmatch(name)) and found[4] == ending[1:]]
+        if variants and not re.search(r"-\d+-of-\d+", variants[0]):
+            return Part((folder + variants[0],), stem_of(variants[0]))
+        for index, stem, variant in ((n, f[1], f[2]) for n in names if (f := _INDEX_OF_VARIANT.fullmatch(n))):
+            if variants and index.startswith(f"{stem}{ending}"):
+                return _indexed(folder, index, f"{_MAIN_BIN.get(stem, stem)}.{variant}", ending, read)
+    return None
+
+
+def _indexed(folder: str, index: str, stem: str, ending: str, read: Json) -> Part:
+    files = index_files(read(folder + index), folder + index, ending)
+    return Part(tuple(folder + name for name in files), stem, folder + index)
+
+
+def stem_of(name: str) -> str:
+    """Return what an output calls a file of weights, without folder and ending."""
+    stem, dot, variant = PurePosixPath(name).stem.partition(".")
+    return (_MAIN_BIN.get(stem, stem) if name.endswith(".bin") else stem) + dot + variant
+
+
+def index_of(folder: str, stem: str) -> str:
+    """Return what the index of the files of a part is called, `model.safetensors.index.json`."""
+    stem, dot, variant = stem.partition(".")
+    return f"{folder}{stem}.safetensors.index{dot}{variant}.json"
+
+
+def index_files(index: Mapping[str, Any], where: str, suffix: str) -> list[str]:
+    """Return the files that an index names. Raises CheckpointError for any but plain names of files of that kind."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{shown(where)} has no weight_map; download it again, or delete it if it is stale")
+    strange = [name for name in weight_map.values() if not isinstance(name, str)]
+    names = strange[:1] or sorted(set(weight_map.values()))
+    for name in names:
+        if not is_plain_name(name):
+            raise CheckpointError(
+                f"{shown(where)} names '{shown(name)}'; only plain names of files beside it are allowed"
+            )
+        if not name.endswith(suffix):
+            kind = "safetensors" if suffix == ".safetensors" else suffix
+            raise CheckpointError(f"{shown(where)} names '{shown(name)}', which is not a {kind} file")
+    return names
