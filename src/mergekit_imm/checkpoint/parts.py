@@ -35,14 +35,11 @@ _COPIES = (
     "flax_model*", "rust_model*",
 )  # fmt: skip
 _TWIN = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin")  # of a safetensors file
-_INDEX_OF_VARIANT = re.compile(r"([a-z_]+)\.(?:safetensors|bin)\.index\.(\w+)\.json")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _VARIANT = re.compile(  # `model.fp16.safetensors`, whole or in shards
     r"(pytorch_model|diffusion_pytorch_model|model)(-\d+-of-\d+)?\.[A-Za-z]\w*(-\d+-of-\d+)?\.(safetensors|bin)"
 )
-_INDEX_OF_INDEX_OF_VARIANT = re.compile(r"([a-z_]+)\.(?:safetensors|bin)\.index\.(\w+)\.json")
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-_VARIANT = re.compile(r"([a-z_]+)\.(?:safetensors|bin)\.index\.(\w+)\.json")
+_INDEX_OF_VARIANT = re.compile(r"([a-z_]+)\.(?:safetensors|bin)\.index\.(\w+)\.json")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 Json = Callable[[str], dict[str, Any]]  # read a JSON file of the model, by its path
