@@ -54,8 +54,9 @@ def check(
     try:
         inputs, (parameters,), _ = open_inputs(base, sft, start, dry_run=True, iteration=iteration, **options)
         complaints: list[tuple[MergeError, Collection[str]]] = []
-        decided = decide(inputs, parameters, comparer(inputs), lambda *complaint: complaints.append(complaint))
-        plan = None if complaints else plan_of(inputs, parameters, decided)
+        equal = comparer(inputs)
+        decided = decide(inputs, parameters, equal, lambda *complaint: complaints.append(complaint))
+        plan = None if complaints else plan_of(inputs, parameters, decided, equal)
     except MergeError as error:
         found.problems.append(str(error))
         return found

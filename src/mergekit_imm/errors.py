@@ -7,6 +7,7 @@
     ├── MismatchError      inputs that do not belong together (also a ValueError)
     ├── NonFiniteError     NaN, infinity, or a value too large for the output dtype
     ├── OutputError        the output cannot be written, or must not be
+    ├── PlanError          a plan that loses something: an error of this program, found before a byte is written
     ├── PartialMergeError  a merge into a live model failed on the way: the model is of no use
     ├── RankError          of the ranks of one merge, another has ended
     └── VerifyError        an output is not what its recipe says
@@ -41,6 +42,10 @@ class NonFiniteError(MergeError):
 
 class OutputError(MergeError):
     """The output cannot be written, or must not be."""
+
+
+class PlanError(MergeError):
+    """A plan does not account for every tensor: an error of this program, found before a byte is written."""
 
 
 class PartialMergeError(MergeError):

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .accounts import check_tensors
 from .checkpoint.computed import Tensor as Side
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import MERGED, fingerprint
@@ -184,7 +185,9 @@ def _plan(
         return one.memory == other.memory or frozenset((one.memory, other.memory)) in equal
 
     _check_vocabularies(inputs["base"], inputs["sft"])
-    return inputs, decide(inputs, parameters, same)
+    decided = decide(inputs, parameters, same)
+    check_tensors(decided, same)
+    return inputs, decided
 
 
 def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -> Checkpoint:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .accounts import check_plan, check_tensors
 from .agreement import matcher
 from .checkpoint.adapter import applied
 from .checkpoint.computed import Tensor
@@ -233,12 +234,14 @@ def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
 def plans_of(inputs: Mapping[str, Checkpoint], parameters: Sequence[Parameters]) -> list[Plan]:
     """Plan merges of opened inputs that differ in their numbers."""
     equal = comparer(inputs)
-    return [plan_of(inputs, each, decide(inputs, each, equal)) for each in parameters]
+    return [plan_of(inputs, each, decide(inputs, each, equal), equal) for each in parameters]
 
 
-def plan_of(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: Decided) -> Plan:
-    """Plan a merge of which everything is decided about the tensors."""
+def plan_of(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: Decided, equal: SameBytes) -> Plan:
+    """Plan a merge of which everything is decided about the tensors, and check that nothing is lost."""
     plan = make_plan(inputs, parameters, decided)
+    check_tensors(decided, equal)
+    check_plan(plan, decided.ties)
     linked = [
         f"{each.label}/{name}" for each in inputs.values() if each.role != "start" for name in each.left_out
         if name.endswith("/") and not Path(name).name.startswith(".")

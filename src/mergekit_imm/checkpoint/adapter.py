@@ -103,6 +103,7 @@ class _Parts:
     experts: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)  # module -> depth -> A, B
     rows: dict[str, Tensor] = field(default_factory=dict)  # module -> trained tokens
     whole: dict[str, Tensor] = field(default_factory=dict)
+    copies: list[Tensor] = field(default_factory=list)  # of what the model has
 
 
 def names_of(adapter: Checkpoint, model: Checkpoint) -> list[str]:
@@ -153,6 +154,7 @@ def applied(
         target = _target(name, model)
         if whole is not None and not equal(whole, target):
             raise CheckpointError(f"{adapter.label} changes tensor '{shown(name)}' in two ways; {_FIRST}")
+        parts.copies += [whole] if whole is not None else []
         delta = _low_rank(name, module, kind, pair, adapter, target)
         put(_rescaled(delta, pair["vector"], adapter, model) if "vector" in pair else delta)
     for module, pairs in parts.experts.items():
@@ -161,7 +163,8 @@ def applied(
     _check_tie(trained, adapter, model)
     if not trained and not computed:
         raise CheckpointError(f"{adapter.label} holds no tensor; save it again")
-    return replace(adapter, tensors={**trained, **computed})
+    unread = (*adapter.unread, *(copy for copy in parts.copies if isinstance(copy, TensorInfo)))
+    return replace(adapter, tensors={**trained, **computed}, unread=unread)
 
 
 def _parts(adapter: Checkpoint) -> _Parts:
@@ -169,6 +172,7 @@ def _parts(adapter: Checkpoint) -> _Parts:
     for key, tensor in adapter.tensors.items():
         plain = re.sub(r"\.(modules_to_save|original_module)\.", ".", key)
         if plain != key and plain in adapter.tensors:
+            parts.copies.append(tensor)
             continue  # of an embedding that was resized and trained, PEFT also stores what it was, and itself again
         path = _unwrapped(key)
         found = _FACTOR.fullmatch(path)

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, MismatchError, shown
 from ..layers import ready_option
 from .computed import Computed, Matrix, Read, Reads, Tensor, decoded
 from .source import Checkpoint
-from .tensorfile import MERGED
+from .tensorfile import MERGED, TensorInfo
 
 Spared = Callable[[str], bool]  # whether a tensor is copied as it is
 
@@ -155,6 +155,7 @@ def dequantized(checkpoint: Checkpoint, spared: Spared) -> Checkpoint:
         side={path: file for path, file in checkpoint.side.items() if path not in _NOTES_OF_QUANTISERS},
         left_out=(*checkpoint.left_out, *(path for path in checkpoint.side if path in _NOTES_OF_QUANTISERS)),
         notes=(*checkpoint.notes, note) if unused else checkpoint.notes,
+        unread=(*checkpoint.unread, *(tensor for name in unused if isinstance(tensor := tensors[name], TensorInfo))),
     )
 
 
