@@ -17,6 +17,7 @@ from .reading import check_inputs
 from .recipe import differences, to_json
 from .report import written_files
 from .stream import Job, Recipe, Records, errors_of, stream
+from .unchanged import is_unchanged, note_of
 from .verification import compare
 
 
@@ -68,7 +69,10 @@ def build(
                     for job in jobs:
                         _remove_foreign(job)
                     for number, each in zip(unwritten, records, strict=True):
-                        _write_side(jobs[number].plan, jobs[number].partial, recipes[number], each)
+                        job = jobs[number]
+                        if is_unchanged(job.plan, each):
+                            job.notes.append(note_of(job.plan.inputs, "the norms of all deltas are 0"))
+                        _write_side(job.plan, job.partial, recipes[number], each)
             check_inputs(jobs[0].plan.inputs)
 
         def publish() -> None:

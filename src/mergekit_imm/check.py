@@ -14,6 +14,7 @@ from .layers import blanked, is_end
 from .plan import decide
 from .prepare import comparer, open_inputs, plan_of
 from .report import kinds, left_out, renamed, side_files
+from .unchanged import note_if_unchanged
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def check(
         notes=[
             *(plan.notes if plan else (note for each in inputs.values() for note in each.notes)),
             *_other_tokens(inputs["base"], inputs["sft"], parameters.vocab),
+            *note_if_unchanged(inputs, decided.items),
         ],
         problems=[str(error) for error, _ in complaints],
     )

@@ -17,6 +17,7 @@ from .ranks import ALONE, Ranks, together
 from .reading import check_inputs
 from .recipe import MergeReport, to_json
 from .sweep import is_list, points
+from .unchanged import note_if_unchanged
 
 if TYPE_CHECKING:
     import torch
@@ -225,6 +226,9 @@ def merge_checkpoints(
 
     jobs, recipes = together(ranks, prepare)
     check_same(ranks, recipes)
+    if dry_run:
+        for job in jobs:
+            job.notes += note_if_unchanged(job.plan.inputs, job.plan.items)
     if not recipes:
         return reported([job.report("dry run", lack_of_space(jobs)) for job in jobs])
     whole, lacking = ranks.gather(together(ranks, decide))[0]

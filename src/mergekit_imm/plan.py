@@ -364,12 +364,13 @@ def _home(key: str, own: Tensor | None, source: Tensor, used: Mapping[str, Check
     home = base.homes.get(own.name) if own is not None else None
     if home is not None:
         return home
+    there = [part for part in base.parts if part.folder == folder]
     if isinstance(source, TensorInfo) and own is None:
         part = next((part for part in used["sft"].parts if source.file in part.files), None)
-        if part is not None and part.beside:
-            alike = (each.files[0] for each in base.parts if (each.folder, each.stem) == (part.folder, part.stem))
-            return next(alike, f"{part.folder}{part.stem}.safetensors")
-    there = [each for each in base.parts if each.folder == folder] or [*base.parts]
+        if part is not None and (part.beside or not there):
+            alike = (each.files[0] for each in there if each.stem == part.stem)
+            return next(alike, f"{folder}{part.stem}.safetensors")
+    there = there or [*base.parts]
     return next((each for each in there if not each.beside), there[0]).files[-1]
 
 

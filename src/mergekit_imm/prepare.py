@@ -135,7 +135,7 @@ def check_left_out(inputs: Mapping[str, Checkpoint], leave_out: Sequence[str]) -
 
 def without_same_start(inputs: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
     """Return the inputs without a start that is the base itself."""
-    same = "start" in inputs and _same_place(inputs["start"], inputs["base"])
+    same = "start" in inputs and same_place(inputs["start"], inputs["base"])
     return {role: each for role, each in inputs.items() if role != "start" or not same}
 
 
@@ -195,7 +195,8 @@ def with_adapter(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[
     return {**inputs, "sft": applied(adapter, model, equal, parameters.rename, matcher(parameters.take))}
 
 
-def _same_place(one: Checkpoint, other: Checkpoint) -> bool:
+def same_place(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two inputs are one."""
     if one.folder is None or other.folder is None:
         return (one.repo, one.commit) == (other.repo, other.commit) and one.repo is not None
     return one.folder.samefile(other.folder) and list(one.files) == list(other.files)
@@ -250,7 +251,7 @@ def plan_of(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: D
     if linked:
         more = ", …" if len(linked) > 4 else ""
         notes.append(f"note: left out, as they are links to folders: {', '.join(map(shown, linked[:4]))}{more}")
-    if _same_place(inputs["base"], inputs["sft"]):
+    if same_place(inputs["base"], inputs["sft"]):
         notes.append("note: BASE and SFT are the same model; the result is that model")
     return replace(plan, notes=tuple(notes))
 

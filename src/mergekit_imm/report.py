@@ -50,6 +50,8 @@ def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
             for layer, rows in layers.items()
         },
         "tensors": tensors,
+        # Only where it is so: a report that other versions wrote stays as it is.
+        **({"sft_equals_start": True} if layers and not records[:, 0].any() else {}),
         # Of a hub id it depends on what else is in the cache; the report must not.
         "left_out": {
             role: list(each.left_out) for role, each in plan.inputs.items() if not each.repo and role != "start"
