@@ -251,10 +251,8 @@ def _names(
             raise MismatchError(f"{complaint}; or leave the file out: {leave_out_option(file)}")
         own -= names_of_file
     whole = {name for name in own if lost[name] in parts.whole}
-    complaint = only_in(own - whole, model.tensors, adapter.label, model.label)
-    if not complaint:
-        surplus = {name for name in whole if not taken(name)}
-        complaint = only_in(surplus, model.tensors, adapter.label, model.label, "--take")
+    surplus = {name for name in own if name not in whole or not taken(name)}
+    complaint = only_in(surplus, model.tensors, adapter.label, model.label, "--take" if surplus <= whole else "")
     if complaint:
         raise MismatchError(f"{complaint}; is this the model that the adapter was trained on? If so, tell --rename")
     twice = next((new for new, count in Counter(names.values()).items() if count > 1), None)
