@@ -174,10 +174,12 @@ def _shards(index: dict[str, Any] | None) -> set[str]:
 
 def _model_files(found: _Found, index: dict[str, Any] | None) -> list[str]:
     """Return the model's files; raise CheckpointError where some are missing, or which they are is not clear."""
+    if index is None and MODEL not in found.sizes and holds_parts(found.sizes):
+        return []
     files = _weights(found.sizes, index)
     whole = [name for name in files if name != ADAPTER]
     lacking = [] if files == [MODEL] else sorted(_shards(index) - set(files))
-    if found.folder is not None and index is None and not holds_parts(found.sizes):
+    if found.folder is not None and index is None:
         # Other tools cache parts of a model: a tokenizer without weights, a shard without the index.
         partial = [MODEL] if not files else [INDEX] if re.search(r"-\d+-of-\d+\.", files[0]) else []
         lacking = lacking or partial
@@ -188,8 +190,6 @@ def _model_files(found: _Found, index: dict[str, Any] | None) -> list[str]:
         where, cure = f"{where} on the hub", f"its {INDEX} names it: choose another revision"
     if lacking:
         raise CheckpointError(f"{where} lacks {shown(lacking[0])} ({len(lacking)} missing); {cure}")
-    if index is None and not files and holds_parts(found.sizes):
-        return []
     if index is None and not files:
         bins = [name for name in found.sizes if re.fullmatch(r"(pytorch|adapter)_model[\w-]*\.bin", name)]
         if bins:

@@ -303,6 +303,8 @@ def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: s
             return named
     if MODEL in top:
         return [MODEL]
+    if holds_parts(top):
+        return []  # whatever lies there, lies beside the parts
     found = [n for n in top if n.endswith(".safetensors") and n != ADAPTER]
     if len(found) == 1 or are_shards(found):
         return found
@@ -311,8 +313,6 @@ def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: s
             f"{role} {shown(ref)} holds neither {MODEL} nor {INDEX}, but {len(found)} other safetensors files"
             f" ({', '.join(map(shown, found[:4]))}{', …' if len(found) > 4 else ''}); give the one to use by its path"
         )
-    if holds_parts(top):
-        return []
     form = other_form(top, folders, ref)
     if form is not None:
         raise CheckpointError(f"{role} {shown(ref)} holds {form}")
