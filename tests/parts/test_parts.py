@@ -16,9 +16,10 @@ from mergekit_imm import CheckpointError, MergeError, MismatchError, iter_merged
 from mergekit_imm.check import check
 from refused import shown_options
 
-ROOT = {"embeddings.word_embeddings.weight": (40, 16), "encoder.layer.0.output.weight": (16, 64)}
-DENSE = {"linear.weight": (8, 16), "linear.bias": (8,)}
-HEAD = {"v_head.summary.weight": (1, 64)}
+Shapes = dict[str, tuple[int, ...]]
+ROOT: Shapes = {"embeddings.word_embeddings.weight": (40, 16), "encoder.layer.0.output.weight": (16, 64)}
+DENSE: Shapes = {"linear.weight": (8, 16), "linear.bias": (8,)}
+HEAD: Shapes = {"v_head.summary.weight": (1, 64)}
 CONFIG = {"model_type": "bert", "tie_word_embeddings": False, "dtype": "bfloat16"}
 
 
@@ -55,7 +56,7 @@ def read_parts(folder: Path) -> State:
 def merged_by_formula(base: State, sft: State, drop: float, start: State | None = None, iteration: int = 0) -> State:
     return {
         name: reference.merge_tensors(
-            tensor, sft[name], start and start[name], tensor.dtype, alpha=0.5, drop=drop, name=name, iteration=iteration
+            tensor, sft[name], None if start is None else start[name], tensor.dtype, alpha=0.5, drop=drop, name=name, iteration=iteration
         )
         for name, tensor in base.items()
     }
