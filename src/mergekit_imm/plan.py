@@ -13,6 +13,7 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from .advice import result_config
 from .agreement import Choose, Complain, check_alike, check_names, main_dtype, refuse, selection, side_of
 from .checkpoint.computed import Extended, Tensor, is_delta, is_stored
 from .checkpoint.sidefiles import OWN
@@ -180,7 +181,7 @@ def decide(
     factors = factors_of(base.tensors, p.importance, p.layer_factors, p.shrink, p.clip)
     main = main_dtype(base)
 
-    items: list[Item] = []
+    found: list[tuple[str, list[str], dict[str, Tensor]]] = []  # key, names to write, what it is in each model
     done: set[str] = set(wrong)
     for name in [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]:
         if name in done:
@@ -189,11 +190,17 @@ def decide(
         written = list(group.written) if group else [name]
         key = group.key if group else name
         done.update(group.names if group else [name])
-        sides = {role: found for role, each in used.items() if (found := side_of(each, name, group))}
+        found.append((key, written, {r: side for r, each in used.items() if (side := side_of(each, name, group))}))
+    compared = [(k, sides) for k, written, sides in found if _action(k, written, sides, choose) in ("merge", "copy")]
+    check_alike(compared, used, parameters, note)
+    items: list[Item] = []
+    for key, written, sides in found:
+        if key in wrong:
+            continue
         try:
             items.append(_item(key, written, sides, used, choose, factors, main, parameters))
         except MergeError as error:
-            note(error, [name])
+            note(error, [key])
     return Decided(items, used, groups, broken, tied)
 
 
@@ -213,9 +220,9 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided:
             floats[item.outs[0].dtype] += item.source.count
     names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
     dtype = names[floats.most_common(1)[0][0]] if floats else None
-    # Of a model with other names, or with another vocabulary than the result, it need not fit.
+    chosen = result_config(base, sft, parameters)
     config, changes = merged_config(
-        None if sft.was or parameters.vocab == "base" else sft.config,
+        chosen if chosen is sft.config else None,
         base.config,
         dtype=dtype,
         tied=decided.tied,
@@ -265,6 +272,15 @@ def _check_paths(plan: Plan) -> None:
 _arithmetic = cache(arithmetic)  # one for all tensors that are merged alike
 
 
+def _action(key: str, written: list[str], sides: Mapping[str, Tensor], choose: Choose) -> Action:
+    """What happens to a tensor; what is merged has one shape in all models, and one kind of dtype (`check_alike`)."""
+    if choose("keep", written, key) and "base" in sides:
+        return "keep"
+    if choose("take", written, key) and "sft" in sides:
+        return "take"
+    return "merge" if sides["base"].dtype in MERGED else "copy"
+
+
 def _item(
     key: str,
     written: list[str],
@@ -276,14 +292,9 @@ def _item(
     parameters: Parameters,
 ) -> Item:
     p = parameters
-    action: Action = "merge"
-    if choose("keep", written, key) and "base" in sides:
-        action, sides = "keep", {"base": sides["base"]}
-    elif choose("take", written, key) and "sft" in sides:
-        action = "take"
-    else:
-        kind = check_alike(key, sides, used)
-        action = "merge" if kind == "float" else "copy"
+    action = _action(key, written, sides, choose)
+    if action == "keep":
+        sides = {"base": sides["base"]}
     source = sides["sft" if action == "take" else "base"]
     dtype = source.native
     if dtype in MERGED:

@@ -29,7 +29,7 @@ from refused import (
 
 def test_a_tensor_that_only_base_has_is_refused_with_the_closest_name(models: Models) -> None:
     models.change("sft", {UP1: None, "model.layers.1.mlp.up_prj.weight": torch.zeros(8, 8)})
-    match = rf"base \S+base only, not in sft \S+sft: '{re.escape(UP1)}' .*up_prj\.weight'.*--keep"
+    match = rf"base \S+base only, not in sft \S+sft: '{re.escape(UP1)}' .*up_prj\.weight'.*the same, --rename"
     models.refused(MismatchError, match)
 
 
