@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from checkpoints import State, read_model
+from checkpoints import State
 from mergekit_imm.check import check
 from mergekit_imm.cli import merge_command
 from mergekit_imm.errors import MergeError
@@ -23,7 +23,7 @@ transformers.utils.logging.disable_progress_bar()
 
 Options = tuple[tuple[str, ...], ...]
 _VALUES = re.compile(r"--(vocab (?:base|sft)|reference base|dtype \w+|dequantize|allow-nonfinite)\b")
-_PATTERN = re.compile(r"--(keep|take|no-drop|leave-out|rename) (?=['\"^])")
+_PATTERN = re.compile(r"--(?:(keep|take|no-drop|rename) (?=['\"^])|(leave-out) (?![A-Z]+\b))")
 _LEFT_OUT = re.compile(r"leave out (--[a-z-]+)")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers")
 
@@ -60,7 +60,7 @@ def offered(message: str) -> list[Options]:
         lexer = shlex.shlex(message[match.end() :], posix=True)
         lexer.whitespace_split = True
         lexer.commenters = ""
-        found.append(((f"--{match[1]}", next(lexer).rstrip(";,")),))
+        found.append(((f"--{match[1] or match[2]}", next(lexer).rstrip(";,")),))
     return found
 
 
@@ -93,9 +93,9 @@ def looks_right(inputs: Inputs, ending: Ending) -> None:
     assert out is not None
     model, told = _load(inputs.auto, out)
     base_model, base_told = _load(inputs.auto, inputs.base)
-    sft_model, sft_told = _load(inputs.auto, inputs.sft)
+    sft_state, sft_unexpected = _state_of_sft(inputs)
     assert told["missing_keys"] <= base_told["missing_keys"], told
-    assert told["unexpected_keys"] <= base_told["unexpected_keys"] | sft_told["unexpected_keys"], told
+    assert told["unexpected_keys"] <= base_told["unexpected_keys"] | sft_unexpected, told
     assert not told["mismatched_keys"]
 
     files = {"base": _tensors(inputs.base), "sft": _tensors(inputs.sft), "out": _tensors(out)}
@@ -106,10 +106,11 @@ def looks_right(inputs: Inputs, ending: Ending) -> None:
         total = sum(tensor.numel() for tensor in files[role].values())
         assert sum(files[role][n].numel() for n in names if n in files[role]) <= 0.5 * total, "most of the model"
     _check_layers(inputs.base, out, files)
-    _check_ties(model, kept, taken)
+    if _ties(model):
+        _check_ties(inputs, ending.options, out)
     _check_experts(files["out"], kept, taken)
 
-    loaded = {"base": base_model.state_dict(), "sft": sft_model.state_dict()}
+    loaded = {"base": base_model.state_dict(), "sft": sft_state}
     vocab = next((option[1] for option in ending.options if option[0] == "--vocab"), "base")
     assert set(files["base"]) <= set(files["out"])
     for name, tensor in files["out"].items():
@@ -122,8 +123,7 @@ def looks_right(inputs: Inputs, ending: Ending) -> None:
 
 def told_in_advance(inputs: Inputs, first: str) -> list[str]:
     """The problems that `--check` lists; the first refusal is among them if headers tell."""
-    more = {} if inputs.start is None else {"start": inputs.start}
-    problems = check(inputs.base, inputs.sft, **more).problems
+    problems = check(inputs.base, inputs.sft, start=inputs.start).problems
     if "NaN" not in first and "differs at element" not in first:
         assert first in problems
     return problems
@@ -134,9 +134,23 @@ def _load(auto: Any, folder: Path) -> tuple[Any, dict[str, set[str]]]:
     return model, {key: {each[0] if isinstance(each, tuple) else each for each in told[key]} for key in told}
 
 
+def _state_of_sft(inputs: Inputs) -> tuple[State, set[str]]:
+    """What transformers reads of the sft, and what it does not know; nothing of one that it cannot load."""
+    try:
+        model, told = _load(inputs.auto, inputs.sft)
+    except RuntimeError:
+        return {}, set()
+    return model.state_dict(), told["unexpected_keys"]
+
+
 def _tensors(folder: Path) -> State:
-    bins = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.bin"))]
-    return read_model(folder) | {name: tensor for each in bins for name, tensor in each.items()}
+    """The tensors of a model's files, those in sub-folders by their path."""
+    found: State = {}
+    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.bin")]):
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        place = path.parent.relative_to(folder).as_posix()
+        found |= {name if place == "." else f"{place}/{name}": tensor for name, tensor in state.items()}
+    return found
 
 
 def _average(base: torch.Tensor | None, sft: torch.Tensor | None, vocab: str) -> torch.Tensor | None:
@@ -159,17 +173,26 @@ def _check_layers(base: Path, out: Path, files: Mapping[str, State]) -> None:
     def beyond(folder: Path, names: Mapping[str, Any]) -> int:
         config = json.loads((folder / "config.json").read_text())
         config = config.get("text_config", config)
-        count = next(config[key] for key in _LAYERS if key in config)
+        count: int = next(config[key] for key in _LAYERS if key in config)
         layers = [re.search(r"(?:^|\.)(?:layers?|h|block)\.(\d+)\.", n) for n in names if "visual" not in n]
         return 1 + max(int(match[1]) for match in layers if match) - count
 
     assert beyond(out, files["out"]) == beyond(base, files["base"])
 
 
-def _check_ties(model: Any, kept: set[str], taken: set[str]) -> None:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and model.config.get_text_config().tie_word_embeddings:
-        torch.testing.assert_close(head.weight, embedding.weight, rtol=0, atol=0, equal_nan=True, msg="a broken tie")
+def _ties(model: Any) -> bool:
+    return model.get_output_embeddings() is not None and model.config.get_text_config().tie_word_embeddings
+
+
+def _check_ties(inputs: Inputs, options: Options, out: Path) -> None:
+    """Merge again, with dropping, where two masks would break a tie that a config says is there."""
+    dropped = out.with_name(f"{out.name}-dropped")
+    arguments = [*inputs.arguments, "--drop", "0.5", *(word for option in options for word in option)]
+    merge_command.main([*arguments, "-o", str(dropped)], standalone_mode=False)
+    model, _ = _load(inputs.auto, dropped)
+    assert _ties(model)
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    torch.testing.assert_close(head, embedding, rtol=0, atol=0, equal_nan=True, msg="a broken tie")
 
 
 def _check_experts(out: State, *chosen: set[str]) -> None:

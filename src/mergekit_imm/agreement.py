@@ -134,7 +134,9 @@ def _unlike(
 ) -> MergeError:
     base, side = sides["base"], sides[role]
     if side.dtype not in (*MERGED, *WHOLE):
-        ready = advice.either("--keep", "--take", names=names)
+        plain = {role for role, each in sides.items() if each.dtype in (*MERGED, *WHOLE)}
+        options = {"base": "--keep", "sft": "--take"}
+        ready = advice.either(*(o for r, o in options.items() if r in plain or not plain), names=names)
         return CheckpointError(
             f"{named} {side.dtype} in {used[role].label}; quantised, float8 and complex tensors are not merged: use an"
             f" unquantised checkpoint{ready and f', or {ready}'}"

@@ -197,7 +197,7 @@ def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_labe
     listed = []
     for kind, names in list(kinds.items())[:3]:
         known = names[0] if len(names) == 1 else kind
-        close = get_close_matches(known, free, n=1, cutoff=0.8)
+        close = [each for each in get_close_matches(known, free, n=2, cutoff=0.8) if each != kind][:1]
         count = f" ({len(names)})" if len(names) > 1 else ""
         listed.append(f"'{shown(known)}'{count}" + (f" (closest there: '{shown(close[0])}')" if close else ""))
     more = f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
-from checkpoints import State
+from checkpoints import State, write_model
 from followed import Inputs, endings, looks_right, offered, rewrite, told_in_advance
 from models import fine_tuned
 
@@ -44,7 +46,7 @@ def saved(folder: Path, base: Any, sft: Any | None = None, auto: Any = CAUSAL) -
     return Inputs(folder / "base", folder / "sft", auto)
 
 
-def with_more(inputs: Inputs, role: str, more: dict[str, tuple[int, ...]], seed: int = 5) -> Inputs:
+def with_more(inputs: Inputs, role: str, more: Mapping[str, tuple[int, ...]], seed: int = 5) -> Inputs:
     """Add random tensors to one of the models."""
     generator = torch.Generator().manual_seed(seed)
     rewrite(getattr(inputs, role), lambda s: s | {n: torch.randn(*z, generator=generator) for n, z in more.items()})
@@ -72,7 +74,7 @@ def each_layer(*ends: tuple[str, tuple[int, ...]], count: int = 2) -> dict[str, 
 
 
 Q_NORM = each_layer(("self_attn.q_norm.weight", (8,)))
-MTP = {
+MTP: dict[str, tuple[int, ...]] = {
     f"model.layers.2.{end}": shape
     for end, shape in (("eh_proj.weight", (32, 64)), ("enorm.weight", (32,)), ("mlp.up_proj.weight", (48, 32)))
 }
@@ -182,6 +184,18 @@ MERGED: dict[str, tuple[Callable[[Path], Inputs], list[str]]] = {
             r"|^model\.layers\.\d+\.self_attn\.q_proj\.bias$|^model\.layers\.\d+\.self_attn\.v_proj\.bias$"
         ],
     ),
+    "a head that no config knows": (
+        lambda f: with_more(saved(f, llama()), "sft", {"score.weight": (2, 32)}),
+        [r"--take ^score\.weight$"],
+    ),
+    "one float8 tensor in the sft": (
+        lambda f: changed(saved(f, llama()), "sft", r"1\.mlp\.up", lambda t: t.to(torch.float8_e4m3fn)),
+        [r"--keep ^model\.layers\.1\.mlp\.up_proj\.weight$"],
+    ),
+    "one float8 tensor in the base": (
+        lambda f: changed(saved(f, llama()), "base", r"1\.mlp\.up", lambda t: t.to(torch.float8_e4m3fn)),
+        [r"--take ^model\.layers\.1\.mlp\.up_proj\.weight$"],
+    ),
     "a start that lacks a tensor": (
         lambda f: with_start(saved(f, llama()), lambda s: {n: t for n, t in s.items() if n != "model.norm.weight"}),
         [r"--keep ^model\.norm\.weight$"],
@@ -195,7 +209,7 @@ MERGED: dict[str, tuple[Callable[[Path], Inputs], list[str]]] = {
 
 def _with_integers(inputs: Inputs) -> Inputs:
     for role, number in (("base", 1), ("sft", 2)):
-        rewrite(getattr(inputs, role), lambda s, number=number: s | {"model.steps": torch.full((3,), number)})
+        rewrite(getattr(inputs, role), lambda s: s | {"model.steps": torch.full((3,), number)})  # noqa: B023
     return inputs
 
 
@@ -236,7 +250,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Inputs], str]] = {
     ),
     "another number of experts": (
         lambda f: saved(f, moe(), moe(num_experts=6)),
-        r"num_experts 4 in base \S+ and 6 in sft",
+        r"experts\.\*\.down_proj\.weight' \(4\).*num_local_experts 4 in base \S+ and 6 in sft",
     ),
     "a matrix stored the other way round": (
         lambda f: changed(saved(f, llama()), "sft", "up_proj", torch.Tensor.t),
@@ -245,6 +259,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Inputs], str]] = {
     "an sft that ties its head": (
         lambda f: saved(f, llama(), llama(tie_word_embeddings=True)),
         r"a config ties 'lm_head\.weight' and 'model\.embed_tokens\.weight'",
+    ),
+    "a head that only an adapter has": (
+        lambda f: _adapter(f),
+        r"1 tensor is in sft \S+ only, not in base \S+: 'score\.weight'; is this the model that the adapter was",
     ),
     "all of a model but its embeddings": (
         lambda f: without(saved(f, llama()), "sft", r"layers|norm"),
@@ -255,6 +273,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Inputs], str]] = {
         r"other names: if they are the same, --rename REGEX=REPLACEMENT",
     ),
 }  # fmt: skip
+
+
+def _adapter(folder: Path) -> Inputs:
+    llama().save_pretrained(folder / "base")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [], "modules_to_save": ["score"]}
+    write_model(folder / "sft", {}, side={"adapter_config.json": json.dumps(config)})
+    (folder / "sft" / "model.safetensors").unlink()
+    save_file({"base_model.model.score.weight": torch.ones(2, 32)}, folder / "sft" / "adapter_model.safetensors")
+    return Inputs(folder / "base", folder / "sft", CAUSAL)
 
 
 def _renamed(inputs: Inputs) -> Inputs:
@@ -271,3 +298,24 @@ def test_what_has_no_cure_is_offered_none(tmp_path: Path, case: str) -> None:
     assert end.options == ()
     assert re.search(match, end.messages[0]), end.messages[0]
     told_in_advance(inputs, end.messages[0])
+
+
+def test_a_kind_of_tensors_is_one_problem(tmp_path: Path) -> None:
+    inputs = saved(tmp_path, llama(), llama(intermediate_size=64))
+    (end,) = endings(inputs, tmp_path)
+    kinds = ("down_proj", "gate_proj", "up_proj")
+    problems = told_in_advance(inputs, end.messages[0])
+    assert [re.findall(r"^2 tensors 'model\.layers\.\*\.mlp\.(\w+)\.weight' are", each) for each in problems] == [
+        [kind] for kind in kinds
+    ]
+
+
+def test_what_was_kept_already_counts_too(tmp_path: Path) -> None:
+    """Pattern by pattern most of a model would be kept."""
+    inputs = saved(tmp_path, llama())
+    for kind in ("up_proj", "gate_proj", "down_proj", "o_proj", "q_proj"):
+        changed(inputs, "sft", kind, lambda t: t[..., None])
+    ends = list(endings(inputs, tmp_path))
+    assert [each.out for each in ends] == [None]
+    assert len(ends[0].messages) > 2
+    assert re.search(r"these are most of base \S+, 5\d% of its elements", ends[0].messages[-1])
