@@ -63,7 +63,7 @@ class Advice:
         whole = self._whole(names)
         instead = (
             self._not_in(side, whole)
-            or (extra and self._not_counted(option, whole, self.used[extra]))
+            or (extra and self._not_counted(option, whole, extra))
             or (extra and self._half_of_a_tie(whole, extra))
             or self._most(option, side, whole)
         )
@@ -76,17 +76,16 @@ class Advice:
         """Return those of several options that may be offered, as one text; "" if none may."""
         return " or ".join(offer.option for each in options if (offer := self.offer(each, names)).option)
 
-    def of_other_config(self) -> str:
-        """Say what in the config of the result the base's tensors do not fit; "" if they fit."""
+    def of_other_config(self, *, shapes: bool) -> str:
+        """Say what in the config of the result the base's tensors do not fit, by number or by shape; "" if they fit."""
         base, sft = self.used["base"], self.used["sft"]
-        found = differences(base.config, result_config(base, sft, self.parameters))
-        if not found:
-            return ""
-        place, here, there = found[0]
-        return (
-            f"config.json says {shown(place)} {shown(here)} in {base.label} and {shown(there)} in {sft.label}:"
-            f" {TRAINED_FROM}"
-        )
+        found = [
+            f"{shown(place)} {shown(here)} and {shown(there)}"
+            for place, here, there in differences(base.config, result_config(base, sft, self.parameters))
+            if shapes or "position" not in place  # there may be more positions, of as many tensors
+        ]
+        told = f"{'; '.join(found[:3])}{'; …' if len(found) > 3 else ''}"
+        return f"the configs of {base.label} and {sft.label} differ ({told}): {TRAINED_FROM}" if found else ""
 
     def _whole(self, names: Iterable[str]) -> set[str]:
         """Tensors and what belongs to them: the other names of a tie, the other tensors of an expert."""
@@ -116,25 +115,40 @@ class Advice:
             return f"{side.label} is an adapter, of which they cannot be taken"
         return ""
 
-    def _not_counted(self, option: str, names: Collection[str], extra: Checkpoint) -> str:
-        """Say that the models are of different depth, or that their configs differ in what tensors there are."""
-        base, sft = self.used["base"], self.used["sft"]
-        result = result_config(base, sft, self.parameters)
+    def of_other_depth(self, option: str, names: Collection[str], extra: str, *, known: bool = False) -> str:
+        """Say that tensors that one model has alone are layers that the result does not count; "" if they are not.
+
+        What configs do not tell is a reason not to advise, and none to refuse what was asked for: `known`.
+        """
+        one = self.used[extra]
+        result = result_config(self.used["base"], self.used["sft"], self.parameters)
+        layers = {key for name in names if (key := layer_key(name))}
+        here = stacks(one.tensors)
         for other in self.used.values():
-            here, there = stacks(extra.tensors), stacks(other.tensors)
-            for stack in {(layer_key(n) or "").rpartition(".")[0] for n in names} & set(there):
-                more = {key for n in names if (key := layer_key(n)) in here.get(stack, ())} - there[stack]
-                if more and not _counted_alike(option, extra, other, result, len(there[stack])):
-                    both = _counts(extra.config, other.config)
-                    told = f" (config.json: {shown(both[0])} {both[1]} and {both[2]})" if both else ""
-                    return (
-                        f"models of different depth are not merged: {shown(stack) or 'the model'} has"
-                        f" {len(here[stack])} layers in {extra.label} and {len(there[stack])} in {other.label}{told};"
-                        f" {TRAINED_FROM}"
-                    )
-        if option == "--keep" or any(map(_EXPERTS.match, names)):
-            return self.of_other_config()
-        if result is not sft.config and sft.config is not None and differences(sft.config, result):
+            there = stacks(other.tensors)
+            for stack in sorted({key.rpartition(".")[0] for key in layers} & set(there)):
+                if not layers & here.get(stack, set()) - there[stack]:
+                    continue
+                if known and not _counts(one.config, result):
+                    continue
+                if not known and _counted_alike(option, one, other, result, len(there[stack])):
+                    continue
+                both = _counts(one.config, other.config)
+                told = f" (config.json: {shown(both[0])} {both[1]} and {both[2]})" if both else ""
+                return (
+                    f"models of different depth are not merged: {shown(stack) or 'the model'} has"
+                    f" {len(here[stack])} layers in {one.label} and {len(there[stack])} in {other.label}{told};"
+                    f" {TRAINED_FROM}"
+                )
+        return ""
+
+    def _not_counted(self, option: str, names: Collection[str], extra: str) -> str:
+        """Say that the config of the result does not count tensors that one model has alone."""
+        base, sft = self.used["base"], self.used["sft"]
+        deeper = self.of_other_depth(option, names, extra)
+        if deeper or option == "--keep" or any(map(_EXPERTS.match, names)):
+            return deeper or self.of_other_config(shapes=False)
+        if sft.config is not None and differences(sft.config, result_config(base, sft, self.parameters)):
             return "the config of the result is the base's, which does not count them; leave them out of the sft"
         return ""
 

@@ -49,6 +49,10 @@ def check_names(
             continue
         lacking = set(base.tensors) - kept_names - set(each.tensors)
         surplus = set(each.tensors) - taken_names - set(base.tensors)
+        kept_layers = set(base.tensors) - lacking - set(each.tensors)
+        deeper = kept_layers and advice.of_other_depth("--keep", kept_layers, "base", known=True)
+        if deeper:
+            complain(MismatchError(f"--keep does not make two depths one: {deeper}"), kept_layers)
         renamed = _alike(base, lacking, each, surplus)
         complaint = only_in(lacking, each.tensors, base.label, each.label)
         if complaint:
@@ -159,7 +163,8 @@ def _of_shapes(
     base, side = sides["base"], sides[role]
     if 0 in (side.count, base.count):
         return "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
-    if side.shape[1:] == base.shape[1:] and (base.shape[:1], side.shape[:1]) in _vocabularies(used, role):
+    rows = any(map(is_end, names)) or (base.shape[:1], side.shape[:1]) in _vocabularies(used, role)
+    if rows and side.shape[1:] == base.shape[1:]:
         told = added_tokens(used["base"], used[role])
         return (
             f"the vocabularies differ{f' ({told})' if told else ''}; say whose the result has, --vocab base or"
@@ -167,11 +172,14 @@ def _of_shapes(
         )
     if sorted(side.shape) == sorted(base.shape):
         return f"they hold as many elements, in another order; {SAVE_ALIKE}"
-    other = advice.of_other_config()
+    other = advice.of_other_config(shapes=True)
     if other:
         return other
-    offer = advice.offer(_of_one(used), names)
-    return f"use {offer.option} for those of one" if offer.option else offer.instead
+    option = _of_one(used)
+    offer = advice.offer(option, names)
+    return (
+        f"use {offer.option} for the {'base' if option == '--keep' else 'model'}'s" if offer.option else offer.instead
+    )
 
 
 def _of_one(used: Mapping[str, Checkpoint]) -> str:

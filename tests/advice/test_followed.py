@@ -242,15 +242,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Inputs], str]] = {
     ),
     "biases that the sft's config leaves out": (
         lambda f: saved(f, llama(attention_bias=True), llama()),
-        r"8 tensors are in base .* attention_bias True in base \S+ and False in sft",
+        r"8 tensors are in base .* the configs of base \S+ and sft \S+ differ \(attention_bias True and False\)",
     ),
     "another width": (
         lambda f: saved(f, llama(), llama(intermediate_size=64)),
-        r"2 tensors 'model\.layers\.\*\.mlp\.\w+\.weight' are .* intermediate_size 48 in base \S+ and 64 in sft",
+        r"2 tensors 'model\.layers\.\*\.mlp\.\w+\.weight' are .* differ \(intermediate_size 48 and 64\)",
     ),
     "another number of experts": (
         lambda f: saved(f, moe(), moe(num_experts=6)),
-        r"experts\.\*\.down_proj\.weight' \(4\).*num_local_experts 4 in base \S+ and 6 in sft",
+        r"experts\.\*\.down_proj\.weight' \(4\).*num_(local_)?experts 4 and 6",
     ),
     "a matrix stored the other way round": (
         lambda f: changed(saved(f, llama()), "sft", "up_proj", torch.Tensor.t),
@@ -319,3 +319,11 @@ def test_what_was_kept_already_counts_too(tmp_path: Path) -> None:
     assert [each.out for each in ends] == [None]
     assert len(ends[0].messages) > 2
     assert re.search(r"these are most of base \S+, 5\d% of its elements", ends[0].messages[-1])
+
+
+def test_layers_that_the_config_does_not_count_are_not_kept(tmp_path: Path) -> None:
+    inputs = saved(tmp_path, llama(num_hidden_layers=3), llama())
+    for options in ((("--keep", "layers.2"),), (("--keep", "layers.2"), ("--keep", "layers.1"))):
+        (end,) = endings(inputs, tmp_path, options)
+        assert end.out is None
+        assert re.search(r"--keep does not make two depths one: .* num_hidden_layers 3 and 2", end.messages[0])
