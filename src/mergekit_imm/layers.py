@@ -193,16 +193,19 @@ def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_labe
     if not surplus:
         return None
     kinds = by_kind(surplus)
-    free = sorted(set(map(blanked, others)) | others) if len(others) <= 20_000 else []
+    free = set(map(blanked, others)) | others if len(others) <= 20_000 else set()
     listed = []
     for kind, names in list(kinds.items())[:3]:
         known = names[0] if len(names) == 1 else kind
-        close = [each for each in get_close_matches(known, free, n=2, cutoff=0.8) if each != kind][:1]
+        there = kind in free and len(kinds) > 1  # of a layer more than the other has
+        close = [
+            each for each in get_close_matches(known, sorted(free), n=2, cutoff=0.8) if each != kind and not there
+        ][:1]
         count = f" ({len(names)})" if len(names) > 1 else ""
         listed.append(f"'{shown(known)}'{count}" + (f" (closest there: '{shown(close[0])}')" if close else ""))
     more = f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""
-    there = "1 tensor is" if len(surplus) == 1 else f"{len(surplus)} tensors are"
-    return f"{there} in {one_label} only, not in {other_label}: {', '.join(listed)}{more}"
+    count_of = "1 tensor is" if len(surplus) == 1 else f"{len(surplus)} tensors are"
+    return f"{count_of} in {one_label} only, not in {other_label}: {', '.join(listed)}{more}"
 
 
 def matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:

@@ -261,8 +261,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Inputs], str]] = {
         r"a config ties 'lm_head\.weight' and 'model\.embed_tokens\.weight'",
     ),
     "a head that only an adapter has": (
-        lambda f: _adapter(f),
+        lambda f: _adapter(f, "score", (2, 32)),
         r"1 tensor is in sft \S+ only, not in base \S+: 'score\.weight'; is this the model that the adapter was",
+    ),
+    "a start that has more, of an adapter": (
+        lambda f: with_start(_adapter(f, "lm_head", (64, 32)), lambda s: s | {"extra": torch.ones(2)}),
+        r"1 tensor is in start \S+ only, .*: save it again$",
     ),
     "all of a model but its embeddings": (
         lambda f: without(saved(f, llama()), "sft", r"layers|norm"),
@@ -275,12 +279,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Inputs], str]] = {
 }  # fmt: skip
 
 
-def _adapter(folder: Path) -> Inputs:
+def _adapter(folder: Path, module: str, shape: tuple[int, int]) -> Inputs:
     llama().save_pretrained(folder / "base")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [], "modules_to_save": ["score"]}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [], "modules_to_save": [module]}
     write_model(folder / "sft", {}, side={"adapter_config.json": json.dumps(config)})
     (folder / "sft" / "model.safetensors").unlink()
-    save_file({"base_model.model.score.weight": torch.ones(2, 32)}, folder / "sft" / "adapter_model.safetensors")
+    save_file({f"base_model.model.{module}.weight": torch.ones(shape)}, folder / "sft" / "adapter_model.safetensors")
     return Inputs(folder / "base", folder / "sft", CAUSAL)
 
 
