@@ -189,7 +189,7 @@ def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
     save_file(state, path)
     given = tmp_path / "base", tmp_path / "adapter"
     with pytest.raises(
-        MismatchError, match=r"only, not in base .*'head\.weight'.*'model\.layers\.0\.self_attn\.query.*tell --rename"
+        MismatchError, match=r"only, not in base .*'head\.weight'.*'model\.layers\.\*\.self_attn\.query.*tell --rename"
     ):
         merge_checkpoints(*given, tmp_path / "out")
     head = r"^head\.weight$=lm_head.weight"
@@ -251,14 +251,13 @@ def test_rules_that_lead_nowhere(tmp_path: Path, rename: Any, error: type[Except
 
 
 def test_names_that_have_nothing_in_common_may_be_of_one_tensor(tmp_path: Path) -> None:
-    """Both sides have one too many: --keep alone would leave out what was trained."""
+    """Both sides have one too many: --keep would leave out what was trained."""
     for role, head in (("base", "embed_out.weight"), ("sft", "lm_head.weight")):
         write_model(tmp_path / role, random_state({"embed_in.weight": (8, 4), head: (8, 4)}, seed=len(role)))
     given = tmp_path / "base", tmp_path / "sft"
-    with pytest.raises(
-        MismatchError, match=r"'embed_out\.weight'.*; to let .* or, if they only have other names, --rename"
-    ):
+    with pytest.raises(MismatchError, match=r"'embed_out\.weight'.* if they are the same, --rename REGEX=") as told:
         merge_checkpoints(*given, tmp_path / "out")
+    assert "'^" not in str(told.value)
     merge_checkpoints(*given, tmp_path / "out", rename=["^lm_head=embed_out"])
 
 

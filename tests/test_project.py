@@ -45,6 +45,7 @@ LEVELS = [
     ["checkpoint.swap", "checkpoint.adapter", "checkpoint.quantised", "checkpoint.tokens"],
     ["names", "shards"],
     ["layout", "ties", "vocab"],
+    ["advice"],
     ["agreement"],
     ["plan"],
     ["reading", "shares"],

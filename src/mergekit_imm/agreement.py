@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from .advice import SAVE_ALIKE, Advice
 from .checkpoint.computed import Tensor
 from .checkpoint.source import Checkpoint, leave_out_option
 from .checkpoint.tensorfile import MERGED, WHOLE
 from .checkpoint.tokens import added_tokens
 from .errors import ArgumentError, CheckpointError, MergeError, MismatchError, shown
-from .layers import is_end, only_in, ready_option
+from .layers import blanked, is_end, matcher, only_in
 from .recipe import Parameters
 from .ties import Group
 
 Choose = Callable[[str, list[str], str], bool]  # option, names, key
+Sides = tuple[str, Mapping[str, Tensor]]  # a tensor's key, and what it is in each model
 Complain = Callable[[MergeError, Collection[str]], None]  # what is wrong, and with which tensors
 
 
@@ -38,50 +40,64 @@ def check_names(
 ) -> None:
     """Complain of tensors that only one of the models has, and no option permits."""
     base, sft = used["base"], used["sft"]
+    advice = Advice(used, parameters)
     kept, taken = matcher(parameters.keep), matcher(parameters.take)
+    kept_names = {n for n in base.tensors if kept(n)} | set(groups)
+    taken_names = {n for n in sft.tensors if taken(n)} | set(groups)
     for role, each in used.items():
         if role == "base" or each.adapter is not None:  # whose names were looked up in the base's
             continue
-        differ = [{*one} - {*two, *groups} for one, two in ((base.tensors, each.tensors), (each.tensors, base.tensors))]
-        rename = "; or, if they only have other names, --rename REGEX=REPLACEMENT" if all(differ) else ""
-        allowed = {n for n in base.tensors if kept(n)} | set(groups)
-        names = set(base.tensors) - allowed
-        names -= _complain_of_files(names - set(each.tensors), base, each, "--keep", complain)
-        complaint = only_in(names, each.tensors, base.label, each.label, "--keep")
-        if complaint:
-            complain(MismatchError(complaint + rename), names - set(each.tensors))
-        permitted = {n for n in each.tensors if taken(n) and n in sft.tensors} | set(groups)
-        option = "--take" if role == "sft" else ""
-        names = set(each.tensors) - permitted
-        names -= _complain_of_files(names - set(base.tensors), each, base, option, complain)
-        complaint = only_in(names, base.tensors, each.label, base.label, option)
-        if complaint and not option:
-            complaint += "; a start holds the base's tensors: save it again, or take the delta from the base instead"
-            complaint += " (--reference base)"
-        if complaint:
-            complain(MismatchError(complaint + (rename if option else "")), names - set(base.tensors))
+        lacking = set(base.tensors) - kept_names - set(each.tensors)
+        surplus = set(each.tensors) - taken_names - set(base.tensors)
+        kept_layers = set(base.tensors) - lacking - set(each.tensors)
+        deeper = kept_layers and advice.of_other_depth("--keep", kept_layers, "base", known=True)
+        if deeper:
+            complain(MismatchError(f"--keep does not make two depths one: {deeper}"), kept_layers)
+        renamed = _alike(base, lacking, each, surplus)
+        for file, found in _by_file(base, lacking):
+            cure = _cure(advice, "--keep", found, "base", renamed and not file)
+            _complain_of(found, base, each, file, cure, complain)
+        for file, found in _by_file(each, surplus):
+            if role == "sft":
+                cure = _cure(advice, "--take", found, "sft", renamed and not file)
+            else:
+                cure = "a start holds the base's tensors: save it again"
+                if sft.adapter is None:
+                    cure += ", or take the delta from the base instead (--reference base)"
+            _complain_of(found, each, base, file, cure, complain)
 
 
-def _complain_of_files(
-    names: Collection[str], each: Checkpoint, other: Checkpoint, option: str, complain: Complain
-) -> set[str]:
-    """Complain of tensors of files beside a model's own, or below them, that the other lacks; return their names."""
-    files: dict[str, set[str]] = {}
+def _by_file(each: Checkpoint, names: Collection[str]) -> list[tuple[str, set[str]]]:
+    """Sort tensors into those of files beside a model's own, or below them, and, by "", all others."""
     beside = {file for part in each.parts if part.beside or part.folder for file in part.files}
+    files: dict[str, set[str]] = {}
     for name in names:
         file = each.homes.get(each.was.get(name, name), "")
-        if file in beside:
-            files.setdefault(file, set()).add(name)
-    for file, found in sorted(files.items()):
-        complaint = only_in(found, other.tensors, f"{each.label} ({shown(file)})", other.label, option)
-        complain(MismatchError(f"{complaint}; or leave the file out: {leave_out_option(file)}"), found)
-    return set().union(*files.values())
+        files.setdefault(file if file in beside else "", set()).add(name)
+    return sorted(files.items())
 
 
-def matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    """Return a test: is a name found by one of the patterns?"""
-    compiled = [re.compile(pattern) for pattern in patterns]
-    return lambda name: any(pattern.search(name) for pattern in compiled)
+def _complain_of(
+    names: Collection[str], one: Checkpoint, other: Checkpoint, file: str, cure: str, complain: Complain
+) -> None:
+    label = f"{one.label} ({shown(file)})" if file else one.label
+    leave_out = f"; or leave the file out: {leave_out_option(file)}" if file else ""
+    complain(MismatchError(f"{only_in(names, other.tensors, label, other.label)}; {cure}{leave_out}"), names)
+
+
+def _alike(one: Checkpoint, names: Collection[str], other: Checkpoint, others: Collection[str]) -> bool:
+    """Whether tensors that each of two models has alone may be the same ones by other names."""
+    return not {one.tensors[n].shape for n in names}.isdisjoint(other.tensors[n].shape for n in others)
+
+
+def _cure(advice: Advice, option: str, names: Collection[str], extra: str, renamed: bool) -> str:
+    if renamed:
+        return (
+            "the other has tensors of these shapes by other names: if they are the same, --rename REGEX=REPLACEMENT; if"
+            " not, --keep REGEX and --take REGEX"
+        )
+    offer = advice.offer(option, names, extra)
+    return f"to let them through: {offer.option}" if offer.option else offer.instead
 
 
 def selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Choose:
@@ -102,39 +118,95 @@ def selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Choo
     return lambda option, names, key: any(map(matchers[option], {*names, key}))
 
 
-def check_alike(name: str, sides: Mapping[str, Tensor], used: Mapping[str, Checkpoint]) -> str:
-    """Return "float" or "whole"; raise unless all sides have one shape and one mergeable kind of dtype."""
-    base = sides["base"]
-    for role, side in sides.items():
-        if side.dtype not in (*MERGED, *WHOLE):
-            raise CheckpointError(
-                f"tensor '{shown(name)}' is {side.dtype} in {used[role].label}; quantised, float8 and complex"
-                f" tensors are not merged: use an unquantised checkpoint, or {ready_option('--keep', name)} or"
-                f" {ready_option('--take', name)}"
-            )
-    for role, side in sides.items():
-        both = (
-            f"tensor '{shown(name)}' is {base.dtype} {list(base.shape)} in {used['base'].label} and"
-            f" {side.dtype} {list(side.shape)} in {used[role].label}"
+def check_alike(
+    tensors: Sequence[Sides], used: Mapping[str, Checkpoint], parameters: Parameters, complain: Complain
+) -> None:
+    """Complain of tensors that are not of one shape and one mergeable kind of dtype, each kind of tensors once."""
+    advice = Advice(used, parameters)
+    unlike: dict[tuple[str, str, str], list[str]] = {}
+    sides_of = {}
+    for name, sides in tensors:
+        for role, side in sides.items():
+            base = sides["base"]
+            kinds = base.dtype in MERGED and side.dtype in MERGED
+            if side.dtype not in (*MERGED, *WHOLE):
+                fault = ""
+            elif side.shape != base.shape or not (kinds or side.dtype == base.dtype):
+                fault = f"{base.dtype} {list(base.shape)} {side.dtype} {list(side.shape)}"
+            else:
+                continue
+            unlike.setdefault((role, blanked(name), fault or side.dtype), []).append(name)
+            sides_of[name] = sides
+            break
+    for (role, kind, _), names in unlike.items():
+        sides = sides_of[names[0]]
+        named = f"tensor '{shown(names[0])}' is" if len(names) == 1 else f"{len(names)} tensors '{shown(kind)}' are"
+        complain(_unlike(named, names, role, sides, used, advice), names)
+
+
+def _unlike(
+    named: str,
+    names: Sequence[str],
+    role: str,
+    sides: Mapping[str, Tensor],
+    used: Mapping[str, Checkpoint],
+    advice: Advice,
+) -> MergeError:
+    base, side = sides["base"], sides[role]
+    if side.dtype not in (*MERGED, *WHOLE):
+        plain = {role for role, each in sides.items() if each.dtype in (*MERGED, *WHOLE)}
+        options = {"base": "--keep", "sft": "--take"}
+        ready = advice.either(*(o for r, o in options.items() if r in plain or not plain), names=names)
+        return CheckpointError(
+            f"{named} {side.dtype} in {used[role].label}; quantised, float8 and complex tensors are not merged: use an"
+            f" unquantised checkpoint{ready and f', or {ready}'}"
         )
-        if side.shape != base.shape:
-            hint = f"use {ready_option('--keep', name)} for the base's"
-            if 0 in (side.count, base.count):
-                hint = "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
-            elif is_end(name) and side.shape[1:] == base.shape[1:]:
-                told = added_tokens(used["base"], used[role])
-                hint = (
-                    f"the vocabularies differ{f' ({told})' if told else ''}; say whose the result has, --vocab base or"
-                    " --vocab sft, which merge the rows that both have"
-                )
-            raise MismatchError(f"{both}; shapes must be equal: {hint}")
-        same = side.dtype in MERGED if base.dtype in MERGED else side.dtype == base.dtype
-        if not same:
-            raise MismatchError(
-                f"{both}; integers are merged with neither floats nor other integers:"
-                f" use {ready_option('--keep', name)}"
-            )
-    return "float" if base.dtype in MERGED else "whole"
+    both = (
+        f"{named} {base.dtype} {list(base.shape)} in {used['base'].label} and {side.dtype} {list(side.shape)} in"
+        f" {used[role].label}"
+    )
+    if side.shape == base.shape:
+        offer = advice.offer(_of_one(used), names)
+        cure = f"use {offer.option}" if offer.option else offer.instead
+        return MismatchError(f"{both}; integers are merged with neither floats nor other integers: {cure}")
+    return MismatchError(f"{both}; shapes must be equal: {_of_shapes(names, role, sides, used, advice)}")
+
+
+def _of_shapes(
+    names: Sequence[str], role: str, sides: Mapping[str, Tensor], used: Mapping[str, Checkpoint], advice: Advice
+) -> str:
+    """Say what to do about tensors of other shapes."""
+    base, side = sides["base"], sides[role]
+    if 0 in (side.count, base.count):
+        return "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
+    rows = any(map(is_end, names)) or (base.shape[:1], side.shape[:1]) in _vocabularies(used, role)
+    if rows and side.shape[1:] == base.shape[1:]:
+        told = added_tokens(used["base"], used[role])
+        return (
+            f"the vocabularies differ{f' ({told})' if told else ''}; say whose the result has, --vocab base or"
+            " --vocab sft, which merge the rows that both have"
+        )
+    if sorted(side.shape) == sorted(base.shape):
+        return f"they hold as many elements, in another order; {SAVE_ALIKE}"
+    other = advice.of_other_config(shapes=True)
+    if other:
+        return other
+    option = _of_one(used)
+    offer = advice.offer(option, names)
+    return (
+        f"use {offer.option} for the {'base' if option == '--keep' else 'model'}'s" if offer.option else offer.instead
+    )
+
+
+def _of_one(used: Mapping[str, Checkpoint]) -> str:
+    """The option that leaves tensors as the base has them; in a model in memory, which cannot hold those, as it has."""
+    return "--keep" if used["sft"].files else "--take"
+
+
+def _vocabularies(used: Mapping[str, Checkpoint], role: str) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The rows that an embedding or a head has in the base, and in another model."""
+    base, other = used["base"].tensors, used[role].tensors
+    return {(base[n].shape[:1], other[n].shape[:1]) for n in base if n in other and is_end(n)}
 
 
 def main_dtype(base: Checkpoint) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 from .errors import MismatchError, shown
 
 Config = Mapping[str, Any]
+# Settings that decide neither which tensors there are nor their shapes.
+_NO_TENSORS = re.compile(
+    "architectures|cache|checkpoint|dropout|dtype|^output_|^return_|^tie_|token_i|torchscript|version|^vocab_size$|window"
+)
 _QUANTISED = ("quantization_config", "compression_config")
 
 
@@ -49,6 +54,24 @@ def quantisation(config: Config | None) -> tuple[str, Mapping[str, Any]] | None:
 def says_tied(config: Config | None) -> bool:
     """Whether a config ties the output head to the input embedding; transformers' default is that it does."""
     return config is not None and tie_said(config) is not False
+
+
+def setting(config: Config | None, key: str) -> Any:
+    """What a config says about its language model: at the top, else in `text_config`; None if nothing."""
+    levels = (config, (config or {}).get("text_config"))
+    return next((level[key] for level in levels if isinstance(level, Mapping) and key in level), None)
+
+
+def differences(one: Config | None, other: Config | None) -> list[tuple[str, Any, Any]]:
+    """Return what two configs say otherwise that may decide which tensors there are: (place, in one, in the other)."""
+    known = dict(_levels(other or {}))
+    return [
+        (f"{place}{key}", value, known[place][key])
+        for place, level in _levels(one or {})
+        for key, value in level.items()
+        if isinstance(value, (int, list)) and not _NO_TENSORS.search(key)
+        and place in known and type(known[place].get(key)) is type(value) and known[place][key] != value
+    ]  # fmt: skip
 
 
 def tie_said(config: Config | None) -> bool | None:

@@ -18,12 +18,12 @@ from typing import TypeVar
 
 import numpy as np
 
+from .advice import Advice
 from .checkpoint.computed import Computed, Raw, Tensor
 from .checkpoint.disk import PAGE, place
 from .checkpoint.sparsified import Sparsified, kept
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo
 from .errors import ArgumentError, MismatchError, NonFiniteError, shown
-from .layers import ready_option
 from .mask import BLOCK, Arithmetic, arithmetic
 from .plan import Item, Plan, Segment
 from .reading import Files
@@ -272,10 +272,11 @@ def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: S
             if not np.array_equal(content, mirror):
                 width = DTYPE_BITS[side.dtype] // 8
                 element = (first + int(np.flatnonzero(content != mirror)[0])) // width
+                cure = Advice(plan.inputs, plan.parameters).either("--keep", "--take", names=names_of(item))
                 raise MismatchError(
                     f"tensor '{shown(item.name)}' is {side.dtype} and not merged, but it differs at element {element}"
                     f" between {plan.inputs[role].label} and {plan.inputs[other].label};"
-                    f" choose one with {ready_option('--keep', item.name)} or {ready_option('--take', item.name)}"
+                    f" {f'choose one with {cure}' if cure else 'make them equal'}"
                 )
         for number in wanted:
             for target in item.outs:
@@ -294,25 +295,34 @@ def _look_closer(
     """Find out whether a sum that is not finite means that the merge must stop; raise if it does."""
     from .kernel import finite_elements
 
+    advice = Advice(plan.inputs, plan.parameters)
     finite = {role: finite_elements(*raw) for role, raw in raws.items()}
     bad_inputs = [role for role, good in finite.items() if not good.all()]
     if bad_inputs and item.action == "merge" and not plan.parameters.allow_nonfinite:
         role = bad_inputs[0]
         other, option = ("sft", "--take") if role == "base" else ("base", "--keep")
         bad, element = _count_nonfinite(item.sides[role], role, files)
+        cure = advice.either(option, names=names_of(item))
+        instead = f", or use the {other}'s with {cure}" if cure else ""
         raise NonFiniteError(
             f"tensor '{shown(item.name)}' of {plan.inputs[role].label} has {bad} NaN or infinite of"
             f" {item.source.count} elements, the first at index {element}; train or save it again, let them through"
-            f" with --allow-nonfinite, or use the {other}'s with {ready_option(option, item.name)}"
+            f" with --allow-nonfinite{instead}"
         )
     overflown = ~finite_elements(*out) & np.logical_and.reduce(list(finite.values()))
     if overflown.any():
-        wider = {"F16": "--dtype bfloat16", "BF16": "--dtype float32"}.get(out[1], ready_option("--keep", item.name))
+        wider = {"F16": "--dtype bfloat16", "BF16": "--dtype float32"}.get(out[1])
+        wider = wider or advice.either("--keep", names=names_of(item)) or "a larger --alpha"
         element = first + int(np.argmax(overflown))
         raise NonFiniteError(
             f"tensor '{shown(item.name)}': the merged value of element {element}{merge} is too large for the output"
             f" dtype {out[1]}; use {wider}"
         )
+
+
+def names_of(item: Item) -> set[str]:
+    """The names that an item has in the files."""
+    return {item.name, *(out.name for out in item.outs)}
 
 
 def _count_nonfinite(tensor: Tensor, role: str, files: Files) -> tuple[int, int]:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .advice import Advice
 from .checkpoint.computed import Raw, Tensor
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS
 from .errors import MismatchError, NonFiniteError, shown
-from .execute import Progress, in_threads
-from .layers import ready_option
+from .execute import Progress, in_threads, names_of
 from .mask import BLOCK, arithmetic
 from .plan import Item
 from .reading import Files, check_inputs
@@ -168,11 +168,12 @@ class Work:
             if good.all() or item.action != "merge" or self.parameters.allow_nonfinite:
                 continue
             other, option = ("model", "--take") if role == "base" else ("base", "--keep")
+            cure = Advice(self.inputs, self.parameters).either(option, names=names_of(item))
+            instead = f", or use the {other}'s with {cure}" if cure else ""
             raise NonFiniteError(
                 f"tensor '{shown(item.name)}' of {self.inputs[role].label} is NaN or infinite at index"
                 f" {span.low + int(np.argmin(good))} ({int((~good).sum())} such elements near it); go back to a model"
-                f" without, let them through with allow_nonfinite, or use the {other}'s with"
-                f" {ready_option(option, item.name)}"
+                f" without, or let them through with allow_nonfinite{instead}"
             )
         overflown = ~finite_elements(*out) & np.logical_and.reduce(list(finite.values()))
         if overflown.any():
@@ -190,10 +191,11 @@ class Work:
             other = self._read(role, side, span, buffer, files)
             if not np.array_equal(base, other):
                 element = span.low + int(np.flatnonzero(base != other)[0]) * 8 // DTYPE_BITS[side.dtype]
+                cure = Advice(self.inputs, self.parameters).either("--keep", "--take", names=names_of(item))
                 raise MismatchError(
                     f"tensor '{shown(item.name)}' is {side.dtype} and not merged, but it differs at element {element}"
-                    f" between {self.inputs['base'].label} and {self.inputs[role].label}; choose one with"
-                    f" {ready_option('--keep', item.name)} or {ready_option('--take', item.name)}"
+                    f" between {self.inputs['base'].label} and {self.inputs[role].label};"
+                    f" {f'choose one with {cure}' if cure else 'make them equal'}"
                 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from os.path import commonprefix
@@ -29,6 +29,8 @@ _NORM = re.compile(r"norm|^ln(_|\d|$)|_ln$", re.IGNORECASE)
 _EMBEDDING = re.compile(r"(^|_)(embed|embeddings?|wte|wpe)$|^embed_|^relative_attention_bias$")
 _CONVOLUTION = re.compile(r"(^|_)conv(\d|_|$)|(^|_)conv[12]d$")
 _PLAIN = ("weight", "gamma", "beta")  # names of parameters that say nothing; their module's name does
+
+_READABLE, _LONGEST = 160, 2000  # characters of a pattern: kinds of names are listed one by one; none is advised
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -197,45 +199,130 @@ def tied_key(names: Iterable[str]) -> str:
     return next((name for name in ordered if is_input_embedding(name)), ordered[0])
 
 
-def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_label: str, option: str = "") -> str | None:
-    """Say in one line which names `one` has and `other` lacks, with the closest of the other's own; or None.
-
-    `option` names the option that permits it; the message shows it ready to paste.
-    """
-    one, others = set(one), set(other)
-    surplus = sorted(one - others)
+def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_label: str) -> str | None:
+    """Say in one line which names `one` has and `other` lacks, by kinds, with the closest of the other's; or None."""
+    others = set(other)
+    surplus = set(one) - others
     if not surplus:
         return None
-    lines = []
-    free = sorted(others)
-    for name in surplus[:3]:
-        close = get_close_matches(name, free, n=1, cutoff=0.8) if len(free) <= 20_000 else []
-        lines.append(f"'{shown(name)}'" + (f" (closest there: '{shown(close[0])}')" if close else ""))
-    more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""
-    cure = ""
-    if option and not more:
-        cure = f"; to let them through: {ready_option(option, *surplus)}"
-    elif option:
-        prefix = commonprefix(surplus)  # noqa: RUF071 - names, not paths
-        alone = prefix and not any(name.startswith(prefix) for name in {*one, *others} - set(surplus))
-        ready = f"{option} {shlex.quote('^' + re.escape(prefix))}" if alone and prefix.isprintable() else ""
-        cure = f"; to let {'them' if ready else 'these 3'} through: {ready or ready_option(option, *surplus[:3])}"
-    there = "1 tensor is" if len(surplus) == 1 else f"{len(surplus)} tensors are"
-    return f"{there} in {one_label} only, not in {other_label}: {', '.join(lines)}{more}{cure}"
+    kinds = by_kind(surplus)
+    free = set(map(blanked, others)) | others if len(others) <= 20_000 else set()
+    listed = []
+    for kind, names in list(kinds.items())[:3]:
+        known = names[0] if len(names) == 1 else kind
+        there = kind in free and len(kinds) > 1  # of a layer more than the other has
+        close = [
+            each for each in get_close_matches(known, sorted(free), n=2, cutoff=0.8) if each != kind and not there
+        ][:1]
+        count = f" ({len(names)})" if len(names) > 1 else ""
+        listed.append(f"'{shown(known)}'{count}" + (f" (closest there: '{shown(close[0])}')" if close else ""))
+    more = f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""
+    count_of = "1 tensor is" if len(surplus) == 1 else f"{len(surplus)} tensors are"
+    return f"{count_of} in {one_label} only, not in {other_label}: {', '.join(listed)}{more}"
 
 
-def ready_option(option: str, *names: str) -> str:
-    r"""Return an option whose pattern matches exactly these names, as it can be pasted into a shell.
+def matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    """Return a test: is a name found by one of the patterns?"""
+    compiled = [re.compile(pattern) for pattern in patterns]
+    return lambda name: any(pattern.search(name) for pattern in compiled)
+
+
+def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return names by what they are without their numbers.
+
+    >>> by_kind(["h.0.w", "h.1.w", "wte.weight"])
+    {'h.*.w': ['h.0.w', 'h.1.w'], 'wte.weight': ['wte.weight']}
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        found.setdefault(blanked(name), []).append(name)
+    return found
+
+
+def ready_option(option: str, *names: str, every: Iterable[str] = ()) -> str:
+    r"""Return an option whose pattern matches exactly these of all names, as it can be pasted into a shell, or "".
 
     >>> print(ready_option("--keep", "lm_head.weight"))
     --keep '^lm_head\.weight$'
+    >>> print(ready_option("--keep", "h.0.q_norm.weight", "h.1.q_norm.weight"))
+    --keep '^h\.\d+\.q_norm\.weight$'
     """
-    exact = (
-        "".join(re.escape(c) if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name[:200])
-        for name in names
-    )
-    ends = ("$" if len(name) <= 200 else "" for name in names)
-    return f"{option} {shlex.quote('|'.join(f'^{each}{end}' for each, end in zip(exact, ends, strict=True)))}"
+    pattern = exact_pattern(names, every)
+    return f"{option} {shlex.quote(pattern)}" if pattern else ""
+
+
+def exact_pattern(names: Iterable[str], every: Iterable[str] = ()) -> str:
+    r"""Return the most readable pattern that finds exactly these of all names; "" if none is short enough.
+
+    Kinds of names joined by `|`, else the parts of the model that hold nothing else, else one common beginning.
+
+    >>> names = [f"mtp.{n}.{part}" for n in range(9) for part in ("a_long_name.weight", "b_long_name.weight")]
+    >>> print(exact_pattern(names, [*names, "model.norm.weight"]))
+    ^mtp\.\d+\.a_long_name\.weight$|^mtp\.\d+\.b_long_name\.weight$
+    """
+    wanted = set(names)
+    everything = wanted | set(every)
+    rest = by_kind(everything - wanted)
+    kinds = {kind: _of_kind(members, rest.get(kind, [])) for kind, members in by_kind(wanted).items()}
+    joined = "|".join(kinds.values())
+    start = commonprefix(sorted(wanted))  # noqa: RUF071 - names, not paths
+    shorter = ["|".join(_parts(wanted, everything - wanted)), f"^{_escaped(start)}" if start else ""]
+    for pattern in [*([joined] if len(joined) <= _READABLE else []), *shorter, joined]:
+        if pattern and len(pattern) <= _LONGEST and {n for n in everything if re.search(pattern, n)} == wanted:
+            return pattern
+    return ""
+
+
+def _of_kind(names: list[str], rest: list[str]) -> str:
+    """A pattern of names that differ in their numbers only, and of none of the rest of that kind."""
+    if len(names) == 1:
+        return _exactly(names[0])
+    rows = [name.split(".") for name in names]
+    seen = [{row[i] for row in rows} for i in range(len(rows[0]))]
+    every = [{name.split(".")[i] for name in rest} | values for i, values in enumerate(seen)]
+
+    def part(i: int) -> str:
+        if not rows[0][i].isdigit():
+            return _escaped(rows[0][i])
+        if seen[i] == every[i] and len(seen[i]) > 1:
+            return r"\d+"
+        return (
+            rows[0][i]
+            if len(seen[i]) == 1
+            else f"({'|'.join(sorted(seen[i], key=lambda digits: (len(digits), digits)))})"
+        )
+
+    for pattern in (
+        r"\.".join(r"\d+" if word.isdigit() else _escaped(word) for word in rows[0]),
+        r"\.".join(map(part, range(len(rows[0])))),
+    ):
+        if all(re.fullmatch(pattern, n) for n in names) and not any(re.fullmatch(pattern, n) for n in rest):
+            return f"^{pattern}$"
+    return "|".join(map(_exactly, names))
+
+
+def _parts(names: set[str], rest: set[str]) -> list[str]:
+    """Patterns of the parts of a model, layers or towers, that hold nothing but these names."""
+    kinds_of_rest = set(map(blanked, rest))
+    taken: set[tuple[str, ...]] = set()
+    for name in rest:
+        for parts in (name.split("."), blanked(name).split(".")):
+            taken.update(tuple(parts[:i]) for i in range(1, len(parts) + 1))
+    found: dict[str, None] = {}
+    for name in sorted(names):
+        parts = (name if blanked(name) in kinds_of_rest else blanked(name)).split(".")
+        size = next((i for i in range(1, len(parts)) if tuple(parts[:i]) not in taken), len(parts))
+        words = [r"\d+" if part == "*" else _escaped(part) for part in parts[:size]]
+        found["^" + r"\.".join(words) + (r"\." if size < len(parts) else "$")] = None
+    return list(found)
+
+
+def _exactly(name: str) -> str:
+    return f"^{_escaped(name[:200])}{'$' if len(name) <= 200 else ''}"
+
+
+def _escaped(text: str) -> str:
+    return "".join(re.escape(c) if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _abbreviated(keys: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from .advice import result_config
 from .agreement import Choose, Complain, check_alike, check_names, main_dtype, refuse, selection, side_of
 from .checkpoint.computed import Extended, Tensor, is_delta, is_stored
 from .checkpoint.sidefiles import OWN, is_side_file
@@ -187,7 +188,7 @@ def decide(
     factors = factors_of(base.tensors, p.importance, p.layer_factors, p.shrink, p.clip)
     main = main_dtype(base)
 
-    items: list[Item] = []
+    found: list[tuple[str, list[str], dict[str, Tensor]]] = []  # key, names to write, what it is in each model
     done: set[str] = set(wrong)
     # A head that only the start or an adapter holds is in a group.
     for name in dict.fromkeys([*base.tensors, *groups, *sft.tensors]):
@@ -197,11 +198,17 @@ def decide(
         written = list(group.written) if group else [name]
         key = group.key if group else name
         done.update(group.names if group else [name])
-        sides = {role: found for role, each in used.items() if (found := side_of(each, name, group))}
+        found.append((key, written, {r: side for r, each in used.items() if (side := side_of(each, name, group))}))
+    compared = [(k, sides) for k, written, sides in found if _action(k, written, sides, choose) in ("merge", "copy")]
+    check_alike(compared, used, parameters, note)
+    items: list[Item] = []
+    for key, written, sides in found:
+        if key in wrong:
+            continue
         try:
             items.append(_item(key, written, sides, used, choose, factors, main, parameters))
         except MergeError as error:
-            note(error, [name])
+            note(error, [key])
     return Decided(items, used, ties)
 
 
@@ -250,10 +257,8 @@ def _config(
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Return the config of a part of the result, and what was changed in it."""
     base, sft = inputs["base"], inputs["sft"]
-    origin = base.config_of(folder)
-    # Of a model with other names, or with another vocabulary than the result, the sft's need not fit.
-    tuned = None if sft.was or parameters.vocab == "base" else sft.config_of(folder)
-    if folder and not (tuned or origin or {}).get("model_type"):
+    chosen = result_config(base, sft, parameters, folder)
+    if folder and not (chosen or {}).get("model_type"):
         return None, {}  # what a module of another kind is made of
     own = [item for item in items if folder_of(item.name) == folder]
     floats = Counter[str]()
@@ -262,8 +267,8 @@ def _config(
             floats[item.outs[0].dtype] += item.source.count
     names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
     return merged_config(
-        tuned,
-        origin,
+        chosen if chosen is sft.config_of(folder) else None,
+        base.config_of(folder),
         dtype=names[floats.most_common(1)[0][0]] if floats else None,
         tied=ties.tied.get(folder),
         rows={item.source.shape[0] for item in own if is_input_embedding(item.name) and item.source.shape},
@@ -309,6 +314,15 @@ def _check_paths(plan: Plan) -> None:
 _arithmetic = cache(arithmetic)  # one for all tensors that are merged alike
 
 
+def _action(key: str, written: list[str], sides: Mapping[str, Tensor], choose: Choose) -> Action:
+    """What happens to a tensor; what is merged has one shape in all models, and one kind of dtype (`check_alike`)."""
+    if choose("keep", written, key) and "base" in sides:
+        return "keep"
+    if choose("take", written, key) and "sft" in sides:
+        return "take"
+    return "merge" if sides["base"].dtype in MERGED else "copy"
+
+
 def _item(
     key: str,
     written: list[str],
@@ -320,14 +334,9 @@ def _item(
     parameters: Parameters,
 ) -> Item:
     p = parameters
-    action: Action = "merge"
-    if choose("keep", written, key) and "base" in sides:
-        action, sides = "keep", {"base": sides["base"]}
-    elif choose("take", written, key) and "sft" in sides:
-        action = "take"
-    else:
-        kind = check_alike(key, sides, used)
-        action = "merge" if kind == "float" else "copy"
+    action = _action(key, written, sides, choose)
+    if action == "keep":
+        sides = {"base": sides["base"]}
     source = sides["sft" if action == "take" else "base"]
     dtype = source.native
     if dtype in MERGED:

@@ -12,7 +12,6 @@ from typing import Any
 
 from . import __version__
 from .accounts import check_plan, check_tensors
-from .agreement import matcher
 from .checkpoint.adapter import applied
 from .checkpoint.computed import Tensor
 from .checkpoint.parts import matches
@@ -23,6 +22,7 @@ from .errors import ArgumentError, CheckpointError, MismatchError, shown
 from .factors import read_layer_factors
 from .importance import read_importance
 from .json_input import is_utf8
+from .layers import matcher
 from .names import matched
 from .plan import Decided, Plan, decide, make_plan
 from .ranks import Ranks

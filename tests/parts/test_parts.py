@@ -54,9 +54,10 @@ def read_parts(folder: Path) -> State:
 
 
 def merged_by_formula(base: State, sft: State, drop: float, start: State | None = None, iteration: int = 0) -> State:
+    begin = start or base
     return {
         name: reference.merge_tensors(
-            tensor, sft[name], None if start is None else start[name], tensor.dtype, alpha=0.5, drop=drop, name=name, iteration=iteration
+            tensor, sft[name], begin[name], tensor.dtype, name=name, alpha=0.5, drop=drop, iteration=iteration
         )
         for name, tensor in base.items()
     }

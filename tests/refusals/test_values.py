@@ -30,6 +30,7 @@ from refused import (
     SIDE,
     STEPS,
     UP0,
+    UP1,
     Models,
     everything,
     from_bits,
@@ -62,7 +63,7 @@ def test_values_that_are_not_finite_are_refused(models: Models, role: str, value
     bad.view(-1)[[5, 40]] = value
     start = models.folder / "start"
     for each in ("base", "sft", "start"):
-        state = {UP0: bad if each == role else torch.ones(8, 8, dtype=dtype), NORM: torch.ones(8, dtype=dtype)}
+        state = {UP0: bad if each == role else torch.ones(8, 8, dtype=dtype), UP1: torch.ones(8, 8, dtype=dtype)}
         write_model(models.folder / each, state)
     models.refused(
         NonFiniteError, rf"'{re.escape(UP0)}' of {role} \S+{role} has 2 NaN or infinite of 64 elements, the first at"

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import says_tied
 from ..errors import CheckpointError, MismatchError, shown
-from ..layers import is_input_embedding, is_output_head, only_in, unwrapped
+from ..layers import is_input_embedding, is_output_head, only_in, ready_option, unwrapped
 from ..match import Shape, by_prefix, mapping_note, ruled
 from .computed import Computed, Tensor, renamed
 from .experts import cut_experts, expert_names, fused_shape
@@ -243,18 +243,25 @@ def _names(
     homes = {_unwrapped(name): file for name, file in adapter.homes.items()}
     beside = {file for part in adapter.parts if part.beside or part.folder for file in part.files}
     own = set(lost) - set(found)
+    every = {*names, *model.tensors}
     for file in sorted(beside):
         names_of_file = {name for name in own if homes.get(lost[name]) == file}
         surplus = {name for name in names_of_file if not taken(name)}
-        complaint = only_in(surplus, model.tensors, f"{adapter.label} ({shown(file)})", model.label, "--take")
+        complaint = only_in(surplus, model.tensors, f"{adapter.label} ({shown(file)})", model.label)
         if complaint:
-            raise MismatchError(f"{complaint}; or leave the file out: {leave_out_option(file)}")
+            option = ready_option("--take", *sorted(surplus), every=every)
+            cure = f"to let them through: {option}; or " if option else ""
+            raise MismatchError(f"{complaint}; {cure}leave the file out: {leave_out_option(file)}")
         own -= names_of_file
     whole = {name for name in own if lost[name] in parts.whole}
     surplus = {name for name in own if name not in whole or not taken(name)}
-    complaint = only_in(surplus, model.tensors, adapter.label, model.label, "--take" if surplus <= whole else "")
+    complaint = only_in(surplus, model.tensors, adapter.label, model.label)
     if complaint:
-        raise MismatchError(f"{complaint}; is this the model that the adapter was trained on? If so, tell --rename")
+        option = ready_option("--take", *sorted(surplus), every=every) if surplus <= whole else ""
+        cure = f"to let them through: {option}; " if option else ""
+        raise MismatchError(
+            f"{complaint}; {cure}is this the model that the adapter was trained on? If so, tell --rename"
+        )
     twice = next((new for new, count in Counter(names.values()).items() if count > 1), None)
     if twice is not None:
         both = " and ".join(f"'{shown(path)}'" for path, name in names.items() if name == twice)

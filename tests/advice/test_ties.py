@@ -1,0 +1,67 @@
+"""Ties by other names than a language model's: what is refused is advised well, and what can be merged is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from followed import Inputs, endings, looks_right
+from models import fine_tuned
+
+MASKED, SEQUENCE = transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM
+
+
+def bert() -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return MASKED.from_config(
+            transformers.BertConfig(
+                vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                max_position_embeddings=32,
+            )
+        )  # fmt: skip
+
+
+def t5() -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return SEQUENCE.from_config(
+            transformers.T5Config(
+                vocab_size=96, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_decoder_layers=2, num_heads=4,
+                decoder_start_token_id=0,
+            )
+        )  # fmt: skip
+
+
+def whole(model: Any, folder: Path) -> None:
+    """Save a model in a .bin file, which has tied tensors under all their names."""
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "pytorch_model.bin")
+
+
+def once(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("base", [whole, once])
+@pytest.mark.parametrize("sft", [whole, once])
+@pytest.mark.parametrize(("make", "auto"), [(bert, MASKED), (t5, SEQUENCE)])
+def test_tied_tensors_are_one_however_they_are_stored(
+    tmp_path: Path,
+    base: Callable[[Any, Path], None],
+    sft: Callable[[Any, Path], None],
+    make: Callable[[], Any],
+    auto: Any,
+) -> None:
+    base(make(), tmp_path / "base")
+    sft(fine_tuned(make(), seed=2), tmp_path / "sft")
+    inputs = Inputs(tmp_path / "base", tmp_path / "sft", auto)
+    for each in endings(inputs, tmp_path):
+        assert each.out is not None, each.messages
+        looks_right(inputs, each)
