@@ -86,7 +86,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, 2 x CPUs)]")
 @click.option(
     "--ranks", type=click.Choice(["torchrun", "slurm"]),
-    help="One merge by many processes.  [default: torchrun's, if it started `-m mergekit_imm merge`]",
+    help="One merge by many processes.  [default: torchrun's, if it started `-m mergekit_imm -- merge`]",
 )  # fmt: skip
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity in the inputs through.")
 @click.option("--copy-code", is_flag=True, help="Copy *.py files of the model too.")
@@ -261,9 +261,10 @@ def main() -> NoReturn:
     commands: dict[str, click.Command] = {
         "merge": merge_command, "verify": verify_command, "loop": loop_command, "analyze": analyze_command,
     }  # fmt: skip
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    arguments = sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:]  # `torchrun -m mergekit_imm -- merge`
+    name = arguments[0] if arguments else ""
     if name in commands:
-        run(commands[name], sys.argv[2:])
+        run(commands[name], arguments[1:])
     wanted = name in ("-h", "--help")
     click.echo(f"usage: python -m mergekit_imm {{{','.join(commands)}}} ... (each has --help)", err=not wanted)
     if not wanted:
