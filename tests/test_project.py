@@ -52,7 +52,7 @@ LEVELS = [
     ["stream", "prepare", "inplace"],
     ["verification"],
     ["results"],
-    ["build", "check"],
+    ["build", "check", "options"],
     ["merge", "live", "summary", "console", "launch"],
     ["shell"],
     ["loopstate"],

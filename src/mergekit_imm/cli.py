@@ -66,8 +66,8 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 )  # fmt: skip
 @delta_options
 @click.option(
-    "--dtype", type=click.Choice(["base", "bfloat16", "float16", "float32"]), default="base", show_default=True,
-    help="Of the output's float tensors; base: tensor by tensor.",
+    "--dtype", type=click.Choice(["base", "start", "bfloat16", "float16", "float32"]), default="base",
+    show_default=True, help="Of the output's float tensors; base, start: as that model has them, tensor by tensor.",
 )  # fmt: skip
 @click.option("--max-shard-size", metavar="SIZE", help="Lay the files anew, e.g. 5GB.  [default: as in BASE]")
 @click.option(

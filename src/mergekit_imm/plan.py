@@ -178,7 +178,8 @@ def decide(
     choose = selection(parameters, base, sft)
     p = parameters
     factors = factors_of(base.tensors, p.importance, p.layer_factors, p.shrink, p.clip)
-    main = main_dtype(base)
+    typed = inputs.get("start", base) if p.dtype == "start" else base  # whose dtypes the output has
+    main = main_dtype(typed)
 
     items: list[Item] = []
     done: set[str] = set(wrong)
@@ -191,7 +192,8 @@ def decide(
         done.update(group.names if group else [name])
         sides = {role: found for role, each in used.items() if (found := side_of(each, name, group))}
         try:
-            items.append(_item(key, written, sides, used, choose, factors, main, parameters))
+            native = found.native if (found := side_of(typed, name, group)) else main
+            items.append(_item(key, written, sides, used, choose, factors, native, parameters))
         except MergeError as error:
             note(error, [name])
     return Decided(items, used, groups, broken, tied)
@@ -272,7 +274,7 @@ def _item(
     used: Mapping[str, Checkpoint],
     choose: Choose,
     factors: Mapping[str, float],
-    main: str,
+    native: str,
     parameters: Parameters,
 ) -> Item:
     p = parameters
@@ -287,7 +289,6 @@ def _item(
     source = sides["sft" if action == "take" else "base"]
     dtype = source.native
     if dtype in MERGED:
-        native = sides["base"].native if "base" in sides else main
         dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
     if action == "take" and used["sft"].adapter is not None and not is_stored(source):
         raise ArgumentError(
