@@ -81,6 +81,6 @@ def _check_last_rename(rules: Sequence[str], base: Checkpoint) -> None:
     wanted = re.compile(".*".join(map(re.escape, parts)))
     if not any(map(wanted.search, base.tensors)):
         raise ArgumentError(
-            f"--rename '{shown(rules[-1])}' makes names with '{shown(replacement)}', and no tensor of {base.label} has"
-            f" such a name; they are like {shown(next(iter(base.tensors), ''))!r}"
+            f"rename rule '{shown(rules[-1])}' makes names with '{shown(replacement)}', and no tensor of {base.label}"
+            f" has such a name; they are like {shown(next(iter(base.tensors), ''))!r}"
         )
