@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_no_half_of_a_model(tmp_path: Path) -> None:
     place, base = tmp_path / "disk", random_state({"w": (32, 32)}, dtype=torch.float32)
     place.mkdir()
     write_model(tmp_path / "base", base)
-    mount = ["mount", "-t", "tmpfs", "tmpfs", place, "-o"]
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(place), "-o"]
     if subprocess.run([*mount, "size=4k"], capture_output=True).returncode:
         pytest.skip("no filesystem can be mounted here")
     try:

@@ -285,7 +285,7 @@ def _unshared(state: Mapping[str, torch.Tensor], stored: Collection[str]) -> dic
     for name, tensor in state.items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         names.setdefault(place if tensor.numel() else name, []).append(name)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for each in names.values():
         found |= {name: state[name] for name in [n for n in each if n in stored] or [tied_key(each)]}
     return {name: found[name] for name in state if name in found}

@@ -39,11 +39,11 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "whole"
 
 
-def fails(out: Path, **options: bool) -> bool:
+def fails(out: Path, *, overwrite: bool) -> bool:
     """Whether a merge fails for lack of room; if so, it says so in one line, and OUT is what it was."""
     before = files_of(out)
     try:
-        merge_checkpoints("base", "sft", out, **options)
+        merge_checkpoints("base", "sft", out, overwrite=overwrite)
     except OutputError as error:
         message = str(error)
         assert message.isprintable()
