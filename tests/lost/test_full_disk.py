@@ -13,8 +13,12 @@ import pytest
 
 from checkpoints import files_of, random_state, write_model
 from commands import CONFIG, subprocess_of
-from mergekit_imm import OutputError, merge_checkpoints
+from mergekit_imm import MergeError, OutputError, Rounds, merge_checkpoints
 from mergekit_imm.checkpoint import journal
+from mergekit_imm.loop import run_loop
+from mergekit_imm.loopstate import Settings, State
+from mergekit_imm.loopsummary import plot
+from mergekit_imm.shell import CommandError
 
 PAGE = 4096
 FULL = "No space left on device; free some space"
@@ -102,3 +106,44 @@ def test_every_write_that_finds_no_room(
         assert said.startswith(f"{out} cannot be written: {FULL}")
     if what == "pages":
         assert {name for name, found in seen.items() if "begun" in found} >= {*expected, journal.JOURNAL} - {FIRST}
+
+
+def test_a_loop_on_a_full_disk_goes_on_when_there_is_room(tmp_path: Path, mounted: Callable[[str], Path]) -> None:
+    """Of every size from none on: its state, its logs, what its command writes, the merges."""
+    place, base = mounted(ENOUGH), tmp_path / "base"
+    write_model(base, random_state({"w": (8, 8)}), config=CONFIG)
+    settings = Settings(base=str(base), train="mkdir -p {output} && cp -r {model}/* {output}/", rounds=2, alpha="0.5")
+    expected = run_loop(settings, tmp_path / "run")
+    models = {str(path.relative_to(tmp_path)): path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    said = []
+    for pages in range(1, 100):
+        mounted(f"remount,size={pages * PAGE}")
+        try:
+            run_loop(settings, place / "run")
+            break
+        except MergeError as error:
+            said.append(error)
+        mounted(f"remount,{ENOUGH}")
+        found = run_loop(settings, place / "run")
+        assert found.done == expected.done
+        assert {name: (place / name).read_bytes() for name in models} == models
+        shutil.rmtree(place / "run")
+    assert pages > 10
+    assert {type(error) for error in said} == {CommandError, OutputError}
+    for message in map(str, said):
+        assert message.isprintable()
+        assert "No space left on device" in message or "the disk has" in message
+
+
+def test_pictures_and_rounds_on_a_full_disk(tmp_path: Path, mounted: Callable[[str], Path]) -> None:
+    write_model(tmp_path / "base", random_state({"w": (8, 8)}), config=CONFIG)
+    place = mounted("size=4k")
+    state = State(Settings(base="base", train="{output}", rounds=1), "base", metrics={"base": {"score": 1.0}})
+    with pytest.raises(OutputError, match=f"{place} cannot be written: {FULL}"):
+        plot(state, place)
+    for path in place.iterdir():
+        path.unlink()
+    (place / "filler").write_bytes(b"x")
+    with pytest.raises(OutputError, match=rf"{place}/rounds.json cannot be written: {FULL}"):
+        Rounds(tmp_path / "base").save(place / "rounds.json")
+    assert not (place / "rounds.json").exists()
