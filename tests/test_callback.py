@@ -225,6 +225,17 @@ def test_what_the_base_tells_is_refused_when_a_callback_is_made(
         IMMCallback("base", **options)
 
 
+def test_an_adapter_on_a_quantised_model_is_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
+    """Merged into it, it would be a quantised model, which is not merged."""
+    model = adapted(base)
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    each = trainer(model, tmp_path, IMMCallback(base, merge_adapter=True))
+    with pytest.raises(MismatchError, match=r"mlp\.up_proj\.weight' of the model is torch\.float8_e4m3fn; quantised"):
+        train(each)
+    assert each.state.global_step == 0
+
+
 def test_a_base_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         IMMCallback(tmp_path / "nowhere")

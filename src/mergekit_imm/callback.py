@@ -13,6 +13,7 @@ from .errors import ArgumentError
 from .live import merge_into
 from .options import check_keywords, check_options, keywords
 from .prepare import round_of, without_same_start
+from .shards import check_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,9 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
                 " those of a PeftModel, or of a kind that cannot be merged; give the trainer what peft.get_peft_model"
                 " returns, or save the adapter and merge it with merge_checkpoints"
             )
+        else:
+            for name, parameter in model.named_parameters():
+                check_tensor(name, parameter)
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         """Merge, if that is when."""

@@ -13,7 +13,7 @@ from .console import CONTEXT, delta_options, say, tell
 from .errors import shown
 
 loop_epilog = """\b
-Placeholders, each filled in as one word of the shell; other braces stay:
+Placeholders, each filled in as one word of the shell; a misspelt one is refused, other braces stay:
   --generate   {model} {output} {round} {base}
   --train      {model} {output} {data} {round} {base}     {data}: what --generate made
   --evaluate   {model} {json} {round} {base}
