@@ -52,7 +52,7 @@ LEVELS = [
     ["stream", "prepare", "inplace"],
     ["verification"],
     ["results"],
-    ["build", "check", "options"],
+    ["build", "check", "options", "saving"],
     ["merge", "live", "summary", "console", "launch"],
     ["shell"],
     ["loopstate"],

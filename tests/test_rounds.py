@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +209,41 @@ def test_a_save_that_fails_is_gone_on_with_and_nothing_is_merged_twice(base: Sta
         rounds.save_merged(sft, "other")
     second = {name: tensor + 1 for name, tensor in sft.items()}
     assert after.merge(second, "second").iteration == 2
+
+
+def test_what_a_save_that_was_killed_left_is_replaced(base: State) -> None:
+    script = """
+import os, sys
+import torch
+from safetensors.torch import load_file
+from mergekit_imm import Rounds
+class Model(torch.nn.Module):
+    def save_pretrained(self, folder):
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        os.kill(os.getpid(), 9)
+model = Model()
+for name, tensor in load_file("base/model.safetensors").items():
+    *path, last = name.split(".")
+    module = model
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, torch.nn.Module())
+        module = module.get_submodule(part)
+    module.register_parameter(last, torch.nn.Parameter(tensor))
+Rounds("base").merge(model, "out")
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert (Path("out.partial/model.safetensors").read_bytes(), Path("out").exists()) == (b"half of it", False)
+    sft = tuned(base, 0)
+    held = os.open("out.partial", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(OutputError, match=r"out\.partial is being written by another process"):
+        Rounds("base").merge(sft, "out")
+    os.close(held)
+    assert_same(sft, tuned(base, 0))
+    Rounds("base").merge(sft, "out")
+    assert_same(read_model(Path("out")), sft)
+    assert sorted(path.name for path in Path().iterdir()) == ["base", "out"]
 
 
 def test_a_full_disk_leaves_no_half_of_a_model(tmp_path: Path) -> None:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import disk
-from .checkpoint.source import open_checkpoint
-from .errors import ArgumentError, CheckpointError, OutputError, bytes_text, shown
+from .errors import ArgumentError, CheckpointError, OutputError, shown
 from .json_input import parse_json, read_small
-from .layers import tied_key
 from .merge import merge_checkpoints
 from .options import check_keywords, check_options, keywords
 from .recipe import to_json
+from .saving import saving
 from .schedules import Schedule
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT, VERSION = "mergekit_imm rounds", 1
-_SAVING = ".imm_saving"  # in OUT.partial while a model in memory is saved there: what was cut off may be removed
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ class Rounds:
                 f"round {self.iteration} of this model is merged already, and not saved: call save_merged(sft, out) of"
                 " these rounds; if it was loaded and trained again since, give new Rounds"
             )
-        with _saving(sft, Path(out), self.base, save) as write:
+        with saving(sft, Path(out), self.base, save) as write:
             merge_into(module, self.base, **self.numbers())
             return self._written(module, write, out)
 
@@ -123,7 +118,7 @@ class Rounds:
         module = _module_of(sft, save)
         if not self._holds(module):
             raise ArgumentError(f"this is no model that round {self.iteration} has merged and not saved; call merge")
-        with _saving(sft, Path(out), self.base, save) as write:
+        with saving(sft, Path(out), self.base, save) as write:
             return self._written(module, write, out)
 
     def _holds(self, module: torch.nn.Module) -> bool:
@@ -192,9 +187,15 @@ def _module_of(sft: torch.nn.Module | Mapping[str, torch.Tensor], save: object) 
     import torch
     from torch.distributed.tensor import DTensor
 
+    from .shards import is_distributed
+
     if not isinstance(sft, Mapping):
         if save is None and not hasattr(sft, "save_pretrained"):
             raise ArgumentError(f"{type(sft).__name__} has no save_pretrained; give `save`, called with it and a path")
+        if save is None and is_distributed(sft):
+            raise ArgumentError(
+                f"{type(sft).__name__} is held by several ranks; give a `save` that all of them can call"
+            )
         return sft
     root = torch.nn.Module()
     for name, tensor in sft.items():
@@ -219,86 +220,3 @@ def _local_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     from .shards import live_tensors
 
     return [part.tensor for live in live_tensors(module).values() for part in live.parts]
-
-
-@contextmanager
-def _saving(
-    sft: Any, out: Path, base: str | Path, save: Callable[[Any, Path], object] | None
-) -> Iterator[Callable[[], object]]:
-    """Make room for a model in `out`, refuse one that is taken, and yield what saves it there, whole or not at all."""
-    if save is not None:
-        yield lambda: save(sft, out)
-        return
-    from .checkpoint import output  # not on every platform
-
-    out = output.expanded(out)
-    output.check_name(out)
-    if output.is_occupied(out):
-        raise OutputError(f"output {shown(out)} is there and not empty; give another, or remove it")
-    partial = output.partial_of(out)
-    if output.is_occupied(partial) and not (partial / _SAVING).exists():
-        raise OutputError(f"{shown(partial)} is there, where the output is built; remove it, or give another output")
-    state = sft if isinstance(sft, Mapping) else None
-    tensors = {} if state is None else _unshared(state, open_checkpoint(base, "base", dry_run=True).tensors)
-    needed = sum(
-        each.nbytes for each in (tensors.values() if state is not None else (*sft.parameters(), *sft.buffers()))
-    )
-    free = output.free_space(out)
-    if needed > free:
-        raise OutputError(
-            f"output {shown(out)} needs {bytes_text(needed)} and the disk has {bytes_text(free)} free; free some space"
-            " or give an output on another disk"
-        )
-
-    def write() -> None:
-        if state is not None:
-            _save_tensors(tensors, partial / "model.safetensors")
-        else:
-            sft.save_pretrained(partial)
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        (partial / _SAVING).unlink()
-        disk.sync_folder(partial)
-        partial.rename(out)
-        disk.sync_folder(out.parent)
-
-    new = [partial]
-    try:
-        with output.output_errors(out):
-            if partial.exists():  # of a save that was cut off
-                shutil.rmtree(partial)
-            new = disk.make_folder(partial)
-            disk.write_file(partial / _SAVING, b"")
-        yield write
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in new[1:]:
-            with suppress(OSError):
-                folder.rmdir()
-
-
-def _unshared(state: Mapping[str, torch.Tensor], stored: Collection[str]) -> dict[str, torch.Tensor]:
-    """Return tensors as they are saved: of names of one tensor those that the base stores, one if it stores none."""
-    names: dict[Hashable, list[str]] = {}
-    for name, tensor in state.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        names.setdefault(place if tensor.numel() else name, []).append(name)
-    found: dict[str, torch.Tensor] = {}
-    for each in names.values():
-        found |= {name: state[name] for name in [n for n in each if n in stored] or [tied_key(each)]}
-    return {name: found[name] for name in state if name in found}
-
-
-def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():  # a file of safetensors is made of tensors that share nothing
-        apart[name] = tensor.contiguous()
-        if apart[name].data_ptr() in seen:
-            apart[name] = apart[name].clone()
-        seen.add(apart[name].data_ptr())
-    save_file(apart, path, {"format": "pt"})
