@@ -92,9 +92,10 @@ def test_a_dry_run_of_a_live_model_reads_headers_and_changes_nothing(base: Path)
     for name, tensor in random_state({"w": (4, 4)}, seed=1).items():
         model.register_parameter(name, torch.nn.Parameter(tensor))
     write_model(base, {"w": torch.full((4, 4), float("nan"))})
-    before = model.w.detach().clone()
+    weight = model.get_parameter("w")
+    before = weight.detach().clone()
     assert merge_into(model, base, dry_run=True).tensors == {"merged": 1}
     write_model(base, {"w": torch.zeros(4, 5)})
     with pytest.raises(MismatchError, match="shapes must be equal"):
         merge_into(model, base, dry_run=True)
-    assert same_bits(model.w.detach(), before)
+    assert same_bits(weight.detach(), before)

@@ -139,6 +139,14 @@ def test_tensors_of_a_tied_head_are_merged_once_and_saved_as_the_base_is(
     assert after.iteration == 2
 
 
+def test_names_that_wrappers_changed_are_those_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, sft = tied_pair([EMBED, HEAD])
+    expected = halfway(base, sft)
+    Rounds("base", drop=0).merge({f"module.{name}": tensor for name, tensor in sft.items()}, "out")
+    assert_close(read_model(Path("out")), {f"module.{name}": tensor for name, tensor in expected.items()})
+
+
 def test_views_of_one_buffer_are_tensors_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     base = random_state({"a.w": (4, 4), "b.w": (4, 4)}, dtype=torch.float32)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import disk
 from .checkpoint.source import open_checkpoint
 from .errors import OutputError, bytes_text, shown
-from .layers import tied_key
+from .layers import tied_key, unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def _unshared(state: Mapping[str, torch.Tensor], stored: Collection[str]) -> dic
         names.setdefault(place if tensor.numel() else name, []).append(name)
     found: dict[str, torch.Tensor] = {}
     for each in names.values():
-        found |= {name: state[name] for name in [n for n in each if n in stored] or [tied_key(each)]}
+        found |= {name: state[name] for name in [n for n in each if unwrapped(n) in stored] or [tied_key(each)]}
     return {name: found[name] for name in state if name in found}
 
 
