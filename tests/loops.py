@@ -38,7 +38,7 @@ def expected(base: State, alphas: list[float], drop: float, anchor: str = "base"
             pulled = start
         elif number and anchor != "base":
             kept = float(anchor.removeprefix("ema:"))
-            pulled = dare_merge(pulled, start, alpha=kept, drop=0.0)
+            pulled = dare_merge(pulled, start, alpha=kept, drop=0.0)  # in float32, as these models are
         sft = tuned(start, number)
         start = dare_merge(pulled, sft, start=start, alpha=alpha, drop=drop, iteration=number, seed=seed)
         found.append(start)

@@ -16,7 +16,14 @@ import torch
 import transformers
 
 from checkpoints import State, read_model, same_bits
-from mergekit_imm import ArgumentError, CheckpointError, IMMCallback, merge_checkpoints
+from mergekit_imm import (
+    ArgumentError,
+    CheckpointError,
+    IMMCallback,
+    MergeError,
+    MismatchError,
+    merge_checkpoints,
+)
 from models import load, new_model
 
 
@@ -130,15 +137,41 @@ def test_adapters_are_left_alone_and_that_is_said(base: Path, tmp_path: Path, ca
     merge_checkpoints(base, tmp_path / "adapter", tmp_path / "out")
 
 
-def test_adapters_are_merged_when_asked(base: Path, tmp_path: Path) -> None:
+def test_adapters_are_merged_when_asked(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whichever way the model is saved then, it is the merged one: that which the trained adapter merges to."""
     plain = adapted(base)
     train(trainer(plain, tmp_path))
     plain.merge_and_unload().save_pretrained(tmp_path / "sft")
     merge_checkpoints(base, tmp_path / "sft", tmp_path / "expected", drop=0.5, dtype="float32")
     callback = IMMCallback(base, merge_adapter=True, drop=0.5)
-    train(trainer(adapted(base), tmp_path, callback))
-    callback.model.save_pretrained(tmp_path / "merged")
-    assert_same(read_model(tmp_path / "merged"), read_model(tmp_path / "expected"))
+    model = adapted(base)
+    each = trainer(model, tmp_path, callback)
+    train(each)
+    assert "trainer.save_model now saves the merged LlamaForCausalLM, and no adapter" in caplog.text
+    callback.model.save_pretrained(tmp_path / "by-callback")
+    each.save_model(str(tmp_path / "by-trainer"))
+    each.accelerator.unwrap_model(each.model).save_pretrained(tmp_path / "unwrapped")
+    model.save_pretrained(tmp_path / "gathered", state_dict=model.state_dict())  # as of a model in shards
+    for folder in ("by-callback", "by-trainer", "unwrapped", "gathered"):
+        assert_same(read_model(tmp_path / folder), read_model(tmp_path / "expected"))
+        assert not list((tmp_path / folder).glob("adapter*"))
+        loaded = load(tmp_path / folder, "llama", dtype=torch.float32)
+        assert_same(dict(loaded.state_dict()), dict(callback.model.state_dict()))
+
+
+def test_adapters_that_cannot_be_merged_are_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
+    """transformers holds adapters in a model of its own, too, and a prompt is none that merges."""
+    whole = load(base, "llama", dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        own = load(base, "llama", dtype=torch.float32)
+        own.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+        prompt = peft.get_peft_model(whole, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    for model in (own, prompt):
+        each = trainer(model, tmp_path, IMMCallback(base, merge_adapter=True))
+        with pytest.raises(ArgumentError, match="has no merge_and_unload"):
+            train(each)
+        assert each.state.global_step == 0
 
 
 @pytest.mark.parametrize(
@@ -156,9 +189,78 @@ def test_what_cannot_be_is_refused_at_once(options: dict[str, Any], match: str) 
         IMMCallback("base", **options)
 
 
-def test_a_base_that_is_not_there_is_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
-    each = trainer(load(base, "llama"), tmp_path, IMMCallback(tmp_path / "nowhere"))
+FILE = "no-such-importance.json"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"alpha": 2.0}, "alpha is 2.0"),
+        ({"drop": 1.0}, "drop is 1.0"),
+        ({"aplha": 0.5}, "'aplha' is no option of IMMCallback; did you mean 'alpha'?"),
+        ({"vocab": "sft"}, "'vocab' is no option of IMMCallback; its options are allow_nonfinite, alpha, "),
+        ({"dry_run": True}, "'dry_run' is no option of IMMCallback"),
+        ({"keep": ["lm_haed"]}, "'lm_haed' matches none of"),
+        ({"no_drop": ["lm_haed"]}, "'lm_haed' matches none of"),
+        ({"keep": ["["]}, r"keep pattern '\[' is not a regular expression"),
+        ({"keep": ["lm_head"], "take": ["lm_head"]}, "both kept and taken"),
+        ({"rename": ["^language=modle"]}, "makes names with 'modle', and no tensor of base"),
+        ({"importance": FILE}, f"importance file {FILE} cannot be read"),
+        ({"importance": {"model.layers.7": 1.0}}, "no tensor of the model lies in layer 'model.layers.7'"),
+        ({"layer_factors": FILE}, f"layer factors file {FILE} cannot be read"),
+        ({"layer_factors": {"0": 1.0}}, "are given for 1 of 2: missing model.layers.1"),
+        ({"layer_factors": {"0": 1e38, "1": 1.0}, "drop": 0.99}, "does not fit in float32"),
+        ({"workers": 0}, "workers is 0"),
+        ({"start": "nowhere"}, "start nowhere does not exist"),
+        ({"start": "start"}, "has no imm_recipe.json that tells its round"),
+    ],
+)
+def test_what_the_base_tells_is_refused_when_a_callback_is_made(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], match: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if options.get("start") == "start":
+        new_model("llama").save_pretrained(tmp_path / "start")
+    with pytest.raises(MergeError, match=match):
+        IMMCallback("base", **options)
+
+
+def test_an_adapter_on_a_quantised_model_is_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
+    """Merged into it, it would be a quantised model, which is not merged."""
+    model = adapted(base)
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    each = trainer(model, tmp_path, IMMCallback(base, merge_adapter=True))
+    with pytest.raises(MismatchError, match=r"mlp\.up_proj\.weight' of the model is torch\.float8_e4m3fn; quantised"):
+        train(each)
+    assert each.state.global_step == 0
+
+
+def test_a_base_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
+        IMMCallback(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"take": ["lm_haed"]}, "'lm_haed' matches none of"),  # the model could have such a tensor
+        ({"rename": ["^language[.]=model."]}, "changes none of the"),
+    ],
+)
+def test_what_the_model_tells_is_refused_before_the_first_step(
+    base: Path, tmp_path: Path, options: dict[str, Any], match: str
+) -> None:
+    each = trainer(load(base, "llama"), tmp_path, IMMCallback(base, **options))
+    with pytest.raises(ArgumentError, match=match):
+        train(each)
+    assert each.state.global_step == 0
+
+
+def test_a_model_that_is_not_the_base_s_is_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
+    new_model("qwen2").save_pretrained(tmp_path / "other")
+    each = trainer(load(base, "llama"), tmp_path, IMMCallback(tmp_path / "other"))
+    with pytest.raises(MismatchError):
         train(each)
     assert each.state.global_step == 0
 

@@ -53,7 +53,7 @@ LEVELS = [
     ["stream", "prepare", "inplace"],
     ["verification"],
     ["results"],
-    ["build", "check"],
+    ["build", "check", "options", "saving"],
     ["merge", "live", "summary", "console", "launch"],
     ["shell"],
     ["loopstate"],

@@ -159,7 +159,7 @@ def rounds_table(results: Results) -> str:
                 for number in range(results["rounds"])
             ]
         rows.append(row)
-    numbers = range(1, results["rounds"] + 1)
+    numbers = range(results["rounds"])
     return markdown(["", *(f"{part}, round {n}" for part in ("in", "out") for n in numbers)], rows)
 
 
@@ -254,7 +254,7 @@ def draw_rounds(results: Results, path: Path) -> None:
                 axes.plot(values, color=color, lw=0.7, alpha=0.4)
             axes.plot([statistics.mean(c) for c in zip(*each, strict=True)], "o-", color=color, label=label)
         axes.set_xticks(range(results["rounds"] + 1))
-        axes.set_xlabel("round")
+        axes.set_xlabel("rounds done")
         axes.set_title(f"{title}: change from the base, points", loc="left", fontsize=10)
         axes.legend(frameon=False)
         plain_axes(axes)

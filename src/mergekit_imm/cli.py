@@ -66,8 +66,8 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 )  # fmt: skip
 @delta_options
 @click.option(
-    "--dtype", type=click.Choice(["base", "bfloat16", "float16", "float32"]), default="base", show_default=True,
-    help="Of the output's float tensors; base: tensor by tensor.",
+    "--dtype", type=click.Choice(["base", "start", "bfloat16", "float16", "float32"]), default="base",
+    show_default=True, help="Of the output's float tensors; base, start: as that model has them, tensor by tensor.",
 )  # fmt: skip
 @click.option("--max-shard-size", metavar="SIZE", help="Lay the files anew, e.g. 5GB.  [default: as in BASE]")
 @click.option(
@@ -90,7 +90,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, 2 x CPUs)]")
 @click.option(
     "--ranks", type=click.Choice(["torchrun", "slurm"]),
-    help="One merge by many processes.  [default: torchrun's, if it started `-m mergekit_imm merge`]",
+    help="One merge by many processes.  [default: torchrun's, if it started `-m mergekit_imm -- merge`]",
 )  # fmt: skip
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity in the inputs through.")
 @click.option("--copy-code", is_flag=True, help="Copy *.py files of the model too.")
@@ -266,9 +266,10 @@ def main() -> NoReturn:
     commands: dict[str, click.Command] = {
         "merge": merge_command, "verify": verify_command, "loop": loop_command, "analyze": analyze_command,
     }  # fmt: skip
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    arguments = sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:]  # `torchrun -m mergekit_imm -- merge`
+    name = arguments[0] if arguments else ""
     if name in commands:
-        run(commands[name], sys.argv[2:])
+        run(commands[name], arguments[1:])
     wanted = name in ("-h", "--help")
     click.echo(f"usage: python -m mergekit_imm {{{','.join(commands)}}} ... (each has --help)", err=not wanted)
     if not wanted:

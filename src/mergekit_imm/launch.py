@@ -97,9 +97,12 @@ def is_started_by_torchrun() -> bool:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[:-1]
     except OSError:
         return False
-    own = [b"mergekit_imm", *map(os.fsencode, sys.argv[1:])]
+    own = [os.fsencode(each) for each in (sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:])]
     before, told = parent[: -len(own)], parent[-len(own) :]
-    return told == own and any(os.path.basename(each) in _AGENTS for each in before)  # noqa: PTH119 - bytes
+    if before[-1:] == [b"--"]:  # by which torchrun is told that --start is not its own; it is not passed on
+        before.pop()
+    agents = (os.path.basename(each) in _AGENTS for each in before)  # noqa: PTH119 - bytes
+    return bool(own) and told == own and before[-1:] == [b"mergekit_imm"] and any(agents)
 
 
 _AGENTS = (b"torchrun", b"torch.distributed.run", b"torch.distributed.launch")

@@ -67,6 +67,7 @@ def merge_into(
     dequantize: bool = False,
     workers: int | None = None,
     allow_nonfinite: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> LiveReport:
     """Merge a model in memory back towards its base, in place: the model is the sft, and becomes the merged one.
@@ -80,6 +81,7 @@ def merge_into(
         base, start: as in `merge_checkpoints`, read from disk in slices.
         alpha, drop, seed, iteration, importance, shrink, clip, layer_factors, reference, keep, take, no_drop, rename,
             leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`. What is taken stays as it is.
+        dry_run: check all that names, shapes and headers tell; write nothing.
         progress: called with (bytes done, bytes in all) now and then, in this thread; all is read twice.
 
     The bits are those that `merge_checkpoints` writes from the saved model, in the dtype of each parameter. Names,
@@ -129,12 +131,14 @@ def merge_into(
         if any(is_hub_id(ref) for ref in refs.values()):  # refuse from headers, before hours of downloading
             there = _opened(refs, parameters, dry_run=True)
             _plan(there, model, state, equal, parameters)
-        inputs = without_same_start(_opened(refs, parameters))
+        inputs = without_same_start(_opened(refs, parameters, dry_run=dry_run))
         here = replace(parameters, iteration=round_of(inputs)) if iteration is None else parameters
         inputs, decided = _plan(inputs, model, state, equal, here)
         return inputs, here, decided, _jobs(decided, inputs["sft"])
 
     inputs, here, decided, jobs = together(ranks, planned)
+    if dry_run:
+        return _report(inputs, here, decided)
     files = [file for each in inputs.values() for file in each.files.values()]
     actions = [(job.item.name, job.item.action, job.item.numbers) for job in jobs]
     _check_same(ranks, lambda: (here, actions, [fingerprint(file) for file in files]))
@@ -147,11 +151,15 @@ def merge_into(
             f"the merge failed when parts of the model had been written: {error}; load the model again, from its last"
             " checkpoint, and merge again"
         ) from error
+    return _report(inputs, here, decided)
+
+
+def _report(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: Decided) -> LiveReport:
     counts = Counter({"keep": "kept", "take": "taken", "copy": "copied"}.get(i.action, "merged") for i in decided.items)
     notes = [note for each in inputs.values() for note in each.notes]
     if decided.ties.broken:
         notes.append(f"note: {decided.ties.broken}: both are merged under their own names")
-    return LiveReport(dict(counts), here.iteration, notes)
+    return LiveReport(dict(counts), parameters.iteration, notes)
 
 
 def _opened(refs: Mapping[str, str | Path], parameters: Parameters, *, dry_run: bool = False) -> dict[str, Checkpoint]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,26 @@ from .checkpoint import disk
 from .checkpoint.output import expanded, locked, output_errors
 from .checkpoint.source import open_checkpoint
 from .errors import CheckpointError, OutputError, shown
-from .factors import factors_of
 from .json_input import is_utf8, parse_json, read_small
-from .loopstate import LOCK, Settings, State, after, begin, decay, refuse_others, save
-from .mask import arithmetic
+from .loopstate import (
+    EVALUATE_MERGED,
+    LOCK,
+    MERGE,
+    Settings,
+    State,
+    after,
+    alphas_of,
+    begin,
+    check_commands,
+    decay,
+    load,
+    refuse_others,
+    save,
+    step_of,
+)
 from .merge import merge_checkpoints
-from .prepare import listed
-from .recipe import RECIPE_FILE, REPORT_FILE, Parameters
+from .options import check_options
+from .recipe import RECIPE_FILE, REPORT_FILE
 from .schedules import parse_schedule
 from .shell import Echo, filled, run_command
 
@@ -81,8 +94,9 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
     if not is_utf8(str(folder)):
         raise OutputError(f"the path {shown(folder)} is not valid UTF-8; give another folder")
     # Refuse now, and not after hours of training.
-    base = open_checkpoint(settings.base, "base", dry_run=True)
-    _check_factors(settings, base.tensors)
+    if load(folder) is None:
+        check_commands(settings)
+    _check_merges(settings)
     with output_errors(folder):
         disk.make_folder(folder)
         refuse_others(folder)
@@ -121,13 +135,12 @@ def _round(run: _Run, number: int) -> None:
     if settings.evaluate is not None and not run.has(f"{number}/evaluate sft"):
         place = run.place(number, "sft.json")
         _evaluate(run, f"{number}/evaluate sft", f"{number}/sft", str(run.place(number, "sft")), number, place)
-    first = parse_schedule(settings.alpha, settings.rounds)(number)
     closed = ""
-    for alpha in (first, *(alpha for alpha in settings.retry if alpha > first)):
-        if not run.has(f"{number}/merge {alpha:g}"):
+    for alpha in alphas_of(settings, number):
+        if not run.has(step_of(number, MERGE, alpha)):
             _merge(run, number, alpha)
-            run.finish(f"{number}/merge {alpha:g}", alphas={**run.state.alphas, str(number): alpha})
-        merged, step = run.place(number, "merged"), f"{number}/evaluate merged {alpha:g}"
+            run.finish(step_of(number, MERGE, alpha), alphas={**run.state.alphas, str(number): alpha})
+        merged, step = run.place(number, "merged"), step_of(number, EVALUATE_MERGED, alpha)
         if settings.evaluate is not None and not run.has(step):
             _evaluate(run, step, f"{number}/merged", str(merged), number, run.place(number, "merged.json"))
         closed = _closed(run.state, number)
@@ -161,20 +174,28 @@ def _train(run: _Run, number: int, start: str, chain: str) -> None:
     if not run.has(f"{number}/train{of}"):
         _command(run, settings.train, {**values, "output": str(sft), "data": str(data)}, f"train{of}", number, sft)
         try:
-            open_checkpoint(sft, "sft")
+            open_checkpoint(sft, "sft", leave_out=settings.leave_out)
         except CheckpointError as error:
             raise CheckpointError(f"the train command of round {number} ended with status 0, but {error}") from error
         run.finish(f"{number}/train{of}")
 
 
-def _check_factors(settings: Settings, names: Iterable[str]) -> None:
-    """Raise ArgumentError if the layer factors are none, or not of this model."""
-    values = listed(importance=settings.importance, layer_factors=settings.layer_factors)
-    p = Parameters(shrink=settings.shrink, clip=settings.clip, **values)
-    factors = factors_of(names, p.importance, p.layer_factors, p.shrink, p.clip)
-    for number in range(settings.rounds):
-        drop = parse_schedule(settings.drop, settings.rounds)(number)
-        arithmetic(alpha=0.5, drop=drop, factor=max(factors.values(), default=1.0))
+def _check_merges(settings: Settings) -> None:
+    """Raise MergeError for a base, or for options of the merges, that would be refused after a training."""
+    drop = parse_schedule(settings.drop, settings.rounds)
+    points = [
+        {"alpha": alpha, "drop": drop(number)}
+        for number in range(settings.rounds)
+        for alpha in alphas_of(settings, number)
+    ]
+    check_options(settings.base, _options(settings), points=points)
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """Return the options of all merges of rounds, as `merge_checkpoints` takes them."""
+    names = ("seed", "importance", "shrink", "clip", "layer_factors", "sparsify", "reference", "keep", "no_drop",
+             "take", "rename", "leave_out", "vocab")  # fmt: skip
+    return {name: getattr(settings, name) for name in names}
 
 
 def _command(run: _Run, template: str, values: Mapping[str, str], what: str, number: int, place: Path) -> None:
@@ -196,17 +217,17 @@ def _merge(run: _Run, number: int, alpha: float) -> None:
         run.tell(f"round {number}: anchor: {kept:g} x {before} + {1 - kept:g} x {merged}")
         merge_checkpoints(
             before, merged, run.place(number, "anchor"), alpha=kept, drop=0, iteration=number, vocab=settings.vocab,
-            overwrite=True,
+            dtype="float32", overwrite=True,  # what a round moves it by is below the steps of 16 bits
         )  # fmt: skip
     anchor, start = run.anchor(number), run.start(number)
     drop = parse_schedule(settings.drop, settings.rounds)(number)
     run.tell(f"round {number}: merge: alpha {alpha:g}, drop {drop:g}, anchor {anchor}")
+    dtype = None if settings.dtype == "base" else settings.dtype
+    if dtype is None and anchor not in (settings.base, start):
+        dtype = "start"  # the merged model before it, which has the base's
     report = merge_checkpoints(
         anchor, run.place(number, "sft"), run.place(number, "merged"), start=start if start != anchor else None,
-        iteration=number, alpha=alpha, drop=drop, seed=settings.seed, importance=settings.importance,
-        shrink=settings.shrink, clip=settings.clip, layer_factors=settings.layer_factors, sparsify=settings.sparsify,
-        reference=settings.reference, dtype=None if settings.dtype == "base" else settings.dtype, keep=settings.keep,
-        no_drop=settings.no_drop, rename=settings.rename, vocab=settings.vocab, overwrite=True,
+        iteration=number, alpha=alpha, drop=drop, dtype=dtype, overwrite=True, **_options(settings),
     )  # fmt: skip
     for note in report.notes:
         run.tell(note)

@@ -13,7 +13,7 @@ from .console import CONTEXT, delta_options, say, tell
 from .errors import shown
 
 loop_epilog = """\b
-Placeholders, each filled in as one word of the shell; other braces stay:
+Placeholders, each filled in as one word of the shell; a misspelt one is refused, other braces stay:
   --generate   {model} {output} {round} {base}
   --train      {model} {output} {data} {round} {base}     {data}: what --generate made
   --evaluate   {model} {json} {round} {base}
@@ -51,7 +51,12 @@ Example:
 )  # fmt: skip
 @click.option("--keep", metavar="REGEX", multiple=True, help="Tensors to leave as in the anchor; repeatable.")
 @click.option("--no-drop", metavar="REGEX", multiple=True, help="Tensors to merge without dropping; repeatable.")
+@click.option("--take", metavar="REGEX", multiple=True, help="Tensors to take from trained models; repeatable.")
 @click.option("--rename", metavar="REGEX=REPL", multiple=True, help="What names of trained models are in BASE.")
+@click.option(
+    "--leave-out", metavar="FILE", multiple=True,
+    help="File or folder of a model that is no weights of it, by its path there; repeatable.",
+)  # fmt: skip
 @click.option(
     "--vocab", type=click.Choice(["strict", "base", "sft"]), default="strict", show_default=True,
     help="Whose vocabulary merged models have.",

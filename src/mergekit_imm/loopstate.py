@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from .errors import ArgumentError, CheckpointError, OutputError, shown
 from .json_input import is_utf8, parse_json, read_small
 from .recipe import Parameters, differences, to_json
 from .schedules import parse_schedule
-from .shell import placeholders
+from .shell import check_placeholders, placeholders
 
 STATE = "loop.json"
 LOCK = "lock"  # held while a loop runs, or a command that it began
@@ -20,6 +20,7 @@ FORMAT, VERSION = "mergekit_imm loop", 1
 GENERATE = ("model", "output", "round", "base")
 TRAIN = ("model", "output", "data", "round", "base")
 EVALUATE = ("model", "json", "round", "base")
+MERGE, EVALUATE_MERGED = "merge", "evaluate merged"  # steps that are done for each alpha that is tried
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Settings:
     dtype: str = "base"
     keep: tuple[str, ...] = ()
     no_drop: tuple[str, ...] = ()
+    take: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
     vocab: str = "strict"
     keep_rounds: int | None = None
     gate: str | None = None
@@ -63,7 +66,7 @@ class Settings:
             Parameters(alpha=alpha)
         Parameters(
             seed=self.seed, reference=self.reference, dtype=self.dtype, keep=self.keep, no_drop=self.no_drop,
-            rename=self.rename, vocab=self.vocab,
+            take=self.take, rename=self.rename, leave_out=self.leave_out, vocab=self.vocab,
         )  # fmt: skip
         decay(self.anchor)
         for text in (self.base, self.train, self.generate, self.evaluate, self.gate):
@@ -89,6 +92,25 @@ class Settings:
             raise ArgumentError(f"tolerance is {self.tolerance!r}; it is a number, 0 or more")
         if self.keep_rounds is not None and self.keep_rounds < 1:
             raise ArgumentError(f"keep_rounds is {self.keep_rounds!r}; the last round is always kept, so at least 1")
+
+
+def check_commands(settings: Settings) -> None:
+    """Raise ArgumentError for a placeholder that a command does not know."""
+    for what, names in (("generate", GENERATE), ("train", TRAIN), ("evaluate", EVALUATE)):
+        command = getattr(settings, what)
+        if command is not None:
+            check_placeholders(f"the {what} command", command, names, {*GENERATE, *TRAIN, *EVALUATE})
+
+
+def alphas_of(settings: Settings, number: int) -> list[float]:
+    """Return the alphas that a round is merged with, in turn, until the gate lets one through."""
+    first = parse_schedule(settings.alpha, settings.rounds)(number)
+    return [first, *(alpha for alpha in settings.retry if alpha > first)]
+
+
+def step_of(number: int, what: str, alpha: float) -> str:
+    """Return the name of a step that is done for each alpha. No two alphas share one."""
+    return f"{number}/{what} {alpha!r}"
 
 
 def decay(anchor: str) -> float:
@@ -145,8 +167,9 @@ def load(run: Path) -> State | None:
             key: tuple(v) if isinstance(v, list) else v for key, v in content["settings"].items() if key in known
         }
         metrics = {name: {key: float(v) for key, v in each.items()} for name, each in content["metrics"].items()}
+        settings = Settings(**values)
         return State(
-            Settings(**values), str(content["model"]), tuple(content["done"]), metrics, dict(content["alphas"]),
+            settings, str(content["model"]), _renamed(settings, content["done"]), metrics, dict(content["alphas"]),
             str(content["stopped"]),
         )  # fmt: skip
     except OSError as error:
@@ -155,6 +178,23 @@ def load(run: Path) -> State | None:
         raise CheckpointError(
             f"{shown(path)} is damaged: {shown(error, 200)}; restore it, or give another folder"
         ) from error
+
+
+def _renamed(settings: Settings, done: Iterable[str]) -> tuple[str, ...]:
+    """Return the steps that are done, those of the first version, whose alphas have six digits, under their names now.
+
+    Of alphas that shared a name the first was merged, and the others were taken for done.
+    """
+    names = {step: step for step in done}
+    for number in range(settings.rounds):
+        for what in (MERGE, EVALUATE_MERGED):
+            free = set(names)
+            for alpha in alphas_of(settings, number):
+                step, old = step_of(number, what, alpha), f"{number}/{what} {alpha:g}"
+                if step not in free and old in free:
+                    names[old] = step
+                free -= {step} if step in free else {old}
+    return tuple(names.values())
 
 
 def refuse_others(run: Path) -> None:

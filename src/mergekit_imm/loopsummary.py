@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.disk import replace_file
+from .checkpoint.output import output_errors
 from .errors import shown
 from .loopstate import State
 from .views import aligned, saved
@@ -32,7 +33,7 @@ def rows(state: State) -> list[dict[str, Any]]:
 
 
 def table(state: State) -> str:
-    """Return a table of all that was measured, a line for each model: SFT n, Merge n as the paper calls them."""
+    """Return a table of all that was measured, a line for each model: SFT n, Merge n, of round n, from 0 on."""
     found = rows(state)
     if not found:
         alphas = (f"  round {number}: alpha {alpha:g}" for number, alpha in state.alphas.items())
@@ -41,7 +42,7 @@ def table(state: State) -> str:
     titles = dict(KINDS)
     cells = [["model", "alpha", *map(shown, names)]]
     for row in found:
-        title = "base" if row["kind"] == "base" else f"{titles[row['kind']]} {row['round'] + 1}"
+        title = "base" if row["kind"] == "base" else f"{titles[row['kind']]} {row['round']}"
         alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
         cells.append(
             [title, alpha, *(f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "" for name in names)]
@@ -73,16 +74,17 @@ def plot(state: State, folder: Path) -> list[Path]:
             if base:
                 axes.axhline(base[0], color="0.5", linewidth=1, linestyle=":", label="base")
             for kind, title in KINDS:
-                points = [(at + 1, value) for each, at, value in measured if each == kind]
+                points = [(at, value) for each, at, value in measured if each == kind]
                 if points:
                     axes.plot(*zip(*points, strict=True), _STYLES[kind], label=title, markersize=4)
-            axes.set_xticks(range(1, state.settings.rounds + 1))
+            axes.set_xticks(range(state.settings.rounds))
             axes.set_xlabel("round")
             axes.set_title(shown(name, 60), parse_math=False)
             axes.grid(alpha=0.3)
             if number == 0:
                 axes.legend(fontsize=7)
         files = saved(figure, "metrics")
-    for name, content in files.items():
-        replace_file(folder / name, content)
+    with output_errors(folder):
+        for name, content in files.items():
+            replace_file(folder / name, content)
     return [folder / name for name in files]

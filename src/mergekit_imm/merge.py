@@ -123,7 +123,8 @@ def merge_checkpoints(
             file of one, or a rule: "lines:FIRST,LAST" (`lines_factors`), "groups:EARLY,MIDDLE,LATE" (`group_factors`).
         sparsify: "dare"; "trim": keep the largest elements of each tensor, see `trim`; "della" or "della:EPSILON": drop
             the smaller ones more often, see `della`.
-        dtype: "bfloat16", "float16" or "float32" for all float tensors; if None, the base's, tensor by tensor.
+        dtype: "bfloat16", "float16" or "float32" for all float tensors; if None, the base's, tensor by tensor; "start":
+            the start's.
         max_shard_size: bytes, or "5GB"; if None, the base's own files.
         keep, take, no_drop: regular expressions (re.search on the base's names): tensors to leave as in the
             base, to take from the sft, to merge without dropping.

@@ -186,9 +186,10 @@ def decide(
     choose = selection(parameters, base, sft)
     p = parameters
     factors = factors_of(base.tensors, p.importance, p.layer_factors, p.shrink, p.clip)
-    main = main_dtype(base)
+    typed = inputs.get("start", base) if p.dtype == "start" else base  # whose dtypes the output has
+    main = main_dtype(typed)
 
-    found: list[tuple[str, list[str], dict[str, Tensor]]] = []  # key, names to write, what it is in each model
+    found: list[tuple[str, list[str], dict[str, Tensor], str]] = []  # key, names to write, each model's, dtype
     done: set[str] = set(wrong)
     # A head that only the start or an adapter holds is in a group.
     for name in dict.fromkeys([*base.tensors, *groups, *sft.tensors]):
@@ -198,15 +199,17 @@ def decide(
         written = list(group.written) if group else [name]
         key = group.key if group else name
         done.update(group.names if group else [name])
-        found.append((key, written, {r: side for r, each in used.items() if (side := side_of(each, name, group))}))
-    compared = [(k, sides) for k, written, sides in found if _action(k, written, sides, choose) in ("merge", "copy")]
+        sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
+        like = side_of(typed, name, group)
+        found.append((key, written, sides, like.native if like is not None else main))
+    compared = [(k, sides) for k, written, sides, _ in found if _action(k, written, sides, choose) in ("merge", "copy")]
     check_alike(compared, used, parameters, note)
     items: list[Item] = []
-    for key, written, sides in found:
+    for key, written, sides, native in found:
         if key in wrong:
             continue
         try:
-            items.append(_item(key, written, sides, used, choose, factors, main, parameters))
+            items.append(_item(key, written, sides, used, choose, factors, native, parameters))
         except MergeError as error:
             note(error, [key])
     return Decided(items, used, ties)
@@ -330,7 +333,7 @@ def _item(
     used: Mapping[str, Checkpoint],
     choose: Choose,
     factors: Mapping[str, float],
-    main: str,
+    native: str,
     parameters: Parameters,
 ) -> Item:
     p = parameters
@@ -340,7 +343,6 @@ def _item(
     source = sides["sft" if action == "take" else "base"]
     dtype = source.native
     if dtype in MERGED:
-        native = sides["base"].native if "base" in sides else main
         dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
     if action == "take" and used["sft"].adapter is not None and not is_stored(source):
         raise ArgumentError(

@@ -61,8 +61,8 @@ class Parameters:
             object.__setattr__(self, name, float(getattr(self, name)))
         if self.reference not in ("start", "base"):
             raise ArgumentError(f"reference is {self.reference!r}; it must be 'start' or 'base'")
-        if self.dtype not in ("base", *DTYPES):
-            raise ArgumentError(f"dtype is {self.dtype!r}; it must be one of base, {', '.join(DTYPES)}")
+        if self.dtype not in ("base", "start", *DTYPES):
+            raise ArgumentError(f"dtype is {self.dtype!r}; it must be one of base, start, {', '.join(DTYPES)}")
         if self.vocab not in VOCABS:
             raise ArgumentError(f"vocab is {self.vocab!r}; it must be one of {', '.join(VOCABS)}")
         how = parse_sparsify(self.sparsify, self.drop)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import disk
-from .errors import ArgumentError, CheckpointError, shown
+from .errors import ArgumentError, CheckpointError, OutputError, shown
 from .json_input import parse_json, read_small
 from .merge import merge_checkpoints
+from .options import check_keywords, check_options, keywords
 from .recipe import to_json
+from .saving import saving
 from .schedules import Schedule
 
 if TYPE_CHECKING:
@@ -27,8 +29,9 @@ class Rounds:
         merged_t = alpha_t * base + (1 - alpha_t) * (start_t + DARE(sft_t - start_t)),    start_t+1 = merged_t
 
     `alpha` and `drop` are numbers, or functions of the round (`mergekit_imm.schedules`); `start` is the base if None;
-    `options` are further keyword arguments of the merges (`importance`, `keep`, …). A merge returns the rounds as they
-    are after it, and changes nothing here. Source: arXiv 2503.02103, Eq. 6.
+    `options` are further keyword arguments of the merges (`importance`, `keep`, …). What the headers of the base can
+    tell is checked here, before anything is trained; of functions of the round the first number. A merge returns the
+    rounds as they are after it, and changes nothing here. Source: arXiv 2503.02103, Eq. 6.
 
     >>> rounds = Rounds(base_folder, alpha=0.5, drop=0.2)
     >>> rounds = rounds.merge(sft_folder, out_folder)
@@ -43,6 +46,20 @@ class Rounds:
     seed: int = 0
     iteration: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    _checked: InitVar[bool] = False  # by those that these go on from
+    _unsaved: list[torch.Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self, _checked: bool) -> None:
+        """Raise MergeError for what the first merge would refuse, hours of training later."""
+        if _checked:
+            return
+        own = {each.name for each in fields(self)}
+        twice = sorted(own & set(self.options))
+        if twice:
+            raise ArgumentError(f"options have '{twice[0]}', which Rounds itself takes: Rounds(..., {twice[0]}=...)")
+        check_keywords(self.options, keywords(merge_checkpoints) - own - {"dry_run"}, "Rounds")
+        numbers = {name: value for name, value in self.numbers().items() if name != "start"}
+        check_options(self.base, numbers)
 
     def numbers(self) -> dict[str, Any]:
         """Return what this round is merged with, as keyword arguments of `merge_checkpoints` and `merge_into`."""
@@ -63,32 +80,80 @@ class Rounds:
 
         `sft` is a checkpoint, merged into the folder `out` by `merge_checkpoints`; or a model in memory, or its
         tensors by name, which `merge_into` merges in place, and which then are saved in `out`: by `save(sft, out)`,
-        else by the model's own `save_pretrained`, tensors as one safetensors file. Of a model that several ranks hold,
-        every rank calls this, with a `save` that all of them can call. Raises MergeError.
+        else by the model's own `save_pretrained`, tensors as one safetensors file, of those that share their memory the
+        names that the base stores. Of a model that several ranks hold, every rank calls this, with a `save` that all of
+        them can call. Raises MergeError.
+
+        What can be refused is refused before anything in memory changes, an `out` that holds something too; and unless
+        there is a `save`, `out` appears only when it is whole. If saving fails nevertheless (a full disk), what is in
+        memory is merged already: it is not merged again by these rounds, and `save_merged` goes on.
         """
         if isinstance(sft, str | Path):
             merge_checkpoints(self.base, sft, out, **self.numbers())
-        else:
-            if save is None and not isinstance(sft, Mapping) and not hasattr(sft, "save_pretrained"):
-                raise ArgumentError(
-                    f"{type(sft).__name__} has no save_pretrained; give `save`, called with it and a path"
-                )
-            self._merge_in_place(sft)
-            (save or _save)(sft, Path(out))
-        return replace(self, start=out, iteration=self.iteration + 1)
-
-    def _merge_in_place(self, sft: Any) -> None:
+            return self._after(out)
         from .live import merge_into
 
-        merge_into(_module_of(sft) if isinstance(sft, Mapping) else sft, self.base, **self.numbers())
+        check_keywords(self.options, keywords(merge_into), "a merge in memory")
+        module = _module_of(sft, save)
+        if self._holds(module):
+            raise ArgumentError(
+                f"round {self.iteration} of this model is merged already, and not saved: call save_merged(sft, out) of"
+                " these rounds; if it was loaded and trained again since, give new Rounds"
+            )
+        with saving(sft, Path(out), self.base, save) as write:
+            merge_into(module, self.base, **self.numbers())
+            return self._written(module, write, out)
+
+    def save_merged(
+        self,
+        sft: torch.nn.Module | Mapping[str, torch.Tensor],
+        out: str | Path,
+        *,
+        save: Callable[[Any, Path], object] | None = None,
+    ) -> Rounds:
+        """Save what `merge` merged in memory and could not save, as `merge` would have; return the rounds after it.
+
+        Raises ArgumentError for another model, OutputError if it fails again.
+        """
+        module = _module_of(sft, save)
+        if not self._holds(module):
+            raise ArgumentError(f"this is no model that round {self.iteration} has merged and not saved; call merge")
+        with saving(sft, Path(out), self.base, save) as write:
+            return self._written(module, write, out)
+
+    def _holds(self, module: torch.nn.Module) -> bool:
+        """Whether tensors of a model are merged and not saved. They are kept, so that no others take their place."""
+        kept = {(tensor.device, tensor.data_ptr()) for tensor in self._unsaved}
+        return any((tensor.device, tensor.data_ptr()) in kept for tensor in _local_tensors(module))
+
+    def _written(self, module: torch.nn.Module, write: Callable[[], object], out: str | Path) -> Rounds:
+        try:
+            write()
+        except BaseException as error:
+            self._unsaved[:] = _local_tensors(module)
+            if not isinstance(error, Exception):
+                raise
+            why = error.strerror if isinstance(error, OSError) and error.strerror else shown(error, 300)
+            raise OutputError(
+                f"round {self.iteration} is merged, in memory, and cannot be saved in {shown(out)}: {why}; mend that,"
+                " and call save_merged(sft, out) of these rounds, which saves it and does not merge it again"
+            ) from error
+        self._unsaved.clear()
+        return self._after(out)
+
+    def _after(self, out: str | Path) -> Rounds:
+        return replace(self, start=out, iteration=self.iteration + 1, _checked=True)
 
     def save(self, path: str | Path) -> None:
-        """Write where the loop is: base, start, seed and round, as JSON, whole or not at all."""
+        """Write where the loop is: base, start, seed and round, as JSON, whole or not at all. Raises OutputError."""
         content = {
             "format": FORMAT, "version": VERSION, "base": str(self.base),
             "start": None if self.start is None else str(self.start), "seed": self.seed, "iteration": self.iteration,
         }  # fmt: skip
-        disk.replace_file(Path(path), to_json(content))
+        from .checkpoint.output import output_errors
+
+        with output_errors(Path(path)):
+            disk.replace_file(Path(path), to_json(content))
 
     def restored(self, path: str | Path) -> Rounds:
         """Return these rounds where a file says that they are; as they are, if there is no such file yet.
@@ -114,15 +179,32 @@ class Rounds:
                 f"{shown(path)} is of base {shown(base)} and seed {shown(seed)}, and these rounds are of"
                 f" {shown(self.base)} and {self.seed}; give another file, or the same base and seed"
             )
-        return replace(self, start=start, iteration=iteration)
+        return replace(self, start=start, iteration=iteration, _checked=True)
 
 
-def _module_of(state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """Return a module whose parameters are these tensors, by their names."""
+def _module_of(sft: torch.nn.Module | Mapping[str, torch.Tensor], save: object) -> torch.nn.Module:
+    """Return a model, or one whose parameters are these tensors, by their names. Raises ArgumentError."""
     import torch
+    from torch.distributed.tensor import DTensor
 
+    from .shards import is_distributed
+
+    if not isinstance(sft, Mapping):
+        if save is None and not hasattr(sft, "save_pretrained"):
+            raise ArgumentError(f"{type(sft).__name__} has no save_pretrained; give `save`, called with it and a path")
+        if save is None and is_distributed(sft):
+            raise ArgumentError(
+                f"{type(sft).__name__} is held by several ranks; give a `save` that all of them can call"
+            )
+        return sft
     root = torch.nn.Module()
-    for name, tensor in state.items():
+    for name, tensor in sft.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(
+                f"'{shown(name)}' is a {type(tensor).__name__}; give a mapping of names to torch tensors"
+            )
+        if save is None and isinstance(tensor, DTensor):
+            raise ArgumentError(f"'{shown(name)}' is a DTensor, of which this rank has a part; give `save`")
         *path, last = name.split(".")
         module = root
         for part in path:
@@ -133,13 +215,8 @@ def _module_of(state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     return root
 
 
-def _save(sft: Any, out: Path) -> None:
-    if isinstance(sft, Mapping):
-        from safetensors.torch import save_file
+def _local_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Return what this process holds of a model's tensors, empty ones left out."""
+    from .shards import live_tensors
 
-        out.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in sft.items()}, out / "model.safetensors", {"format": "pt"}
-        )
-    else:
-        sft.save_pretrained(out)
+    return [part.tensor for live in live_tensors(module).values() for part in live.parts]

@@ -75,7 +75,7 @@ def live_tensors(model: nn.Module) -> dict[str, Live]:
     found: dict[str, Live] = {}
     known: dict[Hashable, Live] = {}
     for name, tensor in state.items():
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         parts = _parts(name, tensor)
         memory = _memory(parts) or id(tensor)
         if memory not in known:
@@ -142,7 +142,8 @@ def _check_whole(model: nn.Module, state: Mapping[str, object]) -> None:
             )
 
 
-def _check_tensor(name: str, tensor: object) -> None:
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise MismatchError for a tensor of a model that cannot be merged in place: quantised, without values."""
     if not isinstance(tensor, Tensor):
         raise MismatchError(
             f"the model's state holds '{shown(name)}', a {type(tensor).__name__} and no tensor; {_SAVE}"

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 from .errors import ArgumentError, MergeError, shown
@@ -20,6 +21,7 @@ Echo = Callable[[bytes], None]
 
 LAST_LINES = 20
 GRACE = 20.0  # seconds that a command has to end when it is asked to
+_CLOSE = 0.8  # of difflib: modle, outputs, bse are close; date and name are not
 
 
 class CommandError(MergeError):
@@ -38,34 +40,63 @@ def filled(template: str, values: Mapping[str, str]) -> str:
     >>> filled("train {model} -o {output} '{x: 1}'", {"model": "a b", "output": "out"})
     "train 'a b' -o out '{x: 1}'"
     """
-    found = []
-    quote, at = "", 0
-    names = "|".join(map(re.escape, values))
-    for match in re.finditer(rf"\\.|['\"]|(?<!\$)\{{({names})\}}", template, re.DOTALL):
-        found.append(template[at : match.start()])
-        at = match.end()
-        name = match[1]
-        if name is not None:
-            word = shlex.quote(values[name])
-            if quote and word != values[name]:
-                raise ArgumentError(
-                    f"{{{name}}} stands inside {quote} in '{shown(template)}', and is {shown(word)}; leave out the"
-                    " quotes around it: it is quoted when it is filled in"
-                )
-            found.append(word)
+    found, at = [], 0
+    for word, quote in _braced(template):
+        name = word[1]
+        if name not in values:
             continue
+        value = shlex.quote(values[name])
+        if quote and value != values[name]:
+            raise ArgumentError(
+                f"{{{name}}} stands inside {quote} in '{shown(template)}', and is {shown(value)}; leave out the"
+                " quotes around it: it is quoted when it is filled in"
+            )
+        found += [template[at : word.start()], value]
+        at = word.end()
+    return "".join([*found, template[at:]])
+
+
+def _braced(template: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Return the words that stand alone in braces, `${x}` not among them, and the quote that each is inside."""
+    quote = ""
+    for match in re.finditer(r"\\.|['\"]|(?<!\$)\{([^\W\d]\w*)\}", template, re.DOTALL):
         text = match[0]
-        if text == "\\'" and quote == "'":  # no escape there: the quote ends
+        if match[1] is not None:
+            yield match, quote
+        elif text == "\\'" and quote == "'":  # no escape there: the quote ends
             quote = ""
         elif text in ("'", '"') and quote in ("", text):
             quote = "" if quote else text
-        found.append(text)
-    return "".join([*found, template[at:]])
 
 
 def placeholders(template: str, names: tuple[str, ...]) -> set[str]:
     """Return which of the known placeholders a command holds."""
-    return {name for name in names if re.search(rf"(?<!\$)\{{{name}\}}", template)}
+    return {word[1] for word, _ in _braced(template)} & set(names)
+
+
+def check_placeholders(what: str, template: str, names: Sequence[str], every: Collection[str]) -> None:
+    """Raise ArgumentError for a word in braces that is none of a command's placeholders, and may be meant as one.
+
+    Outside quotes that is any word: braces around a single one mean nothing to a shell. Inside, where programs stand
+    (`awk '{print}'`), it is a placeholder of another command (of `every`), or one that is misspelt. Not `%{x}`, `@{x}`.
+
+    >>> check_placeholders("the train command", "train {modle} {output}", ["model", "output"], ["model", "output"])
+    Traceback (most recent call last):
+    mergekit_imm.errors.ArgumentError: the train command has {modle}, which is none of its placeholders {model} \
+{output}; did you mean {model}? If it is meant as it stands, write {m''odle}
+    """
+    for word, quote in _braced(template):
+        name = word[1]
+        near = get_close_matches(name.lower(), names, n=1, cutoff=_CLOSE)
+        near = near or [each for each in names if sorted(each) == sorted(name.lower())]
+        bare = not quote and template[word.start() - 1 : word.start()] not in ("%", "@", "#")
+        if name in names or not (near or bare or name in every):
+            continue
+        did_you = f"did you mean {{{near[0]}}}? If" if near else "if"
+        raise ArgumentError(
+            f"{what} has {{{shown(name)}}}, which is none of its placeholders {' '.join(f'{{{n}}}' for n in names)};"
+            f" {did_you} it is meant as it stands, write {{{shown(name[0])}{2 * (quote or chr(39))}{shown(name[1:])}}}"
+        )
 
 
 def run_command(what: str, command: str, log: Path, *, held: int | None, echo: Echo | None) -> None:

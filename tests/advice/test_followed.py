@@ -260,10 +260,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Inputs], str]] = {
         lambda f: saved(f, llama(), llama(tie_word_embeddings=True)),
         r"a config ties 'lm_head\.weight' and 'model\.embed_tokens\.weight'",
     ),
-    "a head that only an adapter has": (
-        lambda f: _adapter(f, "score", (2, 32)),
-        r"1 tensor is in sft \S+ only, not in base \S+: 'score\.weight'; is this the model that the adapter was",
-    ),
     "a start that has more, of an adapter": (
         lambda f: with_start(_adapter(f, "lm_head", (64, 32)), lambda s: s | {"extra": torch.ones(2)}),
         r"1 tensor is in start \S+ only, .*: save it again$",

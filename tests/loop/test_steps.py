@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 
 from checkpoints import files_of, random_state, read_model, same_bits, write_model
 from loops import CONFIG, EVALUATE, PYTHON, TRAIN, asked, expected
-from mergekit_imm import CheckpointError, MergeError, OutputError
+from mergekit_imm import CheckpointError, MergeError, OutputError, verify
 from mergekit_imm.loop import run_loop
-from mergekit_imm.loopstate import load
+from mergekit_imm.loopstate import State, load, save
 from mergekit_imm.shell import CommandError
 
 
@@ -66,6 +67,64 @@ def test_more_rounds_of_a_list_are_the_same_numbers_and_more(base: str) -> None:
     with pytest.raises(OutputError, match="alpha of the rounds before, as there are more rounds now"):
         run_loop(asked(base, rounds=3, alpha="0.3,0.6,0.7"), "run")
     assert run_loop(asked(base, rounds=3, alpha="0.3,0.5,0.7"), "run").alphas == {"0": 0.3, "1": 0.5, "2": 0.7}
+
+
+DRIFT = """
+import json, shutil, sys
+import numpy as np
+# Multiplies each weight by 1.01, and keeps its dtype; bfloat16 is the upper half of float32, rounded to even.
+source, target = sys.argv[1:]
+shutil.copytree(source, target, dirs_exist_ok=True)
+content = open(source + "/model.safetensors", "rb").read()
+size = int.from_bytes(content[:8], "little")
+header, data = json.loads(content[8 : 8 + size]), bytearray(content[8 + size :])
+for name, about in header.items():
+    if name != "__metadata__":
+        first, end = about["data_offsets"]
+        if about["dtype"] == "BF16":
+            wide = (np.frombuffer(data[first:end], "<u2").astype("<u4") << 16).view("<f4") * np.float32(1.01)
+            bits = wide.view("<u4")
+            data[first:end] = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
+        else:
+            data[first:end] = (np.frombuffer(data[first:end], "<f4") * np.float32(1.01)).tobytes()
+open(target + "/model.safetensors", "wb").write(content[: 8 + size] + data)
+"""
+
+
+def test_an_anchor_that_moves_slowly_moves_in_every_round(base: str) -> None:
+    """A drift of 1 % a round moves a mean of decay 0.9 by 0.1 %: less than half a step of a bfloat16 number.
+
+    The anchor is the formula's in float32; merged models have the base's dtypes, tensor by tensor.
+    """
+    state = random_state({"model.embed.weight": (64, 8), "model.layers.0.w": (16, 16), "model.norm": (64,)})
+    state["model.norm"] = state["model.norm"].float()
+    write_model(Path(base), state, config=CONFIG)
+    Path("drift.py").write_text(DRIFT)
+    run_loop(asked(base, train=f"{PYTHON} drift.py {{model}} {{output}}", anchor="ema:0.9", drop="0"), "run")
+    anchor = {name: tensor.double() for name, tensor in state.items()}
+    start = state
+    for number in range(3):
+        if number:
+            anchor = {name: 0.9 * each + 0.1 * start[name].double() for name, each in anchor.items()}
+            kept = read_model(Path(f"run/round-{number}/anchor"))
+            for name, expected in anchor.items():
+                assert kept[name].dtype == torch.float32
+                torch.testing.assert_close(kept[name].double(), expected, rtol=3e-7, atol=0)
+        sft, merged = (read_model(Path(f"run/round-{number}/{name}")) for name in ("sft", "merged"))
+        for name, before in anchor.items():
+            assert merged[name].dtype == state[name].dtype
+            exact = 0.5 * before + 0.5 * sft[name].double()
+            step = 2.0**-8 if state[name].dtype == torch.bfloat16 else 1e-6
+            torch.testing.assert_close(merged[name].double(), exact, rtol=step, atol=0)
+        start = merged
+    moved = (anchor["model.embed.weight"] / state["model.embed.weight"].double()).mean()
+    assert 1.001 < moved < 1.003
+    recipe = json.loads(Path("run/round-2/imm_recipe.json").read_text())
+    assert recipe["parameters"]["dtype"] == "start"
+    assert verify("run/round-2/merged").segments == 3
+    run_loop(asked(base, train=f"{PYTHON} drift.py {{model}} {{output}}", anchor="ema:0.9", drop="0", dtype="float32"),
+             "wide")  # fmt: skip
+    assert {tensor.dtype for tensor in read_model(Path("wide/round-2/merged")).values()} == {torch.float32}
 
 
 def test_an_anchor_that_moves_has_the_vocabulary_that_was_asked_for(base: str) -> None:
@@ -144,3 +203,49 @@ def test_a_generate_command_makes_the_data(base: str) -> None:
     run_loop(asked(base, generate=made, train=f"test -s {{data}}/data.txt && {TRAIN}"), "run")
     assert Path("run/round-2/data/data.txt").read_text() == "2\n"
     assert Path("run/round-2/generate.log").exists()
+
+
+def test_alphas_that_differ_in_the_seventh_digit_are_two(base: str) -> None:
+    """The gate is closed: each is merged and measured."""
+    wanted = asked(
+        base, rounds=1, evaluate=EVALUATE, gate="nested.left", alpha="0.333333", retry=(0.3333333, 0.33333333, 0.9)
+    )
+    state = run_loop(wanted, "run")
+    assert state.stopped != ""
+    merges = [step for step in state.done if step.startswith("0/merge")]
+    assert merges == ["0/merge 0.333333", "0/merge 0.3333333", "0/merge 0.33333333", "0/merge 0.9"]
+    assert sum(step.startswith("0/evaluate merged") for step in state.done) == 4
+
+
+def test_a_loop_goes_on_whose_steps_the_first_version_named(base: str) -> None:
+    """Its names had six digits of an alpha."""
+    wanted = asked(base, alpha="linear:0.3,1", rounds=4, evaluate=EVALUATE)  # 0.5333333333333333, 0.7666666666666666
+    run_loop(wanted, "run")
+    before = files_of(Path("run"))
+    content = json.loads(before["loop.json"])
+    assert "1/merge 0.5333333333333333" in content["done"]
+    assert "3/merge 1.0" in content["done"]
+    six = {"0.5333333333333333": "0.533333", "0.7666666666666666": "0.766667", "1.0": "1"}
+    words = [step.rpartition(" ") for step in content["done"]]
+    old = [f"{before}{blank}{six.get(last, last)}" for before, blank, last in words]
+    assert old != content["done"]
+    Path("run/loop.json").write_text(json.dumps(content | {"done": old}))
+    said: list[str] = []
+    state = run_loop(wanted, "run", tell=said.append)
+    assert (said, list(state.done)) == ([], content["done"])
+
+
+def test_of_alphas_that_shared_a_name_the_first_was_merged(base: str) -> None:
+    """So the first version skipped the second: it is merged now."""
+    wanted = asked(base, rounds=1, alpha="0.3333333", retry=(0.33333333, 0.9), evaluate=EVALUATE, gate="nested.left",
+                   tolerance=9.0)  # fmt: skip
+    done = ["base/evaluate", "0/train", "0/evaluate sft", "0/merge 0.333333", "0/evaluate merged 0.333333"]
+    state = State(wanted, base, tuple(done))
+    Path("run").mkdir()
+    save(state, Path("run"))
+    found = load(Path("run"))
+    assert found is not None
+    assert found.done == (*done[:3], "0/merge 0.3333333", "0/evaluate merged 0.3333333")
+    own = (*done[:3], "0/merge 0.33333333")  # of this version: the second alone
+    save(replace(state, done=own), Path("run"))
+    assert load(Path("run")).done == own  # type: ignore[union-attr]

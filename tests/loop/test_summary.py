@@ -20,9 +20,9 @@ def test_the_table_and_the_pictures_show_what_was_measured(base: str) -> None:
     lines = table(state).splitlines()
     assert lines[0].split() == ["model", "alpha", "distance", "nested.left"]
     assert [line.split("  ")[0] for line in lines[1:]] == [
-        "base", *(f"{what} {n}" for n in (1, 2, 3) for what in ("SFT", "Merge", "SFT without merges"))
+        "base", *(f"{what} {n}" for n in (0, 1, 2) for what in ("SFT", "Merge", "SFT without merges"))
     ]  # fmt: skip
-    assert lines[2].split() == ["SFT", "1", "0.01", "0.99"]
+    assert lines[2].split() == ["SFT", "0", "0.01", "0.99"]
     paths = plot(state, Path("run"))
     assert paths == [Path("run/metrics.png"), Path("run/metrics.svg")]
     first = [path.read_bytes() for path in paths]
@@ -47,5 +47,5 @@ def test_any_name_is_that_of_a_number(base: str) -> None:
     names = {"round": 7, "kind": 3, "alpha": 0.1, "$\\frac$": 1}
     said = f"echo {{model}} {shlex.quote(json.dumps(names))} | cut -d' ' -f2- > {{json}}"
     state = run_loop(asked(base, evaluate=said, rounds=1), "run")
-    assert table(state).splitlines()[-1].split() == ["Merge", "1", "0.5", "7", "3", "0.1", "1"]
+    assert table(state).splitlines()[-1].split() == ["Merge", "0", "0.5", "7", "3", "0.1", "1"]
     assert len(plot(state, Path("run"))) == 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,23 @@ from commands import CONFIG, SIDE, write_pair
 def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(write_pair(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a filesystem in memory, of a size, or mount it again with other options."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        ended = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+        if ended.returncode != 0:
+            pytest.skip(f"no filesystem can be mounted here: {ended.stderr.strip()}")
+        return place
+
+    yield mount
+    with suppress(OSError):
+        subprocess.run(["umount", place], capture_output=True)
 
 
 @pytest.fixture

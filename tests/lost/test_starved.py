@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import pytest
 from checkpoints import files_of, random_state, write_model
 from commands import CONFIG, SIDE, subprocess_of, write_pair
 from mergekit_imm import CheckpointError, OutputError, merge_checkpoints
-from mergekit_imm.checkpoint import disk
+from mergekit_imm.checkpoint import journal
 from refused import everything
 
 SIZE = 8  # MB of a model
@@ -29,23 +28,6 @@ def pair(tmp_path: Path) -> Path:
         shards = [list(state)[:4], list(state)[4:]]
         write_model(tmp_path / role, state, shards=shards, config=CONFIG, side=SIDE)
     return tmp_path
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mount a filesystem in memory, of a size, or mount it again with other options."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(options: str) -> Path:
-        ended = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
-        if ended.returncode != 0:
-            pytest.skip(f"no filesystem can be mounted here: {ended.stderr.strip()}")
-        return place
-
-    yield mount
-    with suppress(OSError):
-        subprocess.run(["umount", place], capture_output=True)
 
 
 def inputs_of(folder: Path) -> dict[str, object]:
@@ -133,18 +115,22 @@ def write_fails(number: int, nth: int) -> Callable[[pytest.MonkeyPatch], None]:
     return apply
 
 
-def sync_fails(number: int) -> Callable[[pytest.MonkeyPatch], None]:
-    def fail(_: int) -> None:
-        raise OSError(number, os.strerror(number))
+def sync_fails(number: int, name: str = "") -> Callable[[pytest.MonkeyPatch], None]:
+    """The disk fails when a file of this name is to be synced, or any."""
 
-    return lambda patch: patch.setattr(os, "fdatasync", fail)
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        def failing(sync: Callable[[int], None]) -> Callable[[int], None]:
+            def fail(descriptor: int) -> None:
+                if Path(f"/proc/self/fd/{descriptor}").readlink().name.endswith(name):
+                    raise OSError(number, os.strerror(number))
+                sync(descriptor)
 
+            return fail
 
-def journal_fails(number: int) -> Callable[[pytest.MonkeyPatch], None]:
-    def fail(_: object, __: object) -> None:
-        raise OSError(number, os.strerror(number))
+        for call in ("fdatasync", "fsync"):
+            patch.setattr(os, call, failing(getattr(os, call)))
 
-    return lambda patch: patch.setattr("mergekit_imm.checkpoint.journal.Journal.append", fail)
+    return apply
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT, errno.ENOSPC], ids=["EIO", "EDQUOT", "ENOSPC"])
@@ -153,16 +139,10 @@ def test_a_disk_that_fails(pair: Path, number: int, where: str, monkeypatch: pyt
     monkeypatch.chdir(pair)
     monkeypatch.setattr("mergekit_imm.stream.SYNC_BYTES", 1 << 20)
     before = inputs_of(pair)
-
-    def side_fails(patch: pytest.MonkeyPatch) -> None:
-        def fail(source: Path, target: Path) -> None:
-            raise OSError(number, os.strerror(number), str(target))
-
-        patch.setattr(disk, "copy_file", fail)
-
     fails = {
-        "first write": write_fails(number, 1), "fifth write": write_fails(number, 5), "sync": sync_fails(number),
-        "journal": journal_fails(number), "side file": side_fails,
+        "first write": write_fails(number, 1), "fifth write": write_fails(number, 5),
+        "sync": sync_fails(number, ".safetensors"), "journal": sync_fails(number, journal.JOURNAL),
+        "side file": sync_fails(number, "tokenizer.json"),
     }[where]  # fmt: skip
     with monkeypatch.context() as patch:
         fails(patch)

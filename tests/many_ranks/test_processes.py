@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import files_of
+from mergekit_imm import merge_checkpoints
 from mergekit_imm.checkpoint import journal
 from merging_ranks import free_port, merged_by
 
@@ -79,6 +80,21 @@ def test_torchrun(pair: Path, case: Path) -> None:
     assert "error" not in ended.stderr
     assert files_of(case / "out") == files_of(pair / "one")
     assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft"]
+
+
+def test_torchrun_and_an_option_that_torchrun_takes_for_its_own(pair: Path, case: Path) -> None:
+    """--start could be short for its --start-method, which is why the page has a --."""
+    later = [*MERGE, "--start", "one", "--alpha", "0.25"]
+    (case / "one").symlink_to(pair / "one")
+    refused = torchrun(2, "-m", "mergekit_imm", *later, cwd=case)
+    assert (refused.returncode, (case / "out").exists()) == (2, False)
+    assert "ambiguous option: --start could match --start-method" in refused.stderr
+    ended = torchrun(2, "-m", "mergekit_imm", "--", *later, "--json", cwd=case)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count('"status": "merged"') == 1
+    merge_checkpoints("base", "sft", "alone", start="one", drop=0.9, alpha=0.25)
+    assert files_of(case / "out") == files_of(case / "alone")
+    assert sorted(path.name for path in case.iterdir()) == ["alone", "base", "one", "out", "sft"]
 
 
 def test_torchrun_finishes_what_a_dead_rank_left(pair: Path, case: Path) -> None:

@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import zlib
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,17 @@ class Journal:
         head = json.dumps({"version": VERSION, "segments": segments, "recipe": json.loads(recipe)}).encode() + b"\n"
         if self.path.exists():
             good = self._load()
-            self._file = self.path.open("r+b")
+            self._file = self._open()
             self._file.truncate(good)
             self._file.seek(good)
         else:
             replace_file(self.path, head)
-            self._file = self.path.open("r+b")
+            self._file = self._open()
             self._file.seek(0, os.SEEK_END)
+
+    def _open(self) -> FileIO:
+        # Without a buffer: what a full disk refused would be written again, and refused again, when the file is closed.
+        return self.path.open("r+b", buffering=0)
 
     def _load(self) -> int:
         content = self.path.read_bytes()
@@ -62,13 +68,15 @@ class Journal:
     def append(self, entries: Entries) -> None:
         """Record segments whose bytes have been synced."""
         payload = entries.tobytes()
-        self._file.write(np.array([len(entries), zlib.crc32(payload)], "<u4").tobytes() + payload)
-        self._file.flush()
+        rest = memoryview(np.array([len(entries), zlib.crc32(payload)], "<u4").tobytes() + payload)
+        while rest:  # a disk that is nearly full takes a part
+            rest = rest[self._file.write(rest) :]
         sync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; it stays."""
-        self._file.close()
+        """Close the file; it stays. All that counts was synced before, so nothing can be wrong any more."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def name_of(rank: int) -> str:
