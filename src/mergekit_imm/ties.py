@@ -8,7 +8,7 @@ tie, and each of them is merged under its own name.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .checkpoint.computed import Tensor, is_delta, is_stored
 from .checkpoint.source import Checkpoint
@@ -68,6 +68,8 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
         for pair in _bias_pairs(base, folder, shapes, {size[0] for size in sizes}):
             if len(_equal_classes(base, [name for name in pair if name in base.tensors], same_bytes)) == 1:
                 found, breaker, _ = _split(used, pair, same_bytes)
+                if said is not False and tied[folder] is False:  # untied now: who loads it looks for both
+                    found = {name: replace(group, written=group.names) for name, group in found.items()}
                 groups |= found
                 broken = broken or breaker
     return Ties(groups, broken, tied)
