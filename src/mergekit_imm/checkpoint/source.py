@@ -270,7 +270,8 @@ def _assembled(
         _check_index(index["weight_map"], files, _index_of(files), f"{role} {shown(ref)}")
     indexed = index is not None and MODEL not in files
     whole = all(name.endswith(".safetensors") for name in files) and not are_shards([*files])
-    return Checkpoint(role, ref, folder, files, tensors, config, dict(side), left_out, indexed, laid_out=whole)
+    found = Checkpoint(role, ref, folder, files, tensors, config, dict(side), left_out, indexed, laid_out=whole)
+    return replace(found, notes=tuple(note for file in files.values() for note in file.notes))
 
 
 def _index_of(files: Iterable[str]) -> str:
