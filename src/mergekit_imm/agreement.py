@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 from .checkpoint.computed import Tensor
+from .checkpoint.quantised import Chosen
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import MERGED, WHOLE
 from .checkpoint.tokens import added_tokens
@@ -64,6 +65,11 @@ def matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
     """Return a test: is a name found by one of the patterns?"""
     compiled = [re.compile(pattern) for pattern in patterns]
     return lambda name: any(pattern.search(name) for pattern in compiled)
+
+
+def chosen(parameters: Parameters) -> Chosen:
+    """Return what --keep and --take say of names, without asking whether there are such."""
+    return Chosen(matcher(parameters.keep), matcher(parameters.take))
 
 
 def selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Choose:

@@ -13,8 +13,9 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from .agreement import Choose, Complain, check_alike, check_names, main_dtype, refuse, selection, side_of
+from .agreement import Choose, Complain, check_alike, check_names, chosen, main_dtype, refuse, selection, side_of
 from .checkpoint.computed import Extended, Tensor, is_delta, is_stored
+from .checkpoint.quantised import intact
 from .checkpoint.sidefiles import OWN
 from .checkpoint.source import Checkpoint
 from .checkpoint.sparsified import LONGEST_ROW, Ranked, Trimmed
@@ -179,6 +180,7 @@ def decide(
     p = parameters
     factors = factors_of(base.tensors, p.importance, p.layer_factors, p.shrink, p.clip)
     main = main_dtype(base)
+    as_they_are = intact(base, sft, chosen(p)).names if p.keep or p.take else frozenset()
 
     items: list[Item] = []
     done: set[str] = set(wrong)
@@ -191,7 +193,8 @@ def decide(
         done.update(group.names if group else [name])
         sides = {role: found for role, each in used.items() if (found := side_of(each, name, group))}
         try:
-            items.append(_item(key, written, sides, used, choose, factors, main, parameters))
+            same = not as_they_are.isdisjoint(written)
+            items.append(_item(key, written, sides, used, choose, factors, main, parameters, same_bytes=same))
         except MergeError as error:
             note(error, [name])
     return Decided(items, used, groups, broken, tied)
@@ -221,6 +224,7 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided:
         tied=decided.tied,
         rows=written_rows,
         resized=dict(each.rows for each in used.values() if each.rows),
+        quantised=intact(base, sft, chosen(parameters)).settings if parameters.keep or parameters.take else None,
     )
     side = {
         path: (role, each.side[path])
@@ -274,6 +278,8 @@ def _item(
     factors: Mapping[str, float],
     main: str,
     parameters: Parameters,
+    *,
+    same_bytes: bool = False,
 ) -> Item:
     p = parameters
     action: Action = "merge"
@@ -286,7 +292,7 @@ def _item(
         action = "merge" if kind == "float" else "copy"
     source = sides["sft" if action == "take" else "base"]
     dtype = source.native
-    if dtype in MERGED:
+    if dtype in MERGED and not same_bytes:
         native = sides["base"].native if "base" in sides else main
         dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
     if action == "take" and used["sft"].adapter is not None and not is_stored(source):

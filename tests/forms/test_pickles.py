@@ -30,7 +30,8 @@ class NumberedPickler(pickle.Pickler):
         storage = obj._untyped_storage
         at = next((n for n, one in enumerate(self.storages) if one._cdata == storage._cdata), len(self.storages))
         self.storages[at:] = self.storages[at:] or [storage]
-        return "storage", getattr(torch, obj._pickle_storage_type()), at, "cpu", obj._size()
+        kind = {torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage}[obj.dtype]
+        return "storage", kind, at, "cpu", len(storage) // (2 if obj.dtype == torch.bfloat16 else 8)
 
 
 def save_numbered(state: State, path: Path) -> None:
@@ -40,7 +41,8 @@ def save_numbered(state: State, path: Path) -> None:
     path.parent.mkdir()
     writer = torch._C.PyTorchFileWriter(str(path))
     for number, storage in enumerate(pickler.storages):
-        writer.write_record(f"data/{number}", storage, storage.nbytes())
+        content = bytes(iter(storage))
+        writer.write_record(f"data/{number}", content, len(content))
     writer.write_record("data.pkl", stream.getvalue(), len(stream.getvalue()))
     writer.write_end_of_file()
 
