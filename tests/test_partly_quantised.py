@@ -117,7 +117,7 @@ def test_what_is_kept_in_part_is_refused_with_a_pattern_for_all(llama: Path, tmp
         (option,) = shown_options(str(caught.value))
         assert "self_attn" not in option["keep"][0]
         merge_checkpoints(*given, keep=[*keep, *option["keep"]], dry_run=True)
-    merge_checkpoints(*given, **{"keep": [*keep, *option["keep"]]})
+    merge_checkpoints(*given, keep=option["keep"])
     assert {name for name, t in read_model(tmp_path / "out").items() if t.dtype == torch.float8_e4m3fn} == {
         name for name, t in read_model(llama / "base").items() if t.dtype == torch.float8_e4m3fn
     }

@@ -102,6 +102,15 @@ def merged_config(
         where, _, key = quantised[0].rpartition(".")
         where = f"{where}." if f"{where}." in dict(_levels(config)) else ""
         put(where, dict(_levels(config))[where], key, copy.deepcopy(quantised[1]))
+    before = dict(_levels(base or {}))
+    for place, level in _levels(config):
+        # Trainers that recompute activations turn the cache off, and save the model so; whoever generates needs it.
+        if level.get("use_cache") is False and place in before and before[place].get("use_cache") is not False:
+            if "use_cache" in before[place]:
+                put(place, level, "use_cache", before[place]["use_cache"])
+            else:
+                del level["use_cache"]
+                changes[f"{place}use_cache"] = None
     if dtype is not None:
         if not {"dtype", "torch_dtype"} & set(config):
             put("", config, "torch_dtype" if base and "torch_dtype" in base else "dtype", dtype)
@@ -119,9 +128,8 @@ def merged_config(
         if isinstance(size, int) and size in resized:
             put(place, level, "vocab_size", resized[size])
     if len(rows) == 1:
-        known = dict(_levels(base or {}))
         for place, level in _levels(config):
-            other = known.get(place, {}).get("vocab_size")
+            other = before.get(place, {}).get("vocab_size")
             if "vocab_size" in level and isinstance(other, int) and other != level["vocab_size"] and other in rows:
                 put(place, level, "vocab_size", other)
     return config, changes

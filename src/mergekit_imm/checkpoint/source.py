@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import CheckpointError, shown
@@ -16,7 +15,7 @@ from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
 from .computed import Tensor
 from .dcp import open_dcp
-from .forms import ADAPTER_BIN, BIN_INDEX, bin_files, dcp_prefix, other_form
+from .forms import ADAPTER_BIN, BIN_INDEX, bin_files, dcp_prefix, no_model
 from .hub import ADAPTER, ADAPTER_CONFIG
 from .pickled import open_pickled
 from .pieces import are_shards, from_shards, is_sharded
@@ -41,6 +40,7 @@ class Checkpoint:
     indexed: bool = False  # an index names the files
     recipe: dict[str, Any] | None = None  # of the merge that made it
     adapter: dict[str, Any] | None = None  # of an adapter: its config
+    trained_on: Any = None  # of an adapter: the model that it names, a path or a hub id
     was: Mapping[str, str] = field(default_factory=dict)  # base's name -> its own in the file, where they differ
     repo: str | None = None
     commit: str | None = None
@@ -125,7 +125,6 @@ def open_checkpoint(
 def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Sequence[Path] = ()) -> Checkpoint:
     try:
         everything = sorted(_walk(folder, outs))
-        folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
     except OSError as error:
         raise CheckpointError(f"{role} {shown(ref)} cannot be listed: {error.strerror}") from error
     strange = next((name for name in everything if not is_utf8(name)), None)
@@ -139,7 +138,7 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
     index = _json(folder / indexed_by) if indexed_by in top else None
     adapter = _adapter_file(top) if role == "sft" else None
     prefix = None if adapter else dcp_prefix(everything)
-    names = [adapter] if adapter else [] if prefix is not None else _model_files(top, index, role, ref, folders)
+    names = [adapter] if adapter else [] if prefix is not None else _model_files(top, index, role, ref, everything)
     missing = [name for name in names if not (folder / name).exists()]
     if missing and (folder / missing[0]).is_symlink():
         raise CheckpointError(
@@ -165,7 +164,8 @@ def _from_folder(folder: Path, role: str, ref: str, copy_code: bool, outs: Seque
     config = _json(folder / "config.json") if "config.json" in top else None
     if adapter:
         found = _assembled(role, ref, folder, files, config, side, left)
-        return replace(found, stamps=stamps, adapter=_json(folder / ADAPTER_CONFIG))
+        said = _json(folder / ADAPTER_CONFIG)
+        return replace(found, stamps=stamps, adapter=said, trained_on=said.get("base_model_name_or_path"))
     found = replace(_assembled(role, ref, folder, files, config, side, left, index, tensors), stamps=stamps)
     return replace(found, recipe=read_recipe(folder)) if role == "start" else found
 
@@ -175,10 +175,9 @@ def _from_listing(listing: hub.Listing, role: str, ref: str, copy_code: bool) ->
     top = [name for name in everything if "/" not in name]
     small = {name: _parsed(content, f"{ref}/{name}") for name, content in listing.small.items()}
     index = small.get(INDEX)
-    folders = sorted({PurePosixPath(name).parts[0] for name in everything if "/" in name})
     is_adapter = role == "sft" and _adapter_file(top) == ADAPTER
     files = {}
-    for name in [ADAPTER] if is_adapter else _model_files(top, index, role, ref, folders):
+    for name in [ADAPTER] if is_adapter else _model_files(top, index, role, ref, everything):
         if name not in listing.headers:
             raise CheckpointError(f"{role} {shown(ref)} lacks {shown(name)} on the hub, which its {INDEX} names")
         files[name] = parse_header(listing.headers[name], name, listing.sizes[name], None)
@@ -203,7 +202,7 @@ def _adapter_file(top: list[str]) -> str | None:
     return ADAPTER if ADAPTER in top else ADAPTER_BIN if ADAPTER_BIN in top and not bin_files(top) else None
 
 
-def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, folders: list[str]) -> list[str]:
+def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, everything: list[str]) -> list[str]:
     """Decide which files are the model, in the order in which they are read and written."""
     bins = bin_files(top)
     if bins and bins != [BIN_INDEX]:
@@ -222,17 +221,7 @@ def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: s
             f"{role} {shown(ref)} holds neither {MODEL} nor {INDEX}, but {len(found)} other safetensors files"
             f" ({', '.join(map(shown, found[:4]))}{', …' if len(found) > 4 else ''}); give the one to use by its path"
         )
-    form = other_form(top, folders, ref)
-    if form is not None:
-        raise CheckpointError(f"{role} {shown(ref)} holds {form}")
-    checkpoints = [name for name in folders if re.fullmatch(r"checkpoint-\d+", name)]
-    if checkpoints:
-        latest = max(checkpoints, key=lambda name: int(name.rpartition("-")[2]))
-        raise CheckpointError(
-            f"{role} {shown(ref)} is a trainer's output folder without a model at its top; its latest is"
-            f" {shown(str(PurePath(ref) / latest))}: give that"
-        )
-    raise CheckpointError(f"{role} {shown(ref)} holds no *.safetensors file; is it a model folder?")
+    raise CheckpointError(f"{role} {shown(ref)} {no_model(everything, ref)}")
 
 
 def _index_files(index: dict[str, Any], where: str, suffix: str) -> list[str]:
