@@ -166,7 +166,7 @@ def test_any_form_is_copied_as_it_is(models: Models, form: str, sft: str) -> Non
     """With what the message offers; the sft unquantised, quantised alike, or elsewhere."""
     parts, said, weight = FORMS[form]
     rest = {UP0: None} if weight == UP0 else {}
-    same: dict[str, Any] = {**rest, "big.weight": torch.ones(40, 40), f"{UP}.bias": torch.ones(8)}
+    same: dict[str, Any] = {**rest, "big.weight": torch.ones(60, 60), f"{UP}.bias": torch.ones(8)}
     config = {**CONFIG, "quantization_config": said}
     models.change("base", {**same, **parts}, config)
     state: dict[str, Any] = {weight: torch.ones(8, 8)}
@@ -198,6 +198,32 @@ def test_a_quantised_sft_over_an_unquantised_base_leaves_no_trace(models: Models
     assert same_bits(models.merged()[UP0], read_model(models.base)[UP0])
     assert report.config_changes == {"quantization_config": None}
     assert any(re.search(r"1 tensors of sft .*, such as '.*_scale_inv'", note) for note in report.notes)
+
+
+@pytest.mark.parametrize("form", ["GPTQ", "compressed-tensors", "NVFP4", "ComfyUI"])
+def test_what_a_message_offers_for_a_quantised_sft_keeps_the_base_s_weight(models: Models, form: str) -> None:
+    parts, said, _ = FORMS[form]
+    large = {"big.weight": torch.ones(40, 40)}
+    models.change("base", large)
+    config = {**CONFIG, "quantization_config": said}
+    models.change("sft", {UP0: None, **large, **parts}, config)
+    message = models.refused(
+        CheckpointError, "sft .* is quantised .*; or leave its quantised tensors as they are in the"
+    )
+    (option,) = shown_options(message)
+    models.merge(drop=0, keep=option["keep"])
+    assert sorted(models.merged()) == sorted({**SHAPES, **large})
+    assert same_bits(models.merged()[UP0], read_model(models.base)[UP0])
+    assert "quantization_config" not in json.loads((models.out / "config.json").read_text())
+
+
+def test_nobody_is_told_to_keep_most_of_a_model(models: Models) -> None:
+    eight = {name: zeros(torch.float8_e4m3fn, 8, 8) for name in (UP0, UP1)}
+    scales = {f"{name}_scale": torch.ones(1) for name in (UP0, UP1)}
+    small = {"model.embed_tokens.weight": None, "lm_head.weight": None}
+    models.change("base", {**eight, **scales, **small}, FP8)
+    models.change("sft", small)
+    assert "--keep" not in models.refused(CheckpointError, "base .* is quantised")
 
 
 def test_what_is_taken_whole_brings_its_config(models: Models) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 from .checkpoint.computed import Tensor
-from .checkpoint.quantised import Chosen
+from .checkpoint.quantunits import Chosen
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import MERGED, WHOLE
 from .checkpoint.tokens import added_tokens

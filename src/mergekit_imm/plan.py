@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from .agreement import Choose, Complain, check_alike, check_names, chosen, main_dtype, refuse, selection, side_of
 from .checkpoint.computed import Extended, Tensor, is_delta, is_stored
-from .checkpoint.quantised import intact
+from .checkpoint.intact import intact
 from .checkpoint.sidefiles import OWN
 from .checkpoint.source import Checkpoint
 from .checkpoint.sparsified import LONGEST_ROW, Ranked, Trimmed

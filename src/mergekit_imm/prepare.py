@@ -14,7 +14,8 @@ from . import __version__
 from .agreement import chosen
 from .checkpoint.adapter import applied
 from .checkpoint.computed import Tensor
-from .checkpoint.quantised import check_unquantised, dequantized, without_kept
+from .checkpoint.intact import without_kept
+from .checkpoint.quantised import check_unquantised, dequantized
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import fingerprint
 from .errors import ArgumentError, CheckpointError, MismatchError, shown

@@ -25,8 +25,9 @@ _OTHERS = (
      f"give the model it was trained on; an adapter is given as SFT, in a folder with its {ADAPTER_CONFIG} and its"
      f" {ADAPTER}"),
     (("latest_checkpointed_iteration.txt", "iter_*/", "mp_rank_*/", "common.pt"), "a Megatron checkpoint",
-     "convert it to the Hugging Face form, as Megatron Bridge's `AutoBridge.export_ckpt` does, or, of verl,"
-     " `python -m verl.model_merger merge --backend megatron --local_dir {here} --target_dir OUT`"),
+     "convert it to the Hugging Face form, as Megatron Bridge's `AutoBridge.export_ckpt` does; or, of"
+     " verl, `python -m verl.model_merger merge --backend megatron --local_dir ACTOR --target_dir OUT`, ACTOR being"
+     " the folder that its dist_ckpt is in (with --tie-word-embedding if the head is tied)"),
     # Without --safe_serialization, which fails on tied models.
     (("zero_to_fp32.py", "latest", "global_step*/"), "a DeepSpeed checkpoint",
      "convert: `cd {here} && python zero_to_fp32.py . OUT`, and give {here}/OUT"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -17,7 +16,7 @@ from ..config import quantisation
 from ..errors import CheckpointError, MismatchError, shown
 from ..layers import ready_option
 from .computed import Computed, Matrix, Read, Reads, Tensor, decoded
-from .quantunits import FP8, Spared, Unit, pattern_of, scales_of, units_of
+from .quantunits import FP8, Chosen, Unit, pattern_of, scales_of, units_of
 from .source import Checkpoint
 
 _BLOCK = (128, 128)  # where a config does not say
@@ -37,22 +36,6 @@ _FORMAT = re.compile(r"(.+\.)comfy_quant")  # its later one: a text that says in
 _NOTES_OF_QUANTISERS = ("hf_quant_config.json",)  # side files that say how a model is quantised
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What --keep and --take say of names."""
-
-    kept: Spared
-    taken: Spared
-
-    def spare(self, unit: Unit) -> bool:
-        """Whether a quantised weight is copied with all that belongs to it, from one side."""
-        return all(map(self.kept, unit.names)) or all(map(self.taken, unit.names))
-
-    def either(self, name: str) -> bool:
-        """Whether a tensor is copied as it is."""
-        return self.kept(name) or self.taken(name)
-
-
 _NOTHING = Chosen(lambda _: False, lambda _: False)
 
 
@@ -61,15 +44,15 @@ def check_unquantised(checkpoint: Checkpoint, chosen: Chosen) -> None:
 
     Its config tells; where that does not, names and dtypes of tensors.
     """
-    said = _said(checkpoint)
+    said = said_of(checkpoint)
     units = units_of(checkpoint.tensors, said=said is not None)
     if said is not None and not units:
         raise CheckpointError(_refused(checkpoint, *said))
     _check_units(checkpoint, units, chosen, said)
 
 
-def _said(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]] | None:
-    # Beside an adapter it says how its base was loaded.
+def said_of(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]] | None:
+    """Return what a model's config says of its quantisation, and where; beside an adapter it says so of its base."""
     return quantisation(checkpoint.config) if checkpoint.adapter is None else None
 
 
@@ -103,12 +86,12 @@ def _check_units(
     if not left:
         return
     tensors = checkpoint.tensors
-    names = [name for unit in left for name in unit.names]
-    pattern = pattern_of(names, tensors.keys() - {*names})
-    keep = f"--keep {shlex.quote(pattern)}" if pattern.isprintable() else ready_option("--keep", *names)
-    every = [name for unit in units for name in unit.names]
-    touched = [name for name in every if chosen.either(name)]
-    if touched:
+    names, every = ([name for unit in some for name in unit.names] for some in (left, units))
+    # Of another model than the base, what these weights are there is kept.
+    kept = every if checkpoint.role == "base" else [*dict.fromkeys((*every, *(unit.weight for unit in units)))]
+    pattern = pattern_of(kept, tensors.keys() - {*kept})
+    keep = f"--keep {shlex.quote(pattern)}" if pattern.isprintable() else ready_option("--keep", *kept)
+    if any(map(chosen.either, every)):
         name = next((name for name in names if not chosen.either(name)), names[0])
         raise CheckpointError(
             f"{checkpoint.label} is quantised, and {len(names)} of its {len(every)} quantised tensors belong to weights"
@@ -120,69 +103,11 @@ def _check_units(
         unit, cure = left[0], _CURES.get(left[0].method, _MADE_FROM)
         seen = f"'{shown(unit.told)}' {unit.what}, as {unit.method} models have it"
         message = f"{checkpoint.label} is quantised ({seen}); {cure}"
-    # Never of most of a model: nothing would be merged.
-    if chosen is not _NOTHING and 2 * sum(tensors[name].stored for name in names) < sum(
-        tensor.stored for tensor in tensors.values()
-    ):
+    # Never of most of a model, of which little would be merged: two bytes that are not quantised are one weight.
+    size = sum(tensors[name].stored for name in names)
+    if chosen is not _NOTHING and 3 * size < sum(tensor.stored for tensor in tensors.values()):
         message += f"; or leave its quantised tensors as they are in the base, {keep}"
     raise CheckpointError(message)
-
-
-def without_kept(inputs: Mapping[str, Checkpoint], chosen: Chosen) -> dict[str, Checkpoint]:
-    """Return the inputs without what stands, in another, for a quantised weight that is the base's as it is.
-
-    An unquantised model has `X.weight` where the base has `X.qweight`, `X.qzeros` and `X.scales`.
-    """
-    base = inputs["base"]
-    own = {unit.weight for unit in units_of(base.tensors, said=True) if all(map(chosen.kept, unit.names))}
-    found = dict(inputs)
-    for role, each in inputs.items():
-        if role == "base" or each.adapter is not None:
-            continue
-        parts = {
-            n for unit in units_of(each.tensors, said=True) if all(map(chosen.kept, unit.names)) for n in unit.names
-        }
-        gone = [name for name in each.tensors if name not in base.tensors and (name in own or name in parts)]
-        if gone:
-            note = (
-                f"note: not merged, as {base.label} has them in another form, which is kept: {len(gone)} tensors of"
-                f" {each.label}, such as '{shown(gone[0])}'"
-            )
-            tensors = {name: tensor for name, tensor in each.tensors.items() if name not in {*gone}}
-            found[role] = replace(each, tensors=tensors, notes=(*each.notes, note))
-    return found
-
-
-@dataclass(frozen=True)
-class Intact:
-    """What a merged model has of quantised weights."""
-
-    names: frozenset[str]  # tensors that are copied byte for byte
-    settings: tuple[str, Any] | None  # where in config.json they are described, and how
-
-
-def intact(base: Checkpoint, sft: Checkpoint, chosen: Chosen) -> Intact:
-    """Say which tensors of a merged model are quantised, and what its config says of them.
-
-    Raises CheckpointError if base's are kept and others of sft's are taken, and their configs differ.
-    """
-    names: set[str] = set()
-    settings: dict[str, tuple[str, Any] | None] = {}
-    for each, copied in ((base, chosen.kept), (sft, chosen.taken)):
-        if each.adapter is not None:
-            continue
-        said = None if any(isinstance(t, Dequantized) for t in each.tensors.values()) else _said(each)
-        units = [unit for unit in units_of(each.tensors, said=said is not None) if all(map(copied, unit.names))]
-        names.update(name for unit in units for name in unit.names)
-        if units:
-            settings[each.label] = said
-    if len(settings) == 2 and len({json.dumps(said, sort_keys=True) for said in settings.values()}) > 1:
-        one, other = settings
-        raise CheckpointError(
-            f"quantised tensors of {one} are kept and of {other} are taken, and their quantization_config differ; keep"
-            " or take all of them"
-        )
-    return Intact(frozenset(names), next(iter(settings.values()), None))
 
 
 def dequantized(checkpoint: Checkpoint, chosen: Chosen) -> Checkpoint:

@@ -15,6 +15,23 @@ Spared = Callable[[str], bool]  # whether a tensor is copied as it is
 FP8 = ("F8_E4M3", "F8_E5M2")
 _PLAIN = (*MERGED, "I64", "BOOL")  # dtypes that models have which are not quantised
 
+
+@dataclass(frozen=True)
+class Chosen:
+    """What --keep and --take say of names."""
+
+    kept: Spared
+    taken: Spared
+
+    def spare(self, unit: Unit) -> bool:
+        """Whether a quantised weight is copied with all that belongs to it, from one side."""
+        return all(map(self.kept, unit.names)) or all(map(self.taken, unit.names))
+
+    def either(self, name: str) -> bool:
+        """Whether a tensor is copied as it is."""
+        return self.kept(name) or self.taken(name)
+
+
 # What only quantised models store, by how its name ends.
 _STORED = (
     ("bitsandbytes", re.compile(r"\.((nested_)?(absmax|quant_map)|quant_state\.\w+|SCB|weight_format)$")),
