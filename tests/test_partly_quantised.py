@@ -13,7 +13,7 @@ import torch
 import reference
 from checkpoints import State, random_state, read_model, same_bits, write_model
 from fp8 import FP8, SMALL, float32_of, fp8_state, theirs
-from mergekit_imm import CheckpointError, merge_checkpoints, verify
+from mergekit_imm import CheckpointError, MismatchError, merge_checkpoints, verify
 from mergekit_imm.checkpoint.quantunits import pattern_of
 from models import fine_tuned, new_model
 from refused import CONFIG, SHAPES, UP0, UP1, Models, shown_options
@@ -96,6 +96,17 @@ def test_it_is_merged_and_loads(llama: Path, tmp_path: Path, form: str) -> None:
     for name, tensor in loaded.items():
         torch.testing.assert_close(tensor.float(), exact[name].float(), rtol=2**-8, atol=0)
     verify(tmp_path / "out")
+
+
+def test_an_adapter_of_what_is_quantised_is_refused(llama: Path, tmp_path: Path) -> None:
+    """To keep the base's would throw away what it trained."""
+    options = {"target_modules": ["q_proj", "up_proj"]}
+    adapted(llama / "base-bf16", tmp_path / "sft", tmp_path / "merged", "llama", options, torch.bfloat16)
+    with pytest.raises(
+        MismatchError, match=r"up_proj.weight' is F8_E4M3, quantised, and sft .* changes it.*--dequantize"
+    ):
+        merge_checkpoints(llama / "base", tmp_path / "sft", tmp_path / "out", keep=[r"\.mlp\."])
+    merge_checkpoints(llama / "base", tmp_path / "sft", tmp_path / "out", dequantize=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -234,6 +245,15 @@ def test_what_is_taken_whole_brings_its_config(models: Models) -> None:
     models.merge(take=[UP0], drop=0, dtype="float16")
     assert [name for name in parts if not same_bits(models.merged()[name], parts[name])] == []
     assert json.loads((models.out / "config.json").read_text())["quantization_config"] == config["quantization_config"]
+
+
+def test_another_form_of_a_weight_is_not_taken_beside_it(models: Models) -> None:
+    parts, said, _ = FORMS["GPTQ"]
+    models.change("sft", {UP0: None, **parts}, {**CONFIG, "quantization_config": said})
+    message = models.refused(CheckpointError, f"is taken, base .* has '{UP0}' in its place", take=[f"{UP}."])
+    (option,) = shown_options(message)
+    models.merge(drop=0, keep=option["keep"])
+    assert sorted(models.merged()) == sorted(SHAPES)
 
 
 def test_kept_and_taken_parts_need_one_config(models: Models) -> None:

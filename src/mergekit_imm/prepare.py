@@ -138,7 +138,7 @@ def round_of(inputs: Mapping[str, Checkpoint]) -> int:
 def prepared(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
     """Return the inputs as they are merged: under the base's names, each tensor as a whole."""
     inputs = matched(without_quantisation(inputs, parameters), parameters.rename)
-    inputs = without_kept(inputs, chosen(parameters)) if parameters.keep else inputs
+    inputs = without_kept(inputs, chosen(parameters)) if parameters.keep or parameters.take else inputs
     return resized(with_adapter(inputs, parameters.reference, parameters.rename), parameters)
 
 

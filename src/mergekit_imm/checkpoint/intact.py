@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError, shown
+from ..layers import ready_option
 from .quantised import Dequantized, said_of
 from .quantunits import Chosen, units_of
 from .source import Checkpoint
@@ -16,9 +17,16 @@ from .source import Checkpoint
 def without_kept(inputs: Mapping[str, Checkpoint], chosen: Chosen) -> dict[str, Checkpoint]:
     """Return the inputs without what stands, in another, for a quantised weight that is the base's as it is.
 
-    An unquantised model has `X.weight` where the base has `X.qweight`, `X.qzeros` and `X.scales`.
+    An unquantised model has `X.weight` where the base has `X.qweight`, `X.qzeros` and `X.scales`. Raises
+    CheckpointError for weights that are taken from the sft and are such in the base.
     """
-    base = inputs["base"]
+    base, sft = inputs["base"], inputs["sft"]
+    for unit in units_of(sft.tensors, said=True) if sft.adapter is None else ():
+        if unit.weight in base.tensors.keys() - {*unit.names} and all(map(chosen.taken, unit.names)):
+            raise CheckpointError(
+                f"'{shown(unit.told)}' of {sft.label} is taken, {base.label} has '{shown(unit.weight)}' in its place,"
+                f" which would stay beside it; keep that, {ready_option('--keep', unit.weight, *unit.names)}"
+            )
     own = {unit.weight for unit in units_of(base.tensors, said=True) if all(map(chosen.kept, unit.names))}
     found = dict(inputs)
     for role, each in inputs.items():
