@@ -132,7 +132,7 @@ def test_the_card_names_hub_ids_only(
     assert "| `sft` | `team/sft` |" in card
 
 
-def test_what_exists_or_was_given_as_a_path_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_exists_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_model(Path("team/base"), random_state(SHAPES), config={**CONFIG, "_name_or_path": "Qwen/Qwen2.5-0.5B"})
     write_model(Path("team/sft"), random_state(SHAPES, seed=1), config={**CONFIG, "_name_or_path": "team/base"})

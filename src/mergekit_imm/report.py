@@ -8,7 +8,6 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -161,8 +160,7 @@ def hub_ids(inputs: Mapping[str, Checkpoint]) -> list[str]:
             found.append(each.repo)
         elif isinstance(named, str) and split_ref(named) == (named, None) and is_hub_id(named):
             owner, name = named.split("/")
-            typed = {str(Path(one.ref)) for one in inputs.values() if not one.repo}
-            if not _FOLDERS.fullmatch(owner) and not _STEPS.fullmatch(name) and named not in typed:
+            if not _FOLDERS.fullmatch(owner) and not _STEPS.fullmatch(name):
                 found.append(named)
     return list(dict.fromkeys(found))
 
