@@ -121,6 +121,39 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[int, ...], torch.dtype, tuple[int, 
 }  # fmt: skip
 
 
+# How weights and scales are called elsewhere, and what lies beside them; as ComfyUI and DeepSeek's own code have it.
+SPELLINGS: dict[str, tuple[str, tuple[int, ...], torch.dtype, dict[str, torch.Tensor]]] = {
+    "ComfyUI": (".scale_weight", (), torch.float32, {
+        "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), f"{UP}.scale_input": torch.ones(())}),
+    "ComfyUI, one element": (".scale_weight", (1,), torch.float32, {"scaled_fp8": torch.zeros(0)}),
+    "ComfyUI, rows": (".scale_weight", (200, 1), torch.float32, {
+        "model.scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}),
+    "ComfyUI, later": (".weight_scale", (), torch.float32, {
+        f"{UP}.comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)}),
+    "DeepSeek": (".scale", (2, 3), torch.float8_e8m0fnu, {}),
+    "static activations": (".weight_scale", (1,), torch.bfloat16, {f"{UP}.act_scale": torch.ones(1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("says", [False, True], ids=["no config", "config"])
+def test_other_names_of_scales(models: Models, spelling: str, says: bool) -> None:
+    ending, grid, dtype, beside = SPELLINGS[spelling]
+    draw = torch.Generator().manual_seed(1)
+    weight = (torch.randn((200, 300), generator=draw) * 50).to(torch.float8_e4m3fn)
+    scale = torch.rand(grid, generator=draw).add(0.1).to(dtype)
+    model = {"norm.weight": torch.ones(8), "norm.scale": torch.ones(8)}
+    config = {**CONFIG, "quantization_config": {"quant_method": "fp8"}} if says else CONFIG
+    write_model(models.sft, {**model, UP0: weight, UP + ending: scale, **beside}, config=config)
+    write_model(models.base, {**model, UP0: torch.zeros(200, 300)}, config=CONFIG)
+    models.refused(CheckpointError, "--dequantize multiplies its weights by their scales")
+    report = models.merge(alpha=0, drop=0, dequantize=True)
+    expected = float32_of({UP0: weight, f"{UP0}_scale": scale})[UP0]
+    assert set(models.merged()) == {*model, UP0}
+    assert same_bits(models.merged()[UP0], expected)
+    assert len(report.notes) == (1 if beside else 0)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_other_forms_of_fp8_times_scales(models: Models, form: str) -> None:
     said, shape, fp8, grid, dtype, ending = FORMS[form]
@@ -245,7 +278,9 @@ def test_scales_of_activations_are_left_out_with_a_note(models: Models) -> None:
     write_model(models.sft, floats, config=CONFIG)
     report = models.merge(dequantize=True)
     (note,) = report.notes
-    assert re.search(r"left out, as only FP8 needs them: 2 scales of activations of base .*, such as '.*_scale'", note)
+    assert re.search(
+        r"left out, as only FP8 needs them: 2 scales of activations or marks of base .*, such as '.*_scale'", note
+    )
     assert sorted(models.merged()) == sorted(floats)
     assert not (models.out / "hf_quant_config.json").exists()
     assert (models.out / "tokenizer.json").exists()

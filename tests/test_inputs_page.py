@@ -25,17 +25,18 @@ ROWS = {
         "vocab/test_rows.py::test_rows_that_both_have_are_merged_and_the_rest_is_the_owner_s",
     "a tied head that is stored, or not":
         "layouts/test_ties.py::test_a_tied_tensor_is_one_tensor_by_whatever_names_the_files_hold_it",
-    "FP8 with scales (DeepSeek-V3, Qwen and Llama FP8, compressed-tensors, modelopt, fbgemm)":
+    "FP8 with scales (DeepSeek, Qwen and Llama FP8, compressed-tensors, modelopt, fbgemm, ComfyUI)":
         "test_dequantize.py::test_it_is_what_transformers_dequantises",
     "GPTQ, AWQ, bitsandbytes, MXFP4 and other quantised models":
         "refusals/test_quantised.py::test_a_config_that_says_so_is_refused",
+    "a model that is quantised in part": "test_partly_quantised.py::test_it_is_merged_and_loads",
     "DeepSpeed": "forms/test_refused.py::test_other_forms_are_refused_with_what_to_run",
     "verl, SkyRL": "forms/test_refused.py::test_other_forms_are_refused_with_what_to_run",
     "Megatron; rank files of accelerate": "forms/test_refused.py::test_other_forms_are_refused_with_what_to_run",
+    "LitGPT": "forms/test_refused.py::test_other_forms_are_refused_with_what_to_run",
     "GGUF, TensorFlow, Flax, ONNX, other pickles":
         "refusals/test_inputs.py::test_folders_without_a_model_are_refused_by_name",
-    "a trainer's output folder":
-        "refusals/test_inputs.py::test_the_latest_of_a_trainers_checkpoints_is_named_by_its_number",
+    "a folder above a model": "refusals/test_inputs.py::test_a_folder_above_a_model_is_answered_with_its_place",
 }  # fmt: skip
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
-from .checkpoint.computed import Piece, Tensor
+from .checkpoint.computed import Tensor, leaves
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import TensorInfo
 from .config import tie_said
@@ -20,26 +19,6 @@ from .json_input import parse_json
 from .layers import folder_of, is_output_head
 from .plan import Decided, Item, Plan
 from .ties import SameBytes, Ties
-
-Leaf = tuple[str, TensorInfo]  # the role of a model, and bytes of one of its files
-
-# Which field of a computed tensor lies in which model, where that is not the one that the tensor is of.
-_ROLES = {"whole": "role", "weight": "role", "start": "origin"}
-
-
-def leaves(tensor: Tensor, role: str) -> Iterator[Leaf]:
-    """Yield what a tensor of a model is read from."""
-    if isinstance(tensor, TensorInfo):
-        yield role, tensor
-        return
-    for each in fields(tensor):
-        value: Any = getattr(tensor, each.name)
-        owner = getattr(tensor, _ROLES.get(each.name, ""), role)
-        for found in value if isinstance(value, tuple) else (value,):
-            if isinstance(found, Piece):
-                yield from leaves(found.tensor, found.role)
-            elif hasattr(found, "stored") and hasattr(found, "native"):
-                yield from leaves(found, owner)
 
 
 def check_tensors(decided: Decided, same_bytes: SameBytes) -> None:

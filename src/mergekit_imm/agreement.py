@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from .advice import SAVE_ALIKE, Advice
 from .checkpoint.computed import Tensor
+from .checkpoint.quantunits import Chosen
 from .checkpoint.source import Checkpoint, leave_out_option
 from .checkpoint.tensorfile import MERGED, WHOLE
 from .checkpoint.tokens import added_tokens
@@ -98,6 +99,11 @@ def _cure(advice: Advice, option: str, names: Collection[str], extra: str, renam
         )
     offer = advice.offer(option, names, extra)
     return f"to let them through: {offer.option}" if offer.option else offer.instead
+
+
+def chosen(parameters: Parameters) -> Chosen:
+    """Return what --keep and --take say of names, without asking whether there are such."""
+    return Chosen(matcher(parameters.keep), matcher(parameters.take))
 
 
 def selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Choose:

@@ -96,12 +96,14 @@ def merged_config(
     tied: bool | None,
     rows: set[int],
     resized: Mapping[int, int] = MappingProxyType({}),
+    quantised: tuple[str, Any] | None = None,
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Return the config of a merged model, and the changes made to sft's (base's, if sft has none).
 
     `dtype` is the torch name of the float tensors written (None: there are none), `tied` whether head and
     embedding were written as one tensor (None: nothing to say), `rows` the row counts of the input embeddings,
-    `resized` those of vocabularies as the inputs have them -> as merged.
+    `resized` those of vocabularies as the inputs have them -> as merged, `quantised` where the config of quantised
+    tensors that were copied has its quantization_config, and what it is.
     Changes are keyed by their place, `text_config.dtype`; None is for what was taken out.
     """
     origin = sft if sft is not None else base
@@ -117,9 +119,22 @@ def merged_config(
 
     for place, level in list(_levels(config)):
         for key in _QUANTISED:
-            if level.get(key):  # what is merged is not quantised
+            if level.get(key) and (quantised is None or quantised[0] != f"{place}{key}"):  # what is merged is not
                 del level[key]
                 changes[f"{place}{key}"] = None
+    if quantised is not None:
+        where, _, key = quantised[0].rpartition(".")
+        where = f"{where}." if f"{where}." in dict(_levels(config)) else ""
+        put(where, dict(_levels(config))[where], key, copy.deepcopy(quantised[1]))
+    before = dict(_levels(base or {}))
+    for place, level in _levels(config):
+        # Trainers that recompute activations turn the cache off, and save the model so; whoever generates needs it.
+        if level.get("use_cache") is False and place in before and before[place].get("use_cache") is not False:
+            if "use_cache" in before[place]:
+                put(place, level, "use_cache", before[place]["use_cache"])
+            else:
+                del level["use_cache"]
+                changes[f"{place}use_cache"] = None
     if dtype is not None:
         if not {"dtype", "torch_dtype"} & set(config):
             put("", config, "torch_dtype" if base and "torch_dtype" in base else "dtype", dtype)
@@ -137,9 +152,8 @@ def merged_config(
         if isinstance(size, int) and size in resized:
             put(place, level, "vocab_size", resized[size])
     if len(rows) == 1:
-        known = dict(_levels(base or {}))
         for place, level in _levels(config):
-            other = known.get(place, {}).get("vocab_size")
+            other = before.get(place, {}).get("vocab_size")
             if "vocab_size" in level and isinstance(other, int) and other != level["vocab_size"] and other in rows:
                 put(place, level, "vocab_size", other)
     return config, changes

@@ -14,8 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from .advice import result_config
-from .agreement import Choose, Complain, check_alike, check_names, main_dtype, refuse, selection, side_of
+from .agreement import Choose, Complain, check_alike, check_names, chosen, main_dtype, refuse, selection, side_of
 from .checkpoint.computed import Extended, Tensor, is_delta, is_stored
+from .checkpoint.intact import intact
 from .checkpoint.sidefiles import OWN, is_side_file
 from .checkpoint.source import Checkpoint
 from .checkpoint.sparsified import LONGEST_ROW, Ranked, Trimmed
@@ -188,6 +189,7 @@ def decide(
     factors = factors_of(base.tensors, p.importance, p.layer_factors, p.shrink, p.clip)
     typed = inputs.get("start", base) if p.dtype == "start" else base  # whose dtypes the output has
     main = main_dtype(typed)
+    as_they_are = intact(base, sft, chosen(p)).names if p.keep or p.take else frozenset()
 
     found: list[tuple[str, list[str], dict[str, Tensor], str]] = []  # key, names to write, each model's, dtype
     done: set[str] = set(wrong)
@@ -209,7 +211,8 @@ def decide(
         if key in wrong:
             continue
         try:
-            items.append(_item(key, written, sides, used, choose, factors, native, parameters))
+            same = not as_they_are.isdisjoint(written)
+            items.append(_item(key, written, sides, used, choose, factors, native, parameters, same_bytes=same))
         except MergeError as error:
             note(error, [key])
     return Decided(items, used, ties)
@@ -259,9 +262,9 @@ def _config(
     parameters: Parameters,
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Return the config of a part of the result, and what was changed in it."""
-    base, sft = inputs["base"], inputs["sft"]
-    chosen = result_config(base, sft, parameters, folder)
-    if folder and not (chosen or {}).get("model_type"):
+    base, sft, p = inputs["base"], inputs["sft"], parameters
+    said = result_config(base, sft, parameters, folder)
+    if folder and not (said or {}).get("model_type"):
         return None, {}  # what a module of another kind is made of
     own = [item for item in items if folder_of(item.name) == folder]
     floats = Counter[str]()
@@ -270,12 +273,13 @@ def _config(
             floats[item.outs[0].dtype] += item.source.count
     names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
     return merged_config(
-        chosen if chosen is sft.config_of(folder) else None,
+        said if said is sft.config_of(folder) else None,
         base.config_of(folder),
         dtype=names[floats.most_common(1)[0][0]] if floats else None,
         tied=ties.tied.get(folder),
         rows={item.source.shape[0] for item in own if is_input_embedding(item.name) and item.source.shape},
         resized=dict(each.rows for each in used.values() if each.rows),
+        quantised=intact(base, sft, chosen(parameters)).settings if not folder and (p.keep or p.take) else None,
     )
 
 
@@ -335,6 +339,8 @@ def _item(
     factors: Mapping[str, float],
     native: str,
     parameters: Parameters,
+    *,
+    same_bytes: bool = False,
 ) -> Item:
     p = parameters
     action = _action(key, written, sides, choose)
@@ -342,7 +348,7 @@ def _item(
         sides = {"base": sides["base"]}
     source = sides["sft" if action == "take" else "base"]
     dtype = source.native
-    if dtype in MERGED:
+    if dtype in MERGED and not same_bytes:
         dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
     if action == "take" and used["sft"].adapter is not None and not is_stored(source):
         raise ArgumentError(

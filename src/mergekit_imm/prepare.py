@@ -12,8 +12,10 @@ from typing import Any
 
 from . import __version__
 from .accounts import check_plan, check_tensors
+from .agreement import chosen
 from .checkpoint.adapter import applied
 from .checkpoint.computed import Tensor
+from .checkpoint.intact import without_kept
 from .checkpoint.parts import matches
 from .checkpoint.quantised import check_unquantised, dequantized
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
@@ -155,6 +157,7 @@ def round_of(inputs: Mapping[str, Checkpoint]) -> int:
 def prepared(inputs: dict[str, Checkpoint], parameters: Parameters) -> dict[str, Checkpoint]:
     """Return the inputs as they are merged: under the base's names, each tensor as a whole."""
     inputs = matched(without_quantisation(inputs, parameters), parameters.rename)
+    inputs = without_kept(inputs, chosen(parameters)) if parameters.keep or parameters.take else inputs
     return resized(with_adapter(inputs, parameters), parameters)
 
 
@@ -163,12 +166,12 @@ def without_quantisation(inputs: dict[str, Checkpoint], parameters: Parameters) 
 
     Raises CheckpointError for quantised ones, ArgumentError if there is nothing to do.
     """
-    spared = matcher((*parameters.keep, *parameters.take))
+    copied = chosen(parameters)
     if not parameters.dequantize:
         for each in inputs.values():
-            check_unquantised(each, spared)
+            check_unquantised(each, copied)
         return inputs
-    found = {role: dequantized(each, spared) for role, each in inputs.items()}
+    found = {role: dequantized(each, copied) for role, each in inputs.items()}
     if all(found[role] is each for role, each in inputs.items()):
         labels = ", ".join(each.label for each in inputs.values())
         raise ArgumentError(f"--dequantize is given, but no tensor is FP8 in {labels}; leave it out")

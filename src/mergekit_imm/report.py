@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .checkpoint.source import Checkpoint
+from .checkpoint.hub import split_ref
+from .checkpoint.source import Checkpoint, is_hub_id
 from .checkpoint.sparsified import Sparsified
 from .layers import blanked, layer_key
 from .match import rules_of
@@ -21,6 +23,18 @@ from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
 
 _LISTS = ("keep", "take", "no_drop", "rename", "leave_out")  # parameters of several values
 OUTSIDE = "outside the layers"
+# Two parts of a path that is no hub id, though it has the form of one: `output/checkpoint-5`, `saves/qwen`.
+_FOLDERS = re.compile(
+    r"(outputs?|out|results?|runs?|saves?|saved(_models?)?|models?|check_?points?|ckpts?|logs?|exp(eriment)?s?|data|tmp|temp"
+    r"|cache|local|home|root|mnt|opt|scratch|work(space|dir)?|artifacts?|weights|train(ing|ed|er)?|fine-?tuned?|merged?"
+    r"|base|start|sft|adapters?|loras?|pretrained|rounds?|hf|llms?)([-_]?v?\d.*)?",
+    re.IGNORECASE,
+)
+_STEPS = re.compile(
+    r"(check_?point|ckpt|step|global_?step|iter(ation)?|epoch|round|version|run|v)[-_]?\d.*"
+    r"|final|last|latest|best|merged|hf|huggingface|actor|model",
+    re.IGNORECASE,
+)
 
 
 def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
@@ -136,11 +150,29 @@ def actions(plan: Plan) -> dict[str, int]:
     return counts
 
 
+def hub_ids(inputs: Mapping[str, Checkpoint]) -> list[str]:
+    """Return the models on a hub that inputs are, or that folders say they were made from.
+
+    The latter by `_name_or_path` of a config, `base_model_name_or_path` of an adapter: only what cannot be a folder, as
+    a path that reads as a hub id would credit somebody else.
+    """
+    found = []
+    for each in inputs.values():
+        named = (each.config or {}).get("_name_or_path") if each.adapter is None else each.trained_on
+        if each.repo:
+            found.append(each.repo)
+        elif isinstance(named, str) and split_ref(named) == (named, None) and is_hub_id(named):
+            owner, name = named.split("/")
+            if not _FOLDERS.fullmatch(owner) and not _STEPS.fullmatch(name):
+                found.append(named)
+    return list(dict.fromkeys(found))
+
+
 def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
     """Return the README.md of a merged model: tags, the recipe as a table, how to reproduce it."""
     p = plan.parameters
     inputs = {role: each.ref + (f" @ {each.commit}" if each.commit else "") for role, each in plan.inputs.items()}
-    models = list(dict.fromkeys(each.repo or each.ref for each in plan.inputs.values()))
+    models = hub_ids(plan.inputs)
     rows = [
         *((f"`{role}`", _cell(ref)) for role, ref in inputs.items()),
         ("`alpha` (weight of the base)", f"{p.alpha}"),
@@ -185,9 +217,11 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
 
     lines = [
         "---",
-        "base_model:",
-        *(f"- {json.dumps(model, ensure_ascii=False)}" for model in models),
-        "base_model_relation: merge",
+        *(
+            ("base_model:", *(f"- {json.dumps(model)}" for model in models), "base_model_relation: merge")
+            if models
+            else ()
+        ),
         "library_name: transformers",
         "tags:",
         "- merge",

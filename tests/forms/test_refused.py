@@ -49,9 +49,15 @@ def of(value: Any) -> Callable[[Path], None]:
 
 COMPLEX = torch.ones(3, dtype=torch.complex64)
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "code": (lambda p: torch.save({"a": Evil(p.parent / "trap")}, p), r"holds a posix\.system, .*save_pretrained"),
+    "code": (
+        lambda p: torch.save({"a": Evil(p.parent / "trap")}, p),
+        r"holds a posix\.system, .*if you trust it, .*weights_only=False",
+    ),
     "a whole module": (of(torch.nn.Linear(2, 2)), r"holds a torch\.nn\.modules\.linear\.Linear"),
-    "sparse": (of({"a": torch.eye(3).to_sparse()}), r"holds a torch\._utils\._rebuild_sparse_tensor"),
+    "sparse": (
+        of({"a": torch.eye(3).to_sparse()}),
+        r"holds a torch\._utils\._rebuild_sparse_tensor, .*`\.to_dense\(\)`",
+    ),
     "an unknown dtype": (
         of({"a": COMPLEX.to(torch.complex128)}),
         r"holds a torch\.ComplexDoubleStorage, which is not read; ",
@@ -64,9 +70,16 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "big-endian": (lambda p: repacked(p, big_endian), r"big-endian.*little-endian machine"),
     "turned": (of({"a": torch.ones(3, 4).t()}), r"'a', \[4, 3\], .*strides \[1, 4\].*contiguous"),
     "expanded": (of({"a": torch.ones(3).expand(4, 3)}), r"'a', \[4, 3\], .*strides \[0, 1\]"),
-    "conjugate": (of({"a": COMPLEX.conj()}), "conjugate"),
-    "nested": (of({"model": SFT}), "more than a model: a mapping under 'model'"),
-    "a number": (of({"a": torch.ones(3), "step": 3}), "holds 'step', of type int and no tensor"),
+    "conjugate": (of({"a": COMPLEX.conj()}), r"conjugate .*`\.resolve_conj\(\)"),
+    "an optimizer": (
+        of({"model": SFT, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}),
+        "more than a model: tensors under 'optimizer', beside 'model'; .*`torch.save` what is under 'model' alone",
+    ),
+    "nested": (of({"a": torch.ones(3), "more": {"b": torch.ones(3)}}), "a mapping under 'more'"),
+    "nested deeper": (of({"a": torch.ones(3), "more": [{"b": ({1: torch.ones(3)},)}]}), "list of tensors under 'more'"),
+    "a set": (of({"a": torch.ones(3), "more": {torch.ones(3)}}), "list of tensors under 'more'"),
+    "a storage": (of({"a": torch.ones(3), "b": torch.ones(3).untyped_storage()}), "a storage .*under 'b'"),
+    "numbers alone": (of({"step": 3}), "no mapping of names to tensors"),
     "a name that is none": (of({3: torch.ones(3)}), "holds something under 3, which is no name"),
     "a tensor": (of(torch.ones(3)), "no mapping of names to tensors"),
     "another zip": (lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"), "no whole file of torch.save: .*no data.pkl"),
@@ -109,11 +122,14 @@ def test_an_index_of_such_files_must_be_right(tmp_path: Path) -> None:
     ("names", "match"),
     [
         (["zero_to_fp32.py", "latest", "rng_state_0.pth"],
-         r"DeepSpeed checkpoint; .*`cd '\S+/a b' && python zero_to_fp32\.py \. OUT --safe_serialization`"),
+         r"DeepSpeed checkpoint; .*`cd '\S+/a b' && python zero_to_fp32\.py \. OUT`, and give '\S+/a b'/OUT"),
         (["global_step5/mp_rank_00_model_states.pt"], "a DeepSpeed checkpoint"),
         (["mp_rank_00_model_states.pt"], "a part of a DeepSpeed checkpoint.*the folder that it is in"),
         (["model_world_size_2_rank_0.pt", "optim_world_size_2_rank_0.pt"],
          r"verl stored; .*`python -m verl\.model_merger merge --backend fsdp --local_dir '\S+/a b' --target_dir OUT`"),
+        (["lit_model.pth", "model_config.yaml"],
+         r"a LitGPT checkpoint; .*`litgpt convert_from_litgpt '\S+/a b' OUT && mv OUT/model\.pth OUT/pytorch_model"),
+        (["model.pth"], r"`mv '\S+/a b'/model\.pth '\S+/a b'/pytorch_model\.bin`"),
         (["pytorch_model_fsdp_0_rank0.bin"], "each rank of FSDP stored.*SHARDED_STATE_DICT"),
         ([".metadata", "common.pt"], "a Megatron checkpoint.*Megatron Bridge"),
         (["iter_0000005/x", "latest_checkpointed_iteration.txt"], "a Megatron checkpoint"),

@@ -80,7 +80,7 @@ def test_what_is_left_out_is_listed(tidy: tuple[Path, MergeReport]) -> None:
 
 def test_the_model_card_is_ours(tidy: tuple[Path, MergeReport], cluttered: Pair) -> None:
     card = (tidy[0] / "README.md").read_text()
-    assert card.startswith("---\nbase_model:\n")
+    assert card.startswith("---\nlibrary_name: transformers\n")
     assert str(cluttered.base) in card
     assert "README.md" not in card
 

@@ -70,9 +70,58 @@ def test_the_latest_of_a_trainers_checkpoints_is_named_by_its_number(models: Mod
     folder = models.folder / "run"
     for step in (9, 10, 2, 100):
         write_model(folder / f"checkpoint-{step}", random_state(SHAPES), config=CONFIG)
-    message = models.refused(CheckpointError, r"trainer's output folder.*checkpoint-100'?: give that", sft=folder)
+    message = models.refused(
+        CheckpointError, r"no model at its top, and 4 below it; .*checkpoint-100': give that", sft=folder
+    )
     latest = next(word for word in re.split(r"[\s':]+", message) if word.endswith("checkpoint-100"))
     assert models.merge(sft=latest).status == "merged"
+
+
+PLACES: dict[str, tuple[list[str], str]] = {
+    "ms-swift": (["v0-20250101-12/checkpoint-8", "v1-20250102-12/checkpoint-4"], "v1-20250102-12/checkpoint-4"),
+    "epochs": (["epoch_0", "epoch_2", "epoch_10"], "epoch_10"),
+    "the last of all": (["step_100", "step_200", "final"], "final"),
+    "verl": (["global_step_5/actor/hf", "global_step_10/actor/hf"], "global_step_10/actor/hf"),
+    "one": (["hf"], "hf"),
+    "and others": (["checkpoint-9", "checkpoint-10", "original", "onnx", "checkpoint-11/optimizer"], "checkpoint-10"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", PLACES)
+@pytest.mark.parametrize("beside", ["", "training_args.bin", "latest_checkpointed_iteration.txt"])
+def test_a_folder_above_a_model_is_answered_with_its_place(models: Models, layout: str, beside: str) -> None:
+    places, latest = PLACES[layout]
+    for place in places:
+        write_model(models.folder / "run" / place, random_state(SHAPES), config=CONFIG)
+    if beside:
+        (models.folder / "run" / beside).write_text("x")
+    message = models.refused(
+        CheckpointError, rf"no model at its top.*'\S*run/{latest}': give that", sft=models.folder / "run"
+    )
+    found = re.search(r"(?:latest is|one in) '(\S+)': give that", message)
+    assert found is not None
+    assert models.merge(sft=found[1]).status == "merged"
+
+
+def test_adapters_and_other_forms_below_are_found_too(models: Models) -> None:
+    for files, match in (
+        (["checkpoint-2/adapter_model.safetensors", "checkpoint-2/adapter_config.json"], "checkpoint-2': give that"),
+        (["checkpoint-3/pytorch_model.bin"], "checkpoint-3': give that"),
+        (["checkpoint-4/pytorch_model_fsdp_0/.metadata", "checkpoint-4/optimizer_0/.metadata"], "checkpoint-4': give"),
+        (["step-5/.metadata", "step-5/__0_0.distcp"], "step-5': give that"),
+        (["latest_checkpointed_iteration.txt", "global_step_6/actor/model_world_size_2_rank_0.pt",
+          "global_step_6/actor/huggingface/config.json"],
+         r"each rank of verl stored; .*--backend fsdp --local_dir \S*/global_step_6/actor --target_dir"),
+        (["checkpoint-7/zero_to_fp32.py", "checkpoint-7/latest", "training_args.bin"],
+         r"holds in 'checkpoint-7' a DeepSpeed checkpoint; .*`cd \S+/checkpoint-7 && python zero_to_fp32.py"),
+        (["final/lit_model.pth", "step-5/lit_model.pth"], r"'final' a LitGPT checkpoint; .*from_litgpt \S+/final"),
+        (["checkpoint-8/trainer_state.json"], "is it a model folder"),
+    ):  # fmt: skip
+        folder = models.folder / f"run{len(match)}"
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("x")
+        models.refused(CheckpointError, match, sft=folder)
 
 
 def test_what_does_not_exist_is_refused(models: Models) -> None:

@@ -153,7 +153,7 @@ EIGHT = torch.ones(8, 8).to(torch.float8_e4m3fn)
 BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "no scales": ({UP0: EIGHT}, rf"'{UP0}' is F8_E4M3 in sft .*, with no scales beside it"),
     "two scales": (
-        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1), f"{UP0}_scale": torch.ones(1)}, "with both scales beside it"),
+        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1), f"{UP0}_scale": torch.ones(1)}, "2 tensors of scales beside"),
     "scales of a float": ({f"{UP1}_scale_inv": torch.ones(1)}, rf"stores '{UP1}_scale_inv', scales of a weight"),
     "scales of nothing": ({"x.weight_scale_inv": torch.ones(1)}, r"stores 'x\.weight_scale_inv', scales of a weight"),
     "another method besides": ({f"{UP1}_packed": torch.ones(1)}, "as compressed-tensors models have it"),

@@ -406,7 +406,10 @@ def _low_rank(
             raise _misfit(name, adapter, target, f"a bias of shape {list(b.shape)}")
         return LowRank(name, b.shape, b, None, scaling)
     fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank
-    if not fits or target.dtype not in MERGED:
+    if target.dtype not in MERGED:
+        changed = f"tensor '{shown(name)}' is {target.dtype}, quantised, and {adapter.label} changes it"
+        raise MismatchError(f"{changed}: give the unquantised model, or, if it is FP8, --dequantize")
+    if not fits:
         raise _misfit(name, adapter, target, f"factors {list(b.shape)} and {list(a.shape)}, and rank {rank}")
     straight, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
     # A Conv1D stores its weight transposed; of a square one only the config can tell.

@@ -6,8 +6,8 @@ Each fills any range of its elements from what it reads, so that nothing is ever
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -188,6 +188,27 @@ class Extended(Pieces):
     def stored(self) -> int:
         """Bytes of its own rows; the others are the other model's."""
         return self.own.stored
+
+
+Leaf = tuple[str, TensorInfo]  # the role of a model, and bytes of one of its files
+
+# Which field of a computed tensor lies in which model, where that is not the one that the tensor is of.
+_ROLES = {"whole": "role", "weight": "role", "start": "origin"}
+
+
+def leaves(tensor: Tensor, role: str) -> Iterator[Leaf]:
+    """Yield what a tensor of a model is read from."""
+    if isinstance(tensor, TensorInfo):
+        yield role, tensor
+        return
+    for each in fields(tensor):
+        value: Any = getattr(tensor, each.name)
+        owner = getattr(tensor, _ROLES.get(each.name, ""), role)
+        for found in value if isinstance(value, tuple) else (value,):
+            if isinstance(found, Piece):
+                yield from leaves(found.tensor, found.role)
+            elif hasattr(found, "stored") and hasattr(found, "native"):
+                yield from leaves(found, owner)
 
 
 def is_delta(tensor: Tensor | None) -> bool:

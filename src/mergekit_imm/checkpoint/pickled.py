@@ -22,6 +22,7 @@ from ..json_input import plain_size
 from .tensorfile import DTYPE_BITS, TensorFile, TensorInfo, open_to_read
 from .unpickled import AGAIN, CURE, DTYPES, LIMIT, mapping, numbers, unpickled
 
+_MODELS = ("state_dict", "model_state_dict", "model", "module")  # under which trainers put a model
 _EDGE = 4096  # bytes at either end of an archive that are read at once: all that a small one has beside its tensor
 _STORAGES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -45,6 +46,7 @@ class _Tensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
+    lazy: bool = False  # its values are those of its bytes, conjugated or with the other sign
 
 
 def _rebuilt(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any, dtype: str | None = None) -> _Tensor:
@@ -54,9 +56,7 @@ def _rebuilt(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any, dt
     shape, strides, (offset,) = numbers(shape), numbers(strides), numbers((offset,))
     if kind not in DTYPE_BITS or len(shape) != len(strides):
         raise ValueError(f"a tensor has dtype {kind!r} and {len(strides)} strides")
-    if rest[2:] and rest[2]:
-        raise ValueError("a tensor is marked as conjugate or negative")
-    return _Tensor(storage, offset, shape, strides, kind)
+    return _Tensor(storage, offset, shape, strides, kind, lazy=bool(rest[2:] and rest[2]))
 
 
 def _rebuilt_3(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any,
@@ -68,21 +68,47 @@ def _parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
+def _with_attributes(rebuild: Any, kind: Any, arguments: Any, *_: Any) -> _Tensor:
+    """A tensor with attributes of Python's, which are no part of a model."""
+    if kind is not _Tensor or rebuild not in _REBUILD or not isinstance(arguments, tuple):
+        raise ValueError("a tensor is not described as torch does")
+    found: _Tensor = rebuild(*arguments)
+    return found
+
+
 def _persistent(pid: Any) -> _Storage:
     kind, dtype, key, _, _ = pid
-    if kind != "storage" or not isinstance(key, str) or not isinstance(dtype, str):
+    # Keys are texts; those of litgpt are numbers, which torch.load takes too.
+    if kind != "storage" or type(key) not in (str, int) or not isinstance(dtype, str):
         raise ValueError("a storage is not described as torch does")
-    return _Storage(key, dtype or None)
+    return _Storage(str(key), dtype or None)
 
 
+def _no_tensor(*arguments: Any) -> tuple[Any, ...]:
+    """Stands for what torch.load takes beside tensors: bytes, sets, devices and the like."""
+    return arguments  # a set may be one of tensors
+
+
+_REBUILD = (_rebuilt, _rebuilt_3)
+_BESIDE = (
+    ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "Counter"),
+    ("_codecs", "encode"),  # bytes
+    *((module, name) for module in ("__builtin__", "builtins") for name in ("set", "bytearray", "complex")),
+)  # fmt: skip
 _TORCH: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): mapping,
     ("torch", "Size"): numbers,
+    ("torch", "Tensor"): _Tensor,
+    ("torch.nn.parameter", "Parameter"): _Tensor,
+    ("torch._utils", "_rebuild_tensor"): _rebuilt,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuilt_3,
     ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _with_attributes,
     ("torch.storage", "UntypedStorage"): "",
     **{("torch", name): dtype for name, dtype in {**DTYPES, **_STORAGES}.items()},
+    **dict.fromkeys(_BESIDE, _no_tensor),
 }
 
 
@@ -255,11 +281,14 @@ def open_pickled(path: Path, name: str) -> TensorFile:
         status = os.fstat(descriptor)
         with _told(where):
             archive = _Archive(descriptor, 0, size, where)
-            tensors = [_named(archive, key, value, name, where) for key, value in _state(archive.pickled, where)]
+            state, left = _state(archive.pickled, where)
+            tensors = [_named(archive, key, value, name, where) for key, value in state.items()]
     finally:
         os.close(descriptor)
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
-    return TensorFile(name, path, status.st_size, {}, tuple(tensors), status.st_mtime_ns)
+    more = ", …" if len(left) > 4 else ""
+    note = f"note: left out of {where}, as they are no tensors: {', '.join(map(shown, left[:4]))}{more}"
+    return TensorFile(name, path, status.st_size, {}, tuple(tensors), status.st_mtime_ns, notes=(note,) if left else ())
 
 
 def tensor_at(descriptor: int, begin: int, size: int, name: str, file: str, where: str) -> TensorInfo:
@@ -282,26 +311,60 @@ def _told(where: str) -> Iterator[None]:
         raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
 
 
-def _state(pickled: Any, where: str) -> list[tuple[str, Any]]:
-    """The entries of a state dict."""
-    if not isinstance(pickled, dict):
+def _state(pickled: Any, where: str) -> tuple[dict[str, _Tensor], list[str]]:
+    """Return the tensors of a state dict by name, and what else is in the file, which is no tensor."""
+    clean: set[int] = set()
+    if not isinstance(pickled, dict) or (pickled and not _holds_data(pickled, clean)):
         raise CheckpointError(f"{where} holds no mapping of names to tensors; {CURE}")
+    left: list[str] = []
+    models = [key for key in _MODELS if isinstance(pickled.get(key), dict) and _holds_data(pickled[key], clean)]
+    if len(models) == 1:
+        beside = {key: value for key, value in pickled.items() if key != models[0]}
+        other = next((key for key, value in beside.items() if _holds_data(value, clean)), None)
+        if other is not None:
+            raise CheckpointError(
+                f"{where} holds more than a model: tensors under {shown(other)!r}, beside {models[0]!r}; load it with"
+                f" torch, and `torch.save` what is under {models[0]!r} alone"
+            )
+        pickled, left = pickled[models[0]], [str(key) for key in beside]
+    found: dict[str, _Tensor] = {}
     for key, value in pickled.items():
-        if isinstance(key, str) and isinstance(value, dict):
-            raise CheckpointError(
-                f"{where} holds more than a model: a mapping under {shown(key)!r}; save its model alone,"
-                " `torch.save(loaded[key], …)`, or " + CURE
-            )
-        if not isinstance(key, str):
+        if isinstance(value, _Tensor) and isinstance(key, str):
+            found[key] = value
+        elif not _holds_data(value, clean):
+            left.append(str(key))
+        elif not isinstance(key, str):
             raise CheckpointError(f"{where} holds something under {shown(key)}, which is no name; {CURE}")
-        if not isinstance(value, _Tensor):
+        else:
+            kind = "a mapping" if isinstance(value, dict) else "a storage or a list of tensors"
             raise CheckpointError(
-                f"{where} holds {shown(key)!r}, of type {type(value).__name__} and no tensor; remove it, or {CURE}"
+                f"{where} holds {kind} under {shown(key)!r}; load it with torch and `torch.save` the mapping of names"
+                " to tensors alone"
             )
-    return list(pickled.items())
+    return found, left
+
+
+def _holds_data(value: Any, clean: set[int]) -> bool:
+    """Whether there is a tensor or a storage in it, however deep; `clean` are the containers known to hold none."""
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, _Tensor | _Storage):
+            return True
+        if isinstance(one, dict | list | tuple) and id(one) not in seen and id(one) not in clean:
+            seen.add(id(one))
+            stack += one.values() if isinstance(one, dict) else one
+    clean |= seen
+    return False
 
 
 def _named(archive: _Archive, key: str, tensor: _Tensor, file: str, where: str) -> TensorInfo:
+    if tensor.lazy:
+        raise CheckpointError(
+            f"{where}: tensor '{shown(key)}' is stored as the conjugate or negative of its bytes; save it again after"
+            " `.resolve_conj().resolve_neg()`"
+        )
     step = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
         if size > 1 and stride != step and math.prod(tensor.shape) > 1:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -15,12 +16,10 @@ from ..config import quantisation
 from ..errors import CheckpointError, MismatchError, shown
 from ..layers import ready_option
 from .computed import Computed, Matrix, Read, Reads, Tensor, decoded
+from .quantunits import FP8, Chosen, Unit, pattern_of, scales_of, units_of
 from .source import Checkpoint
-from .tensorfile import MERGED, TensorInfo
+from .tensorfile import TensorInfo
 
-Spared = Callable[[str], bool]  # whether a tensor is copied as it is
-
-_FP8 = ("F8_E4M3", "F8_E5M2")
 _BLOCK = (128, 128)  # where a config does not say
 _WIDEST = 1 << 20  # scales of a row of blocks, which are read at once
 
@@ -30,38 +29,44 @@ _CURES = {
     "MXFP4": "load it with transformers' `Mxfp4Config(dequantize=True)`, then `save_pretrained`, and merge that",
     "FP8": "--dequantize multiplies its weights by their scales",
 }
-# What only quantised models store, by how its name ends.
-_STORED = (
-    ("bitsandbytes", re.compile(r"\.((nested_)?(absmax|quant_map)|quant_state\.\w+|SCB|weight_format)$")),
-    ("GPTQ or AWQ", re.compile(r"\.(qweight|qzeros|g_idx)$")),
-    ("compressed-tensors", re.compile(r"\.weight_(packed|zero_point|global_scale)$")),
-    ("NVFP4 of modelopt", re.compile(r"\.weight_scale_2$")),
-)
-_SCALES = ("_scale_inv", "_scale")  # behind the name of a weight; the one or the other
-_ORPHAN = re.compile(r"(_scale_inv|\.weight_scale)$")
-_OF_ACTIVATIONS = re.compile(r"(.+)([._])(input_scale|input_scale_ub|activation_scale)")
+_ORPHAN = re.compile(r"(_scale_inv|\.weight_scale|\.scale_weight)$")
+_OF_ACTIVATIONS = re.compile(r"(.+)([._])(input_scale|input_scale_ub|activation_scale|act_scale|scale_input)")
 _OF_CACHE = re.compile(r"\.([qkv]|output)_scale$")
+_MARKER = re.compile(r"(^|\.)scaled_fp8$")  # ComfyUI's: says that weights are scaled, and holds nothing
+_FORMAT = re.compile(r"(.+\.)comfy_quant")  # its later one: a text that says in which form a module is
 _NOTES_OF_QUANTISERS = ("hf_quant_config.json",)  # side files that say how a model is quantised
 
 
-def check_unquantised(checkpoint: Checkpoint, spared: Spared) -> None:
-    """Raise CheckpointError for a quantised model, with its method and the cure.
+_NOTHING = Chosen(lambda _: False, lambda _: False)
 
-    Its config tells; where that does not, names and dtypes of tensors, of those that are not copied as they are.
+
+def check_unquantised(checkpoint: Checkpoint, chosen: Chosen) -> None:
+    """Raise CheckpointError for a quantised model, with its method and the cure, unless all of it is copied as it is.
+
+    Its config tells; where that does not, names and dtypes of tensors.
     """
-    said = quantisation(checkpoint.config)
-    if said is not None and checkpoint.adapter is None:  # beside an adapter it says how its base was loaded
-        place, settings = said
-        method = _method(settings)
-        what = f"a {shown(place)} of {shown(method)}" if method else f"a {shown(place)}"
-        known = {"mxfp4": "MXFP4", "bitsandbytes": "bitsandbytes"}.get(method, "")
-        cure = _CURES.get(known, _MADE_FROM)
-        if method in ("fp8", "fbgemm_fp8") and not _has_fp8(checkpoint):
-            cure = "but none of its tensors is FP8: if they were saved unquantised, remove that entry of config.json"
-        elif _has_fp8(checkpoint) and not _unread(settings):
-            cure = _CURES["FP8"]
-        raise CheckpointError(f"{checkpoint.label} is quantised (config.json has {what}); {cure}")
-    _check_stored(checkpoint, spared, fp8=True)
+    said = said_of(checkpoint)
+    units = units_of(checkpoint.tensors, said=said is not None)
+    if said is not None and not units:
+        raise CheckpointError(_refused(checkpoint, *said))
+    _check_units(checkpoint, units, chosen, said)
+
+
+def said_of(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]] | None:
+    """Return what a model's config says of its quantisation, and where; beside an adapter it says so of its base."""
+    return quantisation(checkpoint.config) if checkpoint.adapter is None else None
+
+
+def _refused(checkpoint: Checkpoint, place: str, settings: Mapping[str, Any]) -> str:
+    method = _method(settings)
+    what = f"a {shown(place)} of {shown(method)}" if method else f"a {shown(place)}"
+    known = {"mxfp4": "MXFP4", "bitsandbytes": "bitsandbytes"}.get(method, "")
+    cure = _CURES.get(known, _MADE_FROM)
+    if method in ("fp8", "fbgemm_fp8") and not _has_fp8(checkpoint):
+        cure = "but none of its tensors is FP8: if they were saved unquantised, remove that entry of config.json"
+    elif _has_fp8(checkpoint) and not _unread(settings):
+        cure = _CURES["FP8"]
+    return f"{checkpoint.label} is quantised (config.json has {what}); {cure}"
 
 
 def _method(settings: Mapping[str, Any]) -> str:
@@ -71,39 +76,42 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def _has_fp8(checkpoint: Checkpoint) -> bool:
-    return any(tensor.dtype in _FP8 for tensor in checkpoint.tensors.values())
+    return any(tensor.dtype in FP8 for tensor in checkpoint.tensors.values())
 
 
-def _check_stored(checkpoint: Checkpoint, spared: Spared, *, fp8: bool) -> None:
-    for method, names, what in _stored(checkpoint.tensors):
-        if all(map(spared, names)) or (method == "FP8" and not fp8):
-            continue
-        cure = _CURES.get(method, _MADE_FROM)
+def _check_units(
+    checkpoint: Checkpoint, units: Sequence[Unit], chosen: Chosen, said: tuple[str, Mapping[str, Any]] | None
+) -> None:
+    """Raise CheckpointError unless each quantised weight is copied whole, from one side."""
+    left = [unit for unit in units if not chosen.spare(unit)]
+    if not left:
+        return
+    tensors = checkpoint.tensors
+    names, every = ([name for unit in some for name in unit.names] for some in (left, units))
+    # Of another model than the base, what these weights are there is kept.
+    kept = every if checkpoint.role == "base" else [*dict.fromkeys((*every, *(unit.weight for unit in units)))]
+    pattern = pattern_of(kept, tensors.keys() - {*kept})
+    keep = f"--keep {shlex.quote(pattern)}" if pattern.isprintable() else ready_option("--keep", *kept)
+    if any(map(chosen.either, every)):
+        name = next((name for name in names if not chosen.either(name)), names[0])
         raise CheckpointError(
-            f"{checkpoint.label} is quantised ('{shown(names[0])}' {what}, as {method} models have it); {cure}"
+            f"{checkpoint.label} is quantised, and {len(names)} of its {len(every)} quantised tensors belong to weights"
+            f" that are not copied whole, first '{shown(name)}': keep all of them, {keep}"
         )
+    if said is not None:
+        message = _refused(checkpoint, *said)
+    else:
+        unit, cure = left[0], _CURES.get(left[0].method, _MADE_FROM)
+        seen = f"'{shown(unit.told)}' {unit.what}, as {unit.method} models have it"
+        message = f"{checkpoint.label} is quantised ({seen}); {cure}"
+    # Never of most of a model, of which little would be merged: two bytes that are not quantised are one weight.
+    size = sum(tensors[name].stored for name in names)
+    if chosen is not _NOTHING and 3 * size < sum(tensor.stored for tensor in tensors.values()):
+        message += f"; or leave its quantised tensors as they are in the base, {keep}"
+    raise CheckpointError(message)
 
 
-def _stored(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Yield what tells that tensors are quantised: the method, the names, and what was seen."""
-    for name, tensor in tensors.items():
-        for method, pattern in _STORED:
-            if pattern.search(name):
-                yield method, (name,), "is stored"
-        if name.endswith("_blocks") and tensor.dtype == "U8" and f"{name.removesuffix('_blocks')}_scales" in tensors:
-            yield "MXFP4", (name, f"{name.removesuffix('_blocks')}_scales"), "is U8, with scales beside it"
-        if tensor.dtype in MERGED:
-            continue
-        module = name.removesuffix(".weight")
-        if tensor.dtype == "U32" and module != name and f"{module}.scales" in tensors:
-            yield "MLX", (name, f"{module}.scales"), "is U32, with scales beside it"
-        for scale in (f"{name}{ending}" for ending in _SCALES):
-            if scale in tensors:
-                method = "FP8" if tensor.dtype in _FP8 else "quantised"
-                yield method, (name, scale), f"is {tensor.dtype}, with '{shown(scale)}' beside it"
-
-
-def dequantized(checkpoint: Checkpoint, spared: Spared) -> Checkpoint:
+def dequantized(checkpoint: Checkpoint, chosen: Chosen) -> Checkpoint:
     """Return a checkpoint with each FP8 weight multiplied by the scales stored beside it; itself, if it has none.
 
     The scales are no tensors of it any more, nor are those of activations, which are told in a note. Raises
@@ -111,7 +119,7 @@ def dequantized(checkpoint: Checkpoint, spared: Spared) -> Checkpoint:
     for scales that do not fit.
     """
     if not _has_fp8(checkpoint):
-        check_unquantised(checkpoint, spared)
+        check_unquantised(checkpoint, chosen)
         return checkpoint
     _, settings = quantisation(checkpoint.config) or ("", {"quant_method": "fp8"})
     reason = _unread(settings)
@@ -119,35 +127,39 @@ def dequantized(checkpoint: Checkpoint, spared: Spared) -> Checkpoint:
         raise CheckpointError(
             f"{checkpoint.label} is quantised by {reason}, which --dequantize does not read; {_MADE_FROM}"
         )
-    _check_stored(checkpoint, spared, fp8=False)
+    others = [unit for unit in units_of(checkpoint.tensors) if unit.method != "FP8"]
+    # A config that describes them describes the FP8 weights, too: it would be wrong of one or the other.
+    _check_units(checkpoint, others, chosen if quantisation(checkpoint.config) is None else _NOTHING, None)
     block = _block_of(settings, checkpoint.label)
     tensors = checkpoint.tensors
-    fp8 = {name for name, tensor in tensors.items() if tensor.dtype in _FP8}
+    fp8 = {name for name, tensor in tensors.items() if tensor.dtype in FP8 and not _MARKER.search(name)}
     weights: dict[str, Computed] = {}
     gone: set[str] = set()
     for name in tensors:
         if name not in fp8:
             continue
-        scales = [name + ending for ending in _SCALES if name + ending in tensors]
+        scales = scales_of(name, tensors)
         if len(scales) == 1:
             weights[name] = _dequantized(tensors[name], tensors[scales[0]], block, checkpoint)
             gone.add(scales[0])
-        elif not spared(name):
-            beside = "both scales beside it" if scales else "no scales beside it"
+        elif not chosen.either(name):
+            beside = f"{len(scales)} tensors of scales beside it" if scales else "no scales beside it"
             raise CheckpointError(
                 f"tensor '{shown(name)}' is {tensors[name].dtype} in {checkpoint.label}, with {beside}"
-                f" ('{shown(name)}_scale_inv', '{shown(name)}_scale'): what it stands for is not known; use an"
-                f" unquantised checkpoint, or {ready_option('--keep', name)} or {ready_option('--take', name)}"
+                f" ({', '.join(map(shown, scales)) or f'{shown(name)}_scale'}): what it stands for is not known;"
+                f" use an unquantised checkpoint, or {ready_option('--keep', name)} or {ready_option('--take', name)}"
             )
-    unused = tuple(name for name in tensors if name not in gone and _is_of_activations(name, tensors[name], fp8))
+    unused = tuple(name for name in tensors if name not in gone and _is_only_for_fp8(name, tensors[name], fp8))
     gone |= {*unused}
-    orphan = next((name for name in tensors if name not in gone and _ORPHAN.search(name) and not spared(name)), None)
+    orphan = next(
+        (name for name in tensors if name not in gone and _ORPHAN.search(name) and not chosen.either(name)), None
+    )
     if orphan is not None:
         raise CheckpointError(
             f"{checkpoint.label} stores '{shown(orphan)}', scales of a weight that is not FP8 or not there; use a whole"
             " FP8 checkpoint, or an unquantised one"
         )
-    note = f"note: left out, as only FP8 needs them: {len(unused)} scales of activations of {checkpoint.label}"
+    note = f"note: left out, as only FP8 needs them: {len(unused)} scales of activations or marks of {checkpoint.label}"
     note += f", such as '{shown(unused[0])}'" if unused else ""
     return replace(
         checkpoint,
@@ -193,7 +205,11 @@ def _block_of(settings: Mapping[str, Any], label: str) -> tuple[int, int] | None
     )
 
 
-def _is_of_activations(name: str, tensor: Tensor, fp8: set[str]) -> bool:
+def _is_only_for_fp8(name: str, tensor: Tensor, fp8: set[str]) -> bool:
+    if _MARKER.search(name):
+        return tensor.count <= 2
+    if found := _FORMAT.fullmatch(name):
+        return f"{found[1]}weight" in fp8
     found = _OF_ACTIVATIONS.fullmatch(name)
     if found is not None:
         return found[1] + (".weight" if found[2] == "." else "") in fp8

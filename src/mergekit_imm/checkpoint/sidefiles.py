@@ -9,16 +9,23 @@ OWN = ("README.md", "imm_recipe.json", "imm_report.json")
 
 # Folders of copies of the weights in other forms, and of a training run.
 FOLDERS = (
-    "original", "onnx", "openvino", "coreml", "runs", "wandb", "checkpoint-*", "global_step*", "optimizer_*",
-    "pytorch_model_fsdp_*", "__pycache__",
-)  # fmt: skip
+    "original onnx openvino coreml runs wandb swanlog mlruns lightning_logs tensorboard logs checkpoint-* global_step*"
+    " optimizer_* pytorch_model_fsdp_* __pycache__"
+).split()
 _WEIGHTS = (
     ".bin .ckpt .distcp .engine .ggml .gguf .h5 .mlmodel .msgpack .nemo .npy .npz .onnx .onnx_data .ot "
     ".pdparams .pickle .pkl .pt .pth .safetensors .tflite"
 ).split()
+# What training leaves beside a model: its arguments, which hold local paths, its states, logs and plots. Optimizers and
+# schedulers are weights or pickles, told by their ends; the `scheduler_config.json` of a pipeline belongs to the model.
 _LEFTOVERS = (
-    "*.index.json adapter_config.json trainer_state.json trainer_log.jsonl optimizer* scheduler* rng_state* "
-    "*_results.json events.out.tfevents.* latest *.partial *.lock"
+    "*.index.json adapter_config.json *.partial *.lock *.log *.out events.out.tfevents.* "
+    "args.json args.yaml *_args.json *_args.yaml *_args.yml training_params.json training_config.* train_config.* "
+    "hyperparameters.yaml hparams.yaml llamaboard_config.yaml axolotl_config.y*ml torchtune_config.yaml "
+    "ds_config*.json deepspeed_config*.json fsdp_config.json accelerate_config.yaml additional_config.json "
+    "trainer_state.json tokens_state.json latest latest_checkpointed_iteration.txt zero_to_fp32.py "
+    "*_results.json *_results.csv trainer_log.jsonl logging.jsonl running_log.txt generated_predictions.jsonl "
+    "completions_*.parquet *_loss.png train_*.png training_*.png eval_*.png"
 ).split()
 
 

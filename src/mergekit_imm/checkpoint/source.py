@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
 from .computed import Tensor
 from .dcp import open_dcp
-from .forms import ADAPTER_BIN, BIN, BIN_INDEX, bin_files, dcp_prefix, other_form
+from .forms import ADAPTER_BIN, BIN, BIN_INDEX, bin_files, dcp_prefix, no_model
 from .hub import ADAPTER, ADAPTER_CONFIG
 from .parts import ADAPTERS, Part, holds_parts, index_files, matches, parts_below, parts_beside
 from .pickled import open_pickled
@@ -45,6 +44,7 @@ class Checkpoint:
     parts: tuple[Part, ...] = ()  # which of the files belong together
     recipe: dict[str, Any] | None = None  # of the merge that made it
     adapter: dict[str, Any] | None = None  # of an adapter: its config
+    trained_on: Any = None  # of an adapter: the model that it names, a path or a hub id
     was: Mapping[str, str] = field(default_factory=dict)  # base's name -> its own in the file, where they differ
     repo: str | None = None
     commit: str | None = None
@@ -138,7 +138,6 @@ def _from_folder(
     label = f"{role} {shown(ref)}"
     try:
         listed = sorted(_walk(folder, outs))
-        folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
     except OSError as error:
         raise CheckpointError(f"{label} cannot be listed: {error.strerror}") from error
     strange = next((name for name in listed if not is_utf8(name)), None)
@@ -151,7 +150,7 @@ def _from_folder(
     index = _json(folder / indexed_by) if indexed_by in top else None
     adapter = _adapter_file(top) if role == "sft" else None
     prefix = None if adapter else dcp_prefix(everything)
-    names = [adapter] if adapter else [] if prefix is not None else _model_files(top, index, role, ref, folders)
+    names = [adapter] if adapter else [] if prefix is not None else _model_files(top, index, role, ref, everything)
     own = Part(tuple(names), index=indexed_by if index is not None and MODEL not in names else None)
     beside, adapters = parts_below(everything, lambda path: _json(folder / path))
     beside = parts_beside(top, names) + beside
@@ -180,11 +179,13 @@ def _from_folder(
         tensors=tensors,
     )  # fmt: skip
     configs = {f"{part.folder}config.json" for part in beside} & set(everything)
+    said = _json(folder / ADAPTER_CONFIG) if adapter else None
     return replace(
         found,
         stamps=stamps,
         left_out=(*_left_out(listed, found), *others),
-        adapter=_json(folder / ADAPTER_CONFIG) if adapter else None,
+        adapter=said,
+        trained_on=said.get("base_model_name_or_path") if said else None,
         adapters=tuple(adapters),
         part_configs={folder_of(path): _json(folder / path) for path in sorted(configs) if "/" in path},
         recipe=read_recipe(folder) if role == "start" else None,
@@ -218,9 +219,8 @@ def _from_listing(
     top = [name for name in everything if "/" not in name]
     small = {name: _parsed(content, f"{ref}/{name}") for name, content in listing.small.items()}
     index = small.get(INDEX)
-    folders = sorted({PurePosixPath(name).parts[0] for name in everything if "/" in name})
     is_adapter = role == "sft" and _adapter_file(top) == ADAPTER
-    names = [ADAPTER] if is_adapter else _model_files(top, index, role, ref, folders)
+    names = [ADAPTER] if is_adapter else _model_files(top, index, role, ref, everything)
     own = Part(tuple(names), index=INDEX if index is not None and MODEL not in names else None)
     beside, adapters = parts_below(everything, small.__getitem__)
     beside = parts_beside(top, names) + beside
@@ -250,6 +250,7 @@ def _from_listing(
         left_out=_left_out(sorted(listing.sizes), found),
         recipe=None if content is None else parse_recipe(content, f"{ref}/{RECIPE_FILE}"),
         adapter=small[ADAPTER_CONFIG] if is_adapter else None,
+        trained_on=small[ADAPTER_CONFIG].get("base_model_name_or_path") if is_adapter else None,
         adapters=tuple(adapters),
         part_configs={
             folder_of(n): small[n] for part in beside if (n := f"{part.folder}config.json") in small and part.folder
@@ -292,7 +293,7 @@ def _adapter_file(top: list[str]) -> str | None:
     return ADAPTER if ADAPTER in top else ADAPTER_BIN if ADAPTER_BIN in top and not bin_files(top) else None
 
 
-def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, folders: list[str]) -> list[str]:
+def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, everything: list[str]) -> list[str]:
     """Decide which files are the model, in the order in which they are read and written."""
     bins = bin_files(top)
     if bins and bins != [BIN_INDEX]:
@@ -313,17 +314,7 @@ def _model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: s
             f"{role} {shown(ref)} holds neither {MODEL} nor {INDEX}, but {len(found)} other safetensors files"
             f" ({', '.join(map(shown, found[:4]))}{', …' if len(found) > 4 else ''}); give the one to use by its path"
         )
-    form = other_form(top, folders, ref)
-    if form is not None:
-        raise CheckpointError(f"{role} {shown(ref)} holds {form}")
-    checkpoints = [name for name in folders if re.fullmatch(r"checkpoint-\d+", name)]
-    if checkpoints:
-        latest = max(checkpoints, key=lambda name: int(name.rpartition("-")[2]))
-        raise CheckpointError(
-            f"{role} {shown(ref)} is a trainer's output folder without a model at its top; its latest is"
-            f" {shown(str(PurePath(ref) / latest))}: give that"
-        )
-    raise CheckpointError(f"{role} {shown(ref)} holds no *.safetensors file; is it a model folder?")
+    raise CheckpointError(f"{role} {shown(ref)} {no_model(everything, ref)}")
 
 
 def _assembled(
@@ -359,7 +350,7 @@ def _assembled(
         if twice is not None:
             raise _stored_twice(twice, "its own files", next(iter(files_beside)), role, ref)
         tensors |= more
-    notes = []
+    notes = [note for file in (*files.values(), *files_beside.values()) for note in file.notes]
     if unread:
         notes.append(
             f"note: {label} stores {len(unread)} tensors twice, first '{shown(unread[0].name)}'; each is read from the"

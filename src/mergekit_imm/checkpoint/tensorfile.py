@@ -66,6 +66,7 @@ class TensorFile:
     metadata: dict[str, str]
     tensors: tuple[TensorInfo, ...]
     written: int = 0  # when, in ns, as the filesystem says
+    notes: tuple[str, ...] = ()  # what else is in it
 
 
 def open_tensorfile(path: Path, name: str) -> TensorFile:

@@ -14,6 +14,10 @@ _LARGEST = 1 << 62  # of any number that says where something is, or how large
 _DIMENSIONS = 64  # torch's own limit
 CURE = "load the model with transformers and `save_pretrained` (it writes safetensors)"
 AGAIN = "copy or download it again"
+TRUSTED = (
+    "if you trust it, load it by `torch.load(..., weights_only=False)` and `torch.save` its tensors alone, by name"
+)
+PLAIN = "save its tensors as plain ones, after `.to_dense()` if they are sparse and `.dequantize()` if quantised"
 
 DTYPES = {
     "float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL", "uint8": "U8",
@@ -113,15 +117,16 @@ def unpickled(content: bytes, known: Mapping[tuple[str, str], Any], where: str, 
         return _Unpickler(content, known, persistent).load()
     except _UnknownError as error:
         told = str(error)
-        kind = told.startswith("torch.") and told.count(".") == 1
-        why = "which is not read" if kind else "and only tensors are read from such files, as it may run any code"
-        raise CheckpointError(
-            f"{where} holds a {shown(told)}, {why}; {CURE if kind else f'if you trust it, {CURE}'}"
-        ) from error
+        why, cure = "and only tensors are read from such files, as it may run any code", TRUSTED
+        if told.startswith("torch._utils._rebuild_"):
+            why, cure = "which is not read", PLAIN
+        elif told.startswith("torch.") and told.count(".") == 1:
+            why, cure = "which is not read", CURE
+        raise CheckpointError(f"{where} holds a {shown(told)}, {why}; {cure}") from error
     except Exception as error:
         raise CheckpointError(
             f"{where} holds a pickle that is damaged, or not of torch's kind ({type(error).__name__}:"
-            f" {shown(error, 100)}); {AGAIN}"
+            f" {shown(error, 100)}); {AGAIN}, or, if torch.load reads it, `torch.save` its tensors alone, by name"
         ) from error
 
 
