@@ -1,4 +1,4 @@
-"""Names of tensors that differ from others by a rule: the user's, or one prefix in the place of another."""
+"""Names of tensors that differ from others by a rule: the user's, another spelling, or another prefix."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from .errors import shown
 from .layers import blanked
 from .recipe import parse_rename
+from .spellings import canonical
 
 Shape = tuple[int, ...] | None  # None: not known
 
@@ -22,6 +23,40 @@ def ruled(names: Iterable[str], rules: Sequence[str]) -> list[str]:
             name = pattern.sub(replacement, name)
         found.append(name)
     return found
+
+
+def by_name(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
+    """Match names that differ in spelling, in their prefix, or in both: lost name -> free name, for those certain.
+
+    >>> by_name({"model.layers.0.mlp.router.weight": (4, 8)}, {"layers.0.block_sparse_moe.gate.weight": (4, 8)})
+    {'model.layers.0.mlp.router.weight': 'layers.0.block_sparse_moe.gate.weight'}
+    """
+    found: dict[str, str] = {}
+    for match in (_by_spelling, by_prefix, _by_both):
+        lost = {name: shape for name, shape in lost.items() if name not in found}
+        taken = {*found.values()}
+        found |= match(lost, {name: shape for name, shape in free.items() if name not in taken}) if lost else {}
+    return found
+
+
+def _by_spelling(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
+    ours, theirs = _spelt(lost), _spelt(free)
+    pairs = {name: theirs[spelling] for spelling, name in ours.items() if spelling in theirs}
+    return {one: other for one, other in pairs.items() if _fits(lost[one], free[other])}
+
+
+def _by_both(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
+    ours, theirs = _spelt(lost), _spelt(free)
+    pairs = by_prefix({s: lost[name] for s, name in ours.items()}, {s: free[name] for s, name in theirs.items()})
+    return {ours[one]: theirs[other] for one, other in pairs.items()}
+
+
+def _spelt(names: Iterable[str]) -> dict[str, str]:
+    """Return the names of which no other has the same spelling, by it."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        found[canonical(name)].append(name)
+    return {spelling: same[0] for spelling, same in found.items() if len(same) == 1}
 
 
 def by_prefix(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from .checkpoint.sidefiles import OWN
 from .checkpoint.source import Checkpoint
 from .checkpoint.sparsified import LONGEST_ROW, Ranked, Trimmed
 from .checkpoint.tensorfile import DTYPE_BITS, INDEX, MERGED, TensorInfo
-from .config import check_configs, merged_config
+from .config import check_configs, is_other_class, merged_config
 from .errors import ArgumentError, MergeError, MismatchError, shown
 from .factors import factors_of
 from .layers import is_input_embedding, layer_key, ready_option
@@ -213,9 +213,10 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided:
             floats[item.outs[0].dtype] += item.source.count
     names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
     dtype = names[floats.most_common(1)[0][0]] if floats else None
-    # Of a model with other names, or with another vocabulary than the result, it need not fit.
+    # Of a model with other names or of another class, or with another vocabulary than the result, it need not fit.
+    is_other = bool(sft.was) or is_other_class(sft.config, base.config)
     config, changes = merged_config(
-        None if sft.was or parameters.vocab == "base" else sft.config,
+        None if is_other or parameters.vocab == "base" else sft.config,
         base.config,
         dtype=dtype,
         tied=decided.tied,
@@ -226,7 +227,7 @@ def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided:
         path: (role, each.side[path])
         for role, each in (("base", base), ("sft", sft))
         for path in each.side
-        if path != "config.json" or not (changes or (role == "sft" and sft.was and "config.json" in base.side))
+        if path != "config.json" or not (changes or (role == "sft" and is_other and "config.json" in base.side))
     }
     notes = [note for each in inputs.values() for note in each.notes]
     if broken:
