@@ -1,12 +1,12 @@
-"""Which architectures merge, in whatever layout their files have: every tiny model that transformers can build.
+"""Which architectures merge, in whatever layout their files have: every small model that transformers can build.
 
-    python docs/scripts/architectures.py [--check]          renews the tables of docs/inputs.md from architectures.json
-    python docs/scripts/architectures.py --sweep [CLASS …]  builds, merges and compares anew: half an hour on one core
+    python docs/scripts/architectures.py [--check]          renews the table of docs/inputs.md from architectures.json
+    python docs/scripts/architectures.py --sweep [CLASS …]  builds, merges and compares: half an hour on one core
 
-Of each class of the auto mappings a small model is built, and a second one with all its weights moved. Both are saved in
-the layout of the hub and in that of memory (`save_pretrained(..., save_original_format=False)`), and merged three times:
-both as on the hub, the SFT as in memory, the base as in memory. A merge is right if transformers loads the result without
-a missing or an unexpected tensor that the base does not have too, and every tensor is the mean of the two models'.
+Of each class of the auto mappings a small model is built, saved, and saved again with all its weights moved; each in
+the layout of the hub and in that of memory (`save_pretrained(..., save_original_format=False)`). They are merged three
+times: both as on the hub, the SFT as in memory, the base as in memory. A merge is right if transformers loads the
+result, misses and finds left over no tensor that it would not of the base, and every tensor is the mean of the two.
 """
 
 from __future__ import annotations
@@ -21,22 +21,31 @@ import shutil
 import signal
 import sys
 import tempfile
-import traceback
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pages import update
+
+from results import table
+
 SCRIPTS = Path(__file__).resolve().parent
 RESULTS = SCRIPTS / "architectures.json"
-WAYS = {"hub": "both as on the hub", "sft": "the SFT as in memory", "base": "the base as in memory"}
-MAPPINGS = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
-    "MODEL_MAPPING_NAMES",
-)  # fmt: skip
+WAYS = ("hub", "sft", "base")  # which of the two is saved as in memory
+GROUPS = {
+    "causal language models": ("MODEL_FOR_CAUSAL_LM",),
+    "language models that see and hear": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL_FOR_MULTIMODAL_LM"),
+    "encoder-decoder models": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_SPEECH_SEQ_2_SEQ"),
+    "encoders of text": ("MODEL_FOR_MASKED_LM",),
+    "others: of images, sound, several": ("MODEL_FOR_PRETRAINING", "MODEL"),
+}
+# Why merges of two layouts are refused, by model type.
+PERMUTED = "rows are permuted or interleaved between the layouts"
+NUMBERED = "parts have numbers for names, or names that mean something else in the other layout"
+SPELT = "many parts have other names, which are not known here"
+REASONS: dict[str, str] = {}
 MOST = 12_000_000  # elements of a model that is built
 SECONDS = 60  # for one model
 
@@ -114,8 +123,8 @@ SIZES: tuple[tuple[str, Any], ...] = (
 SETTINGS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "glm5_next_text": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "glm5_next_text": {"num_key_value_heads": 4, "index_topk": 16, "index_kpool": 4},
+    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}},
     "esmc": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "zamba": {"layer_types": ["mamba", "hybrid"]},
@@ -164,22 +173,23 @@ def size_of(key: str, value: Any, fill: bool) -> int | None:
     return size if size is None or value is None else min(size, value) if value >= 0 else None
 
 
-def classes(transformers: Any) -> Iterator[tuple[str, str]]:
-    """Each class of a model that the auto classes know, with its model type."""
+def classes() -> Iterator[tuple[str, str, str]]:
+    """Each class of a model that the auto classes know, with its group and model type."""
     from transformers.models.auto import modeling_auto
 
-    seen = set()
-    for mapping in MAPPINGS:
-        for model_type, names in getattr(modeling_auto, mapping, {}).items():
-            for name in (names,) if isinstance(names, str) else names:
-                if mapping == "MODEL_MAPPING_NAMES" and any(kind == model_type for kind, _ in seen):
-                    continue  # its model with a head is built
-                if (model_type, name) not in seen:
-                    seen.add((model_type, name))
-                    yield model_type, name
+    seen: set[tuple[str, str]] = set()
+    for group, mappings in GROUPS.items():
+        for mapping in mappings:
+            for model_type, names in getattr(modeling_auto, f"{mapping}_MAPPING_NAMES").items():
+                for name in (names,) if isinstance(names, str) else names:
+                    if mapping == "MODEL" and any(kind == model_type for kind, _ in seen):
+                        continue  # its model with a head is built
+                    if (model_type, name) not in seen:
+                        seen.add((model_type, name))
+                        yield group, model_type, name
 
 
-class Unbuilt(Exception):
+class UnbuiltError(Exception):
     """No small model of a class can be built here."""
 
 
@@ -201,7 +211,7 @@ def build(transformers: Any, torch: Any, model_type: str, name: str) -> Any:
         except Exception as error:
             lines = f"{type(error).__name__}: {error}".splitlines()
             errors.append(" ".join(line.strip() for line in lines)[:300])
-    raise Unbuilt(errors[0])
+    raise UnbuiltError(errors[0])
 
 
 def moved(model: Any, torch: Any, seed: int) -> Any:
@@ -249,11 +259,11 @@ def try_class(transformers: Any, torch: Any, model_type: str, name: str, folder:
                     told[layout] = wrong
                 bad = [n for n in expected if n not in found or not same(torch, found[n], expected[n], 1e-6)]
                 if bad:
-                    raise Unbuilt(f"transformers does not read back {bad[0]} as it saved it ({layout})")
-    except Unbuilt:
+                    raise UnbuiltError(f"transformers does not read back {bad[0]} as it saved it ({layout})")
+    except UnbuiltError:
         raise
     except Exception as error:
-        raise Unbuilt(
+        raise UnbuiltError(
             f"transformers does not save and load it: {type(error).__name__}: {error}".splitlines()[0][:200]
         ) from error
     mean = {n: (t.float() + sft_state[n].float()) / 2 if t.is_floating_point() else t for n, t in base_state.items()}
@@ -265,9 +275,13 @@ def try_class(transformers: Any, torch: Any, model_type: str, name: str, folder:
         try:
             merge_checkpoints(base, sft, out, drop=0, alpha=0.5)
         except MergeError as error:
-            outcomes[way] = f"refused: {error}".replace(str(folder), "…")
+            outcomes[way] = f"refused: {error}".replace(str(folder), "…").partition("; ")[0]
             continue
-        found, wrong = loaded(kind, out)
+        try:
+            found, wrong = loaded(kind, out)
+        except Exception as error:
+            outcomes[way] = f"wrong: transformers does not load it: {error}".splitlines()[0][:200]
+            continue
         more = wrong - told["memory" if way == "base" else "hub"]
         bad = [n for n in mean if n not in found or not same(torch, found[n], mean[n], 2e-6)]
         outcomes[way] = f"wrong: {bad[0]} ({len(bad)})" if bad else f"wrong: {sorted(more)[0]}" if more else "right"
@@ -281,7 +295,7 @@ def keys_of(folder: Path) -> list[Any]:
     found = []
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as f:
-            found += [(name, tuple(f.get_slice(name).get_shape())) for name in f.keys()]
+            found += [(name, tuple(f.get_slice(name).get_shape())) for name in f.keys()]  # noqa: SIM118 - it is no dict
     return found
 
 
@@ -292,7 +306,8 @@ def same(torch: Any, one: Any, other: Any, tolerance: float) -> bool:
 
 
 def sweep(only: list[str]) -> None:
-    os.environ.update(TRANSFORMERS_VERBOSITY="critical", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    """Build, merge and compare; write what was seen, unless some classes only were asked for."""
+    os.environ.update(HF_HUB_OFFLINE="1")
     import logging
 
     import torch
@@ -304,32 +319,60 @@ def sweep(only: list[str]) -> None:
     torch.set_num_threads(1)
 
     def late(*_: object) -> None:
-        raise Unbuilt(f"more than {SECONDS} s")
+        raise UnbuiltError(f"more than {SECONDS} s")
 
     signal.signal(signal.SIGALRM, late)
-    results: dict[str, Any] = {}
-    for model_type, name in classes(transformers):
-        if only and name not in only and model_type not in only:
+    found: dict[str, Any] = {group: {} for group in GROUPS}
+    for group, model_type, name in classes():
+        if only and not {name, model_type} & {*only}:
             continue
         folder = Path(tempfile.mkdtemp(prefix="architectures-"))
         signal.alarm(SECONDS)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                results[f"{model_type} {name}"] = try_class(transformers, torch, model_type, name, folder)
-        except Unbuilt as error:
-            results[f"{model_type} {name}"] = {"unbuilt": str(error).replace(str(folder), "…")}
-        except Exception as error:
-            results[f"{model_type} {name}"] = {"crash": f"{type(error).__name__}: {error}"[:300]}
-            if only:
-                traceback.print_exc()
+                result = try_class(transformers, torch, model_type, name, folder)
+        except UnbuiltError as error:
+            result = {"unbuilt": str(error).replace(str(folder), "…")}
         finally:
             signal.alarm(0)
             shutil.rmtree(folder, ignore_errors=True)
-        print(model_type, name, results[f"{model_type} {name}"], flush=True)
+        found[group][f"{model_type} {name}"] = result
+        print(model_type, name, result, flush=True)
     if not only:
-        RESULTS.write_text(json.dumps({"transformers": transformers.__version__, "classes": results}, indent=0) + "\n")
+        text = json.dumps({"transformers": transformers.__version__, "groups": found}, indent=1, ensure_ascii=False)
+        RESULTS.write_text(text + "\n", encoding="utf-8")
+
+
+def tables() -> str:
+    """What was seen: how many merges of each group are right, and why the others are refused."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows, refused = [], defaultdict(set)
+    total = Counter[str]()
+    for group, found in results["groups"].items():
+        built = {name: each for name, each in found.items() if "unbuilt" not in each}
+        counts = Counter(each[way].partition(":")[0] for each in built.values() for way in WAYS)
+        counts["classes"], counts["two"] = len(built), sum(each["layouts"] == 2 for each in built.values())
+        total += counts
+        rows.append([group, *(str(counts[key]) for key in ("classes", "two", "right", "refused", "wrong"))])
+        for name, each in built.items():
+            if any(each[way].startswith("refused") for way in WAYS):
+                model_type = name.split()[0]
+                if model_type not in REASONS:
+                    sys.exit(f"error: {model_type} is refused, and REASONS of {Path(__file__).name} does not say why")
+                refused[REASONS[model_type]].add(model_type)
+    rows.append(["together", *(str(total[key]) for key in ("classes", "two", "right", "refused", "wrong"))])
+    head = ["with transformers " + results["transformers"], "classes", "of two layouts", "right", "refused", "wrong"]
+    why = [[reason, ", ".join(f"`{each}`" for each in sorted(kinds))] for reason, kinds in refused.items()]
+    return f"{table(head, rows)}\n\n{table(['refused, as', 'model types'], why)}"
+
+
+def main() -> None:
+    """Rewrite the page, or check it."""
+    update("inputs.md", {"architectures": tables()}, __doc__)
 
 
 if __name__ == "__main__":
     if "--sweep" in sys.argv:
         sweep(sys.argv[sys.argv.index("--sweep") + 1 :])
+    else:
+        main()

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 from .checkpoint.computed import Tensor
+from .checkpoint.experts import is_fused, splits_experts
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import MERGED, WHOLE
 from .checkpoint.tokens import added_tokens
@@ -46,18 +47,19 @@ def check_names(
         rename = "; or, if they only have other names, --rename REGEX=REPLACEMENT" if all(differ) else ""
         allowed = {n for n in base.tensors if kept(n)} | set(groups)
         names = set(base.tensors) - allowed
-        complaint = only_in(names, each.tensors, base.label, each.label, "--keep")
+        option = "" if splits_experts(names - {*each.tensors}, each.tensors) else "--keep"
+        complaint = only_in(names, each.tensors, base.label, each.label, option)
         if complaint:
             complain(MismatchError(complaint + rename), names - set(each.tensors))
         permitted = {n for n in each.tensors if taken(n) and n in sft.tensors} | set(groups)
-        option = "--take" if role == "sft" else ""
         names = set(each.tensors) - permitted
+        option = "--take" if role == "sft" and not splits_experts(names - {*base.tensors}, base.tensors) else ""
         complaint = only_in(names, base.tensors, each.label, base.label, option)
-        if complaint and not option:
+        if complaint and role == "start":
             complaint += "; a start holds the base's tensors: save it again, or take the delta from the base instead"
             complaint += " (--reference base)"
         if complaint:
-            complain(MismatchError(complaint + (rename if option else "")), names - set(base.tensors))
+            complain(MismatchError(complaint + (rename if role == "sft" else "")), names - set(base.tensors))
 
 
 def matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
@@ -103,6 +105,8 @@ def check_alike(name: str, sides: Mapping[str, Tensor], used: Mapping[str, Check
             hint = f"use {ready_option('--keep', name)} for the base's"
             if 0 in (side.count, base.count):
                 hint = "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
+            elif is_fused(name):
+                hint = "their experts differ in number or size, so the models are not one architecture"
             elif is_end(name) and side.shape[1:] == base.shape[1:]:
                 told = added_tokens(used["base"], used[role])
                 hint = (

@@ -16,8 +16,8 @@ _QUANTISED = ("quantization_config", "compression_config")
 def check_configs(configs: Mapping[str, tuple[str, Config | None]], renamed: Collection[str] = ()) -> None:
     """Check the configs of all inputs: role -> (label for messages, config or None).
 
-    A model may be another class of the same model: a part of it alone, or it with other parts. Of one in `renamed`, whose
-    names were taken for the base's, the two need only have a part in common. Raises MismatchError for different
+    A model may be another class of the same model: a part of it alone, or it with other parts. One in `renamed`, whose
+    names were taken for the base's, need only have a part in common with it. Raises MismatchError for different
     architectures.
     """
     base_label, base = configs["base"]

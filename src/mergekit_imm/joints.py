@@ -28,7 +28,7 @@ def cut_or_joined(
         for end in ends:
             each = [f"{part}{end}" for part in parts]
             there = _modules(free, [*each, whole + end])
-            if not there:
+            if not there[0]:
                 continue
             made = _joined(role, found, names, lost, there, each, whole + end, dim)
             made += _cut(role, found, names, lost, there, each, whole + end, dim)
@@ -43,28 +43,29 @@ def cut_or_joined(
 
 
 Module = dict[str, Tensor]  # what a module of the base's has: end of a name -> tensor
+Modules = tuple[dict[str, Module], dict[tuple[str, ...], Module]]
 
 
-def _modules(free: Mapping[str, Tensor], ends: Sequence[str]) -> dict[str | tuple[str, ...], Module]:
+def _modules(free: Mapping[str, Tensor], ends: Sequence[str]) -> Modules:
     """Return the modules of the base that have tensors with these ends of names.
 
     By what is before the end; and by what is left of that in other models, where one module alone has it.
     """
-    found: dict[str | tuple[str, ...], Module] = defaultdict(dict)
+    found: dict[str, Module] = defaultdict(dict)
     for name, tensor in free.items():
         for end in ends:
             stem = _stem(name, end)
             if stem is not None:
                 found[stem][end] = tensor
     alike: dict[tuple[str, ...], list[Module]] = defaultdict(list)
-    for stem, module in found.items():
-        alike[_alike(str(stem))].append(module)
-    return found | {key: modules[0] for key, modules in alike.items() if len(modules) == 1}
+    for path, module in found.items():
+        alike[_alike(path)].append(module)
+    return found, {key: modules[0] for key, modules in alike.items() if len(modules) == 1}
 
 
-def _module(stem: str, there: Mapping[str | tuple[str, ...], Module]) -> Module:
+def _module(stem: str, there: Modules) -> Module:
     """The module of the base that one of another model is; an empty one if that cannot be told."""
-    return there.get(stem) or there.get(_alike(stem)) or {}
+    return there[0].get(stem) or there[1].get(_alike(stem)) or {}
 
 
 def _alike(stem: str) -> tuple[str, ...]:
@@ -84,7 +85,7 @@ def _stem(name: str, end: str) -> str | None:
 
 def _joined(
     role: str, tensors: Mapping[str, Tensor], was: Mapping[str, str], lost: Mapping[str, str],
-    there: Mapping[str | tuple[str, ...], Module], parts: Sequence[str], whole: str, dim: int,
+    there: Modules, parts: Sequence[str], whole: str, dim: int,
 ) -> Made:  # fmt: skip
     stems: dict[str, dict[str, str]] = defaultdict(dict)
     for name, spelling in sorted(lost.items()):
@@ -113,7 +114,7 @@ def _joined(
 
 def _cut(
     role: str, tensors: Mapping[str, Tensor], was: Mapping[str, str], lost: Mapping[str, str],
-    there: Mapping[str | tuple[str, ...], Module], parts: Sequence[str], whole: str, dim: int,
+    there: Modules, parts: Sequence[str], whole: str, dim: int,
 ) -> Made:  # fmt: skip
     made: Made = []
     for name, spelling in sorted(lost.items()):

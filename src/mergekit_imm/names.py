@@ -12,13 +12,21 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from .checkpoint.adapter import names_of
-from .checkpoint.computed import Tensor, renamed, turned
-from .checkpoint.experts import across, cut_experts, fused_shapes, is_fused, joined, single_layout, turned_round
+from .checkpoint.computed import Tensor, renamed, transposed
+from .checkpoint.experts import (
+    across,
+    cut_experts,
+    fused_shapes,
+    is_fused,
+    joined,
+    single_layout,
+    turned_round,
+)
 from .checkpoint.source import Checkpoint
 from .config import says_tied
 from .errors import ArgumentError, MismatchError, shown
-from .layers import is_end, is_output_head, unwrapped
 from .joints import cut_or_joined
+from .layers import is_end, is_output_head, unwrapped
 from .match import Shape, by_name, carried, mapping_note, ruled
 from .spellings import canonical
 
@@ -139,4 +147,4 @@ def _turned(
         f"note: {len(found)} tensors of experts of {each.label} are stored transposed, '{shown(first)}'"
         f" {list(shape)} for {list(across(shape))}; they are read the base's way round"
     )
-    return {name: turned(t, each.role) if name in found else t for name, t in tensors.items()}, (note,)
+    return {name: transposed(t, each.role) if name in found else t for name, t in tensors.items()}, (note,)

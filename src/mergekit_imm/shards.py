@@ -52,7 +52,7 @@ class Live(Computed):
         """Nothing of it is on a disk."""
         return 0
 
-    def turned(self, role: str) -> Live:  # noqa: ARG002
+    def transposed(self, role: str) -> Live:  # noqa: ARG002
         """Return it with each of its matrices transposed: views of the same memory."""
         parts = (Part(p.tensor.transpose(1, 2), (p.place[0], p.place[2], p.place[1])) for p in self.parts)
         return replace(self, shape=(self.shape[0], self.shape[2], self.shape[1]), parts=tuple(parts))

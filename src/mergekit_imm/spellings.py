@@ -16,6 +16,24 @@ from .layers import blanked
 _SPELLINGS = tuple(
     (re.compile(pattern), spelling)
     for pattern, spelling in (
+        # Layers, and the attention and MLP of encoders.
+        (r"(^|\.)(encoder\.|transformer\.)?(layer|layers|blocks|resblocks)\.\*\.", r"\1layers.*."),
+        (r"\.attention\.(attention|self)\.", ".attention."),
+        (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+        (r"\.query\.", ".q_proj."),
+        (r"\.key\.", ".k_proj."),
+        (r"\.value\.", ".v_proj."),
+        (r"\.([qv])_bias$", r".\1_proj.bias"),
+        (r"\.self_attn\.to_([qkv])\.", r".self_attn.\1_proj."),
+        (r"\.self_attn\.to_out\.", ".self_attn.o_proj."),
+        (r"\.self_attn\.norm_([qk])\.", r".self_attn.\1_norm."),
+        (r"\.(intermediate\.dense|mlp\.c_fc|mlp\.ff0)\.", ".mlp.fc1."),
+        (r"\.(output\.dense|mlp\.c_proj|mlp\.ff1)\.", ".mlp.fc2."),
+        (r"\.mlp\.(w12|weights_in)\.", ".mlp.gate_up_proj."),
+        (r"\.mlp\.ff_proj\.", ".mlp.up_gate_proj."),
+        (r"\.mlp\.(weights_out|ff_out)\.", ".mlp.down_proj."),
+        (r"\.(norm1|layernorm_before)\.", ".layer_norm1."),
+        (r"\.(norm2|layernorm_after)\.", ".layer_norm2."),
         # Mixtures of experts.
         (r"\.moe\.(gate|up|down)_proj\.weight$", r".mlp.experts.\1_proj"),
         (r"\.(block_sparse_moe|moe|ffn)\.", ".mlp."),
@@ -34,7 +52,7 @@ _SPELLINGS = tuple(
         # Attention, its sinks and gates, and linear attention.
         (r"\.(attn|attention)\.", ".self_attn."),
         (r"\.mixer\.(?=(Wqkv|out_proj)\.)", ".self_attn."),
-        (r"\.self_attn\.(dense|out_proj)\.", ".self_attn.o_proj."),
+        (r"\.self_attn\.(dense|out_proj|proj|projection_layer|attn_out)\.", ".self_attn.o_proj."),
         (r"\.(Wqkv|qkv|att_proj)\.(weight|bias)$", r".qkv_proj.\2"),
         (r"\.(softmax_offset|attention_sink_bias|learnable_sink_param|attn_sink)$", ".sinks"),
         (r"\.linear_gate\.", ".gate_proj."),
@@ -43,12 +61,21 @@ _SPELLINGS = tuple(
         (r"\.forget_gate\.", "."),
         # Embeddings and heads.
         (r"(^|\.)(word_embeddings|embed)\.weight$", r"\1embed_tokens.weight"),
-        (r"(^|\.)(embed_out|head)\.weight$", r"\1lm_head.weight"),
+        (r"(^|\.)(embed_out|head|head\.decoder|cls)\.weight$", r"\1lm_head.weight"),
+        (r"(^|\.)vision_projector\.", r"\1projector."),
+        (r"(^|\.)lm_head\.norm\.", r"\1lm_head.layer_norm."),
+        (r"(^|\.)patchifier\.", r"\1patch_embed."),
+        (r"\.embeddings\.(patch_embedding|patch_embeddings|patch_embeddings\.projection)\.", ".embeddings.proj."),
+        (r"(^|\.)patch_merge_mlp\.linear_", r"\1multi_modal_projector.merge_linear_"),
         # Norms.
         (r"\.(attention_layer_norm|attn_norm)\.", ".input_layernorm."),
         (r"\.(feedforward_layer_norm|ffn_norm)\.", ".post_attention_layernorm."),
         (r"\.post_attn_norm\.", ".post_self_attn_layernorm."),
         (r"\.(post_ffn_norm|mlp\.post_mlp_layernorm)\.", ".post_mlp_layernorm."),
+        (r"\.attn_ln\.", ".post_attention_layernorm."),
+        (r"\.mlp_ln\.", ".post_mlp_layernorm."),
+        (r"\.ff_norm\.", ".post_attention_layernorm."),
+        (r"\.([qk])_layernorm\.", r".\1_norm."),
         (r"\.q_norm\.", ".q_a_norm."),
         (r"\.W_down\.", ".mlp.fc1."),
         (r"\.W_up\.", ".mlp.fc2."),
@@ -78,6 +105,7 @@ JOINTS: tuple[tuple[tuple[str, ...], str, int, tuple[str, ...]], ...] = (
     (("up_proj", "gate_proj"), "up_gate_proj", 0, (".weight", ".bias")),
     (("g_proj", "q_proj", "k_proj", "v_proj"), "gqkv_proj", 0, (".weight",)),
     (("q_proj", "k_proj", "v_proj"), "qkv_proj", 0, (".weight", ".bias")),
+    (("wte.embedding", "wte.new_embedding"), "embed_tokens.weight", 0, ("",)),
 )
 
 

@@ -75,9 +75,9 @@ class Computed:
         """Compute the elements from `first` on, in float32."""
         raise NotImplementedError
 
-    def turned(self, role: str) -> Computed:
+    def transposed(self, role: str) -> Computed:
         """Return it with each of its matrices transposed, if it is a stack of them."""
-        return Turned(self.name, (self.shape[0], self.shape[2], self.shape[1]), self, role)
+        return Transposed(self.name, (self.shape[0], self.shape[2], self.shape[1]), self, role)
 
     def rows(self, first: int, count: int) -> tuple[int, int]:
         """Return the first row of some elements, and the one behind their last."""
@@ -100,11 +100,11 @@ def renamed(tensor: Tensor, name: str) -> Tensor:
     return tensor if tensor.name == name else replace(tensor, name=name)
 
 
-def turned(tensor: Tensor, role: str) -> Tensor:
+def transposed(tensor: Tensor, role: str) -> Tensor:
     """Return a model's stack of matrices with each of them transposed."""
     if isinstance(tensor, TensorInfo):
-        return Turned(tensor.name, (tensor.shape[0], tensor.shape[2], tensor.shape[1]), tensor, role)
-    return tensor.turned(role)
+        return Transposed(tensor.name, (tensor.shape[0], tensor.shape[2], tensor.shape[1]), tensor, role)
+    return tensor.transposed(role)
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ class Pieces(Computed):
 
 
 @dataclass(frozen=True)
-class Turned(Computed):
-    """A stack of matrices that are stored transposed: [n, columns, rows] in the file, [n, rows, columns] as it is read."""
+class Transposed(Computed):
+    """A stack of matrices [n, rows, columns] that is stored as [n, columns, rows]."""
 
     whole: Tensor
     role: str

@@ -30,6 +30,12 @@ def fused_path(name: str) -> str | None:
     return found[1] if found else None
 
 
+def fused_kind(name: str) -> str:
+    """Return which tensor of all experts a name is, `down_proj`; nothing for other names."""
+    found = _FUSED.fullmatch(name)
+    return found[2] if found else ""
+
+
 def single_layout(names: Iterable[str]) -> Layout | None:
     """Return how a model that stores its experts one by one calls their tensors; None if it does not."""
     ends = {found[3] for found in map(_EXPERT.fullmatch, names) if found}
@@ -53,7 +59,7 @@ def fused_shape(path: str, which: str, layout: Layout, tensors: Mapping[str, Ten
 
 
 def fused_shapes(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, set[tuple[int, ...]]]:
-    """Return the shapes that the single experts of a model would have as tensors of all: name of the tensor -> shapes."""
+    """Return the shapes that a model's single experts would have as tensors of all, by the names of those."""
     paths = {found[1] for found in map(_EXPERT.fullmatch, tensors) if found}
     return {which: {fused_shape(path, which, layout, tensors) for path in paths} - {()} for which in layout}
 
@@ -126,7 +132,7 @@ def turned_round(
     """Return which tensors of all experts are stored the other way round than expected, [in, out] for [out, in].
 
     Both of a module are the same way round, and not both can be square; so one tells of the other. `expected` returns
-    the shapes that one may have, none if it is not known. Also returns one of which it cannot be told, square and alone.
+    the shapes that one may have, none if unknown. Also returned is one that is square and alone, which cannot be told.
     """
     modules: dict[str, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
@@ -148,3 +154,20 @@ def _has_partner(name: str, expected: Callable[[str], Collection[tuple[int, ...]
     """Whether the other tensor of a gated module is expected, too."""
     end = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
     return any(bool(expected(name.replace(one, other))) for one, other in end.items() if one in name)
+
+
+def splits_experts(some: Collection[str], rest: Collection[str]) -> bool:
+    """Whether a tensor of experts is among some names and another of the same experts among the rest.
+
+    To keep or take one of them would put halves of two models together.
+
+    >>> splits_experts({"m.experts.down_proj"}, {"m.experts.gate_up_proj", "m.norm.weight"})
+    True
+    """
+    return bool(set(map(_experts_of, some)) & set(map(_experts_of, rest)) - {None})
+
+
+def _experts_of(name: str) -> str | None:
+    """The module of all experts that a tensor belongs to."""
+    single = _EXPERT.fullmatch(name)
+    return single[1] if single else fused_path(name)
