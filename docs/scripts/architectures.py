@@ -1,7 +1,7 @@
 """Which architectures merge, in whatever layout their files have: every small model that transformers can build.
 
     python docs/scripts/architectures.py [--check]          renews the table of docs/inputs.md from architectures.json
-    python docs/scripts/architectures.py --sweep [CLASS …]  builds, merges and compares: half an hour on one core
+    python docs/scripts/architectures.py --sweep [CLASS …]  builds, merges and compares: ten minutes on one core
 
 Of each class of the auto mappings a small model is built, saved, and saved again with all its weights moved; each in
 the layout of the hub and in that of memory (`save_pretrained(..., save_original_format=False)`). They are merged three
@@ -39,7 +39,6 @@ GROUPS = {
     "language models that see and hear": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL_FOR_MULTIMODAL_LM"),
     "encoder-decoder models": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_SPEECH_SEQ_2_SEQ"),
     "encoders of text": ("MODEL_FOR_MASKED_LM",),
-    "others: of images, sound, several": ("MODEL_FOR_PRETRAINING", "MODEL"),
 }
 # Why merges of two layouts are refused, by model type.
 PERMUTED = "rows are permuted or interleaved between the layouts"
@@ -182,8 +181,6 @@ def classes() -> Iterator[tuple[str, str, str]]:
         for mapping in mappings:
             for model_type, names in getattr(modeling_auto, f"{mapping}_MAPPING_NAMES").items():
                 for name in (names,) if isinstance(names, str) else names:
-                    if mapping == "MODEL" and any(kind == model_type for kind, _ in seen):
-                        continue  # its model with a head is built
                     if (model_type, name) not in seen:
                         seen.add((model_type, name))
                         yield group, model_type, name
@@ -306,7 +303,7 @@ def same(torch: Any, one: Any, other: Any, tolerance: float) -> bool:
 
 
 def sweep(only: list[str]) -> None:
-    """Build, merge and compare; write what was seen, unless some classes only were asked for."""
+    """Build, merge and compare; write what was seen. Of classes or model types that are named, only theirs is renewed."""
     os.environ.update(HF_HUB_OFFLINE="1")
     import logging
 
@@ -322,7 +319,8 @@ def sweep(only: list[str]) -> None:
         raise UnbuiltError(f"more than {SECONDS} s")
 
     signal.signal(signal.SIGALRM, late)
-    found: dict[str, Any] = {group: {} for group in GROUPS}
+    known = json.loads(RESULTS.read_text(encoding="utf-8"))["groups"] if only and RESULTS.exists() else {}
+    found: dict[str, Any] = {group: known.get(group, {}) for group in GROUPS}
     for group, model_type, name in classes():
         if only and not {name, model_type} & {*only}:
             continue
@@ -338,9 +336,8 @@ def sweep(only: list[str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         found[group][f"{model_type} {name}"] = result
         print(model_type, name, result, flush=True)
-    if not only:
-        text = json.dumps({"transformers": transformers.__version__, "groups": found}, indent=1, ensure_ascii=False)
-        RESULTS.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({"transformers": transformers.__version__, "groups": found}, indent=1, ensure_ascii=False)
+    RESULTS.write_text(text + "\n", encoding="utf-8")
 
 
 def tables() -> str:

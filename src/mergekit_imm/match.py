@@ -32,7 +32,7 @@ def by_name(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, s
     {'model.layers.0.mlp.router.weight': 'layers.0.block_sparse_moe.gate.weight'}
     """
     found: dict[str, str] = {}
-    for match in (_by_spelling, by_prefix, _by_both, _by_parts):
+    for match in (by_prefix, _by_spelling, _by_both, _by_parts):
         lost = {name: shape for name, shape in lost.items() if name not in found}
         taken = {*found.values()}
         found |= match(lost, {name: shape for name, shape in free.items() if name not in taken}) if lost else {}

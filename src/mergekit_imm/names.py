@@ -27,7 +27,7 @@ from .config import says_tied
 from .errors import ArgumentError, MismatchError, shown
 from .joints import cut_or_joined
 from .layers import is_end, is_output_head, unwrapped
-from .match import Shape, by_name, carried, mapping_note, ruled
+from .match import Shape, by_name, by_prefix, carried, mapping_note, ruled
 from .spellings import canonical
 
 
@@ -79,15 +79,19 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
     if any(name not in base.tensors for name in tensors):
         move({name: unwrapped(name) for name in tensors if name not in base.tensors})
         tensors, was, notes = _experts(each, base, tensors, was)
-        tensors, was = cut_or_joined(each.role, tensors, was, base.tensors)
-        free = {name: _shape(name, tensor) for name, tensor in base.tensors.items() if name not in tensors}
-        lost = [name for name in tensors if name not in base.tensors]
-        tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}  # the base needs not store it
-        # Vocabularies of different sizes are not told here.
-        ends = set(filter(is_end, lost))
-        shapes = {name: None if name in ends else _shape(name, tensors[name]) for name in lost if name not in tied}
-        found = by_name(shapes, free)
-        move(found | {name: new for name in tied if (new := carried(name, found)) is not None})
+        found: dict[str, str] = {}
+        for match in (by_prefix, by_name):
+            free = {name: _shape(name, tensor) for name, tensor in base.tensors.items() if name not in tensors}
+            lost = [name for name in tensors if name not in base.tensors]
+            tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}  # base needs not store it
+            # Vocabularies of different sizes are not told here.
+            ends = set(filter(is_end, lost))
+            new = match({n: None if n in ends else _shape(n, tensors[n]) for n in lost if n not in tied}, free)
+            move(new)
+            found |= new
+            if match is by_prefix:
+                tensors, was = cut_or_joined(each.role, tensors, was, base.tensors)
+        move({name: new for name in tied if (new := carried(name, found)) is not None})
     changed = {name: old for name, old in was.items() if name != old}
     if changed:
         notes = (*notes, mapping_note(changed, each.label, base.label))

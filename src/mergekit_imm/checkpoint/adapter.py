@@ -232,9 +232,8 @@ def _of_experts(
 ) -> list[Computed]:
     """The deltas of a module's parameters: as the model stores them, one tensor or one for each expert.
 
-    Which parameter a pair of factors belongs to, and which way round it is, PEFT does not store; shapes tell. Without
-    gates the two parameters have one shape but for the way round; then the order of the pairs tells, outermost first:
-    the parameter that a module defines first is wrapped first.
+    Which parameter a pair of factors belongs to, and which way round it is, PEFT does not store; shapes tell. Where both
+    fit (experts without gates), the order tells: pairs are outermost first, and PEFT wraps what is defined first first.
     """
     assert adapter.adapter is not None
     layout = single_layout(model.tensors)
@@ -247,7 +246,6 @@ def _of_experts(
             path = name.removesuffix(wanted.removeprefix(module))
             targets[parameter] = f"{path}.{parameter}", fused_shape(path, parameter, layout, model.tensors)
     found = []
-    ordered = [parameter for parameter in ("down_proj", "up_proj") if parameter in targets]
     for number, pair in enumerate(pairs):
         a, b = pair.get("A"), pair.get("B")
         if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
@@ -260,8 +258,8 @@ def _of_experts(
             sizes = {(b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])}
             if len(shape) == 3 and shape[1:] in sizes and a.shape[0] == b.shape[1] == shape[0] * rank:
                 fits.append(OfExperts(name, shape, a, b, scaling, shape[1:] != (b.shape[0], a.shape[1])))
-        if len(fits) == 2 == len(pairs) == len(ordered):
-            fits = [each for each in fits if each.name == targets[ordered[number]][0]]
+        if len(fits) == len(pairs) == 2 and {*targets} == {"down_proj", "up_proj"}:
+            fits = [each for each in fits if each.name == targets[("down_proj", "up_proj")[number]][0]]
         if len(fits) != 1:
             raise MismatchError(
                 f"{adapter.label} has factors {list(b.shape)} and {list(a.shape)} for '{shown(module)}', which fit"

@@ -60,8 +60,14 @@ def fused_shape(path: str, which: str, layout: Layout, tensors: Mapping[str, Ten
 
 def fused_shapes(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, set[tuple[int, ...]]]:
     """Return the shapes that a model's single experts would have as tensors of all, by the names of those."""
-    paths = {found[1] for found in map(_EXPERT.fullmatch, tensors) if found}
-    return {which: {fused_shape(path, which, layout, tensors) for path in paths} - {()} for which in layout}
+    stacks: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        found = _EXPERT.fullmatch(name)
+        if found is not None:
+            stacks[found[1]][name] = tensor
+    return {
+        which: {fused_shape(path, which, layout, stack) for path, stack in stacks.items()} - {()} for which in layout
+    }
 
 
 def cut_experts(role: str, name: str, tensor: Tensor, layout: Layout) -> list[tuple[str, Tensor, str]]:
