@@ -182,26 +182,26 @@ def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
         peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
-    changed = {"q_proj": "query", "model.lm_head": "model.top"}
+    changed = {"q_proj": "seek", "model.lm_head": "model.top"}
     state = load_file(path)
     for old, new in changed.items():
         state = {name.replace(old, new): tensor for name, tensor in state.items()}
     save_file(state, path)
     given = tmp_path / "base", tmp_path / "adapter"
     with pytest.raises(
-        MismatchError, match=r"only, not in base .*'model\.layers\.0\.self_attn\.query.*'top\.weight'.*tell --rename"
+        MismatchError, match=r"only, not in base .*'model\.layers\.0\.self_attn\.seek.*'top\.weight'.*tell --rename"
     ):
         merge_checkpoints(*given, tmp_path / "out")
     head = r"^top\.weight$=lm_head.weight"
     report = merge_checkpoints(
-        *given, tmp_path / "out", rename=[r"^model\.(.*)\.query\.weight$=model.\1.q_proj.weight", head]
+        *given, tmp_path / "out", rename=[r"^model\.(.*)\.seek\.weight$=model.\1.q_proj.weight", head]
     )
     assert sum(each["tensors"] for each in report.renamed) == 3
     verify(tmp_path / "out")
     with pytest.raises(ArgumentError, match=r"changes none of the 3 tensor names .* such as '[mt]"):
         merge_checkpoints(*given, tmp_path / "no", rename=["lora_A=lora_B"])
     with pytest.raises(MismatchError, match=r"layers\.0.* and '.*layers\.1.* would be '.*layers\.0.*change --rename"):
-        merge_checkpoints(*given, tmp_path / "no", rename=[r"layers\.\d+\.(.*)query=layers.0.\1q_proj", head])
+        merge_checkpoints(*given, tmp_path / "no", rename=[r"layers\.\d+\.(.*)seek=layers.0.\1q_proj", head])
 
 
 SHAPES = {"model.embed.weight": (8, 4), "model.layers.0.a.w": (4, 4), "model.layers.1.a.w": (4, 4)}

@@ -44,7 +44,11 @@ GROUPS = {
 PERMUTED = "rows are permuted or interleaved between the layouts"
 NUMBERED = "parts have numbers for names, or names that mean something else in the other layout"
 SPELT = "many parts have other names, which are not known here"
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    **dict.fromkeys(("inkling2", "inkling2_text", "kimi_k25", "mistral_large4", "step3p7"), PERMUTED),
+    **dict.fromkeys(("hunyuan_vl", "jina_embeddings_v3", "nomic_bert", "qianfan_ocr", "unlimited_ocr"), NUMBERED),
+    **dict.fromkeys(("cohere_asr", "cosmos3_edge", "cosmos3_omni", "molmo2", "pi0"), SPELT),
+}
 MOST = 12_000_000  # elements of a model that is built
 SECONDS = 60  # for one model
 

@@ -68,6 +68,8 @@ _SPELLINGS = tuple(
         (r"\.embeddings\.(patch_embedding|patch_embeddings|patch_embeddings\.projection)\.", ".embeddings.proj."),
         (r"(^|\.)patch_merge_mlp\.linear_", r"\1multi_modal_projector.merge_linear_"),
         # Norms.
+        (r"\.LayerNorm\.gamma$", ".LayerNorm.weight"),
+        (r"\.LayerNorm\.beta$", ".LayerNorm.bias"),
         (r"\.(attention_layer_norm|attn_norm)\.", ".input_layernorm."),
         (r"\.(feedforward_layer_norm|ffn_norm)\.", ".post_attention_layernorm."),
         (r"\.post_attn_norm\.", ".post_self_attn_layernorm."),

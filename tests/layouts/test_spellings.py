@@ -101,6 +101,23 @@ def test_a_spelling_of_another_shape_is_not_taken() -> None:
     assert by_name(lost, {"m.layers.0.input_layernorm.weight": (8,)}) == {next(iter(lost)): next(iter(free))}
 
 
+def test_norms_of_old_checkpoints(tmp_path: Path) -> None:
+    """Checkpoints of the first BERTs call weight and bias gamma and beta; transformers reads both."""
+    config = transformers.BertConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.BertForMaskedLM(config)
+    for name, each in (("base", model), ("sft", fine_tuned(model, 2))):
+        each.save_pretrained(tmp_path / name)
+    state = read_model(tmp_path / "base")
+    ends = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = {n: next((n.removesuffix(e) + ends[e] for e in ends if n.endswith(e)), n) for n in state}
+    write_model(tmp_path / "base", {old[n]: t for n, t in state.items()})
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", drop=0.5)
+    sft = {old[n]: t for n, t in read_model(tmp_path / "sft").items()}
+    assert_same(read_model(tmp_path / "out"), dare_merge(read_model(tmp_path / "base"), sft, drop=0.5))
+
+
 def test_parts_that_move_apart_are_matched_together_or_not_at_all() -> None:
     lost = {"lm.one.x.weight": (4,), "lm.two.y.weight": (4,)}
     free = {"one.x.weight": (4,), "model.two.y.weight": (4,)}
