@@ -20,6 +20,7 @@ from mergekit_imm import MismatchError, dare_merge, merge_checkpoints, merge_int
 from mergekit_imm.checkpoint.computed import sliced, transposed
 from mergekit_imm.checkpoint.source import open_checkpoint
 from mergekit_imm.reading import Files
+from mergekit_imm.shards import Live, Part, lines, origins
 from models import fine_tuned
 
 FUSED = ("experts.gate_up_proj", "experts.down_proj")
@@ -260,3 +261,16 @@ def test_an_adapter_of_experts_is_what_peft_merges(kind: str, base_in_memory: bo
     assert sum(not torch.equal(merged[name], tensor) for name, tensor in base.items()) >= 2
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=2e-6, atol=2e-7)
+
+
+def test_a_part_of_a_tensor_in_memory_is_a_part_of_the_transposed() -> None:
+    """A rank holds some rows of each matrix, which are columns of the base's."""
+    whole = torch.arange(120).reshape(4, 6, 5).float()
+    parts = (Part(whole[:, 1:3].clone(), (0, 1, 0)), Part(whole[2:, 4:].clone(), (2, 4, 0)))
+    live = transposed(Live("w", (4, 6, 5), "F32", parts, "somewhere"), "sft")
+    flat, seen = whole.transpose(1, 2).reshape(-1), 0
+    for run in origins(live, 0, live.count):
+        for at, elements in lines(run):
+            assert elements.tolist() == flat[run.first + at : run.first + at + len(elements)].tolist()
+            seen += len(elements)
+    assert seen == sum(part.tensor.numel() for part in parts)
