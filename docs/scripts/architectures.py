@@ -307,7 +307,7 @@ def same(torch: Any, one: Any, other: Any, tolerance: float) -> bool:
 
 
 def sweep(only: list[str]) -> None:
-    """Build, merge and compare; write what was seen. Of classes or model types that are named, only theirs is renewed."""
+    """Build, merge and compare; write what was seen, or renew that of some classes or model types."""
     os.environ.update(HF_HUB_OFFLINE="1")
     import logging
 
@@ -347,10 +347,11 @@ def sweep(only: list[str]) -> None:
 def tables() -> str:
     """What was seen: how many merges of each group are right, and why the others are refused."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    rows, refused = [], defaultdict(set)
+    rows, refused, unbuilt = [], defaultdict(set), 0
     total = Counter[str]()
     for group, found in results["groups"].items():
         built = {name: each for name, each in found.items() if "unbuilt" not in each}
+        unbuilt += len(found) - len(built)
         counts = Counter(each[way].partition(":")[0] for each in built.values() for way in WAYS)
         counts["classes"], counts["two"] = len(built), sum(each["layouts"] == 2 for each in built.values())
         total += counts
@@ -364,7 +365,8 @@ def tables() -> str:
     rows.append(["together", *(str(total[key]) for key in ("classes", "two", "right", "refused", "wrong"))])
     head = ["with transformers " + results["transformers"], "classes", "of two layouts", "right", "refused", "wrong"]
     why = [[reason, ", ".join(f"`{each}`" for each in sorted(kinds))] for reason, kinds in refused.items()]
-    return f"{table(head, rows)}\n\n{table(['refused, as', 'model types'], why)}"
+    rest = f"Not built are {unbuilt} classes: they need other packages, or no small config of theirs was found."
+    return f"{table(head, rows)}\n\n{table(['refused, as', 'model types'], why)}\n\n{rest}"
 
 
 def main() -> None:

@@ -86,9 +86,9 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
             tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}  # base needs not store it
             # Vocabularies of different sizes are not told here.
             ends = set(filter(is_end, lost))
-            new = match({n: None if n in ends else _shape(n, tensors[n]) for n in lost if n not in tied}, free)
-            move(new)
-            found |= new
+            pairs = match({n: None if n in ends else _shape(n, tensors[n]) for n in lost if n not in tied}, free)
+            move(pairs)
+            found |= pairs
             if match is by_prefix:
                 tensors, was = cut_or_joined(each.role, tensors, was, base.tensors)
         move({name: new for name in tied if (new := carried(name, found)) is not None})
