@@ -232,7 +232,7 @@ def _of_experts(
 ) -> list[Computed]:
     """The deltas of a module's parameters: as the model stores them, one tensor or one for each expert.
 
-    Which parameter a pair of factors belongs to, and which way round it is, PEFT does not store; shapes tell. If both fit
+    Which parameter a pair of factors belongs to, and which way round it is, PEFT does not store: shapes do. If both fit
     (experts without gates), the order tells: pairs are outermost first, and PEFT wraps what is defined first first.
     """
     assert adapter.adapter is not None
