@@ -21,6 +21,8 @@ ROWS = {
     "safetensors that ranks wrote, in pieces": "forms/test_pieces.py::test_so_are_those_of_fsdp_and_what_torch_joined",
     "names that differ": "test_names.py::test_the_text_part_of_a_wrapped_model",
     "experts, fused or one by one": "test_names.py::test_names_in_memory_are_those_of_the_files",
+    "experts stored transposed": "layouts/test_experts.py::test_one_of_the_models_has_them_the_other_way_round",
+    "the text part of a model that sees": "layouts/test_text_part.py::test_it_is_merged_into_the_whole",
     "vocabularies of different sizes":
         "vocab/test_rows.py::test_rows_that_both_have_are_merged_and_the_rest_is_the_owner_s",
     "a tied head that is stored, or not":

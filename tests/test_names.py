@@ -182,26 +182,26 @@ def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
         peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
-    changed = {"q_proj": "query", "model.lm_head": "model.head"}
+    changed = {"q_proj": "seek", "model.lm_head": "model.top"}
     state = load_file(path)
     for old, new in changed.items():
         state = {name.replace(old, new): tensor for name, tensor in state.items()}
     save_file(state, path)
     given = tmp_path / "base", tmp_path / "adapter"
     with pytest.raises(
-        MismatchError, match=r"only, not in base .*'head\.weight'.*'model\.layers\.\*\.self_attn\.query.*tell --rename"
+        MismatchError, match=r"only, not in base .*'model\.layers\.\*\.self_attn\.seek.*'top\.weight'.*tell --rename"
     ):
         merge_checkpoints(*given, tmp_path / "out")
-    head = r"^head\.weight$=lm_head.weight"
+    head = r"^top\.weight$=lm_head.weight"
     report = merge_checkpoints(
-        *given, tmp_path / "out", rename=[r"^model\.(.*)\.query\.weight$=model.\1.q_proj.weight", head]
+        *given, tmp_path / "out", rename=[r"^model\.(.*)\.seek\.weight$=model.\1.q_proj.weight", head]
     )
     assert sum(each["tensors"] for each in report.renamed) == 3
     verify(tmp_path / "out")
-    with pytest.raises(ArgumentError, match=r"changes none of the 3 tensor names .* such as '[mh]"):
+    with pytest.raises(ArgumentError, match=r"changes none of the 3 tensor names .* such as '[mt]"):
         merge_checkpoints(*given, tmp_path / "no", rename=["lora_A=lora_B"])
     with pytest.raises(MismatchError, match=r"layers\.0.* and '.*layers\.1.* would be '.*layers\.0.*change --rename"):
-        merge_checkpoints(*given, tmp_path / "no", rename=[r"layers\.\d+\.(.*)query=layers.0.\1q_proj", head])
+        merge_checkpoints(*given, tmp_path / "no", rename=[r"layers\.\d+\.(.*)seek=layers.0.\1q_proj", head])
 
 
 SHAPES = {"model.embed.weight": (8, 4), "model.layers.0.a.w": (4, 4), "model.layers.1.a.w": (4, 4)}
@@ -252,13 +252,13 @@ def test_rules_that_lead_nowhere(tmp_path: Path, rename: Any, error: type[Except
 
 def test_names_that_have_nothing_in_common_may_be_of_one_tensor(tmp_path: Path) -> None:
     """Both sides have one too many: --keep would leave out what was trained."""
-    for role, head in (("base", "embed_out.weight"), ("sft", "lm_head.weight")):
+    for role, head in (("base", "read_out.weight"), ("sft", "lm_head.weight")):
         write_model(tmp_path / role, random_state({"embed_in.weight": (8, 4), head: (8, 4)}, seed=len(role)))
     given = tmp_path / "base", tmp_path / "sft"
-    with pytest.raises(MismatchError, match=r"'embed_out\.weight'.* if they are the same, --rename REGEX=") as told:
+    with pytest.raises(MismatchError, match=r"'read_out\.weight'.* if they are the same, --rename REGEX=") as told:
         merge_checkpoints(*given, tmp_path / "out")
     assert "'^" not in str(told.value)
-    merge_checkpoints(*given, tmp_path / "out", rename=["^lm_head=embed_out"])
+    merge_checkpoints(*given, tmp_path / "out", rename=["^lm_head=read_out"])
 
 
 def test_what_two_prefixes_could_mean_is_not_guessed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .checkpoint.computed import is_stored
 from .checkpoint.source import Checkpoint
-from .config import Config, differences, says_tied, setting
+from .config import Config, differences, is_other_class, says_tied, setting
 from .errors import shown
 from .layers import is_input_embedding, layer_key, matcher, ready_option, stacks
 from .recipe import Parameters
@@ -176,9 +176,10 @@ class Advice:
 def result_config(base: Checkpoint, sft: Checkpoint, parameters: Parameters, folder: str = "") -> dict[str, Any] | None:
     """Return the config that the result, or a part of it, is written with: the sft's, or the base's.
 
-    Of a model with other names, or with another vocabulary than the result, it need not fit.
+    Of a model with other names or of another class, or with another vocabulary than the result, it need not fit.
     """
-    chosen = None if sft.was or parameters.vocab == "base" else sft.config_of(folder)
+    is_other = bool(sft.was) or is_other_class(sft.config, base.config)
+    chosen = None if is_other or parameters.vocab == "base" else sft.config_of(folder)
     return base.config_of(folder) if chosen is None else chosen
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from .advice import SAVE_ALIKE, Advice
 from .checkpoint.computed import Tensor
+from .checkpoint.experts import is_fused
 from .checkpoint.quantunits import Chosen
 from .checkpoint.source import Checkpoint, leave_out_option
 from .checkpoint.tensorfile import MERGED, WHOLE
@@ -194,6 +195,8 @@ def _of_shapes(
         )
     if sorted(side.shape) == sorted(base.shape):
         return f"they hold as many elements, in another order; {SAVE_ALIKE}"
+    if any(map(is_fused, names)):
+        return "their experts differ in number or size, so the models are not one architecture"
     other = advice.of_other_config(shapes=True)
     if other:
         return other

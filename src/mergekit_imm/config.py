@@ -21,19 +21,36 @@ _QUANTISED = ("quantization_config", "compression_config")
 def check_configs(configs: Mapping[str, tuple[str, Config | None]], renamed: Collection[str] = ()) -> None:
     """Check the configs of all inputs: role -> (label for messages, config or None).
 
-    Models in `renamed`, whose names were taken for the base's, may be another class of the same model: its text part
-    alone, or wrapped with other parts. Raises MismatchError for different architectures.
+    A model may be another class of the same model: a part of it alone, or it with other parts. One in `renamed`, whose
+    names were taken for the base's, need only have a part in common with it. Raises MismatchError for different
+    architectures.
     """
     base_label, base = configs["base"]
     for role, (label, config) in configs.items():
         for key in ("model_type", "architectures"):
             if role == "base" or not base or not config or not base.get(key) or config.get(key) == base[key]:
                 continue
-            if role not in renamed or not _types(base) & _types(config):
+            if not _is_related(config, base, role in renamed):
                 raise MismatchError(
                     f"{base_label} has {key} {shown(base[key])}, {label} has {shown(config.get(key) or 'none')};"
                     " they must be one architecture"
                 )
+
+
+def is_other_class(config: Config | None, base: Config | None) -> bool:
+    """Whether a config is that of a part of the base's model, or of one that the base is a part of.
+
+    >>> is_other_class({"model_type": "m_text"}, {"model_type": "m", "text_config": {"model_type": "m_text"}})
+    True
+    """
+    kinds = [each.get("model_type") if each else None for each in (config, base)]
+    if config is None or base is None or None in kinds or kinds[0] == kinds[1]:
+        return False
+    return kinds[0] in _types(base) or kinds[1] in _types(config)
+
+
+def _is_related(config: Config, base: Config, renamed: bool) -> bool:
+    return is_other_class(config, base) or (renamed and bool(_types(base) & _types(config)))
 
 
 def _types(config: Config) -> set[str]:

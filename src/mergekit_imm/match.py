@@ -1,4 +1,4 @@
-"""Names of tensors that differ from others by a rule: the user's, or one prefix in the place of another."""
+"""Names of tensors that differ from others by a rule: the user's, another spelling, or another prefix."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from .errors import shown
 from .layers import blanked
 from .recipe import parse_rename
+from .spellings import canonical
 
 Shape = tuple[int, ...] | None  # None: not known
 
@@ -24,12 +25,56 @@ def ruled(names: Iterable[str], rules: Sequence[str]) -> list[str]:
     return found
 
 
-def by_prefix(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
+def by_name(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
+    """Match names that differ in spelling, in their prefix, or in both: lost name -> free name, for those certain.
+
+    >>> by_name({"model.layers.0.mlp.router.weight": (4, 8)}, {"layers.0.block_sparse_moe.gate.weight": (4, 8)})
+    {'model.layers.0.mlp.router.weight': 'layers.0.block_sparse_moe.gate.weight'}
+    """
+    found: dict[str, str] = {}
+    for match in (by_prefix, _by_spelling, _by_both, _by_parts):
+        lost = {name: shape for name, shape in lost.items() if name not in found}
+        taken = {*found.values()}
+        found |= match(lost, {name: shape for name, shape in free.items() if name not in taken}) if lost else {}
+    return found
+
+
+def _by_spelling(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
+    ours, theirs = _spelt(lost), _spelt(free)
+    pairs = {name: theirs[spelling] for spelling, name in ours.items() if spelling in theirs}
+    return {one: other for one, other in pairs.items() if _fits(lost[one], free[other])}
+
+
+def _by_both(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
+    ours, theirs = _spelt(lost), _spelt(free)
+    pairs = by_prefix({s: lost[name] for s, name in ours.items()}, {s: free[name] for s, name in theirs.items()})
+    return {ours[one]: theirs[other] for one, other in pairs.items()}
+
+
+def _by_parts(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
+    """Match by prefixes that end in what both names have, so that parts of a model move apart; all names or none."""
+    ours, theirs = _spelt(lost), _spelt(free)
+    if len(ours) < len(lost):
+        return {}
+    pairs = by_prefix({s: lost[n] for s, n in ours.items()}, {s: free[n] for s, n in theirs.items()}, shared=1)
+    return {ours[one]: theirs[other] for one, other in pairs.items()} if len(pairs) == len(lost) else {}
+
+
+def _spelt(names: Iterable[str]) -> dict[str, str]:
+    """Return the names of which no other has the same spelling, by it."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        found[canonical(name)].append(name)
+    return {spelling: same[0] for spelling, same in found.items() if len(same) == 1}
+
+
+def by_prefix(lost: Mapping[str, Shape], free: Mapping[str, Shape], *, shared: int = 0) -> dict[str, str]:
     """Match names that differ in their prefix: lost name -> free name, for those that are certain.
 
     One prefix stands for another if that takes every lost name that begins with it to a free one of the same shape,
     and if no other prefix does. Numbers in it stay as they are: layer 3 is layer 3 everywhere, and a prefix that has
-    numbers stands for those of all layers.
+    numbers stands for those of all layers. A prefix is what is before the longest end that two names share, and of that
+    the first `shared` components.
 
     >>> by_prefix({"layers.3.mlp.w1.weight": (4,)}, {f"layers.{n}.moe.w1.weight": (4,) for n in range(4)})
     {'layers.3.mlp.w1.weight': 'layers.3.moe.w1.weight'}
@@ -44,7 +89,7 @@ def by_prefix(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str,
     while lost:
         rules = Counter[tuple[str, str]]()
         for name, shape in lost.items():
-            rules.update(_rules(name, shape, ends, left))
+            rules.update(_rules(name, shape, ends, left, shared))
         valid = [rule for rule in sorted(rules) if _holds(*rule, lost, left)]
         certain = [rule for rule in valid if all(_agree(rule, other) for other in valid)]
         if not certain:
@@ -106,13 +151,16 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[at:]) for at in range(max(1, len(parts) - 1))]
 
 
-def _rules(name: str, shape: Shape, ends: Mapping[str, list[str]], left: Mapping[str, Shape]) -> set[tuple[str, str]]:
+def _rules(
+    name: str, shape: Shape, ends: Mapping[str, list[str]], left: Mapping[str, Shape], shared: int
+) -> set[tuple[str, str]]:
     """Prefixes of which one may stand for the other: what is before the longest end shared with a free name."""
     for end in _ends(name):
         others = [other for other in ends.get(end, ()) if other in left and _fits(shape, left[other])]
         if others:
-            prefix = name[: len(name) - len(end)]
-            pairs = {(prefix, other[: len(other) - len(end)]) for other in others}
+            rest = ".".join(end.split(".")[shared:]) if end.count(".") >= shared else end
+            prefix = name[: len(name) - len(rest)]
+            pairs = {(prefix, other[: len(other) - len(rest)]) for other in others}
             return {(blanked(one), blanked(two)) for one, two in pairs if _numbers(one) == _numbers(two)}
     return set()
 

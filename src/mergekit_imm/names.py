@@ -1,23 +1,34 @@
 """Names that differ between models: which tensor of one is which of the base.
 
 A name that is the base's is never mapped. For the others are tried, in this order: the user's rules, wrappers left
-out, fused experts cut or joined as the base has them, and one prefix in the place of another.
+out, fused experts and other joint tensors cut or joined as the base has them, and other spellings and prefixes. Last,
+tensors of all experts that are stored transposed are turned round.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from .checkpoint.adapter import names_of
-from .checkpoint.computed import Tensor, renamed
-from .checkpoint.experts import cut_experts, expert_names, is_fused, joined
+from .checkpoint.computed import Tensor, renamed, transposed
+from .checkpoint.experts import (
+    across,
+    cut_experts,
+    fused_shapes,
+    is_fused,
+    joined,
+    single_layout,
+    turned_round,
+)
 from .checkpoint.source import Checkpoint
 from .config import says_tied
 from .errors import ArgumentError, MismatchError, shown
+from .joints import cut_or_joined
 from .layers import is_end, is_output_head, unwrapped
-from .match import by_prefix, carried, mapping_note, ruled
+from .match import Shape, by_name, by_prefix, carried, mapping_note, ruled
+from .spellings import canonical
 
 
 def matched(inputs: Mapping[str, Checkpoint], rules: Sequence[str]) -> dict[str, Checkpoint]:
@@ -64,43 +75,80 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
         was = dict(zip(new, was.values(), strict=True))
 
     move(dict(zip(tensors, ruled(tensors, rules), strict=True)))
-    lost = [name for name in tensors if name not in base.tensors]
-    if lost:
-        move({name: unwrapped(name) for name in lost})
-        tensors, was = _experts(each, base, tensors, was)
-        free = {name: tensor.shape for name, tensor in base.tensors.items() if name not in tensors}
-        lost = [name for name in tensors if name not in base.tensors]
-        tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}  # the base needs not store it
-        # Vocabularies of different sizes are not told here.
-        ends = set(filter(is_end, lost))
-        shapes = {name: None if name in ends else tensors[name].shape for name in lost if name not in tied}
-        found = by_prefix(shapes, free)
-        move(found | {name: new for name in tied if (new := carried(name, found)) is not None})
+    notes = each.notes
+    if any(name not in base.tensors for name in tensors):
+        move({name: unwrapped(name) for name in tensors if name not in base.tensors})
+        tensors, was, notes = _experts(each, base, tensors, was)
+        found: dict[str, str] = {}
+        for match in (by_prefix, by_name):
+            free = {name: _shape(name, tensor) for name, tensor in base.tensors.items() if name not in tensors}
+            lost = [name for name in tensors if name not in base.tensors]
+            tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}  # base needs not store it
+            # Vocabularies of different sizes are not told here.
+            ends = set(filter(is_end, lost))
+            pairs = match({n: None if n in ends else _shape(n, tensors[n]) for n in lost if n not in tied}, free)
+            move(pairs)
+            found |= pairs
+            if match is by_prefix:
+                tensors, was = cut_or_joined(each.role, tensors, was, base.tensors)
+        move({name: new for name in tied if (new := carried(name, found)) is not None})
     changed = {name: old for name, old in was.items() if name != old}
-    if not changed:
+    if changed:
+        notes = (*notes, mapping_note(changed, each.label, base.label))
+    tensors, more = _turned(each, tensors, lambda name: {base.tensors[name].shape} if name in base.tensors else set())
+    if not changed and not more:
         return each
     return replace(
-        each,
-        tensors={name: renamed(t, name) for name, t in tensors.items()},
-        was=changed,
-        notes=(*each.notes, mapping_note(changed, each.label, base.label)),
+        each, tensors={name: renamed(t, name) for name, t in tensors.items()}, was=changed, notes=(*notes, *more)
     )
+
+
+def _shape(name: str, tensor: Tensor) -> Shape:
+    """The shape that a name is matched by: of a tensor of all experts, whichever way round it is stored."""
+    return (*tensor.shape[:1], *sorted(tensor.shape[1:])) if is_fused(canonical(name)) else tensor.shape
 
 
 def _experts(
     each: Checkpoint, base: Checkpoint, tensors: dict[str, Tensor], was: dict[str, str]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
     """Cut fused experts into those of the base, or join single ones, as the base stores them."""
     lost = [name for name in tensors if name not in base.tensors]
-    names = expert_names(base.tensors)
-    if names is not None and any(map(is_fused, lost)):
-        cut = {name: cut_experts(each.role, name, tensors[name], names) for name in lost}
+    layout = single_layout(base.tensors)
+    notes = each.notes
+    if layout is not None and any(map(is_fused, lost)):
+        shapes = fused_shapes(layout, base.tensors)
+        tensors, more = _turned(
+            each, tensors, lambda name: shapes.get(name.split(".experts.")[-1].split(".")[0], set())
+        )
+        notes = (*notes, *more)
+        cut = {name: cut_experts(each.role, name, tensors[name], layout) for name in lost}
         made = {new: (tensor, f"{was[old]}{place}") for old, parts in cut.items() for new, tensor, place in parts}
         gone = {old for old, parts in cut.items() if parts}
-    elif any(map(is_fused, base.tensors)):
+    elif any(map(is_fused, base.tensors)) or any(map(is_fused, map(canonical, base.tensors))):
         made, gone = joined(each.role, tensors, lost, was)
     else:
-        return tensors, was
+        return tensors, was, notes
     tensors = {name: tensor for name, tensor in tensors.items() if name not in gone}
     was = {name: old for name, old in was.items() if name not in gone}
-    return tensors | {n: t for n, (t, _) in made.items()}, was | {n: old for n, (_, old) in made.items()}
+    return tensors | {n: t for n, (t, _) in made.items()}, was | {n: old for n, (_, old) in made.items()}, notes
+
+
+def _turned(
+    each: Checkpoint, tensors: dict[str, Tensor], expected: Callable[[str], Collection[tuple[int, ...]]]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Turn the tensors of all experts round that are stored as [in, out] and expected as [out, in], or the reverse."""
+    found, unknown = turned_round(tensors, expected)
+    if unknown is not None:
+        raise MismatchError(
+            f"tensor '{shown(unknown)}' of {each.label} is square, and the other tensor of its experts is not there to"
+            " tell which way round it is; save both"
+        )
+    if not found:
+        return tensors, ()
+    first = next(name for name in tensors if name in found)
+    shape = tensors[first].shape
+    note = (
+        f"note: {len(found)} tensors of experts of {each.label} are stored transposed, '{shown(first)}'"
+        f" {list(shape)} for {list(across(shape))}; they are read the base's way round"
+    )
+    return {name: transposed(t, each.role) if name in found else t for name, t in tensors.items()}, (note,)

@@ -21,7 +21,7 @@ from .checkpoint.sidefiles import OWN, is_side_file
 from .checkpoint.source import Checkpoint
 from .checkpoint.sparsified import LONGEST_ROW, Ranked, Trimmed
 from .checkpoint.tensorfile import DTYPE_BITS, MERGED, TensorInfo
-from .config import check_configs, merged_config
+from .config import check_configs, is_other_class, merged_config
 from .errors import ArgumentError, CheckpointError, MergeError, MismatchError, shown
 from .factors import factors_of
 from .layers import folder_of, is_input_embedding, layer_key, ready_option
@@ -288,12 +288,13 @@ def _side_files(
 ) -> tuple[dict[str, tuple[str, Path | None]], list[str]]:
     """Say which other files come from which input: sft's where it has them; and what of them does not."""
     base, sft = inputs["base"], inputs["sft"]
+    is_other = bool(sft.was) or is_other_class(sft.config, base.config)
     alone = [folder for folder in sft.adapters if folder not in base.adapters]
     side = {path: ("base", base.side[path]) for path in base.side}
     for path, file in sft.side.items():
         of_model = path.rpartition("/")[2] == "config.json" and folder_of(path) in ("", *base.part_configs)
         of_adapter = path.startswith(tuple(alone)) and not is_side_file(path, copy_code=True)
-        if not of_adapter and not (of_model and sft.was and path in base.side):
+        if not of_adapter and not (of_model and is_other and path in base.side):
             side[path] = ("sft", file)
     notes = [
         f"note: {sft.label} holds an adapter in {shown(folder)}, which is not merged; to merge it, give that folder as"

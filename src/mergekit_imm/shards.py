@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,11 @@ class Live(Computed):
     def stored(self) -> int:
         """Nothing of it is on a disk."""
         return 0
+
+    def transposed(self, role: str) -> Live:  # noqa: ARG002
+        """Return it with each of its matrices transposed: views of the same memory."""
+        parts = (Part(p.tensor.transpose(1, 2), (p.place[0], p.place[2], p.place[1])) for p in self.parts)
+        return replace(self, shape=(self.shape[0], self.shape[2], self.shape[1]), parts=tuple(parts))
 
 
 @dataclass(frozen=True)

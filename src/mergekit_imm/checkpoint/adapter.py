@@ -13,9 +13,9 @@ from typing import Any
 from ..config import says_tied
 from ..errors import CheckpointError, MismatchError, shown
 from ..layers import is_input_embedding, is_output_head, only_in, ready_option, unwrapped
-from ..match import Shape, by_prefix, mapping_note, ruled
+from ..match import Shape, by_name, mapping_note, ruled
 from .computed import Computed, Tensor, renamed
-from .experts import cut_experts, expert_names, fused_shape
+from .experts import Layout, cut_experts, fused_shape, single_layout
 from .lowrank import LowRank, OfExperts, Rescaled, WithRows
 from .source import Checkpoint, leave_out_option
 from .tensorfile import MERGED, TensorInfo
@@ -158,7 +158,7 @@ def applied(
         delta = _low_rank(name, module, kind, pair, adapter, target)
         put(_rescaled(delta, pair["vector"], adapter, model) if "vector" in pair else delta)
     for module, pairs in parts.experts.items():
-        for change in _of_experts(module, list(pairs.values()), adapter, model, names):
+        for change in _of_experts(module, [pairs[depth] for depth in sorted(pairs)], adapter, model, names):
             put(change)
     _check_tie(trained, adapter, model)
     if not trained and not computed:
@@ -222,10 +222,10 @@ def _wanted(parts: _Parts, adapter: Checkpoint, model: Checkpoint) -> dict[str, 
         straight = {"A", "B"} <= set(pair) and kind == "weight" and not adapter.adapter["fan_in_fan_out"]
         shape = (*pair["B"].shape[:1], *pair["A"].shape[1:]) if straight else None
         wanted[f"{module}.{'bias' if kind == 'bias' else 'weight'}"] = shape
-    ends = expert_names(model.tensors)
+    layout = single_layout(model.tensors)
     for module in parts.experts:
         for parameter in _parameters(module, adapter):
-            wanted[_wanted_of(module, parameter, ends)] = None
+            wanted[_wanted_of(module, parameter, layout)] = None
     return wanted
 
 
@@ -238,7 +238,7 @@ def _names(
     tied = says_tied(model.config) and any(map(is_input_embedding, model.tensors))
     lost = {n: path for path, n in names.items() if n not in model.tensors and not (tied and is_output_head(n))}
     there = {name: tensor.shape for name, tensor in model.tensors.items()}
-    found = by_prefix({name: wanted[path] for name, path in lost.items()}, there)
+    found = by_name({name: wanted[path] for name, path in lost.items()}, there)
     names |= {lost[name]: new for name, new in found.items()}
     homes = {_unwrapped(name): file for name, file in adapter.homes.items()}
     beside = {file for part in adapter.parts if part.beside or part.folder for file in part.files}
@@ -274,20 +274,21 @@ def _of_experts(
 ) -> list[Computed]:
     """The deltas of a module's parameters: as the model stores them, one tensor or one for each expert.
 
-    Which parameter a pair of factors belongs to, and which way round it is, PEFT does not store; shapes tell.
+    Which parameter a pair of factors belongs to, and which way round it is, PEFT does not store: shapes do. If both fit
+    (experts without gates), the order tells: pairs are outermost first, and PEFT wraps what is defined first first.
     """
     assert adapter.adapter is not None
-    ends = expert_names(model.tensors)
+    layout = single_layout(model.tensors)
     targets = {}  # parameter -> name and shape as one tensor
     for parameter in _parameters(module, adapter):
-        wanted = _wanted_of(module, parameter, ends)
+        wanted = _wanted_of(module, parameter, layout)
         name = names[wanted]
         targets[parameter] = name, model.tensors[name].shape
-        if ends and wanted != f"{module}.{parameter}":  # stored one by one
+        if layout and wanted != f"{module}.{parameter}":  # stored one by one
             path = name.removesuffix(wanted.removeprefix(module))
-            targets[parameter] = f"{path}.{parameter}", fused_shape(path, parameter, ends, model.tensors)
+            targets[parameter] = f"{path}.{parameter}", fused_shape(path, parameter, layout, model.tensors)
     found = []
-    for pair in pairs:
+    for number, pair in enumerate(pairs):
         a, b = pair.get("A"), pair.get("B")
         if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
             raise CheckpointError(f"{adapter.label} has one factor only for '{shown(module)}'; save it again")
@@ -299,6 +300,8 @@ def _of_experts(
             sizes = {(b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])}
             if len(shape) == 3 and shape[1:] in sizes and a.shape[0] == b.shape[1] == shape[0] * rank:
                 fits.append(OfExperts(name, shape, a, b, scaling, shape[1:] != (b.shape[0], a.shape[1])))
+        if len(fits) == len(pairs) == 2 and {*targets} == {"down_proj", "up_proj"}:
+            fits = [each for each in fits if each.name == targets[("down_proj", "up_proj")[number]][0]]
         if len(fits) != 1:
             raise MismatchError(
                 f"{adapter.label} has factors {list(b.shape)} and {list(a.shape)} for '{shown(module)}', which fit"
@@ -312,17 +315,17 @@ def _of_experts(
     found = [replace(change, turned=next(iter(turned))) for change in found]
     parts: list[Computed] = []
     for change in found:
-        if change.name in model.tensors or ends is None:
+        if change.name in model.tensors or layout is None:
             parts.append(change)
         else:
-            parts += [p for _, p, _ in cut_experts("sft", change.name, change, ends) if isinstance(p, Computed)]
+            parts += [p for _, p, _ in cut_experts("sft", change.name, change, layout) if isinstance(p, Computed)]
     return parts
 
 
-def _wanted_of(module: str, parameter: str, ends: tuple[str, str, str] | None) -> str:
+def _wanted_of(module: str, parameter: str, layout: Layout | None) -> str:
     """The tensor to look for in the model: the parameter itself, or its part in the first expert."""
-    end = {"gate_up_proj": 0, "down_proj": 2}.get(parameter)
-    return f"{module}.{parameter}" if ends is None or end is None else f"{module}.0.{ends[end]}"
+    ends = (layout or {}).get(parameter)
+    return f"{module}.0.{ends[0]}" if ends else f"{module}.{parameter}"
 
 
 def _with_rows(

@@ -75,6 +75,10 @@ class Computed:
         """Compute the elements from `first` on, in float32."""
         raise NotImplementedError
 
+    def transposed(self, role: str) -> Computed:
+        """Return it with each of its matrices transposed, if it is a stack of them."""
+        return Transposed(self.name, (self.shape[0], self.shape[2], self.shape[1]), self, role)
+
     def rows(self, first: int, count: int) -> tuple[int, int]:
         """Return the first row of some elements, and the one behind their last."""
         return first // self.columns, (first + count - 1) // self.columns + 1
@@ -94,6 +98,13 @@ def sliced(tensor: Tensor, role: str, name: str, first: int, shape: tuple[int, .
 def renamed(tensor: Tensor, name: str) -> Tensor:
     """Return the same tensor by another name."""
     return tensor if tensor.name == name else replace(tensor, name=name)
+
+
+def transposed(tensor: Tensor, role: str) -> Tensor:
+    """Return a model's stack of matrices with each of them transposed."""
+    if isinstance(tensor, TensorInfo):
+        return Transposed(tensor.name, (tensor.shape[0], tensor.shape[2], tensor.shape[1]), tensor, role)
+    return tensor.transposed(role)
 
 
 @dataclass(frozen=True)
@@ -168,6 +179,48 @@ class Pieces(Computed):
             for at, begin, count in runs(self.shape, piece.place, piece.tensor.shape, first, end):
                 target = out[(at - first) * width : (at - first + count) * width]
                 fill_as(piece.tensor, self.dtype, reads(piece.role), begin, target)
+
+
+@dataclass(frozen=True)
+class Transposed(Computed):
+    """A stack of matrices [n, rows, columns] that is stored as [n, columns, rows]."""
+
+    whole: Tensor
+    role: str
+
+    @property
+    def dtype(self) -> str:
+        """That of the stored tensor."""
+        return self.whole.dtype
+
+    @property
+    def native(self) -> str:
+        """That of the stored tensor."""
+        return self.whole.native
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the stored tensor."""
+        return self.whole.stored
+
+    def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
+        """Fill a buffer with the elements from `first` on: of each matrix some rows, which are stored as columns."""
+        width = DTYPE_BITS[self.dtype] // 8
+        values, read = out.view(f"u{width}"), reads(self.role)
+        _, rows, columns = self.shape
+        at = 0
+        while at < len(values):
+            number, inside = divmod(first + at, rows * columns)
+            count = min(rows * columns - inside, len(values) - at)
+            row, end = inside // columns, -(-(inside + count) // columns)
+            block = np.empty((columns, end - row), values.dtype)
+            if end - row == rows:
+                read(self.whole, number * rows * columns * width, block.reshape(-1).view(np.uint8))
+            else:
+                for column, line in enumerate(block):
+                    read(self.whole, ((number * columns + column) * rows + row) * width, line.view(np.uint8))
+            values[at : at + count] = block.T.reshape(-1)[inside - row * columns :][:count]
+            at += count
 
 
 @dataclass(frozen=True)
