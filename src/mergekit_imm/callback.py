@@ -6,11 +6,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState, TrainingArguments
-
 from .checkpoint.source import open_checkpoint
-from .errors import ArgumentError
+from .errors import ArgumentError, extra_error
 from .live import merge_into
+
+try:
+    from transformers import TrainerCallback, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise extra_error("IMMCallback", "transformers", "analyze") from error
 
 logger = logging.getLogger(__name__)
 

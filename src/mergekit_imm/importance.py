@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import ArgumentError, shown
 from .json_input import parse_json, without_duplicates
-from .mask import is_number
+from .mask import as_number, is_number
 
 IMPORTANCE_FORMAT, IMPORTANCE_VERSION = "mergekit_imm importance", 1
 
@@ -89,6 +89,7 @@ def importance_factors(
         total = math.inf
     if not 0 < total < math.inf:
         raise ArgumentError(f"importances sum to {total}; at least one must be > 0, and the sum finite")
+    shrink = as_number(shrink)
     factors = {key: len(values) * value / total for key, value in values.items()}
     if not all(map(math.isfinite, factors.values())):
         raise ArgumentError("importances are too large to make factors of; only ratios count: divide all by one number")

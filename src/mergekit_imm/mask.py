@@ -15,6 +15,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from hashlib import blake2b
+from numbers import Integral, Real
+from typing import Any
 
 from .errors import ArgumentError
 
@@ -119,16 +121,29 @@ def check_factor(factor: float) -> float:
 
 def check_round(seed: int, iteration: int) -> None:
     """Raise ArgumentError unless seed is an integer and iteration one >= 0."""
-    if not _is_integer(seed):
+    if not is_integer(seed):
         raise ArgumentError(f"seed is {seed!r}; it must be an integer")
-    if not _is_integer(iteration) or iteration < 0:
+    if not is_integer(iteration) or iteration < 0:
         raise ArgumentError(f"iteration is {iteration!r}; rounds are counted by integers from 0")
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer, numpy's among them; True and False are not."""
+    return isinstance(value, int | Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a number; True and False are not."""
-    return _is_integer(value) or isinstance(value, float)
+    """Whether a value is a number, numpy's among them; True and False are not."""
+    return isinstance(value, int | float | Real) and not isinstance(value, bool)
+
+
+def as_number(value: Any) -> Any:
+    """Return a number as one of Python's, of the same value, so that it can be written; anything else as it is.
+
+    >>> import numpy as np
+    >>> as_number(np.float32(0.5)), as_number(np.int64(3)), as_number("x")
+    (0.5, 3, 'x')
+    """
+    if isinstance(value, int | float) or not is_number(value):
+        return value
+    return int(value) if is_integer(value) else float(value)

@@ -29,7 +29,7 @@ def test_a_refusal_is_that_of_all(case: Path) -> None:
     (case / "out").mkdir()
     (case / "out" / "file").touch()
     failed = merged_by(3)
-    assert {str(each) for each in failed} == {"output out is there and not empty; give another, or --overwrite it"}
+    assert {str(each) for each in failed} == {"output out is there and not empty; give another, or overwrite=True"}
     assert all(isinstance(each, OutputError) for each in failed)
     assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft"]
 

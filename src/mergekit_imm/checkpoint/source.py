@@ -11,6 +11,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError, shown
+from ..given import as_path
 from ..json_input import is_utf8, parse_json, read_small
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
 from . import hub
@@ -92,7 +93,7 @@ def open_checkpoint(
     An existing path wins over a hub id. A file is its tensors and nothing else. What lies in one of `outs`, if that
     is inside the folder, is not part of the model. Raises CheckpointError, one line that names the cure.
     """
-    text = str(ref)
+    text = str(as_path(role, ref))
     text = text.rstrip("/") or text  # a shell's completion adds one; it is no other model
     if not text:
         raise CheckpointError(f"{role} is empty; give a folder, a .safetensors file or a hub id org/name[@revision]")
