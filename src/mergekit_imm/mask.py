@@ -98,7 +98,7 @@ def arithmetic(*, alpha: float, drop: float, factor: float = 1.0) -> Arithmetic:
 def check_alpha(alpha: float) -> float:
     """Return alpha, or raise ArgumentError unless 0 <= alpha <= 1."""
     if not is_number(alpha) or not 0 <= alpha <= 1:
-        raise ArgumentError(f"alpha is {alpha!r}; it is the weight of the base, a number in 0 <= alpha <= 1")
+        raise ArgumentError(f"alpha is {alpha!r:.60}; it is the weight of the base, a number in 0 <= alpha <= 1")
     return float(alpha)
 
 
@@ -106,7 +106,7 @@ def check_drop(drop: float) -> float:
     """Return drop, or raise ArgumentError unless 0 <= drop < 1."""
     if not is_number(drop) or not 0 <= drop < 1:
         raise ArgumentError(
-            f"drop is {drop!r}; it is the share of delta elements dropped, a number in 0 <= drop < 1"
+            f"drop is {drop!r:.60}; it is the share of delta elements dropped, a number in 0 <= drop < 1"
             " (for no change at all use alpha=1)"
         )
     return float(drop)
@@ -114,17 +114,18 @@ def check_drop(drop: float) -> float:
 
 def check_factor(factor: float) -> float:
     """Return factor, or raise ArgumentError unless it is finite and >= 0."""
+    factor = as_number(factor)
     if not is_number(factor) or not 0 <= factor <= sys.float_info.max:
-        raise ArgumentError(f"factor is {factor!r}; a layer factor is a finite number >= 0")
+        raise ArgumentError(f"factor is {factor!r:.60}; a layer factor is a finite number >= 0")
     return float(factor)
 
 
 def check_round(seed: int, iteration: int) -> None:
     """Raise ArgumentError unless seed is an integer and iteration one >= 0."""
     if not is_integer(seed):
-        raise ArgumentError(f"seed is {seed!r}; it must be an integer")
+        raise ArgumentError(f"seed is {seed!r:.60}; it must be an integer")
     if not is_integer(iteration) or iteration < 0:
-        raise ArgumentError(f"iteration is {iteration!r}; rounds are counted by integers from 0")
+        raise ArgumentError(f"iteration is {iteration!r:.60}; rounds are counted by integers from 0")
 
 
 def is_integer(value: object) -> bool:

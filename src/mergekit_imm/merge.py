@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 from .checkpoint.tensorfile import TensorInfo
 from .errors import ArgumentError, CheckpointError, OutputError, shown
 from .execute import Progress, check_device, check_workers, pick_device, run
+from .given import as_path
 from .plan import segments
 from .prepare import check_platform, check_same, open_inputs, places_of, plans_of, recipes_of, what_is_there
 from .ranks import ALONE, Ranks, together
@@ -165,14 +166,15 @@ def merge_checkpoints(
     check_device(device)
 
     def prepare() -> tuple[list[Job], list[dict[str, Any]]]:
-        found = points(str(out), numbers)
+        name = str(as_path("out", out, "a folder to make"))
+        found = points(name, numbers)
         targets = [output.expanded(point.out) for point in found]
         for target in targets:
             output.check_name(target)
             swap.check_marker(target)
         if len({target.resolve() for target in targets}) < len(targets):
             raise ArgumentError(
-                f"two merges would go to one folder; give an output that {shown(str(out))} names once for each"
+                f"two merges would go to one folder; give an output that {shown(name)} names once for each"
             )
         inputs, parameters, history = open_inputs(
             base, sft, start, outs=targets, dry_run=dry_run, iteration=iteration, importance=importance,

@@ -21,6 +21,7 @@ RECIPE_FILE, REPORT_FILE, CARD_FILE = "imm_recipe.json", "imm_report.json", "REA
 RECIPE_FORMAT, RECIPE_VERSION = "mergekit_imm recipe", 1
 VOCABS = ("strict", "base", "sft")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+LEAST_BARE_SIZE = 1_000_000  # bytes; a smaller number without a unit is meant as GB
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -131,7 +132,7 @@ def parse_size(size: int | str) -> int:
         raise ArgumentError(f"size {size!r} is not understood; write it as 5GB, 500MB or 4GiB")
     number, unit, binary = match.groups()
     bare = str(size).strip()
-    if bare == number and 0 < float(number) < 1e6:
+    if bare == number and 0 < float(number) < LEAST_BARE_SIZE:
         raise ArgumentError(f"size {size!r} is in bytes; write {number}GB, or {number}B if bytes are meant")
     value = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
     if value < 1:

@@ -17,7 +17,7 @@ from .checkpoint.sparsified import Sparsified
 from .layers import blanked, layer_key
 from .match import rules_of
 from .plan import Item, Plan
-from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
+from .recipe import CARD_FILE, LEAST_BARE_SIZE, RECIPE_FILE, REPORT_FILE, to_json
 
 OUTSIDE = "outside the layers"
 
@@ -173,7 +173,8 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
     command += ["--sparsify", p.sparsify] if p.sparsify != "dare" else []
     command += ["--reference", p.reference] if p.reference != "start" else []
     command += ["--dtype", p.dtype] if p.dtype != "base" else []
-    command += ["--max-shard-size", str(p.max_shard_size)] if p.max_shard_size else []
+    if p.max_shard_size:  # a smaller number without a unit is refused
+        command += ["--max-shard-size", f"{p.max_shard_size}{'B' if p.max_shard_size < LEAST_BARE_SIZE else ''}"]
     command += ["--vocab", p.vocab] if p.vocab != "strict" else []
     for option in ("keep", "take", "no_drop", "rename"):
         for pattern in getattr(p, option):

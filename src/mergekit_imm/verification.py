@@ -66,7 +66,8 @@ def verify(
 ) -> VerifyReport:
     """Recompute a merge from the recipe in its folder and compare bytes: tensors, headers and side files.
 
-    Args: `out`, the merged folder; `base`, `start`, `sft`, where the inputs are now, if not where the recipe says;
+    Args: `out`, the merged folder; `base`, `start`, `sft`, where the inputs are now, if not where the recipe says
+    (a relative path is looked for from the current folder, then from those that `out` lies in);
     `sample`, the share of the tensors' bytes to recompute, in random pieces of 2^20 elements (small files are always
     compared, the report only with sample=1). With sample=1 one flipped bit anywhere in what the merge wrote is found.
     Returns a VerifyReport. Raises VerifyError naming the first difference (tensor, element, file), CheckpointError

@@ -165,7 +165,7 @@ def test_what_is_no_path_is_refused(here: Path, value: Any, match: str) -> None:
 
 @pytest.mark.parametrize("model", ["sft", Path("sft"), {"w": torch.ones(1)}, None, [torch.nn.Linear(1, 1)]])
 def test_merge_into_takes_a_model(here: Path, model: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"^model is a \w+; give a torch nn.Module"):
+    with pytest.raises(MergeError, match=r"^model is a \w+; give a torch nn.Module"):
         merge_into(model, "base")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +56,16 @@ def test_the_lists_of_names_agree() -> None:
         home = set(package._HOME)
         assert home - set(package.__all__) == ({"IMMCallback"} if package is mergekit_imm else set())
         assert home <= set(dir(package))
+
+
+def test_the_page_says_where_each_name_is_imported_from() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    named = re.findall(r"^::: (mergekit_imm\.[\w.]+)\.(\w+)$", page, re.MULTILINE)
+    assert len(named) > 30
+    for module, name in named:
+        home = f"in `{module}`"
+        assert hasattr(mergekit_imm, name) != (home in page), f"{module}.{name}"
+        assert hasattr(importlib.import_module(module if home in page else "mergekit_imm"), name)
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

@@ -57,7 +57,7 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--check", "--keep", "("], "--keep '(' is not a regular expression"),
         ]
     ),
-    (merge_command, ["base"], "Missing argument 'SFT...'"),
+    (merge_command, ["base"], "Missing argument 'SFT'"),
     (merge_command, ["base", "sft"], "Missing option '-o'"),
     *(
         (verify_command, ["out", *options], said)

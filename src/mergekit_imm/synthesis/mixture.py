@@ -37,7 +37,7 @@ def mix(current: Sequence[T], previous: Sequence[T], *, share: float, seed: int 
         raise ArgumentError(f"seed is {shown(repr(seed), 60)}; it must be an integer")
     wanted = round(share / (1 - share) * len(current))
     # Not random.sample, whose draws may differ from one version of Python to the next.
-    generator = random.Random(seed)
+    generator = random.Random(int(seed))
     pool = sorted(range(len(previous)), key=lambda _: generator.random())
     return [*current, *(previous[at] for at in pool[:wanted])]
 
