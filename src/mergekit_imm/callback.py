@@ -6,9 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.source import open_checkpoint
 from .errors import ArgumentError, extra_error
-from .live import merge_into
 
 try:
     from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -16,6 +14,9 @@ except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
     raise extra_error("IMMCallback", "transformers", "analyze") from error
+
+from .checkpoint.source import open_checkpoint
+from .live import merge_into
 
 logger = logging.getLogger(__name__)
 
