@@ -63,18 +63,20 @@ class Models:
         return report
 
     def refused(self, error: type[MergeError], match: str, *, streaming: bool = False, **options: Any) -> str:
-        """Check that a merge is refused, and that nothing changes; return the message.
+        """Check that a merge is refused, and that nothing changes; return the message, as a command's user reads it.
 
         Unless it takes `streaming` to notice, a dry run refuses it with the same words.
         """
         before = everything(self.folder, times=not streaming)
-        messages = set()
+        messages: set[str] = set()
         for dry_run in [False] if streaming else [True, False]:
-            with pytest.raises(error, match=match) as caught:
+            with pytest.raises(error) as caught:
                 self.merge(dry_run=dry_run, **options)
+            assert re.search(match, caught.value.args[0]), caught.value.args[0]
             assert error in (type(caught.value), MergeError)
             assert everything(self.folder, times=not streaming) == before
-            messages.add(str(caught.value))
+            messages.add(caught.value.args[0])
+            assert not re.search("--(keep|take|rename|no-drop|vocab|iteration|restart|overwrite)", str(caught.value))
         assert len(messages) == 1
         assert all(message.isprintable() for message in messages)
         return messages.pop()

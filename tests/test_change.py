@@ -111,7 +111,7 @@ def test_rows_of_one_vocabulary_do_not_count(tmp_path: Path) -> None:
     found = checkpoint_change(tmp_path / "base", tmp_path / "sft")
     assert found.elsewhere == pytest.approx(weight_change(before, after).elsewhere, rel=1e-6)
     assert "note: the vocabularies have 50 and 53 rows; the first 50 are compared" in found.notes
-    with pytest.raises(MismatchError, match="--vocab base or --vocab"):
+    with pytest.raises(MismatchError, match='vocab="base" or vocab='):
         checkpoint_change(tmp_path / "base", tmp_path / "sft", vocab="strict")
 
 
@@ -162,7 +162,7 @@ def test_nan_is_named_with_a_cure_that_fits(tmp_path: Path) -> None:
     after["model.layers.1.mlp.up_proj.weight"][0, 3] = math.nan
     write_model(tmp_path / "base", before)
     write_model(tmp_path / "sft", after)
-    message = r"'model.layers.1.mlp.up_proj.weight' of sft .*holds NaN or infinity; .*: --keep '\^model.layers.1"
+    message = r"'model.layers.1.mlp.up_proj.weight' of sft .*holds NaN or infinity; .*: keep=.r.\^model.layers.1"
     message = message.replace("model.layers.1", r"model\\?.layers\\?.1")
     with pytest.raises(NonFiniteError, match=message):
         checkpoint_change(tmp_path / "base", tmp_path / "sft")
@@ -188,7 +188,7 @@ def test_other_names_and_shapes_are_refused(tmp_path: Path) -> None:
         weight_change({"w": torch.zeros(2, 2)}, {"w": torch.zeros(2, 2)})
     write_model(tmp_path / "base", before)
     write_model(tmp_path / "sft", after)
-    with pytest.raises(MismatchError, match=r"up_proj\.weight.* --keep "):
+    with pytest.raises(MismatchError, match=r"up_proj\.weight.* keep="):
         checkpoint_change(tmp_path / "base", tmp_path / "sft")
     with pytest.raises(ArgumentError, match="workers"):
         checkpoint_change(tmp_path / "base", tmp_path / "base", workers=0)

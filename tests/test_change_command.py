@@ -146,13 +146,6 @@ def test_refusals_are_one_line(folder: Path, arguments: list[str], message: str)
     assert "\n" not in str(error.value)
 
 
-def test_without_matplotlib_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(MergeError, match=r"pip install 'mergekit-imm\[analyze\]'"):
-        call("base", "sft", "-o", "out")
-    assert not (folder / "out").exists()
-
-
 def test_a_sparsifier_other_than_dare_is_refused(folder: Path) -> None:
     merge_checkpoints("base", "sft", "merged", sparsify="della")
     with pytest.raises(MergeError, match=r"sparsify della:0\.1, whose report is of what was kept; measure it"):
@@ -176,7 +169,7 @@ def test_pictures_that_are_not_made_again_go(folder: Path) -> None:
 def test_tensors_that_one_model_has_alone_can_be_left_out(folder: Path) -> None:
     more = {**random_state(SHAPES), "model.extra.weight": torch.ones(3, dtype=torch.bfloat16)}
     write_model(folder / "more", more)
-    with pytest.raises(MergeError, match="--take '\\^model"):
+    with pytest.raises(MergeError, match=r"take=.r.\^model"):
         call("base", "more")
     result = call("base", "more", "--take", "extra", "--json", "-q")
     assert set(json.loads(result.stdout)["changes"][0]["layers"].values()) == {0.0}

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -254,10 +255,12 @@ def test_encoders_of_the_command() -> None:
     )
     assert "pass@4" in run(file, "--encoder", "my_encoder_of_tests:encode")
     for name, message in (
-        ("encode", "is no MODULE:FUNCTION"), ("no_such_module_here:f", "no_such_module_here cannot be imported"),
+        ("no_such_module_here:f", "no_such_module_here cannot be imported"),
         ("my_encoder_of_tests:nothing", "has no function 'nothing'"),
-        ("my_encoder_of_tests:broken", "^--encoder my_encoder_of_tests:broken failed: ValueError: no"),
+        ("my_encoder_of_tests:broken", "^encoder my_encoder_of_tests:broken failed: ValueError: no"),
     ):  # fmt: skip
         with pytest.raises(ArgumentError, match=message):
             run(file, "--encoder", name)
+    with pytest.raises(click.UsageError, match="is no MODULE:FUNCTION"):
+        run(file, "--encoder", "encode")
     assert str(Path.cwd()) not in sys.path

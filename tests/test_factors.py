@@ -185,7 +185,7 @@ def test_what_cannot_be_is_refused(folders: Path, options: dict[str, Any], messa
 def test_a_file_of_importances_is_not_taken_for_factors(folders: Path) -> None:
     content = {"format": "mergekit_imm importance", "layers": dict.fromkeys(LAYERS, 3.0)}
     (folders / "importance.json").write_text(json.dumps(content))
-    with pytest.raises(ArgumentError, match="give it as --importance"):
+    with pytest.raises(ArgumentError, match="give it as importance"):
         merge_checkpoints(folders / "base", folders / "sft", folders / "out", layer_factors=folders / "importance.json")
 
 

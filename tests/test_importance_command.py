@@ -198,8 +198,14 @@ def test_bad_lines_are_named(lines: str, message: str, here: Path, measure: Meas
         (("llama", "--data", "texts.jsonl", "-o", "llama"), "output llama is a folder; give the name of a file"),
         (("llama", "--data", "texts.jsonl", "-o", "no/o"), "its folder no does not exist; make it"),
         (("llama", "--data", "texts.jsonl", "-o", "texts.jsonl"), "texts.jsonl exists and is no importance file"),
-        (("llama", "--data", "texts.jsonl", "-o", "o", "--device", "xpu"), "device xpu is not there"),
-        (("llama", "--data", "texts.jsonl", "-o", "o", "--device", "a b"), "device is 'a b'; it must be cpu or cuda"),
+        (
+            ("llama", "--data", "texts.jsonl", "-o", "o", "--device", "xpu"),
+            "device is 'xpu'; it must be",
+        ),
+        (
+            ("llama", "--data", "texts.jsonl", "-o", "o", "--device", "a b"),
+            "device is 'a b'; it must be",
+        ),
         (("strange", "--data", "texts.jsonl", "-o", "o"), "the tokenizer of model strange cannot be loaded"),
         (("failing", "--data", "texts.jsonl", "-o", "o"), "model failing fails when it is run: The size of tensor a"),
         (("unknown", "--data", "texts.jsonl", "-o", "o"), "model unknown cannot be loaded: The checkpoint you are"),
@@ -217,7 +223,7 @@ def test_refusals_are_one_line(arguments: tuple[str, ...], message: str, here: P
     before = (here / "texts.jsonl").read_bytes()
     ended = measure(*arguments)
     assert message in ended.error
-    assert ended.status == (2 if "Missing" in message else 1)
+    assert ended.status == (2 if "Missing" in message or "device is" in message else 1)
     assert not (here / "o").exists()
     assert (here / "texts.jsonl").read_bytes() == before
 
@@ -256,7 +262,9 @@ def broken(here: Path, name: str) -> None:
 def test_without_transformers_the_cure_is_named(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     ended = measure("llama", "--data", "texts.jsonl", "-o", "o")
-    assert ended.error == ("transformers is not installed, which loads the model; pip install 'mergekit-imm[analyze]'")
+    assert ended.error == (
+        "loading a model needs transformers, which is not installed; pip install 'mergekit-imm[analyze]'"
+    )
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -281,7 +281,7 @@ def deepspeed() -> nn.Module:
 CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "no module": (dict, "model is a dict; give a torch nn.Module"),
     "missing": (lambda: fresh({n: t for n, t in SFT.items() if n != "norm.w"}), r"1 tensor is in base .* only"),
-    "surplus": (lambda: fresh({**SFT, "h.1.v": torch.ones(3)}), r"1 tensor is in sft model Model only.*--take"),
+    "surplus": (lambda: fresh({**SFT, "h.1.v": torch.ones(3)}), r"1 tensor is in sft model Model only.*take="),
     "shape": (lambda: change("norm.w", lambda t: t[:5]), r"'norm.w' is BF16 \[8\] in base .* F32 \[5\] in sft model"),
     "vocabulary": (lambda: change("embed_tokens.weight", lambda t: t[:5]), r"is \[7, 44\] in base .* vocab='base' or"),
     "integers": (lambda: change("norm.w", lambda t: t.int()), "integers are merged with neither"),
@@ -338,7 +338,7 @@ def test_a_value_that_is_too_large_for_its_dtype(tmp_path: Path) -> None:
 def test_what_cannot_hold_the_base_s(tmp_path: Path) -> None:
     write_model(tmp_path / "base", {**BASE, "steps": torch.arange(5)})
     model = fresh({**SFT, "steps": torch.arange(5, dtype=torch.int32)})
-    match = r"'steps' is I64 \[5\] in the base and I32 \[5\] in sft model Model, which cannot hold.*--take"
+    match = r"'steps' is I64 \[5\] in the base and I32 \[5\] in sft model Model, which cannot hold.*take="
     refused(model, tmp_path / "base", match, keep=["steps"])
     merge_into(model, tmp_path / "base", take=["steps"])
 

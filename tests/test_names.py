@@ -139,7 +139,7 @@ def test_the_text_part_of_a_wrapped_model(tmp_path: Path) -> None:
     text.model.load_state_dict(model.model.language_model.state_dict())
     text.tie_weights()
     fine_tuned(text, seed=2).save_pretrained(tmp_path / "sft")
-    with pytest.raises(MismatchError, match=r"34 tensors are in base .* only, .*: --keep") as refused:
+    with pytest.raises(MismatchError, match=r"34 tensors are in base .* only, .*: keep=") as refused:
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
     assert "vision_tower" in str(refused.value)
     keep = ["^vision_tower", "^multi_modal_projector"]
@@ -189,7 +189,7 @@ def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
     save_file(state, path)
     given = tmp_path / "base", tmp_path / "adapter"
     with pytest.raises(
-        MismatchError, match=r"only, not in base .*'model\.layers\.\*\.self_attn\.seek.*'top\.weight'.*tell --rename"
+        MismatchError, match=r"only, not in base .*'model\.layers\.\*\.self_attn\.seek.*'top\.weight'.*tell rename"
     ):
         merge_checkpoints(*given, tmp_path / "out")
     head = r"^top\.weight$=lm_head.weight"
@@ -200,7 +200,7 @@ def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
     verify(tmp_path / "out")
     with pytest.raises(ArgumentError, match=r"changes none of the 3 tensor names .* such as '[mt]"):
         merge_checkpoints(*given, tmp_path / "no", rename=["lora_A=lora_B"])
-    with pytest.raises(MismatchError, match=r"layers\.0.* and '.*layers\.1.* would be '.*layers\.0.*change --rename"):
+    with pytest.raises(MismatchError, match=r"layers\.0.* and '.*layers\.1.* would be '.*layers\.0.*change rename"):
         merge_checkpoints(*given, tmp_path / "no", rename=[r"layers\.\d+\.(.*)seek=layers.0.\1q_proj", head])
 
 
@@ -255,7 +255,7 @@ def test_names_that_have_nothing_in_common_may_be_of_one_tensor(tmp_path: Path) 
     for role, head in (("base", "read_out.weight"), ("sft", "lm_head.weight")):
         write_model(tmp_path / role, random_state({"embed_in.weight": (8, 4), head: (8, 4)}, seed=len(role)))
     given = tmp_path / "base", tmp_path / "sft"
-    with pytest.raises(MismatchError, match=r"'read_out\.weight'.* if they are the same, --rename REGEX=") as told:
+    with pytest.raises(MismatchError, match=r"'read_out\.weight'.* if they are the same, rename=") as told:
         merge_checkpoints(*given, tmp_path / "out")
     assert "'^" not in str(told.value)
     merge_checkpoints(*given, tmp_path / "out", rename=["^lm_head=read_out"])

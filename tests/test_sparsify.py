@@ -238,7 +238,7 @@ def test_rows_that_are_too_long_and_vocabularies_that_differ_are_refused_with_th
 ) -> None:
     models(tmp_path, SHAPES, [torch.float32] * 3)
     monkeypatch.setattr("mergekit_imm.plan.LONGEST_ROW", 80)
-    with pytest.raises(ArgumentError, match=r"rows of 90 .* --no-drop '\^model.*layers"):
+    with pytest.raises(ArgumentError, match=r"rows of 90 .* no_drop=.r.\^model.*layers"):
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", sparsify="della")
     for role, rows in (("small", 5), ("large", 7)):
         write_model(tmp_path / role, {"model.embed_tokens.weight": torch.ones(rows, 4)})

@@ -2,7 +2,8 @@
 
     merged = alpha * base + (1 - alpha) * (start + factor * DARE(sft - start))
 
-Importing this package loads neither torch nor numba; each name below is imported when it is first used.
+Importing this package loads neither torch nor numba; each name below is imported when it is first used. IMMCallback
+needs transformers, so that `import *` leaves it out.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .analysis.change import weight_change
     from .analysis.gradients import layer_importance
-    from .callback import IMMCallback
+    from .callback import IMMCallback as IMMCallback
     from .errors import (
         ArgumentError,
         ChangedError,
         CheckpointError,
+        ExtraError,
         MergeError,
         MismatchError,
         NonFiniteError,
@@ -45,6 +47,7 @@ _HOME = {
     "ArgumentError": "errors",
     "ChangedError": "errors",
     "CheckpointError": "errors",
+    "ExtraError": "errors",
     "MergeError": "errors",
     "MergeReport": "recipe",
     "MismatchError": "errors",
@@ -77,7 +80,7 @@ __all__ = [
     "ArgumentError",
     "ChangedError",
     "CheckpointError",
-    "IMMCallback",
+    "ExtraError",
     "MergeError",
     "MergeReport",
     "MismatchError",
@@ -108,11 +111,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # for whom names come from the imports above, and no others are there
+
+    def __getattr__(name: str) -> object:
+        if name in _HOME:
+            return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*_HOME, "__version__"]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from .given import as_text
+
 LONGEST = 1000  # digits of a number; a longer one is compared as text
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
 _IN_TEXT = re.compile(rf"(?<![\w.])[-−]?\s?\$?(?:{_NUMBER})(?:/\d+)?(?:[eE][-+]?\d{{1,4}}\b)?")
@@ -44,7 +46,7 @@ def final_answer(text: str) -> str | None:
     >>> final_answer(r"So 3 + 4 = 7, and \boxed{\frac{1}{2}}."), final_answer("3 + 4 = 7, that is 7 apples.")
     ('\\frac{1}{2}', '7')
     """
-    boxed = _last_boxed(text)
+    boxed = _last_boxed(as_text("text", text))
     if boxed is not None:
         return boxed.strip() or None
     mark = None
@@ -93,7 +95,7 @@ def same_answer(one: str, other: str) -> bool:
     >>> same_answer(r"\frac{3}{4}", "0.75"), same_answer("1,234", "1234.0"), same_answer("50%", "0.5")
     (True, True, False)
     """
-    a, b = _plain(one), _plain(other)
+    a, b = _plain(as_text("one", one)), _plain(as_text("other", other))
     if a == b:
         return True
     ours, theirs = _elements(a), _elements(b)
@@ -108,6 +110,7 @@ def is_correct(response: str, answer: str) -> bool:
     >>> is_correct("2 dogs and 3 cats are 5 animals.", "5"), is_correct("I do not know.", "5")
     (True, False)
     """
+    as_text("response", response), as_text("answer", answer)
     given = final_answer(response)
     right = final_answer(answer) if "####" in answer or "\\boxed" in answer else answer
     return given is not None and right is not None and same_answer(given, right)

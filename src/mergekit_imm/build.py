@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import disk, journal, output, swap
-from .errors import ChangedError, MismatchError, NonFiniteError, OutputError, shown
+from .errors import ChangedError, CheckpointError, MismatchError, NonFiniteError, OutputError, shown
 from .execute import Device, Progress
 from .plan import Plan
 from .ranks import ALONE, Ranks, together
 from .reading import check_inputs
-from .recipe import differences, to_json
+from .recipe import differences, read_recipe, to_json, without_places
 from .report import written_files
 from .stream import Job, Recipe, Records, errors_of, stream
 from .unchanged import is_unchanged, note_of
@@ -103,6 +104,24 @@ def _remove_empty(folders: set[Path]) -> None:
             folder.rmdir()
 
 
+def as_begun(job: Job, recipe: dict[str, Any], *, restart: bool) -> dict[str, Any]:
+    """Return a merge's recipe with the paths of its inputs as OUT or OUT.partial has them, if that is of this merge.
+
+    They may have been typed in another way; the bytes are to be those of the command that began it.
+    """
+    for folder in (job.out, *(() if restart else (job.partial,))):
+        try:
+            found = journal.unfinished(folder) or read_recipe(folder)
+        except CheckpointError:
+            continue
+        if found is not None and without_places(found) == without_places(recipe):
+            paths = {role: str(entry["path"]) for role, entry in found["inputs"].items()}
+            inputs = {role: dataclasses.replace(each, ref=paths[role]) for role, each in job.plan.inputs.items()}
+            job.plan = dataclasses.replace(job.plan, inputs=inputs)
+            return found
+    return recipe
+
+
 def _take(job: Job, recipe: Recipe, restart: bool) -> None:
     """Decide again what OUT and OUT.partial are, now that no other process can change them."""
     if output.is_occupied(job.out) and not job.replace:
@@ -179,7 +198,7 @@ def check_unfinished(partial: Path, recipe: Mapping[str, Any]) -> None:
             f"{shown(partial)} is there and is not a merge under way; move it away, or --restart, which removes what is"
             " in it"
         )
-    changes = differences(found, recipe)
+    changes = differences(without_places(found), without_places(recipe))
     if changes:
         raise OutputError(
             f"{shown(partial)} is an unfinished merge of another recipe ({'; '.join(changes[:3])}"

@@ -6,10 +6,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from .errors import ArgumentError, extra_error
+
+try:
+    from transformers import TrainerCallback, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise extra_error("IMMCallback", "transformers", "analyze") from error
 
 from .checkpoint.source import open_checkpoint
-from .errors import ArgumentError
 from .live import merge_into
 from .options import check_keywords, check_options, keywords
 from .prepare import round_of, without_same_start

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.computed import Tensor
 from .checkpoint.source import Checkpoint
 from .checkpoint.tokens import check_tokens
-from .errors import MergeError
+from .errors import MergeError, for_caller
 from .layers import blanked, is_end
 from .plan import decide
 from .prepare import comparer, open_inputs, plan_of
@@ -21,8 +22,9 @@ from .unchanged import note_if_unchanged
 class CheckReport:
     """What `check` found, and what `imm-merge --check --json` prints.
 
-    `inputs`: form, files, tensors and parameters of each. `kinds`: what happens to each kind of tensor; `action` is
-    "refused" for those that stand in the way, which `problems` tells, a line each. The rest is as in `MergeReport`.
+    `inputs`: form, files, tensors and parameters of each, of an adapter its own. `kinds`: what happens to each kind of
+    tensor; `action` is "refused" for those that stand in the way, which `problems` tells, a line each. The rest is as
+    in `MergeReport`.
     """
 
     base: str
@@ -44,7 +46,9 @@ class CheckReport:
 def check(
     base: str | Path, sft: str | Path, *, start: str | Path | None = None, iteration: int | None = None, **options: Any
 ) -> CheckReport:
-    """Say whether two models (three, with start) can be merged, and how, from headers; tied tensors are compared.
+    """Say whether two models (three, with start) can be merged, and how, from headers.
+
+    Values are not read, but of tied tensors, which are compared: NaN or infinity in an input is found by the merge.
 
     `options` are those of `merge_checkpoints` that decide what is merged with what: keep, take, no_drop, rename,
     vocab, dequantize, reference, dtype. What cannot be merged is in the report; raises ArgumentError for wrong options.
@@ -72,9 +76,12 @@ def check(
         side_files=side_files(plan) if plan else {},
         left_out=left_out(inputs),
         notes=[
-            *(plan.notes if plan else (note for each in inputs.values() for note in each.notes)),
-            *_other_tokens(inputs["base"], inputs["sft"], parameters.vocab),
-            *note_if_unchanged(inputs, decided.items),
+            for_caller(note)
+            for note in (
+                *(plan.notes if plan else (note for each in inputs.values() for note in each.notes)),
+                *_other_tokens(inputs["base"], inputs["sft"], parameters.vocab),
+                *note_if_unchanged(inputs, decided.items),
+            )
         ],
         problems=[str(error) for error, _ in complaints],
     )
@@ -93,8 +100,10 @@ def _other_tokens(base: Checkpoint, sft: Checkpoint, vocab: str) -> list[str]:
 
 
 def _described(each: Checkpoint) -> dict[str, Any]:
+    stored: list[Tensor] = list(each.tensors.values())
     if each.adapter is not None:
         form = "LoRA adapter"
+        stored = [tensor for file in each.files.values() for tensor in file.tensors]  # not those that it changes
     else:
         suffixes = {Path(name).suffix for name in each.files}
         form = (
@@ -106,8 +115,8 @@ def _described(each: Checkpoint) -> dict[str, Any]:
         "path": each.ref,
         "form": form,
         "files": list(each.files),
-        "tensors": len(each.tensors),
-        "parameters": sum(tensor.count for tensor in each.tensors.values()),
+        "tensors": len(stored),
+        "parameters": sum(tensor.count for tensor in stored),
     }
 
 

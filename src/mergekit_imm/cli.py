@@ -11,8 +11,8 @@ import click
 
 from . import __version__
 from .analyzecli import analyze_command
-from .console import CONTEXT, delta_options, progress_bar, run, say, tell
-from .errors import ArgumentError, MergeError, MismatchError, OutputError, RankError, bytes_text, shown
+from .console import CONTEXT, DtypeChoice, delta_options, progress_bar, run, say, tell, unread, values_checked
+from .errors import MergeError, MismatchError, OutputError, RankError, bytes_text, shown
 from .loopcli import loop_command
 
 if TYPE_CHECKING:
@@ -26,6 +26,13 @@ Examples:
   imm-merge org/base@main sft/ --dry-run -o merged/        what would happen
   imm-merge base/ sft/ --alpha 0.3,0.5,0.7 -o 'merged-{alpha}'     three merges, one reading
 """
+
+
+# Options that say what is merged with what, and how, beside the three that may be lists.
+VALUES = (
+    "iteration", "reference", "dtype", "max_shard_size", "vocab", "rename", "leave_out", "dequantize", "keep", "take",
+    "no_drop", "importance", "shrink", "clip", "layer_factors", "sparsify", "allow_nonfinite", "copy_code",
+)  # fmt: skip
 
 
 class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.2 only
@@ -66,7 +73,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 )  # fmt: skip
 @delta_options
 @click.option(
-    "--dtype", type=click.Choice(["base", "start", "bfloat16", "float16", "float32"]), default="base",
+    "--dtype", type=DtypeChoice(["base", "start", "bfloat16", "float16", "float32"]), default="base",
     show_default=True, help="Of the output's float tensors; base, start: as that model has them, tensor by tensor.",
 )  # fmt: skip
 @click.option("--max-shard-size", metavar="SIZE", help="Lay the files anew, e.g. 5GB.  [default: as in BASE]")
@@ -119,6 +126,7 @@ def merge_command(
     """
     if options["dtype"] == "base":
         options["dtype"] = None
+    _check_values(out, check, options)
     if check:
         if options["ranks"]:
             raise click.UsageError("--check reads headers only, and is not for many ranks; leave --ranks out.")
@@ -137,15 +145,27 @@ def merge_command(
     return None
 
 
+def _check_values(out: str | None, check: bool, options: dict[str, Any]) -> None:
+    """Refuse as wrong usage what is wrong whatever the files hold."""
+    from .execute import check_device
+    from .prepare import parameters_of
+    from .sweep import SWEPT, points
+
+    values = {name: options[name] for name in VALUES}
+    factors = {name: options[name] for name in ("importance", "layer_factors")}
+    with values_checked():
+        check_device(options["device"])
+        named = "{alpha}{drop}{seed}" if check or out is None else out
+        several = points(named, {name: options[name] for name in SWEPT})
+        parameters_of([point.values for point in several], **{**values, **unread(**factors)})
+
+
 def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json: bool) -> None:
     from .check import check
     from .summary import checked
 
-    kept = ("start", "iteration", "reference", "dtype", "max_shard_size", "vocab", "rename", "leave_out", "dequantize",
-            "keep", "take", "no_drop", "importance", "shrink", "clip", "layer_factors", "sparsify",
-            "copy_code")  # fmt: skip
     numbers: dict[str, Any] = {name: float(options[name][0]) for name in ("alpha", "drop")}  # of a sweep the first
-    reports = [check(base, sft, **numbers, **{name: options[name] for name in kept}) for sft in sfts]
+    reports = [check(base, sft, **numbers, **{name: options[name] for name in ("start", *VALUES)}) for sft in sfts]
     if as_json:
         content = [report.to_dict() for report in reports]
         say(json.dumps(content if len(content) > 1 else content[0], indent=2))
@@ -182,10 +202,7 @@ def _merge(
     from .sweep import SWEPT, points
 
     dry_run = options["dry_run"]
-    try:
-        several = len(points(out, {name: options[name] for name in SWEPT})) > 1
-    except ArgumentError as error:
-        raise click.UsageError(str(error)) from error
+    several = len(points(out, {name: options[name] for name in SWEPT})) > 1
     with progress_bar("merging", shown=not (quiet or dry_run)) as progress:
         reports = merge_checkpoints(base, sft, out, progress=progress, ranks=ranks, **options)
     if not quiet:
@@ -225,8 +242,11 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None
     Compared are all tensors (or a --sample of them), headers, config and every other file of the merge. Exit
     status 0 if all are equal, 1 with the first difference if not.
     """
+    from .execute import check_device
     from .verification import verify
 
+    with values_checked():
+        check_device(options["device"])
     with progress_bar("verifying", shown=not quiet) as progress:
         report = verify(out, progress=progress, **options)
     if as_json:
@@ -270,6 +290,9 @@ def main() -> NoReturn:
     name = arguments[0] if arguments else ""
     if name in commands:
         run(commands[name], arguments[1:])
+    if name == "--version":
+        click.echo(f"mergekit_imm, version {__version__}")
+        sys.exit(0)
     wanted = name in ("-h", "--help")
     click.echo(f"usage: python -m mergekit_imm {{{','.join(commands)}}} ... (each has --help)", err=not wanted)
     if not wanted:

@@ -10,13 +10,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 
-from .errors import MergeError, OutputError
+from .errors import ArgumentError, MergeError, OutputError, speaking_of_options
+from .recipe import SHORT_DTYPES
+
+T = TypeVar("T")
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class DtypeChoice(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 only
+    """A choice of dtypes, which have short names too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the long name of a dtype."""
+        return super().convert(SHORT_DTYPES.get(value, value), param, ctx)
 
 
 _DELTA_OPTIONS = [
@@ -54,7 +65,11 @@ class _Stopped(BaseException):
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command; exit 0 done, 1 refused or failed, 2 wrong usage, 128 + the number on signals."""
+    with speaking_of_options():
+        _run(command, arguments)
 
+
+def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
     os.environ.setdefault("MERGEKIT_IMM_WIDE_VECTORS", "1")  # see `jit`
     _allow_open_files()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -64,6 +79,9 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
     kept = "; what was written is kept, and the same command goes on where it stopped" if merging else ""
     try:
         _listen()
+        if isinstance(command, click.Group) and not arguments:
+            tell(command.get_help(click.Context(command, info_name=command.name)))
+            sys.exit(2)
         status = command.main(arguments, prog_name=command.name, standalone_mode=False)
         sys.stdout.flush()
         _ignore_signals()  # it is done
@@ -90,6 +108,42 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
         if debug:
             raise
         _fail(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it shows", 1)
+
+
+def unread(*, importance: str | None, layer_factors: str | None) -> dict[str, Any]:
+    """Return the factors that options name, to check the values beside them: one layer for a file, which is read later.
+
+    Raises ArgumentError for a rule that is none.
+    """
+    from .factors import is_rule, read_layer_factors
+
+    one = {"0": 1.0}
+    return {
+        "importance": None if importance is None else one,
+        "layer_factors": None if layer_factors is None
+        else read_layer_factors(layer_factors) if is_rule(layer_factors) else one,
+    }  # fmt: skip
+
+
+@contextmanager
+def values_checked() -> Iterator[None]:
+    """Turn an ArgumentError into wrong usage: what is within looks at values alone, and opens no file."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def pictures_or_note(draw: Callable[[], T], *, quiet: bool) -> T | None:
+    """Return what is drawn, or None and a note where matplotlib is missing: everything else is done all the same."""
+    try:
+        return draw()
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        if not quiet:
+            tell("note: no pictures, as matplotlib is not installed; pip install 'mergekit-imm[plots]'")
+        return None
 
 
 def _allow_open_files() -> None:

@@ -24,7 +24,7 @@ from .checkpoint.disk import PAGE, place
 from .checkpoint.sparsified import Sparsified, kept
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo
 from .errors import ArgumentError, MismatchError, NonFiniteError, shown
-from .mask import BLOCK, Arithmetic, arithmetic
+from .mask import BLOCK, Arithmetic, arithmetic, is_integer
 from .plan import Item, Plan, Segment
 from .reading import Files
 from .sums import KEPT, RECORD, Record, is_finite, new_tally, to_record
@@ -67,9 +67,9 @@ def check_workers(workers: int | None) -> int:
     """Return the number of workers to use; the default for None. Raises ArgumentError unless it is >= 1."""
     if workers is None:
         return default_workers()
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise ArgumentError(f"workers is {workers!r}; it is a number of threads, at least 1")
-    return workers
+    if not is_integer(workers) or workers < 1:
+        raise ArgumentError(f"workers is {shown(repr(workers), 60)}; it is a number of threads, at least 1")
+    return int(workers)
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Device:
 
 def check_device(device: str) -> None:
     """Raise ArgumentError unless a device is one that merges run on; whether it is there is not looked up."""
-    if device != "cpu" and not (device == "cuda" or device.startswith("cuda:")):
-        raise ArgumentError(f"device is {device!r}; it must be cpu or cuda")
+    if not isinstance(device, str) or (device not in ("cpu", "cuda") and not device.startswith("cuda:")):
+        raise ArgumentError(f"device is {shown(repr(device), 60)}; it must be 'cpu' or 'cuda'")
 
 
 def pick_device(name: str) -> Device:

@@ -34,12 +34,12 @@ def lines_factors(layers: Iterable[str], first: float, last: float) -> dict[str,
     >>> lines_factors(["h.0", "h.1", "h.2"], 0.5, 1.0)
     {'h.0': 0.5, 'h.1': 0.75, 'h.2': 1.0, 'outside': 0.5}
     """
-    check_factor(first), check_factor(last)
+    first, last = check_factor(first), check_factor(last)
     found: dict[str, float] = {}
     for keys in _stacks(layers):
         for number, key in enumerate(keys):
             found[key] = first + (last - first) * (number / (len(keys) - 1)) if len(keys) > 1 else last
-    return {**found, OUTSIDE: float(first)}
+    return {**found, OUTSIDE: first}
 
 
 def group_factors(layers: Iterable[str], early: float, middle: float, late: float) -> dict[str, float]:
@@ -68,6 +68,15 @@ def _stacks(layers: Iterable[str]) -> list[list[str]]:
     return [sorted(keys, key=layer_order) for keys in found.values()]
 
 
+def is_rule(text: str) -> bool:
+    """Whether a text is meant as a rule, and not as a file.
+
+    >>> is_rule("lines:0.3"), is_rule("factors.json")
+    (True, False)
+    """
+    return ":" in text and text.partition(":")[0] in _RULES
+
+
 def check_rule(text: str) -> tuple[str, list[float]]:
     """Return the kind and the numbers of a rule. Raises ArgumentError for any other text.
 
@@ -92,7 +101,7 @@ def read_layer_factors(given: str | Path) -> dict[str, float] | str:
     A file may hold the mapping under "layers", with "outside" beside it. Raises ArgumentError.
     """
     text = str(given)
-    if not isinstance(given, Path) and (text.partition(":")[0] in _RULES and ":" in text):
+    if not isinstance(given, Path) and is_rule(text):
         check_rule(text)
         return text
     try:

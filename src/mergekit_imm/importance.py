@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import ArgumentError, shown
 from .json_input import parse_json, without_duplicates
-from .mask import is_number
+from .mask import as_number, is_number
 
 IMPORTANCE_FORMAT, IMPORTANCE_VERSION = "mergekit_imm importance", 1
 
@@ -67,8 +67,9 @@ def importance_factors(
     if not is_number(shrink) or not 0 <= shrink <= 1:
         raise ArgumentError(f"shrink is {shown(repr(shrink), 60)}; it must be a number from 0 to 1")
     if clip is not None:
-        is_pair = isinstance(clip, (tuple, list)) and len(clip) == 2 and all(map(is_number, clip))
-        if not is_pair or not 0 <= clip[0] <= clip[1] <= sys.float_info.max:
+        pair = list(map(as_number, clip)) if isinstance(clip, (tuple, list)) else []
+        is_pair = len(pair) == 2 and all(map(is_number, pair))
+        if not is_pair or not 0 <= pair[0] <= pair[1] <= sys.float_info.max:
             raise ArgumentError(
                 f"clip is {shown(repr(clip), 60)}; it must be (low, high), two finite numbers with 0 <= low <= high"
             )
@@ -77,7 +78,8 @@ def importance_factors(
     if not importance:
         raise ArgumentError("importance is empty; give one value for each layer")
     values = {}
-    for key, value in importance.items():
+    for key, given in importance.items():
+        value = as_number(given)
         if not is_number(value) or not 0 <= value <= sys.float_info.max:
             raise ArgumentError(
                 f"importance of layer '{shown(key)}' is {shown(repr(value), 60)}; it must be a finite number >= 0"
@@ -89,6 +91,7 @@ def importance_factors(
         total = math.inf
     if not 0 < total < math.inf:
         raise ArgumentError(f"importances sum to {total}; at least one must be > 0, and the sum finite")
+    shrink = as_number(shrink)
     factors = {key: len(values) * value / total for key, value in values.items()}
     if not all(map(math.isfinite, factors.values())):
         raise ArgumentError("importances are too large to make factors of; only ratios count: divide all by one number")

@@ -23,8 +23,9 @@ from .accounts import check_tensors
 from .checkpoint.computed import Tensor as Side
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import MERGED, fingerprint
-from .errors import MismatchError, PartialMergeError, shown
+from .errors import MismatchError, PartialMergeError, for_caller, shown
 from .execute import Progress, check_workers
+from .given import as_path
 from .inplace import Job, Work
 from .layers import is_end, ready_option, tied_key, unwrapped
 from .plan import Decided, Item, decide
@@ -102,6 +103,7 @@ def merge_into(
     >>> model.w.data
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
+    base, start = as_path("base", base), None if start is None else as_path("start", start)
     ranks = Ranks.of_group() if is_distributed(model) and dist.is_initialized() else ALONE
 
     def checked() -> tuple[int, Parameters, dict[str, Live]]:
@@ -159,7 +161,7 @@ def _report(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: D
     notes = [note for each in inputs.values() for note in each.notes]
     if decided.ties.broken:
         notes.append(f"note: {decided.ties.broken}: both are merged under their own names")
-    return LiveReport(dict(counts), parameters.iteration, notes)
+    return LiveReport(dict(counts), parameters.iteration, list(map(for_caller, notes)))
 
 
 def _opened(refs: Mapping[str, str | Path], parameters: Parameters, *, dry_run: bool = False) -> dict[str, Checkpoint]:

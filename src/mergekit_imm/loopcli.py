@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .console import CONTEXT, delta_options, say, tell
+from .console import CONTEXT, DtypeChoice, delta_options, pictures_or_note, say, tell, unread, values_checked
 from .errors import shown
 
 loop_epilog = """\b
@@ -46,7 +46,7 @@ Example:
 )  # fmt: skip
 @delta_options
 @click.option(
-    "--dtype", type=click.Choice(["base", "bfloat16", "float16", "float32"]), default="base", show_default=True,
+    "--dtype", type=DtypeChoice(["base", "bfloat16", "float16", "float32"]), default="base", show_default=True,
     help="Of the merged models' float tensors.",
 )  # fmt: skip
 @click.option("--keep", metavar="REGEX", multiple=True, help="Tensors to leave as in the anchor; repeatable.")
@@ -86,13 +86,17 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
     from .loop import run_loop
     from .loopstate import Settings
     from .loopsummary import plot, table
+    from .recipe import Parameters
     from .shell import CommandError, to_stdout
 
     try:
         alphas = tuple(float(part) for part in retry.split(",")) if retry else ()
     except ValueError as error:
         raise click.UsageError(f"--retry '{shown(retry)}' is no list of numbers; write 0.6,0.7") from error
-    settings = Settings(base=base, retry=alphas, **options)
+    factors = {name: options[name] for name in ("importance", "layer_factors")}
+    with values_checked():
+        settings = Settings(base=base, retry=alphas, **options)
+        Parameters(shrink=settings.shrink, clip=settings.clip, **unread(**factors))
     speak = not (quiet or as_json)
     try:
         state = run_loop(settings, run, echo=to_stdout if speak else None, tell=tell if not quiet else None)
@@ -104,12 +108,7 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
         say(json.dumps(state.to_dict(), indent=2))
     else:
         say(table(state))
-    try:
-        pictures = plot(state, Path(run).expanduser())
-    except ImportError:
-        pictures = []
-        if not quiet:
-            tell("note: no pictures, as matplotlib is not there; install it with `pip install 'mergekit-imm[plots]'`")
+    pictures = pictures_or_note(lambda: plot(state, Path(run).expanduser()), quiet=quiet) or []
     if not as_json:
         if pictures:
             say(f"drawn in {', '.join(map(str, pictures))}")

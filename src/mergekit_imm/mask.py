@@ -15,6 +15,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from hashlib import blake2b
+from numbers import Integral, Real
+from typing import Any
 
 from .errors import ArgumentError
 
@@ -96,7 +98,7 @@ def arithmetic(*, alpha: float, drop: float, factor: float = 1.0) -> Arithmetic:
 def check_alpha(alpha: float) -> float:
     """Return alpha, or raise ArgumentError unless 0 <= alpha <= 1."""
     if not is_number(alpha) or not 0 <= alpha <= 1:
-        raise ArgumentError(f"alpha is {alpha!r}; it is the weight of the base, a number in 0 <= alpha <= 1")
+        raise ArgumentError(f"alpha is {alpha!r:.60}; it is the weight of the base, a number in 0 <= alpha <= 1")
     return float(alpha)
 
 
@@ -104,7 +106,7 @@ def check_drop(drop: float) -> float:
     """Return drop, or raise ArgumentError unless 0 <= drop < 1."""
     if not is_number(drop) or not 0 <= drop < 1:
         raise ArgumentError(
-            f"drop is {drop!r}; it is the share of delta elements dropped, a number in 0 <= drop < 1"
+            f"drop is {drop!r:.60}; it is the share of delta elements dropped, a number in 0 <= drop < 1"
             " (for no change at all use alpha=1)"
         )
     return float(drop)
@@ -112,23 +114,37 @@ def check_drop(drop: float) -> float:
 
 def check_factor(factor: float) -> float:
     """Return factor, or raise ArgumentError unless it is finite and >= 0."""
+    factor = as_number(factor)
     if not is_number(factor) or not 0 <= factor <= sys.float_info.max:
-        raise ArgumentError(f"factor is {factor!r}; a layer factor is a finite number >= 0")
+        raise ArgumentError(f"factor is {factor!r:.60}; a layer factor is a finite number >= 0")
     return float(factor)
 
 
 def check_round(seed: int, iteration: int) -> None:
     """Raise ArgumentError unless seed is an integer and iteration one >= 0."""
-    if not _is_integer(seed):
-        raise ArgumentError(f"seed is {seed!r}; it must be an integer")
-    if not _is_integer(iteration) or iteration < 0:
-        raise ArgumentError(f"iteration is {iteration!r}; rounds are counted by integers from 0")
+    if not is_integer(seed):
+        raise ArgumentError(f"seed is {seed!r:.60}; it must be an integer")
+    if not is_integer(iteration) or iteration < 0:
+        raise ArgumentError(f"iteration is {iteration!r:.60}; rounds are counted by integers from 0")
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer, numpy's among them; True and False are not."""
+    return isinstance(value, int | Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a number; True and False are not."""
-    return _is_integer(value) or isinstance(value, float)
+    """Whether a value is a number, numpy's among them; True and False are not."""
+    return isinstance(value, int | float | Real) and not isinstance(value, bool)
+
+
+def as_number(value: Any) -> Any:
+    """Return a number as one of Python's, of the same value, so that it can be written; anything else as it is.
+
+    >>> import numpy as np
+    >>> as_number(np.float32(0.5)), as_number(np.int64(3)), as_number("x")
+    (0.5, 3, 'x')
+    """
+    if isinstance(value, int | float) or not is_number(value):
+        return value
+    return int(value) if is_integer(value) else float(value)

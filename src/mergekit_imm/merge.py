@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 from .checkpoint.tensorfile import TensorInfo
 from .errors import ArgumentError, CheckpointError, OutputError, shown
 from .execute import Progress, check_device, check_workers, pick_device, run
+from .given import as_path
 from .plan import segments
 from .prepare import check_platform, check_same, open_inputs, places_of, plans_of, recipes_of, what_is_there
 from .ranks import ALONE, Ranks, together
@@ -34,7 +35,7 @@ class MergeOptions(TypedDict, total=False):
     layer_factors: Mapping[str, float] | str | Path | None
     sparsify: str
     reference: str
-    dtype: str | None
+    dtype: str | torch.dtype | None
     max_shard_size: int | str | None
     keep: Sequence[str]
     take: Sequence[str]
@@ -86,7 +87,7 @@ def merge_checkpoints(
     layer_factors: Mapping[str, float] | str | Path | None = None,
     sparsify: str = "dare",
     reference: str = "start",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     max_shard_size: int | str | None = None,
     keep: Sequence[str] = (),
     take: Sequence[str] = (),
@@ -123,9 +124,9 @@ def merge_checkpoints(
             file of one, or a rule: "lines:FIRST,LAST" (`lines_factors`), "groups:EARLY,MIDDLE,LATE" (`group_factors`).
         sparsify: "dare"; "trim": keep the largest elements of each tensor, see `trim`; "della" or "della:EPSILON": drop
             the smaller ones more often, see `della`.
-        dtype: "bfloat16", "float16" or "float32" for all float tensors; if None, the base's, tensor by tensor; "start":
-            the start's.
-        max_shard_size: bytes, or "5GB"; if None, the base's own files.
+        dtype: "bfloat16", "float16" or "float32" for all float tensors, "bf16" and so on, or torch's; "start": the
+            start's, tensor by tensor; if None, the base's.
+        max_shard_size: "5GB", or bytes, a million or more; if None, the base's own files.
         keep, take, no_drop: regular expressions (re.search on the base's names): tensors to leave as in the
             base, to take from the sft, to merge without dropping.
         vocab: "strict": vocabularies of different sizes are an error; "base" or "sft": whose the result has. Rows that
@@ -158,7 +159,7 @@ def merge_checkpoints(
     ['out-0.3', 'out-0.7']
     """
     check_platform()
-    from .build import build, check, check_unfinished  # not on every platform
+    from .build import as_begun, build, check, check_unfinished  # not on every platform
     from .checkpoint import output, swap
     from .stream import Job, lack_of_space
 
@@ -169,14 +170,15 @@ def merge_checkpoints(
     check_device(device)
 
     def prepare() -> tuple[list[Job], list[dict[str, Any]]]:
-        found = points(str(out), numbers)
+        name = str(as_path("out", out, "a folder to make"))
+        found = points(name, numbers)
         targets = [output.expanded(point.out) for point in found]
         for target in targets:
             output.check_name(target)
             swap.check_marker(target)
         if len({target.resolve() for target in targets}) < len(targets):
             raise ArgumentError(
-                f"two merges would go to one folder; give an output that {shown(str(out))} names once for each"
+                f"two merges would go to one folder; give an output that {shown(name)} names once for each"
             )
         inputs, parameters, history = open_inputs(
             base, sft, start, outs=targets, dry_run=dry_run, iteration=iteration, importance=importance,
@@ -201,26 +203,27 @@ def merge_checkpoints(
         unread = any(each.folder is None for each in inputs.values())
         return jobs, [] if unread else recipes_of(plans, history)
 
-    def decide() -> tuple[list[bool], str]:
-        """Which outputs are there already, and what the others lack."""
+    def decide() -> tuple[list[bool], str, list[dict[str, Any]]]:
+        """Which outputs are there already, what the others lack, and their recipes, with paths as they were begun."""
         if ranks.rank:
-            return [], ""
+            return [], "", []
         if not dry_run:
             for job in jobs:
                 with output.output_errors(job.out):
                     swap.repair(job.out)
-        whole = [output.is_whole(job.out, to_json(each), job.whole) for job, each in zip(jobs, recipes, strict=True)]
-        left = [(job, each) for job, each, done in zip(jobs, recipes, whole, strict=True) if not done]
+        begun = [as_begun(job, each, restart=restart) for job, each in zip(jobs, recipes, strict=True)]
+        whole = [output.is_whole(job.out, to_json(each), job.whole) for job, each in zip(jobs, begun, strict=True)]
+        left = [(job, each) for job, each, done in zip(jobs, begun, whole, strict=True) if not done]
         for job, each in left:
             if output.is_occupied(job.out) and not overwrite:
                 there = what_is_there(job.out, each)
-                raise OutputError(f"output {shown(job.out)} is there and {there}; give another, or --overwrite it")
+                raise OutputError(f"output {shown(job.out)} is there and {there}; give another, or --overwrite")
             if not restart:
                 check_unfinished(job.partial, each)
         lacking = lack_of_space([job for job, _ in left])
         if lacking and not dry_run:
             raise OutputError(lacking)
-        return whole, lacking
+        return whole, lacking, begun
 
     def reported(reports: list[MergeReport]) -> MergeReport | list[MergeReport]:
         return reports if any(map(is_list, numbers.values())) else reports[0]
@@ -232,7 +235,7 @@ def merge_checkpoints(
             job.notes += note_if_unchanged(job.plan.inputs, job.plan.items)
     if not recipes:
         return reported([job.report("dry run", lack_of_space(jobs)) for job in jobs])
-    whole, lacking = ranks.gather(together(ranks, decide))[0]
+    whole, lacking, recipes = ranks.gather(together(ranks, decide))[0]
     left = [(job, each) for job, each, done in zip(jobs, recipes, whole, strict=True) if not done]
     computes = together(ranks, lambda: pick_device(device)) if not dry_run and (left or verify) else None
     if left and computes is not None:
@@ -263,7 +266,7 @@ def iter_merged(
     layer_factors: Mapping[str, float] | str | Path | None = None,
     sparsify: str = "dare",
     reference: str = "start",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     keep: Sequence[str] = (),
     take: Sequence[str] = (),
     no_drop: Sequence[str] = (),

@@ -23,8 +23,9 @@ from torch import Tensor
 from .errors import ArgumentError, MismatchError, shown
 from .factors import resolve_factors
 from .flat import CHUNK, FLOATS, boxes, in_box, merge_flat, round_to, uniform16
+from .given import check_name, check_state
 from .layers import layer_key
-from .mask import KEEP_ALL, Arithmetic, arithmetic, check_round, keep_threshold, mask_key
+from .mask import KEEP_ALL, Arithmetic, arithmetic, check_drop, check_round, is_integer, keep_threshold, mask_key
 from .states import matched
 
 Reference = Literal["start", "base"]
@@ -82,10 +83,10 @@ def keep_mask(
     """
     check_round(seed, iteration)
     keep16 = keep_threshold(drop)
-    if offset < 0:
-        raise ArgumentError(f"offset is {offset}; it is the index of an element and must be >= 0")
+    check_name(name)
+    _check_offset(offset)
     key = mask_key(name, seed, iteration)
-    out = torch.ones(tuple(shape), dtype=torch.bool, device=device)
+    out = torch.ones(_sizes(shape), dtype=torch.bool, device=device)
     if keep16 < KEEP_ALL:
         flat = out.view(-1)
         if _is_fused(out):
@@ -105,7 +106,8 @@ def dare(delta: Tensor, *, name: str, drop: float, seed: int = 0, iteration: int
 
         dare(delta) = delta * (65536 / keep16) where kept, 0 where dropped
 
-    The rescale is by the realised keep rate keep16 / 65536, so the expectation is the delta, exactly.
+    The rescale is by the realised keep rate keep16 / 65536, so that the expectation is the delta, but for the rounding
+    into its dtype: at drop=0.9 a kept 1 becomes 9.99939, and 10 in bfloat16, whose expectation is 1.00006.
 
     Args: `delta`, any float dtype and shape; the others as in `keep_mask`. Returns a new contiguous tensor of
     delta's shape and dtype. Raises ArgumentError for values out of range.
@@ -118,9 +120,9 @@ def dare(delta: Tensor, *, name: str, drop: float, seed: int = 0, iteration: int
     """
     check_round(seed, iteration)
     check_float("delta", delta)
+    check_name(name)
+    _check_offset(offset)
     numbers, key = arithmetic(alpha=0.0, drop=drop), mask_key(name, seed, iteration)
-    if offset < 0:
-        raise ArgumentError(f"offset is {offset}; it is the index of an element and must be >= 0")
     exact = delta.dtype == torch.float64
     out = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
     for index, span in boxes(delta.shape):
@@ -241,7 +243,9 @@ def dare_merge(
     if isinstance(base, Tensor) and isinstance(sft, Tensor) and not isinstance(start, Mapping):
         if layer_factors is not None:
             raise ArgumentError("layer_factors is for mappings; give one tensor's factor as factor=")
-        if name is None and drop > 0:
+        if name is not None:
+            check_name(name)
+        elif check_drop(drop) > 0:
             raise ArgumentError(
                 f"name is None with drop={drop}: the mask is keyed by the tensor's name in the base's file;"
                 " pass name='...' (or drop=0)"
@@ -251,6 +255,8 @@ def dare_merge(
     if isinstance(base, Mapping) and isinstance(sft, Mapping) and not isinstance(start, Tensor):
         if name is not None or factor != 1.0:
             raise ArgumentError("name and factor are for single tensors; a mapping has its names, and layer_factors=")
+        for label, side in (("base", base), ("sft", sft), *((("start", start),) if start is not None else ())):
+            check_state(label, side)
         factors = {} if layer_factors is None else resolve_factors(layer_factors, base)
         out: dict[str, Tensor] = {}
         for key, written, sides in matched(base, sft, start):
@@ -300,6 +306,21 @@ def _is_fused(*tensors: Tensor) -> bool:
     from . import fused  # imports Triton
 
     return fused.fits(*tensors)
+
+
+def _check_offset(offset: int) -> None:
+    if not is_integer(offset) or offset < 0:
+        raise ArgumentError(f"offset is {shown(repr(offset), 60)}; it is the index of an element and must be >= 0")
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        sizes = tuple(shape)
+    except TypeError:
+        sizes = (-1,)
+    if not all(is_integer(size) and size >= 0 for size in sizes):
+        raise ArgumentError(f"shape is {shown(repr(shape), 60)}; give the size of each dimension, such as (8, 8)")
+    return sizes
 
 
 def _copy_equal(name: str, sides: Mapping[str, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +21,9 @@ from .checkpoint.parts import matches
 from .checkpoint.quantised import check_unquantised, dequantized
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import fingerprint
-from .errors import ArgumentError, CheckpointError, MismatchError, shown
+from .errors import ArgumentError, CheckpointError, MismatchError, bytes_text, shown
 from .factors import read_layer_factors
+from .given import as_path
 from .importance import read_importance
 from .json_input import is_utf8
 from .layers import matcher
@@ -29,7 +31,17 @@ from .names import matched
 from .plan import Decided, Plan, decide, make_plan
 from .ranks import Ranks
 from .reading import same_bytes, same_values
-from .recipe import RECIPE_FILE, Parameters, differences, history_of, make_recipe, parse_size, read_recipe, to_json
+from .recipe import (
+    RECIPE_FILE,
+    Parameters,
+    differences,
+    history_of,
+    make_recipe,
+    parse_size,
+    read_recipe,
+    to_json,
+    without_places,
+)
 from .ties import SameBytes
 from .vocab import resized
 
@@ -42,20 +54,15 @@ def check_platform() -> None:
         )
 
 
-def open_inputs(
-    base: str | Path,
-    sft: str | Path,
-    start: str | Path | None,
+def parameters_of(
+    points: Sequence[Mapping[str, Any]],
     *,
-    outs: Sequence[Path] = (),
-    dry_run: bool = False,
     iteration: int | None = None,
-    dtype: str | None = None,
+    dtype: Any = None,
     max_shard_size: int | str | None = None,
-    points: Sequence[Mapping[str, Any]] = ({},),
     **values: Any,
-) -> tuple[dict[str, Checkpoint], list[Parameters], list[dict[str, Any]]]:
-    """Check the arguments, open the inputs, and return the parameters of each merge, and the rounds before it."""
+) -> list[Parameters]:
+    """Return the parameters of merges that differ in alpha, drop and seed. Raises ArgumentError for a wrong value."""
     values = listed(**values)
     if (
         values.get("sparsify", "dare") != "dare"
@@ -65,17 +72,37 @@ def open_inputs(
             f"several drops or seeds with sparsify {shown(values['sparsify'])}: what is dropped differs for each of"
             " them; merge them one by one (several alphas are read once)"
         )
-    parameters = [
-        Parameters(  # checks the values before anything is opened
+    return [
+        Parameters(
             iteration=0 if iteration is None else iteration,
-            dtype=dtype or "base",
+            dtype="base" if dtype is None else dtype,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             **point,
             **values,
         )
         for point in points
     ]
-    refs = {role: ref for role, ref in (("base", base), ("sft", sft), ("start", start)) if ref is not None}
+
+
+def open_inputs(
+    base: str | Path,
+    sft: str | Path,
+    start: str | Path | None,
+    *,
+    outs: Sequence[Path] = (),
+    dry_run: bool = False,
+    iteration: int | None = None,
+    dtype: Any = None,
+    max_shard_size: int | str | None = None,
+    points: Sequence[Mapping[str, Any]] = ({},),
+    **values: Any,
+) -> tuple[dict[str, Checkpoint], list[Parameters], list[dict[str, Any]]]:
+    """Check the arguments, open the inputs, and return the parameters of each merge, and the rounds before it."""
+    # The values are checked before anything is opened.
+    parameters = parameters_of(points, iteration=iteration, dtype=dtype, max_shard_size=max_shard_size, **values)
+    refs = {"base": as_path("base", base), "sft": as_path("sft", sft)}
+    if start is not None:
+        refs["start"] = as_path("start", start)
     for role, ref in refs.items():
         if not is_utf8(str(ref)):  # a recipe is JSON
             raise CheckpointError(f"the path of {role}, {shown(ref)}, is not valid UTF-8; rename it, or link to it")
@@ -107,17 +134,15 @@ def listed(
     """Return parameters, lists of patterns as tuples, and importance and factors read if they are files."""
     found = dict(values)
     for option in {"keep", "take", "no_drop", "rename", "leave_out"} & set(values):
-        if isinstance(values[option], str):
-            raise ArgumentError(f"{option} is a string; give a list of patterns, [{values[option]!r}]")
-        found[option] = tuple(values[option])
-    if isinstance(importance, str | Path):
-        importance = read_importance(importance)
+        found[option] = as_patterns(option, values[option])
+    if isinstance(importance, str | os.PathLike):
+        importance = read_importance(as_path("importance", importance))
     if importance is not None and not isinstance(importance, Mapping):
         raise ArgumentError(
             f"importance is {importance!r:.60}; give a mapping of layers, or a JSON file that holds one"
         )
-    if isinstance(layer_factors, str | Path):
-        layer_factors = read_layer_factors(layer_factors)
+    if isinstance(layer_factors, str | os.PathLike):
+        layer_factors = read_layer_factors(as_path("layer_factors", layer_factors))
     return found | {
         "importance": None if importance is None else dict(importance),
         "layer_factors": dict(layer_factors) if isinstance(layer_factors, Mapping) else layer_factors,
@@ -133,6 +158,16 @@ def check_left_out(inputs: Mapping[str, Checkpoint], leave_out: Sequence[str]) -
                 f"--leave-out {shown(pattern)} names no file of {labels}; give the path in the model, such as"
                 " value_head.safetensors or 2_Dense"
             )
+
+
+def as_patterns(option: str, values: Sequence[str]) -> tuple[str, ...]:
+    """Return the values of a repeatable option. Raises ArgumentError for a bare text, and for what is no list."""
+    if isinstance(values, str):
+        raise ArgumentError(f"{option} is a string; give a list of patterns, [{values!r}]")
+    try:
+        return tuple(values)
+    except TypeError as error:
+        raise ArgumentError(f"{option} is {shown(repr(values), 60)}; give a list of patterns") from error
 
 
 def without_same_start(inputs: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
@@ -254,6 +289,15 @@ def plan_of(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: D
     if linked:
         more = ", …" if len(linked) > 4 else ""
         notes.append(f"note: left out, as they are links to folders: {', '.join(map(shown, linked[:4]))}{more}")
+    limit = parameters.max_shard_size
+    larger = [out for item in plan.items for out in item.outs if limit is not None and out.nbytes > limit]
+    if larger:
+        first = max(larger, key=lambda out: out.nbytes)
+        files = "it has a file of its own" if len(larger) == 1 else f"{len(larger)} tensors have files of their own"
+        notes.append(
+            f"note: '{shown(first.name)}' has {bytes_text(first.nbytes)}, more than a file may have: {files}, as no"
+            " tensor is split"
+        )
     if same_place(inputs["base"], inputs["sft"]):
         notes.append("note: BASE and SFT are the same model; the result is that model")
     return replace(plan, notes=tuple(notes))
@@ -281,7 +325,7 @@ def what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
         found = read_recipe(out)
     except CheckpointError:
         found = None
-    changes = differences(found, recipe) if found else []
+    changes = differences(without_places(found), without_places(recipe)) if found else []
     if changes:
         return f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})"
     return "lacks files of this very merge" if found else "not empty"
@@ -289,6 +333,7 @@ def what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
 
 def check_same(ranks: Ranks, recipes: Sequence[Mapping[str, Any]]) -> None:
     """Raise MismatchError, on every rank, if one sees other inputs than rank 0, or is of another version."""
+    recipes = [without_places(each) for each in recipes]  # all go on with the paths that rank 0 was given
     own = hashlib.blake2b(b"\0".join([__version__.encode(), *map(to_json, recipes)]), digest_size=16).digest()
     first, *others = ranks.gather(own)
     other = next((rank for rank, each in enumerate(others, 1) if each != first), None)

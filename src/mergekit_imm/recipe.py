@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,13 +14,15 @@ from .errors import ArgumentError, CheckpointError, shown
 from .factors import check_factors
 from .importance import importance_factors
 from .json_input import parse_json, read_small
-from .mask import arithmetic, check_round
+from .mask import arithmetic, as_number, check_round
 from .sparsify import parse_sparsify
 
 RECIPE_FILE, REPORT_FILE, CARD_FILE = "imm_recipe.json", "imm_report.json", "README.md"
 RECIPE_FORMAT, RECIPE_VERSION = "mergekit_imm recipe", 1
 VOCABS = ("strict", "base", "sft")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+LEAST_BARE_SIZE = 1_000_000  # bytes; a smaller number without a unit is meant as GB
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 # Parameters that the first recipes did not have.
@@ -59,10 +62,22 @@ class Parameters:
         check_round(self.seed, self.iteration)
         for name in ("alpha", "drop"):  # 1 and 1.0 are one recipe
             object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("seed", "iteration", "shrink", "max_shard_size"):
+            object.__setattr__(self, name, as_number(getattr(self, name)))
+        for name in ("importance", "layer_factors"):
+            if isinstance(getattr(self, name), Mapping):
+                values = {key: as_number(value) for key, value in getattr(self, name).items()}
+                object.__setattr__(self, name, values)
+        if isinstance(self.clip, tuple | list):
+            object.__setattr__(self, "clip", tuple(map(as_number, self.clip)))
+        dtype = str(self.dtype).removeprefix("torch.")  # of a torch.dtype, too
+        object.__setattr__(self, "dtype", SHORT_DTYPES.get(dtype, dtype))
         if self.reference not in ("start", "base"):
             raise ArgumentError(f"reference is {self.reference!r}; it must be 'start' or 'base'")
         if self.dtype not in ("base", "start", *DTYPES):
-            raise ArgumentError(f"dtype is {self.dtype!r}; it must be one of base, start, {', '.join(DTYPES)}")
+            raise ArgumentError(
+                f"dtype is {shown(self.dtype, 60)!r}; it must be one of base, start, {', '.join(DTYPES)}"
+            )
         if self.vocab not in VOCABS:
             raise ArgumentError(f"vocab is {self.vocab!r}; it must be one of {', '.join(VOCABS)}")
         how = parse_sparsify(self.sparsify, self.drop)
@@ -70,9 +85,9 @@ class Parameters:
         if self.layer_factors is not None:
             check_factors(self.layer_factors)
             if self.importance is not None:
-                raise ArgumentError("importance and layer_factors are both given; a layer has one factor: give one")
+                raise ArgumentError("--importance and --layer-factors are both given; a layer has one factor: give one")
         if self.importance is None and (self.shrink != 1 or self.clip is not None):
-            raise ArgumentError("shrink and clip change the factors of an importance, and none is given")
+            raise ArgumentError("--shrink and --clip change the factors of --importance, and none is given")
         if self.importance is not None:
             importance_factors(self.importance, shrink=self.shrink, clip=self.clip)
         for rule in self.rename:
@@ -89,9 +104,8 @@ class Parameters:
                         raise TypeError("give a string")
                     re.compile(pattern)
                 except (re.error, TypeError) as error:
-                    raise ArgumentError(
-                        f"{option} pattern '{shown(pattern)}' is not a regular expression: {error}"
-                    ) from error
+                    given = f"--{option.replace('_', '-')} {shlex.quote(shown(pattern))}"
+                    raise ArgumentError(f"{given} is not a regular expression: {error}") from error
 
 
 def parse_rename(rule: str) -> tuple[re.Pattern[str], str]:
@@ -103,6 +117,8 @@ def parse_rename(rule: str) -> tuple[re.Pattern[str], str]:
     """
     pattern, found, replacement = str(rule).rpartition("=")
     try:
+        if not isinstance(rule, str):
+            raise ValueError("give a string")
         if not found or not pattern:
             raise ValueError("write it as REGEX=REPLACEMENT")
         compiled = re.compile(pattern)
@@ -123,6 +139,9 @@ def parse_size(size: int | str) -> int:
     if not match:
         raise ArgumentError(f"size {size!r} is not understood; write it as 5GB, 500MB or 4GiB")
     number, unit, binary = match.groups()
+    bare = str(size).strip()
+    if bare == number and 0 < float(number) < LEAST_BARE_SIZE:
+        raise ArgumentError(f"size {size!r} is in bytes; write {number}GB, or {number}B if bytes are meant")
     value = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
     if value < 1:
         raise ArgumentError(f"size {size!r} must be at least one byte")
@@ -216,6 +235,24 @@ def history_of(recipe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     if recipe is None:
         return []
     return [*recipe["history"], {key: value for key, value in recipe.items() if key != "history"}]
+
+
+def without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides a merge: its recipe without the paths as typed, which may spell one place in many ways.
+
+    >>> one, other = ({"inputs": {"base": {"path": path, "files": {}}}} for path in ("base", "./base/"))
+    >>> without_places(one) == without_places(other)
+    True
+    """
+    found = dict(recipe)
+    if isinstance(found.get("inputs"), dict):
+        found["inputs"] = {
+            role: {key: value for key, value in entry.items() if key != "path"} if isinstance(entry, dict) else entry
+            for role, entry in found["inputs"].items()
+        }
+    if isinstance(found.get("history"), list):
+        found["history"] = [without_places(each) if isinstance(each, dict) else each for each in found["history"]]
+    return found
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> list[str]:

@@ -19,7 +19,7 @@ from .checkpoint.sparsified import Sparsified
 from .layers import blanked, layer_key
 from .match import rules_of
 from .plan import Item, Plan
-from .recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
+from .recipe import CARD_FILE, LEAST_BARE_SIZE, RECIPE_FILE, REPORT_FILE, to_json
 
 _LISTS = ("keep", "take", "no_drop", "rename", "leave_out")  # parameters of several values
 OUTSIDE = "outside the layers"
@@ -208,7 +208,8 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
     command += ["--sparsify", p.sparsify] if p.sparsify != "dare" else []
     command += ["--reference", p.reference] if p.reference != "start" else []
     command += ["--dtype", p.dtype] if p.dtype != "base" else []
-    command += ["--max-shard-size", str(p.max_shard_size)] if p.max_shard_size else []
+    if p.max_shard_size:  # a smaller number without a unit is refused
+        command += ["--max-shard-size", f"{p.max_shard_size}{'B' if p.max_shard_size < LEAST_BARE_SIZE else ''}"]
     command += ["--vocab", p.vocab] if p.vocab != "strict" else []
     for option in _LISTS:
         for pattern in getattr(p, option):

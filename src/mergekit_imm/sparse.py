@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .flat import CHUNK, boxes, in_box, round_to, uniform16
+from .given import check_name
 from .mask import KEEP_ALL, check_drop, check_round, mask_key
 from .ops import check_float
 from .sparsify import check_epsilon, keep_thresholds, trim_count
@@ -78,6 +79,8 @@ def della(delta: Tensor, *, name: str, drop: float, epsilon: float = 0.1, seed: 
     check_float("delta", delta)
     check_round(seed, iteration)
     check_epsilon(epsilon, drop)
+    check_name(name)
+    drop, epsilon = float(drop), float(epsilon)
     out = delta.detach().clone(memory_format=torch.contiguous_format)
     row = delta.shape[-1] if delta.ndim else 1
     if not drop or not delta.numel():

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from .checkpoint import disk, journal, output
 from .checkpoint.source import in_part
 from .checkpoint.tensorfile import TensorInfo, open_tensorfile
-from .errors import OutputError, bytes_text, shown
+from .errors import OutputError, bytes_text, for_caller, shown
 from .execute import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
 from .plan import Plan, segments
 from .ranks import ALONE, Ranks, together
@@ -87,8 +87,8 @@ class Job:
             side_files=side_files(self.plan),
             left_out=left_out(self.plan.inputs),
             renamed=renamed(self.plan.inputs),
-            notes=self.notes,
-            refused=refused,
+            notes=list(map(for_caller, self.notes)),
+            refused=for_caller(refused),
             verified=self.verified is not None,
         )
 

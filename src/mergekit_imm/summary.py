@@ -71,7 +71,9 @@ def checked(report: CheckReport) -> str:
     lines += _beside(report)
     lines += [f"  {note}" for note in report.notes]
     lines += [f"  refused: {problem}" for problem in report.problems]
-    verdict = f"{shown(report.sft)} can{'not' if report.problems else ''} be merged into {shown(report.base)}"
+    can = "cannot" if report.problems else "can"
+    unread = "" if report.problems else ", as far as headers tell: values are not read"
+    verdict = f"{shown(report.sft)} {can} be merged into {shown(report.base)}{unread}"
     return "\n".join([verdict, *lines])
 
 

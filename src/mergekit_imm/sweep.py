@@ -23,6 +23,8 @@ class Point:
 
 def is_list(value: object) -> bool:
     """Whether a value stands for several."""
+    if getattr(value, "ndim", None) == 0:  # of numpy or torch
+        return False
     return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
 
 

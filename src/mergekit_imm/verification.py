@@ -8,7 +8,7 @@ import os
 import random
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,20 @@ from .checkpoint.source import Checkpoint, open_checkpoint
 from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, fingerprint, read_into
 from .errors import ArgumentError, CheckpointError, VerifyError, shown
 from .execute import Device, Progress, check_workers, pick_device, run
+from .given import as_path
+from .mask import is_number
 from .plan import Plan, segments
 from .prepare import plans_of, prepared
 from .ranks import ALONE, Ranks, together
-from .recipe import RECIPE_FILE, REPORT_FILE, history_of, make_recipe, parse_parameters, read_recipe
+from .recipe import (
+    RECIPE_FILE,
+    REPORT_FILE,
+    history_of,
+    make_recipe,
+    parse_parameters,
+    read_recipe,
+    without_places,
+)
 from .report import written_files
 from .sums import RECORD
 
@@ -56,7 +66,8 @@ def verify(
 ) -> VerifyReport:
     """Recompute a merge from the recipe in its folder and compare bytes: tensors, headers and side files.
 
-    Args: `out`, the merged folder; `base`, `start`, `sft`, where the inputs are now, if not where the recipe says;
+    Args: `out`, the merged folder; `base`, `start`, `sft`, where the inputs are now, if not where the recipe says
+    (a relative path is looked for from the current folder, then from those that `out` lies in);
     `sample`, the share of the tensors' bytes to recompute, in random pieces of 2^20 elements (small files are always
     compared, the report only with sample=1). With sample=1 one flipped bit anywhere in what the merge wrote is found.
     Returns a VerifyReport. Raises VerifyError naming the first difference (tensor, element, file), CheckpointError
@@ -65,9 +76,9 @@ def verify(
     >>> verify(out_folder).files_compared[0]
     'model.safetensors'
     """
-    if not 0 < sample <= 1:
-        raise ArgumentError(f"sample is {sample!r}; it is the share to recompute, 0 < sample <= 1")
-    folder = Path(out).expanduser()
+    if not is_number(sample) or not 0 < sample <= 1:
+        raise ArgumentError(f"sample is {shown(repr(sample), 60)}; it is the share to recompute, 0 < sample <= 1")
+    folder = Path(as_path("out", out, "a folder that imm-merge made")).expanduser()
     recipe = read_recipe(folder)
     if recipe is None:
         raise CheckpointError(f"{shown(out)} has no {RECIPE_FILE}; give a folder that imm-merge made")
@@ -88,7 +99,8 @@ def verify(
 
     found = inputs["start"].recipe if "start" in inputs else None
     again = make_recipe(plan.parameters, recipe["inputs"], plan.config_changes, history_of(found))
-    wrong = sorted(key for key in {*again, *recipe} if again.get(key) != recipe.get(key))
+    one, other = without_places(again), without_places(recipe)
+    wrong = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
     if wrong:
         raise VerifyError(
             f"{shown(folder / RECIPE_FILE)}: its {shown(wrong[0])} is not that of this merge; merge again"
@@ -183,26 +195,54 @@ def compare(
 def _reopen(
     role: str, entry: dict[str, Any], given: str | Path | None, recipe: dict[str, Any], out: Path
 ) -> Checkpoint:
-    """Open an input of a recipe, there or where the user says it is now, and check that it is the same."""
-    ref = given if given is not None else entry["path"]
-    if given is None and entry.get("commit"):
-        ref = f"{entry['repo']}@{entry['commit']}"
-    try:
-        found = open_checkpoint(
-            ref, role, copy_code=recipe["parameters"]["copy_code"], outs=[out],
-            leave_out=recipe["parameters"].get("leave_out", ()),
-        )  # fmt: skip
-    except CheckpointError as error:
-        cure = "" if given is not None else f" (if it has moved, say where it is with --{role})"
-        raise CheckpointError(f"{error}{cure}") from error
+    """Open an input of a recipe, where it was, where OUT is, or where the user says, and check that it is the same."""
+    places: list[str | Path]
+    if given is not None:
+        places = [given]
+    elif entry.get("commit"):
+        places = [f"{entry['repo']}@{entry['commit']}"]
+    else:
+        typed = Path(entry["path"])
+        beside = [parent / typed for parent in out.absolute().parents]  # of a relative path: where the merge ran?
+        places = list(dict.fromkeys(place for place in (entry["path"], *beside) if _is_there(place)))
+    if not places:
+        here, there = shown(Path.cwd()), shown(out.absolute().parent)
+        looked = "" if Path(entry["path"]).is_absolute() else f", neither in {here} nor in {there} or a folder above it"
+        raise CheckpointError(
+            f"{role} {shown(entry['path'])} does not exist{looked}; if it has moved, say where it is with --{role}"
+        )
+    refused: CheckpointError | None = None
+    for place in places:
+        try:
+            found = open_checkpoint(
+                place, role, copy_code=recipe["parameters"]["copy_code"], outs=[out],
+                leave_out=recipe["parameters"].get("leave_out", ()),
+            )  # fmt: skip
+            _check_same(found, entry)
+        except CheckpointError as error:
+            refused = refused or error  # that of the place as it was typed
+        else:
+            return replace(found, ref=entry["path"], repo=entry.get("repo"), commit=entry.get("commit"))
+    assert refused is not None
+    cure = f" (if it has moved, say where it is with --{role})" if given is None and "--" not in refused.args[0] else ""
+    raise CheckpointError(f"{refused.args[0]}{cure}") from refused
+
+
+def _is_there(place: str | Path) -> bool:
+    with suppress(OSError, RuntimeError):
+        return Path(place).expanduser().exists()
+    return False
+
+
+def _check_same(found: Checkpoint, entry: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the files of an input are those that were merged."""
     for name, recorded in entry["files"].items():
         same = name in found.files and found.files[name].size == recorded["size"]
         if not same or fingerprint(found.files[name]) != recorded["fingerprint"]:
             raise CheckpointError(
-                f"{role} {shown(ref)} is not what was merged: its {shown(name)} has changed; give the original"
-                f" with --{role}"
+                f"{found.label} is not what was merged: its {shown(name)} has changed; give the original with"
+                f" --{found.role}"
             )
-    return replace(found, ref=entry["path"], repo=entry.get("repo"), commit=entry.get("commit"))
 
 
 @contextmanager

@@ -96,7 +96,7 @@ NAMES = [
 def test_names_of_tensors_may_be_anything(tmp_path: Path) -> None:
     for seed, role in enumerate(("base", "sft")):
         write_model(tmp_path / role, random_state(dict.fromkeys(NAMES, (4, 4)), seed=seed))
-    ended = subprocess_of("merge", "base", "sft", "-o", "out", "--drop", "0", "--max-shard-size", "100", "--verify",
+    ended = subprocess_of("merge", "base", "sft", "-o", "out", "--drop", "0", "--max-shard-size", "100B", "--verify",
                           cwd=tmp_path)  # fmt: skip
     assert ended.status == 0
     merged = read_model(tmp_path / "out")

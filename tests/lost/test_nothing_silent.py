@@ -102,7 +102,7 @@ def test_a_disk_that_changes_bits_is_found_out(pair: Path, target: str, monkeypa
     assert not (pair / "out").exists()
     if target != "header":  # the read-back after writing finds that one
         assert isinstance(caught.value, VerifyError)
-        assert "merge again with --restart" in str(caught.value)
+        assert "merge again with restart=True" in str(caught.value)
         if target == "tensor":
             with pytest.raises(VerifyError, match=r"differs .*element"):
                 merge_checkpoints("base", "sft", "out", verify=True)

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from checkpoints import random_state, write_model
+from checkpoints import files_of, random_state, write_model
 from mergekit_imm import Ranks, execute, merge_checkpoints
 from mergekit_imm.errors import ArgumentError, MismatchError, NonFiniteError, OutputError
 from merging_ranks import CONFIG, SHAPES, by_threads, merged_by, write_pair
@@ -29,7 +29,7 @@ def test_a_refusal_is_that_of_all(case: Path) -> None:
     (case / "out").mkdir()
     (case / "out" / "file").touch()
     failed = merged_by(3)
-    assert {str(each) for each in failed} == {"output out is there and not empty; give another, or --overwrite it"}
+    assert {str(each) for each in failed} == {"output out is there and not empty; give another, or overwrite=True"}
     assert all(isinstance(each, OutputError) for each in failed)
     assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft"]
 
@@ -44,9 +44,20 @@ def test_ranks_must_see_one_model(case: Path) -> None:
 
     failed = by_threads(3, call)
     assert all(isinstance(each, MismatchError) for each in failed)
-    assert "rank 2 of 3 would make another merge than rank 0 (inputs.sft.path: " in str(failed[0])
+    assert "rank 2 of 3 would make another merge than rank 0 (inputs.sft.files." in str(failed[0])
     assert {str(each) for each in failed} == {str(failed[0])}
     assert not (case / "out.partial").exists()
+
+
+def test_ranks_may_spell_one_place_in_their_own_ways(case: Path) -> None:
+    merge_checkpoints("base", "sft", "alone")
+
+    def call(ranks: Ranks) -> Any:
+        place = Path() if ranks.rank == 0 else case
+        return merge_checkpoints(place / "base", place / "sft", "out", ranks=ranks)
+
+    assert {report.status for report in by_threads(3, call)} == {"merged"}
+    assert files_of(case / "out") == files_of(case / "alone")
 
 
 def test_all_stop_when_one_meets_an_infinite_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

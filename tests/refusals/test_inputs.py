@@ -194,7 +194,7 @@ def test_a_tensor_in_two_files_is_refused(models: Models) -> None:
     models.refused(
         CheckpointError,
         rf"stores tensor '{UP0}' twice, in model.safetensors and in vit.safetensors; leave one of the files out,"
-        " --leave-out vit.safetensors, or remove it",
+        " --leave-out 'vit.safetensors', or remove it",
     )
 
 

@@ -56,7 +56,7 @@ def test_adapters_with_resized_embeddings(tmp_path: Path, kind: str, rows: int) 
     adapt(base, tmp_path / "adapter", tmp_path / "merged", layout, rows, options)
     theirs, was = read_model(tmp_path / "merged"), read_model(base)
     numbers: Options = {"alpha": 0, "drop": 0, "dtype": "float32"}
-    with pytest.raises(MismatchError, match=rf"\[96, 32\].*\[{rows}, 32\].*--vocab base or --vocab sft"):
+    with pytest.raises(MismatchError, match=rf"\[96, 32\].*\[{rows}, 32\].*vocab=\"base\" or vocab=\"sft\""):
         merge_checkpoints(base, tmp_path / "adapter", tmp_path / "no", **numbers)
     for vocab, size in (("sft", rows), ("base", 96)):
         merge_checkpoints(base, tmp_path / "adapter", tmp_path / f"out-{vocab}", vocab=vocab, **numbers, verify=True)

@@ -35,7 +35,7 @@ def test_rows_that_both_have_are_merged_and_the_rest_is_the_owner_s(
     assert config_of(tmp_path / "out")["pad_token_id"] == (90 if vocab == "sft" else None)
     assert report.notes == {
         "base": [f"note: 4 rows that sft {folder / 'sft'} has beyond the 96 of base {folder / 'base'} are not in the"
-                 " result (--vocab base)"],
+                 ' result (vocab="base")'],
         "sft": [f"note: the vocabulary is that of sft {folder / 'sft'}, 100 rows; 96 are merged, and the 4 that base"
                 f" {folder / 'base'} lacks are taken from there"],
     }[vocab]  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import CheckpointError, MismatchError, NonFiniteError, shown
+from ..given import check_state
 from ..layers import is_end, layer_key, layer_order, only_in, ready_option, weight_kind
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ def weight_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.
     """
     import torch
 
+    check_state("before", before)
+    check_state("after", after)
     for one, other, labels in ((before, after, ("before", "after")), (after, before, ("after", "before"))):
         surplus = only_in(one, other, *labels)
         if surplus:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import CONTEXT, progress_bar, say, tell
-from ..errors import ArgumentError, OutputError, shown
+from ..console import CONTEXT, pictures_or_note, progress_bar, say, tell, values_checked
+from ..errors import OutputError, shown
 
 if TYPE_CHECKING:
     from .mismatch import Comparison
@@ -57,10 +57,13 @@ def change_command(
     Several SFT are shown side by side, each against BASE. One folder alone, that imm-merge made: the change of that
     round, from its imm_report.json, at no cost.
     """
+    from ..recipe import Parameters
     from .mismatch import Comparison, mismatch, same_layers
 
     if len(models) == 1 and (options["vocab"] != "base" or any(options[x] for x in TWO)):
         raise click.UsageError(f"--{', --'.join(TWO)} and --vocab are of two models; give BASE and SFT")
+    with values_checked():
+        Parameters(rename=options["rename"], keep=options["keep"], take=options["take"])
     folder = None if out is None else _checked(out, models)
     weights, about = _importance(importance)
     found = []
@@ -88,7 +91,7 @@ def change_command(
         ],
     }
     text = json.dumps(content, indent=2) + "\n"
-    written = [] if folder is None else _write(folder, found, weights, text, _provenance(base, content))
+    written = [] if folder is None else _write(folder, found, weights, text, _provenance(base, content), quiet=quiet)
     if as_json:
         say(text.rstrip("\n"))
     elif not quiet:
@@ -142,12 +145,8 @@ def _provenance(base: str | None, content: dict[str, Any]) -> dict[str, str]:
 
 def _checked(out: str, models: tuple[str, ...]) -> Path:
     """Return the folder to write to; refuse what cannot be written, before anything is measured."""
-    from importlib.util import find_spec
-
     from ..results import check_folder
 
-    if find_spec("matplotlib") is None:
-        raise ArgumentError("pictures need matplotlib, which is not installed: pip install 'mergekit-imm[analyze]'")
     folder = check_folder(out, FILES, FORMAT)
     if folder.resolve() in [Path(each).expanduser().resolve() for each in models]:
         raise OutputError(f"output {shown(out)} is the folder of a model that is measured; give another")
@@ -155,14 +154,23 @@ def _checked(out: str, models: tuple[str, ...]) -> Path:
 
 
 def _write(
-    folder: Path, found: list[Comparison], weights: dict[str, float] | None, text: str, provenance: dict[str, str]
+    folder: Path,
+    found: list[Comparison],
+    weights: dict[str, float] | None,
+    text: str,
+    provenance: dict[str, str],
+    *,
+    quiet: bool,
 ) -> list[Path]:
     """Write the numbers, the pictures and the page, each file whole or not at all."""
     from ..results import write_folder
     from .page import html_page
     from .pictures import change_picture, mismatch_picture
 
-    pictures = change_picture(found, weights) | ({} if weights is None else mismatch_picture(found, weights))
+    def draw() -> dict[str, bytes]:
+        return change_picture(found, weights) | ({} if weights is None else mismatch_picture(found, weights))
+
+    pictures = pictures_or_note(draw, quiet=quiet) or {}
     svgs = [content for name, content in pictures.items() if name.endswith(".svg")]
     files = {"change.json": text.encode(), **pictures}
     files["report.html"] = html_page(found, weights, svgs, provenance).encode()

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..console import CONTEXT, progress_bar, say, tell
+from ..console import CONTEXT, DtypeChoice, progress_bar, say, tell, values_checked
 from ..errors import shown
 
 importance_epilog = """\b
@@ -46,7 +46,7 @@ Examples:
 )  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "auto"]), default="float32", show_default=True,
+    "--dtype", type=DtypeChoice(["float32", "bfloat16", "auto"]), default="float32", show_default=True,
     help="Of weights and gradients; auto: as the model is stored.",
 )  # fmt: skip
 @click.option(
@@ -64,6 +64,10 @@ def importance_command(model: str, data: str, out: str, quiet: bool, as_json: bo
 
     MODEL is a folder or a hub id (org/name[@revision]) that transformers loads.
     """
+    from ..execute import check_device
+
+    with values_checked():
+        check_device(options["device"])
     from .measured import measure_importance
     from .terminal import importance_table
 

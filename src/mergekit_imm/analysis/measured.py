@@ -13,7 +13,7 @@ from ..checkpoint.disk import replace_file
 from ..checkpoint.output import expanded, output_errors
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..config import quantisation
-from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError, OutputError, shown
+from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError, OutputError, extra_error, shown
 from ..importance import IMPORTANCE_FORMAT, Importance
 from ..json_input import parse_json, read_small
 from ..layers import layer_key, resolve_layers, unwrapped, weight_kind
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
-INSTALL = "pip install 'mergekit-imm[analyze]'"
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,10 @@ def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[],
     """The model's tokenizer, and what loads the model. Raises CheckpointError, one line, for whatever goes wrong."""
     try:
         import transformers
-    except ImportError as error:
-        raise CheckpointError(f"transformers is not installed, which loads the model; {INSTALL}") from error
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise extra_error("loading a model", "transformers", "analyze") from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -150,7 +150,7 @@ def _parts(found: _Found, index: dict[str, Any] | None) -> tuple[list[str], list
         raise CheckpointError(
             f"{found.ref} holds weights in {shown(other)}; on a hub only safetensors are read: download it,"
             f" `{_command(found.repo, found.commit)} --local-dir DIR`, and give DIR; or leave the file out, --leave-out"
-            f" {shlex.quote(other)}"
+            f" '{shown(other)}'"
         )
     lacking = [name for part in parts for name in part.files if name not in found.sizes]
     if lacking:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OutputError, shown
+from ..given import as_path
 
 _CURES = {
     errno.ENOSPC: "free some space",
@@ -47,7 +48,7 @@ def output_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
 def expanded(out: str | Path) -> Path:
     """Return an output's path with ~ expanded. Raises OutputError where there is no such home."""
     try:
-        return Path(out).expanduser()
+        return Path(as_path("out", out, "a folder to make")).expanduser()
     except RuntimeError as error:
         raise OutputError(f"output {shown(out)} cannot be: {error}") from error
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError, shown
+from ..given import as_path
 from ..json_input import is_utf8, parse_json, read_small
 from ..layers import folder_of
 from ..recipe import RECIPE_FILE, parse_recipe, read_recipe
@@ -101,7 +102,7 @@ def open_checkpoint(
     is inside the folder, is not part of the model, nor what `leave_out` names: files and folders by their path in the
     model, or patterns of such. Raises CheckpointError, one line that names the cure.
     """
-    text = str(ref)
+    text = str(as_path(role, ref))
     text = text.rstrip("/") or text  # a shell's completion adds one; it is no other model
     if not text:
         raise CheckpointError(f"{role} is empty; give a folder, a .safetensors file or a hub id org/name[@revision]")
@@ -283,7 +284,13 @@ def in_part(file: TensorFile) -> TensorFile:
 
 def leave_out_option(*paths: str) -> str:
     """Return the options that leave files out, as they can be pasted into a shell."""
-    return " ".join(f"--leave-out {shlex.quote(path)}" for path in paths)
+    return " ".join(f"--leave-out {quoted(path)}" for path in paths)
+
+
+def quoted(path: str) -> str:
+    """Return a path as a word of a shell, in quotes: messages for Python show it in a list."""
+    word = shlex.quote(path)
+    return word if word.startswith("'") else f"'{word}'"
 
 
 def _adapter_file(top: list[str]) -> str | None:

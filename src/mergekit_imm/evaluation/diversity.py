@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy.typing as npt
 
 from ..errors import ArgumentError
+from ..given import as_texts, check_count
 from ..vectors import unit_rows
 
 Tokenizer = Callable[[str], Sequence[str]]
@@ -83,8 +84,8 @@ def expectation_adjusted_distinct(
 
 def _grams(texts: Sequence[str], n: int, tokenizer: Tokenizer) -> tuple[int, int]:
     """How many n-grams are distinct, and how many there are."""
-    if n < 1:
-        raise ArgumentError(f"n is {n}; n-grams have n >= 1 tokens")
+    check_count("n", n, 1)
+    texts = as_texts("texts", texts, empty=True)
     unique: set[tuple[str, ...]] = set()
     count = 0
     for text in texts:
@@ -169,5 +170,5 @@ def distinct_equations(texts: Sequence[str]) -> float:
     >>> distinct_equations(["3+4=7", "7 = 3 + 4", "so 4 + 3 = 7"])
     0.6666666666666666
     """
-    found = [equation for text in texts for equation in equations(text)]
+    found = [equation for text in as_texts("texts", texts, empty=True) for equation in equations(text)]
     return len(set(found)) / len(found) if found else NAN

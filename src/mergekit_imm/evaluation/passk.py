@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from ..errors import ArgumentError, shown
+from ..given import check_count
+from ..mask import is_integer
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -23,6 +25,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     >>> pass_at_k(5, 2, 3), pass_at_k(10, 0, 3)
     (0.9, 0.0)
     """
+    if not all(map(is_integer, (n, c, k))):
+        raise ArgumentError(f"n, c and k are {n!r}, {c!r} and {k!r}; they are numbers of samples, whole ones")
     if n < 1 or not 0 <= c <= n:
         raise ArgumentError(f"{c} right of {n} samples; there must be at least one sample, and 0 to all of them right")
     if not 1 <= k <= n:
@@ -50,6 +54,7 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]] | Mapping[str, tuple[int, i
     if not counts:
         raise ArgumentError("there are no problems to take a mean over; give at least one")
     named = counts.items() if isinstance(counts, Mapping) else enumerate(counts)
+    check_count("k", k, 1)
     few = [(name, n) for name, (n, _) in named if n < k]
     if few:
         more = f", as {len(few) - 1} others do" if len(few) > 1 else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..console import CONTEXT, say, tell
+from ..console import CONTEXT, pictures_or_note, say
 from ..errors import ArgumentError, shown
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def samples_command(
     from .samples import read_samples
     from .samplesview import FILES, table, verdicts
 
+    if encoder and not all(encoder.partition(":")):
+        raise click.UsageError(f"--encoder '{shown(encoder)}' is no MODULE:FUNCTION; write my_encoder:encode")
     folder = check_folder(out, FILES, FORMAT) if out else None  # now, and not after an hour of encoding
     encode = _load(encoder) if encoder else None
     report = compare(read_samples(files), reference=reference, encoder=encode)
@@ -65,11 +67,7 @@ def samples_command(
     if folder:
         from .samplesview import pictures
 
-        try:
-            drawn = pictures(report)
-        except ImportError:
-            drawn = {}
-            tell("note: no pictures, as matplotlib is not there; install it with `pip install 'mergekit-imm[analyze]'`")
+        drawn = pictures_or_note(lambda: pictures(report), quiet=quiet) or {}
         content = (json.dumps(plain, indent=2) + "\n").encode()
         written = write_folder(folder, {"samples.json": content, **drawn}, FILES)
         if not (as_json or quiet):
@@ -81,9 +79,7 @@ def _load(name: str) -> Encoder:
     import importlib
     import sys
 
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ArgumentError(f"--encoder '{shown(name)}' is no MODULE:FUNCTION; write my_encoder:encode")
+    module, _, function = name.partition(":")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from ..answers import final_answer, same_answer
 from ..errors import ArgumentError, shown
+from ..given import as_texts, check_count
 from ..mask import is_number
-from .deduplication import Deduplicated, Encode, Rewrite, as_texts, check_count, check_nearness, deduplicate
+from .deduplication import Deduplicated, Encode, Rewrite, check_nearness, deduplicate
 
 Generate = Callable[[list[str]], Sequence[str]]  # prompts -> a response to each
 

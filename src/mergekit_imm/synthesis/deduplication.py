@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, shown
+from ..given import as_texts, check_count
 from ..mask import is_number
 from ..vectors import unit_rows
 
@@ -145,30 +146,8 @@ def _blocks(texts: list[str]) -> Iterator[list[str]]:
         yield texts[at : at + BLOCK]
 
 
-def as_texts(name: str, texts: Sequence[str], *, empty: bool = False) -> list[str]:
-    """Return texts as a list; refuse a bare text, other things than texts, and empty ones."""
-    if isinstance(texts, (str, bytes)):
-        raise ArgumentError(f"{name}: one text '{shown(texts, 60)}'; give a list of texts")
-    try:
-        found = list(texts)
-    except TypeError as error:
-        raise ArgumentError(f"{name}: {shown(repr(texts), 60)}; give a list of texts") from error
-    for i, text in enumerate(found):
-        if not isinstance(text, str):
-            raise ArgumentError(f"{name}: number {i} of {len(found)} is {shown(repr(text), 60)}, not a text")
-        if not text.strip() and not empty:
-            raise ArgumentError(f"{name}: number {i} of {len(found)} is empty; leave it out")
-    return found
-
-
 def check_nearness(threshold: float, retries: int) -> None:
     """Refuse a threshold that is no cosine above 0, or retries below 0."""
     if not is_number(threshold) or not 0 < threshold <= 1:
         raise ArgumentError(f"threshold is {shown(repr(threshold), 60)}; it must be a cosine above 0 and at most 1")
     check_count("retries", retries, 0)
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """Refuse what is no whole number, or too small."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(f"{name} is {shown(repr(value), 60)}; it must be a whole number, {least} or more")

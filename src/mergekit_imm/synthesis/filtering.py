@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..answers import is_correct
 from ..errors import ArgumentError
+from ..mask import is_integer
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,18 @@ def keep_correct(
     >>> [each.prompt for each in kept.samples], kept.wrong, kept.unsolved
     (['2 + 3 = ?'], 1, ('2 + 2 = ?',))
     """
-    if per_prompt is not None and per_prompt < 1:
+    if per_prompt is not None and (not is_integer(per_prompt) or per_prompt < 1):
         raise ArgumentError(f"per_prompt is {per_prompt!r}; keep at least one of each prompt, or None for all")
     found: dict[str, list[Sample]] = {}
     seen: set[tuple[str, str]] = set()
     kept: list[Sample] = []
     wrong = twice = beyond = 0
-    for each in samples:
+    for number, each in enumerate(samples):
+        if not isinstance(each, Sample):
+            raise ArgumentError(
+                f"samples: number {number} is a {type(each).__name__}; give Sample(prompt, response, answer), of a"
+                " line of JSON Sample(**line)"
+            )
         mine = found.setdefault(each.prompt, [])
         if not matcher(each.response, each.answer):
             wrong += 1

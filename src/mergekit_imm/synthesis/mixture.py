@@ -6,7 +6,8 @@ import random
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, shown
+from ..mask import is_integer, is_number
 
 T = TypeVar("T", bound=Hashable)
 
@@ -28,13 +29,15 @@ def mix(current: Sequence[T], previous: Sequence[T], *, share: float, seed: int 
     >>> mix(["a", "b", "c"], ["x", "y", "z"], share=0.25)
     ['a', 'b', 'c', 'z']
     """
-    if not 0 <= share < 1:
+    if not is_number(share) or not 0 <= share < 1:
         raise ArgumentError(
-            f"share is {share!r}; it is the part of the mixture that is of earlier data, 0 <= share < 1"
+            f"share is {shown(repr(share), 60)}; it is the part of the mixture that is of earlier data, 0 <= share < 1"
         )
+    if not is_integer(seed):
+        raise ArgumentError(f"seed is {shown(repr(seed), 60)}; it must be an integer")
     wanted = round(share / (1 - share) * len(current))
     # Not random.sample, whose draws may differ from one version of Python to the next.
-    generator = random.Random(seed)
+    generator = random.Random(int(seed))
     pool = sorted(range(len(previous)), key=lambda _: generator.random())
     return [*current, *(previous[at] for at in pool[:wanted])]
 

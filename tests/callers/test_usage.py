@@ -1,0 +1,203 @@
+"""Exit statuses: 2 where the value alone is wrong, 1 where a file is; and what commands say without arguments."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import mergekit_imm
+from cli.conftest import command as command  # a fixture
+from commands import SHAPES, Command, subprocess_of, write_pair
+from mergekit_imm.analyzecli import analyze_command
+from mergekit_imm.cli import merge_command, verify_command
+from mergekit_imm.loopcli import loop_command
+
+MERGE, TRAIN = ["base", "sft", "-o", "out"], ["base", "-o", "run", "--train", "true {model} {output}"]
+WRONG: list[tuple[click.Command, list[str], str]] = [
+    *(
+        (merge_command, [*MERGE, *options], said)
+        for options, said in [
+            (["--alpha", "2"], "2.0 is not in the range 0<=x<=1"),
+            (["--alpha", "nan"], "is not a number"),
+            (["--alpha", "half"], "'half' is not a valid float"),
+            (["--alpha", "0.1,0.2"], "does not say which is which"),
+            (["--drop", "1"], "1.0 is not in the range 0<=x<1"),
+            (["--seed", "x"], "'x' is not a valid integer"),
+            (["--iteration", "-1"], "-1 is not in the range"),
+            (["--max-shard-size", "5XB"], "size '5XB' is not understood; write it as 5GB"),
+            (["--max-shard-size", "5"], "size '5' is in bytes; write 5GB, or 5B if bytes are meant"),
+            (["--max-shard-size", "0"], "must be at least one byte"),
+            (["--keep", "("], "--keep '(' is not a regular expression"),
+            (["--take", "["], "--take '[' is not a regular expression"),
+            (["--no-drop", "*"], "--no-drop '*' is not a regular expression"),
+            (["--rename", "a"], "rename rule 'a' is not understood: write it as REGEX=REPLACEMENT"),
+            (["--rename", "(=b"], "rename rule '(=b' is not understood"),
+            (["--sparsify", "nonsense"], "sparsify is 'nonsense'; it must be dare, trim, della"),
+            (["--sparsify", "della:0.9"], "epsilon 0.9 does not go with drop 0.2"),
+            (["--sparsify", "trim", "--drop", "0.1,0.2", "-o", "out-{drop}"], "several drops or seeds"),
+            (["--workers", "0"], "0 is not in the range x>=1"),
+            (["--layer-factors", "lines:1"], "layer factors 'lines:1' are not understood"),
+            (["--layer-factors", "groups:1,2,-3"], "are not understood"),
+            (["--layer-factors", "factors.json", "--importance", "importance.json"], "are both given"),
+            (["--shrink", "0.5"], "and none is given"),
+            (["--clip", "2", "1", "--importance", "importance.json"], "clip is (2.0, 1.0)"),
+            (["--shrink", "2"], "2.0 is not in the range"),
+            (["--vocab", "mine"], "'mine' is not one of 'strict', 'base', 'sft'"),
+            (["--dtype", "int8"], "'int8' is not one of"),
+            (["--reference", "sft"], "'sft' is not one of"),
+            (["--device", "tpu"], "device is 'tpu'; it must be 'cpu' or 'cuda'"),
+            (["--ranks", "mpi"], "'mpi' is not one of"),
+            (["more"], "Got 2 models"),
+            (["--check", "--ranks", "slurm"], "--check reads headers only"),
+            (["--check", "--keep", "("], "--keep '(' is not a regular expression"),
+        ]
+    ),
+    (merge_command, ["base"], "Missing argument 'SFT'"),
+    (merge_command, ["base", "sft"], "Missing option '-o'"),
+    *(
+        (verify_command, ["out", *options], said)
+        for options, said in [
+            (["--sample", "0"], "0.0 is not in the range 0<x<=1"),
+            (["--workers", "0"], "0 is not in the range"),
+            (["--device", "tpu"], "device is 'tpu'"),
+        ]
+    ),
+    *(
+        (loop_command, [*TRAIN, *options], said)
+        for options, said in [
+            (["--alpha", "2"], "alpha is 2.0"),
+            (["--alpha", "0.1,0.2"], "has 2 values, and there are 3 rounds"),
+            (["--drop", "1"], "drop is 1.0"),
+            (["--anchor", "mean"], "anchor is 'mean'"),
+            (["--keep", "("], "--keep '(' is not a regular expression"),
+            (["--retry", "x"], "is no list of numbers"),
+            (["--gate", "accuracy"], "there is no evaluate command"),
+            (["--sparsify", "nonsense"], "sparsify is 'nonsense'"),
+            (["--layer-factors", "lines:1"], "layer factors 'lines:1' are not understood"),
+            (["--shrink", "0.5"], "and none is given"),
+            (["--train", "true"], "the training command has no {output}"),
+            (["--rounds", "0"], "0 is not in the range"),
+        ]
+    ),
+    (analyze_command, ["samples", "a.jsonl", "--encoder", "encode"], "'encode' is no MODULE:FUNCTION"),
+    (analyze_command, ["change", "base", "--vocab", "sft"], "are of two models"),
+    (analyze_command, ["change", "base", "sft", "--keep", "("], "--keep '(' is not a regular expression"),
+    (analyze_command, ["importance", "base", "--data", "x", "-o", "y", "--max-length", "1"], "1 is not in the range"),
+    (analyze_command, ["importance", "base", "--data", "x", "-o", "y", "--device", "tpu"], "device is 'tpu'"),
+    (analyze_command, ["nonsense"], "No such command 'nonsense'"),
+]
+BAD_FILES: list[tuple[click.Command, list[str], str]] = [
+    (merge_command, ["nowhere", "sft", "-o", "out"], "base nowhere does not exist"),
+    (merge_command, [*MERGE, "--importance", "none.json"], "importance file none.json cannot be read"),
+    (merge_command, [*MERGE, "--importance", "bad.json"], "importance file bad.json is not JSON"),
+    (merge_command, [*MERGE, "--layer-factors", "none.json"], "none.json cannot be read"),
+    (merge_command, [*MERGE, "--keep", "nothing"], "matches none of the 5 tensor names"),
+    (merge_command, [*MERGE, "--start", "sft"], "has no imm_recipe.json"),
+    (verify_command, ["nowhere"], "has no imm_recipe.json"),
+    (loop_command, ["nowhere", *TRAIN[1:]], "base nowhere does not exist"),
+    (analyze_command, ["samples", "nowhere.jsonl"], "nowhere.jsonl"),
+    (analyze_command, ["change", "base", "nowhere"], "sft nowhere does not exist"),
+]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(write_pair(tmp_path))
+    (tmp_path / "importance.json").write_text('{"0": 1.0, "1": 2.0}')
+    (tmp_path / "bad.json").write_text("{")
+    return tmp_path
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(("which", "arguments", "said"), WRONG, ids=[" ".join(a) for _, a, _ in WRONG])
+def test_a_wrong_value_is_wrong_usage(
+    which: click.Command, arguments: list[str], said: str, here: Path, command: Command
+) -> None:
+    before = written(here)
+    ended = command(which, *arguments)
+    assert ended.status == 2, ended.err
+    assert said in ended.error
+    assert ended.err.startswith("Usage: ")
+    assert (ended.out, written(here)) == ("", before)
+
+
+@pytest.mark.parametrize(("which", "arguments", "said"), BAD_FILES, ids=[" ".join(a) for _, a, _ in BAD_FILES])
+def test_a_missing_or_bad_file_is_a_failure(
+    which: click.Command, arguments: list[str], said: str, here: Path, command: Command
+) -> None:
+    ended = command(which, *arguments)
+    assert ended.status == 1, ended.err
+    assert said in ended.error
+    assert "Usage" not in ended.err
+
+
+def test_dtypes_have_short_names(here: Path, command: Command) -> None:
+    for short, long in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
+        ended = command(merge_command, "base", "sft", "-o", f"out-{short}", "--dtype", short, "--json")
+        assert json.loads(ended.out)["parameters"]["dtype"] == long
+    assert "[base|bfloat16|float16|float32]" in command(merge_command, "--help").out
+
+
+def test_a_group_alone_prints_its_help(command: Command) -> None:
+    ended = command(analyze_command)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith("Usage: imm-analyze [OPTIONS] COMMAND")
+    assert "\n  samples " in ended.err
+    assert "error:" not in ended.err
+    assert ended.err == command(analyze_command, "--help").out
+
+
+def test_the_version_of_the_module() -> None:
+    ended = subprocess_of("--version")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out == f"mergekit_imm, version {mergekit_imm.__version__}\n"
+    assert mergekit_imm.__version__ == importlib.metadata.version("mergekit-imm")
+
+
+def test_tensors_larger_than_a_file_may_be_are_named(here: Path, command: Command) -> None:
+    ended = command(merge_command, *MERGE, "--max-shard-size", "200B")
+    assert ended.status == 0
+    assert ended.err == (
+        "note: 'lm_head.weight' has 512 bytes, more than a file may have: 2 tensors have files of their own, as no"
+        " tensor is split\n"
+    )
+    assert len(list((here / "out").glob("*.safetensors"))) == len(SHAPES) - 1  # the norm has 16 bytes
+    assert command(merge_command, "base", "sft", "-o", "other", "--max-shard-size", "1KB").err == ""
+
+
+def test_check_says_that_values_are_not_read(here: Path, command: Command) -> None:
+    ended = command(merge_command, "base", "sft", "--check")
+    assert ended.out.startswith("sft can be merged into base, as far as headers tell: values are not read\n")
+
+
+def test_without_matplotlib_everything_else_is_written(
+    here: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    note = "note: no pictures, as matplotlib is not installed; pip install 'mergekit-imm[plots]'\n"
+    ended = command(analyze_command, "change", "base", "sft", "-o", "report")
+    assert ended.status == 0
+    assert note in ended.err
+    assert written(here / "report") == ["change.json", "report.html"]
+    (here / "samples.jsonl").write_text(
+        "".join(json.dumps({"problem": "1", "response": "5", "correct": True, "model": model}) + "\n" for model in "ab")
+    )
+    ended = command(analyze_command, "samples", "samples.jsonl", "-o", "samples")
+    assert (ended.status, ended.err) == (0, note)
+    assert written(here / "samples") == ["samples.json"]
+    assert note not in command(analyze_command, "change", "base", "sft", "-o", "report", "-q").err
+    copy = "cp -r {model} {output}"
+    measure = "echo '{\"x\": 1}' > {json}; true {model}"
+    ended = command(loop_command, "base", "-o", "run", "--rounds", "1", "--train", copy, "--evaluate", measure)
+    assert ended.status == 0, ended.err
+    assert note in ended.err
