@@ -21,6 +21,7 @@ SHAPES = {
 NAMES = list(SHAPES)
 CONFIG = {"architectures": ["Tiny"], "dtype": "bfloat16", "model_type": "tiny", "tie_word_embeddings": False}
 SIDE = {"tokenizer.json": '{"a": 1}\n', "templates/chat.jinja": "{{ x }}", "optimizer.pt": "x"}
+HUNG = 600  # seconds after which a process hangs, on any machine
 SHARD = "model-00001-of-00002.safetensors"
 
 
@@ -42,6 +43,34 @@ def slowly(*arguments):
 kernel.merge_span = slowly
 cli.main()
 """
+
+
+HELD = """
+import os, signal, sys, threading, time
+from mergekit_imm import cli, kernel
+signal.signal(signal.SIGINT, signal.default_int_handler)
+merge_span, told = kernel.merge_span, threading.Event()
+def listen():
+    os.read(0, 1)  # standard input is closed
+    told.set()
+def stopping():  # the main thread waits for its workers
+    frame = sys._current_frames()[threading.main_thread().ident]
+    while frame is not None and frame.f_code is not threading.Thread.join.__code__:
+        frame = frame.f_back
+    return frame is not None
+def held(*arguments):
+    merge_span(*arguments)
+    while threading.current_thread() is not threading.main_thread() and not (UNTIL):
+        time.sleep(0.01)
+threading.Thread(target=listen, daemon=True).start()
+kernel.merge_span = held
+cli.main()
+"""
+
+
+def held_until(what: str) -> str:
+    """A command whose workers wait: until `told.is_set()`, its standard input is closed; or `stopping()`, it ends."""
+    return HELD.replace("UNTIL", what)
 
 
 LATE = """
@@ -83,7 +112,7 @@ def subprocess_of(*arguments: object, code: str | None = None, **options: Any) -
     """Run `python -m mergekit_imm`, or code that stands for it, in a process of its own."""
     program = ["-m", "mergekit_imm"] if code is None else ["-c", code]
     ended = subprocess.run(
-        [sys.executable, *program, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
+        [sys.executable, *program, *map(str, arguments)], capture_output=True, text=True, timeout=HUNG, **options
     )
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
@@ -104,7 +133,7 @@ def on_a_terminal(*arguments: object, cwd: Path) -> str:
             if not piece:
                 break
             printed += piece
-        assert process.wait(60) == 0
+        assert process.wait(HUNG) == 0
     os.close(master)
     return printed.decode()
 

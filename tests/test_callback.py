@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from checkpoints import State, read_model, same_bits
+from commands import HUNG
 from mergekit_imm import ArgumentError, CheckpointError, IMMCallback, merge_checkpoints
 from models import load, new_model
 
@@ -100,9 +101,9 @@ def test_rounds_of_one_training_have_masks_of_their_own(
 def test_each_rank_merges_what_it_has(base: Path, tmp_path: Path, kind: str) -> None:
     script = Path(__file__).parent / "trainer_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
-        [*command, str(tmp_path), kind], env=environment, capture_output=True, text=True, check=False, timeout=300
+        [*command, str(tmp_path), kind], env=environment, capture_output=True, text=True, check=False, timeout=HUNG
     )
     assert done.returncode == 0, done.stderr[-3000:]
     trained = read_model(tmp_path / f"{kind}-sft-0")

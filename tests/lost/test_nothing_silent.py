@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from checkpoints import files_of
-from commands import LATE, SLOW, Ended, subprocess_of
+from commands import HUNG, LATE, Ended, held_until, subprocess_of
 from mergekit_imm import ChangedError, CheckpointError, MergeError, OutputError, VerifyError, merge_checkpoints, stream
 from mergekit_imm.checkpoint import disk, journal, output
 
@@ -185,8 +185,10 @@ def test_an_input_that_changes_meanwhile_is_refused(large: Path, how: str) -> No
 
 def test_two_commands_at_once(large: Path) -> None:
     arguments = ["merge", "base", "sft", "-o", "out", "--workers", "1"]
-    slow = SLOW.replace("0.1", "0.7")
-    with subprocess.Popen([sys.executable, "-c", slow, *arguments], stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        [sys.executable, "-c", held_until("told.is_set()"), *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as first:  # fmt: skip
         while not (large / "out.partial" / journal.JOURNAL).exists():
             assert first.poll() is None
             time.sleep(0.01)
@@ -197,7 +199,7 @@ def test_two_commands_at_once(large: Path) -> None:
         other = subprocess_of(*arguments, "--alpha", "0.9")
         assert other.status == 1
         assert "unfinished merge of another recipe (parameters.alpha: 0.5, now 0.9)" in other.error
-        told, _ = first.communicate(timeout=60)
+        told, _ = first.communicate(timeout=HUNG)
         assert told.startswith("merged")
     assert subprocess_of(*arguments).out.startswith("out already merged")
 
@@ -324,16 +326,17 @@ def test_a_late_kill_costs_no_more_than_a_window(large: Path, share: float, work
 def test_a_second_interrupt_does_not_cut_short_the_first(large: Path) -> None:
     """Workers end what they write before the files are closed, however often Ctrl-C is pressed."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "merge", "base", "sft", "-o", "out"], stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", held_until("told.is_set() and stopping()"), "merge", "base", "sft", "-o", "out"],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     with process:
         while not (large / "out.partial" / "model.safetensors").exists():
+            assert process.poll() is None
             time.sleep(0.01)
-        time.sleep(0.2)
         for _ in range(20):
             process.send_signal(signal.SIGINT)
             time.sleep(0.003)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=HUNG)
     assert process.returncode == 130
     assert told.strip().startswith("error: interrupted; ")
     assert told.strip().count("\n") == 0
