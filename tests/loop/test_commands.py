@@ -23,7 +23,7 @@ from loops import EVALUATE, TRAIN, asked
 from mergekit_imm import ArgumentError, OutputError
 from mergekit_imm.loop import run_loop
 from mergekit_imm.loopstate import load
-from mergekit_imm.shell import filled
+from mergekit_imm.shell import filled, run_command
 
 
 @given(value=st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1))
@@ -130,6 +130,27 @@ def test_a_signal_ends_the_command_too(base: str, number: signal.Signals, status
     assert "the same command goes on where it stopped" in told
     assert Path("told").read_text() == "asked\n"
     assert not Path(f"/proc/{int(Path('pid').read_text())}").exists()
+
+
+def test_a_signal_that_comes_while_a_command_is_started_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+
+    class Begun(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            begun.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(subprocess, "Popen", Begun)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_command("train", "sleep 900", tmp_path / "log", held=None, echo=None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert begun[0].returncode is not None
 
 
 def test_killed_anywhere_the_same_command_goes_on_to_the_same_models(base: str) -> None:
