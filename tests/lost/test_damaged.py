@@ -29,6 +29,7 @@ def test_damaged_inputs_end_in_a_result_or_one_line(tmp_path: Path) -> None:
     assert {"merged", "CheckpointError", "MismatchError", "OutputError"} <= set(result["endings"])
 
 
+@pytest.mark.thorough
 def test_the_program_that_damages_finds_what_is_wrong(tmp_path: Path) -> None:
     """With a merge that takes whatever JSON it is given, it fails."""
     code = (

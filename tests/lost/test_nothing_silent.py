@@ -21,6 +21,7 @@ from checkpoints import files_of
 from commands import HUNG, LATE, Ended, held_until, subprocess_of
 from mergekit_imm import ChangedError, CheckpointError, MergeError, OutputError, VerifyError, merge_checkpoints, stream
 from mergekit_imm.checkpoint import disk, journal, output
+from thorough import others
 
 
 def json_of(*arguments: str, status: int = 0) -> dict[str, Any]:
@@ -306,8 +307,8 @@ def test_an_old_folder_that_cannot_be_removed_is_told(pair: Path, monkeypatch: p
 # --- what is done is not done again
 
 
-@pytest.mark.parametrize("share", [0.5, 0.9, 0.97])
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("share", [*others(0.5, 0.97), 0.9])
+@pytest.mark.parametrize("workers", [*others(1), 4])
 def test_a_late_kill_costs_no_more_than_a_window(large: Path, share: float, workers: int) -> None:
     arguments = ["merge", "base", "sft", "-o", "out", "--workers", str(workers), "--json"]
     killed = subprocess.run([sys.executable, "-c", LATE.replace("SHARE", str(share)), *arguments], capture_output=True)
