@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+import thorough
+
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw fewer examples where thorough tests are left out."""
+    if "not thorough" in config.option.markexpr:
+        thorough.FEWER = 4
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,6 +19,7 @@ from checkpoints import State, read_model, same_bits
 from commands import HUNG
 from mergekit_imm import ArgumentError, CheckpointError, IMMCallback, merge_checkpoints
 from models import load, new_model
+from thorough import others
 
 
 class Data(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -97,7 +98,7 @@ def test_rounds_of_one_training_have_masks_of_their_own(
     assert [record.message.rpartition(" ")[2] for record in caplog.records] == ["5", "6"]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", [*others("ddp"), "fsdp2"])
 def test_each_rank_merges_what_it_has(base: Path, tmp_path: Path, kind: str) -> None:
     script = Path(__file__).parent / "trainer_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]

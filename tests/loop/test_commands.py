@@ -24,6 +24,7 @@ from mergekit_imm import ArgumentError, OutputError
 from mergekit_imm.loop import run_loop
 from mergekit_imm.loopstate import load
 from mergekit_imm.shell import filled, run_command
+from thorough import others
 
 
 @given(value=st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1))
@@ -153,12 +154,13 @@ def test_a_signal_that_comes_while_a_command_is_started_ends_it(
     assert begun[0].returncode is not None
 
 
-def test_killed_anywhere_the_same_command_goes_on_to_the_same_models(base: str) -> None:
+@pytest.mark.parametrize("kills", [2, *others(8)])
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_models(base: str, kills: int) -> None:
     arguments = imm_loop("base", "-o", "run", "--rounds", "2", "--train", TRAIN, "--evaluate", EVALUATE, "-q")
     subprocess.run([*arguments[:6], "whole", *arguments[7:]], check=True, capture_output=True)
-    for number in range(8):
+    for number in range(kills):
         loop = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(0.3 + 0.35 * number)
+        time.sleep(0.3 + 2.8 * number / kills)
         loop.kill()
         loop.wait()
     until(lambda: subprocess.run(arguments, capture_output=True, check=False).returncode == 0)

@@ -18,14 +18,15 @@ from checkpoints import random_state, read_model, write_model
 from commands import CONFIG, subprocess_of
 from mergekit_imm import CheckpointError, MergeError, merge_checkpoints
 from mergekit_imm.json_input import DEPTH, parse_json
+from thorough import examples
 
 from .test_cut_off import run
 
 
 def test_damaged_inputs_end_in_a_result_or_one_line(tmp_path: Path) -> None:
-    """A few hundred here; more with `python -m lost.damage`."""
-    result = run("damage", tmp_path, "--count", 400, "--seed", 0)
-    assert result["tried"] >= 400
+    """A hundred here, or a few; more with `python -m lost.damage`."""
+    result = run("damage", tmp_path, "--count", examples(400), "--seed", 0)
+    assert result["tried"] >= examples(400)
     assert {"merged", "CheckpointError", "MismatchError", "OutputError"} <= set(result["endings"])
 
 
