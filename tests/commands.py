@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from checkpoints import random_state, write_model
@@ -108,8 +114,36 @@ class Ended:
 Command = Callable[..., Ended]
 
 
+@functools.cache
+def _forker() -> subprocess.Popen[str]:
+    forker = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("forked.py"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    atexit.register(forker.communicate)  # it ends with its input
+    return forker
+
+
+def forked(*arguments: str, cwd: Path | None) -> Ended:
+    """Run `python -m mergekit_imm` in a fork of a process that has it loaded: a tenth of the time."""
+    forker = _forker()
+    assert forker.stdin is not None
+    assert forker.stdout is not None
+    with NamedTemporaryFile() as out, NamedTemporaryFile() as err:
+        request = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": dict(os.environ),
+                   "out": out.name, "err": err.name}  # fmt: skip
+        print(json.dumps(request), file=forker.stdin, flush=True)
+        hangs = threading.Timer(HUNG, os.killpg, (forker.pid, signal.SIGKILL))
+        hangs.start()
+        status = forker.stdout.readline()
+        hangs.cancel()
+        return Ended(int(status), *(Path(each.name).read_text() for each in (out, err)))
+
+
 def subprocess_of(*arguments: object, code: str | None = None, **options: Any) -> Ended:
     """Run `python -m mergekit_imm`, or code that stands for it, in a process of its own."""
+    if code is None and options.keys() <= {"cwd"}:
+        return forked(*map(str, arguments), cwd=options.get("cwd"))
     program = ["-m", "mergekit_imm"] if code is None else ["-c", code]
     ended = subprocess.run(
         [sys.executable, *program, *map(str, arguments)], capture_output=True, text=True, timeout=HUNG, **options

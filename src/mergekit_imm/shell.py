@@ -116,11 +116,11 @@ def _signals_wait() -> Iterator[None]:
     came: list[int] = []
     before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            handler = signal.getsignal(number)
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            handler = signal.getsignal(each)
             if callable(handler) and threading.current_thread() is threading.main_thread():
-                before[number] = handler
-                signal.signal(number, lambda which, _: came.append(which))
+                before[each] = handler
+                signal.signal(each, lambda number, _: came.append(number))
         yield
     finally:
         for number, handler in before.items():
