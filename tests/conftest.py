@@ -18,29 +18,34 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+def base_of(config: pytest.Config) -> Path:
+    return Path(config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Draw fewer examples where thorough tests are left out."""
+    """Give tests and their processes an empty temporary folder; without thorough tests, draw fewer examples."""
+    temporary = base_of(config) / "temporary"
+    temporary.mkdir()
+    os.environ["TMPDIR"] = str(temporary)
+    tempfile.tempdir = None
     if "not thorough" in config.option.markexpr:
         thorough.FEWER = 4
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests, and the processes they start, find an empty temporary folder, and must leave it empty."""
-    ours = tmp_path_factory.getbasetemp()
-    temporary = tmp_path_factory.mktemp("temporary", numbered=False)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("TMPDIR", str(temporary))
-        patched.setattr(tempfile, "tempdir", None)
-        yield
-    left = sorted(path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_"))
+def _nothing_is_left(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Remove the folders of fixtures at the end, not those of tests that failed, and see that nothing else is there."""
+    yield
+    ours = base_of(pytestconfig)
+    left = [path.name for path in (ours / "temporary").iterdir() if not path.name.startswith("torchinductor_")]
     mounted = [line.split()[1] for line in _mounts() if line.split()[1].startswith(f"{ours}/")]
     for path in ours.iterdir():
         if path.is_symlink():
             path.unlink()
-        elif not path.name.startswith("test_"):  # the folders of fixtures; those of tests that failed are kept
+        elif not path.name.startswith(("test_", "temporary")):
             shutil.rmtree(path)
-    assert not left, f"left in the temporary folder: {left}"
+    assert not left, f"left in the temporary folder: {sorted(left)}"
     assert not mounted, f"left mounted: {mounted}"
 
 
@@ -52,9 +57,9 @@ def _mounts() -> list[str]:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove pytest's own folders too, where they are empty."""
-    base = config._tmp_path_factory._basetemp  # type: ignore[attr-defined]
-    if base is not None and config.option.basetemp is None:
-        for folder in (base, base.parent):
-            with suppress(OSError):
-                os.rmdir(folder)  # noqa: PTH106
+    """Remove the temporary folder, and pytest's own ones where they are empty."""
+    base = base_of(config)
+    shutil.rmtree(base / "temporary", ignore_errors=True)
+    for folder in (base, base.parent) if config.option.basetemp is None else ():
+        with suppress(OSError):
+            os.rmdir(folder)  # noqa: PTH106

@@ -38,7 +38,7 @@ def test_the_program_that_damages_finds_what_is_wrong(tmp_path: Path) -> None:
         "source.parse_json = json.loads\n"
         f"damage.main(Path({str(tmp_path)!r}), 3000, 0)"
     )
-    ended = subprocess_of(code=code, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    ended = subprocess_of(code=code, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert ended.status == 1
     assert "Error" in ended.err
 
