@@ -77,7 +77,7 @@ def test_at_the_end_the_model_is_what_the_trained_one_merges_to(base: Path, tmp_
     assert not all(same_bits(tensor, read_model(base)[name]) for name, tensor in read_model(tmp_path / "sft").items())
 
 
-@pytest.mark.parametrize(("every", "merges"), [("epoch", 2), (1, 4), (3, 1)])
+@pytest.mark.parametrize(("every", "merges"), [("epoch", 2), *others((1, 4)), (3, 1)])
 def test_it_merges_when_it_is_told_to(base: Path, tmp_path: Path, every: str | int, merges: int) -> None:
     """Training goes on from the merged model: a merge with the base alone undoes what was trained until then."""
     callback = IMMCallback(base, every=every, alpha=1.0, reference="base")
