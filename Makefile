@@ -7,14 +7,19 @@ SIZES ?= made-up-0.1b qwen2.5-0.5b qwen2.5-1.5b
 PEER_SIZES ?= qwen2.5-0.5b
 RUNS ?= 3
 
-.PHONY: demo test check docs bench thorough clean
+.PHONY: demo test test-all check docs bench thorough clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
+# Every promise once.
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not thorough and not large"
+
+# And again, on more models, formats and moments: tests/README.md.
+test-all: .venv/ready
+	$(BIN)/python -m pytest -n 2 -m "not large"
 
 # Lint, format, types and docs, as .ci/run runs them.
 check: .venv/ready

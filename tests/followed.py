@@ -72,7 +72,7 @@ def endings(inputs: Inputs, folder: Path, options: Options = (), messages: tuple
     try:
         merge_command.main([*arguments, "-o", str(out)], standalone_mode=False)
     except MergeError as error:
-        message = str(error)
+        message = str(error.args[0])
         assert message not in messages, f"following the advice changes nothing: {message}"
     else:
         yield Ending(options, out, messages)

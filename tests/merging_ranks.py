@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from checkpoints import random_state, write_model
+from commands import HUNG
 from mergekit_imm import Ranks, merge_checkpoints
 from mergekit_imm.errors import RankError
 
@@ -54,7 +55,7 @@ def by_threads(size: int, call: Callable[[Ranks], Any]) -> list[Any]:
             with told:
                 given[rank] = value
                 told.notify_all()
-                assert told.wait_for(lambda: len(given) == size or ended.is_set(), timeout=60)
+                assert told.wait_for(lambda: len(given) == size or ended.is_set(), timeout=HUNG)
             if len(given) < size:
                 raise RankError("one has ended")
             return [given[each] for each in range(size)]

@@ -24,6 +24,7 @@ from checkpoints import files_of, random_state, read_model, same_bits, write_mod
 from mergekit_imm import ArgumentError, CheckpointError, MergeError, MismatchError, merge_checkpoints, verify
 from mergekit_imm.products import product
 from models import LAYOUTS, load, new_model
+from thorough import others
 
 Options = dict[str, Any]
 
@@ -131,7 +132,7 @@ def scaling_of(name: str) -> float:
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"alpha": 0.5, "drop": 0.9}, {"alpha": 0.7, "drop": 0}, {"alpha": 0, "drop": 0.2},
+    [{"alpha": 0.5, "drop": 0.9}, *others({"alpha": 0.7, "drop": 0}), {"alpha": 0, "drop": 0.2},
      {"alpha": 0.3, "drop": 0, "importance": {"0": 1.0, "1": 3.0}}],
 )  # fmt: skip
 @pytest.mark.parametrize("other_start", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from fractions import Fraction
 
 import pytest
@@ -152,13 +151,8 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
-def test_time_is_that_of_the_length(piece: str) -> None:
-    """Four times the text takes less than twelve times as long (16 if it were quadratic), or next to nothing."""
-    took = []
-    for count in (250_000, 1_000_000):
-        text = piece * (count // len(piece))
-        began = time.process_time()
-        final_answer(text)
-        same_answer(text, text + "x")
-        took.append(time.process_time() - began)
-    assert took[1] < max(1.0, 12 * took[0])
+def test_a_long_text_comes_to_an_end(piece: str) -> None:
+    """A million characters: whatever takes the square of the length would take hours, and is ended as what hangs."""
+    text = piece * (1_000_000 // len(piece))
+    final_answer(text)
+    same_answer(text, text + "x")

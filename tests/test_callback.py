@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from checkpoints import State, read_model, same_bits
+from commands import HUNG
 from mergekit_imm import (
     ArgumentError,
     CheckpointError,
@@ -25,6 +26,7 @@ from mergekit_imm import (
     merge_checkpoints,
 )
 from models import load, new_model
+from thorough import others
 
 
 class Data(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -82,7 +84,7 @@ def test_at_the_end_the_model_is_what_the_trained_one_merges_to(base: Path, tmp_
     assert not all(same_bits(tensor, read_model(base)[name]) for name, tensor in read_model(tmp_path / "sft").items())
 
 
-@pytest.mark.parametrize(("every", "merges"), [("epoch", 2), (1, 4), (3, 1)])
+@pytest.mark.parametrize(("every", "merges"), [("epoch", 2), *others((1, 4)), (3, 1)])
 def test_it_merges_when_it_is_told_to(base: Path, tmp_path: Path, every: str | int, merges: int) -> None:
     """Training goes on from the merged model: a merge with the base alone undoes what was trained until then."""
     callback = IMMCallback(base, every=every, alpha=1.0, reference="base")
@@ -103,13 +105,13 @@ def test_rounds_of_one_training_have_masks_of_their_own(
     assert [record.message.rpartition(" ")[2] for record in caplog.records] == ["5", "6"]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", [*others("ddp"), "fsdp2"])
 def test_each_rank_merges_what_it_has(base: Path, tmp_path: Path, kind: str) -> None:
     script = Path(__file__).parent / "trainer_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
-        [*command, str(tmp_path), kind], env=environment, capture_output=True, text=True, check=False, timeout=300
+        [*command, str(tmp_path), kind], env=environment, capture_output=True, text=True, check=False, timeout=HUNG
     )
     assert done.returncode == 0, done.stderr[-3000:]
     trained = read_model(tmp_path / f"{kind}-sft-0")

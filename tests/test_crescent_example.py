@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "crescent.py"
 
 
+@pytest.mark.thorough
 def test_it_runs_from_the_bait_to_the_tables(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     command = [sys.executable, str(EXAMPLE), "--quick", "--json", str(numbers)]

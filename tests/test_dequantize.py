@@ -25,6 +25,7 @@ from mergekit_imm.checkpoint.tensorfile import TensorInfo
 from models import fine_tuned, load, new_model
 from refused import CONFIG, MODEL, SHAPES, SIDE, UP0, Models
 from test_adapters import adapted
+from thorough import others
 
 UP = UP0.removesuffix(".weight")
 
@@ -57,7 +58,8 @@ def test_it_is_what_transformers_dequantises(tmp_path: Path, layout: str, block:
 @pytest.mark.parametrize(
     ("roles", "parameters", "dtype"),
     [("sft", {"alpha": 0, "drop": 0}, "base"), ("base sft", {"alpha": 0, "drop": 0}, "float32"),
-     *((roles, {"alpha": 0.3, "drop": 0.4}, "base") for roles in ("base", "sft", "base sft start", "start"))],
+     *((roles, {"alpha": 0.3, "drop": 0.4}, "base") for roles in ("sft", "base sft start")),
+     *others(*((roles, {"alpha": 0.3, "drop": 0.4}, "base") for roles in ("base", "start")))],
 )  # fmt: skip
 def test_the_bits_are_those_of_the_formulas(
     tmp_path: Path, roles: str, parameters: dict[str, float], dtype: str

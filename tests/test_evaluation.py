@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -126,10 +125,9 @@ def test_distinct_equations_by_hand() -> None:
 
 
 @pytest.mark.parametrize("part", ["1 + ", "(", "1)", "= 1", "1+1=", "1,", "1("])
-def test_a_text_a_model_lost_itself_in_takes_no_time(part: str) -> None:
-    began = time.perf_counter()
-    list(equations(part * 20_000 + "="))
-    assert time.perf_counter() - began < 5  # with a regular expression that tries again it is half a minute
+def test_a_text_a_model_lost_itself_in_comes_to_an_end(part: str) -> None:
+    """With a regular expression that tries again it takes an hour, and is ended as what hangs."""
+    list(equations(part * 200_000 + "="))
 
 
 def test_an_interval_covers_as_often_as_it_says() -> None:

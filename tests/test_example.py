@@ -39,6 +39,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
+@pytest.mark.thorough
 def test_it_runs_from_the_base_to_the_report(example: Any, tmp_path: Path) -> None:
     toy = example("toy")
     base = tmp_path / "seed-0" / "base"

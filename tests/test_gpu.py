@@ -27,6 +27,7 @@ from mergekit_imm.flat import CHUNK, merge_flat
 from mergekit_imm.mask import BLOCK, arithmetic, mask_key
 from mergekit_imm.sums import KEPT, LANES, LARGEST, TALLY, new_tally, to_record
 from strategies import DTYPES, WIDER, drops, kinds, tensor
+from thorough import others
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
@@ -131,10 +132,12 @@ def test_a_buffer_can_be_read_into_and_lives_as_long_as_its_views() -> None:
 
 
 @needs_triton
-def test_the_kernel_interpreted_has_the_bits_of_the_reference() -> None:
+@pytest.mark.parametrize("every", ["3", *others("1")])
+def test_the_kernel_interpreted_has_the_bits_of_the_reference(every: str) -> None:
     tests = Path(__file__).parent
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, tests / "interpreted.py"], env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(tests / "interpreted.py"), every]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout == "equal\n", done.stderr
 
 
@@ -198,8 +201,8 @@ MIXES = [
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("dtypes", "alone"), MIXES, ids=str)
+@pytest.mark.parametrize("capability", [*others(80), 90])
+@pytest.mark.parametrize(("dtypes", "alone"), [*others(*MIXES[:-1]), MIXES[-1]], ids=str)
 def test_the_kernel_compiled_rounds_every_operation_and_moves_vectors(
     compiled: Compiled, dtypes: tuple[torch.dtype, ...], alone: bool, capability: int
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import mergekit_imm
+from commands import HUNG
 from fake_hub import FakeHub, Files, Repo, commit_of, fake_hub
 from mergekit_imm.checkpoint.hub import split_ref, wanted
 
@@ -47,10 +48,10 @@ def calls(
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, [source, env.get("PYTHONPATH")]))}
     env |= {"HOME": str(home), "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     env |= {"HF_ENDPOINT": hub or NOWHERE, "HF_HUB_OFFLINE": str(int(offline))}
-    env |= {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}  # a busy machine is no failure
+    env |= {"HF_HUB_ETAG_TIMEOUT": str(HUNG), "HF_HUB_DOWNLOAD_TIMEOUT": str(HUNG)}  # a busy machine is no failure
     given = json.dumps([(name, ref, options) for name, ref in requests])
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CALLS, given], env=env, capture_output=True, text=True, timeout=60
+        [sys.executable, "-W", "error", "-c", CALLS, given], env=env, capture_output=True, text=True, timeout=HUNG
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import mergekit_imm
 from checkpoints import files_of, random_state, write_model
+from commands import HUNG
 from fake_hub import FakeHub, commit_of, fake_hub
 from mergekit_imm import merge_checkpoints
 
@@ -52,7 +53,7 @@ def imm_merge(home: Path, hub: FakeHub | None, *arguments: str) -> subprocess.Co
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     env |= {"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "error", "-m", "mergekit_imm", "merge", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=HUNG)
 
 
 def test_a_pair_on_a_hub_is_planned_refused_merged_and_merged_again_offline(
@@ -141,7 +142,7 @@ def test_a_model_in_memory_and_its_base_on_a_hub(tmp_path: Path, models: dict[st
     env |= {"PYTHONPATH": path, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script), *map(str, places)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HUNG)
     assert run.returncode == 0, run.stderr
     refused, downloaded, told, same = run.stdout.splitlines()
     assert "'extra.w'" in refused

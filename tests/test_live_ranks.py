@@ -24,6 +24,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from checkpoints import State, random_state, same_bits, write_model
+from commands import HUNG
 from live_ranks import WORLDS
 from mergekit_imm import (
     MismatchError,
@@ -135,7 +136,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = Path(__file__).parent / "live_ranks.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [sys.executable, str(script), str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HUNG, check=False)
     assert run.returncode == 0, run.stderr
     return folder
 

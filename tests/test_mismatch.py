@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mergekit_imm import ArgumentError, MismatchError
 from mergekit_imm.analysis.change import WeightChange
 from mergekit_imm.analysis.mismatch import mismatch, ranks, spearman
+from thorough import examples
 
 VALUES = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=15)
 
@@ -71,7 +72,7 @@ def test_order_and_scale_do_not_matter(pairs: list[tuple[int, int]], random: obj
 
 
 @given(st.lists(st.integers(1, 50), min_size=6, max_size=12))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10))
 def test_monotone_transforms_leave_the_whole_interval(values: list[int]) -> None:
     importance = [float(v) for v in values]
     moved = change([float((7 * i) % 11) for i in range(len(values))])

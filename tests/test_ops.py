@@ -21,11 +21,19 @@ from mergekit_imm.errors import ArgumentError, MismatchError
 from mergekit_imm.flat import CHUNK, merge_flat
 from mergekit_imm.mask import arithmetic, mask_key
 from strategies import DTYPES, WIDER, alphas, drops, factors, kinds, seeds, tensor
+from thorough import others
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
-@pytest.mark.parametrize("dtypes", list(product(WIDER, repeat=4)), ids=lambda d: "-".join(str(x)[6:] for x in d))
+# In the first quarter each three of the four dtypes meet in every combination.
+COMBINATIONS = sorted(product(WIDER, repeat=4), key=lambda dtypes: sum(map(WIDER.index, dtypes)) % 4)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [*COMBINATIONS[:64], *others(*((each,) for each in COMBINATIONS[64:]))],
+    ids=lambda d: "-".join(str(x)[6:] for x in d),
+)  # fmt: skip
 def test_every_combination_of_dtypes_has_the_bits_of_the_reference(dtypes: tuple[torch.dtype, ...]) -> None:
     base_dtype, start_dtype, sft_dtype, out = dtypes
     for seed, kind in enumerate(("gauss", "bits", "edges")):
@@ -182,10 +190,10 @@ def test_refusals_name_what_was_asked(call, error, message) -> None:  # type: ig
         call(torch.ones(3))
 
 
-def test_the_formula_compiles_whole_and_keeps_its_bits() -> None:
-    # Without a C++ compiler on the machine the graph is still captured whole, and run without code of its own.
-    compilers = ("c++", "g++", "clang++")
-    backend = "inductor" if any(map(shutil.which, compilers)) else "aot_eager"
+@pytest.mark.parametrize("backend", ["aot_eager", *others("inductor")])
+def test_the_formula_compiles_whole_and_keeps_its_bits(backend: str) -> None:
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
     compiled = torch.compile(merge_flat, fullgraph=True, backend=backend)
     numbers, key = arithmetic(alpha=0.3, drop=0.9), mask_key(NAME)
     base, start, sft = (tensor(5000, torch.bfloat16, seed=i, kind="bits", specials=True) for i in range(3))
@@ -205,8 +213,8 @@ def test_temporaries_stay_within_64_mib() -> None:
             return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(field)) * 1024
         small = torch.zeros(4096)
         dare_merge(small, small, drop=.5, name="n")
-        base = torch.ones(6000, 8000, dtype=torch.bfloat16).t()
-        sft = torch.ones(8000, 6000, dtype=torch.float32)
+        base = torch.ones(3000, 4000, dtype=torch.bfloat16).t()
+        sft = torch.ones(4000, 3000, dtype=torch.float32)
         for call, width in (
             (lambda: dare_merge(base, sft, start=base, drop=.5, name="n"), 2),
             (lambda: dare(sft, name="n", drop=.5), 4),
@@ -217,6 +225,6 @@ def test_temporaries_stay_within_64_mib() -> None:
             before = peak("VmRSS")
             call()
             above = peak() - before - width * sft.numel()
-            assert above <= 64 << 20, above
+            assert above <= 32 << 20, above  # it takes no more for more; with a copy of base it were 40
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from checkpoints import files_of, random_state, write_model
-from commands import SLOW, subprocess_of
+from commands import held_until, subprocess_of
 from mergekit_imm import ArgumentError, NonFiniteError, OutputError, execute, merge_checkpoints
 from mergekit_imm.sweep import points
 
@@ -249,7 +249,8 @@ def test_wrong_sweeps_are_wrong_usage(
 
 def test_a_killed_sweep_is_finished_by_the_same_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     arguments = ["merge", *map(str, pair), "--alpha", "0.3,0.5", "--drop", "0.9", "--workers", "1", "-o", "o-{alpha}"]
-    with subprocess.Popen([sys.executable, "-c", SLOW, *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+    command = [sys.executable, "-c", held_until("told.is_set()"), *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE) as process:
         while not (tmp_path / "o-0.5.partial" / ".imm_journal").exists():
             assert process.poll() is None
             time.sleep(0.01)

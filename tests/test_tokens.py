@@ -22,6 +22,7 @@ from mergekit_imm.checkpoint.source import open_checkpoint
 from mergekit_imm.checkpoint.tokens import table_of
 from models import fine_tuned, load, new_model
 from refused import shown_options
+from thorough import examples
 from vocabularies import EXTRA, WORDS, resize, save, tokenizer_of, write_pair
 
 ENDS = (EMBED, HEAD)
@@ -191,7 +192,7 @@ def test_what_is_no_table_of_tokens_is_refused(tmp_path: Path, name: str, conten
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_damaged_tokenizers_end_in_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("damaged")
     source, _ = data.draw(st.sampled_from(list(forms(folder / "forms").values())))

@@ -9,11 +9,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from .errors import ArgumentError, MergeError, shown
 
@@ -108,21 +110,24 @@ def run_command(what: str, command: str, log: Path, *, held: int | None, echo: E
     with log.open("ab") as file:
         file.write(f"$ {command}\n".encode())
         file.flush()
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", command],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            pass_fds=() if held is None else (held,),
-            start_new_session=True,
-        )  # fmt: skip
-        assert process.stdout is not None
+        process: subprocess.Popen[bytes] | None = None
         last: deque[bytes] = deque(maxlen=LAST_LINES)
         try:
+            with _signals_wait():
+                process = subprocess.Popen(
+                    ["/bin/sh", "-c", command],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    pass_fds=() if held is None else (held,),
+                    start_new_session=True,
+                )  # fmt: skip
             _pass_on(process, file.write, last, echo)
         except BaseException as error:
-            _end(process, error)
+            if process is not None:
+                _end(process, error)
             raise
         finally:
-            process.stdout.close()
+            if process is not None and process.stdout is not None:
+                process.stdout.close()
         file.write(f"(status {process.returncode})\n".encode())
     if process.returncode:
         status = process.returncode if process.returncode > 0 else 128 - process.returncode
@@ -134,6 +139,25 @@ def run_command(what: str, command: str, log: Path, *, held: int | None, echo: E
             status,
             lines,
         )
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let signals come when the block has ended: a command that has begun must be known to whoever ends it."""
+    came: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            handler = signal.getsignal(each)
+            if callable(handler) and threading.current_thread() is threading.main_thread():
+                before[each] = handler
+                signal.signal(each, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _pass_on(

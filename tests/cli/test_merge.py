@@ -17,6 +17,7 @@ import pytest
 import mergekit_imm
 from checkpoints import files_of, read_model, write_model
 from commands import (
+    HUNG,
     Command,
     Ended,
     subprocess_of,
@@ -283,7 +284,7 @@ def test_a_reader_that_goes_away_is_no_traceback(here: Path) -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait(60) == 1
+        assert process.wait(HUNG) == 1
 
 
 def test_a_report_that_cannot_be_written_is_no_traceback(here: Path) -> None:

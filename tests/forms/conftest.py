@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from commands import HUNG
 from other_forms import SFT
 
 
@@ -26,6 +27,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    told = [each.communicate(timeout=120)[1] for each in both]
+    told = [each.communicate(timeout=HUNG)[1] for each in both]
     assert [each.returncode for each in both] == [0, 0], told
     return folder

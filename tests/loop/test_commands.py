@@ -18,11 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from commands import HUNG
 from loops import EVALUATE, TRAIN, asked
 from mergekit_imm import ArgumentError, OutputError
 from mergekit_imm.loop import run_loop
 from mergekit_imm.loopstate import load
-from mergekit_imm.shell import filled
+from mergekit_imm.shell import filled, run_command
+from thorough import others
 
 
 @given(value=st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1))
@@ -50,20 +52,18 @@ def test_commands_have_the_environment_and_no_input(base: str, monkeypatch: pyte
 
 
 def test_what_a_command_leaves_running_is_not_waited_for_but_holds_the_folder(base: str) -> None:
-    began = time.monotonic()
-    wanted = asked(base, rounds=1, train=f"sleep 30 & echo $! > pid; {TRAIN}")
+    wanted = asked(base, rounds=1, train=f"sleep 900 & echo $! > pid; {TRAIN}")
     run_loop(wanted, "run")
-    assert time.monotonic() - began < 25
+    os.kill(int(Path("pid").read_text()), 0)  # it runs
     with pytest.raises(OutputError, match="run/lock is in use"):
         run_loop(wanted, "run")
     os.kill(int(Path("pid").read_text()), signal.SIGKILL)
-    for _ in range(100):
+    while True:
         try:
             run_loop(wanted, "run")
-            return
+            break
         except OutputError:
             time.sleep(0.05)
-    pytest.fail("the folder is still held")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
@@ -113,35 +113,54 @@ def test_refused_before_anything_is_run(base: str) -> None:
 
 
 def until(what: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if what():
-            return
+    while not what():
         time.sleep(0.05)
-    pytest.fail("it did not come to that")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_command_too(base: str, number: signal.Signals, status: int) -> None:
-    train = "echo $$ > pid; trap 'echo asked >> told; exit 1' INT TERM; while :; do sleep 0.1; done # {output}"
+    train = "trap 'echo asked >> told; exit 1' INT TERM; echo $$ > pid; while :; do sleep 0.1; done # {output}"
     loop = subprocess.Popen(
         imm_loop("base", "-o", "run", "--train", train), stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a job in the background may have it ignored
     )  # fmt: skip
     until(lambda: Path("pid").exists() and Path("pid").read_text().strip() != "")
     loop.send_signal(number)
-    _, told = loop.communicate(timeout=60)
+    _, told = loop.communicate(timeout=HUNG)
     assert loop.returncode == status
     assert "the same command goes on where it stopped" in told
     assert Path("told").read_text() == "asked\n"
     assert not Path(f"/proc/{int(Path('pid').read_text())}").exists()
 
 
-def test_killed_anywhere_the_same_command_goes_on_to_the_same_models(base: str) -> None:
+def test_a_signal_that_comes_while_a_command_is_started_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+
+    class Begun(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            begun.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(subprocess, "Popen", Begun)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_command("train", "sleep 900", tmp_path / "log", held=None, echo=None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert begun[0].returncode is not None
+
+
+@pytest.mark.parametrize("kills", [2, *others(8)])
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_models(base: str, kills: int) -> None:
     arguments = imm_loop("base", "-o", "run", "--rounds", "2", "--train", TRAIN, "--evaluate", EVALUATE, "-q")
     subprocess.run([*arguments[:6], "whole", *arguments[7:]], check=True, capture_output=True)
-    for number in range(8):
+    for number in range(kills):
         loop = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(0.3 + 0.35 * number)
+        time.sleep(0.3 + 2.8 * number / kills)
         loop.kill()
         loop.wait()
     until(lambda: subprocess.run(arguments, capture_output=True, check=False).returncode == 0)

@@ -17,6 +17,7 @@ from mergekit_imm import CheckpointError, MergeError, OutputError, verify
 from mergekit_imm.loop import run_loop
 from mergekit_imm.loopstate import State, load, save
 from mergekit_imm.shell import CommandError
+from thorough import others
 
 
 @pytest.mark.parametrize(
@@ -150,13 +151,15 @@ def without_logs(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in files_of(folder).items() if not name.endswith((".log", "loop.json"))}
 
 
-def test_it_goes_on_with_the_step_that_failed(base: str) -> None:
-    whole = run_loop(asked(base, evaluate=EVALUATE, baseline=True), "run")
+@pytest.mark.parametrize("rounds", [2, *others(3)])
+def test_it_goes_on_with_the_step_that_failed(base: str, rounds: int) -> None:
+    whole = run_loop(asked(base, rounds=rounds, evaluate=EVALUATE, baseline=True), "run")
     results = without_logs(Path("run"))
     commands = sum("/merge" not in step and "/accept" not in step for step in whole.done)
     for step in range(commands):
         Path("count").unlink(missing_ok=True)
-        wanted = asked(base, train=failing(step) + TRAIN, evaluate=failing(step) + EVALUATE, baseline=True)
+        train, evaluate = failing(step) + TRAIN, failing(step) + EVALUATE
+        wanted = asked(base, rounds=rounds, train=train, evaluate=evaluate, baseline=True)
         with pytest.raises(CommandError, match=r"(train|evaluate) command of .* ended with status 7") as failed:
             run_loop(wanted, f"run-{step}")
         assert failed.value.status == 7

@@ -24,6 +24,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mergekit_imm import __main__, merge_checkpoints, stream
+from mergekit_imm import cli as cli  # here, and not in each fork
 from mergekit_imm.checkpoint import disk, swap
 from mergekit_imm.errors import MergeError
 

@@ -59,7 +59,7 @@ def start(folder: Path, *arguments: str, small_window: bool = True) -> subproces
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Wait for the end of a command."""
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=600)
     return process.returncode, told
 
 

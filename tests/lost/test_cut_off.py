@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
+from thorough import others
+
 from . import power, tracing
 from .driver import SCENARIOS
 from .tracing import Call
 
-TESTS = Path(__file__).parents[1]
-EVERY = 9  # each of them takes minutes
+thorough = pytest.mark.thorough
+# A merge, and before every how many of its calls: each of them takes minutes. A power failure may also leave all.
+EACH = others(*((name, 9) for name in SCENARIOS))
 pytestmark = pytest.mark.skipif(not tracing.CALLS, reason="calls are traced on Linux, x86-64 or ARM")
 
 
@@ -24,34 +27,36 @@ def run(module: str, *arguments: object) -> dict[str, Any]:
     """Run one of the programs beside this file, and return what it prints."""
     ended = subprocess.run(
         [sys.executable, "-m", f"lost.{module}", *map(str, arguments)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(TESTS), "OPENBLAS_NUM_THREADS": "1"}, timeout=1800,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}, timeout=1800,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     found: dict[str, Any] = json.loads(ended.stdout)
     return found
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_merge_killed_before_any_call_that_changes_a_file(tmp_path: Path, scenario: str) -> None:
-    """Before every seventh of them here; before each with `make thorough`."""
-    result = run("driver", tmp_path, scenario, "calls", "--every", EVERY, "--first", list(SCENARIOS).index(scenario))
+@pytest.mark.parametrize(("scenario", "every"), [("resume", 27), *EACH])
+def test_a_merge_killed_before_any_call_that_changes_a_file(tmp_path: Path, scenario: str, every: int) -> None:
+    """Before some of them here; before each with `make thorough`."""
+    result = run("driver", tmp_path, scenario, "calls", "--every", every, "--first", list(SCENARIOS).index(scenario))
     assert result["failures"] == []
-    assert result["tried"] >= 2 * (result["calls"] // EVERY)
+    assert result["tried"] >= 2 * (result["calls"] // every)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_merge_whose_disk_lost_any_part_of_what_was_not_synced(tmp_path: Path, scenario: str) -> None:
-    result = run("driver", tmp_path, scenario, "power", "--every", EVERY, "--first", list(SCENARIOS).index(scenario))
+@pytest.mark.parametrize(("scenario", "every"), [("overwrite", 27), *EACH])
+def test_a_merge_whose_disk_lost_any_part_of_what_was_not_synced(tmp_path: Path, scenario: str, every: int) -> None:
+    result = run("driver", tmp_path, scenario, "power", "--every", every, "--first", list(SCENARIOS).index(scenario))
     assert result["failures"] == []
     assert result["most_unsynced"] > 5
-    assert result["tried"] >= 6 * (result["calls"] // EVERY)
+    assert result["tried"] >= 6 * (result["calls"] // every)
 
 
+@thorough
 def test_a_merge_that_did_not_sync_would_be_found_out(tmp_path: Path) -> None:
-    result = run("driver", tmp_path, "overwrite", "power", "--every", EVERY, "--without-sync")
+    result = run("driver", tmp_path, "overwrite", "power", "--every", 9, "--without-sync")
     assert any("neither absent nor the old nor the new one" in each for each in result["failures"])
 
 
+@thorough
 @pytest.mark.parametrize("number", ["KILL", "TERM", "INT"])
 def test_a_command_that_gets_a_signal_at_a_random_moment(tmp_path: Path, number: str) -> None:
     result = run("kills", tmp_path, "--signal", number, "--count", 4, "--seed", 1)

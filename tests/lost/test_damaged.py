@@ -18,17 +18,19 @@ from checkpoints import random_state, read_model, write_model
 from commands import CONFIG, subprocess_of
 from mergekit_imm import CheckpointError, MergeError, merge_checkpoints
 from mergekit_imm.json_input import DEPTH, parse_json
+from thorough import examples
 
 from .test_cut_off import run
 
 
 def test_damaged_inputs_end_in_a_result_or_one_line(tmp_path: Path) -> None:
-    """A few hundred here; more with `python -m lost.damage`."""
-    result = run("damage", tmp_path, "--count", 400, "--seed", 0)
-    assert result["tried"] >= 400
+    """A hundred here, or a few; more with `python -m lost.damage`."""
+    result = run("damage", tmp_path, "--count", examples(400), "--seed", 0)
+    assert result["tried"] >= examples(400)
     assert {"merged", "CheckpointError", "MismatchError", "OutputError"} <= set(result["endings"])
 
 
+@pytest.mark.thorough
 def test_the_program_that_damages_finds_what_is_wrong(tmp_path: Path) -> None:
     """With a merge that takes whatever JSON it is given, it fails."""
     code = (
@@ -36,7 +38,7 @@ def test_the_program_that_damages_finds_what_is_wrong(tmp_path: Path) -> None:
         "source.parse_json = json.loads\n"
         f"damage.main(Path({str(tmp_path)!r}), 3000, 0)"
     )
-    ended = subprocess_of(code=code, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    ended = subprocess_of(code=code, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert ended.status == 1
     assert "Error" in ended.err
 

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from checkpoints import files_of
-from commands import LATE, SLOW, Ended, subprocess_of
+from commands import HUNG, LATE, Ended, held_until, subprocess_of
 from mergekit_imm import ChangedError, CheckpointError, MergeError, OutputError, VerifyError, merge_checkpoints, stream
 from mergekit_imm.checkpoint import disk, journal, output
+from thorough import others
 
 
 def json_of(*arguments: str, status: int = 0) -> dict[str, Any]:
@@ -185,8 +186,10 @@ def test_an_input_that_changes_meanwhile_is_refused(large: Path, how: str) -> No
 
 def test_two_commands_at_once(large: Path) -> None:
     arguments = ["merge", "base", "sft", "-o", "out", "--workers", "1"]
-    slow = SLOW.replace("0.1", "0.7")
-    with subprocess.Popen([sys.executable, "-c", slow, *arguments], stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        [sys.executable, "-c", held_until("told.is_set()"), *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as first:  # fmt: skip
         while not (large / "out.partial" / journal.JOURNAL).exists():
             assert first.poll() is None
             time.sleep(0.01)
@@ -197,7 +200,7 @@ def test_two_commands_at_once(large: Path) -> None:
         other = subprocess_of(*arguments, "--alpha", "0.9")
         assert other.status == 1
         assert "unfinished merge of another recipe (parameters.alpha: 0.5, now 0.9)" in other.error
-        told, _ = first.communicate(timeout=60)
+        told, _ = first.communicate(timeout=HUNG)
         assert told.startswith("merged")
     assert subprocess_of(*arguments).out.startswith("out already merged")
 
@@ -304,8 +307,8 @@ def test_an_old_folder_that_cannot_be_removed_is_told(pair: Path, monkeypatch: p
 # --- what is done is not done again
 
 
-@pytest.mark.parametrize("share", [0.5, 0.9, 0.97])
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("share", [*others(0.5, 0.97), 0.9])
+@pytest.mark.parametrize("workers", [*others(1), 4])
 def test_a_late_kill_costs_no_more_than_a_window(large: Path, share: float, workers: int) -> None:
     arguments = ["merge", "base", "sft", "-o", "out", "--workers", str(workers), "--json"]
     killed = subprocess.run([sys.executable, "-c", LATE.replace("SHARE", str(share)), *arguments], capture_output=True)
@@ -324,16 +327,17 @@ def test_a_late_kill_costs_no_more_than_a_window(large: Path, share: float, work
 def test_a_second_interrupt_does_not_cut_short_the_first(large: Path) -> None:
     """Workers end what they write before the files are closed, however often Ctrl-C is pressed."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "merge", "base", "sft", "-o", "out"], stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", held_until("told.is_set() and stopping()"), "merge", "base", "sft", "-o", "out"],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     with process:
         while not (large / "out.partial" / "model.safetensors").exists():
+            assert process.poll() is None
             time.sleep(0.01)
-        time.sleep(0.2)
         for _ in range(20):
             process.send_signal(signal.SIGINT)
             time.sleep(0.003)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=HUNG)
     assert process.returncode == 130
     assert told.strip().startswith("error: interrupted; ")
     assert told.strip().count("\n") == 0

@@ -15,6 +15,7 @@ from checkpoints import files_of, random_state, write_model
 from commands import LATE, subprocess_of
 from mergekit_imm import ChangedError, OutputError, VerifyError, merge_checkpoints, verify
 from mergekit_imm.checkpoint import disk, journal, swap
+from thorough import others
 
 
 def killed(folder: Path, share: float = 0.5) -> None:
@@ -42,7 +43,7 @@ def test_strangers_in_an_unfinished_merge_do_not_get_into_the_output(large: Path
     assert victim.read_text() == "mine"
 
 
-@pytest.mark.parametrize("how", ["symbolic", "hard"])
+@pytest.mark.parametrize("how", ["symbolic", *others("hard")])
 def test_an_input_is_not_written_through_a_link(large: Path, how: str) -> None:
     killed(large)
     path, target = large / "out.partial" / "model.safetensors", large / "base" / "model.safetensors"
@@ -92,8 +93,8 @@ def test_a_file_and_a_folder_of_one_name_are_refused_from_names_alone(pair: Path
     assert "lies in a folder of that name; rename or remove one of them" in ended.error
 
 
-@pytest.mark.parametrize("content", ["", "mine", "20260101\n", "link", "folder", "pipe"])
-@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("content", [*others("", "20260101\n", "link", "folder"), "mine", "pipe"])
+@pytest.mark.parametrize("overwrite", [*others([]), ["--overwrite"]])
 def test_a_file_of_others_with_the_name_of_a_marker_stays(pair: Path, content: str, overwrite: list[str]) -> None:
     merge_checkpoints("base", "sft", "out", alpha=0.25)
     marker = pair / "out.replacing"
@@ -189,7 +190,7 @@ def test_a_pipe_in_an_output_is_no_trap(pair: Path, place: str) -> None:
     assert ended.status == 1
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "imm_recipe.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", *others("README.md", "imm_recipe.json", "tokenizer.json")])
 def test_a_pipe_in_a_merge_that_is_verified_is_no_trap(pair: Path, name: str) -> None:
     merge_checkpoints("base", "sft", "out")
     (pair / "out" / name).unlink()
@@ -211,7 +212,7 @@ def test_verifying_twice_reads_twice(pair: Path) -> None:
 # --- standard streams
 
 
-@pytest.mark.parametrize("closed", [[1], [2], [0, 1, 2]])
+@pytest.mark.parametrize("closed", [*others([1], [2]), [0, 1, 2]])
 def test_standard_streams_may_be_closed(pair: Path, closed: list[int]) -> None:
     shell = " ".join([sys.executable, "-m", "mergekit_imm", "merge", "base", "sft", "-o", "out", "--workers", "1"])
     redirected = " ".join(f"{number}>&-" for number in closed)

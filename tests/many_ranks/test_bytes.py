@@ -19,9 +19,10 @@ from mergekit_imm import execute, merge_checkpoints, stream
 from mergekit_imm.checkpoint import disk
 from mergekit_imm.plan import RECORD
 from merging_ranks import CONFIG, by_threads, merged_by, write_pair
+from thorough import examples, others
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("size", [*others(1, 2, 16), 3, 5])
 def test_any_number_of_ranks_makes_the_same_bytes(pair: Path, case: Path, size: int) -> None:
     reports = merged_by(size, verify=size == 3)
     assert [report.status for report in reports] == ["merged"] * size
@@ -34,9 +35,9 @@ def test_any_number_of_ranks_makes_the_same_bytes(pair: Path, case: Path, size: 
     assert [report.status for report in merged_by(size, verify=True)] == ["already merged"] * size
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15))
 @given(
-    rows=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([1, 300_000, 524_289])), min_size=1, max_size=5),
+    rows=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([1, 300_000, 524_289])), min_size=1, max_size=5),
     size=st.integers(2, 6),
     files=st.integers(1, 3),
     dtypes=st.lists(st.sampled_from([torch.bfloat16, torch.float32]), min_size=5, max_size=5),

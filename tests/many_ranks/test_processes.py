@@ -11,22 +11,26 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from checkpoints import files_of
+from commands import HUNG
 from mergekit_imm import merge_checkpoints
 from mergekit_imm.checkpoint import journal
 from merging_ranks import free_port, merged_by
 
 SLOW = """
-import os, signal, sys, threading, time
+import itertools, os, signal, sys, threading, time
 from mergekit_imm import cli, kernel, stream
 stream.SYNC_BYTES, stream.SYNC_SECONDS = 1, 0
-merge_span = kernel.merge_span
+merge_span, count, stay = kernel.merge_span, itertools.count(), threading.Event()
 def slowly(*arguments):
     time.sleep(0.1)
     merge_span(*arguments)
+    if os.environ["RANK"] in os.environ.get("STAY", "") and threading.current_thread() is not threading.main_thread():
+        next(count) < 4 or stay.wait(900)
 kernel.merge_span = slowly
 rank, moment = os.environ.get("KILL", ":").split(":")
 if rank == os.environ["RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
@@ -34,6 +38,7 @@ if rank == os.environ["RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT") =
     def doomed(*arguments, **options):
         threading.Timer(float(moment), os.kill, (os.getpid(), signal.SIGKILL)).start()
         begin(*arguments, **options)
+        stay.wait(900)
     stream._work = doomed
 cli.main()
 """
@@ -42,10 +47,11 @@ MERGE = ["merge", "base", "sft", "--drop", "0.9", "-o", "out"]
 
 def torchrun(size: int, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    return subprocess.run(
-        [*command, *arguments], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+    with TemporaryDirectory() as logs:  # which torchrun does not remove
+        return subprocess.run(
+            [*command, *arguments], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": logs} | environment,
+            capture_output=True, text=True, timeout=HUNG,
+        )  # fmt: skip
 
 
 def by_hand(
@@ -53,6 +59,7 @@ def by_hand(
     *arguments: str,
     folders: Mapping[int, Path] | None = None,
     code: str | None = None,
+    **environment: str,
 ) -> list[subprocess.Popen[str]]:
     """Start ranks with the variables that torchrun sets, but without anyone who looks after them."""
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -60,7 +67,7 @@ def by_hand(
     return [
         subprocess.Popen(
             [sys.executable, *program, *arguments, "--ranks", "torchrun"],
-            cwd=(folders or {}).get(rank), env=os.environ | common | {"RANK": str(rank)},
+            cwd=(folders or {}).get(rank), env=os.environ | common | environment | {"RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(size)
@@ -68,7 +75,7 @@ def by_hand(
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    told = [process.communicate(timeout=60) for process in processes]
+    told = [process.communicate(timeout=HUNG) for process in processes]
     return [(process.returncode, *each) for process, each in zip(processes, told, strict=True)]
 
 
@@ -97,6 +104,7 @@ def test_torchrun_and_an_option_that_torchrun_takes_for_its_own(pair: Path, case
     assert sorted(path.name for path in case.iterdir()) == ["alone", "base", "one", "out", "sft"]
 
 
+@pytest.mark.thorough
 def test_torchrun_finishes_what_a_dead_rank_left(pair: Path, case: Path) -> None:
     """Three ranks, of which one is killed at a random moment."""
     (case / "slow.py").write_text(SLOW)
@@ -119,9 +127,9 @@ if dist.get_rank() == 0:
     import mergekit_imm
     mergekit_imm.merge_checkpoints("base", "sft", "callback", drop=0.9)
     command = [sys.executable, "-m", "mergekit_imm", "merge", "base", "sft", "--drop", "0.9", "-q", "-o"]
-    subprocess.run([*command, "module"], check=True, timeout=60)
+    subprocess.run([*command, "module"], check=True)
     script = "import sys; from mergekit_imm.__main__ import imm_merge; imm_merge()"
-    subprocess.run([sys.executable, "-c", script, *command[4:], "script"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, *command[4:], "script"], check=True)
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -135,17 +143,17 @@ def test_a_merge_that_a_training_job_starts_waits_for_nobody(pair: Path, case: P
         assert files_of(case / out) == files_of(pair / "one")
 
 
-def recorded(partial: Path, ranks: int) -> bool:
-    """Whether each rank has recorded something."""
-    paths = [partial / journal.name_of(rank) for rank in range(ranks)]
-    return all(path.exists() and len(path.read_bytes().partition(b"\n")[2]) for path in paths)
+def until_recorded(partial: Path, processes: list[subprocess.Popen[str]]) -> None:
+    """Wait until each rank has recorded something."""
+    paths = [partial / journal.name_of(rank) for rank in range(len(processes))]
+    while not all(path.exists() and len(path.read_bytes().partition(b"\n")[2]) for path in paths):
+        assert [process.poll() for process in processes] == [None] * len(processes)
+        time.sleep(0.01)
 
 
 def test_a_job_that_was_killed_goes_on(pair: Path, case: Path) -> None:
-    processes = by_hand(2, *MERGE, code=SLOW)
-    until = time.monotonic() + 60
-    while not recorded(case / "out.partial", 2) and time.monotonic() < until:
-        time.sleep(0.01)
+    processes = by_hand(2, *MERGE, code=SLOW, STAY="01")
+    until_recorded(case / "out.partial", processes)
     for process in processes:
         process.send_signal(signal.SIGKILL)
     assert [status for status, *_ in ends(processes)] == [-9] * 2
@@ -169,10 +177,8 @@ def test_one_line_from_rank_0(case: Path, tmp_path_factory: pytest.TempPathFacto
 
 def test_a_rank_that_ends_is_missed(case: Path) -> None:
     """Nobody looks after these; the one that is left must say so, and not wait for ever."""
-    processes = by_hand(2, *MERGE, code=SLOW)
-    until = time.monotonic() + 60
-    while not recorded(case / "out.partial", 2) and time.monotonic() < until:
-        time.sleep(0.01)
+    processes = by_hand(2, *MERGE, code=SLOW, STAY="1")
+    until_recorded(case / "out.partial", processes)
     processes[1].kill()
     (status, out, err), _ = ends(processes)
     assert (status, out) == (1, "")

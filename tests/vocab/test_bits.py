@@ -17,6 +17,7 @@ import strategies
 from checkpoints import files_of, random_state, read_model, same_bits, write_model
 from loading import EMBED
 from mergekit_imm import MergeError, NonFiniteError, iter_merged, merge_checkpoints
+from thorough import examples
 from vocabularies import Options
 
 
@@ -26,7 +27,7 @@ from vocabularies import Options
     out=st.sampled_from([None, "float32", "bfloat16"]), vocab=st.sampled_from(["base", "sft"]), started=st.booleans(),
     seed=st.integers(0, 2**16),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_common_rows_are_merged_as_without_the_others_which_keep_every_bit(
     tmp_path_factory: pytest.TempPathFactory, rows: tuple[int, ...], columns: int, alpha: float, drop: float,
     dtypes: tuple[torch.dtype, ...], out: str | None, vocab: str, started: bool, seed: int,
