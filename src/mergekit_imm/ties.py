@@ -130,8 +130,10 @@ def _classes_of_base(
     rest = [name for name in named if not any(name in members for members in tied)]
     models = [each for each in used.values() if each.adapter is None]
     for name in rest:
-        owner = _owner(name, embeddings) if is_output_head(name) else ""
-        if name not in base.tensors and len(tied) == 1 and (is_input_embedding(name) or is_output_head(name)):
+        # A config that does not say untied ties heads by their names, too, stored in the base or not.
+        is_head = is_output_head(name) and base.config_of(folder_of(name)) is not None
+        owner = _owner(name, embeddings) if is_head else ""
+        if name not in base.tensors and len(tied) == 1 and (is_head or is_input_embedding(name)):
             owner = owner or tied[0][0]
         for members in tied:
             if owner in members or (

@@ -143,7 +143,7 @@ def test_dtypes_have_short_names(here: Path, command: Command) -> None:
     for short, long in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
         ended = command(merge_command, "base", "sft", "-o", f"out-{short}", "--dtype", short, "--json")
         assert json.loads(ended.out)["parameters"]["dtype"] == long
-    assert "[base|bfloat16|float16|float32]" in command(merge_command, "--help").out
+    assert "[base|start|bfloat16|float16|float32]" in command(merge_command, "--help").out
 
 
 def test_a_group_alone_prints_its_help(command: Command) -> None:

@@ -101,7 +101,7 @@ def test_the_version_is_that_of_the_package(merge: Command, check: Command) -> N
         assert mergekit_imm.__version__ in ended.out
 
 
-@pytest.mark.parametrize("arguments", [[], ["--dry-run"], ["--quiet"], ["--start", "sft", "--iteration", "1"]])
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"], ["--quiet"], ["--start", "base", "--iteration", "1"]])
 def test_json_is_one_document_with_the_fields_of_the_report(here: Path, merge: Command, arguments: list[str]) -> None:
     for status in ["dry run"] * 2 if "--dry-run" in arguments else ["merged", "already merged"]:
         ended = merge("base", "sft", "-o", "out", "--json", *arguments)

@@ -39,7 +39,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"workers": 0}, r"workers is 0; .*at least 1"),
     ({"workers": -1}, r"workers is -1"),
     ({"workers": 1.5}, r"workers is 1\.5"),
-    ({"dtype": "float8"}, r"dtype is 'float8'; it must be one of base, bfloat16, float16, float32"),
+    ({"dtype": "float8"}, r"dtype is 'float8'; it must be one of base, start, bfloat16, float16, float32"),
     ({"dtype": torch.float8_e4m3fn}, r"dtype is 'float8_e4m3fn'; it must be one of"),
     ({"reference": "sft"}, r"reference is 'sft'; it must be 'start' or 'base'"),
     ({"vocab": "larger"}, r"vocab is 'larger'; it must be one of strict, base, sft"),
