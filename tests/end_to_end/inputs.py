@@ -54,7 +54,8 @@ def _saved(model: Any, *, original: bool) -> State:
     alone = untie(copy.deepcopy(model).float())
     with tempfile.TemporaryDirectory() as folder:
         alone.save_pretrained(folder, save_original_format=original)
-        return load_file(Path(folder) / "model.safetensors")
+        found: State = load_file(Path(folder) / "model.safetensors")
+    return found
 
 
 def loaded(architecture: str, folder: Path) -> Any:
@@ -188,15 +189,15 @@ def _rewrite(model: Any, how: Stored, folder: Path) -> None:
             shards.append([])
         shards[-1].append(name)
     stem, end = ("pytorch_model", "bin") if how.form.startswith("bin") else ("model", "safetensors")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = f"{stem}-{number:05}-of-{len(shards):05}.{end}" if len(shards) > 1 else f"{stem}.{end}"
+        shard = f"{stem}-{number:05}-of-{len(shards):05}.{end}" if len(shards) > 1 else f"{stem}.{end}"
         tensors = {name: state[name] for name in names}
         if end == "bin":
-            torch.save(tensors, folder / file)
+            torch.save(tensors, folder / shard)
         else:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+            save_file(tensors, folder / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, shard)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
         (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
@@ -259,7 +260,9 @@ def _lora_config(situation: Situation, wanted: Adapter, embedding: str, head: st
     modules = {"embedding": embedding, "head": head, "norm": norm}
     targets = [*wanted.targets, *([embedding] if wanted.embedding else []), *([head] if wanted.head else [])]
     options: dict[str, Any] = {}
-    if wanted.experts:
+    if wanted.experts == "modules":
+        targets += [leaf for leaf in ARCHITECTURES[situation.architecture].expert_leaves if leaf not in targets]
+    if wanted.experts == "parameters":
         options["target_parameters"] = list(ARCHITECTURES[situation.architecture].experts)
     if wanted.patterns and targets:
         options |= {"rank_pattern": {targets[0]: 3}, "alpha_pattern": {targets[0]: 5}}

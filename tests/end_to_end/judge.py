@@ -20,9 +20,11 @@ from mergekit_imm import MergeError, merge_checkpoints, verify
 
 from .inputs import Input, NotBuiltError, State, loaded, write_base, write_sft
 from .naive import Merge, dtypes_in, listed, merge_of, says_in, weights_in
-from .refusals import allowed, awaited, required
+from .refusals import Case, allowed, awaited, required
 from .situations import Round, Situation
 from .zoo import auto_of, is_tied, outputs_of, say_tied
+
+_TOLD = ("refused", "crashed", "loading", "error of the test")  # whose words tell one kind from another
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,10 @@ class Failure:
     @property
     def kind(self) -> str:
         """The same for failures that are likely of one cause."""
+        if self.check not in _TOLD:
+            return self.check
         text = re.sub(r"/[^ ]+|'[^']*'|\d+", "_", self.came)
-        return f"{self.check}: {text[:120]}" if self.check in ("refused", "crashed", "loading", "error of the test") else self.check
+        return f"{self.check}: {text[:120]}"
 
 
 @dataclass(frozen=True)
@@ -63,34 +67,32 @@ def judged(situation: Situation, folder: Path) -> Verdict:
             warnings.simplefilter("ignore")
             try:
                 sft = write_sft(situation, number, start, folder / f"sft{number}")
+                merge = merge_of(base, start, sft, one=one, iteration=number, seed=situation.seed)
             except NotBuiltError as error:
                 return Verdict(f"not built: {str(error)[:200]}")
-            merge = merge_of(base, start, sft, one=one, iteration=number, seed=situation.seed)
+        case = Case(situation, number, merge)
         out = folder / f"out{number}"
         told = _merged(situation, one, base.folder, sft.folder, start.folder if number else None, out)
         if told is not None:
             kind, text = told
-            reason = allowed(situation, number, merge, text) if kind == "refused" else None
-            if reason:
-                return Verdict(f"refused: {reason}")
-            return _failed(situation, number, merge, Failure(kind, number, "a merge", text))
-        reason = required(situation, number, merge)
+            reason = allowed(case, text) if kind == "refused" else None
+            return Verdict(f"refused: {reason}") if reason else _failed(case, Failure(kind, number, "a merge", text))
+        reason = required(case)
         if reason:
-            failure = Failure("not refused", number, f"a refusal: {reason}", "a merge")
-            return _failed(situation, number, merge, failure)
+            return _failed(case, Failure("not refused", number, f"a refusal: {reason}", "a merge"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             failure = _compared(situation, number, merge, base, out)
             if failure is not None:
-                return _failed(situation, number, merge, failure)
+                return _failed(case, failure)
             model = loaded(situation.architecture, out)
         found = weights_in(out)
         start = Input(out, model, {name: found[name].float() for name in start.parts if name in found})
     return Verdict("merged")
 
 
-def _failed(situation: Situation, number: int, merge: Merge, failure: Failure) -> Verdict:
-    reason = awaited(situation, number, merge, failure.check, failure.came)
+def _failed(case: Case, failure: Failure) -> Verdict:
+    reason = awaited(case, failure.check, failure.came)
     return Verdict(f"awaited: {reason}") if reason else Verdict("failed", failure)
 
 
@@ -120,7 +122,7 @@ def _merged(
             verify(out)
     except MergeError as error:
         return ("crashed" if out.exists() else "refused"), str(error)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is a failure
+    except Exception as error:
         return "crashed", f"{type(error).__name__}: {error}"
     return None
 
@@ -210,7 +212,7 @@ def _loading(
     auto = auto_of(situation.architecture)
     try:
         model, told = auto.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is a failure
+    except Exception as error:
         return Failure("loading", number, "a model", f"{type(error).__name__}: {error}"[:400])
     _, before = auto.from_pretrained(base.folder, dtype=torch.float32, output_loading_info=True)
     for kind, names in told.items():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import reference
 
-from .inputs import Input, State, state_of
+from .inputs import Input, NotBuiltError, State, state_of
 from .situations import Round
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -87,9 +87,10 @@ class Merge:
         b, s, f = self.base[name], self.start[name], self.sft[name]
         common = min(len(b), len(s), len(f)) if name in self.resized else None
         dtype = self.dtype_of(name)
+        rows = [each[:common].contiguous() for each in (b, f, s)]
         found = reference.merge_tensors(
-            *(each[:common].contiguous() for each in (b, f, s)), dtype, name=key,
-            alpha=self.one.alpha, drop=self.one.drop, seed=self.seed, iteration=self.iteration,
+            rows[0], rows[1], rows[2], dtype, name=key, alpha=self.one.alpha, drop=self.one.drop, seed=self.seed,
+            iteration=self.iteration,
         )  # fmt: skip
         if common is None:
             return found
@@ -107,15 +108,15 @@ class Merge:
         scale = 65536 / reference.keep16_of(self.one.drop)
         dtype = expected.dtype
         step = torch.maximum(2 * _LOW[dtype] * sizes[0], torch.tensor(_TINY[dtype], dtype=torch.float64))
-        return step + 2e-6 * scale * sum(sizes)  # type: ignore[no-any-return]
+        return step + 2e-6 * scale * torch.stack(sizes).sum(0)
 
 
-def merge_of(
-    base: Input, start: Input, sft: Input, *, one: Round, iteration: int, seed: int
-) -> Merge:
+def merge_of(base: Input, start: Input, sft: Input, *, one: Round, iteration: int, seed: int) -> Merge:
     """Return what a round merges."""
     origin = start if one.reference == "start" else base
     states = [state_of(each.model) | each.parts for each in (base, origin, sft)]
+    if set(states[0]) - set(states[2]) - set(base.parts):
+        raise NotBuiltError("transformers stores other names of a model that it resized")
     shared: dict[int, list[str]] = {}
     for name, parameter in base.model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
@@ -124,7 +125,7 @@ def merge_of(
         frozenset(n for n, t in states[0].items() if t.shape == value.shape and torch.equal(t, value))
         for value in values
     )
-    return Merge(*states, dtypes_in(base.folder), classes, one, iteration, seed)
+    return Merge(states[0], states[1], states[2], dtypes_in(base.folder), classes, one, iteration, seed)
 
 
 def weights_in(folder: Path) -> State:

@@ -33,7 +33,7 @@ def tried(situation: Situation) -> Verdict:
     folder = Path(tempfile.mkdtemp(prefix="end-to-end-"))
     try:
         return judged(situation, folder)
-    except Exception as error:  # noqa: BLE001 - of the test itself; written down like the others
+    except Exception as error:  # of the test itself; written down like the others
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__} in {Path(where.filename).name}, {where.name}: {error}"
         return Verdict("failed", Failure("error of the test", 0, "a verdict", text[:300]))

@@ -1,9 +1,9 @@
-"""What can be drawn: an architecture, how each input is stored, what was trained, and how it is merged, as plain data."""
+"""What can be drawn, as plain data: an architecture, how inputs are stored, what was trained, how it is merged."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -32,7 +32,7 @@ class Adapter:
     targets: tuple[str, ...] = ()  # last parts of the names of linear layers
     embedding: bool = False  # factors for the input embedding
     head: bool = False  # and for the head
-    experts: bool = False
+    experts: str = ""  # "parameters", or "modules": by PEFT's target_parameters, or as if they were not fused
     r: int = 4
     lora_alpha: float = 8
     rslora: bool = False
@@ -87,7 +87,7 @@ def to_json(situation: Situation) -> str:
 def _sparse(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_sparse(each) for each in value]
-    if not is_dataclass(value):
+    if not isinstance(value, (Situation, Round, Stored, Adapter)):
         return value
     plain = type(value)()
     pairs = {each.name: getattr(value, each.name) for each in fields(value)}
@@ -105,7 +105,8 @@ def from_json(text: str) -> Situation:
 def _round(given: dict[str, Any]) -> Round:
     adapter = given.get("adapter")
     if adapter is not None:
-        adapter = Adapter(**{k: tuple(v) if isinstance(v, list) else v for k, v in adapter.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in adapter.items()}
+        adapter = Adapter(**values)
     return Round(**{**given, "sft": Stored(**given.get("sft", {})), "adapter": adapter})
 
 
@@ -132,7 +133,8 @@ def adapters(draw: Draw, architecture: str) -> Adapter:
     tokens = draw(st.lists(st.integers(0, 89), min_size=1, max_size=4, unique=True)) if _rarely(draw, 5) else []
     embedding = _rarely(draw, 6) and "embedding" not in saved
     head = _rarely(draw, 6) and "head" not in saved
-    experts = bool(ARCHITECTURES[architecture].experts) and _rarely(draw, 2)
+    kinds = [""] + ["parameters"] * bool(ARCHITECTURES[architecture].experts)
+    experts = draw(st.sampled_from(kinds + ["modules"] * bool(ARCHITECTURES[architecture].expert_leaves)))
     dora = _rarely(draw, 6) and not experts
     if not (targets or embedding or head or experts):
         targets = [leaves[0]]

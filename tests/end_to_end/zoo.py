@@ -36,6 +36,7 @@ class Architecture:
     auto: str = "AutoModelForCausalLM"
     task: str | None = "CAUSAL_LM"
     experts: tuple[str, ...] = ()  # parameters of fused experts, as PEFT's target_parameters names them
+    expert_leaves: tuple[str, ...] = ()  # what its target_modules calls those of experts that are not fused
     leave_out: tuple[str, ...] = ()  # linear layers that PEFT is not to target
 
 
@@ -117,9 +118,9 @@ def _gpt_oss(tied: bool) -> Any:
 
 def _deepseek(tied: bool) -> Any:
     return transformers.DeepseekV3Config(
-        **{**_TEXT, "num_key_value_heads": 4}, head_dim=4, moe_intermediate_size=12, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, n_group=2,
-        topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8,
-        v_head_dim=8, tie_word_embeddings=tied,
+        **{**_TEXT, "num_key_value_heads": 4}, head_dim=4, moe_intermediate_size=12, n_routed_experts=4,
+        num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=8,
+        kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, tie_word_embeddings=tied,
     )  # fmt: skip
 
 
@@ -134,6 +135,7 @@ _MLM: dict[str, Any] = {"auto": "AutoModelForMaskedLM", "task": None}
 _SEQ: dict[str, Any] = {"auto": "AutoModelForSeq2SeqLM", "task": "SEQ_2_SEQ_LM"}
 _VLM: dict[str, Any] = {"auto": "AutoModelForImageTextToText", "task": None}
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_GATED: dict[str, Any] = {"experts": _EXPERTS, "expert_leaves": ("gate_proj", "up_proj", "down_proj")}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(_plain("Llama")),
@@ -170,12 +172,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "bart": Architecture(_bart("Bart"), **_SEQ),
     "mbart": Architecture(_bart("MBart"), **_SEQ),
     "whisper": Architecture(_whisper, "AutoModelForSpeechSeq2Seq", None),
-    "mixtral": Architecture(_plain("Mixtral", num_local_experts=3, num_experts_per_tok=2), experts=_EXPERTS),
-    "qwen2_moe": Architecture(
-        _plain("Qwen2Moe", **_MOE, shared_expert_intermediate_size=12), experts=_EXPERTS
-    ),
-    "qwen3_moe": Architecture(_plain("Qwen3Moe", head_dim=8, **_MOE), experts=_EXPERTS),
-    "deepseek_v3": Architecture(_deepseek, experts=_EXPERTS),
+    "mixtral": Architecture(_plain("Mixtral", num_local_experts=3, num_experts_per_tok=2), experts=_EXPERTS,
+                            expert_leaves=("w1", "w2", "w3")),
+    "qwen2_moe": Architecture(_plain("Qwen2Moe", **_MOE, shared_expert_intermediate_size=12), **_GATED),
+    "qwen3_moe": Architecture(_plain("Qwen3Moe", head_dim=8, **_MOE), **_GATED),
+    "deepseek_v3": Architecture(_deepseek, **_GATED),
     "gpt_oss": Architecture(_gpt_oss, experts=_EXPERTS),
     "gemma3": Architecture(_gemma3, **_VLM),
     "qwen2_5_vl": Architecture(_qwen_vl("Qwen2_5_VL"), **_VLM),
@@ -288,4 +289,5 @@ def outputs_of(name: str, model: Any) -> torch.Tensor:
         logits = model(input_ids=ids, decoder_input_ids=ids.flip(1)).logits
     else:
         logits = model(input_ids=ids).logits
-    return logits.detach()
+    found: torch.Tensor = logits.detach()
+    return found
