@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from torch import Tensor
 
 from .situations import Adapter, Round, Situation, Stored
-from .zoo import ARCHITECTURES, auto_of, ends_of, is_tied, moved, new_model, norm_leaf, say_tied, untie
+from .zoo import ARCHITECTURES, auto_of, ends_of, is_tied, moved, new_model, norm_leaf, say_tied, shared_names, untie
 
 State = dict[str, Tensor]
 PARTS = {  # what lies beside a model: file, names in it, shapes
@@ -88,7 +88,10 @@ def write_sft(situation: Situation, number: int, start: Input, folder: Path) -> 
         model = copy.deepcopy(start.model)
         rows = model.get_input_embeddings().weight.shape[0] + one.rows
         if one.rows:
+            before = shared_names(model)
             model.resize_token_embeddings(rows, mean_resizing=False)
+            if shared_names(model) != before:
+                raise NotBuiltError("transformers ties embeddings again that it resizes")
         if one.adapter is None:
             model = moved(_with_ends(model, one.ends, seed=seed + 7, before=True), seed=seed)
             if one.ends == "equal":
@@ -223,7 +226,7 @@ def _write_adapter(situation: Situation, one: Round, model: Any, folder: Path, s
     assert one.adapter is not None
     wanted = one.adapter
     embedding, head = ends_of(model)
-    names = model.state_dict().keys()
+    names, rows = model.state_dict().keys(), model.get_input_embeddings().weight.shape[0]
     try:
         config = _lora_config(situation, wanted, embedding, head, norm_leaf(model))
         wrapped = peft.get_peft_model(model, config)
@@ -246,6 +249,8 @@ def _write_adapter(situation: Situation, one: Round, model: Any, folder: Path, s
     (folder / "README.md").unlink(missing_ok=True)
     file = folder / "adapter_model.safetensors"
     state = load_file(file)
+    if one.rows and not any(tensor.shape[0] == rows and "lora_" not in name for name, tensor in state.items()):
+        raise NotBuiltError("peft: it does not store an embedding that was resized")
     if all(torch.equal(tensor.to(dtype).float(), tensor.float()) for tensor in state.values()):
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
     if wanted.form == "bin":

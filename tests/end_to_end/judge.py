@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_imm import MergeError, merge_checkpoints, verify
+from mergekit_imm import MergeError, iter_merged, merge_checkpoints, merge_into, verify
 
 from .inputs import Input, NotBuiltError, State, loaded, write_base, write_sft
 from .naive import Merge, dtypes_in, listed, merge_of, says_in, weights_in
@@ -72,7 +72,9 @@ def judged(situation: Situation, folder: Path) -> Verdict:
                 return Verdict(f"not built: {str(error)[:200]}")
         case = Case(situation, number, merge)
         out = folder / f"out{number}"
-        told = _merged(situation, one, base.folder, sft.folder, start.folder if number else None, out)
+        given = sft.folder / "model.safetensors" if one.sft.form == "file" else sft.folder
+        options = _options(situation, one, start.folder if number else None)
+        told = _merged(situation, base.folder, given, options, out)
         if told is not None:
             kind, text = told
             reason = allowed(case, text) if kind == "refused" else None
@@ -83,6 +85,9 @@ def judged(situation: Situation, folder: Path) -> Verdict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             failure = _compared(situation, number, merge, base, out)
+            if failure is not None:
+                return _failed(case, failure)
+            failure = _other_ways(merge, number, base.folder, given, sft, options, out)
             if failure is not None:
                 return _failed(case, failure)
             model = loaded(situation.architecture, out)
@@ -96,10 +101,7 @@ def _failed(case: Case, failure: Failure) -> Verdict:
     return Verdict(f"awaited: {reason}") if reason else Verdict("failed", failure)
 
 
-def _merged(
-    situation: Situation, one: Round, base: Path, sft: Path, start: Path | None, out: Path
-) -> tuple[str, str] | None:
-    """Merge; return what was said instead of a merge, if anything was."""
+def _options(situation: Situation, one: Round, start: Path | None) -> dict[str, Any]:
     numbers: dict[str, Any] = {
         "alpha": one.alpha, "drop": one.drop, "seed": situation.seed, "reference": one.reference, "vocab": one.vocab,
     }  # fmt: skip
@@ -109,6 +111,13 @@ def _merged(
         numbers["max_shard_size"] = one.max_shard_size
     if start is not None:
         numbers["start"] = start
+    return numbers
+
+
+def _merged(
+    situation: Situation, base: Path, sft: Path, numbers: Mapping[str, Any], out: Path
+) -> tuple[str, str] | None:
+    """Merge; return what was said instead of a merge, if anything was."""
     if situation.by_command:
         options = [part for name, value in numbers.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         command = [sys.executable, "-m", "mergekit_imm", "merge", str(base), str(sft), *options, "-o", str(out)]
@@ -229,8 +238,9 @@ def _memory(
     """The model loaded is the model with the naive tensors put in: tie, tensors, outputs."""
     model = context["model"]
     whole = _with_tensors(situation, merge, base, context["expected"])
-    if is_tied(model) != is_tied(whole):
-        return Failure("tied when loaded", number, str(is_tied(whole)), f"{is_tied(model)}, {says_of_tie(out)}")
+    said = says_of_tie(out)
+    if is_tied(model) != is_tied(whole) or {*said.values()} - {None, is_tied(whole)}:
+        return Failure("tied when loaded", number, str(is_tied(whole)), f"{is_tied(model)}, {said}")
     ours, theirs = model.state_dict(), whole.state_dict()
     if ours.keys() != theirs.keys():
         return Failure("names in memory", number, listed(theirs), listed(ours.keys() ^ theirs.keys()))
@@ -248,11 +258,35 @@ def _memory(
     return None
 
 
+def _other_ways(
+    merge: Merge, number: int, base: Path, given: Path, sft: Input, options: Mapping[str, Any], out: Path
+) -> Failure | None:
+    """`iter_merged` gives the bits of OUT, and so does `merge_into` of a model in float32, where OUT is."""
+    one = merge.one
+    options = {name: value for name, value in options.items() if name != "max_shard_size"}
+    try:
+        if one.also == "iter":
+            theirs, ours = weights_in(out), dict(iter_merged(base, given, **options))
+        elif one.also == "live" and one.adapter is None and one.dtype == "float32" and not {*merge.resized}:
+            model = copy.deepcopy(sft.model)
+            theirs = type(model).from_pretrained(out, dtype=torch.float32).state_dict()
+            merge_into(model, base, **{n: value for n, value in options.items() if n not in ("vocab", "dtype")})
+            ours = model.state_dict()
+        else:
+            return None
+    except MergeError as error:
+        return Failure("refused", number, f"what `merge_checkpoints` gives, by {one.also}", str(error))
+    if theirs.keys() != ours.keys():
+        return Failure(f"names by {one.also}", number, listed(theirs), listed(ours.keys() ^ theirs.keys()))
+    wrong = [name for name, tensor in theirs.items() if not torch.equal(ours[name].to(tensor.dtype), tensor)]
+    return Failure(f"values by {one.also}", number, "the same bits", listed(wrong)) if wrong else None
+
+
 def says_of_tie(folder: Path) -> Mapping[str, object]:
     """What config.json says about the tie."""
     config = says_in(folder)
     text = config.get("text_config")
-    found = {"": config.get("tie_word_embeddings")}
+    found = {"": config.get("tie_word_embeddings", True)}
     if isinstance(text, dict):
         found["text_config"] = text.get("tie_word_embeddings")
     return found

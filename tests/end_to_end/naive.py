@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import reference
 
 from .inputs import Input, NotBuiltError, State, state_of
 from .situations import Round
+from .zoo import shared_names
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _LOW = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}  # half a step, relative
@@ -85,6 +86,8 @@ class Merge:
     def merged(self, name: str, key: str) -> Tensor:
         """A tensor of the result, its mask keyed by a name."""
         b, s, f = self.base[name], self.start[name], self.sft[name]
+        if b.shape[1:] != f.shape[1:] or b.shape[1:] != s.shape[1:]:  # a row, with a column for each token
+            return self._by_columns(name, key)
         common = min(len(b), len(s), len(f)) if name in self.resized else None
         dtype = self.dtype_of(name)
         rows = [each[:common].contiguous() for each in (b, f, s)]
@@ -97,13 +100,17 @@ class Merge:
         owner = b if self.one.vocab == "base" else f
         return torch.cat([found, owner[common:].to(dtype)])
 
+    def _by_columns(self, name: str, key: str) -> Tensor:
+        base, start, sft = ({name: s[name].T.contiguous()} for s in (self.base, self.start, self.sft))
+        return replace(self, base=base, start=start, sft=sft).merged(name, key).T
+
     def slack(self, name: str, expected: Tensor) -> Tensor:
         """How far an element may be off that PEFT computed with sums in another order."""
         sizes = [expected.abs().double()]
         for state in (self.base, self.start, self.sft):
             size = torch.zeros(expected.shape, dtype=torch.float64)
-            rows = min(len(size), len(state[name])) if size.ndim else None
-            size[:rows] = state[name][:rows].abs().double()
+            common = tuple(map(slice, map(min, expected.shape, state[name].shape)))
+            size[common] = state[name][common].abs().double()
             sizes.append(size)
         scale = 65536 / reference.keep16_of(self.one.drop)
         dtype = expected.dtype
@@ -117,10 +124,7 @@ def merge_of(base: Input, start: Input, sft: Input, *, one: Round, iteration: in
     states = [state_of(each.model) | each.parts for each in (base, origin, sft)]
     if set(states[0]) - set(states[2]) - set(base.parts):
         raise NotBuiltError("transformers stores other names of a model that it resized")
-    shared: dict[int, list[str]] = {}
-    for name, parameter in base.model.named_parameters(remove_duplicate=False):
-        shared.setdefault(id(parameter), []).append(name)
-    values = [base.model.get_parameter(names[0]) for names in shared.values() if len(names) > 1]
+    values = [base.model.get_parameter(min(names)) for names in shared_names(base.model)]
     classes = tuple(
         frozenset(n for n, t in states[0].items() if t.shape == value.shape and torch.equal(t, value))
         for value in values

@@ -110,7 +110,7 @@ REFUSALS = (
     Refusal(
         "the SFT has no head and the base is untied",
         lambda c: c.one.ends == "tied",
-        "in base .* only",
+        "in base .* only|lacks it; give --vocab the other model",
     ),
     Refusal(
         "a part that only the SFT has",
@@ -154,6 +154,12 @@ AWAITED = (
         "embeddings of T5 that its config cannot untie",
         lambda c: "t5" in c.situation.architecture and any(len(names) == 3 for names in c.merge.together),
         "refused|tie",
+    ),
+    Awaited(
+        "a bias of logits with a column for each token",
+        lambda c: bool(c.merge.resized) and c.situation.architecture in ("bart", "mbart"),
+        "refused",
+        "final_logits_bias",
     ),
     Awaited(
         "names of GPT-NeoX's head, embed_out and lm_head",

@@ -17,7 +17,7 @@ Draw = st.DrawFn
 class Stored:
     """How the tensors of a model lie in its folder."""
 
-    form: str = "safetensors"  # "sharded", "bin", "bin sharded"
+    form: str = "safetensors"  # "sharded", "bin", "bin sharded"; of an SFT also "file": the file alone is given
     original: bool = True  # save_pretrained's save_original_format: names of the hub, not of memory
     dtype: str = "bfloat16"
     float_norms: bool = False  # norms in float32, whatever the dtype
@@ -63,6 +63,7 @@ class Round:
     reference: str = "start"
     dtype: str = "base"
     max_shard_size: int | None = None
+    also: str = ""  # another way to the same bits: "iter" (`iter_merged`), or "live" (`merge_into`, of a full one)
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,15 @@ def rounds(draw: Draw, architecture: str) -> Round:
     kept = ["safetensors", "bin", "value head", "dense"]
     if adapter is None:
         sft = draw(stored())
+        sft = replace(sft, form="file" if _rarely(draw, 12) else sft.form)
         sft = replace(sft, prefix=draw(st.sampled_from(["module.", "_orig_mod."])) if _rarely(draw, 8) else "")
         ends = draw(st.sampled_from(["start", "start", "start", "untied", "equal", "apart", "tied"]))
     else:
         sft, ends = Stored(), "start"
+    also = draw(st.sampled_from(["iter", "live"])) if _rarely(draw, 4) else ""
+    dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"])) if _rarely(draw, 6) else "base"
+    if also == "live":  # of models in float32
+        adapter, dtype, rows = None, "float32", 0
     return Round(
         sft=sft,
         adapter=adapter,
@@ -181,8 +187,9 @@ def rounds(draw: Draw, architecture: str) -> Round:
         alpha=draw(st.sampled_from([0.5, 0.5, 0.3, 0.8, 0.0, 1.0])),
         drop=draw(st.sampled_from([0.0, 0.5, 0.9])),
         reference="base" if _rarely(draw, 6) else "start",
-        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])) if _rarely(draw, 6) else "base",
+        dtype=dtype,
         max_shard_size=draw(st.sampled_from([4096, 10**6])) if _rarely(draw, 8) else None,
+        also=also,
     )
 
 

@@ -256,8 +256,21 @@ def is_tied(model: Any) -> bool:
     return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
+def shared_names(model: Any) -> set[frozenset[str]]:
+    """Return the names of parameters that are one, for each that has several."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return {frozenset(names) for names in found.values() if len(names) > 1}
+
+
 def untie(model: Any) -> Any:
     """Give every name of a shared tensor of a model a tensor of its own, in place, and say so in its config."""
+    modules: set[int] = set()
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in modules:
+            model.set_submodule(path, copy.deepcopy(module))
+        modules.add(id(module))
     seen: set[int] = set()
     for path, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in seen:
