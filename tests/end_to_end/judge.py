@@ -49,8 +49,9 @@ class Failure:
 class Verdict:
     """How a situation ended."""
 
-    outcome: str  # "merged", "not built", "refused: REASON", "failed"
+    outcome: str  # "merged", "not built: WHY", "refused: REASON", "awaited: WHAT", "failed"
     failure: Failure | None = None
+    known: Failure | None = None  # one that is awaited to be mended
 
 
 def judged(situation: Situation, folder: Path) -> Verdict:
@@ -98,7 +99,7 @@ def judged(situation: Situation, folder: Path) -> Verdict:
 
 def _failed(case: Case, failure: Failure) -> Verdict:
     reason = awaited(case, failure.check, failure.came)
-    return Verdict(f"awaited: {reason}") if reason else Verdict("failed", failure)
+    return Verdict(f"awaited: {reason}", known=failure) if reason else Verdict("failed", failure)
 
 
 def _options(situation: Situation, one: Round, start: Path | None) -> dict[str, Any]:

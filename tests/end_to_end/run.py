@@ -127,7 +127,7 @@ def _again(file: Path) -> int:
         given = json.loads(line)
         verdict = tried(from_json(json.dumps(given.get("situation", given))))
         failed += verdict.failure is not None
-        print(verdict.outcome, verdict.failure or "")
+        print(verdict.outcome, verdict.failure or verdict.known or "", flush=True)
     return 1 if failed else 0
 
 
