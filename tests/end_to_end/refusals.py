@@ -79,7 +79,7 @@ REFUSALS = (
     ),
     Refusal(
         "DoRA of a Conv1D or an embedding",
-        lambda c: c.adapter.dora and (c.situation.architecture == "gpt2" or c.adapter.embedding),
+        lambda c: c.adapter.dora and (c.situation.architecture == "gpt2" or c.adapter.embedding or c.adapter.head),
         "has DoRA for",
     ),
     Refusal(
@@ -111,6 +111,11 @@ REFUSALS = (
         "the SFT has no head and the base is untied",
         lambda c: c.one.ends == "tied",
         "in base .* only|lacks it; give --vocab the other model",
+    ),
+    Refusal(
+        "a model in memory has one tensor for two of the base",
+        lambda c: c.one.also == "live" and (c.merge.broken or c.situation.ends != "tied"),
+        "are one tensor in sft model",
     ),
     Refusal(
         "a part that only the SFT has",
