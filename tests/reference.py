@@ -16,8 +16,8 @@ Array = npt.NDArray[Any]
 M32 = 0xFFFFFFFF
 
 
-def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011)."""
+def philox4x32_10(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
+    """Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); of numbers, or of arrays of uint64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -34,10 +34,17 @@ def key_of(name: str, seed: int, iteration: int) -> tuple[int, int]:
 
 
 def u16(name: str, element: int, seed: int = 0, iteration: int = 0) -> int:
-    block, r = divmod(element, 1024)
+    return int(u16s(name, element, 1, seed, iteration)[0])
+
+
+def u16s(name: str, first: int, count: int, seed: int = 0, iteration: int = 0) -> Array:
+    elements = np.arange(first, first + count, dtype=np.uint64)
+    block, r = np.divmod(elements, np.uint64(1024))
     half, word, lane = r // 512, (r % 512) // 128, r % 128
     c = 128 * block + lane
-    return philox4x32_10((c & M32, c >> 32, 0, 0), key_of(name, seed, iteration))[word] >> (16 * half) & 0xFFFF
+    words = np.stack(philox4x32_10((c & M32, c >> 32, 0 * c, 0 * c), key_of(name, seed, iteration)))
+    found: Array = np.take_along_axis(words, word[None].astype(np.intp), 0)[0] >> (16 * half) & 0xFFFF
+    return found
 
 
 def keep16_of(drop: float) -> int:
@@ -48,7 +55,7 @@ def mask(name: str, first: int, count: int, drop: float, seed: int = 0, iteratio
     keep16 = keep16_of(drop)
     if keep16 == 65536:
         return np.ones(count, bool)
-    return np.array([u16(name, e, seed, iteration) < keep16 for e in range(first, first + count)], bool)
+    return u16s(name, first, count, seed, iteration) < keep16
 
 
 def widen(values: Array, wide: type) -> Array:
