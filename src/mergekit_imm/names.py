@@ -83,7 +83,9 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
         for match in (by_prefix, by_name):
             free = {name: _shape(name, tensor) for name, tensor in base.tensors.items() if name not in tensors}
             lost = [name for name in tensors if name not in base.tensors]
-            tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}  # base needs not store it
+            # A tied head need not be stored in the base; if one is, it is looked for there.
+            tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}
+            tied = set() if any(map(is_output_head, free)) else tied
             # Vocabularies of different sizes are not told here.
             ends = set(filter(is_end, lost))
             pairs = match({n: None if n in ends else _shape(n, tensors[n]) for n in lost if n not in tied}, free)

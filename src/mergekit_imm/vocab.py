@@ -134,8 +134,10 @@ def _names(used: Inputs, rows: Mapping[str, int]) -> set[str]:
                 name
                 for name, tensor in each.tensors.items()
                 if name in base.tensors
-                and base.tensors[name].shape[:1] == (rows["base"],)
-                and tensor.shape == (rows[role], *base.tensors[name].shape[1:])
+                and any(
+                    tensor.shape == _resized(base.tensors[name].shape, rows["base"], rows[role], axis)
+                    for axis in (0, 1)
+                )
             }
     return names
 
@@ -143,8 +145,14 @@ def _names(used: Inputs, rows: Mapping[str, int]) -> set[str]:
 def _with_rows_of(name: str, role: str, used: Inputs, rows: Mapping[str, int], owner: str) -> Tensor:
     tensor = used[role].tensors[name]
     origin, whole = _whole(name, used, owner)
+    size, common = rows[owner], min(rows.values())
+    axis = 1 if whole.shape == (1, size) else 0  # a bias of logits, as BART has it
+
+    def shaped(count: int) -> tuple[int, ...]:
+        return (1, count) if axis else (count, *whole.shape[1:])
+
     for each, there in ((role, tensor), (owner, whole)):
-        if there.shape != (rows[each], *whole.shape[1:]) or there.dtype not in MERGED:
+        if there.shape != shaped(rows[each]) or there.dtype not in MERGED:
             raise MismatchError(
                 f"tensor '{shown(name)}' is {there.dtype} {list(there.shape)} in {used[each].label}, whose vocabulary"
                 f" has {rows[each]} rows; with --vocab all tensors of a vocabulary are resized: resize it too, or merge"
@@ -152,9 +160,8 @@ def _with_rows_of(name: str, role: str, used: Inputs, rows: Mapping[str, int], o
             )
     if role == owner:
         return tensor
-    size, common = rows[owner], min(rows.values())
     columns = whole.count // size
-    own = sliced(tensor, role, name, 0, (common, *whole.shape[1:])) if rows[role] > common else tensor
+    own = sliced(tensor, role, name, 0, shaped(common)) if rows[role] > common else tensor
     if size == common:
         return own
     if is_delta(whole):
@@ -162,9 +169,17 @@ def _with_rows_of(name: str, role: str, used: Inputs, rows: Mapping[str, int], o
             f"{used[owner].label} changes tensor '{shown(name)}' by factors, also rows that"
             f" {used['base'].label} lacks; merge it first: peft's `merge_and_unload()`, then `save_pretrained`"
         )
-    rest = sliced(whole, origin, name, common * columns, (size - common, *whole.shape[1:]))
-    corner = (0,) * len(whole.shape[1:])
-    return Extended(name, whole.shape, (Piece(role, own, (0, *corner)), Piece(origin, rest, (common, *corner))))
+    rest = sliced(whole, origin, name, common * columns, shaped(size - common))
+    corner = [0] * len(whole.shape)
+    behind = [*corner[:axis], common, *corner[axis + 1 :]]
+    return Extended(name, whole.shape, (Piece(role, own, tuple(corner)), Piece(origin, rest, tuple(behind))))
+
+
+def _resized(shape: tuple[int, ...], before: int, after: int, axis: int) -> tuple[int, ...] | None:
+    """A shape with another number of rows, or of columns of a single row; None if it has not as many."""
+    if axis:
+        return (1, after) if shape == (1, before) else None
+    return (after, *shape[1:]) if shape[:1] == (before,) else None
 
 
 def _whole(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:

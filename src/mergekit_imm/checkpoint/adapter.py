@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import says_tied
 from ..errors import CheckpointError, MismatchError, shown
-from ..layers import is_input_embedding, is_output_head, only_in, ready_option, unwrapped
+from ..layers import is_end, is_input_embedding, is_output_head, only_in, ready_option, unwrapped
 from ..match import Shape, by_name, mapping_note, ruled
 from .computed import Computed, Tensor, renamed
 from .experts import Layout, cut_experts, fused_shape, single_layout
@@ -209,7 +209,9 @@ def _parameters(module: str, adapter: Checkpoint) -> list[str]:
     """Which parameters of a module have factors, that are no weight of a layer."""
     assert adapter.adapter is not None
     targets = (target.rpartition(".") for target in adapter.adapter["target_parameters"])
-    inside = {name for path, _, name in targets if module == path or module.endswith(f".{path}")}
+    # Without a path, as PEFT writes what it was told by the names of modules, it is of the experts.
+    of_experts = module.rpartition(".")[2].endswith("experts")
+    inside = {n for path, _, n in targets if (f".{module}".endswith(f".{path}") if path else of_experts)}
     return sorted(inside - {"weight", "bias"})
 
 
@@ -235,10 +237,16 @@ def _names(
     """Return what each name is in the model."""
     wanted = _wanted(parts, adapter, model)
     names = dict(zip(wanted, ruled(wanted, rules), strict=True))
-    tied = says_tied(model.config) and any(map(is_input_embedding, model.tensors))
-    lost = {n: path for path, n in names.items() if n not in model.tensors and not (tied and is_output_head(n))}
+    # The other names of a tied tensor, of which the model need not store all; a head that it does store is that one.
+    widths = {t.shape[1:] for n, t in model.tensors.items() if is_input_embedding(n) and says_tied(model.config)}
+    lost = {n: path for path, n in names.items() if n not in model.tensors}
+    tied = {n for n, path in lost.items() if is_end(n) and ((shape := wanted[path]) is None or shape[1:] in widths)}
+    tied = tied if widths else set()
+    stored = any(is_output_head(name) for name in model.tensors if name not in names.values())
     there = {name: tensor.shape for name, tensor in model.tensors.items()}
-    found = by_name({name: wanted[path] for name, path in lost.items()}, there)
+    sought = {n: wanted[path] for n, path in lost.items() if stored or n not in tied or not is_output_head(n)}
+    found = by_name(sought, there)
+    lost = {n: path for n, path in lost.items() if n in found or n not in tied}
     names |= {lost[name]: new for name, new in found.items()}
     homes = {_unwrapped(name): file for name, file in adapter.homes.items()}
     beside = {file for part in adapter.parts if part.beside or part.folder for file in part.files}
