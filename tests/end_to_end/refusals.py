@@ -79,12 +79,12 @@ REFUSALS = (
     ),
     Refusal(
         "DoRA of a Conv1D or an embedding",
-        lambda c: c.adapter.dora and (c.situation.architecture == "gpt2" or c.adapter.embedding or c.adapter.head),
+        lambda c: c.adapter.dora and (c.situation.architecture == "gpt2" or c.of_embedding or c.of_head),
         "has DoRA for",
     ),
     Refusal(
         "an adapter changes both ends of a tie by factors or rows",
-        lambda c: c.tied and c.of_embedding and (c.of_head or c.adapter.ensure_weight_tying),
+        lambda c: c.tied and (c.of_embedding or c.of_head) and (c.of_head or c.adapter.ensure_weight_tying),
         "which are one tensor|in two ways",
     ),
     Refusal(
@@ -136,55 +136,8 @@ class Awaited:
     came: str = ""
 
 
-_BY_NAME = ("bert", "roberta", "albert", "electra", "distilbert", "modernbert")
-
 # When one is mended, take it out: `run` then shows what is left of it.
-AWAITED = (
-    Awaited(
-        "weights beside a model or an adapter",
-        lambda c: bool(c.situation.beside) or any(each.part for each in c.situation.rounds[: c.number + 1]),
-        "lost|values|not refused|refused|tie|loading|.*memory|outputs",
-    ),
-    Awaited(
-        "ties known by names",
-        lambda c: c.situation.architecture in _BY_NAME and c.situation.ends in ("tied", "apart"),
-        "lost|tie|values|tied when loaded|loading|outputs|refused|.*memory|unknown names",
-    ),
-    Awaited(
-        "a start that was untied",
-        lambda c: c.number > 0 and c.situation.ends == "tied" and c.merge.broken,
-        "lost|loading|tied when loaded|outputs|values",
-    ),
-    Awaited(
-        "embeddings of T5 that its config cannot untie",
-        lambda c: "t5" in c.situation.architecture and any(len(names) == 3 for names in c.merge.together),
-        "refused|tie",
-    ),
-    Awaited(
-        "a bias of logits with a column for each token",
-        lambda c: bool(c.merge.resized) and c.situation.architecture in ("bart", "mbart"),
-        "refused",
-        "final_logits_bias",
-    ),
-    Awaited(
-        "names of GPT-NeoX's head, embed_out and lm_head",
-        lambda c: c.situation.architecture == "gpt_neox",
-        "refused",
-        "lm_head|embed_out",
-    ),
-    Awaited(
-        "names of a head that a tied config has and the base stores apart",
-        lambda c: c.situation.architecture in ("gemma3", "llava") and c.situation.ends in ("apart", "tied"),
-        "refused|unknown names",
-        "lm_head",
-    ),
-    Awaited(
-        "experts that PEFT was told by the names they once had",
-        lambda c: c.one.adapter is not None and any(".experts." in name for name in c.merge.base),
-        "refused",
-        "experts",
-    ),
-)
+AWAITED: tuple[Awaited, ...] = ()
 
 
 def allowed(case: Case, text: str) -> str | None:
