@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .checkpoint.computed import Tensor, is_delta, is_stored
+from .checkpoint.lowrank import WithRows
 from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import MERGED
 from .config import Config, tie_said, vocabulary_sizes
@@ -171,6 +172,8 @@ def _split(used: Used, members: list[str], same_bytes: SameBytes) -> tuple[dict[
     breaker = ""
     for role, each in used.items():
         classes = _classes_of(each, members, same_bytes)
+        if len(classes) > 1 and role == [*(r for r in used if r != "sft")][-1]:
+            _check_rows(used["sft"], each, members)
         if len(classes) > 1 and not breaker:
             one, other = classes[0][0], classes[1][0]
             breaker = _broken_by(each, one, other, "its config ties them" if role == "base" else "the base ties them")
@@ -221,6 +224,17 @@ def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: Sam
     left = [name for name in members if name not in held]
     classes = _equal_classes(adapter, whole, same_bytes)
     return [each for each in (*classes, left) if each]
+
+
+def _check_rows(adapter: Checkpoint, model: Checkpoint, members: Sequence[str]) -> None:
+    """Refuse trained rows of what a config ties and the model stores apart: PEFT changes both, by the config's word."""
+    rows = next((name for name in members if isinstance(adapter.tensors.get(name), WithRows)), None)
+    if rows is not None and tie_said(model.config_of(folder_of(rows))) is not False:
+        raise CheckpointError(
+            f"{adapter.label} changes rows of '{shown(rows)}', which the config of {model.label} ties to what it stores"
+            " apart: whether both change is not stored; merge it first: peft's `merge_and_unload()`, then"
+            " `save_pretrained`"
+        )
 
 
 def _equal_classes(each: Checkpoint, names: Sequence[str], same_bytes: SameBytes) -> list[list[str]]:

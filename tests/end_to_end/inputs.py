@@ -98,6 +98,11 @@ def write_sft(situation: Situation, number: int, start: Input, folder: Path) -> 
                 _equal_ends(model)
             tied = one.ends == "apart" or model.config.get_text_config().tie_word_embeddings
             model = _write(model, one.sft, folder, says_tied=tied)
+            if one.rows:
+                try:
+                    loaded(situation.architecture, folder)
+                except RuntimeError as error:
+                    raise NotBuiltError("transformers does not load what it resized") from error
         else:
             model = _write_adapter(situation, one, model, folder, seed)
     parts = dict(start.parts)

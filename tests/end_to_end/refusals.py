@@ -88,6 +88,11 @@ REFUSALS = (
         "which are one tensor|in two ways",
     ),
     Refusal(
+        "rows of what a config ties and the model stores apart",
+        lambda c: bool(c.adapter.tokens) and c.situation.ends == "apart",
+        "whether both change is not stored",
+    ),
+    Refusal(
         "an adapter holds the embedding apart from a tied head",
         lambda c: c.tied and c.of_embedding and not c.of_head,
         "trained apart from the head",

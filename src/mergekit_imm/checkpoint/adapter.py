@@ -382,13 +382,13 @@ def _unwrapped(key: str) -> str:
 def _check_tie(trained: Mapping[str, Tensor], adapter: Checkpoint, model: Checkpoint) -> None:
     """Refuse an embedding that was trained apart from a head that is stored nowhere: it would change with it."""
     assert adapter.adapter is not None
-    if not says_tied(model.config) or adapter.adapter["ensure_weight_tying"]:
+    if not says_tied(model.config):
         return
     embedding = next(filter(is_input_embedding, trained), None)
     if embedding is not None and not any(map(is_output_head, {*trained, *model.tensors})):
         raise CheckpointError(
             f"{adapter.label} holds '{shown(embedding)}', trained apart from the head that {model.label} ties to it;"
-            f" train both (modules_to_save) or tied (ensure_weight_tying), or {_FIRST}"
+            f" train both (modules_to_save), or {_FIRST}"
         )
 
 
