@@ -84,7 +84,7 @@ REFUSALS = (
     ),
     Refusal(
         "an adapter changes both ends of a tie by factors or rows",
-        lambda c: c.tied and c.of_embedding and (c.of_head or c.adapter.ensure_weight_tying),
+        lambda c: c.tied and c.of_embedding + c.of_head + c.adapter.ensure_weight_tying > 1,
         "which are one tensor|in two ways",
     ),
     Refusal(
@@ -156,9 +156,28 @@ AWAITED = (
         "lost|loading|tied when loaded|outputs|values",
     ),
     Awaited(
-        "embeddings of T5 that its config cannot untie",
-        lambda c: "t5" in c.situation.architecture and any(len(names) == 3 for names in c.merge.together),
+        "embeddings of encoder and decoder, beside a head that is apart",
+        lambda c: (
+            c.situation.architecture in ("t5", "mt5", "bart", "mbart")
+            and any(len(names) == 3 for names in c.merge.together)
+        ),
         "refused|tie",
+    ),
+    Awaited(
+        "embeddings of encoder and decoder in an adapter",
+        lambda c: c.situation.architecture in ("t5", "mt5", "bart", "mbart") and c.adapter.ensure_weight_tying,
+        "refused",
+        "embed_tokens",
+    ),
+    Awaited(
+        "an embedding that PEFT was to tie, and did not",
+        lambda c: c.adapter.ensure_weight_tying and c.adapter.saved == ("embedding",) and c.merge.broken,
+        "lost|tied when loaded|values",
+    ),
+    Awaited(
+        "rows that PEFT trains in the head, too, as the config ties it",
+        lambda c: c.situation.ends == "apart" and bool(c.adapter.tokens),
+        "values|tie",
     ),
     Awaited(
         "a bias of logits with a column for each token",
