@@ -98,11 +98,8 @@ def write_sft(situation: Situation, number: int, start: Input, folder: Path) -> 
                 _equal_ends(model)
             tied = one.ends == "apart" or model.config.get_text_config().tie_word_embeddings
             model = _write(model, one.sft, folder, says_tied=tied)
-            if one.rows:
-                try:
-                    loaded(situation.architecture, folder)
-                except RuntimeError as error:
-                    raise NotBuiltError("transformers does not load what it resized") from error
+            if one.rows and not one.sft.prefix:
+                _check_loads(situation, folder)
         else:
             model = _write_adapter(situation, one, model, folder, seed)
     parts = dict(start.parts)
@@ -115,6 +112,14 @@ def write_sft(situation: Situation, number: int, start: Input, folder: Path) -> 
     if situation.tokenizer and (one.adapter is None or one.rows):
         tokenizer_of(90, max(0, rows - 90) if one.rows else 0).save_pretrained(folder)
     return Input(folder, model, parts)
+
+
+def _check_loads(situation: Situation, folder: Path) -> None:
+    """Heads with two biases that are not tied are resized by halves."""
+    try:
+        loaded(situation.architecture, folder)
+    except RuntimeError as error:
+        raise NotBuiltError("transformers does not read what it resized") from error
 
 
 def tokenizer_of(words: int, more: int = 0) -> Any:

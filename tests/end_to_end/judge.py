@@ -240,8 +240,9 @@ def _memory(
     model = context["model"]
     whole = _with_tensors(situation, merge, base, context["expected"])
     said = says_of_tie(out)
-    before = says_of_tie(base.folder)  # T5's may say untied of what is always tied
-    if is_tied(model) != is_tied(whole) or {*said.values()} - {None, is_tied(whole), *before.values()}:
+    # T5 takes another meaning from the word in its config, and ties what is equal.
+    odd = "t5" not in situation.architecture and bool({*said.values()} - {None, is_tied(whole)})
+    if is_tied(model) != is_tied(whole) or odd:
         return Failure("tied when loaded", number, str(is_tied(whole)), f"{is_tied(model)}, {said}")
     ours, theirs = model.state_dict(), whole.state_dict()
     if ours.keys() != theirs.keys():

@@ -84,7 +84,7 @@ REFUSALS = (
     ),
     Refusal(
         "an adapter changes both ends of a tie by factors or rows",
-        lambda c: c.tied and (c.of_embedding or c.of_head) and (c.of_head or c.adapter.ensure_weight_tying),
+        lambda c: c.tied and c.of_embedding + c.of_head + c.adapter.ensure_weight_tying > 1,
         "which are one tensor|in two ways",
     ),
     Refusal(
