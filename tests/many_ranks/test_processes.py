@@ -88,7 +88,6 @@ def test_torchrun(pair: Path, case: Path) -> None:
     assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft"]
 
 
-@pytest.mark.thorough
 def test_torchrun_finishes_what_a_dead_rank_left(pair: Path, case: Path) -> None:
     """Three ranks, of which one is killed at a random moment."""
     (case / "slow.py").write_text(SLOW)
