@@ -23,10 +23,11 @@ from .accounts import check_tensors
 from .checkpoint.computed import Tensor as Side
 from .checkpoint.source import Checkpoint, is_hub_id, open_checkpoint
 from .checkpoint.tensorfile import MERGED, fingerprint
-from .errors import MismatchError, PartialMergeError, for_caller, shown
+from .errors import CheckpointError, MismatchError, PartialMergeError, for_caller, shown
 from .execute import Progress, check_workers
 from .given import as_path
 from .inplace import Job, Work
+from .json_input import parse_json, read_small
 from .layers import is_end, ready_option, tied_key, unwrapped
 from .plan import Decided, Item, decide
 from .prepare import check_left_out, check_platform, comparer, listed, prepared, round_of, without_same_start
@@ -202,6 +203,7 @@ def _plan(
 
 def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -> Checkpoint:
     """Return the model as an input: of names of one tensor those that the base stores, one if it stores none."""
+    state = _by_path(state, base)
     names: dict[int, list[str]] = {}
     for each, live in state.items():
         names.setdefault(id(live), []).append(each)
@@ -215,6 +217,30 @@ def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -
     if kinds:  # the class may be one that wraps the saved one
         kinds["architectures"] = base.config.get("architectures") if base.config else None
     return Checkpoint("sft", f"model {type(model).__name__}", None, {}, tensors, kinds or None, {}, ())
+
+
+def _by_path(state: Mapping[str, Live], base: Checkpoint) -> Mapping[str, Live]:
+    """Return tensors of a model of numbered modules, as sentence-transformers' are, by their paths in the base.
+
+    The base's modules.json says which folder each number is; of the module that holds a model, its name is left out.
+    """
+    file = base.side.get("modules.json")
+    if file is None:
+        return state
+    try:
+        modules = parse_json(read_small(file))
+        folders = {str(each["idx"]): f"{each['path']}/" if each["path"] else "" for each in modules}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{shown(file)} is not a list of modules: {shown(error, 200)}; download it again"
+        ) from error
+
+    def placed(name: str) -> str:
+        number, _, rest = unwrapped(name).partition(".")
+        paths = [folders.get(number, "") + each for each in (rest, rest.partition(".")[2]) if number in folders]
+        return next((path for path in paths if path in base.tensors), name)
+
+    return {placed(name): live for name, live in state.items()}
 
 
 def _kinds(config: Mapping[str, Any]) -> dict[str, Any]:

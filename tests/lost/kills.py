@@ -81,7 +81,8 @@ def end_one(folder: Path, moment: float, number: signal.Signals, overwrite: bool
     found = files_of(folder / "out") if (folder / "out").exists() else None
     kind = "the new one" if found == whole else "the old one" if overwrite and found == old else "absent"
     left = f"{kind}{', unfinished' if (folder / 'out.partial').exists() and kind != 'the new one' else ''}"
-    if status not in (wanted, -number, 0):
+    too_early = status == 1 and "Fatal Python error: init_" in told  # while Python itself begins
+    if status not in (wanted, -number, 0) and not too_early:
         return left, f"status {status}: {told[-300:]}"
     if "Traceback" in told and "mergekit_imm/cli" in told:  # before that, it is Python's own
         return left, f"a traceback: {told[-300:]}"

@@ -104,7 +104,6 @@ def test_torchrun_and_an_option_that_torchrun_takes_for_its_own(pair: Path, case
     assert sorted(path.name for path in case.iterdir()) == ["alone", "base", "one", "out", "sft"]
 
 
-@pytest.mark.thorough
 def test_torchrun_finishes_what_a_dead_rank_left(pair: Path, case: Path) -> None:
     """Three ranks, of which one is killed at a random moment."""
     (case / "slow.py").write_text(SLOW)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import reference
 from checkpoints import State, files_of, random_state, same_bits, write_model
-from mergekit_imm import CheckpointError, MergeError, MismatchError, iter_merged, merge_checkpoints, verify
+from mergekit_imm import CheckpointError, MergeError, MismatchError, iter_merged, merge_checkpoints, merge_into, verify
 from mergekit_imm.check import check
 from refused import shown_options
 
@@ -27,7 +28,7 @@ def write_parts(folder: Path, seed: int, *, head: bool = True, root: str = "", d
     """Write a model, a module in a sub-folder and a head beside it; return all tensors by their path in the model."""
     states = [random_state(shapes, seed=seed + i) for i, shapes in enumerate((ROOT, DENSE, HEAD))]
     write_model(folder / root, states[0], config=CONFIG)
-    (folder / "modules.json").write_text(json.dumps([{"idx": 0, "path": root}, {"idx": 1, "path": "2_Dense"}]))
+    (folder / "modules.json").write_text(json.dumps([{"idx": 0, "path": root}, {"idx": 2, "path": "2_Dense"}]))
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "config.json").write_text('{"in_features": 16, "out_features": 8}')
     if dense.endswith(".bin"):
@@ -252,6 +253,37 @@ def test_an_interrupted_merge_of_parts_goes_on(tmp_path: Path) -> None:
     assert_equal(read_parts(tmp_path / "out"), merged_by_formula(base, sft, 0.5))
     merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "whole", drop=0.5)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+class Numbered(nn.Module):
+    """A model in memory as sentence-transformers make it: modules by number, the first of which holds a model."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        for name, tensor in state.items():
+            inside = name.removeprefix("2_Dense/")
+            *path, last = (f"2.{inside}" if inside != name else f"0.model.{name}").split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(last, nn.Parameter(tensor.clone()))
+
+
+@pytest.mark.parametrize("root", ["", "0_Transformer"])
+def test_a_model_of_numbered_modules_is_merged_in_memory(tmp_path: Path, root: str) -> None:
+    base = write_parts(tmp_path / "base", 1, root=root, head=False)
+    sft = write_parts(tmp_path / "sft", 11, root=root, head=False)
+    prefix = f"{root}/" if root else ""
+    model = Numbered({name.removeprefix(prefix): tensor for name, tensor in sft.items()})
+    assert merge_into(model, tmp_path / "base", drop=0.5).tensors == {"merged": len(base)}
+    expected = merged_by_formula(base, sft, 0.5)
+    found = model.state_dict()
+    for name, tensor in expected.items():
+        inside = name.removeprefix("2_Dense/")
+        live = f"2.{inside}" if inside != name else f"0.model.{name.removeprefix(prefix)}"
+        assert same_bits(found[live], tensor)
 
 
 def test_an_adapter_in_a_sub_folder_is_no_part_and_is_said(tmp_path: Path) -> None:
