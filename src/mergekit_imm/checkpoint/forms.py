@@ -11,7 +11,7 @@ from pathlib import PurePath, PurePosixPath
 from ..errors import shown
 from .dcp import METADATA
 from .hub import ADAPTER, ADAPTER_CONFIG
-from .tensorfile import INDEX
+from .tensorfile import INDEX, MODEL
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 FSDP_BIN = "pytorch_model_fsdp.bin"  # what accelerate calls a whole model that FSDP trained
@@ -58,9 +58,14 @@ def bin_files(top: Sequence[str]) -> list[str]:
     >>> bin_files(["config.json", "pytorch_model.bin"]), bin_files(["model.safetensors", "pytorch_model.bin"])
     (['pytorch_model.bin'], [])
     """
-    if INDEX in top or any(name.endswith(".safetensors") and name != ADAPTER for name in top):
+    if any(map(_is_model, top)):
         return []
     return [name for name in (BIN, BIN_INDEX, FSDP_BIN) if name in top][:1]
+
+
+def _is_model(name: str) -> bool:
+    """Whether a name is of a model in safetensors files; any other file of that kind may lie beside a model."""
+    return name in (MODEL, INDEX) or re.fullmatch(r"(model|shard)-\d+-.*\.safetensors", name) is not None
 
 
 def dcp_prefix(files: Sequence[str]) -> str | None:
@@ -70,8 +75,7 @@ def dcp_prefix(files: Sequence[str]) -> str | None:
     ('pytorch_model_fsdp_0/', None)
     """
     top = [name for name in files if "/" not in name]
-    others = any(name.endswith(".safetensors") and name != ADAPTER for name in top) or INDEX in top or bin_files(top)
-    if others or "common.pt" in top:  # the latter is Megatron's
+    if any(map(_is_model, top)) or bin_files(top) or "common.pt" in top:  # the latter is Megatron's
         return None
     return next((prefix for prefix in ("", FSDP_FOLDER) if f"{prefix}{METADATA}" in files), None)
 
