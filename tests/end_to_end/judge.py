@@ -109,7 +109,7 @@ def _options(situation: Situation, one: Round, start: Path | None) -> dict[str, 
     if one.dtype != "base":
         numbers["dtype"] = one.dtype
     if one.max_shard_size:
-        numbers["max_shard_size"] = one.max_shard_size
+        numbers["max_shard_size"] = f"{one.max_shard_size}B"
     if start is not None:
         numbers["start"] = start
     return numbers

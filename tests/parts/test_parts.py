@@ -150,6 +150,17 @@ def test_trained_weights_beside_a_model_are_its_own(tmp_path: Path, name: str) -
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
 
 
+def test_a_head_beside_pytorch_files_is_not_taken_for_the_model(tmp_path: Path) -> None:
+    base, sft = random_state(ROOT, seed=1), random_state(ROOT, seed=2)
+    heads = {"base": random_state(HEAD, seed=3), "sft": random_state(HEAD, seed=4)}
+    for role, state in (("base", base), ("sft", sft)):
+        (tmp_path / role).mkdir()
+        torch.save(state, tmp_path / role / "pytorch_model.bin")
+        save_file(heads[role], tmp_path / role / "value_head.safetensors")
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", drop=0.5)
+    assert_equal(read_parts(tmp_path / "out"), merged_by_formula(base | heads["base"], sft | heads["sft"], 0.5))
+
+
 Cure = Callable[[Path], dict[str, list[str]]]
 
 
