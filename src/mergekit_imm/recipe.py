@@ -240,6 +240,8 @@ def history_of(recipe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides a merge: its recipe without the paths as typed, which may spell one place in many ways.
 
+    That an input is a file remains: it comes without the other files of a folder.
+
     >>> one, other = ({"inputs": {"base": {"path": path, "files": {}}}} for path in ("base", "./base/"))
     >>> without_places(one) == without_places(other)
     True
@@ -247,12 +249,16 @@ def without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(recipe)
     if isinstance(found.get("inputs"), dict):
         found["inputs"] = {
-            role: {key: value for key, value in entry.items() if key != "path"} if isinstance(entry, dict) else entry
-            for role, entry in found["inputs"].items()
+            role: _without_place(entry) if isinstance(entry, dict) else entry for role, entry in found["inputs"].items()
         }
     if isinstance(found.get("history"), list):
         found["history"] = [without_places(each) if isinstance(each, dict) else each for each in found["history"]]
     return found
+
+
+def _without_place(entry: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in entry.items() if key != "path"}
+    return {**rest, "form": "one file"} if str(entry.get("path", "")).endswith(".safetensors") else rest
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> list[str]:

@@ -57,6 +57,14 @@ def test_a_merge_is_the_same_however_its_inputs_are_typed(here: Path, spelling: 
         merge(SPELLINGS[spelling], alpha=0.75)
 
 
+def test_a_file_is_not_the_folder_that_it_lies_in(here: Path) -> None:
+    """The other files of a folder come with it."""
+    (here / "sft" / "chat_template.jinja").write_text("the sft's")
+    merge_checkpoints("base", "sft/model.safetensors", "out")
+    with pytest.raises(OutputError, match=r"holds another merge \(inputs\.sft\.form: \S*one file"):
+        merge_checkpoints("base", "sft", "out")
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_merge_goes_on_however_its_inputs_are_typed(
     here: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
