@@ -72,7 +72,7 @@ def test_it_is_merged_and_loads(llama: Path, tmp_path: Path, form: str) -> None:
         sft = tmp_path / "sft"
         options = {"target_modules": ["q_proj", "v_proj"]}
         adapted(llama / "base-bf16", sft, tmp_path / "merged", "llama", options, torch.bfloat16)
-    with pytest.raises(CheckpointError, match=r"quantization_config of fp8.; --dequantize"):
+    with pytest.raises(CheckpointError, match=r"quantization_config of fp8.; dequantize=True"):
         merge_checkpoints(llama / "base", sft, tmp_path / "out")
     drop = 0.0 if form == "adapter" else 0.4
     keep = [r"mlp\.(gate|up|down)_proj"]
@@ -103,7 +103,7 @@ def test_an_adapter_of_what_is_quantised_is_refused(llama: Path, tmp_path: Path)
     options = {"target_modules": ["q_proj", "up_proj"]}
     adapted(llama / "base-bf16", tmp_path / "sft", tmp_path / "merged", "llama", options, torch.bfloat16)
     with pytest.raises(
-        MismatchError, match=r"up_proj.weight' is F8_E4M3, quantised, and sft .* changes it.*--dequantize"
+        MismatchError, match=r"up_proj.weight' is F8_E4M3, quantised, and sft .* changes it.*dequantize=True"
     ):
         merge_checkpoints(llama / "base", tmp_path / "sft", tmp_path / "out", keep=[r"\.mlp\."])
     merge_checkpoints(llama / "base", tmp_path / "sft", tmp_path / "out", dequantize=True)
@@ -123,7 +123,7 @@ def test_its_bytes_stay_whatever_the_dtype_of_the_output(llama: Path, tmp_path: 
 def test_what_is_kept_in_part_is_refused_with_a_pattern_for_all(llama: Path, tmp_path: Path) -> None:
     given = (llama / "base", llama / "sft", tmp_path / "out")
     for keep in ([r"layers\.0\.mlp"], [r"\.mlp\.\w+\.weight$"], [r"\.mlp\.\w+\.weight_scale_inv"], ["up_proj"]):
-        with pytest.raises(CheckpointError, match=r"not copied whole, first '.*': keep all of them, --keep") as caught:
+        with pytest.raises(CheckpointError, match=r"not copied whole, first '.*': keep all of them, keep=") as caught:
             merge_checkpoints(*given, keep=keep)
         (option,) = shown_options(str(caught.value))
         assert "self_attn" not in option["keep"][0]
@@ -272,7 +272,7 @@ def test_with_dequantize_other_forms_beside_are_refused(models: Models) -> None:
              UP1: zeros(torch.int8, 8, 8), f"{UP1}_scale": torch.ones(1)}  # fmt: skip
     models.change("base", parts, FP8)
     message = models.refused(CheckpointError, f"base .*'{UP1}' is I8, with", keep=[UP1], dequantize=True)
-    assert "--keep" not in message
+    assert "keep=" not in message
 
 
 @pytest.mark.parametrize(

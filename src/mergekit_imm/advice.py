@@ -168,7 +168,8 @@ class Advice:
         named = matcher(self.parameters.keep if option == "--keep" else self.parameters.take)
         counts = {name: tensor.count for name, tensor in side.tensors.items()}
         share = sum(n for name, n in counts.items() if name in names or named(name)) / (sum(counts.values()) or 1)
-        if share > _MOST:
+        # The text part of a larger model may well be the smaller.
+        if share > _MOST and not is_other_class(self.used["sft"].config, self.used["base"].config):
             return f"these are most of {side.label}, {share:.0%} of its elements: {TRAINED_FROM}"
         return ""
 

@@ -24,7 +24,7 @@ from .checkpoint.tensorfile import DTYPE_BITS, MERGED, TensorInfo
 from .config import check_configs, is_other_class, merged_config
 from .errors import ArgumentError, CheckpointError, MergeError, MismatchError, shown
 from .factors import factors_of
-from .layers import folder_of, is_input_embedding, layer_key, ready_option
+from .layers import folder_of, is_end, is_input_embedding, layer_key, ready_option
 from .layout import OutputFile, lay_out
 from .mask import Arithmetic, arithmetic, mask_key
 from .recipe import DTYPES, Parameters
@@ -202,6 +202,8 @@ def decide(
         key = group.key if group else name
         done.update(group.names if group else [name])
         sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
+        if "base" not in sides and not choose("take", written, key):  # an adapter's, of another vocabulary
+            sides = _with_likeness(key, sides, base)
         like = side_of(typed, name, group)
         found.append((key, written, sides, like.native if like is not None else main))
     compared = [(k, sides) for k, written, sides, _ in found if _action(k, written, sides, choose) in ("merge", "copy")]
@@ -216,6 +218,18 @@ def decide(
         except MergeError as error:
             note(error, [key])
     return Decided(items, used, ties)
+
+
+def _with_likeness(key: str, sides: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
+    """Put the base's embedding beside a head that only an adapter holds: it is compared with that, and refused."""
+    width = next(iter(sides.values())).shape[1:]
+    alike = (tensor for name, tensor in base.tensors.items() if is_end(name) and tensor.shape[1:] == width)
+    found = next(alike, None)
+    if found is None:
+        raise MismatchError(
+            f"tensor '{shown(key)}' is in none of the tensors of {base.label}; is it the base of this sft?"
+        )
+    return {"base": found, **sides}
 
 
 def make_plan(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: Decided) -> Plan:

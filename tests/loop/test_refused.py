@@ -83,13 +83,13 @@ def test_a_word_that_is_meant_as_it_stands_can_be_written_as_is_said(template: s
         ({"train": f"{TRAIN} {{modle}}"}, r"the train command has \{modle\}"),
         ({"generate": "make {output} {data}"}, r"the generate command has \{data\}"),
         ({"evaluate": f"{EVALUATE} {{output}}"}, r"the evaluate command has \{output\}"),
-        ({"keep": ("typo",)}, "'typo' matches none of the 3 tensor names"),
-        ({"no_drop": ("typo",)}, "'typo' matches none of the 3 tensor names"),
+        ({"keep": ("typo",)}, r'"typo"\] matches none of the 3 tensor names'),
+        ({"no_drop": ("typo",)}, r'"typo"\] matches none of the 3 tensor names'),
         ({"rename": ("^model.=modle.",)}, "makes names with 'modle.', and no tensor of base base has such a name"),
         ({"importance": "nowhere.json"}, "importance file nowhere.json cannot be read"),
         ({"layer_factors": "nowhere.json"}, "layer factors file nowhere.json cannot be read"),
         ({"layer_factors": "layers.json"}, "no tensor of the model lies in layer 'model.layers.9'"),
-        ({"shrink": 0.5}, "shrink and clip change the factors of an importance, and none is given"),
+        ({"shrink": 0.5}, "shrink and clip change the factors of importance, and none is given"),
     ],
 )
 def test_nothing_runs_and_nothing_is_written(base: str, changes: dict[str, Any], match: str) -> None:
