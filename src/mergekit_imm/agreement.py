@@ -51,6 +51,8 @@ def check_names(
             continue
         lacking = set(base.tensors) - kept_names - set(each.tensors)
         surplus = set(each.tensors) - taken_names - set(base.tensors)
+        if any(here != there for here, there in _vocabularies(used, role)):  # which is said of the ends that both have
+            lacking, surplus = ({n for n in names if not is_end(n)} for names in (lacking, surplus))
         kept_layers = set(base.tensors) - lacking - set(each.tensors)
         deeper = kept_layers and advice.of_other_depth("--keep", kept_layers, "base", known=True)
         if deeper:

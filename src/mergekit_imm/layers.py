@@ -18,8 +18,8 @@ _INPUT_END = re.compile(
     r"\.weight$"
 )
 _OUTPUT_END = re.compile(
-    r"(^|[./])(lm_head|generator_lm_head|embed_out|output|output_layer|proj_out|(predictions|lm_head)\.decoder)"
-    r"\.weight$"
+    r"((^|[./])(lm_head|generator_lm_head|embed_out|output|output_layer|proj_out|(predictions|lm_head)\.decoder)"
+    r"|(^|/)decoder)\.weight$"
 )
 
 # What a tensor is, told by the part of its name that is its module or parameter; `weight_kind` says in which order.

@@ -7,6 +7,7 @@ tie, and each of them is merged under its own name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +18,9 @@ from .checkpoint.tensorfile import MERGED
 from .config import Config, tie_said, vocabulary_sizes
 from .errors import CheckpointError, shown
 from .layers import folder_of, is_end, is_input_embedding, is_output_head, layer_key, tied_key
+
+_OF_ENCODER = re.compile(r"(cls\.)?(predictions|lm_head)\.decoder\.weight$")  # heads with layers of their own
+_SHARED, _OF_SHARED = "shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 SameBytes = Callable[[Checkpoint, Tensor, Tensor], bool]
 Used = Mapping[str, Checkpoint]
@@ -66,6 +70,7 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
                 broken = broken or breaker
                 if heads_apart and tied[folder]:
                     tied[folder] = False
+                    groups |= _with_all_names(found, used["sft"])
         for pair in _bias_pairs(base, folder, shapes, {size[0] for size in sizes}):
             if len(_equal_classes(base, [name for name in pair if name in base.tensors], same_bytes)) == 1:
                 found, breaker, _ = _split(used, pair, same_bytes)
@@ -116,7 +121,8 @@ def _stores_another_head(base: Checkpoint, names: Sequence[str], embeddings: lis
 
 def _owner(name: str, embeddings: Sequence[str]) -> str:
     """The embedding of the sub-model that a head is of: that of `expert.lm_head` is below `expert.`; "" if none is."""
-    above = name[: name.rfind(".", 0, -len(".weight")) + 1] or folder_of(name)
+    inner = _OF_ENCODER.sub("", name)
+    above = inner if inner != name else name[: name.rfind(".", 0, -len(".weight")) + 1] or folder_of(name)
     return next((each for each in embeddings if each.startswith(above)), "")
 
 
@@ -150,6 +156,24 @@ def _equals(each: Checkpoint, name: str, members: Sequence[str], same_bytes: Sam
     own = each.tensors.get(name)
     held = next((each.tensors[member] for member in members if member in each.tensors), None)
     return own is not None and held is not None and same_bytes(each, held, own)
+
+
+def _with_all_names(found: Mapping[str, Group], sft: Checkpoint) -> dict[str, Group]:
+    """Let the embedding that an encoder and a decoder share be written for both: an untied config ties them no more.
+
+    Raises CheckpointError for an adapter that trained a copy of it, which neither of them reads.
+    """
+    shared = next((name for name in found if name.endswith(_SHARED) and name in found[name].written), None)
+    if shared is None:
+        return {}
+    if sft.adapter is not None and shared in sft.tensors:
+        raise CheckpointError(
+            f"{sft.label} holds '{shown(shared)}', trained apart from the embeddings of encoder and decoder that are tied"
+            " to it; merge it first: peft's `merge_and_unload()`, then `save_pretrained`"
+        )
+    prefix, group = shared.removesuffix(_SHARED), found[shared]
+    more = tuple(name for end in _OF_SHARED if (name := prefix + end) not in found)
+    return dict.fromkeys(group.names, replace(group, written=(*group.written, *more)))
 
 
 def _bias_pairs(base: Checkpoint, folder: str, shapes: Shapes, rows: Collection[int]) -> list[list[str]]:

@@ -88,6 +88,26 @@ REFUSALS = (
         "which are one tensor|in two ways",
     ),
     Refusal(
+        "a copy of what encoder and decoder share",
+        lambda c: c.tied and "embedding" in c.adapter.saved,
+        "trained apart from the embeddings of encoder and decoder",
+    ),
+    Refusal(
+        "a part beside a file that is given alone",
+        lambda c: c.one.sft.form == "file" and bool(c.one.part or c.situation.beside),
+        "in base .* only",
+    ),
+    Refusal(
+        "a part of the base that a model in memory lacks",
+        lambda c: c.one.also == "live" and bool(c.situation.beside),
+        "in base .* only",
+    ),
+    Refusal(
+        "one tensor in an adapter and beside it",
+        lambda c: c.one.adapter is not None and bool(c.one.part),
+        "stores tensor .* twice",
+    ),
+    Refusal(
         "rows of what a config ties and the model stores apart",
         lambda c: bool(c.adapter.tokens) and c.situation.ends == "apart",
         "whether both change is not stored",

@@ -244,7 +244,11 @@ def _names(
     tied = tied if widths else set()
     stored = any(is_output_head(name) for name in model.tensors if name not in names.values())
     there = {name: tensor.shape for name, tensor in model.tensors.items()}
-    sought = {n: wanted[path] for n, path in lost.items() if stored or n not in tied or not is_output_head(n)}
+    # Vocabularies of different sizes are not told here.
+    sought = {
+        n: None if is_end(n) else wanted[path]
+        for n, path in lost.items() if stored or n not in tied or not is_output_head(n)
+    }  # fmt: skip
     found = by_name(sought, there)
     lost = {n: path for n, path in lost.items() if n in found or n not in tied}
     names |= {lost[name]: new for name, new in found.items()}
@@ -342,7 +346,9 @@ def _with_rows(
     assert adapter.adapter is not None
     given = adapter.adapter["trainable_token_indices"]
     if isinstance(given, dict):
-        given = next((found for key, found in given.items() if module == key or module.endswith(f".{key}")), None)
+        own = next((found for key, found in given.items() if module == key or module.endswith(f".{key}")), None)
+        # PEFT stores the same rows for a head that is tied, and names the embedding alone.
+        given = own if own is not None or len(given) != 1 else next(iter(given.values()))
     places = tuple(given) if isinstance(given, list) and all(type(place) is int for place in given) else ()
     if rows.shape != (len(places), *target.shape[1:]) or any(not 0 <= place < target.shape[0] for place in places):
         raise _misfit(name, adapter, target, f"{list(rows.shape)} rows for {len(places)} tokens")
