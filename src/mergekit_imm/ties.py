@@ -168,8 +168,8 @@ def _with_all_names(found: Mapping[str, Group], sft: Checkpoint) -> dict[str, Gr
         return {}
     if sft.adapter is not None and shared in sft.tensors:
         raise CheckpointError(
-            f"{sft.label} holds '{shown(shared)}', trained apart from the embeddings of encoder and decoder that are tied"
-            " to it; merge it first: peft's `merge_and_unload()`, then `save_pretrained`"
+            f"{sft.label} holds '{shown(shared)}', trained apart from the embeddings of encoder and decoder, which are"
+            " tied to it; merge it first: peft's `merge_and_unload()`, then `save_pretrained`"
         )
     prefix, group = shared.removesuffix(_SHARED), found[shared]
     more = tuple(name for end in _OF_SHARED if (name := prefix + end) not in found)
