@@ -38,7 +38,8 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _FACTOR = re.compile(
     r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.default)?(?:\.(weight|bias))?"
 )
-_ROWS, _WITHOUT_ROWS = ".token_adapter.trainable_tokens_delta", ".token_adapter.weight"
+_ROWS = ".token_adapter.trainable_tokens_delta"
+_WITHOUT_ROWS = re.compile(r"\.token_adapter(?=\.(weight|bias)$)")  # of a module whose vocabulary was resized
 Equal = Callable[[Tensor, Tensor], bool]
 _KEPT_IN_RECIPE = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora",
@@ -187,8 +188,8 @@ def _parts(adapter: Checkpoint) -> _Parts:
             parts.factors.setdefault((module, kind), {})[which] = tensor
         elif path.endswith(_ROWS):
             parts.rows[path.removesuffix(_ROWS)] = tensor
-        elif path.endswith(_WITHOUT_ROWS):  # of a vocabulary that was resized
-            parts.whole[path.removesuffix(_WITHOUT_ROWS) + ".weight"] = tensor
+        elif _WITHOUT_ROWS.search(path):
+            parts.whole[_WITHOUT_ROWS.sub("", path)] = tensor
         elif "lora_" in path or "token_adapter" in path:
             raise CheckpointError(f"{adapter.label} stores '{shown(key)}', which is not understood; {_FIRST}")
         else:
