@@ -147,3 +147,36 @@ def test_a_model_in_memory_and_its_base_on_a_hub(tmp_path: Path, models: dict[st
     refused, downloaded, told, same = run.stdout.splitlines()
     assert "'extra.w'" in refused
     assert (downloaded, told, same) == ("[]", "{'merged': 2}", "True")
+
+
+def test_parts_of_a_model_come_from_a_hub_too(tmp_path: Path) -> None:
+    """A module in a sub-folder and a head beside the model; and weights that only PyTorch files hold."""
+    home, out = tmp_path / "home", tmp_path / "out"
+    with fake_hub() as server:
+        for seed, role in enumerate(("base", "sft")):
+            folder = write_model(tmp_path / role, random_state(SHAPES, seed=seed), config=CONFIG)
+            for name in ("2_Dense/model.safetensors", "value_head.safetensors"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                save_file(random_state({"head.w": (4, 8)} if "/" in name else {"v.w": (4,)}, seed=seed), folder / name)
+            server.add(f"org/{role}", files_of(folder))
+        server.add("org/pickled", files_of(tmp_path / "sft") | {"mm_projector.bin": b"anything"})
+        planned = imm_merge(home, server, "org/base", "org/sft", "--dry-run", "--json", "-o", str(out))
+        assert planned.returncode == 0, planned.stderr
+        files = ["2_Dense/model.safetensors", "model.safetensors", "value_head.safetensors"]
+        assert sorted(json.loads(planned.stdout)["files"]) == files
+        assert not list(home.rglob("*.safetensors"))
+        done = imm_merge(home, server, "org/base", "org/sft", "-o", str(out))
+        assert done.returncode == 0, done.stderr
+        refused = imm_merge(home, server, "org/base", "org/pickled", "-o", str(tmp_path / "other"))
+        assert refused.returncode == 1
+        assert refused.stderr.splitlines()[-1].endswith("or leave the file out, --leave-out 'mm_projector.bin'")
+        without = ["--leave-out", "mm_projector.bin", "-o", str(tmp_path / "other")]
+        left_out = imm_merge(home, server, "org/base", "org/pickled", *without)
+        assert left_out.returncode == 0, left_out.stderr
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "local")
+    for found in (out, tmp_path / "other"):
+        assert {name: (found / name).read_bytes() for name in files} == {
+            name: (tmp_path / "local" / name).read_bytes() for name in files
+        }
+    again = imm_merge(home, None, "org/base", "org/sft", "-o", str(out))
+    assert (again.returncode, "already merged" in again.stdout) == (0, True), again.stderr

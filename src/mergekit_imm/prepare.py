@@ -26,7 +26,7 @@ from .factors import read_layer_factors
 from .given import as_path
 from .importance import read_importance
 from .json_input import is_utf8
-from .layers import matcher
+from .layers import is_end, matcher
 from .names import matched
 from .plan import Decided, Plan, decide, make_plan
 from .ranks import Ranks
@@ -265,7 +265,9 @@ def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
 
     def equal(checkpoint: Checkpoint, one: Tensor, other: Tensor) -> bool:
         # A dry run on a hub id downloads no tensors; it takes the config's word for the tie.
-        return checkpoint.folder is None or compare(checkpoint.role, one.name, other.name)
+        if checkpoint.folder is None:
+            return is_end(one.name) and is_end(other.name)
+        return compare(checkpoint.role, one.name, other.name)
 
     return equal
 
