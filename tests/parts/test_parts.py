@@ -306,3 +306,11 @@ def test_an_adapter_in_a_sub_folder_is_no_part_and_is_said(tmp_path: Path) -> No
     report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", drop=0.5)
     assert_equal(read_parts(tmp_path / "out"), merged_by_formula(base, sft, 0.5))
     assert [note for note in report.notes if "holds an adapter in lora_adapter/" in note]
+
+
+def test_a_list_of_modules_alone_is_no_model(tmp_path: Path) -> None:
+    write_parts(tmp_path / "base", 1)
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "modules.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"sft .* holds no "):
+        merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")

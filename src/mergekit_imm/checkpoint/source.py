@@ -163,6 +163,8 @@ def _from_folder(
     if prefix is not None:
         files, tensors, others = open_dcp(folder, prefix, role, label)
         own = Part(tuple(files))
+    if not own.files and not beside:
+        raise CheckpointError(f"{label} {no_model(everything, ref)}")
     files_beside = {name: _opened_beside(folder / name, name, label) for part in beside for name in part.files}
     side = {
         name: folder / name
@@ -225,6 +227,8 @@ def _from_listing(
     own = Part(tuple(names), index=INDEX if index is not None and MODEL not in names else None)
     beside, adapters = parts_below(everything, small.__getitem__)
     beside = parts_beside(top, names) + beside
+    if not own.files and not beside:
+        raise CheckpointError(f"{role} {shown(ref)} {no_model(everything, ref)}")
     files = {}
     for part in (own, *beside):
         for name in part.files:
