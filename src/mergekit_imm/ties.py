@@ -61,6 +61,10 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
                                 for size in sizes):  # fmt: skip
             said = False  # what its config does not say, its tensors do
         tied[folder] = None if config is None or (tie_said(config) is None and said is False) else said is not False
+        found, breaker = _biases(used, folder, shapes, {size[0] for size in sizes}, same_bytes)
+        groups |= found
+        broken = broken or breaker
+        apart = bool(breaker) and bool(tied[folder])
         for size in sizes:
             names = shapes[folder, size]
             own = [name for name in embeddings if base.tensors[name].shape == size]
@@ -68,16 +72,10 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
                 found, breaker, heads_apart = _split(used, members, same_bytes)
                 groups |= found
                 broken = broken or breaker
-                if heads_apart and tied[folder]:
-                    tied[folder] = False
-                    groups |= _with_all_names(found, used["sft"])
-        for pair in _bias_pairs(base, folder, shapes, {size[0] for size in sizes}):
-            if len(_equal_classes(base, [name for name in pair if name in base.tensors], same_bytes)) == 1:
-                found, breaker, _ = _split(used, pair, same_bytes)
-                if said is not False and tied[folder] is False:  # untied now: who loads it looks for both
-                    found = {name: replace(group, written=group.names) for name, group in found.items()}
-                groups |= found
-                broken = broken or breaker
+                apart = apart or (heads_apart and bool(tied[folder]))
+        if apart:
+            tied[folder] = False
+            groups |= _with_all_names({n: g for n, g in groups.items() if folder_of(n) == folder}, used["sft"])
     return Ties(groups, broken, tied)
 
 
@@ -159,21 +157,41 @@ def _equals(each: Checkpoint, name: str, members: Sequence[str], same_bytes: Sam
 
 
 def _with_all_names(found: Mapping[str, Group], sft: Checkpoint) -> dict[str, Group]:
-    """Let the embedding that an encoder and a decoder share be written for both: an untied config ties them no more.
+    """Let tied tensors be written under all their names: a config that says untied ties none of them any more.
 
-    Raises CheckpointError for an adapter that trained a copy of it, which neither of them reads.
+    So does the embedding that an encoder and a decoder share, whose names no file need store. Raises CheckpointError
+    for an adapter that trained a copy of it, which neither of them reads.
     """
-    shared = next((name for name in found if name.endswith(_SHARED) and name in found[name].written), None)
+    groups = {
+        name: replace(group, written=(*group.written, *(n for n in group.names if n not in group.written)))
+        for name, group in found.items()
+    }
+    shared = next((name for name in groups if name.endswith(_SHARED)), None)
     if shared is None:
-        return {}
+        return groups
     if sft.adapter is not None and shared in sft.tensors:
         raise CheckpointError(
             f"{sft.label} holds '{shown(shared)}', trained apart from the embeddings of encoder and decoder, which are"
             " tied to it; merge it first: peft's `merge_and_unload()`, then `save_pretrained`"
         )
-    prefix, group = shared.removesuffix(_SHARED), found[shared]
-    more = tuple(name for end in _OF_SHARED if (name := prefix + end) not in found)
-    return dict.fromkeys(group.names, replace(group, written=(*group.written, *more)))
+    prefix, group = shared.removesuffix(_SHARED), groups[shared]
+    more = tuple(name for end in _OF_SHARED if (name := prefix + end) not in groups)
+    return groups | dict.fromkeys(group.names, replace(group, written=(*group.written, *more)))
+
+
+def _biases(
+    used: Used, folder: str, shapes: Shapes, rows: Collection[int], same_bytes: SameBytes
+) -> tuple[dict[str, Group], str]:
+    """The biases of heads that the base stores by two names, and what sets them apart."""
+    base = used["base"]
+    groups: dict[str, Group] = {}
+    broken = ""
+    for pair in _bias_pairs(base, folder, shapes, rows):
+        if len(_equal_classes(base, [name for name in pair if name in base.tensors], same_bytes)) == 1:
+            found, breaker, _ = _split(used, pair, same_bytes)
+            groups |= found
+            broken = broken or breaker
+    return groups, broken
 
 
 def _bias_pairs(base: Checkpoint, folder: str, shapes: Shapes, rows: Collection[int]) -> list[list[str]]:

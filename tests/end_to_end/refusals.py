@@ -89,7 +89,7 @@ REFUSALS = (
     ),
     Refusal(
         "a copy of what encoder and decoder share",
-        lambda c: c.tied and "embedding" in c.adapter.saved,
+        lambda c: c.tied and bool(c.adapter.saved),
         "trained apart from the embeddings of encoder and decoder",
     ),
     Refusal(
