@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import CheckpointError, shown
 from ..json_input import parse_json
 from ..recipe import RECIPE_FILE
-from .parts import Part, holds_parts, matches, parts_below, parts_beside
+from .parts import Part, component, holds_parts, matches, parts_below, parts_beside
 from .sidefiles import is_side_file
 from .tensorfile import HEADER_LIMIT, INDEX, MODEL
 
@@ -142,9 +142,11 @@ def _parts(found: _Found, index: dict[str, Any] | None) -> tuple[list[str], list
             raise ValueError(f"{path} is no JSON object")
         return content
 
-    own = _model_files(found, index)
+    alone = component(top, read)
+    own = [] if alone else _model_files(found, index)
     below, adapters = parts_below(sorted(found.sizes), read)
-    parts = parts_beside(top, own) + below
+    parts = parts_beside(top, alone.files if alone else own) + below
+    parts = [alone, *parts] if alone else parts
     other = next((name for part in parts for name in part.files if not name.endswith(".safetensors")), None)
     if other is not None:
         raise CheckpointError(
