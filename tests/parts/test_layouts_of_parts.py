@@ -115,3 +115,25 @@ def test_weights_beside_an_adapter_are_no_copies_whatever_they_are_called(tmp_pa
         merge_checkpoints(tmp_path / "base", sft, tmp_path / "out")
     merge_checkpoints(tmp_path / "base", sft, tmp_path / "out", take=["v_head"])
     assert read_model(tmp_path / "out").keys() == {*ROOT, "v_head.summary.weight"}
+
+
+def test_a_state_of_a_training_below_a_model_is_not_to_be_taken(tmp_path: Path) -> None:
+    for role, seed in (("base", 1), ("sft", 2), ("sft/final", 3)):
+        write_model(tmp_path / role, random_state(ROOT, seed=seed), config=CONFIG)
+    with pytest.raises(MismatchError, match=r"another state of the model; or leave the file out") as refusal:
+        merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
+    assert "take" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("model-00001-of-00002.safetensors", "which model.safetensors.index.json names too"),
+        ("*", "without what leave_out names"),
+    ],
+)
+def test_a_model_without_its_own_files_is_none(tmp_path: Path, name: str, match: str) -> None:
+    for role, seed in (("base", 1), ("sft", 2)):
+        write_model(tmp_path / role, random_state(ROOT, seed=seed), shards=[[each] for each in ROOT], config=CONFIG)
+    with pytest.raises(CheckpointError, match=match):
+        merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", leave_out=[name])

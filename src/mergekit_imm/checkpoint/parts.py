@@ -22,7 +22,7 @@ READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # how names of weight f
 # Files at the top of a model of several parts, which say that it is one.
 SPLIT = ("modules.json", "model_index.json")
 
-_MAIN = ("model", "diffusion_pytorch_model")  # what loaders open in a folder, without the ending
+MAIN = ("model", "diffusion_pytorch_model")  # what loaders open in a folder, without the ending
 _MAIN_BIN = {"pytorch_model": "model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
 
 # Not the weights of a model: what a training needs to go on, and copies in another form.
@@ -81,7 +81,7 @@ def component(top: Sequence[str], read: Json) -> Part | None:
     """Return the weights of a component of a pipeline that was saved alone, which diffusers call otherwise; or None."""
     if holds_parts(top) or MODEL in top or INDEX in top or any(name.startswith("pytorch_model") for name in top):
         return None
-    return _main("", [name for name in top if name.startswith(_MAIN[1])], read)
+    return _main("", [name for name in top if name.startswith(MAIN[1])], read)
 
 
 def parts_beside(top: Sequence[str], own: Sequence[str]) -> list[Part]:
@@ -136,7 +136,7 @@ def _holds_weights(name: str, own: Sequence[str]) -> bool:
 
 def _main(folder: str, names: Sequence[str], read: Json) -> Part | None:
     """What a loader opens in a sub-folder."""
-    for stems, ending in ((dict(zip(_MAIN, _MAIN, strict=True)), ".safetensors"), (_MAIN_BIN, ".bin")):
+    for stems, ending in ((dict(zip(MAIN, MAIN, strict=True)), ".safetensors"), (_MAIN_BIN, ".bin")):
         for stem, written in stems.items():
             if f"{stem}{ending}" in names:
                 return Part((f"{folder}{stem}{ending}",), written)

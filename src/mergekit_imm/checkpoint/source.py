@@ -165,13 +165,16 @@ def _from_folder(
     prefix = None if adapter else dcp_prefix(everything)
     own = None if adapter or prefix is not None else component(top, lambda path: _json(folder / path))
     if own is None:
-        names = [adapter] if adapter else [] if prefix is not None else _model_files(top, index, role, ref, everything)
+        whose = f"{ref} without what --leave-out names" if len(everything) < len(listed) else ref
+        names = (
+            [adapter] if adapter else [] if prefix is not None else _model_files(top, index, role, whose, everything)
+        )
         own = Part(tuple(names), index=indexed_by if index is not None and MODEL not in names else None)
     names = [*own.files]
     beside, adapters = parts_below(everything, lambda path: _json(folder / path))
     beside = parts_beside(top, names) + beside
     for part in (own, *beside):
-        _check_there(folder, part, label)
+        _check_there(folder, part, label, leave_out)
     files = {name: _opened(folder / name, name) for name in names}
     tensors: dict[str, Tensor] | None = None
     others: tuple[str, ...] = ()
@@ -209,8 +212,14 @@ def _from_folder(
     )
 
 
-def _check_there(folder: Path, part: Part, label: str) -> None:
-    """Raise CheckpointError for a file that an index names and that is not there."""
+def _check_there(folder: Path, part: Part, label: str, leave_out: Sequence[str]) -> None:
+    """Raise CheckpointError for a file that an index names and that is not there, or is to be left out."""
+    shard = next((name for name in part.files if matches(name, leave_out)), None)
+    if shard is not None:
+        raise CheckpointError(
+            f"--leave-out names {shown(shard)} of {label}, which {part.index or INDEX} names too: a model is read with"
+            " all of its shards; leave out none of them, or all and their index"
+        )
     missing = [name for name in part.files if not (folder / name).exists()]
     if missing and (folder / missing[0]).is_symlink():
         raise CheckpointError(f"{label}: {shown(missing[0])} is a broken link; copy or download the model again")
