@@ -89,6 +89,26 @@ def test_a_pair_on_a_hub_is_planned_refused_merged_and_merged_again_offline(
     assert "already merged" in imm_merge(home, None, "org/base", "org/sft@main", "-o", str(out)).stdout
 
 
+def test_what_was_left_out_is_not_missed_in_the_cache(tmp_path: Path, models: dict[str, Path], hub: FakeHub) -> None:
+    hub.add("org/headed", {**files_of(models["sft"]), "value_head.bin": b"anything"})
+    home = tmp_path / "home"
+    for place, name in ((hub, "online"), (None, "offline")):
+        done = imm_merge(
+            home, place, "org/base", "org/headed", "--leave-out", "value_head.bin", "-o", str(tmp_path / name)
+        )
+        assert done.returncode == 0, done.stderr
+    weights = {name: content for name, content in files_of(tmp_path / "online").items() if "safetensors" in name}
+    assert weights.items() <= files_of(tmp_path / "offline").items()
+
+
+def test_weights_without_which_a_model_does_not_load_are_not_to_be_left_out(tmp_path: Path, hub: FakeHub) -> None:
+    hub.add("org/bin", {"modules.json": b"[]", "pytorch_model.bin": b"anything"})
+    refused = imm_merge(tmp_path / "home", hub, "org/bin", "org/sft", "-o", str(tmp_path / "out"))
+    assert refused.returncode == 1
+    assert "hf download org/bin" in refused.stderr
+    assert "--leave-out" not in refused.stderr
+
+
 def test_a_start_on_a_hub_tells_its_round(tmp_path: Path, models: dict[str, Path], hub: FakeHub) -> None:
     out = tmp_path / "out"
     for extra in (["--dry-run"], []):

@@ -9,12 +9,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from .advice import SAVE_ALIKE, Advice
 from .checkpoint.computed import Tensor
 from .checkpoint.experts import is_fused
+from .checkpoint.parts import SPLIT
 from .checkpoint.quantunits import Chosen
 from .checkpoint.source import Checkpoint, leave_out_option
 from .checkpoint.tensorfile import MERGED, WHOLE
 from .checkpoint.tokens import added_tokens
 from .errors import ArgumentError, CheckpointError, MergeError, MismatchError, shown
-from .layers import blanked, is_end, matcher, only_in
+from .layers import blanked, folder_of, is_end, matcher, only_in
 from .recipe import Parameters
 from .ties import Group
 
@@ -62,7 +63,10 @@ def check_names(
             cure = _cure(advice, "--keep", found, "base", renamed and not file)
             _complain_of(found, base, each, file, cure, complain)
         for file, found in _by_file(each, surplus):
-            if role == "sft":
+            folder = folder_of(file)
+            if folder and all(name.removeprefix(folder) in each.tensors for name in found):
+                cure = "by their names they are another state of the model"
+            elif role == "sft":
                 cure = _cure(advice, "--take", found, "sft", renamed and not file)
             else:
                 cure = "a start holds the base's tensors: save it again"
@@ -85,7 +89,11 @@ def _complain_of(
     names: Collection[str], one: Checkpoint, other: Checkpoint, file: str, cure: str, complain: Complain
 ) -> None:
     label = f"{one.label} ({shown(file)})" if file else one.label
-    leave_out = f"; or leave the file out: {leave_out_option(file)}" if file else ""
+    # What says where a model has its parts travels, and names the folder: without its weights it would not load.
+    needed = (
+        "/" in file and one.role == "base" and not {*SPLIT}.isdisjoint(one.side) and {*SPLIT}.isdisjoint(other.side)
+    )
+    leave_out = f"; or leave the file out: {leave_out_option(file)}" if file and not needed else ""
     complain(MismatchError(f"{only_in(names, other.tensors, label, other.label)}; {cure}{leave_out}"), names)
 
 

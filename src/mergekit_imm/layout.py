@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from .checkpoint.parts import Part, index_of, stem_of
 from .checkpoint.pieces import are_shards
 from .checkpoint.source import Checkpoint
-from .checkpoint.tensorfile import DTYPE_BITS, MODEL, TensorInfo, build_header
+from .checkpoint.tensorfile import DTYPE_BITS, TensorInfo, build_header
 
 SHARD_SIZE = 5_000_000_000  # bytes of a file, where the base has none to go by: what transformers long had
 Shard = tuple[dict[str, str], list[TensorInfo]]  # metadata, tensors in order
@@ -47,8 +47,9 @@ def lay_out(
         as_it_is = as_it_is and not are_shards(part.files) and part.files[0] in known
         if as_it_is:
             shards = _as_in_base(own, base, part)
-            # A single file at the top is the model, whatever it was called.
-            names = [MODEL] if not (part.index or part.beside or part.folder) else list(part.files)
+            # A single file at the top is the model, whatever it was called, or a component of a pipeline.
+            alone = not (part.index or part.beside or part.folder)
+            names = [f"{part.stem}.safetensors"] if alone else list(part.files)
             index = part.index
         else:
             first = base.files.get(part.files[0])

@@ -17,6 +17,7 @@ from .advice import result_config
 from .agreement import Choose, Complain, check_alike, check_names, chosen, main_dtype, refuse, selection, side_of
 from .checkpoint.computed import Extended, Tensor, is_delta, is_stored
 from .checkpoint.intact import intact
+from .checkpoint.parts import SPLIT
 from .checkpoint.sidefiles import OWN, is_side_file
 from .checkpoint.source import Checkpoint
 from .checkpoint.sparsified import LONGEST_ROW, Ranked, Trimmed
@@ -278,8 +279,8 @@ def _config(
     """Return the config of a part of the result, and what was changed in it."""
     base, sft, p = inputs["base"], inputs["sft"], parameters
     said = result_config(base, sft, parameters, folder)
-    if folder and not (said or {}).get("model_type"):
-        return None, {}  # what a module of another kind is made of
+    if (folder and not (said or {}).get("model_type")) or "_class_name" in (said or {}):
+        return None, {}  # what a module of another kind is made of, or a component of diffusers
     own = [item for item in items if folder_of(item.name) == folder]
     floats = Counter[str]()
     for item in own:
@@ -305,9 +306,12 @@ def _side_files(
     is_other = bool(sft.was) or is_other_class(sft.config, base.config)
     alone = [folder for folder in sft.adapters if folder not in base.adapters]
     side = {path: ("base", base.side[path]) for path in base.side}
-    for path, file in sft.side.items():
+    for own, file in sft.side.items():
+        path = _place_of(own, sft, base)
+        if path is None:
+            continue
         of_model = path.rpartition("/")[2] == "config.json" and folder_of(path) in ("", *base.part_configs)
-        of_adapter = path.startswith(tuple(alone)) and not is_side_file(path, copy_code=True)
+        of_adapter = own.startswith(tuple(alone)) and not is_side_file(own, copy_code=True)
         if not of_adapter and not (of_model and is_other and path in base.side):
             side[path] = ("sft", file)
     notes = [
@@ -315,6 +319,20 @@ def _side_files(
         " SFT" for folder in alone
     ]  # fmt: skip
     return {path: found for path, found in side.items() if path not in configs}, notes
+
+
+def _place_of(path: str, sft: Checkpoint, base: Checkpoint) -> str | None:
+    """Where a file of the sft goes: with the tensors that lay beside it, where the base has those in another folder."""
+    moves = {(folder_of(own), folder_of(new)) for new, own in sft.was.items()}
+    moved = dict(each for each in moves if each[0] != each[1])
+    if not moved:
+        return path
+    if path in SPLIT:
+        return None  # it says where the sft has its parts
+    folder = folder_of(path)
+    if folder not in moved or (not folder and path in base.side):
+        return path
+    return moved[folder] + path.removeprefix(folder)
 
 
 def _check_paths(plan: Plan) -> None:

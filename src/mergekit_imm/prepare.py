@@ -16,6 +16,7 @@ from .accounts import check_plan, check_tensors
 from .agreement import chosen
 from .checkpoint.adapter import applied
 from .checkpoint.computed import Tensor
+from .checkpoint.hub import is_offline
 from .checkpoint.intact import without_kept
 from .checkpoint.parts import matches
 from .checkpoint.quantised import check_unquantised, dequantized
@@ -151,6 +152,8 @@ def listed(
 
 def check_left_out(inputs: Mapping[str, Checkpoint], leave_out: Sequence[str]) -> None:
     """Raise ArgumentError for a name to be left out by which no file of the inputs goes."""
+    if any(each.repo for each in inputs.values()) and is_offline():
+        return  # a cache lacks what was left out when it was downloaded
     for pattern in leave_out:
         if not any(matches(path, [pattern]) for each in inputs.values() for path in each.left_out):
             labels = ", ".join(each.label for each in inputs.values())

@@ -154,7 +154,10 @@ def applied(
         whole = trained.pop(name, None)
         target = _target(name, model)
         if whole is not None and not equal(whole, target):
-            raise CheckpointError(f"{adapter.label} changes tensor '{shown(name)}' in two ways; {_FIRST}")
+            file = _file(whole)
+            beside = any(part.beside and file in part.files for part in adapter.parts)
+            cure = f"; or leave {shown(file)} out: {leave_out_option(file)}" if beside else ""
+            raise CheckpointError(f"{adapter.label} changes tensor '{shown(name)}' in two ways; {_FIRST}{cure}")
         parts.copies += [whole] if whole is not None else []
         delta = _low_rank(name, module, kind, pair, adapter, target)
         put(_rescaled(delta, pair["vector"], adapter, model) if "vector" in pair else delta)

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import CheckpointError, shown
 from ..json_input import parse_json
 from ..recipe import RECIPE_FILE
-from .parts import Part, holds_parts, matches, parts_below, parts_beside
+from .parts import MAIN, Part, component, holds_parts, matches, parts_below, parts_beside, stem_of
 from .sidefiles import is_side_file
 from .tensorfile import HEADER_LIMIT, INDEX, MODEL
 
@@ -71,6 +71,13 @@ def split_ref(ref: str) -> tuple[str, str | None] | None:
     if "//" in revision or revision.strip("/") != revision or not revision.isprintable():
         return None
     return match[1], revision or None
+
+
+def is_offline() -> bool:
+    """Whether hub ids are looked up in the cache alone."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def fetch(ref: str, *, copy_code: bool = False, leave_out: Sequence[str] = ()) -> Snapshot:
@@ -142,15 +149,19 @@ def _parts(found: _Found, index: dict[str, Any] | None) -> tuple[list[str], list
             raise ValueError(f"{path} is no JSON object")
         return content
 
-    own = _model_files(found, index)
+    alone = component(top, read)
+    own = [] if alone else _model_files(found, index)
     below, adapters = parts_below(sorted(found.sizes), read)
-    parts = parts_beside(top, own) + below
+    parts = parts_beside(top, alone.files if alone else own) + below
+    parts = [alone, *parts] if alone else parts
     other = next((name for part in parts for name in part.files if not name.endswith(".safetensors")), None)
     if other is not None:
+        # Without its main weights a model does not load.
+        cure = "" if stem_of(other) in MAIN else f"; or leave the file out, --leave-out '{shown(other)}'"
         raise CheckpointError(
             f"{found.ref} holds weights in {shown(other)}; on a hub only safetensors are read: download it,"
-            f" `{_command(found.repo, found.commit)} --local-dir DIR`, and give DIR; or leave the file out, --leave-out"
-            f" '{shown(other)}'"
+            f" `{_command(found.repo, found.commit)} --local-dir DIR`, and give DIR"
+            f"{cure}"
         )
     lacking = [name for part in parts for name in part.files if name not in found.sizes]
     if lacking:

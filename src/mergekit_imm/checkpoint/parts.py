@@ -20,9 +20,9 @@ from .tensorfile import INDEX, MODEL, is_plain_name
 
 READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # how names of weight files end
 # Files at the top of a model of several parts, which say that it is one.
-_SPLIT = ("modules.json", "model_index.json")
+SPLIT = ("modules.json", "model_index.json")
 
-_MAIN = ("model", "diffusion_pytorch_model")  # what loaders open in a folder, without the ending
+MAIN = ("model", "diffusion_pytorch_model")  # what loaders open in a folder, without the ending
 _MAIN_BIN = {"pytorch_model": "model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
 
 # Not the weights of a model: what a training needs to go on, and copies in another form.
@@ -32,7 +32,7 @@ _TRAINING = (
 )  # fmt: skip
 _COPIES = (
     "consolidated*", "lit_model.pth", "shard-*-model-*-of-*.safetensors", "pytorch_model_fsdp.bin", "tf_model*",
-    "flax_model*", "rust_model*",
+    "flax_model*", "rust_model*", "openvino_*",
 )  # fmt: skip
 _TWIN = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin")  # of a safetensors file
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -66,13 +66,22 @@ def matches(path: str, patterns: Iterable[str]) -> bool:
     >>> matches("2_Dense/model.safetensors", ["2_Dense"]), matches("a/vit.pt", ["*.pt"]), matches("vit.pt", ["vit"])
     (True, True, False)
     """
-    places = [path, *map(str, PurePosixPath(path).parents)]
-    return any(fnmatchcase(place, pattern.rstrip("/")) for place in places for pattern in patterns)
+    places = [str(PurePosixPath(path)), *map(str, PurePosixPath(path).parents)]
+    named = [pattern.rstrip("/") for pattern in patterns]
+    # A name with brackets or a star in it is, as a pattern, another.
+    return any(place == pattern or fnmatchcase(place, pattern) for place in places for pattern in named)
 
 
 def holds_parts(top: Iterable[str]) -> bool:
     """Whether a folder is a model of several parts, of which none need lie at its top."""
-    return any(name in _SPLIT for name in top)
+    return any(name in SPLIT for name in top)
+
+
+def component(top: Sequence[str], read: Json) -> Part | None:
+    """Return the weights of a component of a pipeline that was saved alone, which diffusers call otherwise; or None."""
+    if holds_parts(top) or MODEL in top or INDEX in top or any(name.startswith("pytorch_model") for name in top):
+        return None
+    return _main("", [name for name in top if name.startswith(MAIN[1])], read)
 
 
 def parts_beside(top: Sequence[str], own: Sequence[str]) -> list[Part]:
@@ -90,7 +99,7 @@ def parts_below(paths: Sequence[str], read: Json) -> tuple[list[Part], list[str]
     below: dict[str, list[str]] = {}
     for path in paths:
         folder, _, name = path.rpartition("/")
-        if folder and name and not _is_aside(folder):
+        if folder and name and not is_aside(folder):
             below.setdefault(f"{folder}/", []).append(name)
     parts: list[Part] = []
     adapters = []
@@ -109,7 +118,8 @@ def parts_below(paths: Sequence[str], read: Json) -> tuple[list[Part], list[str]
     return parts, adapters
 
 
-def _is_aside(folder: str) -> bool:
+def is_aside(folder: str) -> bool:
+    """Whether a folder of a model holds copies in other forms, or what is left of a training."""
     parts = folder.split("/")
     return any(part.startswith(".") or fnmatchcase(part, pattern) for part in parts for pattern in FOLDERS)
 
@@ -120,12 +130,13 @@ def _holds_weights(name: str, own: Sequence[str]) -> bool:
         return False
     if any(fnmatchcase(name, pattern) for pattern in (*_TRAINING, *_COPIES)):
         return False
-    return not (own and (_TWIN.fullmatch(name) or _VARIANT.fullmatch(name)))
+    is_copy = _TWIN.fullmatch(name) or _VARIANT.fullmatch(name)
+    return not (is_copy and any(each not in ADAPTERS for each in own))  # beside an adapter, a model's name is no copy
 
 
 def _main(folder: str, names: Sequence[str], read: Json) -> Part | None:
     """What a loader opens in a sub-folder."""
-    for stems, ending in ((dict(zip(_MAIN, _MAIN, strict=True)), ".safetensors"), (_MAIN_BIN, ".bin")):
+    for stems, ending in ((dict(zip(MAIN, MAIN, strict=True)), ".safetensors"), (_MAIN_BIN, ".bin")):
         for stem, written in stems.items():
             if f"{stem}{ending}" in names:
                 return Part((f"{folder}{stem}{ending}",), written)

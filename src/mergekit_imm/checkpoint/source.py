@@ -21,7 +21,18 @@ from .computed import Tensor
 from .dcp import open_dcp
 from .forms import ADAPTER_BIN, BIN, BIN_INDEX, bin_files, dcp_prefix, no_model
 from .hub import ADAPTER, ADAPTER_CONFIG
-from .parts import ADAPTERS, Part, holds_parts, index_files, matches, parts_below, parts_beside
+from .parts import (
+    ADAPTERS,
+    READ,
+    Part,
+    component,
+    holds_parts,
+    index_files,
+    is_aside,
+    matches,
+    parts_below,
+    parts_beside,
+)
 from .pickled import open_pickled
 from .pieces import are_shards, from_shards, is_sharded
 from .sidefiles import is_side_file
@@ -145,18 +156,25 @@ def _from_folder(
     if strange is not None:
         raise CheckpointError(f"{label} holds '{shown(strange)}', a name that is not valid UTF-8; rename or remove it")
     everything = [name for name in listed if not matches(name, leave_out)]
+    _check_links(folder, everything, label)
     top = [name for name in everything if "/" not in name]
     stamps = _stamps(folder, everything, copy_code)
     indexed_by = BIN_INDEX if bin_files(top) == [BIN_INDEX] else INDEX
     index = _json(folder / indexed_by) if indexed_by in top else None
     adapter = _adapter_file(top) if role == "sft" else None
     prefix = None if adapter else dcp_prefix(everything)
-    names = [adapter] if adapter else [] if prefix is not None else _model_files(top, index, role, ref, everything)
-    own = Part(tuple(names), index=indexed_by if index is not None and MODEL not in names else None)
+    own = None if adapter or prefix is not None else component(top, lambda path: _json(folder / path))
+    if own is None:
+        whose = f"{ref} without what --leave-out names" if len(everything) < len(listed) else ref
+        names = (
+            [adapter] if adapter else [] if prefix is not None else _model_files(top, index, role, whose, everything)
+        )
+        own = Part(tuple(names), index=indexed_by if index is not None and MODEL not in names else None)
+    names = [*own.files]
     beside, adapters = parts_below(everything, lambda path: _json(folder / path))
     beside = parts_beside(top, names) + beside
     for part in (own, *beside):
-        _check_there(folder, part, label)
+        _check_there(folder, part, label, leave_out)
     files = {name: _opened(folder / name, name) for name in names}
     tensors: dict[str, Tensor] | None = None
     others: tuple[str, ...] = ()
@@ -174,8 +192,8 @@ def _from_folder(
     unreadable = [name for name, path in side.items() if not path.is_file()]
     if unreadable:
         raise CheckpointError(f"{label}: {shown(unreadable[0])} is a broken link or no plain file; repair or remove it")
-    indexes = {path: _json(folder / path) for part in beside if (path := part.index)}
-    indexes |= {own.index or indexed_by: index} if index is not None and not adapter else {}
+    indexes = {} if index is None or adapter else {indexed_by: index}
+    indexes |= {path: _json(folder / path) for part in (own, *beside) if (path := part.index) and path not in indexes}
     found = _assembled(
         role, ref, folder, files, _json(folder / "config.json") if "config.json" in top else None, side,
         parts=((own, *beside) if own.files else tuple(beside)), files_beside=files_beside, indexes=indexes,
@@ -196,8 +214,14 @@ def _from_folder(
     )
 
 
-def _check_there(folder: Path, part: Part, label: str) -> None:
-    """Raise CheckpointError for a file that an index names and that is not there."""
+def _check_there(folder: Path, part: Part, label: str, leave_out: Sequence[str]) -> None:
+    """Raise CheckpointError for a file that an index names and that is not there, or is to be left out."""
+    shard = next((name for name in part.files if matches(name, leave_out)), None)
+    if shard is not None:
+        raise CheckpointError(
+            f"--leave-out names {shown(shard)} of {label}, which {part.index or INDEX} names too: a model is read with"
+            " all of its shards; leave out none of them, or all and their index"
+        )
     missing = [name for name in part.files if not (folder / name).exists()]
     if missing and (folder / missing[0]).is_symlink():
         raise CheckpointError(f"{label}: {shown(missing[0])} is a broken link; copy or download the model again")
@@ -206,6 +230,23 @@ def _check_there(folder: Path, part: Part, label: str) -> None:
             f"{label} lacks {shown(missing[0])} ({len(missing)} of {len(part.files)} files), which its"
             f" {part.index or INDEX} names; copy or download it again"
         )
+
+
+def _check_links(folder: Path, everything: Sequence[str], label: str) -> None:
+    """Raise CheckpointError for a link to a folder elsewhere that holds weights: links to folders are not followed."""
+    for name in everything:
+        if not name.endswith("/") or is_aside(name.rstrip("/")):
+            continue
+        linked = (folder / name).resolve()
+        if linked.is_relative_to(folder.resolve()):  # what it leads to is found there
+            continue
+        with suppress(OSError):
+            weights = next((each.name for each in linked.iterdir() if each.name.endswith(READ)), None)
+            if weights is not None:
+                raise CheckpointError(
+                    f"{label} holds weights, {shown(weights)}, in {shown(name)}, a link to another folder, which is not"
+                    f" followed: put a copy in its place, or leave it out: {leave_out_option(name)}"
+                )
 
 
 def _note_of_adapter(top: Sequence[str], adapter: str | None, label: str) -> list[str]:
@@ -223,8 +264,11 @@ def _from_listing(
     small = {name: _parsed(content, f"{ref}/{name}") for name, content in listing.small.items()}
     index = small.get(INDEX)
     is_adapter = role == "sft" and _adapter_file(top) == ADAPTER
-    names = [ADAPTER] if is_adapter else _model_files(top, index, role, ref, everything)
-    own = Part(tuple(names), index=INDEX if index is not None and MODEL not in names else None)
+    own = None if is_adapter else component(top, small.__getitem__)
+    if own is None:
+        names = [ADAPTER] if is_adapter else _model_files(top, index, role, ref, everything)
+        own = Part(tuple(names), index=INDEX if index is not None and MODEL not in names else None)
+    names = [*own.files]
     beside, adapters = parts_below(everything, small.__getitem__)
     beside = parts_beside(top, names) + beside
     if not own.files and not beside:
@@ -442,7 +486,7 @@ def _stamps(folder: Path, everything: list[str], copy_code: bool) -> dict[Path, 
     small = [
         name
         for name in everything
-        if name in (INDEX, BIN_INDEX, RECIPE_FILE, ADAPTER_CONFIG) or _is_side(name, copy_code)
+        if name in (RECIPE_FILE, ADAPTER_CONFIG) or ".index." in name or _is_side(name, copy_code)
     ]
     found = {}
     for path in (folder / name for name in small):
