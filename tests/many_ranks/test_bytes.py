@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from checkpoints import files_of, random_state, write_model
 from mergekit_imm import execute, merge_checkpoints, stream
@@ -115,4 +116,17 @@ def test_a_tied_model_by_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     merge_checkpoints("base", "sft", "one", drop=0.9)
     merged_by(3)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "one")
+
+
+def test_ranks_know_the_parts_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, role in enumerate(("base", "sft")):
+        folder = write_model(tmp_path / role, random_state({"w": (3, 700_000)}, seed=seed), config=CONFIG)
+        for name in ("2_Dense/model.safetensors", "value_head.safetensors"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            key = "linear.weight" if "/" in name else "v_head.weight"
+            save_file(random_state({key: (2, 600_000)}, seed=seed + 5), folder / name)
+    merge_checkpoints("base", "sft", "one", drop=0.9)
+    assert [report.status for report in merged_by(3)] == ["merged"] * 3
     assert files_of(tmp_path / "out") == files_of(tmp_path / "one")
