@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from .errors import shown
-from .layers import blanked
+from .layers import blanked, folder_of
 from .recipe import parse_rename
 from .spellings import canonical
 
@@ -32,10 +32,27 @@ def by_name(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, s
     {'model.layers.0.mlp.router.weight': 'layers.0.block_sparse_moe.gate.weight'}
     """
     found: dict[str, str] = {}
-    for match in (by_prefix, _by_spelling, _by_both, _by_parts):
+    for match in (by_folder, by_prefix, _by_spelling, _by_both, _by_parts):
         lost = {name: shape for name, shape in lost.items() if name not in found}
         taken = {*found.values()}
         found |= match(lost, {name: shape for name, shape in free.items() if name not in taken}) if lost else {}
+    return found
+
+
+def by_folder(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
+    """Match names of a part that lies in another folder of the other model, if all do and in no other one.
+
+    >>> by_folder({"conv_in.weight": (4,)}, {"unet/conv_in.weight": (4,), "vae/conv_in.weight": (8,)})
+    {'conv_in.weight': 'unet/conv_in.weight'}
+    """
+    found: dict[str, str] = {}
+    places = dict.fromkeys(map(folder_of, free))
+    for folder in dict.fromkeys(map(folder_of, lost)):
+        own = [name for name in lost if folder_of(name) == folder]
+        moves = [{n: place + n.removeprefix(folder) for n in own} for place in places if place != folder]
+        fits = [m for m in moves if all(new in free and _fits(lost[old], free[new]) for old, new in m.items())]
+        if len(fits) == 1 and not {*fits[0].values()} & {*found.values()}:
+            found |= fits[0]
     return found
 
 

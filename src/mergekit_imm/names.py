@@ -27,7 +27,7 @@ from .config import says_tied
 from .errors import ArgumentError, MismatchError, shown
 from .joints import cut_or_joined
 from .layers import is_end, is_output_head, unwrapped
-from .match import Shape, by_name, by_prefix, carried, mapping_note, ruled
+from .match import Shape, by_folder, by_name, by_prefix, carried, mapping_note, ruled
 from .spellings import canonical
 
 
@@ -80,7 +80,7 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
         move({name: unwrapped(name) for name in tensors if name not in base.tensors})
         tensors, was, notes = _experts(each, base, tensors, was)
         found: dict[str, str] = {}
-        for match in (by_prefix, by_name):
+        for match in (by_folder, by_prefix, by_name):
             free = {name: _shape(name, tensor) for name, tensor in base.tensors.items() if name not in tensors}
             lost = [name for name in tensors if name not in base.tensors]
             # A tied head need not be stored in the base; if one is, it is looked for there.

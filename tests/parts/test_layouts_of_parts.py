@@ -137,3 +137,24 @@ def test_a_model_without_its_own_files_is_none(tmp_path: Path, name: str, match:
         write_model(tmp_path / role, random_state(ROOT, seed=seed), shards=[[each] for each in ROOT], config=CONFIG)
     with pytest.raises(CheckpointError, match=match):
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", leave_out=[name])
+
+
+def test_a_component_alone_is_merged_into_its_place_in_a_pipeline(tmp_path: Path) -> None:
+    shapes = {"conv_in.weight": (4, 4), "down.0.conv.weight": (4, 4)}
+    parts = {
+        "unet": random_state(shapes, seed=1),
+        "vae": random_state(dict.fromkeys(shapes, (6, 6)), seed=2),
+    }
+    for part, state in parts.items():
+        write_model(tmp_path / "base" / part, state, config={"_class_name": part})
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    sft = random_state(shapes, seed=3)
+    write_model(tmp_path / "sft", sft, config={"_class_name": "unet", "trained": True})
+    out = tmp_path / "out"
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", out, drop=0, keep=["^vae/"])
+    assert json.loads((out / "unet" / "config.json").read_text())["_class_name"] == "unet"
+    assert not (out / "config.json").exists()
+    found = read_model(out / "unet")
+    for name, tensor in parts["unet"].items():
+        torch.testing.assert_close(found[name], ((tensor.float() + sft[name].float()) / 2).to(tensor.dtype))
+    assert {*read_model(out / "vae")} == {*shapes}
