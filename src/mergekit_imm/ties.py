@@ -210,38 +210,35 @@ def _split(used: Used, members: list[str], same_bytes: SameBytes) -> tuple[dict[
     """Return the groups of names that are one tensor in every input, what splits them, and whether heads are apart."""
     if not all(any(name in each.tensors for name in members) for each in used.values() if each.adapter is None):
         return {}, "", False  # a name is missing altogether: an error, but not about ties
-    marks: dict[str, list[int]] = {name: [] for name in members}
-    breaker = ""
-    for role, each in used.items():
-        classes = _classes_of(each, members, same_bytes)
-        if len(classes) > 1 and role == [*(r for r in used if r != "sft")][-1]:
-            _check_rows(used["sft"], each, members)
-        if len(classes) > 1 and not breaker:
-            one, other = classes[0][0], classes[1][0]
-            breaker = _broken_by(each, one, other, "its config ties them" if role == "base" else "the base ties them")
-        for number, names in enumerate(classes):
-            for name in names:
-                marks[name].append(number)
+    partition, breaker = [list(members)], ""
+    model = used.get("start", used["base"])  # what an adapter was trained on
+    for each in sorted(used.values(), key=lambda each: each.adapter is not None):
+        found = [classes for names in partition if (classes := _classes_of(each, names, members, same_bytes))]
+        apart = next((classes for classes in found if len(classes) > 1), None)
+        if apart is not None and not breaker:
+            though = "its config ties them" if each is used["base"] else "the base ties them"
+            breaker = _broken_by(each, apart[0][0], apart[1][0], though)
+        if apart is not None and each is model:
+            _check_rows(used["sft"], model, members)
+        partition = [names for classes in found for names in classes]
     groups: dict[str, Group] = {}
-    alike: dict[tuple[int, ...], list[str]] = {}
-    for name in members:
-        alike.setdefault(tuple(marks[name]), []).append(name)
-    for names in alike.values():
+    for names in partition:
         holders = [used["base"], *used.values()]
         written = next(held for each in holders if (held := [name for name in names if name in each.tensors]))
         groups |= dict.fromkeys(names, Group(tuple(names), tied_key(written), tuple(written), tuple(members)))
-    with_embedding = {tuple(marks[name]) for name in members if is_input_embedding(name)} or {tuple(marks[members[0]])}
-    heads_apart = any(tuple(marks[name]) not in with_embedding for name in members)
-    return groups, breaker, heads_apart
+    with_embedding = [names for names in partition if any(map(is_input_embedding, names))] or partition[:1]
+    return groups, breaker, len(with_embedding) < len(partition)
 
 
-def _classes_of(each: Checkpoint, members: list[str], same_bytes: SameBytes) -> list[list[str]]:
-    """Sort tied names into those that are one tensor to an input; one that it does not store is the first it stores."""
+def _classes_of(each: Checkpoint, names: list[str], members: Sequence[str], same_bytes: SameBytes) -> list[list[str]]:
+    """Sort names into those that are one tensor to an input; a tied one that it does not store is the first it has."""
     if each.adapter is not None:
-        return _classes_of_adapter(each, members, same_bytes)
-    classes = _equal_classes(each, [name for name in members if name in each.tensors], same_bytes)
-    classes[0] += [name for name in members if name not in each.tensors]
-    return classes
+        return _classes_of_adapter(each, names, same_bytes)
+    first = next(name for name in members if name in each.tensors)
+    held = [name for name in names if name in each.tensors]
+    classes = _equal_classes(each, [first, *(name for name in held if name != first)], same_bytes)
+    classes[0] = [name for name in names if name in classes[0] or name not in each.tensors]
+    return [found for found in classes if found]
 
 
 def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: SameBytes) -> list[list[str]]:

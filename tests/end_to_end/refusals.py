@@ -114,7 +114,7 @@ REFUSALS = (
     ),
     Refusal(
         "an adapter holds the embedding apart from a tied head",
-        lambda c: c.tied and c.of_embedding and not c.of_head,
+        lambda c: c.tied and ((c.of_embedding and not c.of_head) or c.adapter.saved == ("embedding",)),
         "trained apart from the head",
     ),
     Refusal(
