@@ -7,7 +7,6 @@ tie, and each of them is merged under its own name.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +18,6 @@ from .config import Config, tie_said, vocabulary_sizes
 from .errors import CheckpointError, shown
 from .layers import folder_of, is_end, is_input_embedding, is_output_head, layer_key, tied_key
 
-_OF_ENCODER = re.compile(r"(cls\.)?(predictions|lm_head)\.decoder\.weight$")  # heads with layers of their own
 _SHARED, _OF_SHARED = "shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 SameBytes = Callable[[Checkpoint, Tensor, Tensor], bool]
@@ -119,8 +117,7 @@ def _stores_another_head(base: Checkpoint, names: Sequence[str], embeddings: lis
 
 def _owner(name: str, embeddings: Sequence[str]) -> str:
     """The embedding of the sub-model that a head is of: that of `expert.lm_head` is below `expert.`; "" if none is."""
-    inner = _OF_ENCODER.sub("", name)
-    above = inner if inner != name else name[: name.rfind(".", 0, -len(".weight")) + 1] or folder_of(name)
+    above = name[: name.rfind(".", 0, -len(".weight")) + 1] or folder_of(name)
     return next((each for each in embeddings if each.startswith(above)), "")
 
 
