@@ -184,6 +184,16 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
+def outer_bias(name: str) -> str:
+    """Return the bias that one of a head is tied to, in the encoders that give it two names; "" of any other name.
+
+    >>> outer_bias("cls.predictions.decoder.bias")
+    'cls.predictions.bias'
+    """
+    module = name.removesuffix(".bias").rpartition(".")[0]
+    return f"{module}.bias" if name.endswith(".bias") and module else ""
+
+
 def is_end(name: str) -> bool:
     """Whether a name is that of an input embedding or of an output head, which have a row for each token."""
     return is_input_embedding(name) or is_output_head(name)

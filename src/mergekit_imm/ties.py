@@ -16,7 +16,7 @@ from .checkpoint.source import Checkpoint
 from .checkpoint.tensorfile import MERGED
 from .config import Config, tie_said, vocabulary_sizes
 from .errors import CheckpointError, shown
-from .layers import folder_of, is_end, is_input_embedding, is_output_head, layer_key, tied_key
+from .layers import folder_of, is_end, is_input_embedding, is_output_head, layer_key, outer_bias, tied_key
 
 _SHARED, _OF_SHARED = "shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
@@ -197,8 +197,8 @@ def _bias_pairs(base: Checkpoint, folder: str, shapes: Shapes, rows: Collection[
     for size in sorted(rows):
         names = shapes.get((folder, (size,)), [])
         for name in names:
-            outer = f"{name.removesuffix('.bias').rpartition('.')[0]}.bias"
-            if name.endswith(".bias") and outer in names and (name in base.tensors or outer in base.tensors):
+            outer = outer_bias(name)
+            if outer in names and (name in base.tensors or outer in base.tensors):
                 pairs.append([outer, name])
     return pairs
 
@@ -259,6 +259,12 @@ def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: Sam
         return [members]
     left = [name for name in members if name not in held]
     classes = _equal_classes(adapter, whole, same_bytes)
+    tied = next(
+        (each for each in classes if any(map(is_input_embedding, each)) and any(map(is_output_head, each))), None
+    )
+    if tied is not None:  # it trained, or resized, the one tensor: the other names are of it, too
+        tied += left
+        return classes
     return [each for each in (*classes, left) if each]
 
 

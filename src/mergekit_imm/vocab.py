@@ -126,6 +126,9 @@ def _names(used: Inputs, rows: Mapping[str, int]) -> set[str]:
     """The names of the tensors that have a row for each token: the ends, and what differs just as they do."""
     base = used["base"]
     names = {name for name, tensor in _ends(base).items() if tensor.shape[0] == rows["base"]}
+    if used["sft"].adapter is not None and rows["sft"] != rows["base"]:
+        # An adapter holds no bias of logits, which its model was given another of.
+        names |= {name for name, tensor in base.tensors.items() if tensor.shape == (1, rows["base"])}
     for role, each in used.items():
         if says_tied(base.config):  # each may store its own of the tied names
             names |= {name for name, tensor in _ends(each).items() if tensor.shape[0] == rows[role]} - set(base.tensors)

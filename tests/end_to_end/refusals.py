@@ -93,6 +93,11 @@ REFUSALS = (
         "trained apart from the embeddings of encoder and decoder",
     ),
     Refusal(
+        "a bias of logits that an adapter of another vocabulary does not hold",
+        lambda c: bool(c.merge.resized) and c.one.adapter is not None,
+        "with --vocab all tensors of a vocabulary are resized",
+    ),
+    Refusal(
         "a part beside a file that is given alone",
         lambda c: c.one.sft.form == "file" and bool(c.one.part or c.situation.beside),
         "in base .* only",

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import says_tied
 from ..errors import CheckpointError, MismatchError, shown
-from ..layers import is_end, is_input_embedding, is_output_head, only_in, ready_option, unwrapped
+from ..layers import is_end, is_input_embedding, is_output_head, only_in, outer_bias, ready_option, unwrapped
 from ..match import Shape, by_name, mapping_note, ruled
 from .computed import Computed, Tensor, renamed
 from .experts import Layout, cut_experts, fused_shape, single_layout
@@ -246,6 +246,10 @@ def _names(
     lost = {n: path for path, n in names.items() if n not in model.tensors}
     tied = {n for n, path in lost.items() if is_end(n) and ((shape := wanted[path]) is None or shape[1:] in widths)}
     tied = tied if widths else set()
+    for name, path in lost.items():  # and of its bias
+        outer = model.tensors.get(outer_bias(name))
+        if outer is not None and outer.shape == wanted[path] and is_output_head(f"{name.removesuffix('bias')}weight"):
+            tied.add(name)
     stored = any(is_output_head(name) for name in model.tensors if name not in names.values())
     there = {name: tensor.shape for name, tensor in model.tensors.items()}
     # Vocabularies of different sizes are not told here.
