@@ -149,7 +149,7 @@ REFUSALS = (
     ),
     Refusal(
         "a part that only the SFT has",
-        lambda c: any(name not in c.merge.base for name in c.merge.sft),
+        lambda c: c.one.sft.form != "file" and any(name not in c.merge.base for name in c.merge.sft),
         "|".join(re.escape(file) for file, _ in PARTS.values()),
         must=True,
     ),
