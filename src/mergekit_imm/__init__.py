@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         OutputError,
         PartialMergeError,
+        PlanError,
         RankError,
         VerifyError,
     )
@@ -54,6 +55,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "OutputError": "errors",
     "PartialMergeError": "errors",
+    "PlanError": "errors",
     "RankError": "errors",
     "Ranks": "ranks",
     "VerifyError": "errors",
@@ -87,6 +89,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "PartialMergeError",
+    "PlanError",
     "RankError",
     "Ranks",
     "Rounds",
