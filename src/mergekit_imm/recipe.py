@@ -151,7 +151,7 @@ def parse_size(size: int | str) -> int:
 def _written(parameters: Parameters) -> dict[str, Any]:
     """Parameters as a recipe holds them: later ones only where they are used, so that older recipes stay the same."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(parameters)))
-    unused = {each.name for each in fields(Parameters) if values[each.name] == each.default}
+    unused = {each.name for each in fields(Parameters) if getattr(parameters, each.name) == each.default}
     return {name: value for name, value in values.items() if name not in _LATEST & unused}
 
 
