@@ -19,6 +19,7 @@ ROWS = {
     "PyTorch files": "forms/test_torch_save.py::test_a_model_of_transformers_is_merged_and_loaded",
     "a `torch.distributed` checkpoint": "forms/test_pieces.py::test_pieces_of_ranks_are_merged_as_the_whole",
     "safetensors that ranks wrote, in pieces": "forms/test_pieces.py::test_so_are_those_of_fsdp_and_what_torch_joined",
+    "a model of several parts": "parts/test_parts.py::test_all_parts_are_merged_and_their_masks_keyed_by_the_path",
     "names that differ": "test_names.py::test_the_text_part_of_a_wrapped_model",
     "experts, fused or one by one": "test_names.py::test_names_in_memory_are_those_of_the_files",
     "experts stored transposed": "layouts/test_experts.py::test_one_of_the_models_has_them_the_other_way_round",

@@ -297,9 +297,9 @@ def _of_kind(names: list[str], rest: list[str]) -> str:
         if seen[i] == every[i] and len(seen[i]) > 1:
             return r"\d+"
         return (
-            rows[0][i]
+            _escaped(rows[0][i])
             if len(seen[i]) == 1
-            else f"({'|'.join(sorted(seen[i], key=lambda digits: (len(digits), digits)))})"
+            else f"({'|'.join(map(_escaped, sorted(seen[i], key=lambda digits: (len(digits), digits))))})"
         )
 
     for pattern in (
