@@ -108,12 +108,11 @@ def transposed(tensor: Tensor, role: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Slice(Computed):
-    """Consecutive elements of a computed tensor, in row-major order."""
+class _Of(Computed):
+    """What is made of the elements of one tensor of a model, as they are."""
 
-    whole: Computed
-    role: str
-    first: int
+    whole: Tensor
+    role: str  # of the model that it is in
 
     @property
     def dtype(self) -> str:
@@ -128,12 +127,19 @@ class Slice(Computed):
     @property
     def added(self) -> bool:
         """That of the whole."""
-        return self.whole.added
+        return is_delta(self.whole)
 
     @property
     def stored(self) -> int:
         """Its share of the bytes of the whole."""
         return self.whole.stored * self.count // max(1, self.whole.count)
+
+
+@dataclass(frozen=True)
+class Slice(_Of):
+    """Consecutive elements of a computed tensor, in row-major order."""
+
+    first: int
 
     def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
         """Fill a buffer with the elements from `first` on."""
@@ -182,26 +188,8 @@ class Pieces(Computed):
 
 
 @dataclass(frozen=True)
-class Transposed(Computed):
+class Transposed(_Of):
     """A stack of matrices [n, rows, columns] that is stored as [n, columns, rows]."""
-
-    whole: Tensor
-    role: str
-
-    @property
-    def dtype(self) -> str:
-        """That of the stored tensor."""
-        return self.whole.dtype
-
-    @property
-    def native(self) -> str:
-        """That of the stored tensor."""
-        return self.whole.native
-
-    @property
-    def stored(self) -> int:
-        """Bytes of the stored tensor."""
-        return self.whole.stored
 
     def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
         """Fill a buffer with the elements from `first` on: of each matrix some rows, which are stored as columns."""
