@@ -149,7 +149,8 @@ def _with_rows_of(name: str, role: str, used: Inputs, rows: Mapping[str, int], o
     tensor = used[role].tensors[name]
     origin, whole = _whole(name, used, owner)
     size, common = rows[owner], min(rows.values())
-    axis = 1 if whole.shape == (1, size) else 0  # a bias of logits, as BART has it
+    # A single row of columns is a bias of logits, as BART has it, unless the rows of the two models differ in number.
+    axis = 1 if whole.shape == (1, size) and tensor.shape == (1, rows[role]) else 0
 
     def shaped(count: int) -> tuple[int, ...]:
         return (1, count) if axis else (count, *whole.shape[1:])

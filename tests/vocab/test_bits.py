@@ -8,7 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,6 +27,17 @@ from vocabularies import Options
     out=st.sampled_from([None, "float32", "bfloat16"]), vocab=st.sampled_from(["base", "sft"]), started=st.booleans(),
     seed=st.integers(0, 2**16),
 )  # fmt: skip
+@example(  # one row of one column is no bias of logits
+    rows=(1, 2, 1),
+    columns=1,
+    alpha=0.0,
+    drop=0.0,
+    dtypes=(torch.bfloat16,) * 3,
+    out=None,
+    vocab="base",
+    started=False,
+    seed=0,
+)
 @settings(max_examples=examples(40))
 def test_common_rows_are_merged_as_without_the_others_which_keep_every_bit(
     tmp_path_factory: pytest.TempPathFactory, rows: tuple[int, ...], columns: int, alpha: float, drop: float,
