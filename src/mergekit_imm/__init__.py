@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .analysis.change import weight_change
     from .analysis.gradients import layer_importance
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from .rounds import Rounds
     from .sparse import della, trim
     from .verification import VerifyReport, verify
-
-__version__ = "0.1.0"
 
 _HOME = {
     "IMMCallback": "callback",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from .errors import ArgumentError, shown
-from .mask import is_integer
+from .errors import ArgumentError
+from .messages import shown
 
 MODEL_PLACE = "a folder, a .safetensors file or a hub id org/name[@revision]"
 
@@ -105,3 +106,25 @@ def check_count(name: str, value: Any, least: int) -> None:
     """Refuse what is no whole number, or too small."""
     if not is_integer(value) or value < least:
         raise ArgumentError(f"{name} is {shown(repr(value), 60)}; it must be a whole number, {least} or more")
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer, numpy's among them; True and False are not."""
+    return isinstance(value, int | Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number, numpy's among them; True and False are not."""
+    return isinstance(value, int | float | Real) and not isinstance(value, bool)
+
+
+def as_number(value: Any) -> Any:
+    """Return a number as one of Python's, of the same value, so that it can be written; anything else as it is.
+
+    >>> import numpy as np
+    >>> as_number(np.float32(0.5)), as_number(np.int64(3)), as_number("x")
+    (0.5, 3, 'x')
+    """
+    if isinstance(value, int | float) or not is_number(value):
+        return value
+    return int(value) if is_integer(value) else float(value)

@@ -15,10 +15,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from hashlib import blake2b
-from numbers import Integral, Real
-from typing import Any
 
 from .errors import ArgumentError
+from .given import as_number, is_integer, is_number
 
 BLOCK = 1024
 LANES = 128
@@ -126,25 +125,3 @@ def check_round(seed: int, iteration: int) -> None:
         raise ArgumentError(f"seed is {seed!r:.60}; it must be an integer")
     if not is_integer(iteration) or iteration < 0:
         raise ArgumentError(f"iteration is {iteration!r:.60}; rounds are counted by integers from 0")
-
-
-def is_integer(value: object) -> bool:
-    """Whether a value is an integer, numpy's among them; True and False are not."""
-    return isinstance(value, int | Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a number, numpy's among them; True and False are not."""
-    return isinstance(value, int | float | Real) and not isinstance(value, bool)
-
-
-def as_number(value: Any) -> Any:
-    """Return a number as one of Python's, of the same value, so that it can be written; anything else as it is.
-
-    >>> import numpy as np
-    >>> as_number(np.float32(0.5)), as_number(np.int64(3)), as_number("x")
-    (0.5, 3, 'x')
-    """
-    if isinstance(value, int | float) or not is_number(value):
-        return value
-    return int(value) if is_integer(value) else float(value)

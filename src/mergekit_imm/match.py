@@ -6,12 +6,33 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from .errors import shown
+from .errors import ArgumentError
+from .messages import shown
 from .layers import blanked, folder_of
-from .recipe import parse_rename
 from .spellings import canonical
 
 Shape = tuple[int, ...] | None  # None: not known
+
+
+def parse_rename(rule: str) -> tuple[re.Pattern[str], str]:
+    """Return the pattern and the replacement of a rule REGEX=REPLACEMENT; the last = is the one between them.
+
+    >>> pattern, replacement = parse_rename("^model[.]language_model[.]=model.")
+    >>> pattern.sub(replacement, "model.language_model.norm.weight")
+    'model.norm.weight'
+    """
+    pattern, found, replacement = str(rule).rpartition("=")
+    try:
+        if not isinstance(rule, str):
+            raise ValueError("give a string")
+        if not found or not pattern:
+            raise ValueError("write it as REGEX=REPLACEMENT")
+        compiled = re.compile(pattern)
+        compiled.sub(replacement, "")
+        re.compile(f"(?:{pattern})|").sub(replacement, "")  # a wrong group is told on a match only
+    except (re.error, ValueError, IndexError) as error:
+        raise ArgumentError(f"rename rule '{shown(rule)}' is not understood: {error}") from error
+    return compiled, replacement
 
 
 def ruled(names: Iterable[str], rules: Sequence[str]) -> list[str]:

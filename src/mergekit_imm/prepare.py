@@ -334,22 +334,3 @@ def what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
     if changes:
         return f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})"
     return "lacks files of this very merge" if found else "not empty"
-
-
-def check_same(ranks: Ranks, recipes: Sequence[Mapping[str, Any]]) -> None:
-    """Raise MismatchError, on every rank, if one sees other inputs than rank 0, or is of another version."""
-    recipes = [without_places(each) for each in recipes]  # all go on with the paths that rank 0 was given
-    own = hashlib.blake2b(b"\0".join([__version__.encode(), *map(to_json, recipes)]), digest_size=16).digest()
-    first, *others = ranks.gather(own)
-    other = next((rank for rank, each in enumerate(others, 1) if each != first), None)
-    if other is None:
-        return
-    seen = ranks.gather((__version__, list(recipes)))
-    (version, theirs), (its_version, its) = seen[0], seen[other]
-    changes = [] if version == its_version else [f"mergekit_imm {version} -> {its_version}"]
-    for one, another in zip(theirs, its, strict=False):
-        changes += differences(one, another)
-    raise MismatchError(
-        f"rank {other} of {ranks.size} would make another merge than rank 0 ({'; '.join(changes[:3])}"
-        f"{'; …' if len(changes) > 3 else ''}); give all ranks the same command, inputs and version"
-    )

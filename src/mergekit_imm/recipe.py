@@ -13,6 +13,7 @@ from typing import Any
 from .errors import ArgumentError, CheckpointError, shown
 from .factors import check_factors
 from .importance import importance_factors
+from .match import parse_rename
 from .json_input import parse_json, read_small
 from .mask import arithmetic, as_number, check_round
 from .sparsify import parse_sparsify
@@ -106,27 +107,6 @@ class Parameters:
                 except (re.error, TypeError) as error:
                     given = f"--{option.replace('_', '-')} {shlex.quote(shown(pattern))}"
                     raise ArgumentError(f"{given} is not a regular expression: {error}") from error
-
-
-def parse_rename(rule: str) -> tuple[re.Pattern[str], str]:
-    """Return the pattern and the replacement of a rule REGEX=REPLACEMENT; the last = is the one between them.
-
-    >>> pattern, replacement = parse_rename("^model[.]language_model[.]=model.")
-    >>> pattern.sub(replacement, "model.language_model.norm.weight")
-    'model.norm.weight'
-    """
-    pattern, found, replacement = str(rule).rpartition("=")
-    try:
-        if not isinstance(rule, str):
-            raise ValueError("give a string")
-        if not found or not pattern:
-            raise ValueError("write it as REGEX=REPLACEMENT")
-        compiled = re.compile(pattern)
-        compiled.sub(replacement, "")
-        re.compile(f"(?:{pattern})|").sub(replacement, "")  # a wrong group is told on a match only
-    except (re.error, ValueError, IndexError) as error:
-        raise ArgumentError(f"rename rule '{shown(rule)}' is not understood: {error}") from error
-    return compiled, replacement
 
 
 def parse_size(size: int | str) -> int:

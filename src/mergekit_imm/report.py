@@ -88,59 +88,6 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
-    """Group tensors by kind: names with their numbers blanked out, and what happens to them."""
-    groups: dict[tuple[Any, ...], list[Item]] = defaultdict(list)
-    for item in items:
-        name = blanked(item.name)
-        read = {role: s.sft if isinstance(s, Sparsified) else s for role, s in item.sides.items()}
-        dtypes = tuple((role, side.dtype) for role, side in read.items())
-        drop = drop_of(item) if item.action == "merge" else None
-        groups[name, item.action, dtypes, item.outs[0].dtype, drop].append(item)
-    return [
-        {
-            "name": name,
-            "action": action,
-            "tensors": len(items),
-            "elements": sum(item.source.count for item in items),
-            "read": dict(dtypes),
-            "write": dtype,
-            "drop": drop,
-            "bytes_read": sum(side.stored for item in items for side in item.sides.values()),
-            "bytes_written": sum(out.nbytes for item in items for out in item.outs),
-        }
-        for (name, action, dtypes, dtype, drop), items in groups.items()
-    ]
-
-
-def drop_of(item: Item) -> float:
-    """Return the share of a delta's elements that is dropped."""
-    sft = item.sides.get("sft")
-    return sft.drop if isinstance(sft, Sparsified) else round(1 - item.numbers.keep16 / 65536, 6)
-
-
-def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
-    """Say which names of the inputs are others in the base, by rule."""
-    return [
-        {"role": role, "name": old, "in_base": new, "tensors": count}
-        for role, each in inputs.items()
-        for old, new, count in rules_of(each.was)
-    ]
-
-
-def side_files(plan: Plan) -> dict[str, list[str]]:
-    """Say which other files come from which input."""
-    found: dict[str, list[str]] = {}
-    for path, (role, _) in plan.side.items():
-        found.setdefault(role, []).append(path)
-    return found
-
-
-def left_out(inputs: Mapping[str, Checkpoint]) -> dict[str, list[str]]:
-    """Say which files of the inputs are neither weights nor copied; of a start only the weights are looked at."""
-    return {role: list(each.left_out) for role, each in inputs.items() if each.left_out and role != "start"}
-
-
 def actions(plan: Plan) -> dict[str, int]:
     """Count the tensors by what happens to them."""
     words = {"merge": "merged", "keep": "kept", "take": "taken", "copy": "copied"}
