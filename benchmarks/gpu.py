@@ -46,10 +46,10 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device here; nothing to measure")
-    from mergekit_imm import fused
+    from mergekit_imm.numerics import triton_kernel
 
     base, sft, start = (torch.randn(arguments.elements, device="cuda").bfloat16() for _ in range(3))
-    how = f"fused by Triton {version('triton')}" if fused.fits(base, sft, start) else "not fused"
+    how = f"fused by Triton {version('triton')}" if triton_kernel.fits(base, sft, start) else "not fused"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()},"
           f" mergekit-imm {version('mergekit-imm')}, {how}, {arguments.elements} elements\n")  # fmt: skip
     print("| merge | ms | GB/s | copy of as many bytes, ms | GB/s | ratio |")

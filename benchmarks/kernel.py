@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_imm.mask import arithmetic, mask_key
-from mergekit_imm.sums import new_tally
+from mergekit_imm.numerics.mask import arithmetic, mask_key
+from mergekit_imm.numerics.statistics import new_tally
 
 os.environ.setdefault("MERGEKIT_IMM_WIDE_VECTORS", "1")  # as the commands do, before the kernel is loaded
-merge_span = importlib.import_module("mergekit_imm.kernel").merge_span
+merge_span = importlib.import_module("mergekit_imm.numerics.cpu").merge_span
 
 COUNT = 1 << 20
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}

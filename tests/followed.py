@@ -15,9 +15,10 @@ import transformers
 from safetensors.torch import load_file
 
 from checkpoints import State
-from mergekit_imm.check import check
-from mergekit_imm.cli import merge_command
-from mergekit_imm.errors import MergeError, for_caller
+from mergekit_imm.cli.merge import merge_command
+from mergekit_imm.common.messages import for_caller
+from mergekit_imm.errors import MergeError
+from mergekit_imm.plan.describe import check
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -15,10 +15,10 @@ import torch
 
 import reference
 from checkpoints import same_bits
-from mergekit_imm import fused
-from mergekit_imm.flat import merge_flat
-from mergekit_imm.fused import keep_flat_fused, merge_flat_fused
-from mergekit_imm.mask import KEEP_ALL, arithmetic, mask_key
+from mergekit_imm.numerics import triton_kernel
+from mergekit_imm.numerics.mask import KEEP_ALL, arithmetic, mask_key
+from mergekit_imm.numerics.reference import merge_flat
+from mergekit_imm.numerics.triton_kernel import keep_flat_fused, merge_flat_fused
 from strategies import DTYPES, tensor
 from test_mask import CHECK_VALUES, NAME
 
@@ -66,9 +66,9 @@ def check_masks() -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # numpy's, of infinities
-    assert fused._agrees(torch.device("cpu"))
-    with patch.object(fused, "merge_flat", lambda *args: merge_flat(*args).nextafter(torch.tensor(0.0))):
-        assert not fused._agrees.__wrapped__(torch.device("cpu"))
+    assert triton_kernel._agrees(torch.device("cpu"))
+    with patch.object(triton_kernel, "merge_flat", lambda *args: merge_flat(*args).nextafter(torch.tensor(0.0))):
+        assert not triton_kernel._agrees.__wrapped__(torch.device("cpu"))
     check_values()
     check_masks()
     for case, dtypes in enumerate(product(DTYPES, repeat=4)):

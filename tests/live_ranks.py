@@ -23,8 +23,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mergekit_imm import MergeError, merge_into
-from mergekit_imm.reading import Files
-from mergekit_imm.shards import is_distributed
+from mergekit_imm.checkpoint.reader import Files
+from mergekit_imm.live.local_shards import is_distributed
 from modules import OPTIONS, Model, put
 
 WORLDS = (2, 3, 4)
@@ -114,7 +114,7 @@ def refusals(rank: int, world: int, folder: Path, state: dict[str, Tensor]) -> d
 
 def main(folder: Path) -> int:
     """Run all ranks of all worlds; they share what is imported."""
-    import mergekit_imm.kernel  # noqa: F401
+    import mergekit_imm.numerics.cpu  # noqa: F401
 
     fork = multiprocessing.get_context("fork")
     processes = [

@@ -12,7 +12,7 @@ import torch
 
 from checkpoints import State
 from mergekit_imm import dare_merge
-from mergekit_imm.loopstate import Settings
+from mergekit_imm.loop.state import Settings
 
 PYTHON = shlex.quote(sys.executable)
 TRAINER = shlex.quote(str(Path(__file__).parent / "trainer.py"))

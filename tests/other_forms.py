@@ -14,9 +14,9 @@ from torch.distributed.checkpoint import state_dict_saver
 
 from checkpoints import State, files_of, random_state, write_model
 from mergekit_imm import merge_checkpoints, verify
-from mergekit_imm.checkpoint.computed import Tensor as Held
-from mergekit_imm.checkpoint.source import Checkpoint
-from mergekit_imm.reading import Files
+from mergekit_imm.checkpoint.checkpoint import Checkpoint
+from mergekit_imm.checkpoint.lazy_tensor import Tensor as Held
+from mergekit_imm.checkpoint.reader import Files
 
 SHAPES = {
     "model.embed_tokens.weight": (97, 33),

@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import save_file
 
 from checkpoints import random_state, write_model
-from mergekit_imm.accounts import check_plan, check_tensors
 from mergekit_imm.errors import PlanError
-from mergekit_imm.plan import Decided, Plan, decide, make_plan
-from mergekit_imm.prepare import comparer, open_inputs
+from mergekit_imm.plan.accounts import check_plan, check_tensors
+from mergekit_imm.plan.open_inputs import comparer, open_inputs
+from mergekit_imm.plan.plan import Decided, Plan, decide, make_plan
 
 EMBED, HEAD, UP, NORM = (
     "model.embed_tokens.weight",

@@ -21,8 +21,15 @@ from torch import Tensor
 
 import reference
 from checkpoints import files_of, random_state, read_model, same_bits, write_model
-from mergekit_imm import ArgumentError, CheckpointError, MergeError, MismatchError, merge_checkpoints, verify
-from mergekit_imm.products import product
+from mergekit_imm import (
+    ArgumentError,
+    CheckpointError,
+    MergeError,
+    MismatchError,
+    merge_checkpoints,
+    verify,
+)
+from mergekit_imm.transforms.numba_loops import product
 from models import LAYOUTS, load, new_model
 from thorough import others
 
@@ -201,7 +208,7 @@ def test_any_number_of_workers_and_any_pieces_give_the_same_bytes(tmp_path: Path
     train(tmp_path, *KINDS[kind])
     given = (tmp_path / "base", tmp_path / "adapter")
     merge_checkpoints(*given, tmp_path / "one", drop=0.5, workers=1)
-    with patch("mergekit_imm.execute.BUFFER", 16 * 4096), patch("mergekit_imm.plan.RECORD", 1024):
+    with patch("mergekit_imm.engine.workers.BUFFER", 16 * 4096), patch("mergekit_imm.plan.plan.RECORD", 1024):
         merge_checkpoints(*given, tmp_path / "other", drop=0.5, workers=5)
     one, other = files_of(tmp_path / "one"), files_of(tmp_path / "other")
     del one["imm_report.json"], other["imm_report.json"]  # sums of other pieces
@@ -209,11 +216,12 @@ def test_any_number_of_workers_and_any_pieces_give_the_same_bytes(tmp_path: Path
 
 
 def test_the_path_of_gpus_gives_the_same_bytes(trained: Path, tmp_path: Path) -> None:
-    from mergekit_imm import execute, gpu
+    from mergekit_imm.engine import workers
+    from mergekit_imm.numerics import cuda
 
     merge_checkpoints(trained / "base", trained / "adapter", tmp_path / "cpu", drop=0.5)
-    device = execute.Device(gpu.merge_span_on("cpu"), gpu.buffer)
-    with patch("mergekit_imm.merge.pick_device", lambda _: device):
+    device = workers.Device(cuda.merge_span_on("cpu"), cuda.buffer)
+    with patch("mergekit_imm.engine.merge.pick_device", lambda _: device):
         merge_checkpoints(trained / "base", trained / "adapter", tmp_path / "gpu", drop=0.5)
     assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_imm.answers import final_answer, is_correct, same_answer
+from mergekit_imm.evaluation.answers import final_answer, is_correct, same_answer
 
 FOUND = [
     (r"so \boxed{12} or rather \boxed{13}", "13"),

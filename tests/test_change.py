@@ -12,9 +12,16 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import State, random_state, write_model
-from mergekit_imm import ArgumentError, CheckpointError, MismatchError, NonFiniteError, merge_checkpoints, weight_change
+from mergekit_imm import (
+    ArgumentError,
+    CheckpointError,
+    MismatchError,
+    NonFiniteError,
+    merge_checkpoints,
+    weight_change,
+)
 from mergekit_imm.analysis.change import Norms, change_of, checkpoint_change, module_kind, reported_change
-from mergekit_imm.layers import weight_kind
+from mergekit_imm.model.tensor_names import weight_kind
 
 LINEAR = ("self_attn.q_proj.weight", "mlp.up_proj.weight")
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -16,12 +16,12 @@ from click.testing import CliRunner, Result
 from checkpoints import random_state, write_model
 from mergekit_imm import merge_checkpoints, weight_change
 from mergekit_imm.analysis.change import WeightChange
-from mergekit_imm.analysis.changecli import change_command
 from mergekit_imm.analysis.mismatch import Comparison, mismatch
-from mergekit_imm.analysis.page import html_page, inline_svg
-from mergekit_imm.analysis.pictures import change_picture, mismatch_picture
-from mergekit_imm.analysis.terminal import render
+from mergekit_imm.cli.change import change_command
 from mergekit_imm.errors import MergeError
+from mergekit_imm.views.change_figure import change_picture, mismatch_picture
+from mergekit_imm.views.change_page import html_page, inline_svg
+from mergekit_imm.views.change_terminal import render
 
 N = 7
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -219,7 +219,7 @@ def test_inline_svg_has_no_prologue() -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from mergekit_imm.analysis.changecli import change_command as c\n"
+        "import sys; from mergekit_imm.cli.change import change_command as c\n"
         "c(['--help'], standalone_mode=False)\n"
         "assert not {'numpy', 'torch', 'matplotlib'} & set(sys.modules)"
     )

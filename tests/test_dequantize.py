@@ -19,9 +19,11 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 import reference
 from checkpoints import State, files_of, random_state, read_model, same_bits, write_model
 from fp8 import FP8, MODELOPT, RAGGED, SMALL, Block, Quantiser, compressed, float32_of, ragged_state, theirs, write_fp8
-from mergekit_imm import CheckpointError, NonFiniteError, execute, gpu, merge_checkpoints, verify
-from mergekit_imm.checkpoint.quantised import Dequantized, _fit, _table
-from mergekit_imm.checkpoint.tensorfile import TensorInfo
+from mergekit_imm import CheckpointError, NonFiniteError, merge_checkpoints, verify
+from mergekit_imm.checkpoint.safetensors_file import TensorInfo
+from mergekit_imm.engine import workers
+from mergekit_imm.numerics import cuda
+from mergekit_imm.transforms.fp8 import Dequantized, _fit, _table
 from models import fine_tuned, load, new_model
 from refused import CONFIG, MODEL, SHAPES, SIDE, UP0, Models
 from test_adapters import adapted
@@ -219,10 +221,10 @@ def test_an_adapter_on_an_fp8_base(fp8_llama: Path, tmp_path: Path) -> None:
 def test_workers_pieces_sweeps_and_the_path_of_gpus_give_the_same_bytes(fp8_llama: Path, tmp_path: Path) -> None:
     given = (fp8_llama / "base", fp8_llama / "sft")
     merge_checkpoints(*given, tmp_path / "one", drop=0.5, workers=1, dequantize=True)
-    with patch("mergekit_imm.execute.BUFFER", 16 * 4096), patch("mergekit_imm.plan.RECORD", 1024):
+    with patch("mergekit_imm.engine.workers.BUFFER", 16 * 4096), patch("mergekit_imm.plan.plan.RECORD", 1024):
         merge_checkpoints(*given, tmp_path / "two", drop=0.5, workers=5, dequantize=True)
-    device = execute.Device(gpu.merge_span_on("cpu"), gpu.buffer)
-    with patch("mergekit_imm.merge.pick_device", lambda _: device):
+    device = workers.Device(cuda.merge_span_on("cpu"), cuda.buffer)
+    with patch("mergekit_imm.engine.merge.pick_device", lambda _: device):
         merge_checkpoints(*given, tmp_path / "gpu", drop=0.5, dequantize=True)
     merge_checkpoints(*given, tmp_path / "at-{alpha}", alpha=[0.5, 0.7], drop=0.5, dequantize=True)
     one = files_of(tmp_path / "one")

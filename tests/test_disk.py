@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from checkpoints import files_of, random_state, write_model
 from mergekit_imm import merge_checkpoints
-from mergekit_imm.checkpoint import disk
+from mergekit_imm.output import direct_io
 
 # A block of odd tensors, so that pieces share pages, and one that spans several segments.
 SHAPES = {"a": (3,), "model.layers.0.w": (1500, 1001), "model.layers.0.b": (1,), "z": (4099,)}
@@ -44,25 +44,25 @@ def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 def write_in_pieces(path: Path, content: bytes, cuts: list[int], aligned: bool, seed: int) -> bytes:
     """Write a file in pieces, in any order, from two threads; return what is in it then."""
-    handle = disk.open_output(path, len(content))
+    handle = direct_io.open_output(path, len(content))
     try:
         bounds = [0, *sorted(cuts), len(content)]
         pieces = list(itertools.pairwise(bounds))
         random.Random(seed).shuffle(pieces)
 
         def write(some: list[tuple[int, int]]) -> None:
-            buffer = np.empty(len(content) + 2 * disk.PAGE, np.uint8)
+            buffer = np.empty(len(content) + 2 * direct_io.PAGE, np.uint8)
             for first, end in some:
-                at = disk.place(buffer, 5, first) if aligned else 5
+                at = direct_io.place(buffer, 5, first) if aligned else 5
                 buffer[at : at + end - first] = np.frombuffer(content[first:end], np.uint8)
-                disk.write_at(handle, memoryview(buffer[at : at + end - first]), first)  # type: ignore[arg-type]
+                direct_io.write_at(handle, memoryview(buffer[at : at + end - first]), first)  # type: ignore[arg-type]
 
         threads = [threading.Thread(target=write, args=(pieces[i::2],)) for i in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        disk.sync(handle.descriptor)
+        direct_io.sync(handle.descriptor)
     finally:
         os.close(handle.descriptor)
     return path.read_bytes()
@@ -82,7 +82,7 @@ def test_any_pieces_in_any_order_make_the_file(
     content = random.Random(seed).randbytes(size)
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(disk, "_is_local", (lambda _: False) if not direct else disk._is_local),
+        patch.object(direct_io, "_is_local", (lambda _: False) if not direct else direct_io._is_local),
     ):
         path = Path(folder) / "file"
         cuts = [min(cut, size) for cut in cuts]
@@ -90,7 +90,7 @@ def test_any_pieces_in_any_order_make_the_file(
 
 
 def test_pages_bypass_the_cache_where_they_can(tmp_path: Path) -> None:
-    handle = disk.open_output(tmp_path / "file", 4 * disk.PAGE)
+    handle = direct_io.open_output(tmp_path / "file", 4 * direct_io.PAGE)
     try:
         if not handle.direct:
             pytest.skip("not a filesystem that is written past the cache")
@@ -101,22 +101,22 @@ def test_pages_bypass_the_cache_where_they_can(tmp_path: Path) -> None:
             written.append((descriptor == handle.descriptor, offset, len(content)))
             return pwrite(descriptor, content, offset)
 
-        buffer = np.arange(5 * disk.PAGE, dtype=np.uint64).view(np.uint8)
-        at = disk.place(buffer, 0, 100)
+        buffer = np.arange(5 * direct_io.PAGE, dtype=np.uint64).view(np.uint8)
+        at = direct_io.place(buffer, 0, 100)
         with patch("os.pwrite", watched):
-            disk.write_at(handle, memoryview(buffer[at : at + 3 * disk.PAGE]), 100)  # type: ignore[arg-type]
-        page = disk.PAGE
+            direct_io.write_at(handle, memoryview(buffer[at : at + 3 * direct_io.PAGE]), 100)  # type: ignore[arg-type]
+        page = direct_io.PAGE
         assert sorted(written) == [(False, 100, page - 100), (False, 3 * page, 100), (True, page, 2 * page)]
     finally:
         os.close(handle.descriptor)
 
 
 def test_a_place_is_where_the_file_has_it() -> None:
-    buffer = np.empty(5 * disk.PAGE, np.uint8)
-    for at, offset in ((0, 0), (17, 0), (17, 4097), (disk.PAGE, 12345)):
-        found = disk.place(buffer, at, offset)
-        assert at <= found < at + disk.PAGE
-        assert (buffer.ctypes.data + found - offset) % disk.PAGE == 0
+    buffer = np.empty(5 * direct_io.PAGE, np.uint8)
+    for at, offset in ((0, 0), (17, 0), (17, 4097), (direct_io.PAGE, 12345)):
+        found = direct_io.place(buffer, at, offset)
+        assert at <= found < at + direct_io.PAGE
+        assert (buffer.ctypes.data + found - offset) % direct_io.PAGE == 0
 
 
 # --- what systems do to reads and writes
@@ -139,7 +139,7 @@ def short_reads() -> Iterator[None]:
 @contextlib.contextmanager
 def no_fallocate() -> Iterator[None]:
     with (
-        patch.object(disk.libc, "fallocate", lambda *_: -1, create=True),
+        patch.object(direct_io.libc, "fallocate", lambda *_: -1, create=True),
         patch("ctypes.get_errno", lambda: errno.EOPNOTSUPP),
     ):
         yield
@@ -230,8 +230,8 @@ def test_a_file_that_cannot_be_opened_leaves_no_descriptor(tmp_path: Path) -> No
     next_free = os.dup(0)
     os.close(next_free)
     full = OSError(errno.ENOSPC, "No space left on device")
-    with patch.object(disk, "allocate", side_effect=full), pytest.raises(OSError, match="No space left"):
-        disk.open_output(tmp_path / "file", 10)
+    with patch.object(direct_io, "allocate", side_effect=full), pytest.raises(OSError, match="No space left"):
+        direct_io.open_output(tmp_path / "file", 10)
     again = os.dup(0)
     os.close(again)
     assert again == next_free

@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from mergekit_imm import ArgumentError, CheckpointError, MergeError, MismatchError
+from mergekit_imm.cli.samples import samples_command
 from mergekit_imm.evaluation import Report, read_samples
 from mergekit_imm.evaluation.compare import compare
-from mergekit_imm.evaluation.samplescli import samples_command
-from mergekit_imm.evaluation.samplesview import FILES, pictures, table
+from mergekit_imm.views.samples import FILES, pictures, table
 
 Line = dict[str, Any]
 GOOD = {"problem": "p", "response": "r", "correct": True}
@@ -64,9 +64,9 @@ def test_a_file_is_read_as_it_is_written() -> None:
 
 
 def test_answers_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = ModuleType("mergekit_imm.answers")
+    judge = ModuleType("mergekit_imm.evaluation.answers")
     judge.is_correct = lambda response, answer: response.endswith(answer)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mergekit_imm.answers", judge)
+    monkeypatch.setitem(sys.modules, "mergekit_imm.evaluation.answers", judge)
     lines = [{"problem": "p", "response": "it is 7", "answer": answer} for answer in ("7", 7, "8")]
     assert read_samples([write("a.jsonl", lines)])[0].problems["p"].counts == (3, 2)
 

@@ -22,11 +22,11 @@ from mergekit_imm import (
     merge_checkpoints,
     merge_into,
 )  # fmt: skip
-from mergekit_imm.cli import merge_command
+from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.errors import ArgumentError, MergeError
-from mergekit_imm.factors import resolve_factors
-from mergekit_imm.loop import run_loop
-from mergekit_imm.loopstate import Settings
+from mergekit_imm.loop.run import run_loop
+from mergekit_imm.loop.state import Settings
+from mergekit_imm.options.layer_factors import resolve_factors
 
 NAMES = ["embed.weight", *(f"model.layers.{n}.w" for n in range(12)), "norm.weight"]
 LAYERS = [f"model.layers.{n}" for n in range(12)]

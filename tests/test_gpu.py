@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 
 import reference
 from checkpoints import files_of, random_state, same_bits, write_model
-from mergekit_imm import dare_merge, fused, gpu, keep_mask, merge_checkpoints
-from mergekit_imm.flat import CHUNK, merge_flat
-from mergekit_imm.mask import BLOCK, arithmetic, mask_key
-from mergekit_imm.sums import KEPT, LANES, LARGEST, TALLY, new_tally, to_record
+from mergekit_imm import dare_merge, keep_mask, merge_checkpoints
+from mergekit_imm.numerics import cuda, triton_kernel
+from mergekit_imm.numerics.mask import BLOCK, arithmetic, mask_key
+from mergekit_imm.numerics.reference import CHUNK, merge_flat
+from mergekit_imm.numerics.statistics import KEPT, LANES, LARGEST, TALLY, new_tally, to_record
 from strategies import DTYPES, WIDER, drops, kinds, tensor
 from thorough import others
 
@@ -68,7 +69,7 @@ def merge_and_add(
     raws = {id(x): (x.view(torch.uint8).numpy(), CODES[x.dtype]) for x in sides}
     base, start, sft = (raws[id(x)] for x in sides)
     raw = np.empty(count * out.itemsize, np.uint8)
-    gpu.merge_span(
+    cuda.merge_span(
         torch.device("cpu"), base, start, sft, (raw, CODES[out]), count, first, mask_key(NAME), arithmetic(**numbers),
         tally,
     )  # fmt: skip
@@ -121,7 +122,7 @@ def test_a_tally_is_what_the_test_takes_it_for() -> None:
 
 
 def test_a_buffer_can_be_read_into_and_lives_as_long_as_its_views() -> None:
-    view = gpu.buffer(1 << 20)[4096:]
+    view = cuda.buffer(1 << 20)[4096:]
     view[:] = 7
     assert view.dtype == np.uint8
     assert view.flags.c_contiguous
@@ -161,7 +162,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    kernels = {name: getattr(fused, name) for name in ("_merge", "_keep")}
+    kernels = {name: getattr(triton_kernel, name) for name in ("_merge", "_keep")}
 
     def compile_for(capability: int, call: Callable[[], None]) -> list[Any]:
         class Driver:
@@ -177,7 +178,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
         monkeypatch.setattr(driver, "_active", Driver())  # reset_active() looks for a GPU
         launched: list[Any] = []
         for name, kernel in kernels.items():
-            monkeypatch.setattr(fused, name, CompilesOnly(kernel, launched))
+            monkeypatch.setattr(triton_kernel, name, CompilesOnly(kernel, launched))
         call()
         return launched
 
@@ -188,7 +189,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
 def merge_of(dtypes: tuple[torch.dtype, ...], alpha: float, drop: float, alone: bool = False) -> Callable[[], None]:
     base, start, sft, out = (torch.zeros((1 << 14) + 5, dtype=dtype) for dtype in dtypes)
     numbers = arithmetic(alpha=alpha, drop=drop)
-    return lambda: fused.merge_flat_fused(base, base if alone else start, sft, out, numbers, 1, 2, 1 << 40)
+    return lambda: triton_kernel.merge_flat_fused(base, base if alone else start, sft, out, numbers, 1, 2, 1 << 40)
 
 
 MIXES = [
@@ -242,7 +243,7 @@ def test_one_kernel_serves_all_keys_names_and_drops(compiled: Compiled) -> None:
         (77, 0.2, 0.6, 0),
     ):
         numbers = arithmetic(alpha=alpha, drop=drop)
-        call = functools.partial(fused.merge_flat_fused, base, base, sft, out, numbers, key, 2**32 - key, first)
+        call = functools.partial(triton_kernel.merge_flat_fused, base, base, sft, out, numbers, key, 2**32 - key, first)
         kernels += compiled(90, call)
     hashes = [kernel.hash for kernel in kernels]
     assert len(set(hashes[1:])) == 1  # 0.3 is mixed the other way round
@@ -252,20 +253,20 @@ def test_one_kernel_serves_all_keys_names_and_drops(compiled: Compiled) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernel_of_masks_compiles(compiled: Compiled, capability: int) -> None:
     out = torch.empty(1 << 14, dtype=torch.bool)
-    (kernel,) = compiled(capability, lambda: fused.keep_flat_fused(out, 100, 1, 2, 0))
+    (kernel,) = compiled(capability, lambda: triton_kernel.keep_flat_fused(out, 100, 1, 2, 0))
     assert "st.global" in kernel.asm["ptx"]
 
 
 def test_a_kernel_that_cannot_be_run_is_not_used() -> None:
-    assert not fused._agrees.__wrapped__(torch.device("cpu"))
+    assert not triton_kernel._agrees.__wrapped__(torch.device("cpu"))
 
 
 def test_tensors_elsewhere_are_left_to_the_readable_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_agrees", lambda _: True)
+    monkeypatch.setattr(triton_kernel, "_agrees", lambda _: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert not fused.fits(torch.zeros(3))
-    monkeypatch.setattr(fused, "triton", None)
-    assert not fused.fits(torch.zeros(3))
+    assert not triton_kernel.fits(torch.zeros(3))
+    monkeypatch.setattr(triton_kernel, "triton", None)
+    assert not triton_kernel.fits(torch.zeros(3))
 
 
 # --- with a GPU
@@ -291,8 +292,8 @@ def test_fused_is_eager_on_cuda(dtypes: tuple[torch.dtype, ...]) -> None:
         ):
             numbers, key = arithmetic(alpha=alpha, drop=drop, factor=factor), mask_key(NAME)
             out = torch.empty(count, dtype=dtypes[3], device="cuda")
-            assert fused.fits(base, start, sft, out)
-            fused.merge_flat_fused(base, start, sft, out, numbers, *key, first)
+            assert triton_kernel.fits(base, start, sft, out)
+            triton_kernel.merge_flat_fused(base, start, sft, out, numbers, *key, first)
             assert same_bits(out, merge_flat(base, start, sft, out.dtype, numbers, *key, first))
 
 
@@ -325,14 +326,14 @@ def test_the_streamed_merge_on_cuda_tallies_as_on_the_cpu() -> None:
         )
         results = []
         for device, pinned in (("cpu", False), ("cuda", False), ("cuda", True)):
-            memory = gpu.buffer(8 * count) if pinned else np.empty(8 * count, np.uint8)
+            memory = cuda.buffer(8 * count) if pinned else np.empty(8 * count, np.uint8)
             parts = [memory[2 * count * i : 2 * count * (i + 1)] for i in range(4)]
             for part, side in zip(parts, (base, start, sft), strict=False):
                 part[:] = side.view(torch.uint8).numpy()
             tally = new_tally()
             b, s, f, o = ((part, "BF16") for part in parts)
             numbers = arithmetic(alpha=0.5, drop=0.9)
-            gpu.merge_span(torch.device(device), b, s, f, o, count, 0, mask_key(NAME), numbers, tally)
+            cuda.merge_span(torch.device(device), b, s, f, o, count, 0, mask_key(NAME), numbers, tally)
             results.append((tally.tobytes(), to_record(tally).tobytes(), o[0].tobytes()))
         if len(set(results)) > 1:
             failures.append(f"seed {seed}")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_imm import ArgumentError, importance_factors
-from mergekit_imm.importance import Importance, read_importance
+from mergekit_imm.options.layer_factors import Importance, read_importance
 
 VALUES = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8)
 ENDS = st.tuples(st.floats(0, 3), st.floats(0, 3)).map(sorted).map(tuple)

@@ -21,9 +21,10 @@ from tokenizers.processors import TemplateProcessing
 
 from checkpoints import read_model
 from commands import Ended
-from mergekit_imm import ArgumentError, console, layer_importance, merge_checkpoints
+from mergekit_imm import ArgumentError, layer_importance, merge_checkpoints
 from mergekit_imm.analysis.calibration import batches, read_lines, tokenised
-from mergekit_imm.analysis.importancecli import importance_command
+from mergekit_imm.cli import console
+from mergekit_imm.cli.importance import importance_command
 from models import fine_tuned, new_model, save
 
 WORDS = ["<unk>", "<s>", "</s>", "merge", "back", "base"]  # those of `models.save`
@@ -269,7 +270,7 @@ def test_without_transformers_the_cure_is_named(measure: Measure, monkeypatch: p
 
 def test_help_loads_nothing_heavy() -> None:
     check = (
-        "import sys\nfrom mergekit_imm.analysis.importancecli import importance_command\n"
+        "import sys\nfrom mergekit_imm.cli.importance import importance_command\n"
         "importance_command.main(['--help'], standalone_mode=False)\n"
         "assert not {'torch', 'numpy', 'transformers', 'numba'} & set(sys.modules)"
     )

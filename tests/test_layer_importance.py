@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_imm import layer_importance
-from mergekit_imm.importance import Importance
+from mergekit_imm.options.layer_factors import Importance
 from models import new_model
 
 Batch = dict[str, Tensor]

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import same_bits
-from mergekit_imm import ArgumentError, MergeError, MismatchError, NonFiniteError, OutputError, layer_importance
+from mergekit_imm import (
+    ArgumentError,
+    MergeError,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    layer_importance,
+)
 from models import new_model
 from test_layer_importance import BATCHES, batch_of, model_of, texts
 

@@ -103,7 +103,7 @@ def test_live_is_what_the_formulas_say(folder: Path, expected: State, step: int,
     model = fresh()
     where = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     seen: list[tuple[int, int]] = []
-    with patch("mergekit_imm.inplace.STEP", step):
+    with patch("mergekit_imm.live.in_place.STEP", step):
         merge_into(
             model, folder / "base", start=folder / "start", workers=workers, **OPTIONS,
             progress=lambda done, total: seen.append((done, total)),
@@ -123,7 +123,7 @@ def test_memory_of_any_strides(folder: Path, expected: State) -> None:
 
     model = put(fresh(), turned)
     assert not any(parameter.is_contiguous() for parameter in model.parameters() if parameter.numel() > 2)
-    with patch("mergekit_imm.inplace.STEP", 1024):
+    with patch("mergekit_imm.live.in_place.STEP", 1024):
         merge_into(model, folder / "base", start=folder / "start", **OPTIONS)
     assert_is(model, expected)
 

@@ -26,13 +26,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from checkpoints import State, random_state, same_bits, write_model
 from commands import HUNG
 from live_ranks import WORLDS
-from mergekit_imm import (
-    MismatchError,
-    merge_into,
-)  # fmt: skip
-from mergekit_imm.inplace import Job, _spans
-from mergekit_imm.ranks import ALONE
-from mergekit_imm.shards import lines, live_tensors
+from mergekit_imm import MismatchError, merge_into  # fmt: skip
+from mergekit_imm.live.in_place import Job, _spans
+from mergekit_imm.live.local_shards import lines, live_tensors
+from mergekit_imm.ranks.ranks import ALONE
 from modules import SHAPES, Model, fresh, naive, put, state_of, write_models
 
 
@@ -117,13 +114,13 @@ def test_a_rank_has_its_slice_of_the_whole(case: Any, gap: int) -> None:
     mesh, placements, shapes = case
     shapes = {name: (*shape[:-1], shape[-1] * 67) for name, shape in shapes.items()}
     base, sft = random_state(shapes), random_state(shapes, seed=1, dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as there, patch("mergekit_imm.inplace.GAP", gap):
+    with tempfile.TemporaryDirectory() as there, patch("mergekit_imm.live.in_place.GAP", gap):
         write_model(Path(there), base)
         whole = fresh(sft)
         merge_into(whole, there, drop=0.5)
         for ranks in on_each_rank(mesh):  # which cannot gather
             one, other = (distributed(state, ranks, placements) for state in (sft, state_of(whole)))
-            with patch("mergekit_imm.live.Ranks.of_group", return_value=ALONE):
+            with patch("mergekit_imm.live.merge_into.Ranks.of_group", return_value=ALONE):
                 merge_into(one, there, drop=0.5, workers=2)
             for name in shapes:
                 assert same_bits(local(one, name), local(other, name))

@@ -13,8 +13,8 @@ import torch
 
 import reference
 from mergekit_imm import dare, keep_mask
-from mergekit_imm.flat import uniform16
-from mergekit_imm.mask import keep_threshold, mask_key
+from mergekit_imm.numerics.mask import keep_threshold, mask_key
+from mergekit_imm.numerics.reference import uniform16
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 ERROR_RATE = 1e-9

@@ -18,8 +18,8 @@ import reference
 from checkpoints import same_bits
 from mergekit_imm import dare, dare_merge, interpolate, keep_mask, task_vector
 from mergekit_imm.errors import ArgumentError, MismatchError
-from mergekit_imm.flat import CHUNK, merge_flat
-from mergekit_imm.mask import arithmetic, mask_key
+from mergekit_imm.numerics.mask import arithmetic, mask_key
+from mergekit_imm.numerics.reference import CHUNK, merge_flat
 from strategies import DTYPES, WIDER, alphas, drops, factors, kinds, seeds, tensor
 from thorough import others
 

@@ -15,7 +15,7 @@ import mergekit_imm
 from checkpoints import files_of, random_state, same_bits, write_model
 from fake_hub import fake_hub
 from mergekit_imm import ArgumentError, CheckpointError, MismatchError, merge_into
-from mergekit_imm.options import check_options
+from mergekit_imm.loop.early_checks import check_options
 
 SHAPES = {"model.embed_tokens.weight": (8, 4), "model.layers.0.w": (8, 8), "model.layers.1.w": (8, 8)}
 

@@ -14,7 +14,7 @@ import reference
 from checkpoints import State, random_state, read_model, same_bits, write_model
 from fp8 import FP8, SMALL, float32_of, fp8_state, theirs
 from mergekit_imm import CheckpointError, MismatchError, merge_checkpoints, verify
-from mergekit_imm.checkpoint.quantunits import pattern_of
+from mergekit_imm.transforms.quantised_units import pattern_of
 from models import fine_tuned, new_model
 from refused import CONFIG, SHAPES, UP0, UP1, Models, shown_options
 from test_adapters import adapted

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_imm.layers import exact_pattern, ready_option
+from mergekit_imm.model.tensor_names import exact_pattern, ready_option
 
 WORDS = st.sampled_from(
     ["model", "layers", "mlp", "up_proj", "weight", "a.b", "x(1)+", "it's", "$", "*", "\n", "ü", "²"]

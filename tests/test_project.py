@@ -15,7 +15,9 @@ import torch
 
 import mergekit_imm
 from checkpoints import random_state, write_model
-from mergekit_imm import analyzecli, cli, loopcli
+from mergekit_imm.cli import analyze as analyzecli
+from mergekit_imm.cli import loop as loopcli
+from mergekit_imm.cli import merge as cli
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "mergekit_imm"
@@ -138,7 +140,7 @@ def test_the_public_surface() -> None:
     ("code", "absent"),
     [
         ("import mergekit_imm", "torch numba numpy transformers click huggingface_hub safetensors"),
-        ("import mergekit_imm.cli", "torch numba numpy transformers huggingface_hub safetensors"),
+        ("import mergekit_imm.cli.merge", "torch numba numpy transformers huggingface_hub safetensors"),
         ("from mergekit_imm import merge_checkpoints", "torch numba transformers huggingface_hub"),
         ("from mergekit_imm import dare_merge", "numba transformers huggingface_hub safetensors"),
     ],

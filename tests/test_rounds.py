@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from checkpoints import State, random_state, read_model, same_bits, write_model
-from mergekit_imm import ArgumentError, CheckpointError, MergeError, MismatchError, OutputError, Rounds, dare_merge
+from mergekit_imm import (
+    ArgumentError,
+    CheckpointError,
+    MergeError,
+    MismatchError,
+    OutputError,
+    Rounds,
+    dare_merge,
+)
 from mergekit_imm.schedules import linear, listed
 from models import fine_tuned, load, new_model
 

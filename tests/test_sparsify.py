@@ -15,10 +15,11 @@ from peft.utils.merge_utils import magnitude_based_pruning
 
 import reference
 from checkpoints import read_model, same_bits, write_model
-from mergekit_imm import dare, della, execute, merge_checkpoints, merge_into, trim, verify
-from mergekit_imm.check import check
-from mergekit_imm.checkpoint import sparsified
+from mergekit_imm import dare, della, merge_checkpoints, merge_into, trim, verify
+from mergekit_imm.engine import workers
 from mergekit_imm.errors import ArgumentError, NonFiniteError
+from mergekit_imm.plan.describe import check
+from mergekit_imm.transforms import sparsified_delta
 from strategies import DTYPES
 from strategies import tensor as any_tensor
 from thorough import examples, others
@@ -170,8 +171,8 @@ def test_any_cut_of_the_work_gives_the_same_bytes(
     models(tmp_path, {NAME: (1500, 999), "v": (5000,)}, [torch.bfloat16] * 3)  # more than a segment; rows across it
     arguments: dict[str, Any] = {"start": tmp_path / "start", "drop": 0.7, "iteration": 1, "sparsify": sparsify}
     merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "whole", workers=1, **arguments)
-    monkeypatch.setattr(sparsified, "PIECE", 1000)
-    monkeypatch.setattr(execute, "BUFFER", execute.LEAST)
+    monkeypatch.setattr(sparsified_delta, "PIECE", 1000)
+    monkeypatch.setattr(workers, "BUFFER", workers.LEAST)
     merge_checkpoints(
         tmp_path / "base", tmp_path / "sft", tmp_path / "cut", workers=3, max_shard_size="2MB", **arguments
     )
@@ -240,7 +241,7 @@ def test_rows_that_are_too_long_and_vocabularies_that_differ_are_refused_with_th
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models(tmp_path, SHAPES, [torch.float32] * 3)
-    monkeypatch.setattr("mergekit_imm.plan.LONGEST_ROW", 80)
+    monkeypatch.setattr("mergekit_imm.plan.plan.LONGEST_ROW", 80)
     with pytest.raises(ArgumentError, match=r"rows of 90 .* no_drop=.r.\^model.*layers"):
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", sparsify="della")
     for role, rows in (("small", 5), ("large", 7)):
@@ -286,13 +287,13 @@ def test_an_epsilon_is_a_number(epsilon: Any) -> None:
 
 def test_a_threshold_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models(tmp_path, {NAME: (1500, 999), "v": (5000,)}, [torch.bfloat16] * 3)
-    computed, shared = [], sparsified.Trimmed.shared
+    computed, shared = [], sparsified_delta.Trimmed.shared
 
-    def counted(self: sparsified.Trimmed, reads: Any) -> int:
+    def counted(self: sparsified_delta.Trimmed, reads: Any) -> int:
         computed.append(self.name)
         return shared(self, reads)
 
-    monkeypatch.setattr(sparsified.Trimmed, "shared", counted)
-    monkeypatch.setattr(execute, "BUFFER", execute.LEAST)
+    monkeypatch.setattr(sparsified_delta.Trimmed, "shared", counted)
+    monkeypatch.setattr(workers, "BUFFER", workers.LEAST)
     merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", sparsify="trim", workers=4)
     assert sorted(computed) == sorted([NAME, "v"])

@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 import reference
 from checkpoints import State, files_of, random_state, read_model, same_bits, write_model
 from mergekit_imm import dare_merge, iter_merged, merge_checkpoints
+from mergekit_imm.engine.workers import Device
 from mergekit_imm.errors import NonFiniteError
-from mergekit_imm.execute import Device
-from mergekit_imm.gpu import merge_span as merge_span_on_torch
-from mergekit_imm.kernel import CODES, merge_span
-from mergekit_imm.mask import BLOCK, arithmetic, mask_key
-from mergekit_imm.sums import is_finite, new_tally, to_record
+from mergekit_imm.numerics.cpu import CODES, merge_span
+from mergekit_imm.numerics.cuda import merge_span as merge_span_on_torch
+from mergekit_imm.numerics.mask import BLOCK, arithmetic, mask_key
+from mergekit_imm.numerics.statistics import is_finite, new_tally, to_record
 from strategies import DTYPES, WIDER, alphas, drops, kinds, seeds, tensor
 from thorough import examples, others
 
@@ -130,7 +130,7 @@ def test_any_cut_of_the_work_gives_the_same_bytes(data: st.DataObject) -> None:
         def run() -> None:
             record = data.draw(st.sampled_from([1 << 20, BLOCK, 4 * BLOCK]))
             buffer = data.draw(st.sampled_from([1 << 23, 40 * BLOCK, 100_000]))
-            with patch("mergekit_imm.plan.RECORD", record), patch("mergekit_imm.execute.BUFFER", buffer):
+            with patch("mergekit_imm.plan.plan.RECORD", record), patch("mergekit_imm.engine.workers.BUFFER", buffer):
                 merge_checkpoints(
                     root / "base", root / "sft", root / "out", start=start, alpha=alpha, drop=drop, seed=seed,
                     iteration=3, dtype=out_dtype, workers=data.draw(st.integers(1, 5)),
@@ -177,7 +177,7 @@ def test_whole_folders_are_equal_across_runs_workers_buffers_and_working_directo
         elsewhere = tmp_path / f"cwd{number}"
         elsewhere.mkdir()
         monkeypatch.chdir(elsewhere)
-        with patch("mergekit_imm.execute.BUFFER", buffer):
+        with patch("mergekit_imm.engine.workers.BUFFER", buffer):
             merge_checkpoints(base, sft, tmp_path / f"out{number}", drop=0.9, workers=workers)
         folders.append(files_of(tmp_path / f"out{number}"))
     assert folders[0] == folders[1] == folders[2]
@@ -221,11 +221,11 @@ def test_statistics_are_those_of_a_naive_count(tmp_path: Path) -> None:
 
 
 def test_the_torch_path_of_gpus_gives_the_same_folder(tmp_path: Path) -> None:
-    from mergekit_imm.gpu import buffer, merge_span_on
+    from mergekit_imm.numerics.cuda import buffer, merge_span_on
 
     base, sft, _, _ = pair(tmp_path)
     merge_checkpoints(base, sft, tmp_path / "kernel", drop=0.9)
-    with patch("mergekit_imm.merge.pick_device", lambda _: Device(merge_span_on("cpu"), buffer)):
+    with patch("mergekit_imm.engine.merge.pick_device", lambda _: Device(merge_span_on("cpu"), buffer)):
         merge_checkpoints(base, sft, tmp_path / "torch", drop=0.9)
     assert files_of(tmp_path / "kernel") == files_of(tmp_path / "torch")
 
@@ -310,7 +310,7 @@ def test_any_number_of_workers_has_room_for_a_block(tmp_path: Path) -> None:
     base, sft, start = (write_model(tmp_path / f"in{seed}", state) for seed, state in enumerate(states))
     outs = []
     for workers in (1, 3):
-        with patch("mergekit_imm.execute.BUFFERS", 1000):
+        with patch("mergekit_imm.engine.workers.BUFFERS", 1000):
             out = tmp_path / f"o{workers}"
             merge_checkpoints(base, sft, out, start=start, iteration=1, drop=0.9, workers=workers)
         outs.append(files_of(tmp_path / f"o{workers}"))

@@ -19,8 +19,9 @@ import torch
 
 from checkpoints import files_of, random_state, write_model
 from commands import held_until, subprocess_of
-from mergekit_imm import ArgumentError, NonFiniteError, OutputError, execute, merge_checkpoints
-from mergekit_imm.sweep import points
+from mergekit_imm import ArgumentError, NonFiniteError, OutputError, merge_checkpoints
+from mergekit_imm.engine import workers
+from mergekit_imm.options.sweep import points
 
 SHAPES = {"model.embed_tokens.weight": (301, 33), "model.layers.0.w": (1500, 1001), "model.norm.weight": (5,)}
 
@@ -143,7 +144,7 @@ def test_nothing_is_written_if_one_output_is_taken(pair: tuple[Path, Path], tmp_
 
 def test_the_disk_must_hold_all_of_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
     needed = merge_checkpoints(*pair, tmp_path / "o", dry_run=True).disk_needed
-    with patch("mergekit_imm.checkpoint.output.free_space", lambda _: 2 * needed):
+    with patch("mergekit_imm.output.paths.free_space", lambda _: 2 * needed):
         merge_checkpoints(*pair, tmp_path / "fits-{alpha}", alpha=[0.3, 0.5])
         with pytest.raises(OutputError, match=r"outputs up to \S+ need .* and the disk has"):
             merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5, 0.7])
@@ -170,7 +171,7 @@ def test_an_overflow_names_its_merge(pair: tuple[Path, Path], tmp_path: Path) ->
 def test_an_error_names_the_output_it_came_from(pair: tuple[Path, Path], tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     with (
-        patch("mergekit_imm.checkpoint.disk.sync", side_effect=full),
+        patch("mergekit_imm.output.direct_io.sync", side_effect=full),
         pytest.raises(OutputError, match=r"o-0\.3 cannot be written: No space left"),
     ):
         merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5, 0.7])
@@ -186,7 +187,7 @@ def test_one_folder_by_two_names_is_refused(pair: tuple[Path, Path], tmp_path: P
 
 def test_a_sweep_goes_on_where_each_output_stopped(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """One merge has some segments on the disk, the other fewer: only what is missing is made."""
-    out, done = tmp_path / "o-{alpha}", execute.run
+    out, done = tmp_path / "o-{alpha}", workers.run
 
     def stopped_after(count: int) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:
@@ -197,9 +198,9 @@ def test_a_sweep_goes_on_where_each_output_stopped(pair: tuple[Path, Path], tmp_
 
         return run
 
-    with patch("mergekit_imm.stream.SYNC_BYTES", 1):
+    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1):
         for alphas, count in (([0.3], 2), ([0.3, 0.5], 1)):
-            with patch("mergekit_imm.stream.run", stopped_after(count)), pytest.raises(KeyboardInterrupt):
+            with patch("mergekit_imm.engine.stream.run", stopped_after(count)), pytest.raises(KeyboardInterrupt):
                 merge_checkpoints(*pair, out, alpha=alphas, drop=0.9, workers=1)
     reports = merge_checkpoints(*pair, out, alpha=[0.3, 0.5], drop=0.9, workers=1)
     size = (pair[0] / "model.safetensors").stat().st_size

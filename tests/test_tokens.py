@@ -16,10 +16,16 @@ from tokenizers import Tokenizer, models
 
 from checkpoints import files_of, random_state, read_model, same_bits, write_model
 from loading import EMBED, HEAD
-from mergekit_imm import CheckpointError, MergeError, MismatchError, iter_merged, merge_checkpoints
-from mergekit_imm.check import check
-from mergekit_imm.checkpoint.source import open_checkpoint
-from mergekit_imm.checkpoint.tokens import table_of
+from mergekit_imm import (
+    CheckpointError,
+    MergeError,
+    MismatchError,
+    iter_merged,
+    merge_checkpoints,
+)
+from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.plan.describe import check
+from mergekit_imm.transforms.tokenizer_files import table_of
 from models import fine_tuned, load, new_model
 from refused import shown_options
 from thorough import examples

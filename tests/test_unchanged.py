@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from checkpoints import random_state, write_model
 from mergekit_imm import merge_checkpoints
-from mergekit_imm.check import check
+from mergekit_imm.plan.describe import check
 
 SHAPES = {"model.embed_tokens.weight": (40, 16), "model.layers.0.mlp.up_proj.weight": (16, 64)}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checkpoints import read_model
-from mergekit_imm.layers import layer_key, weight_kind
+from mergekit_imm.model.tensor_names import layer_key, weight_kind
 from models import LAYOUTS, new_model, save
 
 

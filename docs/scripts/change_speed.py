@@ -16,7 +16,7 @@ from pathlib import Path
 
 CODE = """
 import sys
-from mergekit_imm.analysis.changecli import change_command
+from mergekit_imm.cli.change import change_command
 change_command(sys.argv[1:], standalone_mode=False)
 """
 READ = """

@@ -16,7 +16,7 @@ from pages import update
 
 import mergekit_imm
 import reference as ref
-from mergekit_imm.mask import mask_key
+from mergekit_imm.numerics.mask import mask_key
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 KEYS = {(0, 0): (0x37734ECD, 0x6FF7E38A), (7, 2): (0x01476898, 0x5462FD35)}

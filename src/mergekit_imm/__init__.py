@@ -11,12 +11,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .version import __version__ as __version__
+from .common.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .analysis.change import weight_change
     from .analysis.gradients import layer_importance
-    from .callback import IMMCallback as IMMCallback
+    from .engine.merge import iter_merged, merge_checkpoints
+    from .engine.verify import VerifyReport, verify
     from .errors import (
         ArgumentError,
         ChangedError,
@@ -31,50 +32,48 @@ if TYPE_CHECKING:
         RankError,
         VerifyError,
     )
-    from .factors import group_factors, lines_factors
-    from .importance import importance_factors
-    from .live import merge_into
-    from .merge import iter_merged, merge_checkpoints
-    from .ops import dare, dare_merge, interpolate, keep_mask, task_vector
-    from .ranks import Ranks
-    from .recipe import MergeReport
-    from .rounds import Rounds
-    from .sparse import della, trim
-    from .verification import VerifyReport, verify
+    from .functional.merge import dare, dare_merge, interpolate, keep_mask, task_vector
+    from .functional.sparsify import della, trim
+    from .live.merge_into import merge_into
+    from .loop.rounds import Rounds
+    from .loop.trainer_callback import IMMCallback as IMMCallback
+    from .options.layer_factors import group_factors, importance_factors, lines_factors
+    from .options.recipe import MergeReport
+    from .ranks.ranks import Ranks
 
 _HOME = {
-    "IMMCallback": "callback",
-    "Rounds": "rounds",
+    "IMMCallback": "loop.trainer_callback",
+    "Rounds": "loop.rounds",
     "ArgumentError": "errors",
     "ChangedError": "errors",
     "CheckpointError": "errors",
     "ExtraError": "errors",
     "MergeError": "errors",
-    "MergeReport": "recipe",
+    "MergeReport": "options.recipe",
     "MismatchError": "errors",
     "NonFiniteError": "errors",
     "OutputError": "errors",
     "PartialMergeError": "errors",
     "PlanError": "errors",
     "RankError": "errors",
-    "Ranks": "ranks",
+    "Ranks": "ranks.ranks",
     "VerifyError": "errors",
-    "VerifyReport": "verification",
-    "dare": "ops",
-    "dare_merge": "ops",
-    "della": "sparse",
-    "group_factors": "factors",
-    "importance_factors": "importance",
-    "interpolate": "ops",
-    "iter_merged": "merge",
-    "keep_mask": "ops",
+    "VerifyReport": "engine.verify",
+    "dare": "functional.merge",
+    "dare_merge": "functional.merge",
+    "della": "functional.sparsify",
+    "group_factors": "options.layer_factors",
+    "importance_factors": "options.layer_factors",
+    "interpolate": "functional.merge",
+    "iter_merged": "engine.merge",
+    "keep_mask": "functional.merge",
     "layer_importance": "analysis.gradients",
-    "lines_factors": "factors",
-    "merge_checkpoints": "merge",
-    "merge_into": "live",
-    "task_vector": "ops",
-    "trim": "sparse",
-    "verify": "verification",
+    "lines_factors": "options.layer_factors",
+    "merge_checkpoints": "engine.merge",
+    "merge_into": "live.merge_into",
+    "task_vector": "functional.merge",
+    "trim": "functional.sparsify",
+    "verify": "engine.verify",
     "weight_change": "analysis.change",
 }
 

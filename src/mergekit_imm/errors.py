@@ -19,7 +19,7 @@ commands take them (`--take '^x$'`), and read so by a command's user; in Python 
 
 from __future__ import annotations
 
-from .messages import for_caller
+from .common.messages import for_caller
 
 
 class MergeError(Exception):

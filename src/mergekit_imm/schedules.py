@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from .errors import ArgumentError, shown
+from .common.messages import shown
+from .errors import ArgumentError
 
 Schedule = Callable[[int], float]
 

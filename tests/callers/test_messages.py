@@ -12,11 +12,18 @@ import pytest
 
 import mergekit_imm
 from commands import subprocess_of, write_pair
-from mergekit_imm import ArgumentError, MergeError, MismatchError, iter_merged, merge_checkpoints, verify
-from mergekit_imm.check import check
-from mergekit_imm.cli import merge_command, verify_command
-from mergekit_imm.errors import for_caller, speaking_of_options
-from mergekit_imm.layers import ready_option
+from mergekit_imm import (
+    ArgumentError,
+    MergeError,
+    MismatchError,
+    iter_merged,
+    merge_checkpoints,
+    verify,
+)
+from mergekit_imm.cli.merge import merge_command, verify_command
+from mergekit_imm.common.messages import for_caller, speaking_of_options
+from mergekit_imm.model.tensor_names import ready_option
+from mergekit_imm.plan.describe import check
 
 SOURCES = Path(mergekit_imm.__file__).parent
 

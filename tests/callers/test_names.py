@@ -80,7 +80,7 @@ def test_everything_can_be_imported_without_extras() -> None:
     assert ended.stdout.startswith("<function dare_merge")
 
 
-@pytest.mark.parametrize("place", ["mergekit_imm", "mergekit_imm.callback"])
+@pytest.mark.parametrize("place", ["mergekit_imm", "mergekit_imm.loop.trainer_callback"])
 def test_a_name_that_needs_an_extra_says_which(place: str) -> None:
     code = WITHOUT.format("transformers") + (
         f"import mergekit_imm\ntry:\n    from {place} import IMMCallback\n"

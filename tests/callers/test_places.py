@@ -70,7 +70,7 @@ def test_a_merge_goes_on_however_its_inputs_are_typed(
     here: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge(str, "whole")
-    monkeypatch.setattr("mergekit_imm.stream.SYNC_BYTES", 1)  # recorded piece by piece
+    monkeypatch.setattr("mergekit_imm.engine.stream.SYNC_BYTES", 1)  # recorded piece by piece
 
     def stop(done: int, total: int) -> None:
         if done > total // 2:
@@ -164,7 +164,7 @@ def test_a_name_like_a_hub_id_is_a_folder_that_is_gone(here: Path, monkeypatch: 
 def test_check_counts_what_an_adapter_holds(here: Path) -> None:
     from safetensors.torch import save_file
 
-    from mergekit_imm.check import check
+    from mergekit_imm.plan.describe import check
 
     adapter = here / "adapter"
     adapter.mkdir()

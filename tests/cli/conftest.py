@@ -20,7 +20,9 @@ from commands import (
     Ended,
     write_pair,
 )
-from mergekit_imm import cli, console, merge_checkpoints
+from mergekit_imm import merge_checkpoints
+from mergekit_imm.cli import console
+from mergekit_imm.cli import merge as cli
 
 
 @pytest.fixture

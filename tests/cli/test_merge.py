@@ -22,7 +22,8 @@ from commands import (
     Ended,
     subprocess_of,
 )
-from mergekit_imm import MergeReport, cli, merge_checkpoints
+from mergekit_imm import MergeReport, merge_checkpoints
+from mergekit_imm.cli import merge as cli
 
 
 def test_a_merge_ends_with_one_line_and_status_0(here: Path, merge: Command) -> None:
@@ -245,7 +246,7 @@ def test_what_nobody_thought_of_is_one_line_too(here: Path, merge: Command, monk
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr(mergekit_imm.merge, "merge_checkpoints", fail)
+    monkeypatch.setattr(mergekit_imm.engine.merge, "merge_checkpoints", fail)
     ended = merge("base", "sft", "-o", "out")
     assert (ended.status, ended.out) == (1, "")
     assert ended.err.count("\n") == 1
@@ -259,7 +260,7 @@ def test_an_interruption_that_click_turns_into_its_own_is_status_130(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mergekit_imm.merge, "merge_checkpoints", fail)
+    monkeypatch.setattr(mergekit_imm.engine.merge, "merge_checkpoints", fail)
     ended = merge("base", "sft", "-o", "out")
     assert ended.status == 130
     assert "interrupted" in ended.error
@@ -375,7 +376,7 @@ def test_a_read_only_install_without_a_home_works_with_one_notice(here: Path) ->
     assert files_of(here / "out") == files_of(here / "same")
     # Where it can be cached, there is nothing to say.
     environment["NUMBA_CACHE_DIR"] = str(here / "cache")
-    assert subprocess_of(code="import mergekit_imm.kernel", env=environment) == Ended(0, "", "")
+    assert subprocess_of(code="import mergekit_imm.numerics.cpu", env=environment) == Ended(0, "", "")
 
 
 def test_a_dry_run_and_a_note_show_which_names_were_taken_for_which(here: Path, merge: Command) -> None:

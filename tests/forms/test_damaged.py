@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from checkpoints import write_model
 from mergekit_imm import CheckpointError, MergeError, merge_checkpoints, verify
-from mergekit_imm.checkpoint.pickled import open_pickled
-from mergekit_imm.checkpoint.source import open_checkpoint
+from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.torch_file import open_pickled
 from mergekit_imm.errors import ChangedError
 from other_forms import BASE, SFT, STEPS, Evil, held, save_bin, save_dcp, save_shards
 

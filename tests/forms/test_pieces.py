@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from checkpoints import read_model, write_model
 from mergekit_imm import CheckpointError, merge_checkpoints, verify
-from mergekit_imm.checkpoint.computed import Pieces
-from mergekit_imm.checkpoint.pieces import joined
-from mergekit_imm.checkpoint.source import open_checkpoint
-from mergekit_imm.checkpoint.tensorfile import TensorInfo
+from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.lazy_tensor import Pieces
+from mergekit_imm.checkpoint.safetensors_file import TensorInfo
+from mergekit_imm.checkpoint.sharded import joined
 from other_forms import BASE, CONFIG, FLOATS, SFT, assert_merges_alike, held, raw, save_bin, save_dcp, weights
 
 

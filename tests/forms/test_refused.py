@@ -14,7 +14,7 @@ import torch
 
 from checkpoints import write_model
 from mergekit_imm import CheckpointError, merge_checkpoints
-from mergekit_imm.checkpoint.source import open_checkpoint
+from mergekit_imm.checkpoint.checkpoint import open_checkpoint
 from other_forms import BASE, SFT, Evil, save_shards
 
 

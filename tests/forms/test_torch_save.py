@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from checkpoints import State, read_model, write_model
-from mergekit_imm import layout, merge_checkpoints, verify
-from mergekit_imm.checkpoint.pickled import open_pickled
-from mergekit_imm.checkpoint.source import open_checkpoint
+from mergekit_imm import merge_checkpoints, verify
+from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.torch_file import open_pickled
+from mergekit_imm.plan import shard_layout
 from models import load, new_model
 from other_forms import BASE, CONFIG, SFT, assert_merges_alike, raw, save_bin, save_dcp, save_shards, weights
 
@@ -85,7 +86,7 @@ def test_a_model_of_transformers_is_merged_and_loaded(tmp_path: Path) -> None:
 def test_a_base_of_another_form_gives_safetensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, limit: int
 ) -> None:
-    monkeypatch.setattr(layout, "SHARD_SIZE", limit)
+    monkeypatch.setattr(shard_layout, "SHARD_SIZE", limit)
     save = {"bin": save_shards, "dcp": save_dcp}[form]
     base, sft = save(BASE, tmp_path / "base"), write_model(tmp_path / "sft", SFT)
     plain = write_model(tmp_path / "plain", BASE)

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from commands import HUNG
 from loops import EVALUATE, TRAIN, asked
 from mergekit_imm import ArgumentError, OutputError
-from mergekit_imm.loop import run_loop
-from mergekit_imm.loopstate import load
-from mergekit_imm.shell import filled, run_command
+from mergekit_imm.loop.commands import filled, run_command
+from mergekit_imm.loop.run import run_loop
+from mergekit_imm.loop.state import load
 from thorough import others
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from checkpoints import read_model, same_bits
 from loops import EVALUATE, PYTHON, TRAIN, TRAINER, asked, expected
-from mergekit_imm.loop import run_loop
-from mergekit_imm.shell import CommandError
+from mergekit_imm.loop.commands import CommandError
+from mergekit_imm.loop.run import run_loop
 
 
 def test_a_gate_that_is_closed_asks_for_larger_alphas(base: str) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 from loops import EVALUATE, TRAIN, asked
 from mergekit_imm import ArgumentError, MergeError
-from mergekit_imm.loop import run_loop
-from mergekit_imm.loopstate import begin
-from mergekit_imm.shell import check_placeholders
+from mergekit_imm.loop.commands import check_placeholders
+from mergekit_imm.loop.run import run_loop
+from mergekit_imm.loop.state import begin
 
 NAMES = ["model", "output", "round", "base"]
 EVERY = [*NAMES, "data", "json"]

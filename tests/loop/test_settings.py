@@ -10,7 +10,7 @@ import pytest
 
 from loops import EVALUATE, TRAIN, asked
 from mergekit_imm import ArgumentError, CheckpointError, OutputError
-from mergekit_imm.loop import run_loop
+from mergekit_imm.loop.run import run_loop
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import torch
 from checkpoints import files_of, random_state, read_model, same_bits, write_model
 from loops import CONFIG, EVALUATE, PYTHON, TRAIN, asked, expected
 from mergekit_imm import CheckpointError, MergeError, OutputError, verify
-from mergekit_imm.loop import run_loop
-from mergekit_imm.loopstate import State, load, save
-from mergekit_imm.shell import CommandError
+from mergekit_imm.loop.commands import CommandError
+from mergekit_imm.loop.run import run_loop
+from mergekit_imm.loop.state import State, load, save
 from thorough import others
 
 

@@ -11,8 +11,8 @@ import matplotlib as mpl
 import pytest
 
 from loops import EVALUATE, asked
-from mergekit_imm.loop import run_loop
-from mergekit_imm.loopsummary import plot, table
+from mergekit_imm.loop.run import run_loop
+from mergekit_imm.views.loop_summary import plot, table
 
 
 def test_the_table_and_the_pictures_show_what_was_measured(base: str) -> None:
@@ -34,7 +34,7 @@ def test_the_table_and_the_pictures_show_what_was_measured(base: str) -> None:
 
 
 def test_of_many_numbers_the_first_are_drawn(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_imm.loopsummary.PANELS", 2)
+    monkeypatch.setattr("mergekit_imm.views.loop_summary.PANELS", 2)
     state = run_loop(asked(base, rounds=1), "run")
     many = replace(state, metrics={"base": {f"task-{number}": 0.5 for number in range(3)}})
     with mpl.rc_context({"svg.fonttype": "none"}):  # text stays text

@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mergekit_imm import __main__, merge_checkpoints, stream
-from mergekit_imm import cli as cli  # here, and not in each fork
-from mergekit_imm.checkpoint import disk, swap
+from mergekit_imm import __main__, merge_checkpoints
+from mergekit_imm.cli import merge as cli  # noqa: F401 - here, and not in each fork
+from mergekit_imm.engine import stream
 from mergekit_imm.errors import MergeError
+from mergekit_imm.output import direct_io
+from mergekit_imm.output import publish as swap
 
 from . import power
 from .tracing import Call, traced
@@ -280,7 +282,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.without_sync:
         for name in ("sync", "sync_folder"):
-            setattr(disk, name, lambda _: None)
+            setattr(direct_io, name, lambda _: None)
         os.fsync = lambda _: None  # type: ignore[assignment]
     bench = Bench(given.folder.resolve(), given.scenario)
     print(json.dumps(WHAT[given.what](bench, given.every, given.first, given.seeds)))

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file as save_arrays
 from checkpoints import random_state, read_model, write_model
 from commands import CONFIG, subprocess_of
 from mergekit_imm import CheckpointError, MergeError, merge_checkpoints
-from mergekit_imm.json_input import DEPTH, parse_json
+from mergekit_imm.common.json_files import DEPTH, parse_json
 from thorough import examples
 
 from .test_cut_off import run

@@ -14,11 +14,11 @@ import pytest
 from checkpoints import files_of, random_state, write_model
 from commands import CONFIG, subprocess_of
 from mergekit_imm import MergeError, OutputError, Rounds, merge_checkpoints
-from mergekit_imm.checkpoint import journal
-from mergekit_imm.loop import run_loop
-from mergekit_imm.loopstate import Settings, State
-from mergekit_imm.loopsummary import plot
-from mergekit_imm.shell import CommandError
+from mergekit_imm.loop.commands import CommandError
+from mergekit_imm.loop.run import run_loop
+from mergekit_imm.loop.state import Settings, State
+from mergekit_imm.output import journal
+from mergekit_imm.views.loop_summary import plot
 
 PAGE = 4096
 FULL = "No space left on device; free some space"

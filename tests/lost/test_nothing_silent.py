@@ -19,8 +19,16 @@ import pytest
 
 from checkpoints import files_of
 from commands import HUNG, LATE, Ended, held_until, subprocess_of
-from mergekit_imm import ChangedError, CheckpointError, MergeError, OutputError, VerifyError, merge_checkpoints, stream
-from mergekit_imm.checkpoint import disk, journal, output
+from mergekit_imm import (
+    ChangedError,
+    CheckpointError,
+    MergeError,
+    OutputError,
+    VerifyError,
+    merge_checkpoints,
+)
+from mergekit_imm.engine import stream
+from mergekit_imm.output import direct_io, journal, paths
 from thorough import others
 
 
@@ -74,9 +82,9 @@ def corrupted(target: str) -> Callable[[pytest.MonkeyPatch], None]:
     """A disk that changes one bit of what it is given."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
-        write_at, write_file = disk.write_at, disk.write_file
+        write_at, write_file = direct_io.write_at, direct_io.write_file
 
-        def write_wrong(handle: disk.Handle, content: memoryview, offset: int) -> None:
+        def write_wrong(handle: direct_io.Handle, content: memoryview, offset: int) -> None:
             if (offset == 0) == (target == "header") and len(content) > 20:
                 wrong = bytearray(content)
                 wrong[-9] ^= 4
@@ -86,7 +94,7 @@ def corrupted(target: str) -> Callable[[pytest.MonkeyPatch], None]:
         def write_wrong_file(path: Path, content: bytes) -> None:
             write_file(path, content.replace(b"0", b"1", 1) if path.name == target else content)
 
-        patch.setattr(disk, "write_at" if target in ("header", "tensor") else "write_file",
+        patch.setattr(direct_io, "write_at" if target in ("header", "tensor") else "write_file",
                       write_wrong if target in ("header", "tensor") else write_wrong_file)  # fmt: skip
 
     return apply
@@ -224,14 +232,14 @@ def test_a_merge_that_was_planned_while_another_finished_begins_nothing(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the plan of one and its first byte another finishes: found out under the lock."""
-    make_folder = disk.make_folder
+    make_folder = direct_io.make_folder
 
     def faster(path: Path) -> list[Path]:
-        monkeypatch.setattr(disk, "make_folder", make_folder)
+        monkeypatch.setattr(direct_io, "make_folder", make_folder)
         merge_checkpoints("base", "sft", "out", alpha=0.9)
         return make_folder(path)
 
-    monkeypatch.setattr(disk, "make_folder", faster)
+    monkeypatch.setattr(direct_io, "make_folder", faster)
     with pytest.raises(OutputError, match="was not there when the merge began, and now it is"):
         merge_checkpoints("base", "sft", "out")
     assert merge_checkpoints("base", "sft", "out", alpha=0.9).status == "already merged"
@@ -241,18 +249,18 @@ def test_a_merge_that_was_planned_while_another_finished_begins_nothing(
 def test_a_journal_that_another_recipe_left_meanwhile_is_not_taken_up(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_folder = disk.make_folder
+    make_folder = direct_io.make_folder
 
     def interrupt(*_: int) -> None:
         raise KeyboardInterrupt
 
     def other(path: Path) -> list[Path]:
-        monkeypatch.setattr(disk, "make_folder", make_folder)
+        monkeypatch.setattr(direct_io, "make_folder", make_folder)
         with pytest.raises(KeyboardInterrupt):
             merge_checkpoints("base", "sft", "out", alpha=0.9, progress=interrupt)
         return make_folder(path)
 
-    monkeypatch.setattr(disk, "make_folder", other)
+    monkeypatch.setattr(direct_io, "make_folder", other)
     with pytest.raises(OutputError, match="unfinished merge of another recipe"):
         merge_checkpoints("base", "sft", "out")
 
@@ -269,7 +277,7 @@ def test_a_lock_holds_for_the_folder_that_has_the_name(tmp_path: Path, monkeypat
         folder.mkdir()
 
     monkeypatch.setattr(fcntl, "flock", moved)
-    with pytest.raises(OutputError, match="being written by another merge"), output.locked(folder):
+    with pytest.raises(OutputError, match="being written by another merge"), paths.locked(folder):
         raise AssertionError("not reached")
 
 

@@ -14,7 +14,7 @@ import pytest
 from checkpoints import files_of, random_state, write_model
 from commands import CONFIG, SIDE, subprocess_of, write_pair
 from mergekit_imm import CheckpointError, OutputError, merge_checkpoints
-from mergekit_imm.checkpoint import journal
+from mergekit_imm.output import journal
 from refused import everything
 from thorough import others
 
@@ -138,7 +138,7 @@ def sync_fails(number: int, name: str = "") -> Callable[[pytest.MonkeyPatch], No
 @pytest.mark.parametrize("where", ["first write", "fifth write", "sync", "journal", "side file"])
 def test_a_disk_that_fails(pair: Path, number: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(pair)
-    monkeypatch.setattr("mergekit_imm.stream.SYNC_BYTES", 1 << 20)
+    monkeypatch.setattr("mergekit_imm.engine.stream.SYNC_BYTES", 1 << 20)
     before = inputs_of(pair)
     fails = {
         "first write": write_fails(number, 1), "fifth write": write_fails(number, 5),

@@ -14,7 +14,8 @@ import pytest
 from checkpoints import files_of, random_state, write_model
 from commands import LATE, subprocess_of
 from mergekit_imm import ChangedError, OutputError, VerifyError, merge_checkpoints, verify
-from mergekit_imm.checkpoint import disk, journal, swap
+from mergekit_imm.output import direct_io, journal
+from mergekit_imm.output import publish as swap
 from thorough import others
 
 
@@ -59,7 +60,7 @@ def test_an_input_is_not_written_through_a_link(large: Path, how: str) -> None:
 
 @pytest.mark.parametrize("when", ["before it is copied", "after"])
 def test_a_small_file_that_changes_meanwhile_is_refused(pair: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    copy_file = disk.copy_file
+    copy_file = direct_io.copy_file
 
     def change(source: Path, target: Path) -> None:
         if when == "after":
@@ -69,7 +70,7 @@ def test_a_small_file_that_changes_meanwhile_is_refused(pair: Path, monkeypatch:
             copy_file(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "copy_file", change)
+        patch.setattr(direct_io, "copy_file", change)
         with pytest.raises(ChangedError, match=r"tokenizer\.json was written, or removed, while it was merged"):
             merge_checkpoints("base", "sft", "out", verify=True)
     assert sorted(path.name for path in pair.iterdir()) == ["base", "sft"]

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from checkpoints import files_of, random_state, write_model
-from mergekit_imm import execute, merge_checkpoints, stream
-from mergekit_imm.checkpoint import disk
-from mergekit_imm.plan import RECORD
+from mergekit_imm import merge_checkpoints
+from mergekit_imm.engine import stream, workers
+from mergekit_imm.output import direct_io
+from mergekit_imm.plan.plan import RECORD
 from merging_ranks import CONFIG, by_threads, merged_by, write_pair
 from thorough import examples, others
 
@@ -61,9 +62,9 @@ def test_no_two_ranks_write_into_one_mib(
         write_model(folder / role, state, shards=shards, config=config)
     owners: dict[tuple[str, int], set[str]] = {}
     covered: dict[str, list[tuple[int, int]]] = {}
-    write_at = disk.write_at
+    write_at = direct_io.write_at
 
-    def noted(handle: disk.Handle, content: memoryview, offset: int) -> None:
+    def noted(handle: direct_io.Handle, content: memoryview, offset: int) -> None:
         thread = current_thread().name
         covered.setdefault(handle.path.name, []).append((offset, offset + len(content)))
         if not thread.startswith("rank-"):  # heads are written before the others begin
@@ -81,8 +82,8 @@ def test_no_two_ranks_write_into_one_mib(
 
         return run(plans, todo, named, **options)
 
-    run = execute.run
-    with patch.object(disk, "write_at", noted), patch.object(stream, "run", begin):
+    run = workers.run
+    with patch.object(direct_io, "write_at", noted), patch.object(stream, "run", begin):
         paths = folder / "base", folder / "sft", folder / "out"
         results = by_threads(size, lambda ranks: merge_checkpoints(*paths, ranks=ranks, workers=1))
     assert not [each for each in results if isinstance(each, BaseException)]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_imm import launch, merge_checkpoints
+from mergekit_imm import merge_checkpoints
 from mergekit_imm.errors import ArgumentError, RankError
+from mergekit_imm.ranks import torchrun
 from merging_ranks import free_port
 
 
@@ -18,15 +19,15 @@ def test_variables_alone_mean_nothing(case: Path, monkeypatch: pytest.MonkeyPatc
     """This process is not torchrun's child, whatever it has inherited."""
     for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.setenv(name, "4")
-    assert not launch.is_started_by_torchrun()
-    with launch.joined(None) as ranks:
+    assert not torchrun.is_started_by_torchrun()
+    with torchrun.joined(None) as ranks:
         assert ranks is None
     assert merge_checkpoints("base", "sft", "out").status == "merged"
 
 
 def test_a_single_rank_needs_no_torch() -> None:
     code = (
-        "import os, sys; from mergekit_imm.launch import joined\n"
+        "import os, sys; from mergekit_imm.ranks.torchrun import joined\n"
         "os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='x', MASTER_PORT='1')\n"
         "with joined('torchrun') as ranks: assert ranks is None and 'torch' not in sys.modules"
     )
@@ -38,12 +39,12 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "123456", "SL
 
 def test_places() -> None:
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
-    assert launch.place_of(None, SLURM | torchrun, started=False) is None
-    assert launch.place_of(None, torchrun, started=True) == launch.Place(1, 2, "host", 29500)
-    assert launch.place_of("torchrun", torchrun, started=False) == launch.Place(1, 2, "host", 29500)
-    assert launch.place_of("slurm", SLURM, started=False) == launch.Place(3, 4, "n07", 20000 + 123456 % 12000)
+    assert torchrun.place_of(None, SLURM | torchrun, started=False) is None
+    assert torchrun.place_of(None, torchrun, started=True) == torchrun.Place(1, 2, "host", 29500)
+    assert torchrun.place_of("torchrun", torchrun, started=False) == torchrun.Place(1, 2, "host", 29500)
+    assert torchrun.place_of("slurm", SLURM, started=False) == torchrun.Place(3, 4, "n07", 20000 + 123456 % 12000)
     given = SLURM | {"MASTER_ADDR": "m1", "MASTER_PORT": "99", "SLURM_STEP_NODELIST": "m1"}
-    assert launch.place_of("slurm", given, started=False) == launch.Place(3, 4, "m1", 99)
+    assert torchrun.place_of("slurm", given, started=False) == torchrun.Place(3, 4, "m1", 99)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +58,14 @@ def test_places() -> None:
 )
 def test_places_that_are_not_there(kind: str, environment: dict[str, str], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        launch.place_of(kind, environment, started=False)
+        torchrun.place_of(kind, environment, started=False)
 
 
 def test_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "COME", timedelta(seconds=1))
+    monkeypatch.setattr(torchrun, "COME", timedelta(seconds=1))
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(RankError, match=r"rank 1 of 2 does not meet the others at 127.0.0.1:\d+ \("):  # noqa: SIM117
-        with launch.joined("torchrun"):
+        with torchrun.joined("torchrun"):
             pass

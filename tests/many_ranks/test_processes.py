@@ -18,7 +18,7 @@ import pytest
 from checkpoints import files_of
 from commands import HUNG
 from mergekit_imm import merge_checkpoints
-from mergekit_imm.checkpoint import journal
+from mergekit_imm.output import journal
 from merging_ranks import free_port, merged_by
 
 SLOW = """

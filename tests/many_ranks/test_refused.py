@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from checkpoints import files_of, random_state, write_model
-from mergekit_imm import Ranks, execute, merge_checkpoints
+from mergekit_imm import Ranks, merge_checkpoints
+from mergekit_imm.engine import workers
+from mergekit_imm.engine.stream import STOP
 from mergekit_imm.errors import ArgumentError, MismatchError, NonFiniteError, OutputError
-from mergekit_imm.stream import STOP
 from merging_ranks import CONFIG, SHAPES, by_threads, merged_by, write_pair
 
 
@@ -66,7 +67,7 @@ def test_all_stop_when_one_meets_an_infinite_value(tmp_path: Path, monkeypatch: 
     state = random_state(SHAPES, seed=1) | {"steps": torch.arange(3)}
     state["lm_head.weight"][-1, -1] = torch.inf
     write_model(tmp_path / "sft", state, config=CONFIG)
-    run, seen = execute.run, []
+    run, seen = workers.run, []
 
     def slowed(*arguments: Any, **options: Any) -> Iterator[Any]:
         for result in run(*arguments, **options):
@@ -77,7 +78,7 @@ def test_all_stop_when_one_meets_an_infinite_value(tmp_path: Path, monkeypatch: 
                 seen.append(result)
             yield result
 
-    with patch("mergekit_imm.stream.run", slowed):
+    with patch("mergekit_imm.engine.stream.run", slowed):
         failed = merged_by(3, workers=1)
     assert all(isinstance(each, NonFiniteError) for each in failed)
     # Two ranks may compute the piece, which lies across a cut.

@@ -13,15 +13,16 @@ from unittest.mock import patch
 import pytest
 
 from checkpoints import files_of
-from mergekit_imm import MergeReport, execute, merge_checkpoints, stream
-from mergekit_imm.checkpoint import journal
+from mergekit_imm import MergeReport, merge_checkpoints
+from mergekit_imm.engine import stream, workers
 from mergekit_imm.errors import OutputError
+from mergekit_imm.output import journal
 from merging_ranks import Run, merged_by
 
 
 def stopped_after(count: int) -> Run:
     """`run`, which ends after so many segments, as if the process did."""
-    run = execute.run
+    run = workers.run
 
     def stopped(*arguments: Any, **options: Any) -> Iterator[Any]:
         for number, result in enumerate(each for each in run(*arguments, **options) if each is not None):
@@ -35,7 +36,7 @@ def stopped_after(count: int) -> Run:
 @pytest.mark.parametrize("sizes", [(1, 3), (3, 1), (3, 2), (2, 5)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_another_number_of_ranks_goes_on(pair: Path, case: Path, sizes: tuple[int, int]) -> None:
-    with patch("mergekit_imm.stream.SYNC_BYTES", 1), patch("mergekit_imm.stream.run", stopped_after(2)):
+    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1), patch("mergekit_imm.engine.stream.run", stopped_after(2)):
         stopped = merged_by(sizes[0], workers=1)
     assert all(isinstance(each, KeyboardInterrupt) for each in stopped)
     assert {path.name for path in (case / "out.partial").glob(".imm_journal*")} == {
@@ -59,14 +60,14 @@ def test_a_piece_is_recorded_only_when_all_ranks_have_written_their_part(pair: P
             raise KeyboardInterrupt
         yield from stopped(*arguments, **options)
 
-    with patch("mergekit_imm.stream.SYNC_BYTES", 1), patch("mergekit_imm.stream.run", run):
+    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1), patch("mergekit_imm.engine.stream.run", run):
         merged_by(2, workers=1)
     merge_checkpoints("base", "sft", "out", drop=0.9)
     assert files_of(case / "out") == files_of(pair / "one")
 
 
 def test_journals_of_other_merges_are_not_believed(pair: Path, case: Path) -> None:
-    with patch("mergekit_imm.stream.SYNC_BYTES", 1), patch("mergekit_imm.stream.run", stopped_after(2)):
+    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1), patch("mergekit_imm.engine.stream.run", stopped_after(2)):
         merged_by(2, workers=1, alpha=0.25)
         strange = (case / "out.partial" / ".imm_journal-1").read_bytes()
         merged_by(2, workers=1, restart=True)
@@ -89,7 +90,7 @@ def test_a_lost_journal_is_found(case: Path) -> None:
         (case / "out.partial" / ".imm_journal-1").unlink()
         end(written, *arguments)
 
-    with patch("mergekit_imm.stream._end", lost):
+    with patch("mergekit_imm.engine.stream._end", lost):
         failed = merged_by(2)
     assert all(isinstance(each, OutputError) for each in failed)
     assert re.search(r"\d+ of the \d+ pieces of out.partial are in no rank's journal; run the same", str(failed[0]))

@@ -13,8 +13,16 @@ from torch import nn
 
 import reference
 from checkpoints import State, files_of, random_state, same_bits, write_model
-from mergekit_imm import CheckpointError, MergeError, MismatchError, iter_merged, merge_checkpoints, merge_into, verify
-from mergekit_imm.check import check
+from mergekit_imm import (
+    CheckpointError,
+    MergeError,
+    MismatchError,
+    iter_merged,
+    merge_checkpoints,
+    merge_into,
+    verify,
+)
+from mergekit_imm.plan.describe import check
 from refused import shown_options
 
 Shapes = dict[str, tuple[int, ...]]

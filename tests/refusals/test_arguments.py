@@ -11,10 +11,7 @@ import torch
 
 from checkpoints import random_state, write_model
 from mergekit_imm import dare_merge
-from mergekit_imm.errors import (
-    ArgumentError,
-    CheckpointError,
-)
+from mergekit_imm.errors import ArgumentError, CheckpointError
 from refused import (
     CONFIG,
     SHAPES,

@@ -13,10 +13,8 @@ import torch
 
 from checkpoints import files_of, random_state, write_model
 from commands import subprocess_of
-from mergekit_imm.checkpoint import disk, journal, output
-from mergekit_imm.errors import (
-    OutputError,
-)
+from mergekit_imm.errors import OutputError
+from mergekit_imm.output import direct_io, journal, paths
 from refused import (
     CONFIG,
     MODEL,
@@ -204,7 +202,7 @@ def test_a_merge_that_was_cut_off_at_its_first_byte_goes_on(models: Models) -> N
 
 def test_a_merge_that_another_process_writes_is_refused(models: Models) -> None:
     interrupt(models)
-    with output.locked(models.folder / PARTIAL):
+    with paths.locked(models.folder / PARTIAL):
         models.refused(OutputError, r"out\.partial is being written by another merge; wait", streaming=True)
     assert models.merge().status == "merged"
 
@@ -219,7 +217,7 @@ cli.main()
 
 def test_too_little_space_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = models.merge(dry_run=True).disk_needed
-    monkeypatch.setattr(output, "free_space", lambda _: needed - 1)
+    monkeypatch.setattr(paths, "free_space", lambda _: needed - 1)
     message = r"output \S+out needs .* and the disk has .* free; free some space or give"
     models.refused(OutputError, message, streaming=True)
     assert re.match(message, models.merge(dry_run=True).refused)
@@ -228,7 +226,7 @@ def test_too_little_space_is_refused(models: Models, monkeypatch: pytest.MonkeyP
     assert re.match(message, ended.error)
     assert "would merge" in ended.out
     assert not models.out.exists()
-    monkeypatch.setattr(output, "free_space", lambda _: needed)
+    monkeypatch.setattr(paths, "free_space", lambda _: needed)
     assert models.merge().status == "merged"
 
 
@@ -238,7 +236,7 @@ def test_a_disk_that_fills_up_is_no_end(models: Models, monkeypatch: pytest.Monk
 
     inputs = everything(models.base) | everything(models.sft)
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "write_at", full)
+        patch.setattr(direct_io, "write_at", full)
         with pytest.raises(OutputError, match=r"\Sout.* cannot be written: No space left.*the same command again"):
             models.merge()
     assert not models.out.exists()

@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from checkpoints import random_state, same_bits, write_model
-from mergekit_imm.errors import (
-    CheckpointError,
-    MismatchError,
-)
+from mergekit_imm.errors import CheckpointError, MismatchError
 from refused import (
     CONFIG,
     HEAD,

@@ -12,7 +12,7 @@ import torch
 
 from checkpoints import files_of, random_state, read_model, same_bits, write_model
 from mergekit_imm import iter_merged
-from mergekit_imm.checkpoint import disk
+from mergekit_imm.common.messages import for_caller
 from mergekit_imm.errors import (
     ArgumentError,
     CheckpointError,
@@ -20,8 +20,8 @@ from mergekit_imm.errors import (
     MismatchError,
     NonFiniteError,
     OutputError,
-    for_caller,
 )
+from mergekit_imm.output import direct_io
 from refused import (
     BITS,
     INDEX,
@@ -45,7 +45,7 @@ def test_an_input_that_is_cut_off_during_the_merge_is_refused(models: Models, mo
         with (models.sft / MODEL).open("r+b") as file:
             file.truncate(1000)
 
-    monkeypatch.setattr(disk, "allocate", cut)
+    monkeypatch.setattr(direct_io, "allocate", cut)
     with pytest.raises(CheckpointError, match=rf"sft/{MODEL} ended at byte 1000: it was changed or cut off during"):
         models.merge()
     assert not models.out.exists()

@@ -8,8 +8,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, shown
-from ..json_input import parse_json, plain_size, without_duplicates
+from ..common.json_files import parse_json, plain_size, without_duplicates
+from ..common.messages import shown
+from ..errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor

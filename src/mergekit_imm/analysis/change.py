@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import CheckpointError, MismatchError, NonFiniteError, shown
-from ..given import check_state
-from ..layers import is_end, layer_key, layer_order, only_in, ready_option, weight_kind
+from ..common.checks import check_state
+from ..common.messages import shown
+from ..errors import CheckpointError, MismatchError, NonFiniteError
+from ..model.tensor_names import is_end, layer_key, layer_order, only_in, ready_option, weight_kind
 
 if TYPE_CHECKING:
     import torch
 
-    from ..execute import Progress
+    from ..engine.workers import Progress
 
 CURE = "give two models of the same finite float tensors"
 MEASURE = "measure it from the models: imm-analyze change START SFT"
@@ -192,12 +193,12 @@ def checkpoint_change(
     """
     import numpy as np
 
-    from ..execute import check_workers, pick_device, run
-    from ..plan import segments
-    from ..prepare import check_platform, open_inputs, plans_of
-    from ..reading import check_inputs
-    from ..report import statistics
-    from ..sums import RECORD
+    from ..checkpoint.reader import check_inputs
+    from ..engine.report import statistics
+    from ..engine.workers import check_workers, pick_device, run
+    from ..numerics.statistics import RECORD
+    from ..plan.open_inputs import check_platform, open_inputs, plans_of
+    from ..plan.plan import segments
 
     check_platform()
     threads = check_workers(workers)
@@ -251,9 +252,9 @@ def reported_change(merged: str | Path) -> WeightChange:
     >>> len(reported_change(out_folder).layers) > 0
     True
     """
-    from ..checkpoint.source import open_checkpoint
-    from ..json_input import parse_json, without_duplicates
-    from ..recipe import REPORT_FILE, read_recipe
+    from ..checkpoint.checkpoint import open_checkpoint
+    from ..common.json_files import parse_json, without_duplicates
+    from ..options.recipe import REPORT_FILE, read_recipe
 
     folder, cure = Path(merged).expanduser(), MEASURE
     if not folder.is_dir():

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.disk import allocate
-from ..errors import ArgumentError, MismatchError, NonFiniteError, OutputError, bytes_text, shown
-from ..importance import Importance
-from ..layers import blanked, layer_key, tied_key, unwrapped, weight_kind
+from ..common.messages import bytes_text, shown
+from ..errors import ArgumentError, MismatchError, NonFiniteError, OutputError
+from ..model.tensor_names import blanked, layer_key, tied_key, unwrapped, weight_kind
+from ..options.layer_factors import Importance
+from ..output.direct_io import allocate
 
 ORDERS = ("first", "second", "mix", "per-sample")
 _PIECE = 1 << 22  # elements at a time in float32: no copy of a whole gradient is made

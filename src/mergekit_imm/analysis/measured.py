@@ -9,18 +9,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.disk import replace_file
-from ..checkpoint.output import expanded, output_errors
-from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..config import quantisation
-from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError, OutputError, extra_error, shown
-from ..importance import IMPORTANCE_FORMAT, Importance
-from ..json_input import parse_json, read_small
-from ..layers import layer_key, resolve_layers, unwrapped, weight_kind
-from ..match import by_prefix
-from ..prepare import origin
-from ..recipe import to_json
-from ..results import is_result
+from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..common.json_files import parse_json, read_small
+from ..common.messages import shown
+from ..errors import (
+    ArgumentError,
+    CheckpointError,
+    MergeError,
+    MismatchError,
+    OutputError,
+    extra_error,
+)
+from ..model.config import quantisation
+from ..model.rename import by_prefix
+from ..model.tensor_names import layer_key, resolve_layers, unwrapped, weight_kind
+from ..options.layer_factors import IMPORTANCE_FORMAT, Importance
+from ..options.recipe import to_json
+from ..output.direct_io import replace_file
+from ..output.paths import expanded, output_errors
+from ..output.result_folder import is_result
+from ..plan.open_inputs import origin
 from .calibration import Lines, Tokens, batches, read_lines, tokenised
 
 if TYPE_CHECKING:

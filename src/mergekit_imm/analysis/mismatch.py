@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MismatchError, shown
+from ..common.messages import shown
+from ..errors import MismatchError
 from ..evaluation.bootstrap import Interval, bootstrap
-from ..importance import importance_factors
-from ..layers import layer_order, resolve_layers, thirds
+from ..model.tensor_names import layer_order, resolve_layers, thirds
+from ..options.layer_factors import importance_factors
 from .change import WeightChange
 
 if TYPE_CHECKING:

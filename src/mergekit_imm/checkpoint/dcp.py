@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, shown
-from ..json_input import read_small
-from ..layers import unwrapped
-from .computed import Tensor
-from .pickled import tensor_at
-from .pieces import Part, joined
-from .tensorfile import TensorFile, TensorInfo, is_plain_name, open_to_read, stamp
-from .unpickled import AGAIN, DTYPES, Stub, mapping, numbers, unpickled
+from ..common.json_files import read_small
+from ..common.messages import shown
+from ..errors import CheckpointError
+from ..model.tensor_names import unwrapped
+from .lazy_tensor import Tensor
+from .safe_pickle import AGAIN, DTYPES, Stub, mapping, numbers, unpickled
+from .safetensors_file import TensorFile, TensorInfo, is_plain_name, open_to_read, stamp
+from .sharded import Part, joined
+from .torch_file import tensor_at
 
 METADATA = ".metadata"
 # What trainers store beside a model.

@@ -13,12 +13,22 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, shown
-from ..json_input import parse_json
-from ..recipe import RECIPE_FILE
-from .parts import MAIN, Part, component, holds_parts, matches, parts_below, parts_beside, stem_of
-from .sidefiles import is_side_file
-from .tensorfile import HEADER_LIMIT, INDEX, MODEL
+from ..common.json_files import parse_json
+from ..common.messages import shown
+from ..errors import CheckpointError
+from ..options.recipe import RECIPE_FILE
+from .parts import (
+    MAIN,
+    Part,
+    component,
+    holds_parts,
+    matches,
+    parts_below,
+    parts_beside,
+    stem_of,
+)
+from .safetensors_file import HEADER_LIMIT, INDEX, MODEL
+from .side_files import is_side_file
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

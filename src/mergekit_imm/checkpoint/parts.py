@@ -14,9 +14,10 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..errors import CheckpointError, shown
-from .sidefiles import FOLDERS
-from .tensorfile import INDEX, MODEL, is_plain_name
+from ..common.messages import shown
+from ..errors import CheckpointError
+from .safetensors_file import INDEX, MODEL, is_plain_name
+from .side_files import FOLDERS
 
 READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # how names of weight files end
 # Files at the top of a model of several parts, which say that it is one.

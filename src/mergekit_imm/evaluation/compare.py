@@ -12,10 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError, MismatchError, shown
-from ..vectors import unit_rows
+from ..common.messages import shown
+from ..errors import ArgumentError, MismatchError
 from .bootstrap import RESAMPLES, Indices, Interval, bootstrap
-from .diversity import cosine_diversity, distinct_equations, expectation_adjusted_distinct, mean_distinct
+from .diversity import (
+    cosine_diversity,
+    distinct_equations,
+    expectation_adjusted_distinct,
+    mean_distinct,
+)
+from .embeddings import unit_rows
 from .passk import pass_at_k, powers_of_two
 from .reversal import FEWEST, UNKNOWN, Reversal, group_disparity, improvement_set, judge
 from .samples import Model, Problem

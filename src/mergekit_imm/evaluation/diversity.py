@@ -10,9 +10,9 @@ from itertools import pairwise
 
 import numpy.typing as npt
 
+from ..common.checks import as_texts, check_count
 from ..errors import ArgumentError
-from ..given import as_texts, check_count
-from ..vectors import unit_rows
+from .embeddings import unit_rows
 
 Tokenizer = Callable[[str], Sequence[str]]
 ORDERS = (1, 2, 3, 4, 5)  # of the n-grams whose shares are averaged

@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from ..errors import ArgumentError, shown
-from ..given import check_count
-from ..mask import is_integer
+from ..common.checks import check_count, is_integer
+from ..common.messages import shown
+from ..errors import ArgumentError
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -10,8 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError, CheckpointError, MismatchError, shown
-from ..json_input import parse_json, plain_size, without_duplicates
+from ..common.json_files import parse_json, plain_size, without_duplicates
+from ..common.messages import shown
+from ..errors import ArgumentError, CheckpointError, MismatchError
 
 KEYS = ("problem", "response", "correct", "answer", "model", "greedy", "level", "ood")
 
@@ -176,7 +177,7 @@ def _line(content: bytes, where: str) -> _Line:
             raise CheckpointError(
                 f'{where}: there is no "correct": true or false, nor an "answer", a text or a number, to judge by'
             )
-        from ..answers import is_correct
+        from .answers import is_correct
 
         correct = is_correct(response, str(answer))
     return _Line(

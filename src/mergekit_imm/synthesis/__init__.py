@@ -1,8 +1,8 @@
 """Data for a loop: which answers to keep, new questions, mixtures. Functions of strings; no model inside."""
 
-from ..answers import final_answer as final_answer
-from ..answers import is_correct as is_correct
-from ..answers import same_answer as same_answer
+from ..evaluation.answers import final_answer as final_answer
+from ..evaluation.answers import is_correct as is_correct
+from ..evaluation.answers import same_answer as same_answer
 from .crescent import Consensus as Consensus
 from .crescent import Crescent as Crescent
 from .crescent import Pair as Pair

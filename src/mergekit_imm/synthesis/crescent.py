@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..answers import final_answer, same_answer
-from ..errors import ArgumentError, shown
-from ..given import as_texts, check_count
-from ..mask import is_number
+from ..common.checks import as_texts, check_count, is_number
+from ..common.messages import shown
+from ..errors import ArgumentError
+from ..evaluation.answers import final_answer, same_answer
 from .deduplication import Deduplicated, Encode, Rewrite, check_nearness, deduplicate
 
 Generate = Callable[[list[str]], Sequence[str]]  # prompts -> a response to each

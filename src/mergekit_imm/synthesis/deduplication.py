@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, shown
-from ..given import as_texts, check_count
-from ..mask import is_number
-from ..vectors import unit_rows
+from ..common.checks import as_texts, check_count, is_number
+from ..common.messages import shown
+from ..errors import ArgumentError
+from ..evaluation.embeddings import unit_rows
 
 if TYPE_CHECKING:  # numpy is imported where it is needed: commands import this package for their --help
     import numpy as np

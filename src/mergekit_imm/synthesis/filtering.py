@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ..answers import is_correct
+from ..common.checks import is_integer
 from ..errors import ArgumentError
-from ..mask import is_integer
+from ..evaluation.answers import is_correct
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import random
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from ..errors import ArgumentError, shown
-from ..mask import is_integer, is_number
+from ..common.checks import is_integer, is_number
+from ..common.messages import shown
+from ..errors import ArgumentError
 
 T = TypeVar("T", bound=Hashable)
 

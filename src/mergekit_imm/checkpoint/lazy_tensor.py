@@ -1,0 +1,324 @@
+"""Tensors that are computed while they are read, and never on disk: slices of others, and pieces put together.
+
+Each fills any range of its elements from what it reads, so that nothing is ever in memory whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .safetensors_file import DTYPE_BITS, TensorInfo
+
+Read = Callable[["Tensor", int, npt.NDArray[np.uint8]], None]  # fill a buffer from a byte of a tensor
+Reads = Callable[[str], Read]  # of a role
+Matrix = npt.NDArray[np.float32]
+Raw = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What all of them have in common: a name, a shape, and elements in float32 unless they say otherwise."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """As it is handed out."""
+        return "F32"
+
+    @property
+    def native(self) -> str:
+        """The dtype of an output whose base it is."""
+        return self.dtype
+
+    @property
+    def added(self) -> bool:
+        """Whether it is a delta, which is added to the start."""
+        return False
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are handed out."""
+        return self.count * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def stored(self) -> int:
+        """Bytes on the disk that are read for it."""
+        raise NotImplementedError
+
+    def shared(self, reads: Reads) -> Any:  # noqa: ARG002
+        """Return what all rows need."""
+        return None
+
+    def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:
+        """Fill a buffer with the elements from `first` on."""
+        self.compute(reads, shared, first, out.view(np.float32))
+
+    def compute(self, reads: Reads, shared: Any, first: int, out: Matrix) -> None:
+        """Compute the elements from `first` on, in float32."""
+        raise NotImplementedError
+
+    def transposed(self, role: str) -> Computed:
+        """Return it with each of its matrices transposed, if it is a stack of them."""
+        return Transposed(self.name, (self.shape[0], self.shape[2], self.shape[1]), self, role)
+
+    def rows(self, first: int, count: int) -> tuple[int, int]:
+        """Return the first row of some elements, and the one behind their last."""
+        return first // self.columns, (first + count - 1) // self.columns + 1
+
+
+Tensor = TensorInfo | Computed
+
+
+def sliced(tensor: Tensor, role: str, name: str, first: int, shape: tuple[int, ...]) -> Tensor:
+    """Return consecutive elements of a model's tensor, in row-major order from `first` on, as a tensor of their own."""
+    if isinstance(tensor, TensorInfo):
+        begin, nbytes = (count * DTYPE_BITS[tensor.dtype] // 8 for count in (first, math.prod(shape)))
+        return replace(tensor, name=name, shape=shape, begin=tensor.begin + begin, nbytes=nbytes)
+    return Slice(name, shape, tensor, role, first)
+
+
+def renamed(tensor: Tensor, name: str) -> Tensor:
+    """Return the same tensor by another name."""
+    return tensor if tensor.name == name else replace(tensor, name=name)
+
+
+def transposed(tensor: Tensor, role: str) -> Tensor:
+    """Return a model's stack of matrices with each of them transposed."""
+    if isinstance(tensor, TensorInfo):
+        return Transposed(tensor.name, (tensor.shape[0], tensor.shape[2], tensor.shape[1]), tensor, role)
+    return tensor.transposed(role)
+
+
+@dataclass(frozen=True)
+class _Of(Computed):
+    """What is made of the elements of one tensor of a model, as they are."""
+
+    whole: Tensor
+    role: str  # of the model that it is in
+
+    @property
+    def dtype(self) -> str:
+        """That of the whole."""
+        return self.whole.dtype
+
+    @property
+    def native(self) -> str:
+        """That of the whole."""
+        return self.whole.native
+
+    @property
+    def added(self) -> bool:
+        """That of the whole."""
+        return is_delta(self.whole)
+
+    @property
+    def stored(self) -> int:
+        """Its share of the bytes of the whole."""
+        return self.whole.stored * self.count // max(1, self.whole.count)
+
+
+@dataclass(frozen=True)
+class Slice(_Of):
+    """Consecutive elements of a computed tensor, in row-major order."""
+
+    first: int
+
+    def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
+        """Fill a buffer with the elements from `first` on."""
+        reads(self.role)(self.whole, (self.first + first) * DTYPE_BITS[self.dtype] // 8, out)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor that is a box of a larger one, beginning at `place`."""
+
+    role: str  # of the model that it is in
+    tensor: Tensor
+    place: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pieces(Computed):
+    """A tensor that is stored in boxes, which fill it and do not overlap."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def dtype(self) -> str:
+        """That of the pieces; if they differ, the one that holds all their values."""
+        dtypes = {piece.tensor.dtype for piece in self.pieces}
+        return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
+
+    @property
+    def native(self) -> str:
+        """That of the first piece."""
+        return self.pieces[0].tensor.native
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all pieces."""
+        return sum(piece.tensor.stored for piece in self.pieces)
+
+    def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
+        """Fill a buffer with the elements from `first` on."""
+        width = DTYPE_BITS[self.dtype] // 8
+        end = first + len(out) // width
+        for piece in self.pieces:
+            for at, begin, count in runs(self.shape, piece.place, piece.tensor.shape, first, end):
+                target = out[(at - first) * width : (at - first + count) * width]
+                fill_as(piece.tensor, self.dtype, reads(piece.role), begin, target)
+
+
+@dataclass(frozen=True)
+class Transposed(_Of):
+    """A stack of matrices [n, rows, columns] that is stored as [n, columns, rows]."""
+
+    def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
+        """Fill a buffer with the elements from `first` on: of each matrix some rows, which are stored as columns."""
+        width = DTYPE_BITS[self.dtype] // 8
+        values, read = out.view(f"u{width}"), reads(self.role)
+        _, rows, columns = self.shape
+        at = 0
+        while at < len(values):
+            number, inside = divmod(first + at, rows * columns)
+            count = min(rows * columns - inside, len(values) - at)
+            row, end = inside // columns, -(-(inside + count) // columns)
+            block = np.empty((columns, end - row), values.dtype)
+            if end - row == rows:
+                read(self.whole, number * rows * columns * width, block.reshape(-1).view(np.uint8))
+            else:
+                for column, line in enumerate(block):
+                    read(self.whole, ((number * columns + column) * rows + row) * width, line.view(np.uint8))
+            values[at : at + count] = block.T.reshape(-1)[inside - row * columns :][:count]
+            at += count
+
+
+@dataclass(frozen=True)
+class Extended(Pieces):
+    """A model's tensor with rows of another model behind its own; both are pieces, its own the first."""
+
+    @property
+    def own(self) -> Tensor:
+        """What is the model's own."""
+        return self.pieces[0].tensor
+
+    @property
+    def added(self) -> bool:
+        """That of its own rows; the others are never read as a delta."""
+        return is_delta(self.own)
+
+    @property
+    def stored(self) -> int:
+        """Bytes of its own rows; the others are the other model's."""
+        return self.own.stored
+
+
+Leaf = tuple[str, TensorInfo]  # the role of a model, and bytes of one of its files
+
+# Which field of a computed tensor lies in which model, where that is not the one that the tensor is of.
+_ROLES = {"whole": "role", "weight": "role", "start": "origin"}
+
+
+def leaves(tensor: Tensor, role: str) -> Iterator[Leaf]:
+    """Yield what a tensor of a model is read from."""
+    if isinstance(tensor, TensorInfo):
+        yield role, tensor
+        return
+    for each in fields(tensor):
+        value: Any = getattr(tensor, each.name)
+        owner = getattr(tensor, _ROLES.get(each.name, ""), role)
+        for found in value if isinstance(value, tuple) else (value,):
+            if isinstance(found, Piece):
+                yield from leaves(found.tensor, found.role)
+            elif hasattr(found, "stored") and hasattr(found, "native"):
+                yield from leaves(found, owner)
+
+
+def is_delta(tensor: Tensor | None) -> bool:
+    """Whether a tensor holds what is added to the start."""
+    return isinstance(tensor, Computed) and tensor.added
+
+
+def is_stored(tensor: Tensor) -> bool:
+    """Whether the values of a tensor are on the disk as they are, as far as they are its model's own."""
+    return isinstance(tensor.own if isinstance(tensor, Extended) else tensor, TensorInfo)
+
+
+def runs(
+    whole: tuple[int, ...], place: tuple[int, ...], sizes: tuple[int, ...], first: int, end: int
+) -> list[tuple[int, int, int]]:
+    """Return which elements first..end of a tensor lie in a box of it: runs of (place in the whole, in the box, count).
+
+    Both are flat, row-major.
+    """
+    if not whole:
+        return [(0, 0, 1)]
+    split = len(whole) - 1  # the last dimension in which the box is not the whole; what is behind it is contiguous
+    while split > 0 and sizes[split] == whole[split]:
+        split -= 1
+    inner = math.prod(whole[split + 1 :])
+    run, line = sizes[split] * inner, whole[split] * inner
+    lead = whole[:split]
+    found = []
+    for index in range(first // line if line else 0, -(-end // line) if line else 0):
+        at: list[int] = []
+        rest = index
+        for size in reversed(lead):
+            rest, digit = divmod(rest, size)
+            at.insert(0, digit)
+        inside = [digit - begin for digit, begin in zip(at, place, strict=False)]
+        if any(not 0 <= digit < size for digit, size in zip(inside, sizes, strict=False)):
+            continue
+        number = 0
+        for digit, size in zip(inside, sizes, strict=False):
+            number = number * size + digit
+        begins = index * line + place[split] * inner
+        low, high = max(first, begins), min(end, begins + run)
+        if low < high:
+            found.append((low, number * run + low - begins, high - low))
+    return found
+
+
+def fill_as(tensor: Tensor, dtype: str, read: Read, first: int, out: Raw) -> None:
+    """Fill a buffer with elements of a tensor, in a dtype that holds all its values."""
+    width = DTYPE_BITS[tensor.dtype] // 8
+    if tensor.dtype == dtype:
+        read(tensor, first * width, out)
+        return
+    raw = np.empty(len(out) // (DTYPE_BITS[dtype] // 8) * width, np.uint8)
+    read(tensor, first * width, raw)
+    values = raw.view(np.float64) if tensor.dtype == "F64" else decoded(raw, tensor.dtype)
+    out.view({"F32": np.float32, "F64": np.float64}[dtype])[:] = values
+
+
+def matrix(tensor: Tensor, read: Read, first: int, shape: tuple[int, ...]) -> Matrix:
+    """Return elements first.. of a tensor in float32, which holds each of BF16, F16 and F32 exactly."""
+    width = DTYPE_BITS[tensor.dtype] // 8
+    raw = np.empty(math.prod(shape) * width, np.uint8)
+    read(tensor, first * width, raw)
+    return decoded(raw, tensor.dtype).reshape(shape)
+
+
+def decoded(raw: npt.NDArray[np.uint8], dtype: str) -> Matrix:
+    """Return BF16, F16 or F32 elements in float32, which holds each exactly."""
+    if dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return raw.view({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)

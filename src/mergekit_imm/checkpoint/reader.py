@@ -1,0 +1,130 @@
+"""The tensors of a plan's inputs: read by range from their files, or computed from what is read; and compared."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .lazy_tensor import Computed, Raw, Read, Reads, Tensor, decoded
+from .safetensors_file import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into
+
+COMPARED = 1 << 20  # elements at a time
+AHEAD = 8  # pieces between what is read and what is announced: two for each worker
+ANNOUNCED = 64 << 10  # bytes of a piece that is worth it
+SHARED = 4  # tensors of which what all rows need is held: workers are at the end of one and in the next
+
+
+class _Once:
+    """What all rows of a tensor need, computed by the first worker that needs it; the others wait."""
+
+    def __init__(self, tensor: Computed) -> None:
+        self._tensor, self._lock, self._value = tensor, threading.Lock(), None
+
+    def value(self, reads: Reads) -> Any:
+        with self._lock:
+            if self._value is None:
+                self._value = self._tensor.shared(reads)
+            return self._value
+
+
+class Files:
+    """Read-only handles of the files of some inputs, opened when first needed."""
+
+    def __init__(self, inputs: Mapping[str, Checkpoint]) -> None:
+        self._inputs = inputs
+        self._open: dict[Path, int] = {}
+        self._shared: dict[int, _Once] = {}  # by id: to hash a tensor of many pieces takes long
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Files:  # noqa: D105
+        return self
+
+    def __exit__(self, *_: object) -> None:  # noqa: D105
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, role: str, tensor: Tensor, first: int, buffer: Raw) -> None:
+        """Fill a buffer from byte `first` of a tensor."""
+        if isinstance(tensor, TensorInfo):
+            self._read(role, tensor, first, memoryview(buffer))  # type: ignore[arg-type]
+        else:
+            tensor.fill(self._reads, self._shared_of(tensor), first // (DTYPE_BITS[tensor.dtype] // 8), buffer)
+
+    def _shared_of(self, tensor: Computed) -> Any:
+        if type(tensor).shared is Computed.shared:
+            return None
+        with self._lock:
+            once = self._shared.pop(id(tensor), None) or _Once(tensor)
+            self._shared[id(tensor)] = once  # the last to be let go
+            while len(self._shared) > SHARED:
+                del self._shared[next(iter(self._shared))]
+        return once.value(self._reads)
+
+    def _reads(self, role: str) -> Read:
+        return functools.partial(self.read, role)
+
+    def _read(self, role: str, tensor: TensorInfo, first: int, buffer: memoryview) -> None:
+        path = self._inputs[role].path(tensor)
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = open_to_read(path)
+            descriptor = self._open[path]
+        _announce(descriptor, tensor.begin + first + AHEAD * len(buffer), len(buffer))
+        read_into(descriptor, buffer, tensor.begin + first, path)
+
+
+def _announce(descriptor: int, offset: int, count: int) -> None:
+    """Tell the system what will be read soon, so that the disk works while the workers compute."""
+    if count >= ANNOUNCED and hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # it is a hint
+            os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
+
+
+def check_inputs(inputs: Mapping[str, Checkpoint]) -> None:
+    """Raise ChangedError if a file of the inputs was written since it was opened."""
+    for each in inputs.values():
+        for file in each.files.values():
+            assert file.path is not None
+            check_unchanged(file.path, (file.size, file.written))
+        for path, before in each.stamps.items():
+            check_unchanged(path, before)
+
+
+Side = tuple[str, Tensor]  # the role of a model, and a tensor of it
+
+
+def same_bytes(inputs: Mapping[str, Checkpoint], one: Side, other: Side) -> bool:
+    """Compare two tensors on disk; stops at the first difference."""
+    if (one[1].dtype, one[1].shape) != (other[1].dtype, other[1].shape):
+        return False
+    return all(np.array_equal(a, b) for a, b in _side_by_side(inputs, one, other))
+
+
+def same_values(inputs: Mapping[str, Checkpoint], one: Side, other: Side) -> bool:
+    """Compare the values of two tensors of BF16, F16 or F32; stops at the first difference."""
+    dtypes = one[1].dtype, other[1].dtype
+    if one[1].shape != other[1].shape or not {*dtypes} <= {"BF16", "F16", "F32"}:
+        return False
+    pieces = _side_by_side(inputs, one, other)
+    return all(np.array_equal(decoded(a, dtypes[0]), decoded(b, dtypes[1])) for a, b in pieces)
+
+
+def _side_by_side(inputs: Mapping[str, Checkpoint], *sides: Side) -> Iterator[tuple[Raw, ...]]:
+    """The bytes of the same elements of two tensors, piece by piece."""
+    with Files(inputs) as files:
+        count = sides[0][1].count
+        for first in range(0, count, COMPARED):
+            raws = []
+            for role, tensor in sides:
+                begin, end = (min(at, count) * DTYPE_BITS[tensor.dtype] // 8 for at in (first, first + COMPARED))
+                raws.append(np.empty(end - begin, np.uint8))
+                files.read(role, tensor, begin, raws[-1])
+            yield tuple(raws)

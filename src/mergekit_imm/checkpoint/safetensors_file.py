@@ -1,0 +1,250 @@
+"""One safetensors file: its header, its bytes by range, its fingerprint."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..common.json_files import parse_json, plain_size, without_duplicates
+from ..common.messages import shown
+from ..errors import ChangedError, CheckpointError
+
+# Bits per element of every dtype a header may name. Float kinds that are merged; the rest is copied or refused.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+MERGED = ("BF16", "F16", "F32", "F64")
+WHOLE = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEADER_LIMIT = 100_000_000  # safetensors' own
+_PAGE, _STRIDE, _EDGE = 4096, 16 << 20, 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies on disk."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str  # name of the file within its checkpoint
+    begin: int  # offset of its first byte in the file
+    nbytes: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return self.nbytes * 8 // DTYPE_BITS[self.dtype]
+
+    @property
+    def stored(self) -> int:
+        """Bytes on the disk."""
+        return self.nbytes
+
+    @property
+    def native(self) -> str:
+        """The dtype of an output whose base it is."""
+        return self.dtype
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file as its header describes it, tensors in the order of their bytes."""
+
+    name: str
+    path: Path | None  # None: on a hub, not downloaded
+    size: int
+    metadata: dict[str, str]
+    tensors: tuple[TensorInfo, ...]
+    written: int = 0  # when, in ns, as the filesystem says
+    notes: tuple[str, ...] = ()  # what else is in it
+
+
+def open_tensorfile(path: Path, name: str) -> TensorFile:
+    """Read the header of a safetensors file, validated by the safetensors library. No tensor is read.
+
+    Raises CheckpointError for a file that is missing, truncated or malformed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        plain_size(path)
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+            status = os.fstat(file.fileno())
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{shown(path)} is not a whole safetensors file: {shown(error, 300)}; copy or download it again"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+    return replace(parse_header(header, name, status.st_size, path), written=status.st_mtime_ns)
+
+
+def parse_header(header: bytes, name: str, size: int, path: Path | None) -> TensorFile:
+    """Build a TensorFile from the JSON header of a file of `size` bytes.
+
+    Raises CheckpointError for what the safetensors format forbids, duplicate names among it.
+    """
+    where = shown(path or name)
+    try:
+        content = parse_json(header, without_duplicates)
+        metadata = content.pop("__metadata__", None) or {}
+        tensors = [_tensor(key, entry, name, len(header) + 8) for key, entry in content.items()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{where} has a malformed header: {shown(error, 300)}") from error
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
+    end = len(header) + 8
+    for tensor in tensors:
+        if tensor.begin != end:
+            raise CheckpointError(
+                f"{where}: tensor '{shown(tensor.name)}' begins at byte {tensor.begin}, where the one before it"
+                f" ends at {end}; the file is malformed"
+            )
+        end += tensor.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{where} has {size} bytes, its header describes {end}; it was cut off or still being written:"
+            " copy or download it again"
+        )
+    return TensorFile(name, path, size, metadata, tuple(tensors))
+
+
+def _tensor(name: str, entry: dict[str, Any], file: str, data: int) -> TensorInfo:
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not all(type(x) is int and x >= 0 for x in (*shape, begin, end)):
+        raise ValueError(f"tensor {name!r} has shape {shape} at bytes {begin}..{end}")
+    bits = DTYPE_BITS[dtype]
+    for size in shape:
+        bits *= size
+    if bits != (end - begin) * 8:
+        raise ValueError(f"tensor {name!r}, {dtype} {list(shape)}, does not fill its bytes {begin}..{end}")
+    return TensorInfo(sys.intern(name), sys.intern(dtype), shape, file, data + begin, end - begin)  # models share them
+
+
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str]
+) -> tuple[bytes, list[int], int]:
+    """Lay out a file from (name, dtype, shape, nbytes), in this order.
+
+    Returns its first bytes (length and header), the offset of each tensor in the file, and the file's size.
+    """
+    content: dict[str, Any] = {"__metadata__": metadata}
+    begins, end = [], 0
+    for name, dtype, shape, nbytes in tensors:
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        begins.append(end)
+        end += nbytes
+    header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    head = len(header).to_bytes(8, "little") + header
+    if len(header) > HEADER_LIMIT:
+        raise CheckpointError(
+            f"an output file would need a header of {len(header)} bytes, and safetensors allows {HEADER_LIMIT};"
+            " use a smaller --max-shard-size"
+        )
+    return head, [len(head) + begin for begin in begins], len(head) + end
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a file of others may name a file beside it by this.
+
+    A lexical check: links, as in a hub's cache, are followed.
+
+    >>> is_plain_name("model.bin"), is_plain_name("../model.bin")
+    (True, False)
+    """
+    if not isinstance(name, str) or name in (".", "..") or any(letter in name for letter in "\\\0"):
+        return False
+    return PurePosixPath(name).name == name
+
+
+def open_to_read(path: Path) -> int:
+    """Return a descriptor of an input file. Raises CheckpointError if it cannot be opened."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        cure = "allow more open files (ulimit -n)" if error.errno == errno.EMFILE else "make it readable"
+        raise CheckpointError(
+            f"{shown(path)} cannot be read: {error.strerror}; {cure} and run the same command again"
+        ) from error
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int, where: object) -> None:
+    """Fill a buffer from a file's bytes at offset. Raises CheckpointError if the file ends or fails."""
+    done = 0
+    while done < len(buffer):
+        try:
+            got = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(
+                f"{where}: reading at byte {offset + done} failed: {error.strerror}; check the disk, and run the same"
+                " command again"
+            ) from error
+        if got == 0:
+            raise ChangedError(
+                f"{where} ended at byte {offset + done}: it was changed or cut off during the merge; wait until the"
+                " model is complete, and merge again"
+            )
+        done += got
+
+
+Stamp = tuple[int, int]  # size, and when it was written, in ns
+
+
+def stamp(path: Path) -> Stamp:
+    """Return what tells whether a file was written meanwhile. Raises OSError."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: Path, before: Stamp) -> None:
+    """Raise ChangedError if a file is not the one that was opened, as far as its stamp tells."""
+    try:
+        same = stamp(path) == before
+    except OSError:
+        same = False
+    if not same:
+        raise ChangedError(
+            f"{shown(path)} was written, or removed, while it was merged; wait until the model is complete, and merge"
+            " again"
+        )
+
+
+def fingerprint(file: TensorFile) -> str:
+    """Return fingerprint v1: a blake2b of the header bytes, the size, and a page every 16 MiB and at the end.
+
+    Of a file of another form, the first and the last 64 KiB are in place of the header.
+    It neither sees the path nor the time; it does not see a change that spares all those pages.
+    """
+    assert file.path is not None
+    digest = blake2b(digest_size=16)
+    try:
+        with file.path.open("rb") as handle:
+            if file.name.endswith(".safetensors"):
+                length = handle.read(8)
+                digest.update(length + handle.read(int.from_bytes(length, "little")))
+            else:
+                digest.update(handle.read(_EDGE) + os.pread(handle.fileno(), _EDGE, max(0, file.size - _EDGE)))
+            digest.update(file.size.to_bytes(8, "little"))
+            for offset in [*range(0, file.size, _STRIDE), max(0, file.size - _PAGE)]:
+                digest.update(os.pread(handle.fileno(), _PAGE, offset))
+    except OSError as error:
+        raise CheckpointError(f"{file.path} cannot be read: {error.strerror}") from error
+    return f"v1:{digest.hexdigest()}"

@@ -1,0 +1,28 @@
+"""The command `imm-analyze`: the diagnosis, a sub-command for each question."""
+
+from __future__ import annotations
+
+import click
+
+from ..common.version import __version__
+from .change import change_command
+from .console import CONTEXT
+from .importance import importance_command
+from .samples import samples_command
+
+epilog = """\b
+Examples:
+  imm-analyze importance base/ --data train.jsonl -o importance.json      where do weights matter?
+  imm-analyze change base/ sft/ --importance importance.json -o report/   where did they change?
+  imm-analyze samples base.jsonl round-1.jsonl                            did the model get better?
+"""
+
+
+@click.group("imm-analyze", context_settings=CONTEXT, epilog=epilog)
+@click.version_option(__version__, prog_name="imm-analyze")
+def analyze_command() -> None:
+    """Where did the weights change, against where they matter, and was the improvement real?"""
+
+
+for _command in (importance_command, change_command, samples_command):
+    analyze_command.add_command(_command)

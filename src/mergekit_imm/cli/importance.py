@@ -1,0 +1,84 @@
+"""The command `imm-analyze importance`: parse, call `measure_importance`, print."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from ..common.messages import shown
+from .console import CONTEXT, DtypeChoice, progress_bar, say, tell, values_checked
+
+importance_epilog = """\b
+Examples:
+  imm-analyze importance base/ --data math.jsonl -o importance.json
+  imm-merge base/ sft/ --importance importance.json -o merged/
+"""
+
+
+@click.command(
+    "importance",
+    short_help="How much each layer matters to the loss on texts.",
+    context_settings=CONTEXT,
+    epilog=importance_epilog,
+)
+@click.argument("model")
+@click.option(
+    "--data", required=True, metavar="FILE",
+    help='JSONL: {"text": ...} or {"prompt": ..., "response": ...} a line; of the latter only responses count.',
+)  # fmt: skip
+@click.option(
+    "-o", "--out", required=True, metavar="FILE", help="Importance file to write, for imm-merge --importance."
+)
+@click.option(
+    "--order", type=click.Choice(["first", "second", "mix", "per-sample"]), default="first", show_default=True,
+    help="What is summed: |G W| (the paper's Eq. 3), |W F W|, |G W - W F W / 2|, or |g W| of each sample.",
+)  # fmt: skip
+@click.option("--samples", type=click.IntRange(1), metavar="N", help="Use the first N examples.  [default: all]")
+@click.option(
+    "--max-length", type=click.IntRange(2), default=1024, show_default=True, metavar="N",
+    help="Tokens of a sequence; what is beyond is cut off, and told.",
+)  # fmt: skip
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+    help="Sequences at a time; the result is the same.",
+)  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute.")
+@click.option(
+    "--dtype", type=DtypeChoice(["float32", "bfloat16", "auto"]), default="float32", show_default=True,
+    help="Of weights and gradients; auto: as the model is stored.",
+)  # fmt: skip
+@click.option(
+    "--accumulate", type=click.Choice(["memory", "disk"]), default="memory", show_default=True,
+    help="Where gradients are summed: 4 bytes for each parameter; disk: in the folder of -o.",
+)  # fmt: skip
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar, no notes.")
+@click.option("--json", "as_json", is_flag=True, help="Print what the file holds.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def importance_command(model: str, data: str, out: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Measure how important each layer of MODEL is to its loss on texts.
+
+    \b
+      I_n = sum of |G * W| over the linear weights W of layer n, G the gradient of the mean loss
+
+    MODEL is a folder or a hub id (org/name[@revision]) that transformers loads.
+    """
+    from ..engine.workers import check_device
+
+    with values_checked():
+        check_device(options["device"])
+    from ..analysis.measured import measure_importance
+    from ..views.change_terminal import importance_table
+
+    with progress_bar(
+        "measuring", shown=not quiet, rate=lambda per_second: f"{per_second:.2f} sequences/s"
+    ) as progress:
+        measured = measure_importance(model, data, out, progress=progress, **options)
+    for note in measured.notes if not quiet else ():
+        tell(note)
+    if as_json:
+        say(json.dumps(measured.content, indent=2))
+    elif not quiet:
+        say(importance_table(measured.importance))
+        say(f"written to {shown(out)}")

@@ -1,0 +1,106 @@
+"""The command `imm-analyze samples`: parse, compare, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..common.messages import shown
+from ..errors import ArgumentError
+from .console import CONTEXT, pictures_or_note, say
+
+if TYPE_CHECKING:
+    from ..evaluation.compare import Encoder
+
+samples_epilog = """\b
+A line of FILE, of which problem, response, and correct or answer are needed:
+  {"problem": "gsm8k-17", "response": "...", "correct": true, "model": "round 1",
+   "greedy": false, "level": 3, "ood": false}
+
+\b
+Example:
+  imm-analyze samples base.jsonl round-1.jsonl -o report/
+"""
+
+
+@click.command(
+    "samples",
+    short_help="Was it real? pass@k, diversity and a verdict from samples.",
+    context_settings=CONTEXT,
+    epilog=samples_epilog,
+)
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--reference", metavar="NAME", help="Model that others are compared with; by default the first.")
+@click.option("--encoder", metavar="MODULE:FUNCTION", help="From a list of texts to an array, for cosine diversity.")
+@click.option("-o", "--out", metavar="DIR", help="Write samples.json and pictures there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the verdicts only.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def samples_command(
+    files: tuple[str, ...], reference: str | None, encoder: str | None, out: str | None, as_json: bool, quiet: bool
+) -> None:
+    """Was it real? Compare models by their samples: pass@k, diversity, what was gained and lost, OOD.
+
+    Each number comes with its bootstrap interval over problems; the verdict says whether pass@1 rose while something
+    else got worse. Samples are JSON lines; the greedy answer of a problem is marked "greedy": true.
+    """
+    from ..evaluation.compare import FORMAT, compare
+    from ..evaluation.samples import read_samples
+    from ..output.result_folder import check_folder, write_folder
+    from ..views.samples import FILES, table, verdicts
+
+    if encoder and not all(encoder.partition(":")):
+        raise click.UsageError(f"--encoder '{shown(encoder)}' is no MODULE:FUNCTION; write my_encoder:encode")
+    folder = check_folder(out, FILES, FORMAT) if out else None  # now, and not after an hour of encoding
+    encode = _load(encoder) if encoder else None
+    report = compare(read_samples(files), reference=reference, encoder=encode)
+    plain = report.to_dict()
+    if as_json:
+        say(json.dumps(plain, indent=2))
+    else:
+        parts = [verdicts(report)] if quiet else [table(report), verdicts(report)]
+        text = "\n\n".join(part for part in parts if part)
+        if text:
+            say(text)
+    if folder:
+        from ..views.samples import pictures
+
+        drawn = pictures_or_note(lambda: pictures(report), quiet=quiet) or {}
+        content = (json.dumps(plain, indent=2) + "\n").encode()
+        written = write_folder(folder, {"samples.json": content, **drawn}, FILES)
+        if not (as_json or quiet):
+            say(f"written to {', '.join(map(shown, written))}")
+
+
+def _load(name: str) -> Encoder:
+    """The function MODULE:FUNCTION; modules of the current folder are found too."""
+    import importlib
+    import sys
+
+    module, _, function = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:  # whatever the module does
+        raise ArgumentError(
+            f"--encoder: {shown(module)} cannot be imported: {type(error).__name__}: {shown(error, 200)}"
+        ) from error
+    finally:
+        sys.path.remove(here)
+    encode = getattr(found, function, None)
+    if not callable(encode):
+        raise ArgumentError(f"--encoder: {shown(module)} has no function '{shown(function)}'")
+
+    def checked(texts: list[str]) -> Any:
+        try:
+            return encode(texts)
+        except Exception as error:  # of others' code
+            raise ArgumentError(
+                f"--encoder {shown(name)} failed: {type(error).__name__}: {shown(error, 200)}; try it on a few texts"
+            ) from error
+
+    return checked

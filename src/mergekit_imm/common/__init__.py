@@ -1,0 +1,1 @@
+"""What every room uses: JSON from strangers, texts of messages, checks of values, the version."""

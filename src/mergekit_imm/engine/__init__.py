@@ -1,0 +1,1 @@
+"""A plan carried out: workers, streaming, reports, verification."""

@@ -1,0 +1,363 @@
+"""From plans to safetensors files: streamed, synced, and recorded in the journals of the folders they go to."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.checkpoint import in_part
+from ..checkpoint.safetensors_file import TensorInfo, open_tensorfile
+from ..common.messages import bytes_text, for_caller, shown
+from ..errors import OutputError
+from ..numerics.statistics import RECORD
+from ..options.recipe import MergeReport
+from ..output import direct_io, journal, paths
+from ..plan.describe import kinds, left_out, renamed, side_files
+from ..plan.plan import Plan, segments
+from ..ranks.ranks import ALONE, Ranks, together
+from ..ranks.shares import Share, shares
+from .report import actions
+from .workers import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
+
+Recipe = Mapping[str, Any]
+Finished = npt.NDArray[np.bool_]  # of each segment of a plan
+Handles = dict[str, direct_io.Handle]
+Records = npt.NDArray[np.float64]  # one row for each segment of a plan
+
+SYNC_BYTES, SYNC_SECONDS = 512 << 20, 5.0
+INTERPRETER = 190 << 20  # Python, numpy, numba, the compiled kernel: the most that was measured
+PER_TENSOR = 1024
+STOP = journal.JOURNAL + ".stop"  # there when one of several ranks has failed
+
+
+class Job:
+    """A plan under way: where it goes, and what is counted on the way for the report."""
+
+    def __init__(
+        self, plan: Plan, out: Path, workers: int, device: str, began: float, *, replace: bool, restart: bool
+    ) -> None:
+        self.plan, self.out, self.workers, self.device, self.replace = plan, out, workers, device, replace
+        self.partial = paths.partial_of(out)
+        self.began, self.planned = began, time.perf_counter()
+        self.streamed: float | None = None
+        self.verified: float | None = None
+        self.read = self.written = 0
+        self.notes = list(plan.notes)
+        self.sizes = {file.name: file.size for file in plan.files}
+        self.whole = {**dict.fromkeys(plan.beside), **self.sizes}  # every file; None: of any size
+        self.free = paths.free_space(out)
+        reused = self.partial.rglob("*") if restart else (self.partial / file.name for file in plan.files)
+        held = sum(map(_blocks, reused))
+        sides = sum(path.stat().st_size for _, path in plan.side.values() if path is not None)
+        self.needed = max(0, plan.bytes_to_write + sides - held)
+
+    def report(self, status: str, refused: str = "") -> MergeReport:
+        """Return what was done, or would be."""
+        now = time.perf_counter()
+        tensors = sum(len(each.tensors) for each in self.plan.inputs.values())
+        seconds = {"plan": self.planned - self.began, "total": now - self.began}
+        if self.streamed is not None:
+            seconds["stream"] = self.streamed
+        if self.verified is not None:
+            seconds["verify"] = self.verified
+        return MergeReport(
+            status=status,
+            out=str(self.out),
+            parameters=asdict(self.plan.parameters),
+            parameter_count=self.plan.parameter_count,
+            tensors=actions(self.plan),
+            files=[file.name for file in self.plan.files],
+            bytes_read=self.read if status == "merged" else self.plan.bytes_to_read,
+            bytes_written=self.written if status == "merged" else self.plan.bytes_to_write,
+            disk_needed=self.needed,
+            disk_free=self.free,
+            memory=INTERPRETER + min(BUFFER * self.workers, BUFFERS) + PER_TENSOR * tensors,
+            workers=self.workers,
+            device=self.device,
+            seconds={key: round(value, 6) for key, value in seconds.items()},
+            kinds=kinds(self.plan.items),
+            config_changes=dict(self.plan.config_changes),
+            side_files=side_files(self.plan),
+            left_out=left_out(self.plan.inputs),
+            renamed=renamed(self.plan.inputs),
+            notes=list(map(for_caller, self.notes)),
+            refused=for_caller(refused),
+            verified=self.verified is not None,
+        )
+
+
+def lack_of_space(jobs: Sequence[Job]) -> str:
+    """Say which outputs do not fit on their disks; nothing if all do."""
+    needed: dict[int, int] = {}
+    for job in jobs:
+        disk_of = paths.device_of(job.out)
+        needed[disk_of] = needed.get(disk_of, 0) + job.needed
+        if needed[disk_of] > job.free:
+            those = f"output {shown(job.out)}" if len(jobs) == 1 else f"outputs up to {shown(job.out)}"
+            return (
+                f"{those} need{'s' if len(jobs) == 1 else ''} {bytes_text(needed[disk_of])} and the disk has"
+                f" {bytes_text(job.free)} free; free some space or give an OUT on another disk"
+            )
+    return ""
+
+
+@contextmanager
+def errors_of(jobs: Sequence[Job]) -> Iterator[None]:
+    """Turn an OSError into an OutputError that says what was kept."""
+    with ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(paths.output_errors(job.out, job.partial))
+        yield
+
+
+def _blocks(path: Path) -> int:
+    try:
+        return path.lstat().st_blocks * 512
+    except OSError:
+        return 0
+
+
+class _Written:
+    """One output folder under way: its files, its journal, and what of its plan is done."""
+
+    def __init__(self, job: Job, own: journal.Journal, finished: Finished, handles: Handles) -> None:
+        self.job, self.journal, self.finished, self.handles = job, own, finished, handles
+        self.records = np.zeros((len(finished), RECORD))
+        self.record(own.entries)
+        self.pending: list[int] = []
+        self.halves: list[int] = []  # segments of which another rank writes the rest
+        self.dirty = set(handles)
+
+    def record(self, entries: journal.Entries) -> None:
+        """Take over what a journal says."""
+        self.finished[entries["segment"]] = True
+        self.records[entries["segment"]] = entries["record"]
+
+    def entries(self, indices: list[int]) -> journal.Entries:
+        """Return what a journal says of segments."""
+        entries = np.zeros(len(indices), journal.ENTRY)
+        entries["segment"], entries["record"] = indices, self.records[indices]
+        return entries
+
+    def write(self, share: Share, tensor: TensorInfo, first: int, piece: memoryview) -> None:
+        handle = self.handles[tensor.file]
+        low, high = share.clip(tensor, first, len(piece))
+        if low < high:
+            with paths.output_errors(handle.path, self.job.partial):
+                direct_io.write_at(handle, piece[low:high], tensor.begin + first + low)
+
+    def note(self, done: Done, number: int, held: int) -> None:
+        index = done.segment.index
+        self.records[index] = done.records[number]
+        (self.pending if held == done.bytes_written else self.halves).append(index)
+        self.dirty.update(out.file for out in self.job.plan.items[done.segment.item].outs)
+        self.job.written += held
+        self.job.read += done.bytes_read
+
+    def sync(self) -> None:
+        """Force to the disk what was written, and only then record it."""
+        with paths.output_errors(self.job.out, self.job.partial):
+            for name in sorted(self.dirty):
+                direct_io.sync(self.handles[name].descriptor)
+            self.dirty.clear()
+            if self.pending:
+                self.journal.append(self.entries(self.pending))
+                self.finished[self.pending] = True
+                self.pending.clear()
+
+
+def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Written:
+    """Make the files of a folder, or take up those that are there; make room, and a journal for each of the ranks."""
+    plan, partial = job.plan, job.partial
+    total = sum(item.segment_count for item in plan.items)
+    if (partial / journal.JOURNAL).exists() and (
+        journal.journal_format(partial) != (journal.VERSION, total)
+        or any(_own_size(partial / name) != size for name, size in job.sizes.items())
+    ):
+        if journal.has_records(partial):
+            job.notes.append("note: the unfinished merge lost files, or another version began it; beginning anew")
+        journal.empty(partial)
+    (partial / STOP).unlink(missing_ok=True)
+    own = journal.Journal(partial, recipe, total)
+    stack.callback(own.close)
+    others = journal.take_in(partial, own, recipe, total)
+    handles = {}
+    for file in plan.files:
+        direct_io.make_folder((partial / file.name).parent)
+        handle = handles[file.name] = direct_io.open_output(partial / file.name, file.size)
+        stack.callback(os.close, handle.descriptor)
+        direct_io.write_at(handle, memoryview(file.head), 0)
+        job.written += len(file.head)
+        if size > 1:
+            direct_io.sync(handle.descriptor)  # before another machine writes behind it
+    for rank in range(1, size):
+        journal.Journal(partial, recipe, total, rank).close()
+    for folder in {(partial / name).parent for name in (*handles, journal.JOURNAL)}:
+        direct_io.sync_folder(folder)  # a record is worth nothing if its file has no name
+    written = _Written(job, own, np.zeros(total, bool), handles)
+    written.record(others)
+    return written
+
+
+def _joined(job: Job, recipe: bytes, rank: int, finished: Finished, stack: ExitStack) -> _Written:
+    """Open the files of a folder that rank 0 has begun."""
+    own = journal.Journal(job.partial, recipe, len(finished), rank)
+    stack.callback(own.close)
+    handles = {}
+    for file in job.plan.files:
+        handle = handles[file.name] = direct_io.open_output(job.partial / file.name, None)
+        stack.callback(os.close, handle.descriptor)
+    return _Written(job, own, finished, handles)
+
+
+def stream(
+    jobs: Sequence[Job], recipes: Sequence[bytes], device: Device, progress: Progress | None, ranks: Ranks = ALONE
+) -> list[Records]:
+    """Write the safetensors files of all jobs, or what is missing of them, from one reading of the inputs.
+
+    Returns for each job the records of all its segments; on rank 0 only.
+    """
+    if not jobs:
+        return []
+    began = time.perf_counter()
+    with ExitStack() as stack:
+
+        def begin() -> list[_Written]:
+            if ranks.rank:
+                return []
+            with errors_of(jobs):
+                return [_begun(job, recipe, ranks.size, stack) for job, recipe in zip(jobs, recipes, strict=True)]
+
+        def work() -> list[_Written]:
+            with errors_of(jobs):
+                folders = begun or [
+                    _joined(job, recipe, ranks.rank, np.unpackbits(each, count=count).astype(bool), stack)
+                    for job, recipe, (each, count) in zip(jobs, recipes, finished, strict=True)
+                ]
+                lacking = np.sum([~each.finished for each in folders], axis=0)
+                share = shares(jobs[0].plan, lacking, ranks.size)[ranks.rank]
+                _work(folders, share, device, progress, told=ranks.size > 1)
+                return folders
+
+        begun = together(ranks, begin)
+        finished = ranks.gather([(np.packbits(each.finished), len(each.finished)) for each in begun])[0]
+        folders = together(ranks, work)
+        parts = ranks.gather([(each.job.read, each.job.written, each.entries(each.halves)) for each in folders])
+
+        def end() -> None:
+            if ranks.rank == 0:
+                with errors_of(jobs):
+                    for each, recipe, *of_ranks in zip(folders, recipes, *parts, strict=True):
+                        _end(each, recipe, of_ranks)
+
+        together(ranks, end)
+    for job in jobs:
+        job.streamed = time.perf_counter() - began
+    return [each.records for each in folders]
+
+
+def _work(folders: Sequence[_Written], share: Share, device: Device, progress: Progress | None, *, told: bool) -> None:
+    """Write a share. With `told` the ranks tell each other, by a file, when one has failed."""
+    jobs = [each.job for each in folders]
+    plans = [job.plan for job in jobs]
+    warm_up(plans, device)
+
+    def todo() -> Iterator[Task]:
+        for segment in segments(plans[0]):
+            lacking = [number for number, each in enumerate(folders) if not each.finished[segment.index]]
+            if lacking and share.held(segment):
+                yield segment, lacking
+
+    def sink(number: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
+        folders[number].write(share, tensor, first, piece)
+
+    waiting, synced, looked = 0, time.perf_counter(), time.perf_counter()
+    # Closed before the files are, whatever happens: a worker must not write to a descriptor that is another's.
+    with closing(run(plans, todo(), sink, workers=jobs[0].workers, device=device)) as results:
+        total = sum(plan.bytes_to_write for plan in plans)
+        before, own = _amounts(folders, share) if progress is not None else (0, 0)
+        done = 0
+        try:
+            for result in results:
+                if result is not None:
+                    held = share.held(result.segment)
+                    for number in result.records:
+                        folders[number].note(result, number, held)
+                        waiting += held
+                        done += held
+                now = time.perf_counter()
+                if waiting >= SYNC_BYTES or (waiting and now - synced >= SYNC_SECONDS):
+                    for each in folders:
+                        each.sync()
+                    waiting, synced = 0, time.perf_counter()
+                if told and now - looked >= 1:
+                    if (jobs[0].partial / STOP).exists():
+                        return
+                    looked = now
+                if progress is not None:  # all ranks are as far, as far as this one knows
+                    progress(before + done * (total - before) // max(own, 1), total)
+        except Exception:
+            if told:
+                with suppress(OSError):
+                    (jobs[0].partial / STOP).touch()
+            raise
+    for each in folders:
+        each.sync()
+    if progress is not None:
+        progress(total, total)
+
+
+def _amounts(folders: Sequence[_Written], share: Share) -> tuple[int, int]:
+    """Return how many bytes were finished by an earlier process, and how many a share lacks."""
+    plan, before, own = share.plan, 0, 0
+    for segment in segments(plan):
+        finished = sum(bool(each.finished[segment.index]) for each in folders)
+        before += finished * plan.items[segment.item].bytes_written(segment.count)
+        own += (len(folders) - finished) * share.held(segment)
+    return before, own
+
+
+def _end(written: _Written, recipe: bytes, parts: Sequence[tuple[int, int, journal.Entries]]) -> None:
+    """Take in what all ranks did, and read the files back."""
+    job, partial = written.job, written.job.partial
+    reads, writes, halves = zip(*parts, strict=True)
+    job.read, job.written = sum(reads), sum(writes)
+    joined = np.concatenate(halves)
+    if len(joined):  # all parts of them are on the disk now
+        written.journal.append(joined)
+        written.record(joined)
+    written.record(journal.take_in(partial, written.journal, recipe, len(written.finished)))
+    lost = int(np.count_nonzero(~written.finished))
+    if lost:
+        raise OutputError(
+            f"{lost} of the {len(written.finished)} pieces of {shown(partial)} are in no rank's journal; run the same"
+            " command again, and they are written"
+        )
+    for file in job.plan.files:
+        _read_back(partial, file.name, job.plan)
+
+
+def _own_size(path: Path) -> int:
+    """Size of a file that nothing else knows by another name; -1 if it is not such a one."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else -1
+
+
+def _read_back(partial: Path, name: str, plan: Plan) -> None:
+    """Check that a written file is what other programs will read: names, dtypes, shapes, offsets."""
+    expected = {out.name: out for item in plan.items for out in item.outs if out.file == name}
+    file = in_part(open_tensorfile(partial / name, name))
+    if {tensor.name: tensor for tensor in file.tensors} != expected:
+        raise OutputError(f"{partial / name} does not read back as it was planned; check the disk and merge again")

@@ -1,0 +1,285 @@
+"""Recompute a merge from its recipe, and compare every byte."""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import os
+import random
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo, fingerprint, read_into
+from ..common.checks import as_path, is_number
+from ..common.messages import shown
+from ..errors import ArgumentError, CheckpointError, VerifyError
+from ..numerics.statistics import RECORD
+from ..options.recipe import (
+    RECIPE_FILE,
+    REPORT_FILE,
+    history_of,
+    make_recipe,
+    parse_parameters,
+    read_recipe,
+    without_places,
+)
+from ..plan.open_inputs import plans_of, prepared
+from ..plan.plan import Plan, segments
+from ..ranks.ranks import ALONE, Ranks, together
+from .report import written_files
+from .workers import Device, Progress, check_workers, pick_device, run
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` compared, and what `imm-verify --json` prints; that it was made means that all was equal."""
+
+    out: str
+    segments: int  # pieces of tensors recomputed, of how many
+    of_segments: int
+    bytes_compared: int
+    files_compared: list[str]
+    not_of_the_merge: list[str] = field(default_factory=list)  # other files in the folder
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(self)
+
+
+def verify(
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    start: str | Path | None = None,
+    sft: str | Path | None = None,
+    sample: float = 1.0,
+    device: str = "cpu",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Recompute a merge from the recipe in its folder and compare bytes: tensors, headers and side files.
+
+    Args: `out`, the merged folder; `base`, `start`, `sft`, where the inputs are now, if not where the recipe says
+    (a relative path is looked for from the current folder, then from those that `out` lies in);
+    `sample`, the share of the tensors' bytes to recompute, in random pieces of 2^20 elements (small files are always
+    compared, the report only with sample=1). With sample=1 one flipped bit anywhere in what the merge wrote is found.
+    Returns a VerifyReport. Raises VerifyError naming the first difference (tensor, element, file), CheckpointError
+    if an input is gone or has changed.
+
+    >>> verify(out_folder).files_compared[0]
+    'model.safetensors'
+    """
+    if not is_number(sample) or not 0 < sample <= 1:
+        raise ArgumentError(f"sample is {shown(repr(sample), 60)}; it is the share to recompute, 0 < sample <= 1")
+    folder = Path(as_path("out", out, "a folder that imm-merge made")).expanduser()
+    recipe = read_recipe(folder)
+    if recipe is None:
+        raise CheckpointError(f"{shown(out)} has no {RECIPE_FILE}; give a folder that imm-merge made")
+    workers = check_workers(workers)
+    given = {"base": base, "start": start, "sft": sft}
+    inputs = {role: _reopen(role, entry, given[role], recipe, folder) for role, entry in recipe["inputs"].items()}
+    surplus = [role for role, ref in given.items() if ref is not None and role not in inputs]
+    if surplus:
+        raise ArgumentError(f"--{surplus[0]} is given, but the recipe in {shown(out)} has no {surplus[0]}")
+    parameters = parse_parameters(recipe)
+    inputs = prepared(inputs, parameters)
+    if inputs["sft"].adapter != recipe["inputs"]["sft"].get("adapter"):
+        raise CheckpointError(
+            f"{inputs['sft'].label} is not what was merged: its adapter_config.json has changed; give the original with"
+            " --sft"
+        )
+    (plan,) = plans_of(inputs, [parameters])
+
+    found = inputs["start"].recipe if "start" in inputs else None
+    again = make_recipe(plan.parameters, recipe["inputs"], plan.config_changes, history_of(found))
+    one, other = without_places(again), without_places(recipe)
+    wrong = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    if wrong:
+        raise VerifyError(
+            f"{shown(folder / RECIPE_FILE)}: its {shown(wrong[0])} is not that of this merge; merge again"
+        )
+
+    return replace(
+        compare(plan, recipe, folder, sample=sample, workers=workers, device=pick_device(device), progress=progress),
+        out=str(out),
+    )
+
+
+def compare(
+    plan: Plan,
+    recipe: Mapping[str, Any],
+    folder: Path,
+    *,
+    sample: float = 1.0,
+    workers: int,
+    device: Device,
+    progress: Progress | None,
+    cure: str = "merge again",
+    ranks: Ranks = ALONE,
+) -> VerifyReport:
+    """Compute a plan again and compare with the bytes in a folder. Raises VerifyError with the first difference.
+
+    Each of several ranks compares a part of all (there is no `sample` then), and 0 the small files.
+    """
+    everything = list(segments(plan))
+    # Not the part that this rank wrote, where there is another: it may lie in this machine's memory.
+    part = (ranks.rank + ranks.size // 2) % ranks.size
+    first, last = (len(everything) * edge // ranks.size for edge in (part, part + 1))
+    chosen = everything[first:last]
+    if sample < 1:
+        chosen = random.sample(everything, max(1, round(sample * len(everything)))) if everything else []
+        chosen.sort(key=lambda segment: segment.index)
+    records = np.zeros((len(everything), RECORD))
+
+    def recompute() -> int:
+        compared = 0
+        with ExitStack() as stack:
+            handles = {file.name: stack.enter_context(_opened(folder / file.name, cure)) for file in plan.files}
+            for file in plan.files:
+                _compare_head(handles[file.name], file.head, file.size, folder / file.name, cure)
+
+            def check(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
+                found = np.empty(len(piece), np.uint8)
+                read_into(handles[tensor.file], memoryview(found), tensor.begin + first, folder / tensor.file)  # type: ignore[arg-type]
+                expected = np.frombuffer(piece, np.uint8)
+                if not np.array_equal(found, expected):
+                    at = int(np.flatnonzero(found != expected)[0])
+                    element = (first + at) * 8 // DTYPE_BITS[tensor.dtype]
+                    raise VerifyError(
+                        f"tensor '{shown(tensor.name)}' in {shown(folder / tensor.file)} differs from its recipe, first"
+                        f" at element {element} (byte {tensor.begin + first + at} of the file); {cure}"
+                    )
+
+            total = sum(file.size for file in plan.files)
+            todo = ((segment, (0,)) for segment in chosen)
+            results = run([plan], todo, check, workers=workers, device=device)
+            for done in stack.enter_context(closing(results)):
+                if done is not None:
+                    records[done.segment.index] = done.records[0]
+                    compared += done.bytes_written
+                if progress is not None:
+                    progress(min(round(compared * ranks.size / sample), total), total)
+        return compared
+
+    def compare_small() -> dict[str, bytes]:
+        expected = written_files(plan, recipe, records)
+        if sample < 1:
+            del expected[REPORT_FILE]
+        _compare_files(plan, folder, expected, cure)
+        return expected
+
+    compared = together(ranks, recompute)
+    parts = ranks.gather((first, records[first:last]))
+    for at, each in parts:
+        records[at : at + len(each)] = each
+    expected = together(ranks, compare_small) if ranks.rank == 0 else together(ranks, dict[str, bytes])
+    files = [*(file.name for file in plan.files), *plan.side, *expected]
+    others = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()] if ranks.rank == 0 else []
+    return VerifyReport(
+        out=str(folder),
+        segments=len(chosen),
+        of_segments=len(everything),
+        bytes_compared=compared,
+        files_compared=files,
+        not_of_the_merge=[name for name in others if name not in {*files, REPORT_FILE}],
+    )
+
+
+def _reopen(
+    role: str, entry: dict[str, Any], given: str | Path | None, recipe: dict[str, Any], out: Path
+) -> Checkpoint:
+    """Open an input of a recipe, where it was, where OUT is, or where the user says, and check that it is the same."""
+    places: list[str | Path]
+    if given is not None:
+        places = [given]
+    elif entry.get("commit"):
+        places = [f"{entry['repo']}@{entry['commit']}"]
+    else:
+        typed = Path(entry["path"])
+        beside = [parent / typed for parent in out.absolute().parents]  # of a relative path: where the merge ran?
+        places = list(dict.fromkeys(place for place in (entry["path"], *beside) if _is_there(place)))
+    if not places:
+        here, there = shown(Path.cwd()), shown(out.absolute().parent)
+        looked = "" if Path(entry["path"]).is_absolute() else f", neither in {here} nor in {there} or a folder above it"
+        raise CheckpointError(
+            f"{role} {shown(entry['path'])} does not exist{looked}; if it has moved, say where it is with --{role}"
+        )
+    refused: CheckpointError | None = None
+    for place in places:
+        try:
+            found = open_checkpoint(
+                place, role, copy_code=recipe["parameters"]["copy_code"], outs=[out],
+                leave_out=recipe["parameters"].get("leave_out", ()),
+            )  # fmt: skip
+            _check_same(found, entry)
+        except CheckpointError as error:
+            refused = refused or error  # that of the place as it was typed
+        else:
+            return replace(found, ref=entry["path"], repo=entry.get("repo"), commit=entry.get("commit"))
+    assert refused is not None
+    cure = f" (if it has moved, say where it is with --{role})" if given is None and "--" not in refused.args[0] else ""
+    raise CheckpointError(f"{refused.args[0]}{cure}") from refused
+
+
+def _is_there(place: str | Path) -> bool:
+    with suppress(OSError, RuntimeError):
+        return Path(place).expanduser().exists()
+    return False
+
+
+def _check_same(found: Checkpoint, entry: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the files of an input are those that were merged."""
+    for name, recorded in entry["files"].items():
+        same = name in found.files and found.files[name].size == recorded["size"]
+        if not same or fingerprint(found.files[name]) != recorded["fingerprint"]:
+            raise CheckpointError(
+                f"{found.label} is not what was merged: its {shown(name)} has changed; give the original with"
+                f" --{found.role}"
+            )
+
+
+@contextmanager
+def _opened(path: Path, cure: str) -> Iterator[int]:
+    """Open a file for reading, as a descriptor."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # whoever opened a pipe would wait
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no plain file")
+    except OSError as error:
+        raise VerifyError(f"{shown(path)} cannot be read: {error.strerror}; {cure}") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _compare_head(descriptor: int, head: bytes, size: int, path: Path, cure: str) -> None:
+    found = os.fstat(descriptor).st_size
+    if found != size:
+        raise VerifyError(f"{shown(path)} has {found} bytes, its recipe gives {size}; {cure}")
+    if os.pread(descriptor, len(head), 0) != head:
+        raise VerifyError(f"the header of {shown(path)} differs from its recipe; {cure}")
+
+
+def _compare_files(plan: Plan, folder: Path, expected: dict[str, bytes], cure: str) -> None:
+    try:
+        for name, (role, source) in plan.side.items():
+            assert source is not None
+            filecmp.clear_cache()  # of files that have not changed their size and time
+            if not filecmp.cmp(source, folder / name, shallow=False):
+                raise VerifyError(f"{shown(folder / name)} differs from the {role}'s, {shown(source)}; {cure}")
+        for name, content in expected.items():
+            with _opened(folder / name, cure) as descriptor:
+                same = os.fstat(descriptor).st_size == len(content) and os.pread(descriptor, len(content), 0) == content
+            if not same:
+                raise VerifyError(f"{shown(folder / name)} differs from what its recipe gives; {cure}")
+    except OSError as error:
+        raise VerifyError(f"{error.filename} cannot be read: {error.strerror}; {cure}") from error

@@ -1,0 +1,342 @@
+"""Run plans: workers take segments from end to end, read, merge, write; order does not matter to the bytes.
+
+Memory is (workers x buffer), whatever the model: a worker reads a piece of a segment into its own buffer,
+merges it with the GIL released, and hands the bytes on. Several plans of the same inputs (a sweep) are run together:
+what is read is merged once for each.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from ..checkpoint.lazy_tensor import Computed, Raw, Tensor
+from ..checkpoint.reader import Files
+from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
+from ..common.checks import is_integer
+from ..common.messages import shown
+from ..errors import ArgumentError, MismatchError, NonFiniteError
+from ..numerics.mask import BLOCK, Arithmetic, arithmetic
+from ..numerics.statistics import KEPT, RECORD, Record, is_finite, new_tally, to_record
+from ..output.direct_io import PAGE, place
+from ..plan.advice import Advice
+from ..plan.plan import Item, Plan, Segment
+from ..transforms.sparsified_delta import Sparsified, kept
+
+BUFFERS = 64 << 20  # of all workers together
+BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its output fits, wherever a page begins
+LEAST = 16 * PAGE  # of one, however many there are: a block of any dtypes fits
+
+Sink = Callable[[int, TensorInfo, int, memoryview], None]  # number of the plan, where, first byte of the tensor, bytes
+Progress = Callable[[int, int], None]  # bytes of the output done, and of all
+Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
+Task = tuple[Segment, Sequence[int]]  # a segment, and the numbers of the plans that lack it
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A segment whose bytes have been handed to the sink."""
+
+    segment: Segment
+    records: Mapping[int, Record]  # number of the plan -> what was measured
+    bytes_read: int
+    bytes_written: int  # of each plan
+
+
+def default_workers() -> int:
+    """Return min(4, 2 x CPUs this process may use): one computes while another waits for the disk."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, min(4, 2 * cpus))
+
+
+def check_workers(workers: int | None) -> int:
+    """Return the number of workers to use; the default for None. Raises ArgumentError unless it is >= 1."""
+    if workers is None:
+        return default_workers()
+    if not is_integer(workers) or workers < 1:
+        raise ArgumentError(f"workers is {shown(repr(workers), 60)}; it is a number of threads, at least 1")
+    return int(workers)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What computes: a function that merges a piece, and one that gives the memory workers read into."""
+
+    merge: Merge
+    buffer: Callable[[int], Raw]
+
+
+def check_device(device: str) -> None:
+    """Raise ArgumentError unless a device is one that merges run on; whether it is there is not looked up."""
+    if not isinstance(device, str) or (device not in ("cpu", "cuda") and not device.startswith("cuda:")):
+        raise ArgumentError(f"device is {shown(repr(device), 60)}; it must be 'cpu' or 'cuda'")
+
+
+def pick_device(name: str) -> Device:
+    """Return what computes on a device: the compiled CPU kernel, or torch on a GPU. Raises ArgumentError."""
+    check_device(name)
+    if name == "cpu":
+        from ..numerics.cpu import merge_span
+
+        return Device(merge_span, lambda nbytes: np.empty(nbytes, np.uint8))
+    from ..numerics.cuda import buffer, merge_span_on
+
+    return Device(merge_span_on(name), buffer)
+
+
+def warm_up(plans: Sequence[Plan], device: Device) -> None:
+    """Merge a block of zeros for each kind of tensor there is, so that what has to be compiled or loaded is."""
+    seen = set()
+    items = [(item, item.is_merged(0)) for plan in plans for item in plan.items if not item.raw]
+    items += [(item, False) for item, merged in items if merged and item.common is not None]
+    for item, merged in items:
+        roles, numbers = (tuple(item.sides), item.numbers) if merged else (("base",), _CONVERT)
+        read = item.sides if merged else _converted(item)
+        dtypes = (*(side.dtype for side in read.values()), item.outs[0].dtype)
+        kind = (roles, dtypes, numbers.plain, numbers.added, numbers.alpha in (0, 1))
+        if kind not in seen:
+            seen.add(kind)
+            *inputs, out = ((np.zeros(BLOCK * DTYPE_BITS[dtype] // 8, np.uint8), dtype) for dtype in dtypes)
+            raws = dict(zip(roles, inputs, strict=True))
+            base = raws["base"]
+            start = raws.get("start", base)
+            sft = raws.get("sft", start)
+            device.merge(base, start, sft, out, BLOCK, 0, item.key, numbers, new_tally())
+
+
+def run(
+    plans: Sequence[Plan], todo: Iterable[Task], sink: Sink, *, workers: int, device: Device
+) -> Generator[Done | None, None, None]:
+    """Run segments of plans on threads, and yield each as it is finished; None when nothing was for a while.
+
+    The plans are of the same inputs and lay out the same files; their numbers differ. Segments are taken in order. The
+    failure of the first segment in that order is raised, once those under way have come to their end: the same segment
+    whatever the number of workers. Closing the iterator stops the workers.
+    """
+    with Files(plans[0].inputs) as files:
+
+        def worker() -> Callable[[Task], Done]:
+            buffer = device.buffer(min(BUFFER, max(LEAST, BUFFERS // workers)))
+            return lambda task: _process(plans, task, buffer, files, sink, device)
+
+        yield from in_threads(todo, worker, workers)
+
+
+def in_threads(
+    todo: Iterable[T], worker: Callable[[], Callable[[T], R]], workers: int
+) -> Generator[R | None, None, None]:
+    """Work on tasks in threads, each with what `worker` makes for it, and yield the results; see `run`."""
+    source = enumerate(todo)
+    turn = threading.Lock()
+    stop = threading.Event()
+    results: queue.SimpleQueue[tuple[int, R | None, BaseException | None] | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        index = -1
+        try:
+            process = worker()
+            while not stop.is_set():
+                with turn:
+                    index, task = next(source, (index, None))
+                if task is None:
+                    break
+                results.put((index, process(task), None))
+        except BaseException as error:
+            stop.set()
+            results.put((index, None, error))
+        results.put(None)
+
+    threads: list[threading.Thread] = []
+    failures: list[tuple[int, BaseException]] = []
+    try:
+        for i in range(workers):
+            thread = threading.Thread(target=work, name=f"merge-{i}", daemon=True)
+            thread.start()
+            threads.append(thread)
+        running = workers
+        while running:
+            try:
+                result = results.get(timeout=0.1)
+            except queue.Empty:
+                yield None
+                continue
+            if result is None:
+                running -= 1
+            elif result[2] is not None:
+                failures.append((result[0], result[2]))
+            else:
+                yield result[1]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise min(failures, key=lambda failure: failure[0])[1]
+
+
+def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink: Sink, device: Device) -> Done:
+    segment, wanted = task
+    item = plans[0].items[segment.item]
+    if item.raw:
+        _copy(plans[0], item, task, buffer, files, sink)
+        records = {number: np.zeros(RECORD) for number in wanted}
+    else:
+        records = _merge(plans, task, buffer, files, sink, device)
+    read = sum(_bytes_read(side, segment, raw=item.raw) for side in item.sides.values())
+    return Done(segment, records, read, item.bytes_written(segment.count))
+
+
+def _bytes_read(side: Tensor, segment: Segment, *, raw: bool) -> int:
+    """Bytes of tensors that a segment reads; factors are counted once."""
+    if isinstance(side, Computed):
+        return 0 if segment.first else side.stored
+    return segment.count if raw else segment.count * DTYPE_BITS[side.dtype] // 8
+
+
+def _merge(
+    plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink: Sink, device: Device
+) -> dict[int, Record]:
+    segment, wanted = task
+    item = plans[0].items[segment.item]
+    converted = not item.is_merged(segment.first)
+    read = _converted(item) if converted else item.sides
+    roles = {"base": next(iter(read))} if converted else {role: role for role in read}
+    sides = {role: read[origin] for role, origin in roles.items()}
+    out_dtype, out_begin = item.outs[0].dtype, item.outs[0].begin
+    widths = {role: DTYPE_BITS[side.dtype] // 8 for role, side in sides.items()}
+    out_width = DTYPE_BITS[out_dtype] // 8
+    step = max(1, (len(buffer) - PAGE) // (sum(widths.values()) + out_width) // BLOCK) * BLOCK
+    tallies = {number: new_tally() for number in wanted}
+    for first in range(segment.first, segment.first + segment.count, step):
+        count = min(step, segment.first + segment.count - first)
+        raws: dict[str, tuple[Raw, str]] = {}
+        at = 0
+        for role, side in sides.items():
+            raw = buffer[at : at + count * widths[role]]
+            files.read(roles[role], side, first * widths[role], raw)
+            raws[role] = (raw, side.dtype)
+            at += step * widths[role]
+        at = place(buffer, at, out_begin + first * out_width)
+        out = (buffer[at : at + count * out_width], out_dtype)
+        base = raws["base"]
+        start = raws.get("start", base)
+        sft = raws.get("sft", start)  # an adapter leaves the rest as it was
+        for number, tally in tallies.items():
+            each = plans[number].items[segment.item]
+            device.merge(base, start, sft, out, count, first, each.key, _CONVERT if converted else each.numbers, tally)
+            if isinstance(sides.get("sft"), Sparsified):  # dropped before it was read: here nothing was
+                tally[KEPT] += kept(*raws["sft"]) - count
+            if not is_finite(tally):
+                p = plans[number].parameters
+                merge = f" (alpha {p.alpha}, drop {p.drop}, seed {p.seed})" if len(plans) > 1 else ""
+                _look_closer(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
+            for target in each.outs:
+                sink(number, target, first * out_width, memoryview(out[0]))  # type: ignore[arg-type]
+    return {number: to_record(tally) for number, tally in tallies.items()}
+
+
+_CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)
+
+
+def _converted(item: Item) -> Mapping[str, Tensor]:
+    """What is kept or taken in another dtype, or of an item that is merged the rows of one model alone."""
+    return {item.owner: item.sides[item.owner]} if item.action == "merge" else item.sides
+
+
+def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: Sink) -> None:
+    segment, wanted = task
+    step = (len(buffer) - PAGE) // 2
+    for first in range(segment.first, segment.first + segment.count, step):
+        count = min(step, segment.first + segment.count - first)
+        (role, source), *others = item.sides.items()
+        at = place(buffer, 0, item.outs[0].begin + first)
+        content = buffer[at : at + count]
+        files.read(role, source, first, content)
+        for other, side in others:
+            mirror = buffer[step + PAGE : step + PAGE + count]
+            files.read(other, side, first, mirror)
+            if not np.array_equal(content, mirror):
+                width = DTYPE_BITS[side.dtype] // 8
+                element = (first + int(np.flatnonzero(content != mirror)[0])) // width
+                cure = Advice(plan.inputs, plan.parameters).either("--keep", "--take", names=names_of(item))
+                raise MismatchError(
+                    f"tensor '{shown(item.name)}' is {side.dtype} and not merged, but it differs at element {element}"
+                    f" between {plan.inputs[role].label} and {plan.inputs[other].label};"
+                    f" {f'choose one with {cure}' if cure else 'make them equal'}"
+                )
+        for number in wanted:
+            for target in item.outs:
+                sink(number, target, first, memoryview(content))  # type: ignore[arg-type]
+
+
+def _look_closer(
+    plan: Plan,
+    item: Item,
+    raws: dict[str, tuple[Raw, str]],
+    out: tuple[Raw, str],
+    first: int,
+    files: Files,
+    merge: str,
+) -> None:
+    """Find out whether a sum that is not finite means that the merge must stop; raise if it does."""
+    from ..numerics.cpu import finite_elements
+
+    advice = Advice(plan.inputs, plan.parameters)
+    finite = {role: finite_elements(*raw) for role, raw in raws.items()}
+    bad_inputs = [role for role, good in finite.items() if not good.all()]
+    if bad_inputs and item.action == "merge" and not plan.parameters.allow_nonfinite:
+        role = bad_inputs[0]
+        other, option = ("sft", "--take") if role == "base" else ("base", "--keep")
+        bad, element = _count_nonfinite(item.sides[role], role, files)
+        cure = advice.either(option, names=names_of(item))
+        instead = f", or use the {other}'s with {cure}" if cure else ""
+        raise NonFiniteError(
+            f"tensor '{shown(item.name)}' of {plan.inputs[role].label} has {bad} NaN or infinite of"
+            f" {item.source.count} elements, the first at index {element}; train or save it again, let them through"
+            f" with --allow-nonfinite{instead}"
+        )
+    overflown = ~finite_elements(*out) & np.logical_and.reduce(list(finite.values()))
+    if overflown.any():
+        wider = {"F16": "--dtype bfloat16", "BF16": "--dtype float32"}.get(out[1])
+        wider = wider or advice.either("--keep", names=names_of(item)) or "a larger --alpha"
+        element = first + int(np.argmax(overflown))
+        raise NonFiniteError(
+            f"tensor '{shown(item.name)}': the merged value of element {element}{merge} is too large for the output"
+            f" dtype {out[1]}; use {wider}"
+        )
+
+
+def names_of(item: Item) -> set[str]:
+    """The names that an item has in the files."""
+    return {item.name, *(out.name for out in item.outs)}
+
+
+def _count_nonfinite(tensor: Tensor, role: str, files: Files) -> tuple[int, int]:
+    from ..numerics.cpu import finite_elements
+
+    width = DTYPE_BITS[tensor.dtype] // 8
+    bad, element = 0, -1
+    for first in range(0, tensor.count, 1 << 18):
+        buffer = np.empty(min(1 << 18, tensor.count - first) * width, np.uint8)
+        files.read(role, tensor, first * width, buffer)
+        found = np.flatnonzero(~finite_elements(buffer, tensor.dtype))
+        if len(found):
+            element = first + int(found[0]) if element < 0 else element
+            bad += len(found)
+    return bad, element

@@ -1,0 +1,223 @@
+"""From plans to folders: stream the tensors, write what stands beside them, let the folders appear."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.reader import check_inputs
+from ..common.messages import shown
+from ..errors import (
+    ChangedError,
+    CheckpointError,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+)
+from ..options.recipe import differences, read_recipe, to_json, without_places
+from ..output import direct_io, journal, paths
+from ..output import publish as swap
+from ..plan.plan import Plan
+from ..plan.unchanged import is_unchanged, note_of
+from ..ranks.ranks import ALONE, Ranks, together
+from .report import written_files
+from .stream import Job, Recipe, Records, errors_of, stream
+from .verify import compare
+from .workers import Device, Progress
+
+
+def build(
+    jobs: Sequence[Job],
+    recipes: Sequence[Recipe],
+    device: Device,
+    *,
+    restart: bool,
+    verify: bool,
+    progress: Progress | None,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Make each job's folder from its plan, or go on with what an earlier process began; inputs are read once for all.
+
+    With `verify` all of it is computed again and compared before a folder appears. Of several ranks, 0 makes, locks and
+    publishes the folders, and all write into them. Raises OutputError, VerifyError and what `run` raises. OUT.partial
+    stays for the next try, unless an input was refused.
+    """
+    bytes_to_write = sum(job.plan.bytes_to_write for job in jobs)
+    total = bytes_to_write * (2 if verify else 1)
+    leads = ranks.rank == 0
+
+    def advance(done: int, _: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    with ExitStack() as stack:
+
+        def take() -> list[int]:
+            # In one order, lest two sweeps of the same outputs wait for each other's.
+            pairs = sorted(zip(jobs, recipes, strict=True), key=lambda pair: str(pair[0].partial.absolute()))
+            for job, recipe in pairs if leads else ():
+                with errors_of([job]):
+                    made = direct_io.make_folder(job.partial)
+                    if stack.enter_context(paths.locked(job.partial)) is None:
+                        job.notes.append(
+                            f"note: the filesystem of {shown(job.out)} has no locks: see to it that nothing else is"
+                            " merged there"
+                        )
+                    stack.callback(_remove_empty, {job.partial, *made})
+                    _take(job, recipe, restart)
+            pairs = list(zip(jobs, recipes, strict=True)) if leads else []
+            return [number for number, (job, recipe) in enumerate(pairs) if _is_unwritten(job, recipe)]
+
+        def write_rest() -> None:
+            if leads:
+                with errors_of(jobs):
+                    for job in jobs:
+                        _remove_foreign(job)
+                    for number, each in zip(unwritten, records, strict=True):
+                        job = jobs[number]
+                        if is_unchanged(job.plan, each):
+                            job.notes.append(note_of(job.plan.inputs, "the norms of all deltas are 0"))
+                        _write_side(job.plan, job.partial, recipes[number], each)
+            check_inputs(jobs[0].plan.inputs)
+
+        def publish() -> None:
+            for job in jobs if leads else ():
+                with errors_of([job]):
+                    swap.publish(job.out, replace=job.replace)
+
+        unwritten = ranks.gather(together(ranks, take))[0]
+        try:
+            recipes_left = [to_json(recipes[number]) for number in unwritten]
+            records = stream([jobs[number] for number in unwritten], recipes_left, device, advance, ranks)
+            together(ranks, write_rest)
+        except (NonFiniteError, MismatchError, ChangedError):
+            if leads:
+                with errors_of(jobs):
+                    for job in jobs:
+                        journal.empty(job.partial)
+            raise
+        if verify:
+            check(jobs, recipes, device, lambda done, _: advance(bytes_to_write + done, 0), ranks)
+        together(ranks, publish)
+
+
+def _remove_empty(folders: set[Path]) -> None:
+    """Remove folders that were made and hold nothing in the end."""
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def as_begun(job: Job, recipe: dict[str, Any], *, restart: bool) -> dict[str, Any]:
+    """Return a merge's recipe with the paths of its inputs as OUT or OUT.partial has them, if that is of this merge.
+
+    They may have been typed in another way; the bytes are to be those of the command that began it.
+    """
+    for folder in (job.out, *(() if restart else (job.partial,))):
+        try:
+            found = journal.unfinished(folder) or read_recipe(folder)
+        except CheckpointError:
+            continue
+        if found is not None and without_places(found) == without_places(recipe):
+            paths = {role: str(entry["path"]) for role, entry in found["inputs"].items()}
+            inputs = {role: dataclasses.replace(each, ref=paths[role]) for role, each in job.plan.inputs.items()}
+            job.plan = dataclasses.replace(job.plan, inputs=inputs)
+            return found
+    return recipe
+
+
+def _take(job: Job, recipe: Recipe, restart: bool) -> None:
+    """Decide again what OUT and OUT.partial are, now that no other process can change them."""
+    if paths.is_occupied(job.out) and not job.replace:
+        raise OutputError(
+            f"output {shown(job.out)} was not there when the merge began, and now it is; run the same command again"
+        )
+    if restart:
+        journal.empty(job.partial)
+    check_unfinished(job.partial, recipe)
+
+
+def _remove_foreign(job: Job) -> None:
+    """Remove from a folder under way what is not of its merge: links, rests of files that an input no longer has."""
+    own = {*job.whole, journal.JOURNAL}
+    for path in sorted(job.partial.rglob("*"), reverse=True):
+        name = str(path.relative_to(job.partial))
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):
+                path.rmdir()  # if it is empty
+        elif path.is_symlink() or name not in own:
+            path.unlink()
+
+
+def _is_unwritten(job: Job, recipe: Recipe) -> bool:
+    return (job.partial / journal.JOURNAL).exists() or not paths.is_whole(job.partial, to_json(recipe), job.whole)
+
+
+def check(
+    jobs: Sequence[Job], recipes: Sequence[Recipe], device: Device, progress: Progress | None, ranks: Ranks = ALONE
+) -> None:
+    """Compute whole folders again and compare every byte, those that are published and those that are not yet."""
+    total, before = sum(job.plan.bytes_to_write for job in jobs), 0
+    for job, recipe in zip(jobs, recipes, strict=True):
+        began = time.perf_counter()
+
+        def advance(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        _check(job, recipe, device, advance, ranks)
+        job.verified = time.perf_counter() - began
+        before += job.plan.bytes_to_write
+        if progress is not None:
+            progress(before, total)
+
+
+def _check(job: Job, recipe: Recipe, device: Device, progress: Progress, ranks: Ranks) -> None:
+    folder, cure = job.partial, "memory or disk have failed; merge again with --restart"
+    if not folder.is_dir():
+        folder, cure = job.out, "remove it and merge again"
+    found = compare(
+        job.plan, recipe, folder, workers=job.workers, device=device, progress=progress, cure=cure, ranks=ranks
+    )
+
+    def refuse_foreign() -> None:
+        foreign = [name for name in found.not_of_the_merge if name != journal.JOURNAL]
+        if foreign and folder == job.partial:
+            raise OutputError(f"{shown(folder / foreign[0])} is none of the merge; {cure}")
+
+    together(ranks, refuse_foreign)
+
+
+def check_unfinished(partial: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse to build over something that is not this very merge."""
+    if not paths.is_occupied(partial):
+        return
+    found = journal.unfinished(partial)
+    if found is None:
+        if [entry.name for entry in partial.iterdir()] == [journal.JOURNAL + ".new"]:
+            return  # cut off before anything else was written
+        if paths.is_whole(partial, to_json(recipe), {}):
+            return
+        raise OutputError(
+            f"{shown(partial)} is there and is not a merge under way; move it away, or --restart, which removes what is"
+            " in it"
+        )
+    changes = differences(without_places(found), without_places(recipe))
+    if changes:
+        raise OutputError(
+            f"{shown(partial)} is an unfinished merge of another recipe ({'; '.join(changes[:3])}"
+            f"{'; …' if len(changes) > 3 else ''}); finish that one, or --restart to begin anew"
+        )
+
+
+def _write_side(plan: Plan, folder: Path, recipe: Mapping[str, Any], records: Records) -> None:
+    """Write everything beside the safetensors files; the recipe last, since its presence says: whole."""
+    for path, (_, source) in plan.side.items():
+        assert source is not None
+        direct_io.copy_file(source, folder / path)
+    for path, content in written_files(plan, recipe, records).items():
+        direct_io.write_file(folder / path, content)

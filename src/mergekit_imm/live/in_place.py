@@ -1,0 +1,218 @@
+"""Merge tensors in the memory they are in, a span of elements at a time: read, computed, and written if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.lazy_tensor import Raw, Tensor
+from ..checkpoint.reader import Files, check_inputs
+from ..checkpoint.safetensors_file import DTYPE_BITS
+from ..common.messages import shown
+from ..engine.workers import Progress, in_threads, names_of
+from ..errors import MismatchError, NonFiniteError
+from ..numerics.mask import BLOCK, arithmetic
+from ..numerics.statistics import is_finite, new_tally
+from ..options.recipe import Parameters
+from ..plan.advice import Advice
+from ..plan.plan import Item
+from .local_shards import Run, lines, origins
+
+STEP = 1 << 18  # elements at a time: of base, start, model and result at most 2 MiB each
+GAP = 4 * BLOCK  # more elements than these that are not here are not computed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What happens to a tensor of the base's, and the one of the model's that it becomes, in that one's dtype."""
+
+    item: Item
+    target: Tensor
+
+    @property
+    def raw(self) -> bool:
+        """Whether bytes are copied or compared as they are."""
+        base = self.item.sides["base"]
+        return self.item.action == "copy" or (self.item.action == "keep" and base.dtype == self.target.dtype)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Consecutive elements of a tensor that are here, but for small gaps."""
+
+    job: Job
+    runs: tuple[Run, ...]
+
+    @property
+    def low(self) -> int:
+        """The first element that is computed."""
+        return self.runs[0].first // BLOCK * BLOCK
+
+    @property
+    def count(self) -> int:
+        """How many are computed."""
+        return self.runs[-1].first + self.runs[-1].count - self.low
+
+    @property
+    def here(self) -> int:
+        """How many of them are here."""
+        return sum(run.count for run in self.runs)
+
+
+def _spans(jobs: Sequence[Job]) -> Iterator[_Span]:
+    for job in jobs:
+        for first in range(0, job.target.count, STEP):
+            span: list[Run] = []
+            found = origins(job.target, first, min(first + STEP, job.target.count))
+            for run in sorted(found, key=lambda run: run.first):
+                if span and run.first - span[-1].first - span[-1].count > GAP:
+                    yield _Span(job, tuple(span))
+                    span = []
+                span.append(run)
+            if span:
+                yield _Span(job, tuple(span))
+
+
+_CONVERT = arithmetic(alpha=1.0, drop=0.0)
+
+
+class Work:
+    """All that is to be computed here, once to see that it can be written, and once to write it."""
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Checkpoint],
+        parameters: Parameters,
+        jobs: Sequence[Job],
+        workers: int,
+        progress: Progress | None,
+    ) -> None:
+        self.inputs, self.parameters, self.jobs, self.workers = inputs, parameters, jobs, workers
+        self.progress, self.done = progress, 0
+        self.total = 2 * sum(_bytes(span) for span in _spans(jobs)) if progress is not None else 0
+
+    def run(self, *, write: bool) -> None:
+        """Compute all, and write it if asked. Raises NonFiniteError, MismatchError, CheckpointError."""
+        with Files(self.inputs) as files:
+
+            def worker() -> Callable[[_Span], int]:
+                buffers = np.empty((4, STEP + BLOCK, 8), np.uint8).reshape(4, -1)
+                return lambda span: self._process(span, buffers, files, write)
+
+            with closing(in_threads(_spans(self.jobs), worker, self.workers)) as results:
+                for nbytes in results:
+                    self.done += nbytes or 0
+                    if self.progress is not None:
+                        self.progress(self.done, self.total)
+        check_inputs(self.inputs)
+
+    def _process(self, span: _Span, buffers: Raw, files: Files, write: bool) -> int:
+        item = span.job.item
+        if span.job.raw:
+            out = self._read("base", item.sides["base"], span, buffers[0], files)
+            if item.action == "copy":
+                self._check_equal(span, out, buffers[1], files)
+                return _bytes(span)
+        else:
+            out = self._merge(span, buffers, files)
+        if write:
+            _put(span, out)
+        return _bytes(span)
+
+    def _read(self, role: str, side: Tensor, span: _Span, buffer: Raw, files: Files) -> Raw:
+        """Fill a buffer with the elements of a span, the sft's from the target; those that are not here are zeros."""
+        width = DTYPE_BITS[side.dtype] // 8
+        raw = buffer[: span.count * width]
+        if span.here < span.count:
+            raw[:] = 0
+        for run in span.runs:
+            begin = (run.first - span.low) * width
+            part = raw[begin : begin + run.count * width]
+            if role != "sft":
+                files.read(role, side, run.first * width, part)
+                continue
+            for at, elements in lines(run):
+                _elements(part, at, elements).copy_(elements)
+        return raw
+
+    def _merge(self, span: _Span, buffers: Raw, files: Files) -> Raw:
+        from ..numerics.cpu import merge_span
+
+        item, target = span.job.item, span.job.target
+        sides = item.sides if item.action == "merge" else {"base": item.sides["base"]}
+        raws = {
+            role: (self._read(role, side, span, buffer, files), side.dtype)
+            for (role, side), buffer in zip(sides.items(), buffers, strict=False)
+        }
+        base = raws["base"]
+        start = raws.get("start", base)
+        sft = raws.get("sft", start)
+        out: tuple[Raw, str] = (buffers[3][: span.count * DTYPE_BITS[target.dtype] // 8], target.dtype)
+        numbers = item.numbers if item.action == "merge" else _CONVERT
+        tally = new_tally()
+        merge_span(base, start, sft, out, span.count, span.low, item.key, numbers, tally)
+        if not is_finite(tally):
+            self._look_closer(span, raws, out)
+        return out[0]
+
+    def _look_closer(self, span: _Span, raws: Mapping[str, tuple[Raw, str]], out: tuple[Raw, str]) -> None:
+        from ..numerics.cpu import finite_elements
+
+        item = span.job.item
+        finite = {role: finite_elements(*raw) for role, raw in raws.items()}
+        for role, good in finite.items():
+            if good.all() or item.action != "merge" or self.parameters.allow_nonfinite:
+                continue
+            other, option = ("model", "--take") if role == "base" else ("base", "--keep")
+            cure = Advice(self.inputs, self.parameters).either(option, names=names_of(item))
+            instead = f", or use the {other}'s with {cure}" if cure else ""
+            raise NonFiniteError(
+                f"tensor '{shown(item.name)}' of {self.inputs[role].label} is NaN or infinite at index"
+                f" {span.low + int(np.argmin(good))} ({int((~good).sum())} such elements near it); go back to a model"
+                f" without, or let them through with allow_nonfinite{instead}"
+            )
+        overflown = ~finite_elements(*out) & np.logical_and.reduce(list(finite.values()))
+        if overflown.any():
+            element = span.low + int(np.argmax(overflown))
+            raise NonFiniteError(
+                f"tensor '{shown(item.name)}': the merged value of element {element} is too large for the model's"
+                f" dtype {out[1]}; use a model of a wider one"
+            )
+
+    def _check_equal(self, span: _Span, base: Raw, buffer: Raw, files: Files) -> None:
+        item = span.job.item
+        for role, side in item.sides.items():
+            if role == "base":
+                continue
+            other = self._read(role, side, span, buffer, files)
+            if not np.array_equal(base, other):
+                element = span.low + int(np.flatnonzero(base != other)[0]) * 8 // DTYPE_BITS[side.dtype]
+                cure = Advice(self.inputs, self.parameters).either("--keep", "--take", names=names_of(item))
+                raise MismatchError(
+                    f"tensor '{shown(item.name)}' is {side.dtype} and not merged, but it differs at element {element}"
+                    f" between {self.inputs['base'].label} and {self.inputs[role].label};"
+                    f" {f'choose one with {cure}' if cure else 'make them equal'}"
+                )
+
+
+def _bytes(span: _Span) -> int:
+    return span.here * DTYPE_BITS[span.job.target.dtype] // 8
+
+
+def _elements(raw: Raw, at: int, like: torch.Tensor) -> torch.Tensor:
+    """Return those elements of a buffer, from `at` on, that are these of a tensor's, as a tensor of its dtype."""
+    width = like.element_size()
+    return torch.from_numpy(raw[at * width : (at + len(like)) * width]).view(like.dtype)
+
+
+def _put(span: _Span, out: Raw) -> None:
+    width = DTYPE_BITS[span.job.target.dtype] // 8
+    for run in span.runs:
+        begin = (run.first - span.low) * width
+        for at, elements in lines(run):
+            elements.copy_(_elements(out[begin : begin + run.count * width], at, elements))

@@ -1,0 +1,317 @@
+"""The tensors of a live model as a merge sees them: whole, by name; and which elements of each are in this process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from ..checkpoint.lazy_tensor import Computed, Pieces, Slice, runs
+from ..checkpoint.lazy_tensor import Tensor as Side
+from ..common.messages import shown
+from ..errors import MismatchError
+from ..numerics.reference import DTYPES
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+# What is set on parameters of which the optimizer has a copy of its own, which it would put back.
+_MASTERS = {
+    "ds_id": "DeepSpeed ZeRO-3", "ds_tensor": "DeepSpeed ZeRO-3", "_hp_mapping": "DeepSpeed",
+    "main_param": "Megatron's mixed-precision optimizer",
+}  # fmt: skip
+_SAVE = "save the model, merge it with merge_checkpoints, and go on from the result"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a tensor that is in this process, beginning at `place`."""
+
+    tensor: Tensor
+    place: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Live(Computed):
+    """A tensor of a live model: its shape is that of the whole, its parts are what this process holds."""
+
+    code: str
+    parts: tuple[Part, ...]
+    memory: Hashable  # equal for those that are in one place
+
+    @property
+    def dtype(self) -> str:
+        """That of the parameter."""
+        return self.code
+
+    @property
+    def stored(self) -> int:
+        """Nothing of it is on a disk."""
+        return 0
+
+    def transposed(self, role: str) -> Live:  # noqa: ARG002
+        """Return it with each of its matrices transposed: views of the same memory."""
+        parts = (Part(p.tensor.transpose(1, 2), (p.place[0], p.place[2], p.place[1])) for p in self.parts)
+        return replace(self, shape=(self.shape[0], self.shape[2], self.shape[1]), parts=tuple(parts))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive elements of a tensor of the base's, and where they are in the memory of this process."""
+
+    first: int
+    count: int
+    tensor: Tensor
+    inside: int  # the first of them in `tensor`, row-major
+
+
+def live_tensors(model: nn.Module) -> dict[str, Live]:
+    """Return the parameters and persistent buffers of a model by name; those that share memory are one `Live`.
+
+    Raises MismatchError for a model whose weights are not there as they are: quantised, on the meta device, of
+    DeepSpeed or FSDP1, wrapped by PEFT.
+    """
+    _check_modules(model)
+    state = model.state_dict(keep_vars=True)  # FSDP2 puts its parameters back into shards for this
+    _check_whole(model, state)
+    found: dict[str, Live] = {}
+    known: dict[Hashable, Live] = {}
+    for name, tensor in state.items():
+        check_tensor(name, tensor)
+        parts = _parts(name, tensor)
+        memory = _memory(parts) or id(tensor)
+        if memory not in known:
+            known[memory] = Live(name, tuple(tensor.shape), CODES[tensor.dtype], parts, memory)
+        found[name] = known[memory]
+    _check_apart(found)
+    return found
+
+
+def is_distributed(model: nn.Module) -> bool:
+    """Whether a model's parameters are in pieces, or in copies, in several processes."""
+    if not isinstance(model, nn.Module):
+        return False
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    # After a forward pass a module of FSDP2 may hold whole parameters, for a while.
+    return any(isinstance(tensor, DTensor) for tensor in tensors) or any(map(_is_fully_sharded, model.modules()))
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def _check_modules(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise MismatchError(f"model is a {type(model).__name__}; give a torch nn.Module")
+    for module in model.modules():
+        kind = type(module)
+        origins = {base.__module__.partition(".")[0] for base in kind.__mro__}
+        if "peft" in origins:
+            raise MismatchError(
+                f"the model is wrapped by PEFT ({kind.__name__}): merge the adapter first, `merge_and_unload()`, or"
+                " save it and give it to merge_checkpoints as the sft"
+            )
+        if "deepspeed" in origins:
+            raise MismatchError(
+                f"the model is DeepSpeed's ({kind.__name__}), whose optimizer keeps its own master weights and would"
+                f" undo the merge; {_SAVE}"
+            )
+        if any(base.__name__ == "FullyShardedDataParallel" for base in kind.__mro__):
+            raise MismatchError(
+                "the model is wrapped by FullyShardedDataParallel (FSDP1), whose flat parameters are not merged in"
+                f" place; use FSDP2's fully_shard, or {_SAVE}"
+            )
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        for mark, owner in _MASTERS.items():
+            if hasattr(tensor, mark):
+                raise MismatchError(
+                    f"parameter '{shown(name)}' has `{mark}`: {owner} keeps master weights of its own and would undo"
+                    f" the merge; {_SAVE}"
+                )
+
+
+def _check_whole(model: nn.Module, state: Mapping[str, object]) -> None:
+    """Refuse a state that is not the parameters themselves, or lacks some: a hook of a module has made it."""
+    own = {id(tensor): name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
+    made = [name for name, tensor in state.items() if isinstance(tensor, Tensor) and id(tensor) not in own]
+    held = {id(tensor) for tensor in state.values()}
+    lacking = [name for name, parameter in model.named_parameters() if id(parameter) not in held]
+    for names, what in ((made, "is made by a hook"), (lacking, "is left out of")):
+        if names:
+            raise MismatchError(
+                f"'{shown(names[0])}' {what}{' of' if names is made else ''} the model's state_dict, so what is saved"
+                f" is not what is in memory; {_SAVE}"
+            )
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise MismatchError for a tensor of a model that cannot be merged in place: quantised, without values."""
+    if not isinstance(tensor, Tensor):
+        raise MismatchError(
+            f"the model's state holds '{shown(name)}', a {type(tensor).__name__} and no tensor; {_SAVE}"
+        )
+    inner = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    plain = (Tensor, nn.Parameter, nn.Buffer)
+    what = ""
+    if type(inner) not in plain or type(tensor) not in (*plain, DTensor):
+        what = type(inner).__name__
+    elif inner.layout != torch.strided or tensor.dtype not in CODES:
+        what = str(tensor.dtype if inner.layout == torch.strided else inner.layout)
+    if what:
+        raise MismatchError(
+            f"tensor '{shown(name)}' of the model is {what}; quantised, float8, complex and sparse tensors are not"
+            " merged: train an unquantised model, or merge checkpoints of one"
+        )
+    if inner.is_meta:
+        raise MismatchError(
+            f"tensor '{shown(name)}' of the model is on the meta device, it has no values (offloaded?); load the model"
+            " whole, or merge_checkpoints on disk"
+        )
+    if tensor.is_inference():
+        raise MismatchError(
+            f"tensor '{shown(name)}' of the model was made in inference mode and cannot be written; load the model"
+            " outside of torch.inference_mode()"
+        )
+
+
+def _memory(parts: Sequence[Part]) -> Hashable:
+    """What is equal for two tensors in the same memory; nothing for empty ones."""
+    tensors = (part.tensor for part in parts)
+    return tuple((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
+
+
+def _check_apart(tensors: Mapping[str, Live]) -> None:
+    """Refuse tensors that share some of their memory but not all: they would be merged twice."""
+    extents = []
+    for name, live in {id(live): (name, live) for name, live in tensors.items()}.values():
+        for tensor in (part.tensor for part in live.parts):
+            strides = zip(tensor.shape, tensor.stride(), strict=True)
+            last = sum((size - 1) * stride for size, stride in strides)
+            if last + 1 < tensor.numel():
+                raise MismatchError(
+                    f"tensor '{shown(name)}' of the model holds some elements several times (it was expanded);"
+                    " make it contiguous"
+                )
+            begin = tensor.data_ptr()
+            extents.append((str(tensor.device), begin, begin + (last + 1) * tensor.element_size(), id(live), name))
+    extents.sort()
+    for one, other in itertools.pairwise(extents):
+        if one[0] == other[0] and other[1] < one[2] and one[3] != other[3]:
+            raise MismatchError(
+                f"tensors '{shown(one[4])}' and '{shown(other[4])}' of the model share a part of their memory, and"
+                " would be merged twice; clone one of them"
+            )
+
+
+def _parts(name: str, tensor: Tensor) -> tuple[Part, ...]:
+    """Return the boxes of a tensor that are in this process; none is empty."""
+    if not isinstance(tensor, DTensor):
+        local, spans = tensor.detach(), [[(0, size)] for size in tensor.shape]
+    else:
+        local, spans = tensor.to_local().detach(), _spans(name, tensor)
+        held = tuple(sum(count for _, count in each) for each in spans)
+        if local.numel() == 0 and 0 in held:
+            return ()
+        if held != tuple(local.shape):
+            raise _strange(name, tensor, f"holds {list(local.shape)} where {list(held)} was to be")
+    found = []
+    for box in itertools.product(*(_with_places(each) for each in spans)):
+        view = local
+        for dim, (_, count, inside) in enumerate(box):
+            view = view.narrow(dim, inside, count)
+        found.append(Part(view, tuple(begin for begin, _, _ in box)))
+    return tuple(part for part in found if part.tensor.numel())
+
+
+def _with_places(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    ends = itertools.accumulate(count for _, count in spans)
+    return [(begin, count, end - count) for (begin, count), end in zip(spans, ends, strict=True)]
+
+
+Spans = list[tuple[int, int]]  # (begin, count) of indices along a dimension, in the order of the local tensor
+
+
+def _spans(name: str, tensor: DTensor) -> list[Spans]:
+    """Return which indices along each dimension this process holds: placements are applied from left to right."""
+    spans: list[Spans] = [[(0, size)] for size in tensor.shape]
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:  # not in the mesh
+        return [[(0, 0)] for _ in tensor.shape]
+    order = getattr(tensor._spec, "shard_order", None) or ()
+    if any(list(entry.mesh_dims) != sorted(entry.mesh_dims) for entry in order):
+        raise _strange(name, tensor, "is cut in another order than that of its mesh")
+    for axis, placement in enumerate(tensor.placements):
+        number, place = tensor.device_mesh.size(axis), coordinate[axis]
+        if placement.is_replicate():
+            continue
+        if isinstance(placement, _StridedShard):
+            dim, factor = placement.dim % tensor.ndim, int(placement.split_factor)
+            if sum(count for _, count in spans[dim]) % (number * factor):
+                raise _strange(name, tensor, f"does not divide into {number} x {factor} equal parts")
+            groups = [_cut(spans[dim], factor, each) for each in range(factor)]
+            spans[dim] = [span for group in groups for span in _cut(group, number, place)]
+        elif isinstance(placement, Shard):
+            dim = placement.dim % tensor.ndim
+            spans[dim] = _cut(spans[dim], number, place)
+        else:
+            raise _strange(name, tensor, "is partial: its ranks hold summands")
+    return spans
+
+
+def _cut(spans: Spans, number: int, place: int) -> Spans:
+    """Return what the rank at a place gets of indices, as torch.chunk cuts them."""
+    total = sum(count for _, count in spans)
+    size = -(-total // number)
+    low, high = min(place * size, total), min((place + 1) * size, total)
+    found = []
+    for begin, count, inside in _with_places(spans):
+        first, last = max(low, inside), min(high, inside + count)
+        if first < last:
+            found.append((begin + first - inside, last - first))
+    return found
+
+
+def _strange(name: str, tensor: DTensor, what: str) -> MismatchError:
+    return MismatchError(
+        f"tensor '{shown(name)}' of the model has the placements {tensor.placements} and {what}; merged are Shard,"
+        f" Replicate, and what fully_shard makes of them: {_SAVE}"
+    )
+
+
+def origins(tensor: Side, first: int, end: int) -> Iterator[Run]:
+    """Yield where the elements first..end of a tensor are that is live, or made of live ones; what is here."""
+    if isinstance(tensor, Slice):
+        for run in origins(tensor.whole, tensor.first + first, tensor.first + end):
+            yield Run(run.first - tensor.first, run.count, run.tensor, run.inside)
+    elif isinstance(tensor, Pieces):
+        for piece in tensor.pieces:
+            for at, begin, count in runs(tensor.shape, piece.place, piece.tensor.shape, first, end):
+                for run in origins(piece.tensor, begin, begin + count):
+                    yield Run(at + run.first - begin, run.count, run.tensor, run.inside)
+    else:
+        assert isinstance(tensor, Live)
+        for part in tensor.parts:
+            for at, inside, count in runs(tensor.shape, part.place, tuple(part.tensor.shape), first, end):
+                yield Run(at, count, part.tensor, inside)
+
+
+def lines(run: Run) -> Iterator[tuple[int, Tensor]]:
+    """Yield the elements of a run as 1-D views of the memory they are in, each with its place in the run."""
+    tensor = run.tensor
+    if tensor.is_contiguous():
+        yield 0, tensor.view(-1)[run.inside : run.inside + run.count]
+        return
+    done, columns = 0, tensor.shape[-1]
+    while done < run.count:
+        row, at = divmod(run.inside + done, columns)
+        index: list[int] = []
+        for size in reversed(tensor.shape[:-1]):
+            row, digit = divmod(row, size)
+            index.insert(0, digit)
+        count = min(columns - at, run.count - done)
+        yield done, tensor[tuple(index)][at : at + count]
+        done += count

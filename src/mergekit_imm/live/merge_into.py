@@ -1,0 +1,336 @@
+"""Merge a model in memory back towards its base, in place: what a training loop does at the end of a round.
+
+The model is the sft of the merge. Base and start are streamed from disk, piece by piece, into the memory the parameters
+are in; there is never a second copy of a tensor. What belongs together, and what is refused, is decided as for a merge
+of checkpoints (`plan.decide`), on whole tensors under the base's names; each process then works on what it holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..checkpoint.checkpoint import Checkpoint, is_hub_id, open_checkpoint
+from ..checkpoint.lazy_tensor import Tensor as Side
+from ..checkpoint.safetensors_file import MERGED, fingerprint
+from ..common.checks import as_path
+from ..common.json_files import parse_json, read_small
+from ..common.messages import for_caller, shown
+from ..engine.workers import Progress, check_workers
+from ..errors import CheckpointError, MismatchError, PartialMergeError
+from ..model.tensor_names import is_end, ready_option, tied_key, unwrapped
+from ..options.recipe import Parameters
+from ..plan.accounts import check_tensors
+from ..plan.open_inputs import (
+    check_left_out,
+    check_platform,
+    comparer,
+    listed,
+    prepared,
+    round_of,
+    without_same_start,
+)
+from ..plan.plan import Decided, Item, decide
+from ..ranks.ranks import ALONE, Ranks, together
+from .in_place import Job, Work
+from .local_shards import Live, Part, is_distributed, live_tensors
+
+COMPARED = 1 << 18  # elements at a time
+
+
+@dataclass(frozen=True)
+class LiveReport:
+    """What `merge_into` did: tensors of the base by what happened to them, and what is worth knowing."""
+
+    tensors: dict[str, int]  # merged, kept, taken, copied
+    iteration: int
+    notes: list[str]
+
+
+def merge_into(
+    model: nn.Module,
+    base: str | Path,
+    *,
+    start: str | Path | None = None,
+    alpha: float = 0.5,
+    drop: float = 0.2,
+    seed: int = 0,
+    iteration: int | None = None,
+    importance: Mapping[str, float] | str | Path | None = None,
+    shrink: float = 1.0,
+    clip: tuple[float, float] | None = None,
+    layer_factors: Mapping[str, float] | str | Path | None = None,
+    reference: str = "start",
+    keep: Sequence[str] = (),
+    take: Sequence[str] = (),
+    no_drop: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+    dequantize: bool = False,
+    workers: int | None = None,
+    allow_nonfinite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> LiveReport:
+    """Merge a model in memory back towards its base, in place: the model is the sft, and becomes the merged one.
+
+        tuned  = start + factor * DARE(sft - start)
+        merged = alpha * base + (1 - alpha) * tuned                                     (Eq. 6, 7)
+
+    Args:
+        model: any nn.Module whose parameters and persistent buffers are those of the base, on CPU or GPU; names as
+            transformers has them in memory are found in the base's files as in `merge_checkpoints`.
+        base, start: as in `merge_checkpoints`, read from disk in slices.
+        alpha, drop, seed, iteration, importance, shrink, clip, layer_factors, reference, keep, take, no_drop, rename,
+            leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`. What is taken stays as it is.
+        dry_run: check all that names, shapes and headers tell; write nothing.
+        progress: called with (bytes done, bytes in all) now and then, in this thread; all is read twice.
+
+    The bits are those that `merge_checkpoints` writes from the saved model, in the dtype of each parameter. Names,
+    shapes and values are checked before the first element is written, by a first pass that computes all and writes
+    nothing; a failure after that raises PartialMergeError, and the model must be loaded again. With parameters that are
+    DTensors (FSDP2, tensor parallelism) every rank of the process group calls this; each reads what it holds, and
+    nothing is sent but whether a rank has refused. Weights alone change: not the optimizer's state.
+
+    Returns a LiveReport. Raises MergeError (see `mergekit_imm.errors`), one line that names the cure.
+    Source: arXiv 2503.02103, Eq. 5 to 7.
+
+    >>> from safetensors.torch import save_file
+    >>> model = torch.nn.Module()
+    >>> model.register_parameter("w", torch.nn.Parameter(torch.ones(4)))
+    >>> save_file({"w": torch.zeros(4)}, "base.safetensors")
+    >>> merge_into(model, "base.safetensors", alpha=0.75, drop=0).tensors
+    {'merged': 1}
+    >>> model.w.data
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    base, start = as_path("base", base), None if start is None else as_path("start", start)
+    ranks = Ranks.of_group() if is_distributed(model) and dist.is_initialized() else ALONE
+
+    def checked() -> tuple[int, Parameters, dict[str, Live]]:
+        check_platform()
+        values = listed(
+            importance=importance,
+            layer_factors=layer_factors,
+            keep=keep,
+            take=take,
+            no_drop=no_drop,
+            rename=rename,
+            leave_out=leave_out,
+        )
+        parameters = Parameters(
+            alpha=alpha, drop=drop, seed=seed, iteration=0 if iteration is None else iteration, reference=reference,
+            shrink=shrink, clip=clip, dequantize=dequantize, allow_nonfinite=allow_nonfinite, **values,
+        )  # fmt: skip
+        return check_workers(workers), parameters, live_tensors(model)
+
+    threads, parameters, state = together(ranks, checked)
+    places = {id(live): number for number, live in enumerate(state.values())}
+    _check_same(ranks, lambda: [(name, live.shape, live.dtype, places[id(live)]) for name, live in state.items()])
+    equal = _equal_ends(state, ranks)
+
+    def planned() -> tuple[dict[str, Checkpoint], Parameters, Decided, list[Job]]:
+        refs = {"base": base} if start is None else {"base": base, "start": start}
+        if any(is_hub_id(ref) for ref in refs.values()):  # refuse from headers, before hours of downloading
+            there = _opened(refs, parameters, dry_run=True)
+            _plan(there, model, state, equal, parameters)
+        inputs = without_same_start(_opened(refs, parameters, dry_run=dry_run))
+        here = replace(parameters, iteration=round_of(inputs)) if iteration is None else parameters
+        inputs, decided = _plan(inputs, model, state, equal, here)
+        return inputs, here, decided, _jobs(decided, inputs["sft"])
+
+    inputs, here, decided, jobs = together(ranks, planned)
+    if dry_run:
+        return _report(inputs, here, decided)
+    files = [file for each in inputs.values() for file in each.files.values()]
+    actions = [(job.item.name, job.item.action, job.item.numbers) for job in jobs]
+    _check_same(ranks, lambda: (here, actions, [fingerprint(file) for file in files]))
+    work = Work(inputs, here, jobs, threads, progress)
+    together(ranks, lambda: work.run(write=False))
+    try:
+        together(ranks, lambda: work.run(write=True))
+    except Exception as error:
+        raise PartialMergeError(
+            f"the merge failed when parts of the model had been written: {error}; load the model again, from its last"
+            " checkpoint, and merge again"
+        ) from error
+    return _report(inputs, here, decided)
+
+
+def _report(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: Decided) -> LiveReport:
+    counts = Counter({"keep": "kept", "take": "taken", "copy": "copied"}.get(i.action, "merged") for i in decided.items)
+    notes = [note for each in inputs.values() for note in each.notes]
+    if decided.ties.broken:
+        notes.append(f"note: {decided.ties.broken}: both are merged under their own names")
+    return LiveReport(dict(counts), parameters.iteration, list(map(for_caller, notes)))
+
+
+def _opened(refs: Mapping[str, str | Path], parameters: Parameters, *, dry_run: bool = False) -> dict[str, Checkpoint]:
+    found = {
+        role: open_checkpoint(ref, role, dry_run=dry_run, leave_out=parameters.leave_out) for role, ref in refs.items()
+    }
+    check_left_out(found, parameters.leave_out)
+    return found
+
+
+def _check_same(ranks: Ranks, data: Callable[[], object]) -> None:
+    """Raise MismatchError unless all ranks have the same data."""
+    text = together(ranks, lambda: repr(data()) if ranks.size > 1 else "")
+    if len(set(ranks.gather(blake2b(text.encode(), digest_size=16).digest()))) > 1:
+        raise MismatchError(
+            "the ranks do not merge the same: arguments, the files of base or start, or the model's tensors differ"
+            " between them; give all ranks the same"
+        )
+
+
+def _plan(
+    inputs: dict[str, Checkpoint], model: nn.Module, state: Mapping[str, Live], equal: _Equal, parameters: Parameters
+) -> tuple[dict[str, Checkpoint], Decided]:
+    """Return the inputs under the base's names, the model among them, and what happens to every tensor."""
+    inputs = prepared({**inputs, "sft": _checkpoint(model, state, inputs["base"])}, parameters)
+    compare = comparer(inputs)
+
+    def same(checkpoint: Checkpoint, one: Side, other: Side) -> bool:
+        if not isinstance(one, Live) or not isinstance(other, Live):
+            return compare(checkpoint, one, other)
+        return one.memory == other.memory or frozenset((one.memory, other.memory)) in equal
+
+    _check_vocabularies(inputs["base"], inputs["sft"])
+    decided = decide(inputs, parameters, same)
+    check_tensors(decided, same)
+    return inputs, decided
+
+
+def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -> Checkpoint:
+    """Return the model as an input: of names of one tensor those that the base stores, one if it stores none."""
+    state = _by_path(state, base)
+    names: dict[int, list[str]] = {}
+    for each, live in state.items():
+        names.setdefault(id(live), []).append(each)
+    tensors: dict[str, Side] = {}
+    for found in names.values():
+        stored = [each for each in found if unwrapped(each) in base.tensors]
+        for each in stored or [tied_key(found)]:
+            tensors[each] = replace(state[each], name=each)
+    config: Any = getattr(getattr(model, "module", model), "config", None)
+    kinds = _kinds(config.to_dict()) if hasattr(config, "to_dict") else {}
+    if kinds:  # the class may be one that wraps the saved one
+        kinds["architectures"] = base.config.get("architectures") if base.config else None
+    return Checkpoint("sft", f"model {type(model).__name__}", None, {}, tensors, kinds or None, {}, ())
+
+
+def _by_path(state: Mapping[str, Live], base: Checkpoint) -> Mapping[str, Live]:
+    """Return tensors of a model of numbered modules, as sentence-transformers' are, by their paths in the base.
+
+    The base's modules.json says which folder each number is; of the module that holds a model, its name is left out.
+    """
+    file = base.side.get("modules.json")
+    if file is None:
+        return state
+    try:
+        modules = parse_json(read_small(file))
+        folders = {str(each["idx"]): f"{each['path']}/" if each["path"] else "" for each in modules}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{shown(file)} is not a list of modules: {shown(error, 200)}; download it again"
+        ) from error
+
+    def placed(name: str) -> str:
+        number, _, rest = unwrapped(name).partition(".")
+        paths = [folders.get(number, "") + each for each in (rest, rest.partition(".")[2]) if number in folders]
+        return next((path for path in paths if path in base.tensors), name)
+
+    return {placed(name): live for name, live in state.items()}
+
+
+def _kinds(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of a config, and of those nested in it, the model types alone."""
+    found = {key: _kinds(value) for key, value in config.items() if key.endswith("config") and isinstance(value, dict)}
+    return found | ({"model_type": config["model_type"]} if config.get("model_type") else {})
+
+
+def _check_vocabularies(base: Checkpoint, sft: Checkpoint) -> None:
+    for name, tensor in sft.tensors.items():
+        there = base.tensors.get(name)
+        if there is not None and is_end(name) and there.shape != tensor.shape:
+            raise MismatchError(
+                f"tensor '{shown(name)}' is {list(there.shape)} in {base.label} and {list(tensor.shape)} in"
+                f" {sft.label}; a model in memory is merged with a base of the same vocabulary: save it, and use"
+                " merge_checkpoints with vocab='base' or vocab='sft'"
+            )
+
+
+_Equal = frozenset[frozenset[Hashable]]  # pairs of places in memory that hold the same values
+
+
+def _equal_ends(state: Mapping[str, Live], ranks: Ranks) -> _Equal:
+    """Find embeddings and heads that are two tensors with the same values on all ranks: a tie, as files tell it."""
+    ends = {id(live): live for name, live in state.items() if is_end(name)}
+    pairs = [
+        (one, other)
+        for one, other in itertools.combinations(ends.values(), 2)
+        if (one.shape, one.dtype) == (other.shape, other.dtype)
+    ]
+    same = ranks.gather([_same_here(one.parts, other.parts) for one, other in pairs])
+    return frozenset(
+        frozenset((one.memory, other.memory)) for (one, other), *here in zip(pairs, *same, strict=True) if all(here)
+    )
+
+
+def _same_here(one: Sequence[Part], other: Sequence[Part]) -> bool:
+    if [(part.place, part.tensor.shape) for part in one] != [(part.place, part.tensor.shape) for part in other]:
+        return False
+    return all(_same_bits(a.tensor, b.tensor) for a, b in zip(one, other, strict=True))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare two tensors, some rows at a time; stops at the first difference."""
+    if one.ndim == 0:
+        one, other = one[None], other[None]
+    rows = max(1, COMPARED // max(1, one[0].numel()))
+    pieces = (
+        (a.contiguous(), b.contiguous()) for a, b in zip(torch.split(one, rows), torch.split(other, rows), strict=True)
+    )
+    return all(torch.equal(a.view(torch.uint8), b.to(a.device).view(torch.uint8)) for a, b in pieces)
+
+
+def _jobs(decided: Decided, sft: Checkpoint) -> list[Job]:
+    """Find the tensors of the model that each decision is about, and check that they can hold the result."""
+    jobs = []
+    owners: dict[Hashable, str] = {}
+    for item in decided.items:
+        group = decided.ties.groups.get(item.name)
+        found = [sft.tensors[name] for name in (group.names if group else [item.name]) if name in sft.tensors]
+        targets = {target.memory if isinstance(target, Live) else id(target): target for target in found}
+        for memory, target in targets.items():
+            if owners.setdefault(memory, item.name) != item.name:
+                why = decided.ties.broken or "the base has two"
+                raise MismatchError(
+                    f"'{shown(owners[memory])}' and '{shown(item.name)}' are one tensor in {sft.label}, but {why};"
+                    " give the model two (clone one of them), or save it and use merge_checkpoints"
+                )
+            if item.action == "take":
+                continue
+            _check_fits(item, target, sft)
+            jobs.append(Job(item, target))
+    return jobs
+
+
+def _check_fits(item: Item, target: Side, sft: Checkpoint) -> None:
+    base = item.sides["base"]
+    kinds = base.dtype in MERGED and target.dtype in MERGED
+    if base.shape != target.shape or not (kinds or base.dtype == target.dtype):
+        raise MismatchError(
+            f"tensor '{shown(item.name)}' is {base.dtype} {list(base.shape)} in the base and {target.dtype}"
+            f" {list(target.shape)} in {sft.label}, which cannot hold the base's; leave the model's as it is:"
+            f" {ready_option('--take', item.name)}"
+        )

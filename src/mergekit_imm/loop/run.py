@@ -1,0 +1,311 @@
+"""Rounds of training and merging, by the user's commands, that go on where they stopped (IMM)."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.checkpoint import open_checkpoint
+from ..common.json_files import is_utf8, parse_json, read_small
+from ..common.messages import shown
+from ..engine.merge import merge_checkpoints
+from ..errors import CheckpointError, OutputError
+from ..options.recipe import RECIPE_FILE, REPORT_FILE
+from ..output import direct_io
+from ..output.paths import expanded, locked, output_errors
+from ..schedules import parse_schedule
+from .commands import Echo, filled, run_command
+from .early_checks import check_options
+from .state import (
+    EVALUATE_MERGED,
+    LOCK,
+    MERGE,
+    Settings,
+    State,
+    after,
+    alphas_of,
+    begin,
+    check_commands,
+    decay,
+    load,
+    refuse_others,
+    save,
+    step_of,
+)
+
+Tell = Callable[[str], None]
+BASELINE = "baseline"  # the same rounds without merges
+_BUSY = "is in use: a loop runs there, or a command that one began and that lives on; wait for it, or end it"
+
+
+class _Run:
+    """A loop under way: where it is, how far it has come, how it speaks."""
+
+    def __init__(self, folder: Path, held: int | None, state: State, echo: Echo | None, tell: Tell | None) -> None:
+        self.folder, self.held, self.state, self.echo = folder, held, state, echo
+        self.tell: Tell = tell or (lambda _: None)
+        self.settings = state.settings
+
+    def has(self, step: str) -> bool:
+        """Whether a step is done."""
+        return step in self.state.done
+
+    def finish(self, step: str, **changes: Any) -> None:
+        """Record that a step is done, on the disk."""
+        self.state = after(self.state, step, **changes)
+        save(self.state, self.folder)
+
+    def place(self, number: int, name: str = "", chain: str = "") -> Path:
+        """Where a round is, or something of it."""
+        folder = self.folder / chain / f"round-{number}"
+        return folder / name if name else folder
+
+    def start(self, number: int) -> str:
+        """The model that a round starts from."""
+        return str(self.place(number - 1, "merged")) if number else self.settings.base
+
+    def anchor(self, number: int) -> str:
+        """The model that a round is pulled back to."""
+        kept = decay(self.settings.anchor)
+        if kept == 1 or number == 0:
+            return self.settings.base
+        return self.start(number) if kept == 0 else str(self.place(number, "anchor"))
+
+
+def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, tell: Tell | None = None) -> State:
+    """Run a loop to its end, from where it is: generate, train, merge and evaluate, round after round.
+
+        tuned_t  = start_t + DARE(sft_t - start_t)                            start_0 = base, start_t+1 = merged_t
+        merged_t = alpha_t * anchor_t + (1 - alpha_t) * tuned_t               (Eq. 6, with anchor_t = base)
+
+    The anchor is the base in each round (the paper), `previous` (start_t), or `ema:d`: anchor_t+1 = d * anchor_t +
+    (1 - d) * merged_t. Each finished step is recorded in RUN/loop.json; called again with the same settings it goes on
+    with the step that was not finished. With a gate, a round is accepted if its metric is not more than `tolerance`
+    below that of the last accepted model (begin the name with - where less is better); else it is merged again with
+    each alpha of `retry`, and if none is accepted, the loop ends there. `echo` gets what the commands say, `tell` a
+    line for each step. Returns the state at its end. Raises CommandError if a command fails, and what merges raise.
+    """
+    folder = expanded(run)
+    if settings.base.startswith("~"):  # commands get it in quotes
+        settings = replace(settings, base=str(Path(settings.base).expanduser()))
+    if not is_utf8(str(folder)):
+        raise OutputError(f"the path {shown(folder)} is not valid UTF-8; give another folder")
+    # Refuse now, and not after hours of training.
+    if load(folder) is None:
+        check_commands(settings)
+    _check_merges(settings)
+    with output_errors(folder):
+        direct_io.make_folder(folder)
+        refuse_others(folder)
+        (folder / LOCK).touch()
+        with locked(folder / LOCK, _BUSY) as held:
+            under_way = _Run(folder, held, begin(folder, settings), echo, tell)
+            if held is None:
+                under_way.tell(
+                    f"note: the filesystem of {shown(folder)} has no locks: see to it that no other loop runs there"
+                )
+            _go_on(under_way)
+            return under_way.state
+
+
+def _go_on(run: _Run) -> None:
+    """Do what is left."""
+    if run.settings.evaluate is not None and not run.has("base/evaluate"):
+        _evaluate(run, "base/evaluate", "base", run.settings.base, 0, run.folder / "base.json")
+    for number in range(run.settings.rounds):
+        _round(run, number)
+        if run.settings.baseline:
+            _plain_round(run, number)
+        if run.has(f"{number}/stop"):  # the last accepted model is that of the round before: it stays
+            return
+        if run.settings.keep_rounds is not None and not run.has(f"{number}/remove"):
+            _remove(run, number - run.settings.keep_rounds)
+            run.finish(f"{number}/remove")
+
+
+def _round(run: _Run, number: int) -> None:
+    """Generate, train, merge and evaluate, as far as it is not done; with a gate, until a merge is accepted."""
+    settings = run.settings
+    if run.has(f"{number}/accept") or run.has(f"{number}/stop"):
+        return
+    _train(run, number, run.start(number), "")
+    if settings.evaluate is not None and not run.has(f"{number}/evaluate sft"):
+        place = run.place(number, "sft.json")
+        _evaluate(run, f"{number}/evaluate sft", f"{number}/sft", str(run.place(number, "sft")), number, place)
+    closed = ""
+    for alpha in alphas_of(settings, number):
+        if not run.has(step_of(number, MERGE, alpha)):
+            _merge(run, number, alpha)
+            run.finish(step_of(number, MERGE, alpha), alphas={**run.state.alphas, str(number): alpha})
+        merged, step = run.place(number, "merged"), step_of(number, EVALUATE_MERGED, alpha)
+        if settings.evaluate is not None and not run.has(step):
+            _evaluate(run, step, f"{number}/merged", str(merged), number, run.place(number, "merged.json"))
+        closed = _closed(run.state, number)
+        if not closed:
+            run.finish(f"{number}/accept", model=str(merged))
+            return
+        run.tell(f"round {number}: not accepted with alpha {alpha:g}: {closed}")
+    run.finish(f"{number}/stop", stopped=f"round {number} was not accepted: {closed}; the model before it is the last")
+
+
+def _plain_round(run: _Run, number: int) -> None:
+    """The same round without merges, for comparison: it starts from the sft of the round before."""
+    if number == 0:  # with the same start: it is the same
+        return
+    start = run.place(0, "sft") if number == 1 else run.place(number - 1, "sft", BASELINE)
+    _train(run, number, str(start), BASELINE)
+    step, sft = f"{number}/evaluate {BASELINE}", run.place(number, "sft", BASELINE)
+    if run.settings.evaluate is not None and not run.has(step):
+        _evaluate(run, step, f"{number}/{BASELINE}", str(sft), number, run.place(number, "sft.json", BASELINE))
+
+
+def _train(run: _Run, number: int, start: str, chain: str) -> None:
+    """Generate and train, from a model."""
+    settings, of = run.settings, f" {chain}" if chain else ""
+    data, sft = run.place(number, "data", chain), run.place(number, "sft", chain)
+    direct_io.make_folder(run.place(number, chain=chain))
+    values = {"model": start, "round": str(number), "base": settings.base}
+    if settings.generate is not None and not run.has(f"{number}/generate{of}"):
+        _command(run, settings.generate, {**values, "output": str(data)}, f"generate{of}", number, data)
+        run.finish(f"{number}/generate{of}")
+    if not run.has(f"{number}/train{of}"):
+        _command(run, settings.train, {**values, "output": str(sft), "data": str(data)}, f"train{of}", number, sft)
+        try:
+            open_checkpoint(sft, "sft", leave_out=settings.leave_out)
+        except CheckpointError as error:
+            raise CheckpointError(f"the train command of round {number} ended with status 0, but {error}") from error
+        run.finish(f"{number}/train{of}")
+
+
+def _check_merges(settings: Settings) -> None:
+    """Raise MergeError for a base, or for options of the merges, that would be refused after a training."""
+    drop = parse_schedule(settings.drop, settings.rounds)
+    points = [
+        {"alpha": alpha, "drop": drop(number)}
+        for number in range(settings.rounds)
+        for alpha in alphas_of(settings, number)
+    ]
+    check_options(settings.base, _options(settings), points=points)
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """Return the options of all merges of rounds, as `merge_checkpoints` takes them."""
+    names = ("seed", "importance", "shrink", "clip", "layer_factors", "sparsify", "reference", "keep", "no_drop",
+             "take", "rename", "leave_out", "vocab")  # fmt: skip
+    return {name: getattr(settings, name) for name in names}
+
+
+def _command(run: _Run, template: str, values: Mapping[str, str], what: str, number: int, place: Path) -> None:
+    """Run one of the user's commands; its log is beside what it makes."""
+    command = filled(template, values)
+    run.tell(f"round {number}: {what}: {command}")
+    kind, _, chain = what.partition(" ")
+    told = f"the {kind} command of round {number}{f' ({chain})' if chain else ''}"
+    log = place.with_name(f"{kind}.log")
+    run_command(told, command, log, held=run.held, echo=run.echo)
+
+
+def _merge(run: _Run, number: int, alpha: float) -> None:
+    """Merge a round, and make its anchor if that moves."""
+    settings = run.settings
+    kept = decay(settings.anchor)
+    if number and kept not in (0, 1):
+        before, merged = run.anchor(number - 1), run.start(number)
+        run.tell(f"round {number}: anchor: {kept:g} x {before} + {1 - kept:g} x {merged}")
+        merge_checkpoints(
+            before, merged, run.place(number, "anchor"), alpha=kept, drop=0, iteration=number, vocab=settings.vocab,
+            dtype="float32", overwrite=True,  # what a round moves it by is below the steps of 16 bits
+        )  # fmt: skip
+    anchor, start = run.anchor(number), run.start(number)
+    drop = parse_schedule(settings.drop, settings.rounds)(number)
+    run.tell(f"round {number}: merge: alpha {alpha:g}, drop {drop:g}, anchor {anchor}")
+    dtype = None if settings.dtype == "base" else settings.dtype
+    if dtype is None and anchor not in (settings.base, start):
+        dtype = "start"  # the merged model before it, which has the base's
+    report = merge_checkpoints(
+        anchor, run.place(number, "sft"), run.place(number, "merged"), start=start if start != anchor else None,
+        iteration=number, alpha=alpha, drop=drop, dtype=dtype, overwrite=True, **_options(settings),
+    )  # fmt: skip
+    for note in report.notes:
+        run.tell(note)
+    for name in (RECIPE_FILE, REPORT_FILE):  # they stay when the model is removed
+        direct_io.write_file(run.place(number, name), (run.place(number, "merged") / name).read_bytes())
+
+
+def _evaluate(run: _Run, step: str, key: str, model: str, number: int, path: Path) -> None:
+    """Measure a model: the numbers that the evaluate command writes, nested ones by their path."""
+    settings = run.settings
+    assert settings.evaluate is not None
+    path.unlink(missing_ok=True)
+    command = filled(
+        settings.evaluate, {"model": model, "json": str(path), "round": str(number), "base": settings.base}
+    )
+    run.tell(f"round {number}: evaluate: {command}")
+    log = path.with_name(f"evaluate-{path.stem}.log")
+    run_command(f"the evaluate command of {key}", command, log, held=run.held, echo=run.echo)
+    metrics = _metrics(path)
+    wanted = (settings.gate or "").removeprefix("-")
+    if wanted and wanted not in metrics:
+        raise CheckpointError(
+            f"{shown(path)} has no '{shown(wanted)}', which the gate asks for, but {', '.join(map(shown, metrics))}"
+        )
+    run.finish(step, metrics={**run.state.metrics, key: metrics})
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    try:
+        content = parse_json(read_small(path))
+    except OSError as error:
+        raise CheckpointError(
+            f"the evaluate command ended with status 0, but {shown(path)} cannot be read: {error.strerror}; it must"
+            " write its numbers to {json}"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{shown(path)}, which the evaluate command wrote, is not JSON: {error}") from error
+    found: dict[str, float] = {}
+
+    def collect(value: Any, place: str) -> None:
+        if isinstance(value, dict):
+            for key, each in value.items():
+                collect(each, f"{place}.{key}" if place else str(key))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                found[place] = float(value)
+            except OverflowError:
+                found[place] = math.inf
+
+    collect(content, "")
+    if not isinstance(content, dict) or not found:
+        raise CheckpointError(f"{shown(path)}, which the evaluate command wrote, is no JSON object with numbers in it")
+    wrong = next((key for key, value in found.items() if not math.isfinite(value)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{shown(path)}: '{shown(wrong)}' is {found[wrong]}, no number to compare")
+    return found
+
+
+def _closed(state: State, number: int) -> str:
+    """Say why the gate does not let a round through; nothing if it does."""
+    gate = state.settings.gate
+    if gate is None:
+        return ""
+    name = gate.removeprefix("-")
+    sign = -1 if gate.startswith("-") else 1
+    last = "base" if number == 0 else f"{number - 1}/merged"
+    before, now = state.metrics[last][name], state.metrics[f"{number}/merged"][name]
+    if sign * (now - before) >= -state.settings.tolerance:
+        return ""
+    return f"{shown(name)} is {now:g} after {before:g}"
+
+
+def _remove(run: _Run, last: int) -> None:
+    """Remove the models of a round and all before it; recipes, metrics and logs stay."""
+    for number in range(last + 1):
+        for chain in ("", BASELINE):
+            for path in (run.place(number, name, chain) for name in ("data", "sft", "merged", "anchor")):
+                if path.is_symlink() or path.exists():
+                    run.tell(f"removing {path}")
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

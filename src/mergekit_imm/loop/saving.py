@@ -1,0 +1,110 @@
+"""A model in memory that is saved in a folder, whole or not at all; what can be refused is refused before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.checkpoint import open_checkpoint
+from ..common.messages import bytes_text, shown
+from ..errors import OutputError
+from ..model.tensor_names import tied_key, unwrapped
+from ..output import direct_io
+
+if TYPE_CHECKING:
+    import torch
+
+_MARK = ".imm_saving"  # in OUT.partial while a model is saved there: what was cut off may be removed
+_BUSY = "is being written by another process; give another output, or a `save` where several ranks hold the model"
+
+
+@contextmanager
+def saving(
+    sft: Any, out: Path, base: str | Path, save: Callable[[Any, Path], object] | None
+) -> Iterator[Callable[[], object]]:
+    """Make room for a model, or tensors by name, in `out`, and yield what saves it there: by `save`, if it is given.
+
+    Else by the model's own `save_pretrained`, tensors as one file; and `out` appears only when it is whole. Raises
+    OutputError for an `out` that holds something or cannot be written, and for too little space.
+    """
+    if save is not None:
+        yield lambda: save(sft, out)
+        return
+    from ..output import paths  # not on every platform
+
+    out = paths.expanded(out)
+    paths.check_name(out)
+    if paths.is_occupied(out):
+        raise OutputError(f"output {shown(out)} is there and not empty; give another, or remove it")
+    partial = paths.partial_of(out)
+    if paths.is_occupied(partial) and not (partial / _MARK).exists():
+        raise OutputError(f"{shown(partial)} is there, where the output is built; remove it, or give another output")
+    state = sft if isinstance(sft, Mapping) else None
+    tensors = {} if state is None else _unshared(state, open_checkpoint(base, "base", dry_run=True).tensors)
+    held = (*sft.parameters(), *sft.buffers()) if state is None else tensors.values()
+    needed, free = sum(each.nbytes for each in held), paths.free_space(out)
+    if needed > free:
+        raise OutputError(
+            f"output {shown(out)} needs {bytes_text(needed)} and the disk has {bytes_text(free)} free; free some space"
+            " or give an output on another disk"
+        )
+
+    def write() -> None:
+        if state is None:
+            sft.save_pretrained(partial)
+        else:
+            _save_tensors(tensors, partial / "model.safetensors")
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        (partial / _MARK).unlink()
+        direct_io.sync_folder(partial)
+        partial.rename(out)
+        direct_io.sync_folder(out.parent)
+
+    with paths.output_errors(out):
+        new = direct_io.make_folder(partial)
+    try:
+        with paths.locked(partial, _BUSY):
+            try:
+                with paths.output_errors(out):
+                    for path in partial.iterdir():  # of a save that was cut off
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    direct_io.write_file(partial / _MARK, b"")
+                yield write
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        for folder in new[1:]:
+            with suppress(OSError):
+                folder.rmdir()  # if it is empty
+
+
+def _unshared(state: Mapping[str, torch.Tensor], stored: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return tensors as they are saved: of names of one tensor those that the base stores, one if it stores none."""
+    names: dict[Hashable, list[str]] = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        names.setdefault(place if tensor.numel() else name, []).append(name)
+    found: dict[str, torch.Tensor] = {}
+    for each in names.values():
+        found |= {name: state[name] for name in [n for n in each if unwrapped(n) in stored] or [tied_key(each)]}
+    return {name: found[name] for name in state if name in found}
+
+
+def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():  # a file of safetensors is made of tensors that share nothing
+        apart[name] = tensor.contiguous()
+        if apart[name].data_ptr() in seen:
+            apart[name] = apart[name].clone()
+        seen.add(apart[name].data_ptr())
+    save_file(apart, path, {"format": "pt"})

@@ -1,0 +1,236 @@
+"""The state of a loop on disk: what was asked, which steps are done, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..common.json_files import is_utf8, parse_json, read_small
+from ..common.messages import shown
+from ..errors import ArgumentError, CheckpointError, OutputError
+from ..options.recipe import Parameters, differences, to_json
+from ..output import direct_io
+from ..schedules import parse_schedule
+from .commands import check_placeholders, placeholders
+
+STATE = "loop.json"
+LOCK = "lock"  # held while a loop runs, or a command that it began
+FORMAT, VERSION = "mergekit_imm loop", 1
+GENERATE = ("model", "output", "round", "base")
+TRAIN = ("model", "output", "data", "round", "base")
+EVALUATE = ("model", "json", "round", "base")
+MERGE, EVALUATE_MERGED = "merge", "evaluate merged"  # steps that are done for each alpha that is tried
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a loop is asked to do. Rounds count from 0; `alpha` and `drop` are schedules, see `parse_schedule`."""
+
+    base: str
+    train: str  # commands, with placeholders
+    rounds: int = 3
+    generate: str | None = None
+    evaluate: str | None = None
+    alpha: str = "0.5"
+    drop: str = "0.2"
+    seed: int = 0
+    anchor: str = "base"  # what a merge pulls towards: base, previous, ema:DECAY
+    importance: str | None = None
+    shrink: float = 1.0
+    clip: tuple[float, float] | None = None
+    layer_factors: str | None = None
+    sparsify: str = "dare"
+    reference: str = "start"
+    dtype: str = "base"
+    keep: tuple[str, ...] = ()
+    no_drop: tuple[str, ...] = ()
+    take: tuple[str, ...] = ()
+    rename: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
+    vocab: str = "strict"
+    keep_rounds: int | None = None
+    gate: str | None = None
+    tolerance: float = 0.0
+    retry: tuple[float, ...] = ()  # alphas to try where the gate is closed
+    baseline: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ArgumentError for what cannot be."""
+        if self.rounds < 1:
+            raise ArgumentError(f"rounds is {self.rounds!r}; a loop has at least one")
+        alphas, drops = (parse_schedule(text, self.rounds) for text in (self.alpha, self.drop))
+        for number in range(self.rounds):
+            Parameters(alpha=alphas(number), drop=drops(number), sparsify=self.sparsify)
+        for alpha in self.retry:
+            Parameters(alpha=alpha)
+        Parameters(
+            seed=self.seed, reference=self.reference, dtype=self.dtype, keep=self.keep, no_drop=self.no_drop,
+            take=self.take, rename=self.rename, leave_out=self.leave_out, vocab=self.vocab,
+        )  # fmt: skip
+        decay(self.anchor)
+        for text in (self.base, self.train, self.generate, self.evaluate, self.gate):
+            if text is not None and not is_utf8(text):
+                raise ArgumentError(
+                    f"'{shown(text)}' is not valid UTF-8, which {STATE} is written in; rename, or link to it"
+                )
+        if "output" not in placeholders(self.train, TRAIN):
+            raise ArgumentError("the training command has no {output}; it must say where the trained model goes")
+        if self.generate is None and "data" in placeholders(self.train, TRAIN):
+            raise ArgumentError("the training command has {data}, but there is no generate command that makes it")
+        if self.generate is not None and "output" not in placeholders(self.generate, GENERATE):
+            raise ArgumentError("the generate command has no {output}; it must say where the data goes")
+        if self.evaluate is not None and not {"model", "json"} <= placeholders(self.evaluate, EVALUATE):
+            raise ArgumentError("the evaluate command needs {model} and {json}: what to measure, and where to write it")
+        if self.gate is not None and not self.gate.removeprefix("-"):
+            raise ArgumentError(f"the gate is {self.gate!r}; name a number that the evaluate command writes")
+        if self.gate is not None and self.evaluate is None:
+            raise ArgumentError(f"the gate is {self.gate!r}, but there is no evaluate command that measures it")
+        if self.retry and self.gate is None:
+            raise ArgumentError("there are alphas to retry with, but no gate that would ask for them")
+        if not 0 <= self.tolerance < float("inf"):
+            raise ArgumentError(f"tolerance is {self.tolerance!r}; it is a number, 0 or more")
+        if self.keep_rounds is not None and self.keep_rounds < 1:
+            raise ArgumentError(f"keep_rounds is {self.keep_rounds!r}; the last round is always kept, so at least 1")
+
+
+def check_commands(settings: Settings) -> None:
+    """Raise ArgumentError for a placeholder that a command does not know."""
+    for what, names in (("generate", GENERATE), ("train", TRAIN), ("evaluate", EVALUATE)):
+        command = getattr(settings, what)
+        if command is not None:
+            check_placeholders(f"the {what} command", command, names, {*GENERATE, *TRAIN, *EVALUATE})
+
+
+def alphas_of(settings: Settings, number: int) -> list[float]:
+    """Return the alphas that a round is merged with, in turn, until the gate lets one through."""
+    first = parse_schedule(settings.alpha, settings.rounds)(number)
+    return [first, *(alpha for alpha in settings.retry if alpha > first)]
+
+
+def step_of(number: int, what: str, alpha: float) -> str:
+    """Return the name of a step that is done for each alpha. No two alphas share one."""
+    return f"{number}/{what} {alpha!r}"
+
+
+def decay(anchor: str) -> float:
+    """Return how much of an anchor is kept from round to round: 1 for base, 0 for previous, 0.9 for ema:0.9."""
+    if anchor in ("base", "previous"):
+        return {"base": 1.0, "previous": 0.0}[anchor]
+    kind, _, text = anchor.partition(":")
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if kind != "ema" or not 0 <= value <= 1:
+        raise ArgumentError(f"anchor is {anchor!r}; it must be base, previous, or ema:DECAY with a decay from 0 to 1")
+    return value
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a loop has come. Steps are named "ROUND/WHAT", `model` is the last that was accepted."""
+
+    settings: Settings
+    model: str
+    done: tuple[str, ...] = ()
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of a step's model
+    alphas: Mapping[str, float] = field(default_factory=dict)  # round -> the alpha that was accepted, or tried last
+    stopped: str = ""  # why the loop ended before its last round
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as plain data."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+
+def after(state: State, step: str, **changes: Any) -> State:
+    """Return a state in which one more step is done."""
+    return replace(state, done=(*state.done, step), **changes)
+
+
+def save(state: State, run: Path) -> None:
+    """Write a state, whole or not at all."""
+    direct_io.replace_file(run / STATE, to_json(state.to_dict()))
+
+
+def load(run: Path) -> State | None:
+    """Return the state in a folder, or None if it has none. Raises CheckpointError if it is damaged."""
+    path = run / STATE
+    try:
+        if not path.exists():
+            return None
+        content = parse_json(read_small(path))
+        if (content["format"], content["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"it is of format {content['format']!r}, version {content['version']!r}")
+        known = {each.name for each in fields(Settings)}
+        values: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in content["settings"].items() if key in known
+        }
+        metrics = {name: {key: float(v) for key, v in each.items()} for name, each in content["metrics"].items()}
+        settings = Settings(**values)
+        return State(
+            settings, str(content["model"]), _renamed(settings, content["done"]), metrics, dict(content["alphas"]),
+            str(content["stopped"]),
+        )  # fmt: skip
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror}; make it readable") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{shown(path)} is damaged: {shown(error, 200)}; restore it, or give another folder"
+        ) from error
+
+
+def _renamed(settings: Settings, done: Iterable[str]) -> tuple[str, ...]:
+    """Return the steps that are done, those of the first version, whose alphas have six digits, under their names now.
+
+    Of alphas that shared a name the first was merged, and the others were taken for done.
+    """
+    names = {step: step for step in done}
+    for number in range(settings.rounds):
+        for what in (MERGE, EVALUATE_MERGED):
+            free = set(names)
+            for alpha in alphas_of(settings, number):
+                step, old = step_of(number, what, alpha), f"{number}/{what} {alpha:g}"
+                if step not in free and old in free:
+                    names[old] = step
+                free -= {step} if step in free else {old}
+    return tuple(names.values())
+
+
+def refuse_others(run: Path) -> None:
+    """Raise OutputError for a folder that holds something, but no loop."""
+    names = {each.name for each in run.iterdir()}
+    if STATE not in names and names - {LOCK, STATE + ".new"}:
+        raise OutputError(f"{shown(run)} is there, not empty, and holds no {STATE}; give another folder")
+
+
+def begin(run: Path, settings: Settings) -> State:
+    """Return the state to go on from: a new one, or the one in the folder.
+
+    Raises OutputError if that is of another loop. More rounds may be asked for than before, if the numbers of those
+    that are done stay what they were.
+    """
+    found = load(run)
+    if found is None:
+        state = State(settings, settings.base)
+        save(state, run)
+        return state
+    old, new = asdict(found.settings), asdict(settings)
+    more = new["rounds"] - old["rounds"]
+    for each in (old, new):
+        for name in ("rounds", "alpha", "drop")[: 3 if more > 0 else 1]:  # of more rounds: the numbers count
+            del each[name]
+    changes = differences(old, new)
+    if more < 0:
+        changes.append(f"rounds: {found.settings.rounds}, now {settings.rounds}")
+    for name in ("alpha", "drop"):
+        before, now = (parse_schedule(getattr(each, name), each.rounds) for each in (found.settings, settings))
+        if more > 0 and not changes and any(before(t) != now(t) for t in range(found.settings.rounds)):
+            changes.append(f"{name} of the rounds before, as there are more rounds now")
+    if changes:
+        raise OutputError(
+            f"{shown(run)} holds another loop ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''}); give"
+            " another folder, or the command that began it"
+        )
+    return replace(found, settings=settings)

@@ -1,0 +1,154 @@
+"""A callback of transformers' Trainer that merges the model back towards its base, in place, while it is trained."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentError, extra_error
+
+try:
+    from transformers import TrainerCallback, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise extra_error("IMMCallback", "transformers", "analyze") from error
+
+from ..checkpoint.checkpoint import open_checkpoint
+from ..live.local_shards import check_tensor
+from ..live.merge_into import merge_into
+from ..plan.open_inputs import round_of, without_same_start
+from .early_checks import check_keywords, check_options, keywords
+
+logger = logging.getLogger(__name__)
+
+
+class IMMCallback(TrainerCallback):  # type: ignore[misc]
+    """Merge the model that a Trainer trains, by `merge_into`: at its end, after each epoch, or every n steps.
+
+        merged = alpha * base + (1 - alpha) * (start + DARE(model - start))                              (Eq. 6)
+
+    Args:
+        base: the model to pull back to, as in `merge_into`.
+        every: "end" (of the training), "epoch", or a number of steps.
+        merge_adapter: of a PEFT model: merge the adapter into its base at the end, and that back towards `base`. The
+            result is `callback.model`, and what `trainer.save_model` and the PEFT model's own `save_pretrained` save
+            from then on: a whole model, and no adapter. Without it a model with adapters is left alone, which is said.
+        options: alpha, drop, seed, start, iteration, and so on, as in `merge_into`.
+
+    Every rank merges what it holds (single process, DDP, FSDP2), once. The optimizer's state is left alone: after a
+    merge during the training its moments are those of the weights before it. Merges more often than at the end are
+    rounds of which each starts from the merged model before it, which is on no disk: they need reference="base". Works
+    with TRL's trainers. Options are checked here, against the headers of `base` and `start` too, and once more against
+    the model when the training begins, before its first step. Raises MergeError, ArgumentError for DeepSpeed, whose
+    optimizer keeps weights of its own.
+
+    >>> trainer = transformers.Trainer(model, arguments, callbacks=[IMMCallback("base", alpha=0.5)])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, base: str | Path, *, every: str | int = "end", merge_adapter: bool = False, **options: Any
+    ) -> None:
+        if every not in ("end", "epoch") and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise ArgumentError(f"every is {every!r}; it must be 'end', 'epoch' or a number of steps")
+        if every != "end" and options.get("reference", "start") != "base":
+            raise ArgumentError(
+                f"every is {every!r}: the start of the second round is the first merged model, which is on no disk;"
+                " give reference='base', or merge at the end and begin a training for each round"
+            )
+        if every != "end" and merge_adapter:
+            raise ArgumentError(f"every is {every!r}; an adapter can be merged at the end only")
+        check_keywords(options, keywords(merge_into) - {"dry_run"}, "IMMCallback")
+        check_options(base, options)
+        self.base, self.every, self.merge_adapter, self.options = base, every, merge_adapter, options
+        self.iteration = options.pop("iteration", None)
+        self.merges = 0
+        if options.get("start") is not None:
+            refs = {"base": base, "start": options["start"]}
+            inputs = without_same_start({role: open_checkpoint(ref, role, dry_run=True) for role, ref in refs.items()})
+            if self._iteration() is None:
+                round_of(inputs)
+        self.model: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
+        """Refuse now what would be refused hours later."""
+        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+            raise ArgumentError(
+                "IMMCallback does not work with DeepSpeed, whose optimizer keeps master weights of its own and would"
+                " undo the merge; save the model, and merge it with merge_checkpoints"
+            )
+        model = kwargs["model"]
+        if not _has_adapters(model):
+            merge_into(model, self.base, iteration=self._iteration(), dry_run=True, **self.options)
+        elif not self.merge_adapter:
+            logger.warning(
+                "the model has adapters: IMMCallback merges nothing. Save the adapter, then `imm-merge %s ADAPTER`; or"
+                " merge_adapter=True",
+                self.base,
+            )
+        elif not hasattr(model, "merge_and_unload"):
+            raise ArgumentError(
+                f"merge_adapter is given, but this {type(model).__name__} has no merge_and_unload: its adapters are not"
+                " those of a PeftModel, or of a kind that cannot be merged; give the trainer what peft.get_peft_model"
+                " returns, or save the adapter and merge it with merge_checkpoints"
+            )
+        else:
+            for name, parameter in model.named_parameters():
+                check_tensor(name, parameter)
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        """Merge, if that is when."""
+        if self.every == "end":
+            self._merge(kwargs["model"])
+
+    def on_epoch_end(self, *_: Any, **kwargs: Any) -> None:
+        """Merge, if that is when."""
+        if self.every == "epoch":
+            self._merge(kwargs["model"])
+
+    def on_step_end(self, _: TrainingArguments, state: TrainerState, *__: Any, **kwargs: Any) -> None:
+        """Merge, if that is when."""
+        if isinstance(self.every, int) and state.global_step % self.every == 0:
+            self._merge(kwargs["model"])
+
+    def _iteration(self) -> int | None:
+        first = self.iteration if self.iteration is not None or self.every == "end" else 0
+        return None if first is None else first + self.merges
+
+    def _merge(self, model: Any) -> None:
+        adapted = None
+        if _has_adapters(model):
+            if not self.merge_adapter:
+                return
+            model, adapted = model.merge_and_unload(), model
+        report = merge_into(model, self.base, iteration=self._iteration(), **self.options)
+        if adapted is not None:  # the trainer holds it, and would save an adapter that holds nothing any more
+            adapted.save_pretrained = _SavesMerged(adapted, model)
+            logger.warning(
+                "the adapter is merged into its base: trainer.save_model now saves the merged %s, and no adapter",
+                type(model).__name__,
+            )
+        self.model = model
+        self.merges += 1
+        logger.info("merged %s towards %s, round %d", dict(report.tensors), self.base, report.iteration)
+        for note in report.notes:
+            logger.info(note)
+
+
+class _SavesMerged:
+    """What a PEFT model saves when its adapter is merged: the model inside, by its own `save_pretrained`."""
+
+    def __init__(self, adapted: Any, merged: Any) -> None:
+        self.merged = merged
+        self.prefix = next(name for name, each in adapted.named_modules() if each is merged) + "."
+
+    def __call__(self, folder: str | Path, state_dict: dict[str, Any] | None = None, **options: Any) -> Any:
+        """Save; a state that a trainer has gathered of the whole holds the names that they have in there."""
+        if state_dict is not None:
+            state_dict = {name.removeprefix(self.prefix): tensor for name, tensor in state_dict.items()}
+        return self.merged.save_pretrained(folder, state_dict=state_dict, **options)
+
+
+def _has_adapters(model: Any) -> bool:
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())

@@ -1,0 +1,1 @@
+"""What names of tensors and config.json say about a model."""

@@ -1,0 +1,127 @@
+"""The mask, version 1: which elements DARE keeps, and by how much it rescales them.
+
+Whether an element is kept depends on (seed, iteration, tensor name, index of the element in the whole
+row-major tensor) and on nothing else. This module turns parameters into the few integers that the generators
+in `ops` (torch) and `kernel` (numba) work with; both give the same bits.
+
+The generator is Philox4x32-10 with the counter (lo32(c), hi32(c), 0, 0). Element e lies in block
+b = e // 1024; with r = e % 1024 its sixteen random bits are the half r // 512 of the word (r % 512) // 128 of
+counter c = 128*b + r % 128. Planar, so that a block is the halves of four words over 128 lanes and every loop
+over it is contiguous. The element is kept when the bits are < keep16.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from ..common.checks import as_number, is_integer, is_number
+from ..errors import ArgumentError
+
+BLOCK = 1024
+LANES = 128
+KEEP_ALL = 65536
+
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_BUMPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def mask_key(name: str, seed: int = 0, iteration: int = 0) -> tuple[int, int]:
+    """Return the Philox key (k0, k1) of one tensor in one round.
+
+    >>> [hex(k) for k in mask_key("model.layers.0.mlp.up_proj.weight")]
+    ['0x37734ecd', '0x6ff7e38a']
+    """
+    digest = blake2b(f"{seed}\0{iteration}\0{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def keep_threshold(drop: float) -> int:
+    """Return keep16 = round((1 - drop) * 65536), at least 1; 65536 means that nothing is dropped.
+
+    >>> keep_threshold(0.9), keep_threshold(0.0)
+    (6554, 65536)
+    """
+    return max(1, round((1 - check_drop(drop)) * KEEP_ALL))
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """The numbers one tensor is merged with; see `arithmetic`."""
+
+    keep16: int
+    scale: float
+    scale32: float
+    plain: bool
+    alpha: float
+    alpha32: float
+    weight: float
+    weight32: float
+    added: bool = False  # the sft is given as its delta, which is added to the start
+
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are needed at all."""
+        return self.keep16 < KEEP_ALL
+
+
+def arithmetic(*, alpha: float, drop: float, factor: float = 1.0) -> Arithmetic:
+    """Return the constants of the merge formula, in double and rounded once to float32.
+
+    scale = factor * 65536 / keep16 divides by the realised keep rate, so DARE stays exactly unbiased.
+    `plain` says drop = 0 and factor = 1, where tuned is the sft itself. Raises ArgumentError for values out
+    of range.
+    """
+    import numpy as np
+
+    keep16 = keep_threshold(drop)
+    alpha = check_alpha(alpha)
+    factor = check_factor(factor)
+    scale = factor * KEEP_ALL / keep16
+    if scale > float(np.finfo(np.float32).max):
+        raise ArgumentError(f"factor {factor} / (1 - drop {drop}) does not fit in float32; use a smaller factor")
+    return Arithmetic(
+        keep16=keep16,
+        scale=scale,
+        scale32=float(np.float32(scale)),
+        plain=drop == 0 and factor == 1,
+        alpha=alpha,
+        alpha32=float(np.float32(alpha)),
+        weight=1 - alpha,
+        weight32=float(np.float32(1 - alpha)),
+    )
+
+
+def check_alpha(alpha: float) -> float:
+    """Return alpha, or raise ArgumentError unless 0 <= alpha <= 1."""
+    if not is_number(alpha) or not 0 <= alpha <= 1:
+        raise ArgumentError(f"alpha is {alpha!r:.60}; it is the weight of the base, a number in 0 <= alpha <= 1")
+    return float(alpha)
+
+
+def check_drop(drop: float) -> float:
+    """Return drop, or raise ArgumentError unless 0 <= drop < 1."""
+    if not is_number(drop) or not 0 <= drop < 1:
+        raise ArgumentError(
+            f"drop is {drop!r:.60}; it is the share of delta elements dropped, a number in 0 <= drop < 1"
+            " (for no change at all use alpha=1)"
+        )
+    return float(drop)
+
+
+def check_factor(factor: float) -> float:
+    """Return factor, or raise ArgumentError unless it is finite and >= 0."""
+    factor = as_number(factor)
+    if not is_number(factor) or not 0 <= factor <= sys.float_info.max:
+        raise ArgumentError(f"factor is {factor!r:.60}; a layer factor is a finite number >= 0")
+    return float(factor)
+
+
+def check_round(seed: int, iteration: int) -> None:
+    """Raise ArgumentError unless seed is an integer and iteration one >= 0."""
+    if not is_integer(seed):
+        raise ArgumentError(f"seed is {seed!r:.60}; it must be an integer")
+    if not is_integer(iteration) or iteration < 0:
+        raise ArgumentError(f"iteration is {iteration!r:.60}; rounds are counted by integers from 0")

@@ -1,0 +1,156 @@
+"""The formula on flat pieces: tensors and numbers only, so that it compiles with torch.compile(fullgraph=True)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .mask import (
+    BLOCK,
+    LANES,
+    PHILOX_BUMPS,
+    PHILOX_MULTIPLIERS,
+    PHILOX_ROUNDS,
+    Arithmetic,
+)
+
+# Elements worked on at a time: small enough for a CPU's cache and for the 64 MiB of temporaries.
+CHUNK = 1 << 18
+
+# By the names that safetensors headers have for them.
+DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+_QUIET_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000}
+
+
+def uniform16(like: Tensor, offset: int, count: int, key0: int, key1: int) -> Tensor:
+    """Return the sixteen random bits of elements offset..offset+count as int64, on the device of `like`."""
+    first, last = offset // BLOCK, (offset + count + BLOCK - 1) // BLOCK
+    counter = torch.arange(first * LANES, last * LANES, dtype=torch.int64, device=like.device)
+    low32 = 0xFFFFFFFF
+    c0, c1 = counter & low32, counter >> 32
+    c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
+    for _ in range(PHILOX_ROUNDS):
+        # int64 products wrap; their bits 32..63 are those of the unsigned product all the same.
+        product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & low32) ^ c1 ^ key0,
+            product1 & low32,
+            ((product0 >> 32) & low32) ^ c3 ^ key1,
+            product0 & low32,
+        )
+        key0, key1 = (key0 + PHILOX_BUMPS[0]) & low32, (key1 + PHILOX_BUMPS[1]) & low32
+    words = torch.stack((c0, c1, c2, c3)).view(4, last - first, LANES).permute(1, 0, 2)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=1)  # block, half, word, lane
+    return halves.reshape(-1)[offset - first * BLOCK :][:count]
+
+
+def merge_flat(
+    base: Tensor,
+    start: Tensor,
+    sft: Tensor,
+    out_dtype: torch.dtype,
+    numbers: Arithmetic,
+    key0: int,
+    key1: int,
+    offset: int,
+) -> Tensor:
+    """Merge elements offset..offset+n of one tensor: 1-D tensors of n elements in, one of `out_dtype` out.
+
+    With `numbers.added`, `sft` is the delta itself.
+    """
+    wide = torch.float64 if torch.float64 in (base.dtype, start.dtype, sft.dtype) else torch.float32
+    exact = wide == torch.float64
+    tuned = sft.to(wide)
+    if numbers.plain and numbers.added:
+        tuned = start.to(wide) + tuned
+    elif not numbers.plain:
+        begin = start.to(wide)
+        delta = tuned if numbers.added else tuned - begin
+        tuned = begin + delta * (numbers.scale if exact else numbers.scale32)
+        if numbers.draws:
+            kept = uniform16(base, offset, base.numel(), key0, key1) < numbers.keep16
+            tuned = torch.where(kept, tuned, begin)
+    return round_to(_interpolate(base.to(wide), tuned, numbers, exact), out_dtype)
+
+
+def _interpolate(base: Tensor, tuned: Tensor, numbers: Arithmetic, exact: bool) -> Tensor:
+    # A separate multiply and add, each rounded: torch.lerp and add(alpha=) fuse and give other bits.
+    weight = numbers.weight if exact else numbers.weight32
+    if weight == 0:
+        return base
+    if numbers.alpha == 0:
+        return tuned
+    if weight < 0.5:
+        return base + weight * (tuned - base)
+    return tuned - (numbers.alpha if exact else numbers.alpha32) * (tuned - base)
+
+
+def round_to(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 or float64 once, to nearest even; a NaN becomes the canonical quiet one."""
+    if wide.dtype == torch.float64:
+        if dtype == torch.float64:
+            return torch.where(wide.isnan(), torch.nan, wide)
+        if dtype != torch.float32:
+            wide = _round_to_odd(wide)
+    if dtype == torch.float64:
+        wide = wide.to(dtype)
+        return torch.where(wide.isnan(), torch.nan, wide)
+    bits = wide.to(dtype).view(_BITS[dtype])
+    return torch.where(wide.isnan(), _QUIET_NAN[dtype], bits).view(dtype)
+
+
+def _round_to_odd(wide: Tensor) -> Tensor:
+    # float64 -> float32 such that a further rounding to 16 bits is as if there had been only that one:
+    # towards zero, with the last bit set when anything was lost.
+    near = wide.to(torch.float32)
+    bits = near.view(torch.int32) - (near.to(torch.float64).abs() > wide.abs()).to(torch.int32)
+    lost = (near.to(torch.float64) != wide) & ~wide.isnan()
+    return (bits | lost.to(torch.int32)).view(torch.float32)
+
+
+def boxes(shape: Sequence[int]) -> Iterator[tuple[tuple[slice | int, ...], slice]]:
+    """Cut a shape into boxes of at most CHUNK elements that are consecutive in row-major order.
+
+    Yields (index into the tensor, span of row-major positions); works for any strides without copying more
+    than a box.
+    """
+    sizes = list(shape)
+    inner = 1  # elements of one step along dimension `axis`
+    axis = len(sizes)
+    while axis > 0 and inner * sizes[axis - 1] <= CHUNK:
+        axis -= 1
+        inner *= sizes[axis]
+    if inner == 0 or 0 in sizes:
+        return
+    if axis == 0:
+        yield (), slice(0, inner)
+        return
+    step = max(1, CHUNK // inner)
+    outer = [0] * (axis - 1)
+    position = 0
+    while True:
+        for begin in range(0, sizes[axis - 1], step):
+            end = min(begin + step, sizes[axis - 1])
+            count = (end - begin) * inner
+            yield (*outer, slice(begin, end)), slice(position, position + count)
+            position += count
+        for i in reversed(range(axis - 1)):
+            outer[i] += 1
+            if outer[i] < sizes[i]:
+                break
+            outer[i] = 0
+        else:
+            return
+
+
+def in_box(tensor: Tensor, index: tuple[slice | int, ...]) -> Tensor:
+    """Return a box of a tensor as a 1-D tensor in row-major order."""
+    return tensor.detach()[index].reshape(-1)

@@ -1,0 +1,1 @@
+"""What can be asked of a merge: parameters, layer factors, sweeps, the recipe."""

@@ -1,0 +1,280 @@
+"""Layer factors: by how much the delta of each layer is multiplied before it is merged.
+
+    tuned = start + factor * DARE(sft - start)
+
+A mapping layer key -> factor, a rule that makes one of a model's layers ("lines:0.3,1", "groups:0.5,1,0.5"), or the
+factors that IIMM makes of a layer importance, which is measured by `layer_importance` and kept in a file.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..common.checks import as_number, is_number
+from ..common.json_files import parse_json, without_duplicates
+from ..common.messages import shown
+from ..errors import ArgumentError
+from ..model.tensor_names import layer_order, resolve_layers, stacks, thirds
+from ..numerics.mask import check_factor
+
+IMPORTANCE_FORMAT, IMPORTANCE_VERSION = "mergekit_imm importance", 1
+OUTSIDE = "outside"  # embeddings, final norm, head: what lies in no layer
+_RULES = {"lines": 2, "groups": 3}
+_RULES_TEXT = "lines:FIRST,LAST and groups:EARLY,MIDDLE,LATE"
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What `layer_importance` measured. All importances are in nats: they estimate differences of the mean loss.
+
+    layers: layer key -> I_n, the sum over the layer's linear weights. outside: the same sums over all that is no
+    linear weight of a layer: "embeddings", "head", "norms", "biases", "other" (norms and biases of the layers too);
+    factors are not made of them. modules: kind of weight, its name without its numbers -> layer key -> its part of
+    I_n. unused: stacks of layers that took no part in the loss, as a vision tower that saw no picture; they are not
+    among `layers`. order: of `layer_importance`. sequences, tokens: of how many it is; only tokens that count in the
+    loss. loss: their mean loss, in nats per token.
+    """
+
+    layers: dict[str, float]
+    outside: dict[str, float]
+    modules: dict[str, dict[str, float]]
+    unused: tuple[str, ...]
+    order: str
+    sequences: int
+    tokens: int
+    loss: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as files hold it; `read_importance` and `imm-merge --importance` take that."""
+        content = {"format": IMPORTANCE_FORMAT, "version": IMPORTANCE_VERSION, **asdict(self)}
+        return content | {"unused": list(self.unused)}
+
+
+def importance_factors(
+    importance: Mapping[str, float], *, shrink: float = 1.0, clip: tuple[float, float] | None = None
+) -> dict[str, float]:
+    """Turn layer importances into IIMM layer factors of mean 1.
+
+        c_n = N * I_n / sum(I);   c_n <- 1 + shrink * (c_n - 1);   c_n <- min(max(c_n, low), high)
+
+    Args: `importance`, layer key (`model.layers.3`, or `3`) -> I_n, finite and >= 0 with a positive sum. Any
+    unit: only ratios count. `shrink`, 0 to 1, pulls the factors towards 1: at 0 the merge is that of Eq. 6. `clip`,
+    (low, high) with 0 <= low <= high, cuts them off after that. Both are ours, not the paper's; the mean stays 1 when
+    factors shrink, and need no longer be 1 when some are cut off. Returns the factors under the same keys, as
+    doubles; N and the sum run over the layers given. Raises ArgumentError for an empty mapping or values out of
+    range.
+
+    Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), Eq. 7.
+
+    >>> importance_factors({"model.layers.0": 1.0, "model.layers.1": 3.0})
+    {'model.layers.0': 0.5, 'model.layers.1': 1.5}
+    >>> importance_factors({"model.layers.0": 1.0, "model.layers.1": 3.0}, shrink=0.5, clip=(0.0, 1.2))
+    {'model.layers.0': 0.75, 'model.layers.1': 1.2}
+    """
+    if not is_number(shrink) or not 0 <= shrink <= 1:
+        raise ArgumentError(f"shrink is {shown(repr(shrink), 60)}; it must be a number from 0 to 1")
+    if clip is not None:
+        pair = list(map(as_number, clip)) if isinstance(clip, (tuple, list)) else []
+        is_pair = len(pair) == 2 and all(map(is_number, pair))
+        if not is_pair or not 0 <= pair[0] <= pair[1] <= sys.float_info.max:
+            raise ArgumentError(
+                f"clip is {shown(repr(clip), 60)}; it must be (low, high), two finite numbers with 0 <= low <= high"
+            )
+    if not isinstance(importance, Mapping):
+        raise ArgumentError(f"importance is {shown(repr(importance), 60)}; give a mapping layer -> importance")
+    if not importance:
+        raise ArgumentError("importance is empty; give one value for each layer")
+    values = {}
+    for key, given in importance.items():
+        value = as_number(given)
+        if not is_number(value) or not 0 <= value <= sys.float_info.max:
+            raise ArgumentError(
+                f"importance of layer '{shown(key)}' is {shown(repr(value), 60)}; it must be a finite number >= 0"
+            )
+        values[str(key)] = float(value)
+    try:
+        total = math.fsum(values.values())
+    except OverflowError:
+        total = math.inf
+    if not 0 < total < math.inf:
+        raise ArgumentError(f"importances sum to {total}; at least one must be > 0, and the sum finite")
+    shrink = as_number(shrink)
+    factors = {key: len(values) * value / total for key, value in values.items()}
+    if not all(map(math.isfinite, factors.values())):
+        raise ArgumentError("importances are too large to make factors of; only ratios count: divide all by one number")
+    if shrink != 1:
+        factors = {key: 1 + shrink * (factor - 1) for key, factor in factors.items()}
+    if clip is not None:
+        low, high = map(float, clip)
+        factors = {key: min(max(factor, low), high) for key, factor in factors.items()}
+    return factors
+
+
+def read_importance(path: str | Path) -> dict[str, float]:
+    """Read an importance file: a JSON mapping layer key -> importance, bare or under "layers".
+
+    Raises ArgumentError if it is not one.
+    """
+    return read_layers(path, "importance")[0]
+
+
+def read_layers(path: str | Path, what: str) -> tuple[dict[str, float], dict[str, Any]]:
+    """Read a JSON file that maps layers to numbers, bare or under "layers"; return the mapping, and all it holds."""
+    try:
+        content = parse_json(Path(path).expanduser().read_bytes(), without_duplicates)
+    except OSError as error:
+        raise ArgumentError(f"{what} file {shown(path)} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ArgumentError(f"{what} file {shown(path)} is not JSON: {shown(error, 200)}") from error
+    layers = content.get("layers", content) if isinstance(content, dict) else content
+    if not isinstance(layers, dict):
+        raise ArgumentError(
+            f'{what} file {shown(path)} must hold a mapping {{"model.layers.0": 1.5, ...}}, bare or under "layers"'
+        )
+    return layers, content
+
+
+def lines_factors(layers: Iterable[str], first: float, last: float) -> dict[str, float]:
+    """Return factors that grow with depth, on a line from the first layer to the last: LiNeS.
+
+        factor_l = first + (last - first) * l / (L - 1)      l = 0..L-1;   everything outside the layers: first
+
+    Args: `layers`, layer keys (`model.layers.3`) or names of tensors; each stack of layers has its own line; a single
+    layer is the last. The factors, >= 0, need no mean of 1. Returns them by layer key, and one for "outside".
+
+    Source: LiNeS (arXiv 2410.17146), with first = alpha and last = alpha + beta; its authors' code multiplies what is
+    in no layer by alpha, as here.
+
+    >>> lines_factors(["h.0", "h.1", "h.2"], 0.5, 1.0)
+    {'h.0': 0.5, 'h.1': 0.75, 'h.2': 1.0, 'outside': 0.5}
+    """
+    first, last = check_factor(first), check_factor(last)
+    found: dict[str, float] = {}
+    for keys in _stacks(layers):
+        for number, key in enumerate(keys):
+            found[key] = first + (last - first) * (number / (len(keys) - 1)) if len(keys) > 1 else last
+    return {**found, OUTSIDE: first}
+
+
+def group_factors(layers: Iterable[str], early: float, middle: float, late: float) -> dict[str, float]:
+    """Return one factor for each third of the layers.
+
+        factor_l = early, middle or late, by the third of the L layers that l is in;   outside the layers: 1
+
+    Args as in `lines_factors`. The thirds are `layers.thirds`: early, middle and late layers, as the paper speaks of
+    them; where L is no multiple of three the cut is ours.
+
+    >>> group_factors(["h.0", "h.1", "h.2", "h.3"], 0.5, 1.0, 0.25)
+    {'h.0': 0.5, 'h.1': 1.0, 'h.2': 0.25, 'h.3': 0.25}
+    """
+    values = [check_factor(value) for value in (early, middle, late)]
+    return {
+        key: value
+        for keys in _stacks(layers)
+        for value, third in zip(values, thirds(keys), strict=True)
+        for key in third
+    }
+
+
+def _stacks(layers: Iterable[str]) -> list[list[str]]:
+    """Layer keys, stack by stack, each in the order of its numbers."""
+    found = stacks(f"{layer}.weight" if layer.rpartition(".")[2].isdigit() else layer for layer in layers)
+    return [sorted(keys, key=layer_order) for keys in found.values()]
+
+
+def is_rule(text: str) -> bool:
+    """Whether a text is meant as a rule, and not as a file.
+
+    >>> is_rule("lines:0.3"), is_rule("factors.json")
+    (True, False)
+    """
+    return ":" in text and text.partition(":")[0] in _RULES
+
+
+def check_rule(text: str) -> tuple[str, list[float]]:
+    """Return the kind and the numbers of a rule. Raises ArgumentError for any other text.
+
+    >>> check_rule("groups:0.5,1,0.5")
+    ('groups', [0.5, 1.0, 0.5])
+    """
+    kind, _, rest = text.partition(":")
+    try:
+        values = [check_factor(float(part)) for part in rest.split(",")]
+    except ValueError:
+        values = []
+    if kind not in _RULES or len(values) != _RULES[kind]:
+        raise ArgumentError(
+            f"layer factors '{shown(text)}' are not understood; rules are {_RULES_TEXT}, with factors >= 0"
+        )
+    return kind, values
+
+
+def read_layer_factors(given: str | Path) -> dict[str, float] | str:
+    """Return what an option names: a rule as it is, or what stands in a JSON file, layer key -> factor.
+
+    A file may hold the mapping under "layers", with "outside" beside it. Raises ArgumentError.
+    """
+    text = str(given)
+    if not isinstance(given, Path) and is_rule(text):
+        check_rule(text)
+        return text
+    try:
+        layers, content = read_layers(given, "layer factors")
+    except ArgumentError as error:
+        rules = "" if Path(text).expanduser().exists() else f"; rules are {_RULES_TEXT}"
+        raise ArgumentError(f"{error}{rules}") from error
+    if content.get("format") == IMPORTANCE_FORMAT:
+        raise ArgumentError(f"{shown(text)} holds importances, not factors; give it as --importance")
+    other = sorted(set(content) - {"layers", OUTSIDE}) if "layers" in content else []
+    if other:
+        raise ArgumentError(
+            f"{shown(text)} has '{shown(other[0])}' beside its layers; it may have \"{OUTSIDE}\", and nothing else"
+        )
+    return layers | ({OUTSIDE: content[OUTSIDE]} if OUTSIDE in content else {})
+
+
+def check_factors(factors: Mapping[str, float] | str) -> None:
+    """Raise ArgumentError unless these are layer factors: finite numbers >= 0, or a rule."""
+    if isinstance(factors, str):
+        check_rule(factors)
+        return
+    if not isinstance(factors, Mapping) or not factors:
+        raise ArgumentError(f"layer factors are {factors!r:.60}; give a mapping of layers, or lines:FIRST,LAST")
+    for key, value in factors.items():
+        try:
+            check_factor(value)
+        except ArgumentError as error:
+            raise ArgumentError(f"factor of layer '{shown(key)}': {error}") from error
+
+
+def resolve_factors(factors: Mapping[str, float] | str, names: Iterable[str]) -> dict[str, float]:
+    """Return the factors of a model's layers by full layer key; that of everything outside of them under ""."""
+    names = list(names)
+    check_factors(factors)
+    if isinstance(factors, str):
+        kind, values = check_rule(factors)
+        if not stacks(names):
+            raise ArgumentError(f"layer factors '{shown(factors)}' need layers, and the model has none")
+        factors = (lines_factors if kind == "lines" else group_factors)(names, *values)
+    layers = {str(key): value for key, value in factors.items() if key != OUTSIDE}
+    return {**resolve_layers(layers, names), "": factors.get(OUTSIDE, 1.0)}
+
+
+def factors_of(
+    names: Iterable[str],
+    importance: Mapping[str, float] | None,
+    factors: Mapping[str, float] | str | None,
+    shrink: float = 1.0,
+    clip: tuple[float, float] | None = None,
+) -> dict[str, float]:
+    """Return the factors of a merge, of either an importance (IIMM) or given factors, by full layer key."""
+    if factors is not None:
+        return resolve_factors(factors, names)
+    if importance is None:
+        return {}
+    return resolve_factors(importance_factors(importance, shrink=shrink, clip=clip), names)

@@ -1,0 +1,182 @@
+"""Where a merge writes: the names beside an output, what must not be written, who holds it.
+
+OUT is built as OUT.partial (see `journal`), and takes its place when it is whole (see `swap`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..common.checks import as_path
+from ..common.messages import shown
+from ..errors import OutputError
+
+_CURES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "raise the quota",
+    errno.EIO: "check the disk (the system's log says more)",
+    errno.EACCES: "choose another OUT or change its permissions",
+    errno.EPERM: "choose another OUT or change its permissions",
+    errno.EROFS: "choose another OUT",
+    errno.ENAMETOOLONG: "choose a shorter OUT; it is built as OUT.partial",
+    errno.EBUSY: "something is mounted there: choose another OUT",
+    errno.EFBIG: "files may not be as large there: use a smaller --max-shard-size, or choose another OUT",
+    errno.EMFILE: "allow more open files (ulimit -n), or give fewer values at a time",
+    errno.ENFILE: "the whole system has too many files open: close some",
+}
+
+
+@contextmanager
+def output_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Turn an OSError at the output into an OutputError of one line, which says if `partial` is there to go on with."""
+    try:
+        yield
+    except OSError as error:
+        cure = f"; {_CURES[error.errno]}" if error.errno in _CURES else ""
+        if partial is not None and is_occupied(partial):
+            cure += f"; what was written is kept in {shown(partial)}: run the same command again, and it goes on there"
+        place = shown(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path, 300)
+        raise OutputError(f"{place} cannot be written: {error.strerror or error}{cure}") from error
+
+
+def expanded(out: str | Path) -> Path:
+    """Return an output's path with ~ expanded. Raises OutputError where there is no such home."""
+    try:
+        return Path(as_path("out", out, "a folder to make")).expanduser()
+    except RuntimeError as error:
+        raise OutputError(f"output {shown(out)} cannot be: {error}") from error
+
+
+def partial_of(out: Path) -> Path:
+    """Return the folder that `out` is built in."""
+    return out.with_name(out.name + ".partial")
+
+
+def marker_of(out: Path) -> Path:
+    """Return the file that is there while `out` is exchanged."""
+    return out.with_name(out.name + ".replacing")
+
+
+def old_of(out: Path) -> Path:
+    """Return where the folder that `out` replaces may be meanwhile."""
+    return out.with_name(out.name + ".old")
+
+
+def check_name(out: Path) -> None:
+    """Refuse an output that cannot be made or exchanged, whatever the inputs are. Raises OutputError."""
+    with output_errors(out):
+        _check_name(out)
+
+
+def _check_name(out: Path) -> None:
+    if out.name in ("", ".", ".."):
+        raise OutputError(f"output {shown(out)} has no name of its own; give a folder that can be created")
+    if out.suffix in (".partial", ".replacing"):
+        raise OutputError(f"output {shown(out)} has a name that stands for a merge under way; choose another")
+    for path in (out, partial_of(out), marker_of(out)):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()  # too long a name, or a folder that must not be entered, shows here
+    if ".." in out.parts and not out.parent.exists():
+        raise OutputError(f"output {shown(out)} leads through a folder that is not there; write it without '..'")
+    if out.is_symlink():
+        raise OutputError(f"output {shown(out)} is a link; give the folder it points to")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"output {shown(out)} is a file; an output is a folder")
+    if out.is_dir() and out.is_mount():
+        raise OutputError(f"output {shown(out)} is a mount point, which cannot be renamed; give a folder inside it")
+    if partial_of(out).is_dir() and partial_of(out).is_mount():
+        raise OutputError(f"{shown(partial_of(out))}, where the output is built, is a mount point; choose another OUT")
+    if partial_of(out).is_symlink():
+        raise OutputError(f"{shown(partial_of(out))}, where the output is built, is a link; remove it")
+    if partial_of(out).exists() and not partial_of(out).is_dir():
+        raise OutputError(f"{shown(partial_of(out))}, where the output is built, is a file; remove it")
+    file = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
+    if file is not None:
+        raise OutputError(f"output {shown(out)} lies below a file: {shown(file)}: Not a directory; give another output")
+
+
+def check_place(out: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse an output that would touch an input; label -> file or folder of each. Raises OutputError."""
+    with output_errors(out):
+        for label, path in inputs.items():
+            place = path.resolve()
+            for ours in (out, partial_of(out)):
+                if ours.exists() and any(ours.samefile(each) for each in (place, *place.parents)):
+                    raise OutputError(
+                        f"output {shown(ours)} is, or contains, {label} ({shown(path)}); give another output"
+                    )
+
+
+def free_space(out: Path) -> int:
+    """Return the bytes free where `out` would be written; more than there can be if the filesystem does not say."""
+    usage = shutil.disk_usage(_parent_of(out))
+    return usage.free if usage.total else sys.maxsize  # ramfs
+
+
+def device_of(out: Path) -> int:
+    """Return the number of the device where `out` would be written."""
+    return _parent_of(out).stat().st_dev
+
+
+def _parent_of(out: Path) -> Path:
+    return next((p for p in (out.parent, *out.parent.parents) if p.exists()), Path("/"))
+
+
+def is_whole(out: Path, recipe: bytes, sizes: Mapping[str, int | None]) -> bool:
+    """Whether `out` already holds this very merge: its recipe, and every file, with its size where one is given."""
+    try:
+        path = out / "imm_recipe.json"
+        return (
+            path.is_file()
+            and path.read_bytes() == recipe
+            and all((out / name).stat().st_size == size or size is None for name, size in sizes.items())
+        )
+    except OSError:
+        return False
+
+
+def is_occupied(out: Path) -> bool:
+    """Whether `out` is there and not empty."""
+    return out.is_dir() and any(out.iterdir())
+
+
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def locked(
+    path: Path, by: str = "is being written by another merge; wait for it, or give another output"
+) -> Iterator[int | None]:
+    """Hold a folder, or a file, for this process alone, and for those that inherit the descriptor it yields.
+
+    None where the filesystem has no such locks: NFS has none for folders, Lustre often none at all. Raises OutputError,
+    that says `by` what, if it is held.
+    """
+    busy = OutputError(f"{shown(path)} {by}")
+    try:
+        # NFS locks a file only if it is open for writing.
+        descriptor = os.open(path, (os.O_RDWR if path.is_file() else os.O_RDONLY) | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise busy from None
+    try:
+        held = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            held = False
+        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise busy  # which has just finished, and moved it
+        yield descriptor if held else None
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""From headers alone: what happens to every tensor, and where every byte goes."""

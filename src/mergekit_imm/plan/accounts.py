@@ -1,0 +1,151 @@
+"""Is every tensor accounted for? A plan held against what was found in the files, before a byte is written.
+
+It trusts nothing that decided: it starts from the headers of the inputs' files, and follows the bytes that the plan
+reads. What it finds is an error of this program, not of the inputs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.lazy_tensor import Tensor, leaves
+from ..checkpoint.safetensors_file import TensorInfo
+from ..common.json_files import parse_json
+from ..common.messages import shown
+from ..errors import PlanError
+from ..model.config import tie_said
+from ..model.tensor_names import folder_of, is_output_head
+from .plan import Decided, Item, Plan
+from .tied_embeddings import SameBytes, Ties
+
+
+def check_tensors(decided: Decided, same_bytes: SameBytes) -> None:
+    """Check that every tensor in the files of the inputs is merged, kept, taken or copied. Raises PlanError."""
+    for role, each in decided.used.items():
+        _check_files(role, each)
+    _check_items(decided, same_bytes)
+
+
+def check_plan(plan: Plan, ties: Ties) -> None:
+    """Check that every name that the base stores is written, once, and that configs say what is. Raises PlanError."""
+    base = plan.inputs["base"]
+    written: dict[str, Item] = {}
+    for item in plan.items:
+        for out in item.outs:
+            if out.name in written:
+                raise _fault(f"tensor '{shown(out.name)}' would be written twice")
+            written[out.name] = item
+    for tensor in _stored(base):
+        if tensor.name in base.tensors and tensor.name not in written:
+            raise _fault(f"tensor '{shown(tensor.name)}' of {base.label} would not be written")
+    for folder, tied in ties.tied.items():
+        _check_tie(plan, folder, tied, ties, written)
+
+
+def _check_files(role: str, each: Checkpoint) -> None:
+    """Check that what a model's tensors are read from is all that its files hold."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for tensor in each.tensors.values():
+        for owner, leaf in leaves(tensor, role):
+            if owner == role:
+                ranges.setdefault(leaf.file, []).append((leaf.begin, leaf.begin + leaf.nbytes))
+    unread = {(tensor.file, tensor.begin) for tensor in each.unread}
+    # Of a vocabulary that is resized, rows are cut off; and a model whose adapter is merged has all of its tensors.
+    joined = {name: _joined(found) for name, found in ranges.items()}
+    copies = {(tensor.name, tensor.shape) for tensor in _stored(each) if _covered(tensor, joined, whole=True)}
+    for tensor in _stored(each):
+        if not tensor.nbytes or (tensor.file, tensor.begin) in unread or (tensor.name, tensor.shape) in copies:
+            continue
+        if not _covered(tensor, joined, whole=each.rows is None):
+            raise _fault(f"tensor '{shown(tensor.name)}' in {shown(tensor.file)} of {each.label} is not looked at")
+
+
+def _stored(each: Checkpoint) -> Iterator[TensorInfo]:
+    for file in each.files.values():
+        yield from file.tensors
+
+
+def _joined(ranges: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Ranges in order, those that touch as one: where each begins, where it ends."""
+    begins: list[int] = []
+    ends: list[int] = []
+    for begin, end in sorted(ranges):
+        if ends and begin <= ends[-1]:
+            ends[-1] = max(end, ends[-1])
+        else:
+            begins.append(begin)
+            ends.append(end)
+    return begins, ends
+
+
+def _covered(tensor: TensorInfo, joined: Mapping[str, tuple[list[int], list[int]]], *, whole: bool) -> bool:
+    begins, ends = joined.get(tensor.file, ([], []))
+    at = bisect_right(begins, tensor.begin) - 1
+    return at >= 0 and ends[at] >= (tensor.begin + tensor.nbytes if whole else tensor.begin + 1)
+
+
+def _check_items(decided: Decided, same_bytes: SameBytes) -> None:
+    """Check that of every tensor of every model something is made."""
+    items = {out.name: item for item in decided.items for out in item.outs}
+    items |= {name: items[group.written[0]] for name, group in decided.ties.groups.items() if group.written[0] in items}
+    for role, each in decided.used.items():
+        for name, tensor in each.tensors.items():
+            item = items.get(name)
+            if item is None:
+                raise _fault(f"nothing is made of tensor '{shown(name)}' of {each.label}")
+            if item.action == ("take" if role == "base" else "keep") or (role == "start" and item.action == "take"):
+                continue
+            side = item.sides.get(role)
+            if side is None:
+                raise _fault(f"tensor '{shown(name)}' of {each.label} takes no part in '{shown(item.name)}'")
+            if side is tensor or _same_leaves(side, tensor, role):
+                continue
+            other = each.tensors.get(side.name, side)
+            if name not in decided.ties.groups or not same_bytes(each, other, tensor):
+                raise _fault(f"tensor '{shown(name)}' of {each.label} is not what is read for '{shown(item.name)}'")
+
+
+def _same_leaves(side: Tensor, tensor: Tensor, role: str) -> bool:
+    read, wanted = ({(r, t.file, t.begin, t.nbytes) for r, t in leaves(one, role)} for one in (side, tensor))
+    return bool(wanted) and wanted <= read
+
+
+def _check_tie(plan: Plan, folder: str, tied: bool | None, ties: Ties, written: Mapping[str, Item]) -> None:
+    """Check that what a config says about a tie is what is written."""
+    path = f"{folder}config.json"
+    if path in plan.configs:
+        says = tie_said(parse_json(plan.configs[path]))
+    elif path in plan.side:
+        says = tie_said(plan.inputs[plan.side[path][0]].config_of(folder))
+    else:
+        return
+    groups = [group for name, group in ties.groups.items() if folder_of(name) == folder]
+    for group in groups:
+        if not any(name in written for name in group.names):
+            raise _fault(f"tensor '{shown(group.key)}' would not be written")
+    if tied is None or not groups:
+        return
+    heads = _heads(groups)
+    apart = any(written[head].name != written[other].name for head, other in heads if {head, other} <= {*written})
+    if apart and says is not False:
+        raise _fault(f"{shown(path)} would say tied, and the tensors are not: '{shown(heads[0][0])}'")
+    if says is False and tied:
+        raise _fault(f"{shown(path)} would say untied, and '{shown(groups[0].key)}' is one tensor")
+
+
+def _heads(groups: Iterable[Any]) -> list[tuple[str, str]]:
+    """Pairs of a head and the tensor that the base ties it to."""
+    pairs: Sequence[tuple[str, str]] = [
+        (name, group.siblings[0]) for group in groups for name in group.names if is_output_head(name)
+    ]
+    return [(head, other) for head, other in pairs if head != other]
+
+
+def _fault(what: str) -> PlanError:
+    return PlanError(
+        f"this is an error of mergekit_imm: {what}; nothing was written: please report this line, with what"
+        " `imm-merge --check` prints"
+    )

@@ -1,0 +1,238 @@
+"""Do the models of a merge hold the same tensors? From names, shapes and dtypes alone; and what the options choose."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from ..checkpoint.checkpoint import Checkpoint, leave_out_option
+from ..checkpoint.lazy_tensor import Tensor
+from ..checkpoint.parts import SPLIT
+from ..checkpoint.safetensors_file import MERGED, WHOLE
+from ..common.messages import shown
+from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
+from ..model.tensor_names import blanked, folder_of, is_end, matcher, only_in
+from ..options.recipe import Parameters
+from ..transforms.experts import is_fused
+from ..transforms.quantised_units import Chosen
+from ..transforms.tokenizer_files import added_tokens
+from .advice import SAVE_ALIKE, Advice
+from .tied_embeddings import Group
+
+Choose = Callable[[str, list[str], str], bool]  # option, names, key
+Sides = tuple[str, Mapping[str, Tensor]]  # a tensor's key, and what it is in each model
+Complain = Callable[[MergeError, Collection[str]], None]  # what is wrong, and with which tensors
+
+
+def refuse(error: MergeError, _: Collection[str] = ()) -> None:
+    """Complain by raising."""
+    raise error
+
+
+def side_of(each: Checkpoint, name: str, group: Group | None) -> Tensor | None:
+    """The tensor that a name means in a checkpoint."""
+    if name in each.tensors or group is None:
+        return each.tensors.get(name)
+    # Who stores the tied tensor under another of its names means it by this one, too; an adapter, while it is tied.
+    names = group.siblings if each.adapter is None else group.names
+    return next((found for n in names if (found := each.tensors.get(n))), None)
+
+
+def check_names(
+    used: Mapping[str, Checkpoint], parameters: Parameters, groups: Mapping[str, Group], complain: Complain = refuse
+) -> None:
+    """Complain of tensors that only one of the models has, and no option permits."""
+    base, sft = used["base"], used["sft"]
+    advice = Advice(used, parameters)
+    kept, taken = matcher(parameters.keep), matcher(parameters.take)
+    kept_names = {n for n in base.tensors if kept(n)} | set(groups)
+    taken_names = {n for n in sft.tensors if taken(n)} | set(groups)
+    for role, each in used.items():
+        if role == "base" or each.adapter is not None:  # whose names were looked up in the base's
+            continue
+        lacking = set(base.tensors) - kept_names - set(each.tensors)
+        surplus = set(each.tensors) - taken_names - set(base.tensors)
+        if any(here != there for here, there in _vocabularies(used, role)):  # which is said of the ends that both have
+            lacking, surplus = ({n for n in names if not is_end(n)} for names in (lacking, surplus))
+        kept_layers = set(base.tensors) - lacking - set(each.tensors)
+        deeper = kept_layers and advice.of_other_depth("--keep", kept_layers, "base", known=True)
+        if deeper:
+            complain(MismatchError(f"--keep does not make two depths one: {deeper}"), kept_layers)
+        renamed = _alike(base, lacking, each, surplus)
+        for file, found in _by_file(base, lacking):
+            cure = _cure(advice, "--keep", found, "base", renamed and not file)
+            _complain_of(found, base, each, file, cure, complain)
+        for file, found in _by_file(each, surplus):
+            folder = folder_of(file)
+            if folder and all(name.removeprefix(folder) in each.tensors for name in found):
+                cure = "by their names they are another state of the model"
+            elif role == "sft":
+                cure = _cure(advice, "--take", found, "sft", renamed and not file)
+            else:
+                cure = "a start holds the base's tensors: save it again"
+                if sft.adapter is None:
+                    cure += ", or take the delta from the base instead (--reference base)"
+            _complain_of(found, each, base, file, cure, complain)
+
+
+def _by_file(each: Checkpoint, names: Collection[str]) -> list[tuple[str, set[str]]]:
+    """Sort tensors into those of files beside a model's own, or below them, and, by "", all others."""
+    beside = {file for part in each.parts if part.beside or part.folder for file in part.files}
+    files: dict[str, set[str]] = {}
+    for name in names:
+        file = each.homes.get(each.was.get(name, name), "")
+        files.setdefault(file if file in beside else "", set()).add(name)
+    return sorted(files.items())
+
+
+def _complain_of(
+    names: Collection[str], one: Checkpoint, other: Checkpoint, file: str, cure: str, complain: Complain
+) -> None:
+    label = f"{one.label} ({shown(file)})" if file else one.label
+    # What says where a model has its parts travels, and names the folder: without its weights it would not load.
+    needed = (
+        "/" in file and one.role == "base" and not {*SPLIT}.isdisjoint(one.side) and {*SPLIT}.isdisjoint(other.side)
+    )
+    leave_out = f"; or leave the file out: {leave_out_option(file)}" if file and not needed else ""
+    complain(MismatchError(f"{only_in(names, other.tensors, label, other.label)}; {cure}{leave_out}"), names)
+
+
+def _alike(one: Checkpoint, names: Collection[str], other: Checkpoint, others: Collection[str]) -> bool:
+    """Whether tensors that each of two models has alone may be the same ones by other names."""
+    return not {one.tensors[n].shape for n in names}.isdisjoint(other.tensors[n].shape for n in others)
+
+
+def _cure(advice: Advice, option: str, names: Collection[str], extra: str, renamed: bool) -> str:
+    if renamed:
+        return (
+            "the other has tensors of these shapes by other names: if they are the same, --rename REGEX=REPLACEMENT; if"
+            " not, --keep REGEX and --take REGEX"
+        )
+    offer = advice.offer(option, names, extra)
+    return f"to let them through: {offer.option}" if offer.option else offer.instead
+
+
+def chosen(parameters: Parameters) -> Chosen:
+    """Return what --keep and --take say of names, without asking whether there are such."""
+    return Chosen(matcher(parameters.keep), matcher(parameters.take))
+
+
+def selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Choose:
+    """Check the patterns against the names, and return a test: does an option name one of these tensors?"""
+    every = [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]
+    for option in ("keep", "take", "no_drop"):
+        names = every if option == "take" else list(base.tensors)
+        for pattern in getattr(parameters, option):
+            if not any(re.search(pattern, name) for name in names):
+                raise ArgumentError(
+                    f"--{option.replace('_', '-')} '{shown(pattern)}' matches none of the {len(names)} tensor names,"
+                    f" such as {shown(names[0]) if names else ''!r}"
+                )
+    matchers = {option: matcher(getattr(parameters, option)) for option in ("keep", "take", "no_drop")}
+    for name in base.tensors:
+        if matchers["keep"](name) and matchers["take"](name):
+            raise ArgumentError(f"tensor '{shown(name)}' is both kept and taken; change --keep or --take")
+    return lambda option, names, key: any(map(matchers[option], {*names, key}))
+
+
+def check_alike(
+    tensors: Sequence[Sides], used: Mapping[str, Checkpoint], parameters: Parameters, complain: Complain
+) -> None:
+    """Complain of tensors that are not of one shape and one mergeable kind of dtype, each kind of tensors once."""
+    advice = Advice(used, parameters)
+    unlike: dict[tuple[str, str, str], list[str]] = {}
+    sides_of = {}
+    for name, sides in tensors:
+        for role, side in sides.items():
+            base = sides["base"]
+            kinds = base.dtype in MERGED and side.dtype in MERGED
+            if side.dtype not in (*MERGED, *WHOLE):
+                fault = ""
+            elif side.shape != base.shape or not (kinds or side.dtype == base.dtype):
+                fault = f"{base.dtype} {list(base.shape)} {side.dtype} {list(side.shape)}"
+            else:
+                continue
+            unlike.setdefault((role, blanked(name), fault or side.dtype), []).append(name)
+            sides_of[name] = sides
+            break
+    for (role, kind, _), names in unlike.items():
+        sides = sides_of[names[0]]
+        named = f"tensor '{shown(names[0])}' is" if len(names) == 1 else f"{len(names)} tensors '{shown(kind)}' are"
+        complain(_unlike(named, names, role, sides, used, advice), names)
+
+
+def _unlike(
+    named: str,
+    names: Sequence[str],
+    role: str,
+    sides: Mapping[str, Tensor],
+    used: Mapping[str, Checkpoint],
+    advice: Advice,
+) -> MergeError:
+    base, side = sides["base"], sides[role]
+    if side.dtype not in (*MERGED, *WHOLE):
+        plain = {role for role, each in sides.items() if each.dtype in (*MERGED, *WHOLE)}
+        options = {"base": "--keep", "sft": "--take"}
+        ready = advice.either(*(o for r, o in options.items() if r in plain or not plain), names=names)
+        return CheckpointError(
+            f"{named} {side.dtype} in {used[role].label}; quantised, float8 and complex tensors are not merged: use an"
+            f" unquantised checkpoint{ready and f', or {ready}'}"
+        )
+    both = (
+        f"{named} {base.dtype} {list(base.shape)} in {used['base'].label} and {side.dtype} {list(side.shape)} in"
+        f" {used[role].label}"
+    )
+    if side.shape == base.shape:
+        offer = advice.offer(_of_one(used), names)
+        cure = f"use {offer.option}" if offer.option else offer.instead
+        return MismatchError(f"{both}; integers are merged with neither floats nor other integers: {cure}")
+    return MismatchError(f"{both}; shapes must be equal: {_of_shapes(names, role, sides, used, advice)}")
+
+
+def _of_shapes(
+    names: Sequence[str], role: str, sides: Mapping[str, Tensor], used: Mapping[str, Checkpoint], advice: Advice
+) -> str:
+    """Say what to do about tensors of other shapes."""
+    base, side = sides["base"], sides[role]
+    if 0 in (side.count, base.count):
+        return "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
+    rows = any(map(is_end, names)) or (base.shape[:1], side.shape[:1]) in _vocabularies(used, role)
+    if rows and side.shape[1:] == base.shape[1:]:
+        told = added_tokens(used["base"], used[role])
+        return (
+            f"the vocabularies differ{f' ({told})' if told else ''}; say whose the result has, --vocab base or"
+            " --vocab sft, which merge the rows that both have"
+        )
+    if sorted(side.shape) == sorted(base.shape):
+        return f"they hold as many elements, in another order; {SAVE_ALIKE}"
+    if any(map(is_fused, names)):
+        return "their experts differ in number or size, so the models are not one architecture"
+    other = advice.of_other_config(shapes=True)
+    if other:
+        return other
+    option = _of_one(used)
+    offer = advice.offer(option, names)
+    return (
+        f"use {offer.option} for the {'base' if option == '--keep' else 'model'}'s" if offer.option else offer.instead
+    )
+
+
+def _of_one(used: Mapping[str, Checkpoint]) -> str:
+    """The option that leaves tensors as the base has them; in a model in memory, which cannot hold those, as it has."""
+    return "--keep" if used["sft"].files else "--take"
+
+
+def _vocabularies(used: Mapping[str, Checkpoint], role: str) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The rows that an embedding or a head has in the base, and in another model."""
+    base, other = used["base"].tensors, used[role].tensors
+    return {(base[n].shape[:1], other[n].shape[:1]) for n in base if n in other and is_end(n)}
+
+
+def main_dtype(base: Checkpoint) -> str:
+    """The dtype of most float elements; for tensors that only the sft has."""
+    floats = Counter[str]()
+    for tensor in base.tensors.values():
+        if tensor.dtype in MERGED:
+            floats[tensor.native] += tensor.count
+    return floats.most_common(1)[0][0] if floats else "F32"

@@ -1,0 +1,192 @@
+"""Can models be merged? All that headers tell, and everything that stands in the way: not the first thing alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.lazy_tensor import Tensor
+from ..common.messages import for_caller
+from ..errors import MergeError
+from ..model.rename import rules_of
+from ..model.tensor_names import blanked, is_end
+from ..transforms.sparsified_delta import Sparsified
+from ..transforms.tokenizer_files import check_tokens
+from .open_inputs import comparer, open_inputs, plan_of
+from .plan import Item, Plan, decide
+from .unchanged import note_if_unchanged
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found, and what `imm-merge --check --json` prints.
+
+    `inputs`: form, files, tensors and parameters of each, of an adapter its own. `kinds`: what happens to each kind of
+    tensor; `action` is "refused" for those that stand in the way, which `problems` tells, a line each. The rest is as
+    in `MergeReport`.
+    """
+
+    base: str
+    sft: str
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    kinds: list[dict[str, Any]] = field(default_factory=list)
+    renamed: list[dict[str, Any]] = field(default_factory=list)
+    config_changes: dict[str, Any] = field(default_factory=dict)
+    side_files: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(self)
+
+
+def check(
+    base: str | Path, sft: str | Path, *, start: str | Path | None = None, iteration: int | None = None, **options: Any
+) -> CheckReport:
+    """Say whether two models (three, with start) can be merged, and how, from headers.
+
+    Values are not read, but of tied tensors, which are compared: NaN or infinity in an input is found by the merge.
+
+    `options` are those of `merge_checkpoints` that decide what is merged with what: keep, take, no_drop, rename,
+    vocab, dequantize, reference, dtype. What cannot be merged is in the report; raises ArgumentError for wrong options.
+    """
+    # The round decides no more than the mask.
+    iteration = iteration if iteration is not None or start is None else 0
+    found = CheckReport(str(base), str(sft))
+    try:
+        inputs, (parameters,), _ = open_inputs(base, sft, start, dry_run=True, iteration=iteration, **options)
+        complaints: list[tuple[MergeError, Collection[str]]] = []
+        equal = comparer(inputs)
+        decided = decide(inputs, parameters, equal, lambda *complaint: complaints.append(complaint))
+        plan = None if complaints else plan_of(inputs, parameters, decided, equal)
+    except MergeError as error:
+        found.problems.append(str(error))
+        return found
+    return CheckReport(
+        base=found.base,
+        sft=found.sft,
+        inputs=[_described(each) for each in inputs.values()],
+        kinds=kinds(plan.items if plan else decided.items)
+        + _refused({name for _, names in complaints for name in names}, list(decided.used.values())),
+        renamed=renamed(inputs),
+        config_changes=dict(plan.config_changes) if plan else {},
+        side_files=side_files(plan) if plan else {},
+        left_out=left_out(inputs),
+        notes=[
+            for_caller(note)
+            for note in (
+                *(plan.notes if plan else (note for each in inputs.values() for note in each.notes)),
+                *_other_tokens(inputs["base"], inputs["sft"], parameters.vocab),
+                *note_if_unchanged(inputs, decided.items),
+            )
+        ],
+        problems=[str(error) for error, _ in complaints],
+    )
+
+
+def _other_tokens(base: Checkpoint, sft: Checkpoint, vocab: str) -> list[str]:
+    """Say that ids are other tokens to a model with a vocabulary of the same size, which a merge does not look at."""
+    if vocab != "strict":
+        return []  # it was looked at
+    rows = max((tensor.shape[0] for name, tensor in base.tensors.items() if is_end(name) and tensor.shape), default=0)
+    try:
+        check_tokens(base, sft, rows, "the rows of both are merged all the same; be sure that this is meant")
+    except MergeError as error:
+        return [f"note: {error}"]
+    return []
+
+
+def _described(each: Checkpoint) -> dict[str, Any]:
+    stored: list[Tensor] = list(each.tensors.values())
+    if each.adapter is not None:
+        form = "LoRA adapter"
+        stored = [tensor for file in each.files.values() for tensor in file.tensors]  # not those that it changes
+    else:
+        suffixes = {Path(name).suffix for name in each.files}
+        form = (
+            "torch.distributed checkpoint" if ".distcp" in suffixes
+            else "PyTorch files" if ".bin" in suffixes else "safetensors"
+        )  # fmt: skip
+    return {
+        "role": each.role,
+        "path": each.ref,
+        "form": form,
+        "files": list(each.files),
+        "tensors": len(stored),
+        "parameters": sum(tensor.count for tensor in stored),
+    }
+
+
+def _refused(names: Collection[str], models: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """Group the tensors that stand in the way, as `kinds` groups the others."""
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
+    for name in sorted(names):
+        held = {each.role: each.tensors[name] for each in models if name in each.tensors}
+        dtypes = tuple((role, tensor.dtype) for role, tensor in held.items())
+        groups.setdefault((blanked(name), dtypes), []).append(next(iter(held.values())).count if held else 0)
+    return [
+        {
+            "name": name, "action": "refused", "tensors": len(counts), "elements": sum(counts), "read": dict(dtypes),
+            "write": "-", "drop": None,
+        }
+        for (name, dtypes), counts in groups.items()
+    ]  # fmt: skip
+
+
+def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
+    """Group tensors by kind: names with their numbers blanked out, and what happens to them."""
+    groups: dict[tuple[Any, ...], list[Item]] = defaultdict(list)
+    for item in items:
+        name = blanked(item.name)
+        read = {role: s.sft if isinstance(s, Sparsified) else s for role, s in item.sides.items()}
+        dtypes = tuple((role, side.dtype) for role, side in read.items())
+        drop = drop_of(item) if item.action == "merge" else None
+        groups[name, item.action, dtypes, item.outs[0].dtype, drop].append(item)
+    return [
+        {
+            "name": name,
+            "action": action,
+            "tensors": len(items),
+            "elements": sum(item.source.count for item in items),
+            "read": dict(dtypes),
+            "write": dtype,
+            "drop": drop,
+            "bytes_read": sum(side.stored for item in items for side in item.sides.values()),
+            "bytes_written": sum(out.nbytes for item in items for out in item.outs),
+        }
+        for (name, action, dtypes, dtype, drop), items in groups.items()
+    ]
+
+
+def drop_of(item: Item) -> float:
+    """Return the share of a delta's elements that is dropped."""
+    sft = item.sides.get("sft")
+    return sft.drop if isinstance(sft, Sparsified) else round(1 - item.numbers.keep16 / 65536, 6)
+
+
+def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
+    """Say which names of the inputs are others in the base, by rule."""
+    return [
+        {"role": role, "name": old, "in_base": new, "tensors": count}
+        for role, each in inputs.items()
+        for old, new, count in rules_of(each.was)
+    ]
+
+
+def side_files(plan: Plan) -> dict[str, list[str]]:
+    """Say which other files come from which input."""
+    found: dict[str, list[str]] = {}
+    for path, (role, _) in plan.side.items():
+        found.setdefault(role, []).append(path)
+    return found
+
+
+def left_out(inputs: Mapping[str, Checkpoint]) -> dict[str, list[str]]:
+    """Say which files of the inputs are neither weights nor copied; of a start only the weights are looked at."""
+    return {role: list(each.left_out) for role, each in inputs.items() if each.left_out and role != "start"}

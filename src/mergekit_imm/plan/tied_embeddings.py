@@ -1,0 +1,313 @@
+"""Tied tensors: which names of the inputs mean one tensor, and what breaks a tie.
+
+The base says which they are: tensors of one shape with the bytes of its input embedding, whatever they are called,
+unless its config says untied. An input may store any of the names; one that stores two different tensors breaks the
+tie, and each of them is merged under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.lazy_tensor import Tensor, is_delta, is_stored
+from ..checkpoint.safetensors_file import MERGED
+from ..common.messages import shown
+from ..errors import CheckpointError
+from ..model.config import Config, tie_said, vocabulary_sizes
+from ..model.tensor_names import (
+    folder_of,
+    is_end,
+    is_input_embedding,
+    is_output_head,
+    layer_key,
+    outer_bias,
+    tied_key,
+)
+from ..transforms.lora_tensor import WithRows
+
+_SHARED, _OF_SHARED = "shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+SameBytes = Callable[[Checkpoint, Tensor, Tensor], bool]
+Used = Mapping[str, Checkpoint]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Names that mean one tensor in all inputs."""
+
+    names: tuple[str, ...]  # merged as one, under `key`
+    key: str
+    written: tuple[str, ...]
+    siblings: tuple[str, ...]  # all names that the base ties, the first one first that stands for a name not stored
+
+
+@dataclass(frozen=True)
+class Ties:
+    """What is tied in a merge."""
+
+    groups: Mapping[str, Group] = field(default_factory=dict)  # by each of their names
+    broken: str = ""  # what breaks the base's tie
+    tied: Mapping[str, bool | None] = field(default_factory=dict)  # of each folder, what its config must say
+
+
+def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
+    """Find the names that mean one tensor, in each part of the model by its own config."""
+    base = used["base"]
+    groups: dict[str, Group] = {}
+    broken = ""
+    tied: dict[str, bool | None] = {}
+    shapes = _candidates(used)
+    for folder in dict.fromkeys(map(folder_of, base.tensors)):
+        config = base.config_of(folder)
+        said = tie_said(config)
+        embeddings = _embeddings(base, folder, config)
+        sizes = {base.tensors[name].shape for name in embeddings}
+        if said is None and any(_stores_another_head(base, shapes[folder, size], embeddings, same_bytes)
+                                for size in sizes):  # fmt: skip
+            said = False  # what its config does not say, its tensors do
+        tied[folder] = None if config is None or (tie_said(config) is None and said is False) else said is not False
+        found, breaker = _biases(used, folder, shapes, {size[0] for size in sizes}, same_bytes)
+        groups |= found
+        broken = broken or breaker
+        apart = bool(breaker) and bool(tied[folder])
+        for size in sizes:
+            names = shapes[folder, size]
+            own = [name for name in embeddings if base.tensors[name].shape == size]
+            for members in _classes_of_base(used, own, names, said, same_bytes):
+                found, breaker, heads_apart = _split(used, members, same_bytes)
+                groups |= found
+                broken = broken or breaker
+                apart = apart or (heads_apart and bool(tied[folder]))
+        if apart:
+            tied[folder] = False
+            groups |= _with_all_names({n: g for n, g in groups.items() if folder_of(n) == folder}, used["sft"])
+    return Ties(groups, broken, tied)
+
+
+Shapes = dict[tuple[str, tuple[int, ...]], list[str]]
+
+
+def _candidates(used: Used) -> Shapes:
+    """The vectors and matrices outside the layers, of all inputs, by their folder and shape."""
+    found: dict[tuple[str, tuple[int, ...]], dict[str, None]] = {}
+    for each in used.values():
+        for name, tensor in each.tensors.items():
+            if 1 <= len(tensor.shape) <= 2 and tensor.dtype in MERGED and layer_key(name) is None:
+                found.setdefault((folder_of(name), tensor.shape), {})[name] = None
+    return {key: list(names) for key, names in found.items()}
+
+
+def _embeddings(base: Checkpoint, folder: str, config: Config | None) -> list[str]:
+    """The input embeddings of the base in a folder: by name, else by their row for each token, else its heads."""
+    sizes = vocabulary_sizes(config)
+    matrices = sorted(
+        name
+        for name, tensor in base.tensors.items()
+        if len(tensor.shape) == 2
+        and (is_end(name) or tensor.shape[0] in sizes)
+        and folder_of(name) == folder
+        and tensor.dtype in MERGED
+        and layer_key(name) is None
+    )
+    return (
+        [name for name in matrices if is_input_embedding(name)]
+        or [name for name in matrices if not is_output_head(name)]
+        or matrices
+    )
+
+
+def _stores_another_head(base: Checkpoint, names: Sequence[str], embeddings: list[str], same: SameBytes) -> bool:
+    """Whether the base holds a head of an embedding's model that none of its embeddings equals."""
+    heads = [name for name in names if name in base.tensors and is_output_head(name) and _owner(name, embeddings)]
+    return any(not any(same(base, base.tensors[e], base.tensors[head]) for e in embeddings) for head in heads)
+
+
+def _owner(name: str, embeddings: Sequence[str]) -> str:
+    """The embedding of the sub-model that a head is of: that of `expert.lm_head` is below `expert.`; "" if none is."""
+    above = name[: name.rfind(".", 0, -len(".weight")) + 1] or folder_of(name)
+    return next((each for each in embeddings if each.startswith(above)), "")
+
+
+def _classes_of_base(
+    used: Used, embeddings: list[str], names: Sequence[str], said: bool | None, same_bytes: SameBytes
+) -> list[list[str]]:
+    """Names of one shape that the base means as one tensor, and those of other inputs that belong to them."""
+    base = used["base"]
+    named = [name for name in names if said is not False or is_input_embedding(name)]
+    classes = _equal_classes(base, _ordered(name for name in named if name in base.tensors), same_bytes)
+    tied = [members for members in classes if {*members} & {*embeddings}]
+    rest = [name for name in named if not any(name in members for members in tied)]
+    models = [each for each in used.values() if each.adapter is None]
+    for name in rest:
+        # A config that does not say untied ties heads by their names, too, stored in the base or not.
+        is_head = is_output_head(name) and base.config_of(folder_of(name)) is not None
+        owner = _owner(name, embeddings) if is_head else ""
+        if name not in base.tensors and len(tied) == 1 and (is_head or is_input_embedding(name)):
+            owner = owner or tied[0][0]
+        for members in tied:
+            if owner in members or (
+                name not in base.tensors and any(_equals(each, name, members, same_bytes) for each in models)
+            ):
+                members.append(name)
+                break
+    return [_ordered(members) for members in tied if len(members) > 1]
+
+
+def _equals(each: Checkpoint, name: str, members: Sequence[str], same_bytes: SameBytes) -> bool:
+    """Whether a model stores under a name what it stores under one that is tied."""
+    own = each.tensors.get(name)
+    held = next((each.tensors[member] for member in members if member in each.tensors), None)
+    return own is not None and held is not None and same_bytes(each, held, own)
+
+
+def _with_all_names(found: Mapping[str, Group], sft: Checkpoint) -> dict[str, Group]:
+    """Let tied tensors be written under all their names: a config that says untied ties none of them any more.
+
+    So does the embedding that an encoder and a decoder share, whose names no file need store. Raises CheckpointError
+    for an adapter that trained a copy of it, which neither of them reads.
+    """
+    groups = {
+        name: replace(group, written=(*group.written, *(n for n in group.names if n not in group.written)))
+        for name, group in found.items()
+    }
+    shared = next((name for name in groups if name.endswith(_SHARED)), None)
+    if shared is None:
+        return groups
+    if sft.adapter is not None and shared in sft.tensors:
+        raise CheckpointError(
+            f"{sft.label} holds '{shown(shared)}', trained apart from the embeddings of encoder and decoder, which are"
+            " tied to it; merge it first: peft's `merge_and_unload()`, then `save_pretrained`"
+        )
+    prefix, group = shared.removesuffix(_SHARED), groups[shared]
+    more = tuple(name for end in _OF_SHARED if (name := prefix + end) not in groups)
+    return groups | dict.fromkeys(group.names, replace(group, written=(*group.written, *more)))
+
+
+def _biases(
+    used: Used, folder: str, shapes: Shapes, rows: Collection[int], same_bytes: SameBytes
+) -> tuple[dict[str, Group], str]:
+    """The biases of heads that the base stores by two names, and what sets them apart."""
+    base = used["base"]
+    groups: dict[str, Group] = {}
+    broken = ""
+    for pair in _bias_pairs(base, folder, shapes, rows):
+        if len(_equal_classes(base, [name for name in pair if name in base.tensors], same_bytes)) == 1:
+            found, breaker, _ = _split(used, pair, same_bytes)
+            groups |= found
+            broken = broken or breaker
+    return groups, broken
+
+
+def _bias_pairs(base: Checkpoint, folder: str, shapes: Shapes, rows: Collection[int]) -> list[list[str]]:
+    """Biases of heads by two names, `lm_head.bias` and `lm_head.decoder.bias`: BERT and its kin store both."""
+    pairs = []
+    for size in sorted(rows):
+        names = shapes.get((folder, (size,)), [])
+        for name in names:
+            outer = outer_bias(name)
+            if outer in names and (name in base.tensors or outer in base.tensors):
+                pairs.append([outer, name])
+    return pairs
+
+
+def _split(used: Used, members: list[str], same_bytes: SameBytes) -> tuple[dict[str, Group], str, bool]:
+    """Return the groups of names that are one tensor in every input, what splits them, and whether heads are apart."""
+    if not all(any(name in each.tensors for name in members) for each in used.values() if each.adapter is None):
+        return {}, "", False  # a name is missing altogether: an error, but not about ties
+    partition, breaker = [list(members)], ""
+    model = used.get("start", used["base"])  # what an adapter was trained on
+    for each in sorted(used.values(), key=lambda each: each.adapter is not None):
+        found = [classes for names in partition if (classes := _classes_of(each, names, members, same_bytes))]
+        apart = next((classes for classes in found if len(classes) > 1), None)
+        if apart is not None and not breaker:
+            though = "its config ties them" if each is used["base"] else "the base ties them"
+            breaker = _broken_by(each, apart[0][0], apart[1][0], though)
+        if apart is not None and each is model:
+            _check_rows(used["sft"], model, members)
+        partition = [names for classes in found for names in classes]
+    groups: dict[str, Group] = {}
+    for names in partition:
+        holders = [used["base"], *used.values()]
+        written = next(held for each in holders if (held := [name for name in names if name in each.tensors]))
+        groups |= dict.fromkeys(names, Group(tuple(names), tied_key(written), tuple(written), tuple(members)))
+    with_embedding = [names for names in partition if any(map(is_input_embedding, names))] or partition[:1]
+    return groups, breaker, len(with_embedding) < len(partition)
+
+
+def _classes_of(each: Checkpoint, names: list[str], members: Sequence[str], same_bytes: SameBytes) -> list[list[str]]:
+    """Sort names into those that are one tensor to an input; a tied one that it does not store is the first it has."""
+    if each.adapter is not None:
+        return _classes_of_adapter(each, names, same_bytes)
+    first = next(name for name in members if name in each.tensors)
+    held = [name for name in names if name in each.tensors]
+    classes = _equal_classes(each, [first, *(name for name in held if name != first)], same_bytes)
+    classes[0] = [name for name in names if name in classes[0] or name not in each.tensors]
+    return [found for found in classes if found]
+
+
+def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: SameBytes) -> list[list[str]]:
+    """Sort tied names into those that an adapter trained as one.
+
+    Factors and rows for either name change the one tensor, as PEFT merges them, and the same rows for both, too. A
+    module trained whole is a copy; what the adapter does not hold is as it was.
+    """
+    held = {name: adapter.tensors[name] for name in members if name in adapter.tensors}
+    whole = [name for name, tensor in held.items() if is_stored(tensor)]
+    if len(whole) < len(held):
+        one, *others = held.values()
+        if others and (
+            any(map(is_delta, held.values())) or not all(same_bytes(adapter, one, other) for other in others)
+        ):
+            both = " and ".join(f"'{shown(name)}'" for name in sorted(held))
+            raise CheckpointError(
+                f"{adapter.label} changes {both}, which are one tensor; merge it first: peft's `merge_and_unload()`,"
+                " then `save_pretrained`"
+            )
+        return [members]
+    left = [name for name in members if name not in held]
+    classes = _equal_classes(adapter, whole, same_bytes)
+    tied = next(
+        (each for each in classes if any(map(is_input_embedding, each)) and any(map(is_output_head, each))), None
+    )
+    if tied is not None:  # it trained, or resized, the one tensor: the other names are of it, too
+        tied += left
+        return classes
+    return [each for each in (*classes, left) if each]
+
+
+def _check_rows(adapter: Checkpoint, model: Checkpoint, members: Sequence[str]) -> None:
+    """Refuse trained rows of what a config ties and the model stores apart: PEFT changes both, by the config's word."""
+    rows = next((name for name in members if isinstance(adapter.tensors.get(name), WithRows)), None)
+    if rows is not None and tie_said(model.config_of(folder_of(rows))) is not False:
+        raise CheckpointError(
+            f"{adapter.label} changes rows of '{shown(rows)}', which the config of {model.label} ties to what it stores"
+            " apart: whether both change is not stored; merge it first: peft's `merge_and_unload()`, then"
+            " `save_pretrained`"
+        )
+
+
+def _equal_classes(each: Checkpoint, names: Sequence[str], same_bytes: SameBytes) -> list[list[str]]:
+    """Sort names of a checkpoint into those that hold the same bytes."""
+    classes: list[list[str]] = []
+    for name in names:
+        for known in classes:
+            if same_bytes(each, each.tensors[known[0]], each.tensors[name]):
+                known.append(name)
+                break
+        else:
+            classes.append([name])
+    return classes
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Embeddings first: a head that is not stored is the embedding."""
+    return sorted(names, key=lambda name: (not is_input_embedding(name), name))
+
+
+def _broken_by(each: Checkpoint, one: str, other: str, though: str) -> str:
+    if each.adapter is not None:
+        held = one if one in each.tensors else other
+        return f"{each.label} holds '{shown(held)}', trained apart, though the base ties it"
+    return f"{each.label} holds '{shown(one)}' and '{shown(other)}' with different values, though {though}"

@@ -1,0 +1,70 @@
+"""An sft that is its start: a training that changed nothing, or whose result lies elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.lazy_tensor import Tensor, fill_as, is_delta
+from ..checkpoint.reader import Files
+from ..checkpoint.safetensors_file import DTYPE_BITS
+from ..common.messages import shown
+from .open_inputs import same_place
+from .plan import Item, Plan
+
+COMPARED = 1024  # elements in the middle of each tensor
+
+
+def looks_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -> bool:
+    """Whether the sft equals its start in the middle of every tensor that is merged; stops at the first difference.
+
+    False where no file is there to be read, as in a dry run on a hub id.
+    """
+    merged = [item for item in items if item.action == "merge" and "sft" in item.sides]
+    if not merged or any(each.folder is None for each in inputs.values()):
+        return False
+    with Files(inputs) as files:
+        return not any(_differs(item, files) for item in merged)
+
+
+def _differs(item: Item, files: Files) -> bool:
+    sft, role = item.sides["sft"], "start" if "start" in item.sides else "base"
+    count = min(COMPARED, sft.count)
+    first = (sft.count - count) // 2
+    if is_delta(sft):
+        return bool(_values(sft, "sft", first, count, files).any())
+    return not np.array_equal(
+        _values(sft, "sft", first, count, files), _values(item.sides[role], role, first, count, files), equal_nan=True
+    )
+
+
+def _values(tensor: Tensor, role: str, first: int, count: int, files: Files) -> npt.NDArray[np.float64]:
+    dtype = "F64" if tensor.dtype == "F64" else "F32"
+    raw = np.empty(count * DTYPE_BITS[dtype] // 8, np.uint8)
+    fill_as(tensor, dtype, lambda t, at, out: files.read(role, t, at, out), first, raw)
+    return raw.view(np.float64 if dtype == "F64" else np.float32).astype(np.float64)
+
+
+def note_if_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -> list[str]:
+    """Say in advance that the sft looks like its start; nothing if it does not."""
+    if same_place(inputs["base"], inputs["sft"]) or not looks_unchanged(inputs, items):
+        return []  # of the same folder it is said already
+    return [note_of(inputs, f"as far as {COMPARED} elements of each tensor tell")]
+
+
+def is_unchanged(plan: Plan, records: npt.NDArray[np.float64]) -> bool:
+    """Whether every delta that a merge added up is zero; `records` are those of all its segments."""
+    merged = any(item.action == "merge" for item in plan.items)
+    return merged and not records[:, 0].any() and not same_place(plan.inputs["base"], plan.inputs["sft"])
+
+
+def note_of(inputs: Mapping[str, Checkpoint], how: str) -> str:
+    """Say that an sft is its start, and where what was trained may be; `how` says what was compared."""
+    sft, start = inputs["sft"], inputs.get("start", inputs["base"])
+    cure = "was it trained, and saved?"
+    if sft.adapters:
+        cure = f"what was trained may be the adapter in {shown(sft.adapters[0])}: give that folder as SFT"
+    return f"note: {sft.label} equals {start.label}, {how}; the merge moves nothing: {cure}"

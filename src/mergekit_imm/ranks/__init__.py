@@ -1,0 +1,1 @@
+"""One merge by many processes."""

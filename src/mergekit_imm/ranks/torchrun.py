@@ -1,0 +1,180 @@
+"""From torchrun or srun to ranks: who started this process, and where the others are.
+
+A process that a training job starts has inherited all its variables, and must not wait for ranks that never come. So
+variables alone mean nothing: ranks are used where --ranks asks for them, or where the process that started this one is
+torchrun, and was told to start this very command.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.messages import shown
+from ..errors import ArgumentError, RankError
+from .ranks import Ranks, reason_of
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+COME = timedelta(minutes=15)  # until all ranks are there
+WAIT = timedelta(days=7)  # for the slowest rank; one that has ended is noticed at once
+
+_TORCHRUN = {"rank": "RANK", "size": "WORLD_SIZE", "address": "MASTER_ADDR", "port": "MASTER_PORT"}
+_SLURM = {"rank": "SLURM_PROCID", "size": "SLURM_NTASKS", "job": "SLURM_JOB_ID"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands, and where all of them meet."""
+
+    rank: int
+    size: int
+    address: str
+    port: int
+
+
+def place_of(kind: str | None, environment: Mapping[str, str], started: bool) -> Place | None:
+    """Return the place that torchrun or srun gave this process; None for a process on its own.
+
+    `kind` is "torchrun", "slurm" or None; `started` says whether torchrun started this process. Raises ArgumentError
+    where what was asked for is not there.
+    """
+    if kind == "slurm":
+        rank, size, job = (_number(environment, name, "--ranks slurm", "srun") for name in _SLURM.values())
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+        address = environment.get("MASTER_ADDR") or first_host(nodes)
+        if not address:
+            raise ArgumentError(
+                "--ranks slurm finds no SLURM_JOB_NODELIST, whose first host the ranks meet at; start it by srun, or"
+                " set MASTER_ADDR"
+            )
+        port = _number(environment, "MASTER_PORT", "", "") if "MASTER_PORT" in environment else 20000 + job % 12000
+        return Place(rank, size, address, port)
+    if kind == "torchrun" or started:
+        rank, size, port = (
+            _number(environment, _TORCHRUN[key], "--ranks torchrun", "torchrun") for key in ("rank", "size", "port")
+        )
+        return Place(rank, size, environment.get("MASTER_ADDR", "localhost"), port)
+    return None
+
+
+def _number(environment: Mapping[str, str], name: str, option: str, starter: str) -> int:
+    found = environment.get(name)
+    if found is None:
+        raise ArgumentError(f"{option} is given, but {name} is not set; start this command by {starter}")
+    if not re.fullmatch(r"[0-9]{1,18}", found):
+        raise ArgumentError(
+            f"{name} is '{shown(found)}', which is not a number; start this command by torchrun or srun"
+        )
+    return int(found)
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a list as SLURM writes it.
+
+    >>> first_host("gpu[003-010,12],login"), first_host("rack[1-2]n[04,7]"), first_host("alpha,beta")
+    ('gpu003', 'rack1n04', 'alpha')
+    """
+    first = re.match(r"(?:[^,\[\]]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0]) if first else ""
+
+
+def is_started_by_torchrun() -> bool:
+    """Whether the parent of this process is torchrun, and its command line says to start this very command."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[:-1]
+    except OSError:
+        return False
+    own = [os.fsencode(each) for each in (sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:])]
+    before, told = parent[: -len(own)], parent[-len(own) :]
+    if before[-1:] == [b"--"]:  # by which torchrun is told that --start is not its own; it is not passed on
+        before.pop()
+    agents = (os.path.basename(each) in _AGENTS for each in before)  # noqa: PTH119 - bytes
+    return bool(own) and told == own and before[-1:] == [b"mergekit_imm"] and any(agents)
+
+
+_AGENTS = (b"torchrun", b"torch.distributed.run", b"torch.distributed.launch")
+
+
+@contextmanager
+def joined(kind: str | None) -> Iterator[Ranks | None]:
+    """Meet the other ranks, if there are any: see `place_of`. Raises ArgumentError, and RankError if one is missing."""
+    place = place_of(kind, os.environ, kind is None and is_started_by_torchrun())
+    if place is None or place.size == 1:
+        yield None
+        return
+    import torch.distributed as dist
+
+    with _ended_by_signals():
+        try:
+            store = _fresh(place)
+            dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=COME)
+            group = dist.new_group(timeout=WAIT)
+        except (RuntimeError, ValueError) as error:
+            raise RankError(
+                f"rank {place.rank} of {place.size} does not meet the others at {shown(place.address)}:{place.port}"
+                f" ({reason_of(error)}); see to it that all are started and reach that address"
+            ) from error
+    try:
+        yield Ranks.of_group(group)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the process at once: what waits in torch would hear of them at its end only."""
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _fresh(place: Place) -> Store:
+    """Return a part of the store at a place that holds nothing yet, the same one for all ranks.
+
+    torchrun's store outlives the ranks that it restarts, and holds what those before them said. So each says a word of
+    its own, and rank 0 answers it until all have heard.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    url = f"tcp://{place.address}:{place.port}"
+    store, _, _ = next(rendezvous(url, place.rank, place.size, timeout=COME))
+    store = PrefixStore("mergekit_imm", store)
+    word = secrets.token_hex(8)
+    if place.rank:
+        store.set(f"word {place.rank}", word)
+        name = store.get(f"answer {word}").decode()
+        store.set(f"{name} heard {place.rank}", "")
+        return PrefixStore(name, store)
+    until = time.monotonic() + COME.total_seconds()
+    missing = list(range(1, place.size))
+    while missing:
+        for rank in missing:
+            if store.check([f"word {rank}"]):
+                store.set(f"answer {store.get(f'word {rank}').decode()}", word)
+        missing = [rank for rank in missing if not store.check([f"{word} heard {rank}"])]
+        if missing and time.monotonic() > until:
+            raise RuntimeError(f"rank {missing[0]} has not come")
+        time.sleep(0.01)
+    return PrefixStore(word, store)

@@ -1,0 +1,154 @@
+"""Tensors that one model stores one by one and another as one, one below the other: q, k, v; gate and up."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from ..checkpoint.lazy_tensor import Piece, Pieces, Tensor, sliced
+from ..model.spellings import JOINTS, canonical
+
+Named = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and what each name was in the file
+
+
+def cut_or_joined(
+    role: str, tensors: Mapping[str, Tensor], was: Mapping[str, str], base: Mapping[str, Tensor]
+) -> Named:
+    """Return a model's tensors with those cut or joined that the base stores the other way.
+
+        whole = [part 0; part 1; ...] along one dimension, the sizes of the parts being the base's
+
+    A module is that of the base with the same name, in one spelling, or else with the same last name and numbers.
+    """
+    found, names = dict(tensors), dict(was)
+    lost = {name: canonical(name) for name in tensors if name not in base}
+    free = {canonical(name): tensor for name, tensor in base.items() if name not in tensors} if lost else {}
+    for parts, whole, dim, ends in JOINTS:
+        for end in ends:
+            each = [f"{part}{end}" for part in parts]
+            there = _modules(free, [*each, whole + end])
+            if not there[0]:
+                continue
+            made = _joined(role, found, names, lost, there, each, whole + end, dim)
+            made += _cut(role, found, names, lost, there, each, whole + end, dim)
+            gone = {name for olds, _ in made for name in olds}
+            found = {name: tensor for name, tensor in found.items() if name not in gone}
+            names = {name: old for name, old in names.items() if name not in gone}
+            for _, news in made:
+                for name, tensor, old in news:
+                    found[name], names[name] = tensor, old
+            lost = {name: spelling for name, spelling in lost.items() if name not in gone}
+    return found, names
+
+
+Module = dict[str, Tensor]  # what a module of the base's has: end of a name -> tensor
+Modules = tuple[dict[str, Module], dict[tuple[str, ...], Module]]
+
+
+def _modules(free: Mapping[str, Tensor], ends: Sequence[str]) -> Modules:
+    """Return the modules of the base that have tensors with these ends of names.
+
+    By what is before the end; and by what is left of that in other models, where one module alone has it.
+    """
+    found: dict[str, Module] = defaultdict(dict)
+    for name, tensor in free.items():
+        for end in ends:
+            stem = _stem(name, end)
+            if stem is not None:
+                found[stem][end] = tensor
+    alike: dict[tuple[str, ...], list[Module]] = defaultdict(list)
+    for path, module in found.items():
+        alike[_alike(path)].append(module)
+    return found, {key: modules[0] for key, modules in alike.items() if len(modules) == 1}
+
+
+def _module(stem: str, there: Modules) -> Module:
+    """The module of the base that one of another model is; an empty one if that cannot be told."""
+    return there[0].get(stem) or there[1].get(_alike(stem)) or {}
+
+
+def _alike(stem: str) -> tuple[str, ...]:
+    """What modules of two models have in common that are one: numbers, and the last name."""
+    parts = stem.rstrip(".").split(".")
+    return (*(part for part in parts if part.isdigit()), parts[-1])
+
+
+# What was cut or joined, and what of it became: names of tensors; (name, tensor, what it was).
+Made = list[tuple[list[str], list[tuple[str, Tensor, str]]]]
+
+
+def _stem(name: str, end: str) -> str | None:
+    """What is before an end of a name, that begins after a dot; None for another name."""
+    return name.removesuffix(end) if name == end or name.endswith(f".{end}") else None
+
+
+def _joined(
+    role: str, tensors: Mapping[str, Tensor], was: Mapping[str, str], lost: Mapping[str, str],
+    there: Modules, parts: Sequence[str], whole: str, dim: int,
+) -> Made:  # fmt: skip
+    stems: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, spelling in sorted(lost.items()):
+        for part in parts:
+            stem = _stem(spelling, part)
+            if stem is not None:
+                stems[stem][part] = name
+    made: Made = []
+    for stem, members in stems.items():
+        if set(members) != set(parts) or set(_module(stem, there)) != {whole}:
+            continue
+        names = [members[part] for part in parts]
+        shapes = [tensors[name].shape for name in names]
+        if len({(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}) > 1 or any(len(s) <= dim for s in shapes):
+            continue
+        pieces, at = [], 0
+        for name, shape in zip(names, shapes, strict=True):
+            pieces.append(Piece(role, tensors[name], (0,) * dim + (at,) + (0,) * (len(shape) - dim - 1)))
+            at += shape[dim]
+        new = stem + whole
+        shape = (*shapes[0][:dim], at, *shapes[0][dim + 1 :])
+        old = " + ".join([was[names[0]], *(was[name].split(".")[-2] for name in names[1:])])
+        made.append((names, [(new, Pieces(new, shape, tuple(pieces)), old)]))
+    return made
+
+
+def _cut(
+    role: str, tensors: Mapping[str, Tensor], was: Mapping[str, str], lost: Mapping[str, str],
+    there: Modules, parts: Sequence[str], whole: str, dim: int,
+) -> Made:  # fmt: skip
+    made: Made = []
+    for name, spelling in sorted(lost.items()):
+        stem = _stem(spelling, whole)
+        if stem is None:
+            continue
+        shape = tensors[name].shape
+        module = _module(stem, there)
+        if set(module) != set(parts) or any(len(tensor.shape) <= dim for tensor in module.values()):
+            continue
+        sizes = [module[part].shape[dim] for part in parts]
+        if len(shape) <= dim or sum(sizes) != shape[dim]:
+            continue
+        news, at = [], 0
+        for part, size in zip(parts, sizes, strict=True):
+            new = stem + part
+            place = ", ".join([*[":"] * dim, f"{at}:{at + size}"])
+            news.append((new, _box(role, tensors[name], new, dim, at, size), f"{was[name]}[{place}]"))
+            at += size
+        made.append(([name], news))
+    return made
+
+
+def _box(role: str, tensor: Tensor, name: str, dim: int, at: int, size: int) -> Tensor:
+    """Indices at..at + size of a tensor along a dimension, as a tensor of its own."""
+    shape = tensor.shape
+    outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
+    run = (size, *shape[dim + 1 :])
+    firsts = [(number * shape[dim] + at) * inner for number in range(outer)]
+    if outer == 1:
+        return sliced(tensor, role, name, firsts[0], (*shape[:dim], *run))
+    assert dim == 1
+    pieces = (
+        Piece(role, sliced(tensor, role, name, first, (1, *run)), (number, *(0 for _ in run)))
+        for number, first in enumerate(firsts)
+    )
+    return Pieces(name, (outer, *run), tuple(pieces))

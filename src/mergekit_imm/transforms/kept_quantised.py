@@ -1,0 +1,81 @@
+"""Quantised weights that are copied as they are: what other models have in their place, and what a config says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.lazy_tensor import leaves
+from ..common.messages import shown
+from ..errors import CheckpointError
+from ..model.tensor_names import ready_option
+from .fp8 import Dequantized, said_of
+from .quantised_units import Chosen, units_of
+
+
+def without_kept(inputs: Mapping[str, Checkpoint], chosen: Chosen) -> dict[str, Checkpoint]:
+    """Return the inputs without what stands, in another, for a quantised weight that is the base's as it is.
+
+    An unquantised model has `X.weight` where the base has `X.qweight`, `X.qzeros` and `X.scales`. Raises
+    CheckpointError for weights that are taken from the sft and are such in the base.
+    """
+    base, sft = inputs["base"], inputs["sft"]
+    for unit in units_of(sft.tensors, said=True) if sft.adapter is None else ():
+        if unit.weight in base.tensors.keys() - {*unit.names} and all(map(chosen.taken, unit.names)):
+            raise CheckpointError(
+                f"'{shown(unit.told)}' of {sft.label} is taken, {base.label} has '{shown(unit.weight)}' in its place,"
+                f" which would stay beside it; keep that, {ready_option('--keep', unit.weight, *unit.names)}"
+            )
+    own = {unit.weight for unit in units_of(base.tensors, said=True) if all(map(chosen.kept, unit.names))}
+    found = dict(inputs)
+    for role, each in inputs.items():
+        if role == "base" or each.adapter is not None:
+            continue
+        parts = {
+            n for unit in units_of(each.tensors, said=True) if all(map(chosen.kept, unit.names)) for n in unit.names
+        }
+        gone = [name for name in each.tensors if name not in base.tensors and (name in own or name in parts)]
+        if gone:
+            note = (
+                f"note: not merged, as {base.label} has them in another form, which is kept: {len(gone)} tensors of"
+                f" {each.label}, such as '{shown(gone[0])}'"
+            )
+            tensors = {name: tensor for name, tensor in each.tensors.items() if name not in {*gone}}
+            unread = tuple(leaf for name in gone for _, leaf in leaves(each.tensors[name], role))
+            found[role] = replace(each, tensors=tensors, notes=(*each.notes, note), unread=(*each.unread, *unread))
+    return found
+
+
+@dataclass(frozen=True)
+class Intact:
+    """What a merged model has of quantised weights."""
+
+    names: frozenset[str]  # tensors that are copied byte for byte
+    settings: tuple[str, Any] | None  # where in config.json they are described, and how
+
+
+def intact(base: Checkpoint, sft: Checkpoint, chosen: Chosen) -> Intact:
+    """Say which tensors of a merged model are quantised, and what its config says of them.
+
+    Raises CheckpointError if base's are kept and others of sft's are taken, and their configs differ.
+    """
+    names: set[str] = set()
+    settings: dict[str, tuple[str, Any] | None] = {}
+    for each, copied in ((base, chosen.kept), (sft, chosen.taken)):
+        if each.adapter is not None:
+            continue
+        said = None if any(isinstance(t, Dequantized) for t in each.tensors.values()) else said_of(each)
+        units = [unit for unit in units_of(each.tensors, said=said is not None) if all(map(copied, unit.names))]
+        names.update(name for unit in units for name in unit.names)
+        if units:
+            settings[each.label] = said
+    if len(settings) == 2 and len({json.dumps(said, sort_keys=True) for said in settings.values()}) > 1:
+        one, other = settings
+        raise CheckpointError(
+            f"quantised tensors of {one} are kept and of {other} are taken, and their quantization_config differ; keep"
+            " or take all of them"
+        )
+    return Intact(frozenset(names), next(iter(settings.values()), None))

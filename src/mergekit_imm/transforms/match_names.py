@@ -1,0 +1,157 @@
+"""Names that differ between models: which tensor of one is which of the base.
+
+A name that is the base's is never mapped. For the others are tried, in this order: the user's rules, wrappers left
+out, fused experts and other joint tensors cut or joined as the base has them, and other spellings and prefixes. Last,
+tensors of all experts that are stored transposed are turned round.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.lazy_tensor import Tensor, renamed, transposed
+from ..common.messages import shown
+from ..errors import ArgumentError, MismatchError
+from ..model.config import says_tied
+from ..model.rename import Shape, by_folder, by_name, by_prefix, carried, mapping_note, ruled
+from ..model.spellings import canonical
+from ..model.tensor_names import is_end, is_output_head, unwrapped
+from .experts import (
+    across,
+    cut_experts,
+    fused_shapes,
+    is_fused,
+    joined,
+    single_layout,
+    turned_round,
+)
+from .joined_tensors import cut_or_joined
+from .lora_adapter import names_of
+
+
+def matched(inputs: Mapping[str, Checkpoint], rules: Sequence[str]) -> dict[str, Checkpoint]:
+    """Return the inputs with the tensors of sft and start under the base's names, as far as they are found there.
+
+    Raises ArgumentError for a rule that changes no name, MismatchError for two tensors that become one.
+    """
+    base = inputs["base"]
+    others = {role: each for role, each in inputs.items() if role != "base"}
+    if rules:
+        _check_rules(rules, base, others.values())
+    return {"base": base} | {
+        role: each if each.adapter is not None else _named(each, base, rules) for role, each in others.items()
+    }
+
+
+def _check_rules(rules: Sequence[str], base: Checkpoint, others: Iterable[Checkpoint]) -> None:
+    names = [name for each in others for name in (each.tensors if each.adapter is None else names_of(each, base))]
+    for rule in rules:
+        before, names = names, ruled(names, [rule])
+        if before == names:
+            raise ArgumentError(
+                f"--rename '{shown(rule)}' changes none of the {len(names)} tensor names of sft and start, such as"
+                f" {shown(names[0]) if names else ''!r}"
+            )
+
+
+def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoint:
+    was = {name: name for name in each.tensors}  # what each name was in the file
+    tensors: dict[str, Tensor] = dict(each.tensors)
+
+    def move(pairs: Mapping[str, str]) -> None:
+        """Give tensors new names, in their places."""
+        nonlocal tensors, was
+        new = [pairs.get(name, name) for name in tensors]
+        if len({*new}) < len(new):
+            twice = next(name for name, count in Counter(new).items() if count > 1)
+            both = [was[name] for name in tensors if pairs.get(name, name) == twice]
+            raise MismatchError(
+                f"two tensors of {each.label} would be '{shown(twice)}' of {base.label}: '{shown(both[0])}' and"
+                f" '{shown(both[1])}'; change --rename, or leave one of them out"
+            )
+        tensors = dict(zip(new, tensors.values(), strict=True))
+        was = dict(zip(new, was.values(), strict=True))
+
+    move(dict(zip(tensors, ruled(tensors, rules), strict=True)))
+    notes = each.notes
+    if any(name not in base.tensors for name in tensors):
+        move({name: unwrapped(name) for name in tensors if name not in base.tensors})
+        tensors, was, notes = _experts(each, base, tensors, was)
+        found: dict[str, str] = {}
+        for match in (by_folder, by_prefix, by_name):
+            free = {name: _shape(name, tensor) for name, tensor in base.tensors.items() if name not in tensors}
+            lost = [name for name in tensors if name not in base.tensors]
+            # A tied head need not be stored in the base; if one is, it is looked for there.
+            tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}
+            tied = set() if any(map(is_output_head, free)) else tied
+            # Vocabularies of different sizes are not told here.
+            ends = set(filter(is_end, lost))
+            pairs = match({n: None if n in ends else _shape(n, tensors[n]) for n in lost if n not in tied}, free)
+            move(pairs)
+            found |= pairs
+            if match is by_prefix:
+                tensors, was = cut_or_joined(each.role, tensors, was, base.tensors)
+        move({name: new for name in tied if (new := carried(name, found)) is not None})
+    changed = {name: old for name, old in was.items() if name != old}
+    if changed:
+        notes = (*notes, mapping_note(changed, each.label, base.label))
+    tensors, more = _turned(each, tensors, lambda name: {base.tensors[name].shape} if name in base.tensors else set())
+    if not changed and not more:
+        return each
+    return replace(
+        each, tensors={name: renamed(t, name) for name, t in tensors.items()}, was=changed, notes=(*notes, *more)
+    )
+
+
+def _shape(name: str, tensor: Tensor) -> Shape:
+    """The shape that a name is matched by: of a tensor of all experts, whichever way round it is stored."""
+    return (*tensor.shape[:1], *sorted(tensor.shape[1:])) if is_fused(canonical(name)) else tensor.shape
+
+
+def _experts(
+    each: Checkpoint, base: Checkpoint, tensors: dict[str, Tensor], was: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
+    """Cut fused experts into those of the base, or join single ones, as the base stores them."""
+    lost = [name for name in tensors if name not in base.tensors]
+    layout = single_layout(base.tensors)
+    notes = each.notes
+    if layout is not None and any(map(is_fused, lost)):
+        shapes = fused_shapes(layout, base.tensors)
+        tensors, more = _turned(
+            each, tensors, lambda name: shapes.get(name.split(".experts.")[-1].split(".")[0], set())
+        )
+        notes = (*notes, *more)
+        cut = {name: cut_experts(each.role, name, tensors[name], layout) for name in lost}
+        made = {new: (tensor, f"{was[old]}{place}") for old, parts in cut.items() for new, tensor, place in parts}
+        gone = {old for old, parts in cut.items() if parts}
+    elif any(map(is_fused, base.tensors)) or any(map(is_fused, map(canonical, base.tensors))):
+        made, gone = joined(each.role, tensors, lost, was)
+    else:
+        return tensors, was, notes
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    was = {name: old for name, old in was.items() if name not in gone}
+    return tensors | {n: t for n, (t, _) in made.items()}, was | {n: old for n, (_, old) in made.items()}, notes
+
+
+def _turned(
+    each: Checkpoint, tensors: dict[str, Tensor], expected: Callable[[str], Collection[tuple[int, ...]]]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Turn the tensors of all experts round that are stored as [in, out] and expected as [out, in], or the reverse."""
+    found, unknown = turned_round(tensors, expected)
+    if unknown is not None:
+        raise MismatchError(
+            f"tensor '{shown(unknown)}' of {each.label} is square, and the other tensor of its experts is not there to"
+            " tell which way round it is; save both"
+        )
+    if not found:
+        return tensors, ()
+    first = next(name for name in tensors if name in found)
+    shape = tensors[first].shape
+    note = (
+        f"note: {len(found)} tensors of experts of {each.label} are stored transposed, '{shown(first)}'"
+        f" {list(shape)} for {list(across(shape))}; they are read the base's way round"
+    )
+    return {name: transposed(t, each.role) if name in found else t for name, t in tensors.items()}, (note,)

@@ -1,0 +1,132 @@
+"""Importance and change of layers as a terminal shows them: a line for each with a bar, kinds of modules, verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ..analysis.mismatch import LEAST, Comparison
+from ..common.messages import shown
+from ..options.layer_factors import Importance, importance_factors
+from .tables import aligned
+
+MEASURES = ("change", "relative", "share")
+BARS = 3  # checkpoints side by side that leave room for bars
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def bar(part: float, width: int) -> str:
+    """Return a bar of part of a width, to an eighth of a character.
+
+    >>> bar(0.5, 5)
+    '██▌'
+    """
+    eighths = round(max(0.0, min(1.0, part)) * width * 8)
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def percent(value: float | None) -> str:
+    """Return a share as it is shown: four digits where it is small, and a dash where there is none.
+
+    >>> percent(0.1234), percent(0.000123), percent(None)
+    ('12.3%', '0.0123%', '-')
+    """
+    return "-" if value is None else f"{100 * value:#.3g}".rstrip(".") + "%"
+
+
+def number(value: float) -> str:
+    """Return a norm or an importance in four digits.
+
+    >>> number(1.32456), number(0.0000123)
+    ('1.325', '1.230e-05')
+    """
+    return f"{value:#.4g}".rstrip(".")
+
+
+def importance_table(found: Importance) -> str:
+    """Return the layers as lines, each with its importance, the factor a merge would make of it, and a bar."""
+    factors = importance_factors(found.layers)
+    rows = [[shown(key, 40), number(value), f"{factors[key]:.3f}"] for key, value in found.layers.items()]
+    head, *lines = aligned([["layer", "importance", "factor"], *rows])
+    most = max(found.layers.values())
+    of = f"{found.sequences} sequences, {found.tokens} tokens, loss {found.loss:.4f} nats a token"
+    bars = (f"{line}  {bar(value / most, 30)}" for line, value in zip(lines, found.layers.values(), strict=True))
+    outside = ", ".join(f"{key} {number(value)}" for key, value in found.outside.items() if value)
+    return "\n".join(
+        [f"order {found.order}, {of}", head, *bars, f"outside the layers' linear weights: {outside or 'nothing'}"]
+    )
+
+
+def kind_cells(one: Comparison) -> dict[str, tuple[str, str, str]]:
+    """Return change, relative and share of each kind of module over all layers, and of what is in no layer's sum."""
+    cells = {
+        kind: (number(each.change), percent(each.relative), percent(each.share))
+        for kind, each in one.change.modules.items()
+    }
+    return cells | {f"({kind})": (number(value), "-", "-") for kind, value in one.change.elsewhere.items()}
+
+
+def render(found: Sequence[Comparison], importance: Mapping[str, float] | None, width: int = 100) -> str:
+    """Return tables of all checkpoints, side by side, then the verdicts. `importance` has full layer keys."""
+    lines = (
+        [f"{i}  {shown(one.label)}" for i, one in enumerate(found, 1)] if len(found) > 1 else [shown(found[0].label)]
+    )
+    lines += ["", *_layers(found, importance, width), "", *_kinds(found)]
+    for i, one in enumerate(found, 1):
+        if one.mismatch is not None:
+            lines += ["", *_verdict(one, f"{i}  " if len(found) > 1 else "")]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None, width: int) -> list[str]:
+    head = ["layer", *(["importance"] if importance else [])]
+    head += [f"{what}{end}" for end in ends(found) for what in MEASURES]
+    rows = []
+    for key in found[0].change.layers:
+        row = [shown(key, 40), *([number(importance[key]) if key in importance else "-"] if importance else [])]
+        for one in found:
+            change = one.change
+            row += [number(change.layers[key]), percent(change.relative[key]), percent(change.share[key])]
+        rows.append(row)
+    lines = aligned([head, *rows])
+    if len(found) <= BARS:
+        room = max(6, min(30, (width - len(lines[0])) // len(found) - 2))
+        most = max(max(one.change.layers.values()) for one in found) or 1.0
+        width = len(lines[0])
+        for at, key in enumerate(found[0].change.layers, 1):
+            bars = (bar(one.change.layers[key] / most, room).ljust(room) for one in found)
+            lines[at] = "  ".join([lines[at].ljust(width), *bars])
+    return lines
+
+
+def _kinds(found: Sequence[Comparison]) -> list[str]:
+    cells = [kind_cells(one) for one in found]
+    names = list(dict.fromkeys(name for each in cells for name in each))
+    head = ["module", *(f"{what}{end}" for end in ends(found) for what in MEASURES)]
+    body = [[shown(name, 40), *(c for each in cells for c in each.get(name, ("-", "-", "-")))] for name in names]
+    return [*aligned([head, *body]), "in brackets: tensors that no layer's change counts"]
+
+
+def ends(found: Sequence[Comparison]) -> list[str]:
+    """What columns of several checkpoints end in."""
+    return [f" {i}" for i in range(1, len(found) + 1)] if len(found) > 1 else [""]
+
+
+def _verdict(one: Comparison, label: str) -> list[str]:
+    found = one.mismatch
+    assert found is not None
+    rows = [["third", "layers", "importance", "change"]]
+    rows += [
+        [name, str(len(third.layers)), percent(third.importance), percent(third.change)]
+        for name, third in found.thirds.items()
+    ]
+    return [*aligned(rows), f"{label}{found.verdict}", *([relative_line(one)] if relative_line(one) else [])]
+
+
+def relative_line(one: Comparison) -> str:
+    """Return the correlation with the relative change, in a line; nothing of too few layers, or undefined."""
+    if one.mismatch is None or math.isnan(one.mismatch.relative.value) or one.mismatch.relative.n < LEAST:
+        return ""
+    rho = one.mismatch.relative
+    interval = "" if math.isnan(rho.low) else f" [{rho.low:+.2f}, {rho.high:+.2f}]"
+    return f"Of the relative change: rho {rho.value:+.2f}{interval}."

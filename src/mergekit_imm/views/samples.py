@@ -1,0 +1,120 @@
+"""A comparison of samples as people see it: tables, and two pictures."""
+
+from __future__ import annotations
+
+import math
+
+from ..common.messages import shown
+from ..evaluation.bootstrap import Interval
+from ..evaluation.compare import Comparison, Report
+from .tables import aligned, saved
+
+FILES = ("samples.json", "pass-at-k.png", "pass-at-k.svg", "differences.png", "differences.svg")
+
+
+def table(report: Report) -> str:
+    """Return the tables of a report: one for each model against the reference, or pass@k of a single model."""
+    if not report.comparisons:
+        rows = [["measure", shown(report.reference, 24), "95 % interval", "n"]]
+        for k, each in report.curves[report.reference].items():
+            rows.append([f"pass@{k} (sampled)", _number(each.value), _range(each), str(each.n)])
+        return "\n".join([*aligned(rows), "one model: nothing to compare it with"])
+    return "\n\n".join(_comparison(report.reference, each) for each in report.comparisons)
+
+
+def verdicts(report: Report) -> str:
+    """Return the verdict of each model, a line each."""
+    return "\n".join(f"{shown(each.model)}: {each.verdict.sentence}" for each in report.comparisons)
+
+
+def _comparison(reference: str, each: Comparison) -> str:
+    rows = [["measure", shown(reference, 24), shown(each.model, 24), "difference", "95 % interval", "n"]]
+    for m in each.measures:
+        values = [_number(m.reference.value), _number(m.model.value), _number(m.difference.value, "+")]
+        rows.append([m.name, *values, _range(m.difference, "+"), str(m.difference.n)])
+    lines = [f"{shown(each.model)} against {shown(reference)}", *aligned(rows)]
+    if each.gained and each.lost:
+        counts = f"{each.gained.problems} problems gained (greedy); regression set: {each.lost.problems} lost"
+        lines.append(f"improvement set: {counts}")
+        curves = [
+            (f"{shown(name, 24)}, on the {what}", curve)
+            for what, found in (("gained", each.gained), ("lost", each.lost))
+            for name, curve in ((reference, found.reference), (each.model, found.model))
+            if curve
+        ]
+        rows = [[title, *(_number(at.value) for at in curve.values())] for title, curve in curves]
+        lines += aligned([["pass@k there", *map(str, curves[0][1])], *rows]) if curves else []
+    return "\n".join([*lines, *(f"note: {note}" for note in each.notes)])
+
+
+def _number(value: float, sign: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{sign}.3f}"
+
+
+def _range(each: Interval, sign: str = "") -> str:
+    return "-" if math.isnan(each.low) else f"[{each.low:{sign}.3f}, {each.high:{sign}.3f}]"
+
+
+def pictures(report: Report) -> dict[str, bytes]:
+    """Draw pass@k with bands, and the differences to the reference, as PNG and SVG.
+
+    Returns the files' contents by name; none of what was not measured. Raises ImportError without matplotlib.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    found: dict[str, bytes] = {}
+    with mpl.rc_context({"font.size": 9}):
+        if any(report.curves.values()):
+            figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+            axes = figure.add_subplot()
+            for name, curve in report.curves.items():
+                ks, values = list(curve), [each.value for each in curve.values()]
+                (line,) = axes.plot(ks, values, "o-", markersize=4, label=_label(name))
+                low, high = ([getattr(each, end) for each in curve.values()] for end in ("low", "high"))
+                axes.fill_between(ks, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ks, map(str, ks))
+            axes.set_xlabel("k")
+            axes.set_ylabel("pass@k (sampled)")
+            axes.set_title(f"{report.problems} problems; bands: 95 % bootstrap intervals", fontsize=8)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+            found |= saved(figure, "pass-at-k")
+        rows = [
+            name
+            for name in dict.fromkeys(m.name for each in report.comparisons for m in each.measures)
+            if not name.startswith("tokens")  # of another unit
+        ]
+        if rows:
+            count = len(report.comparisons)
+            figure = Figure(figsize=(6.4, 1.1 + 0.16 * len(rows) * (1 + 0.5 * count)), layout="constrained")
+            axes = figure.add_subplot()
+            axes.axvline(0, color="0.5", linewidth=1, linestyle=":")
+            for number, each in enumerate(report.comparisons):
+                drawn = [m for m in each.measures if m.name in rows and not math.isnan(m.difference.low)]
+                at = [rows.index(m.name) + 0.7 * (number - (count - 1) / 2) / count for m in drawn]
+                values = [m.difference.value for m in drawn]
+                error = [[m.difference.value - m.difference.low for m in drawn]]
+                error.append([m.difference.high - m.difference.value for m in drawn])
+                axes.errorbar(
+                    values, at, xerr=[[max(0.0, e) for e in side] for side in error], fmt="o", markersize=4,
+                    linewidth=1.2, color=f"C{number + 1}", label=_label(each.model),
+                )  # fmt: skip
+            axes.set_yticks(range(len(rows)), rows)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.set_xlabel(f"difference to {shown(report.reference, 40)}".replace("$", r"\$"))
+            left, right = axes.get_xlim()  # shares differ by at most 1; a disparity may differ by more
+            axes.set_xlim(max(left, -1.05), min(right, 1.05))
+            cut = "; ends beyond 1 are not shown" if left < -1.05 or right > 1.05 else ""
+            axes.set_title(f"95 % paired bootstrap intervals over problems{cut}", fontsize=8)
+            axes.grid(alpha=0.3, axis="x")
+            axes.legend(fontsize=8)
+            found |= saved(figure, "differences")
+    return found
+
+
+def _label(name: str) -> str:
+    """Return a name as a legend takes it: no formula, and shown also where it begins with _."""
+    text = shown(name, 40).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
