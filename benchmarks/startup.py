@@ -28,7 +28,7 @@ SHARD = 4_800_000_000  # bytes, at most; this gives the 191 files that it has
 ON_A_LARGE_DISK = """
 import shutil, types
 shutil.disk_usage = lambda path: types.SimpleNamespace(free=10**13, total=10**13)
-from mergekit_imm.cli.merge import imm_merge
+from mergekit_imm.cli.main import imm_merge
 imm_merge()
 """
 

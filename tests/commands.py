@@ -40,22 +40,24 @@ def write_pair(folder: Path) -> Path:
 
 SLOW = """
 import signal, time
-from mergekit_imm import cli, kernel
+from mergekit_imm.cli.main import main
+from mergekit_imm.numerics import cpu
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background hands down 'ignored'
-merge_span = kernel.merge_span
+merge_span = cpu.merge_span
 def slowly(*arguments):
     time.sleep(0.1)
     merge_span(*arguments)
-kernel.merge_span = slowly
-cli.main()
+cpu.merge_span = slowly
+main()
 """
 
 
 HELD = """
 import os, signal, sys, threading, time
-from mergekit_imm import cli, kernel
+from mergekit_imm.cli.main import main
+from mergekit_imm.numerics import cpu
 signal.signal(signal.SIGINT, signal.default_int_handler)
-merge_span, told = kernel.merge_span, threading.Event()
+merge_span, told = cpu.merge_span, threading.Event()
 def listen():
     os.read(0, 1)  # standard input is closed
     told.set()
@@ -69,8 +71,8 @@ def held(*arguments):
     while threading.current_thread() is not threading.main_thread() and not (UNTIL):
         time.sleep(0.01)
 threading.Thread(target=listen, daemon=True).start()
-kernel.merge_span = held
-cli.main()
+cpu.merge_span = held
+main()
 """
 
 
@@ -81,7 +83,8 @@ def held_until(what: str) -> str:
 
 LATE = """
 import os, signal
-from mergekit_imm import __main__, stream
+from mergekit_imm import __main__
+from mergekit_imm.engine import stream
 stream.SYNC_BYTES = 2 << 20
 note = stream._Written.note
 def noted(self, *arguments):

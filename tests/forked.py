@@ -44,8 +44,8 @@ def flushed(request: dict[str, Any]) -> int:
 if __name__ == "__main__":
     os.environ["MERGEKIT_IMM_WIDE_VECTORS"] = "1"  # as the commands set it, before the kernel is loaded
     from mergekit_imm import __main__
-    from mergekit_imm.cli import merge as cli  # noqa: F401
-    from mergekit_imm.engine import merge as merge
+    from mergekit_imm.cli import main  # noqa: F401
+    from mergekit_imm.engine import merge, verify  # noqa: F401
     from mergekit_imm.numerics import cpu  # noqa: F401
 
     for line in sys.stdin:

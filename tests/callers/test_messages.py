@@ -20,7 +20,8 @@ from mergekit_imm import (
     merge_checkpoints,
     verify,
 )
-from mergekit_imm.cli.merge import merge_command, verify_command
+from mergekit_imm.cli.merge import merge_command
+from mergekit_imm.cli.verify import verify_command
 from mergekit_imm.common.messages import for_caller, speaking_of_options
 from mergekit_imm.model.tensor_names import ready_option
 from mergekit_imm.plan.describe import check

@@ -15,7 +15,8 @@ from cli.conftest import command as command  # a fixture
 from commands import SHAPES, Command, subprocess_of, write_pair
 from mergekit_imm.cli.analyze import analyze_command
 from mergekit_imm.cli.loop import loop_command
-from mergekit_imm.cli.merge import merge_command, verify_command
+from mergekit_imm.cli.merge import merge_command
+from mergekit_imm.cli.verify import verify_command
 
 MERGE, TRAIN = ["base", "sft", "-o", "out"], ["base", "-o", "run", "--train", "true {model} {output}"]
 WRONG: list[tuple[click.Command, list[str], str]] = [

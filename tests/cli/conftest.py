@@ -22,7 +22,8 @@ from commands import (
 )
 from mergekit_imm import merge_checkpoints
 from mergekit_imm.cli import console
-from mergekit_imm.cli import merge as cli
+from mergekit_imm.cli.merge import merge_command
+from mergekit_imm.cli.verify import verify_command
 
 
 @pytest.fixture
@@ -51,12 +52,12 @@ def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
 
 @pytest.fixture
 def merge(command: Command) -> Command:
-    return lambda *arguments: command(cli.merge_command, *arguments)
+    return lambda *arguments: command(merge_command, *arguments)
 
 
 @pytest.fixture
 def check(command: Command) -> Command:
-    return lambda *arguments: command(cli.verify_command, *arguments)
+    return lambda *arguments: command(verify_command, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,9 @@ from commands import (
     subprocess_of,
 )
 from mergekit_imm import MergeReport, merge_checkpoints
-from mergekit_imm.cli import merge as cli
+from mergekit_imm.cli.main import main
+from mergekit_imm.cli.merge import merge_command
+from mergekit_imm.cli.verify import verify_command
 
 
 def test_a_merge_ends_with_one_line_and_status_0(here: Path, merge: Command) -> None:
@@ -81,7 +83,7 @@ def test_every_argument_of_the_function_has_an_option_and_every_option_stands_in
     ended = merge("--help")
     assert (ended.status, ended.err) == (0, "")
     assert merge("-h").out == ended.out
-    options = {option for each in cli.merge_command.params for option in each.opts if option.startswith("-")}
+    options = {option for each in merge_command.params for option in each.opts if option.startswith("-")}
     assert all(option in ended.out for option in options)
     arguments = set(inspect.signature(merge_checkpoints).parameters) - {"base", "sft", "out", "progress"}
     assert {f"--{name.replace('_', '-')}" for name in arguments} <= options
@@ -91,7 +93,7 @@ def test_every_argument_of_the_function_has_an_option_and_every_option_stands_in
 def test_every_option_of_verify_stands_in_its_help(check: Command) -> None:
     ended = check("--help")
     assert (ended.status, ended.err) == (0, "")
-    options = {option for each in cli.verify_command.params for option in each.opts if option.startswith("-")}
+    options = {option for each in verify_command.params for option in each.opts if option.startswith("-")}
     assert all(option in ended.out for option in options)
     assert {"--base", "--start", "--sft", "--sample", "--device", "--workers", "--json", "--quiet"} <= options
 
@@ -246,7 +248,7 @@ def test_what_nobody_thought_of_is_one_line_too(here: Path, merge: Command, monk
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr(mergekit_imm.engine.merge, "merge_checkpoints", fail)
+    monkeypatch.setattr("mergekit_imm.engine.merge.merge_checkpoints", fail)
     ended = merge("base", "sft", "-o", "out")
     assert (ended.status, ended.out) == (1, "")
     assert ended.err.count("\n") == 1
@@ -260,7 +262,7 @@ def test_an_interruption_that_click_turns_into_its_own_is_status_130(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mergekit_imm.engine.merge, "merge_checkpoints", fail)
+    monkeypatch.setattr("mergekit_imm.engine.merge.merge_checkpoints", fail)
     ended = merge("base", "sft", "-o", "out")
     assert ended.status == 130
     assert "interrupted" in ended.error
@@ -319,7 +321,7 @@ def test_the_module_names_its_commands(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["mergekit_imm", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     printed = capsys.readouterr()
     assert ended.value.code == status
     assert "merge" in (printed.err if status else printed.out)
@@ -329,9 +331,9 @@ def test_the_module_names_its_commands(
 
 IMPORTS = """
 import sys
-from mergekit_imm import cli
+from mergekit_imm.cli.main import main
 try:
-    cli.main()
+    main()
 except SystemExit as ended:
     assert ended.code == 0, ended.code
 found = {name.partition(".")[0] for name in sys.modules}

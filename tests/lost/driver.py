@@ -24,7 +24,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mergekit_imm import __main__, merge_checkpoints
-from mergekit_imm.cli import merge as cli  # noqa: F401 - here, and not in each fork
+from mergekit_imm.cli import main as main  # here, and not in each fork
 from mergekit_imm.engine import stream
 from mergekit_imm.errors import MergeError
 from mergekit_imm.output import direct_io

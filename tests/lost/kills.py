@@ -30,7 +30,8 @@ from .driver import files_of
 
 SMALL_WINDOW = """
 import sys
-from mergekit_imm import __main__, stream
+from mergekit_imm import __main__
+from mergekit_imm.engine import stream
 stream.SYNC_BYTES = 8 << 20
 __main__._begin("main")
 """

@@ -34,8 +34,9 @@ def test_damaged_inputs_end_in_a_result_or_one_line(tmp_path: Path) -> None:
 def test_the_program_that_damages_finds_what_is_wrong(tmp_path: Path) -> None:
     """With a merge that takes whatever JSON it is given, it fails."""
     code = (
-        "import json; from pathlib import Path; from lost import damage; from mergekit_imm.checkpoint import source\n"
-        "source.parse_json = json.loads\n"
+        "import json; from pathlib import Path; from lost import damage\n"
+        "from mergekit_imm.checkpoint import checkpoint\n"
+        "checkpoint.parse_json = json.loads\n"
         f"damage.main(Path({str(tmp_path)!r}), 3000, 0)"
     )
     ended = subprocess_of(code=code, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
@@ -174,7 +175,7 @@ def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
         write_model(tmp_path / role, random_state({"a": (4,)}), config=config, side=side)
     for options, copied in (([], []), (["--copy-code"], sorted(side))):
         ended = subprocess_of("merge", ".", "../sft", "-o", "../out", "--overwrite", *options, cwd=tmp_path / "base",
-                              code=f"import sys; sys.path.remove('')\nfrom mergekit_imm import cli; cli.main()")  # noqa: F541  # fmt: skip
+                              code=f"import sys; sys.path.remove('')\nfrom mergekit_imm.cli.main import main; main()")  # noqa: F541  # fmt: skip
         assert ended.status == 0, ended.err
         assert not (tmp_path / "trap").exists()
         out = tmp_path / "out"

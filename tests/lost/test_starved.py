@@ -37,10 +37,10 @@ def inputs_of(folder: Path) -> dict[str, object]:
 
 NO_CHECK = """
 from mergekit_imm import __main__
-from mergekit_imm.checkpoint import disk, output
-output.free_space = lambda _: 1 << 60  # a quota, or another program that takes what was free
+from mergekit_imm.output import direct_io, paths
+paths.free_space = lambda _: 1 << 60  # a quota, or another program that takes what was free
 """
-NO_ALLOCATION = NO_CHECK + "disk.allocate = lambda descriptor, size: disk.os.ftruncate(descriptor, size)\n"
+NO_ALLOCATION = NO_CHECK + "direct_io.allocate = lambda descriptor, size: direct_io.os.ftruncate(descriptor, size)\n"
 BEGIN = "__main__._begin('main')\n"
 
 
@@ -238,7 +238,9 @@ def test_no_permission(pair: Path, forbidden: Callable[[Path, int], None], place
 
 FEW_FILES = """
 import resource
-from mergekit_imm import __main__, kernel, verification
+from mergekit_imm import __main__
+from mergekit_imm.engine import verify
+from mergekit_imm.numerics import cpu
 resource.setrlimit(resource.RLIMIT_NOFILE, (N_FILES, N_FILES))
 """
 

@@ -38,10 +38,10 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "123456", "SL
 
 
 def test_places() -> None:
-    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
-    assert torchrun.place_of(None, SLURM | torchrun, started=False) is None
-    assert torchrun.place_of(None, torchrun, started=True) == torchrun.Place(1, 2, "host", 29500)
-    assert torchrun.place_of("torchrun", torchrun, started=False) == torchrun.Place(1, 2, "host", 29500)
+    by_torchrun = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+    assert torchrun.place_of(None, SLURM | by_torchrun, started=False) is None
+    assert torchrun.place_of(None, by_torchrun, started=True) == torchrun.Place(1, 2, "host", 29500)
+    assert torchrun.place_of("torchrun", by_torchrun, started=False) == torchrun.Place(1, 2, "host", 29500)
     assert torchrun.place_of("slurm", SLURM, started=False) == torchrun.Place(3, 4, "n07", 20000 + 123456 % 12000)
     given = SLURM | {"MASTER_ADDR": "m1", "MASTER_PORT": "99", "SLURM_STEP_NODELIST": "m1"}
     assert torchrun.place_of("slurm", given, started=False) == torchrun.Place(3, 4, "m1", 99)

@@ -23,15 +23,17 @@ from merging_ranks import free_port, merged_by
 
 SLOW = """
 import itertools, os, signal, sys, threading, time
-from mergekit_imm import cli, kernel, stream
+from mergekit_imm.cli.main import main
+from mergekit_imm.engine import stream
+from mergekit_imm.numerics import cpu
 stream.SYNC_BYTES, stream.SYNC_SECONDS = 1, 0
-merge_span, count, stay = kernel.merge_span, itertools.count(), threading.Event()
+merge_span, count, stay = cpu.merge_span, itertools.count(), threading.Event()
 def slowly(*arguments):
     time.sleep(0.1)
     merge_span(*arguments)
     if os.environ["RANK"] in os.environ.get("STAY", "") and threading.current_thread() is not threading.main_thread():
         next(count) < 4 or stay.wait(900)
-kernel.merge_span = slowly
+cpu.merge_span = slowly
 rank, moment = os.environ.get("KILL", ":").split(":")
 if rank == os.environ["RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
     begin = stream._work
@@ -40,7 +42,7 @@ if rank == os.environ["RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT") =
         begin(*arguments, **options)
         stay.wait(900)
     stream._work = doomed
-cli.main()
+main()
 """
 MERGE = ["merge", "base", "sft", "--drop", "0.9", "-o", "out"]
 

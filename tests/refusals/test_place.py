@@ -208,10 +208,10 @@ def test_a_merge_that_another_process_writes_is_refused(models: Models) -> None:
 
 
 FULL = """
-from mergekit_imm import cli
-from mergekit_imm.checkpoint import output
-output.free_space = lambda _: 1
-cli.main()
+from mergekit_imm.cli.main import main
+from mergekit_imm.output import paths
+paths.free_space = lambda _: 1
+main()
 """
 
 

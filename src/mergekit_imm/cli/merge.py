@@ -1,30 +1,26 @@
-"""The commands: parse, call one library function, print."""
+"""The command `imm-merge`: parse, call `merge_checkpoints` or `check`, print."""
 
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..common.messages import bytes_text, shown
+from ..common.messages import shown
 from ..common.version import __version__
 from ..errors import MergeError, MismatchError, OutputError, RankError
-from .analyze import analyze_command
 from .console import (
     CONTEXT,
     DtypeChoice,
     delta_options,
     progress_bar,
-    run,
     say,
     tell,
     unread,
     values_checked,
 )
-from .loop import loop_command
 
 if TYPE_CHECKING:
     from ..ranks.ranks import Ranks
@@ -230,82 +226,3 @@ def _merge(
     for report in reports:
         if report.refused:
             raise OutputError(report.refused)
-
-
-@click.command("imm-verify", context_settings=CONTEXT)
-@click.argument("out")
-@click.option("--base", metavar="DIR", help="Where BASE is now, if not where the recipe says.")
-@click.option("--start", metavar="DIR", help="Where START is now.")
-@click.option("--sft", metavar="DIR", help="Where SFT is now.")
-@click.option(
-    "--sample", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
-    help="Share of the tensors' bytes to recompute.",
-)  # fmt: skip
-@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute; same bits.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, 2 x CPUs)]")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-@click.version_option(__version__, prog_name="imm-verify")
-def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None:
-    """Recompute a merge from the recipe in OUT, and compare bytes.
-
-    Compared are all tensors (or a --sample of them), headers, config and every other file of the merge. Exit
-    status 0 if all are equal, 1 with the first difference if not.
-    """
-    from ..engine.verify import verify
-    from ..engine.workers import check_device
-
-    with values_checked():
-        check_device(options["device"])
-    with progress_bar("verifying", shown=not quiet) as progress:
-        report = verify(out, progress=progress, **options)
-    if as_json:
-        say(json.dumps(report.to_dict(), indent=2))
-    elif not quiet:
-        share = "" if report.segments == report.of_segments else f" ({report.segments} of {report.of_segments} pieces)"
-        say(
-            f"{shown(out)} is what its recipe says: {bytes_text(report.bytes_compared)} of tensors{share} and"
-            f" {len(report.files_compared)} files compared"
-        )
-        if report.not_of_the_merge:
-            say(f"not of the merge: {', '.join(map(shown, report.not_of_the_merge))}")
-
-
-def imm_merge() -> NoReturn:
-    """Run `imm-merge`."""
-    run(merge_command)
-
-
-def imm_verify() -> NoReturn:
-    """Run `imm-verify`."""
-    run(verify_command)
-
-
-def imm_loop() -> NoReturn:
-    """Run `imm-loop`."""
-    run(loop_command)
-
-
-def imm_analyze() -> NoReturn:
-    """Run `imm-analyze`."""
-    run(analyze_command)
-
-
-def main() -> NoReturn:
-    """Run `python -m mergekit_imm merge|verify|loop|analyze`."""
-    commands: dict[str, click.Command] = {
-        "merge": merge_command, "verify": verify_command, "loop": loop_command, "analyze": analyze_command,
-    }  # fmt: skip
-    arguments = sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:]  # `torchrun -m mergekit_imm -- merge`
-    name = arguments[0] if arguments else ""
-    if name in commands:
-        run(commands[name], arguments[1:])
-    if name == "--version":
-        click.echo(f"mergekit_imm, version {__version__}")
-        sys.exit(0)
-    wanted = name in ("-h", "--help")
-    click.echo(f"usage: python -m mergekit_imm {{{','.join(commands)}}} ... (each has --help)", err=not wanted)
-    if not wanted:
-        click.echo(f"error: {name!r} is not one of {', '.join(commands)}", err=True)
-    sys.exit(0 if wanted else 2)

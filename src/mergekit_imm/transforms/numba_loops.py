@@ -1,7 +1,7 @@
 """What computed tensors are made of, element by element, compiled by numba.
 
-Products of matrices, codes times scales, and what sparsifiers do that look at magnitudes. BLAS is not used: its order of
-additions, and so its bits, depends on the shape of the block and on the machine.
+Products of matrices, codes times scales, and what sparsifiers do that look at magnitudes. BLAS is not used: its order
+of additions, and so its bits, depends on the shape of the block and on the machine.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
