@@ -49,7 +49,7 @@ bench: .venv/ready .venv-peers/ready
 
 # Every call a merge can be killed at, power failures, signals, damaged inputs: renews their page.
 thorough: .venv/ready
-	PYTHONPATH=tests:benchmarks $(BIN)/python -m lost.thorough
+	PYTHONPATH=tests:tests/support:benchmarks $(BIN)/python -m lost.thorough
 	$(BIN)/python docs/scripts/lost.py
 
 .venv-peers/ready: benchmarks/peers/requirements.txt constraints.txt

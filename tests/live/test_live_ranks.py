@@ -1,0 +1,166 @@
+"""A model in pieces on several ranks, merged in place: each reads its own, and all have the bits of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from checkpoints import State, random_state, same_bits, write_model
+from commands import HUNG
+from live_ranks import WORLDS
+from mergekit_imm import MismatchError, merge_into  # fmt: skip
+from mergekit_imm.live.in_place import Job, _spans
+from mergekit_imm.live.local_shards import lines, live_tensors
+from mergekit_imm.ranks.ranks import ALONE
+from modules import SHAPES, Model, fresh, naive, put, state_of, write_models
+
+
+@st.composite
+def placed(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Placement], dict[str, tuple[int, ...]]]:
+    mesh = draw(st.sampled_from([(1,), (2,), (3,), (5,), (2, 2), (2, 3), (2, 1, 2)]))
+    ndim = draw(st.integers(1, 3))
+    shape = tuple(draw(st.integers(1, 9)) for _ in range(ndim))
+    kinds = st.sampled_from([Replicate(), *(Shard(dim) for dim in range(-1, ndim))])
+    return mesh, [draw(kinds) for _ in mesh], {"h.w": shape}
+
+
+def distributed(state: State, ranks: Any, placements: list[Placement]) -> nn.Module:
+    return put(fresh(state), lambda _, tensor: distribute_tensor(tensor, ranks, placements, src_data_rank=None))
+
+
+def local(model: nn.Module, name: str) -> Tensor:
+    tensor: Any = model.get_parameter(name).detach()
+    found: Tensor = tensor.to_local()
+    return found
+
+
+def on_each_rank(mesh: tuple[int, ...]) -> Iterator[Any]:
+    """Be one rank after the other, as far as torch can tell."""
+    world = int(torch.tensor(mesh).prod())
+    for rank in range(world):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        try:
+            yield init_device_mesh("cpu", mesh)
+        finally:
+            dist.destroy_process_group()
+            _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # it would take the mesh of the next rank for this one
+
+
+def assert_placed(mesh: tuple[int, ...], placements: list[Placement], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Each rank finds the index of every element it holds; torch puts them there."""
+    for ranks in on_each_rank(mesh):
+        state = {n: torch.arange(int(torch.tensor(s).prod())).float().view(s) for n, s in shapes.items()}
+        model = distributed(state, ranks, placements)
+        for name, live in live_tensors(model).items():
+            assert live.shape == shapes[name]
+            found: dict[int, float] = {}
+            for span in _spans([Job(None, live)]):  # type: ignore[arg-type]
+                for run in span.runs:
+                    for at, elements in lines(run):
+                        found |= {run.first + at + i: value for i, value in enumerate(elements.tolist())}
+            assert all(index == value for index, value in found.items())
+            assert len(found) == local(model, name).numel()
+
+
+@given(placed())
+@settings(max_examples=60, deadline=None)
+def test_which_elements_a_rank_holds(case: Any) -> None:
+    assert_placed(*case)
+
+
+@pytest.mark.parametrize(("mesh", "rest"), [((2, 2), [Shard(0)]), ((3, 2), [Shard(0)]), ((2, 3), [Replicate()])])
+def test_shards_of_shards(mesh: tuple[int, ...], rest: list[Placement]) -> None:
+    """What FSDP2 makes of a tensor that is cut along the same dimension for tensor parallelism."""
+    assert_placed(mesh, [_StridedShard(0, split_factor=mesh[1]), *rest], {"a": (12, 5), "b": (24,), "c": (12, 3, 2)})
+
+
+def test_placements_that_are_refused() -> None:
+    for ranks in on_each_rank((2, 2)):
+        strange: list[tuple[list[Placement], str]] = [
+            ([Partial(), Replicate()], "is partial: its ranks hold summands"),
+            ([_StridedShard(0, split_factor=2), Shard(0)], "does not divide into 2 x 2 equal parts"),
+        ]
+        for placements, match in strange:
+            whole = DTensor.from_local(
+                torch.ones(5, 3), ranks, placements, run_check=False, shape=torch.Size((9, 3)), stride=(3, 1)
+            )
+            with pytest.raises(MismatchError, match=match):
+                live_tensors(Model({"w": whole}))
+        break
+
+
+@given(placed(), st.sampled_from([1, 4096]))
+@settings(max_examples=15, deadline=None)
+def test_a_rank_has_its_slice_of_the_whole(case: Any, gap: int) -> None:
+    """With shapes of some blocks, and each rank by itself."""
+    mesh, placements, shapes = case
+    shapes = {name: (*shape[:-1], shape[-1] * 67) for name, shape in shapes.items()}
+    base, sft = random_state(shapes), random_state(shapes, seed=1, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as there, patch("mergekit_imm.live.in_place.GAP", gap):
+        write_model(Path(there), base)
+        whole = fresh(sft)
+        merge_into(whole, there, drop=0.5)
+        for ranks in on_each_rank(mesh):  # which cannot gather
+            one, other = (distributed(state, ranks, placements) for state in (sft, state_of(whole)))
+            with patch("mergekit_imm.live.merge_into.Ranks.of_group", return_value=ALONE):
+                merge_into(one, there, drop=0.5, workers=2)
+            for name in shapes:
+                assert same_bits(local(one, name), local(other, name))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all ranks of all runs made of their models."""
+    folder = write_models(tmp_path_factory.mktemp("ranks"))
+    script = Path(__file__).parents[1] / "support" / "live_ranks.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    command = [sys.executable, str(script), str(folder)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HUNG, check=False)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_together(world: int, ranks: Path) -> None:
+    expected = naive(torch.load(ranks / "sft.pt"))
+    layouts = {path.stem.split("-")[1] for path in ranks.glob(f"{world}-*.pt")} - {"refused"}
+    assert len(layouts) == 6 + 3 * (world == 4)
+    for layout in layouts:
+        for rank in range(world):
+            found = torch.load(ranks / f"{world}-{layout}-{rank}.pt")
+            assert [name for name in SHAPES if not same_bits(found[name], expected[name])] == [], (layout, rank)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_one_rank_refuses_all_do(world: int, ranks: Path) -> None:
+    *others, last = [torch.load(ranks / f"{world}-refused-{rank}.pt") for rank in range(world)]
+    assert "NonFiniteError: tensor '" in last["nan"][0]
+    assert "CheckpointError: base" in last["base"][0]
+    late = "PartialMergeError: the merge failed when parts of the model had been written"
+    assert last["disk"][0].startswith(f"{late}: the disk is gone; load the model again")
+    for each in others:
+        for case in ("nan", "base"):
+            kind, told = last[case][0].split(": ", 1)
+            assert each[case][0] == f"{kind}: rank {world - 1} of {world}: {told}"
+        assert each["disk"][0].startswith(f"{late}: rank {world - 1} of {world}: OSError: the disk is gone")
+    for each in (*others, last):
+        assert each["alpha"][0].startswith("MismatchError: the ranks do not merge the same")
+        assert all(each[case][1] for case in ("nan", "alpha", "base"))
