@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .analysis.change import weight_change
     from .analysis.gradients import layer_importance
     from .engine.merge import iter_merged, merge_checkpoints
+    from .engine.report import MergeReport
     from .engine.verify import VerifyReport, verify
     from .errors import (
         ArgumentError,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .loop.rounds import Rounds
     from .loop.trainer_callback import IMMCallback as IMMCallback
     from .options.layer_factors import group_factors, importance_factors, lines_factors
-    from .options.recipe import MergeReport
     from .ranks.ranks import Ranks
 
 _HOME = {
@@ -49,7 +49,7 @@ _HOME = {
     "CheckpointError": "errors",
     "ExtraError": "errors",
     "MergeError": "errors",
-    "MergeReport": "options.recipe",
+    "MergeReport": "engine.report",
     "MismatchError": "errors",
     "NonFiniteError": "errors",
     "OutputError": "errors",

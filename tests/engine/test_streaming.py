@@ -225,7 +225,7 @@ def test_the_torch_path_of_gpus_gives_the_same_folder(tmp_path: Path) -> None:
 
     base, sft, _, _ = pair(tmp_path)
     merge_checkpoints(base, sft, tmp_path / "kernel", drop=0.9)
-    with patch("mergekit_imm.engine.merge.pick_device", lambda _: Device(merge_span_on("cpu"), buffer)):
+    with patch("mergekit_imm.engine.write_folder.pick_device", lambda _: Device(merge_span_on("cpu"), buffer)):
         merge_checkpoints(base, sft, tmp_path / "torch", drop=0.9)
     assert files_of(tmp_path / "kernel") == files_of(tmp_path / "torch")
 

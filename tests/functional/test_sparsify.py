@@ -18,6 +18,7 @@ from checkpoints import read_model, same_bits, write_model
 from mergekit_imm import dare, della, merge_checkpoints, merge_into, trim, verify
 from mergekit_imm.engine import workers
 from mergekit_imm.errors import ArgumentError, NonFiniteError
+from mergekit_imm.options.options import MergeOptions
 from mergekit_imm.plan.describe import check
 from mergekit_imm.transforms import sparsified_delta
 from strategies import DTYPES
@@ -241,7 +242,7 @@ def test_rows_that_are_too_long_and_vocabularies_that_differ_are_refused_with_th
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models(tmp_path, SHAPES, [torch.float32] * 3)
-    monkeypatch.setattr("mergekit_imm.plan.plan.LONGEST_ROW", 80)
+    monkeypatch.setattr("mergekit_imm.plan.decide.LONGEST_ROW", 80)
     with pytest.raises(ArgumentError, match=r"rows of 90 .* no_drop=.r.\^model.*layers"):
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", sparsify="della")
     for role, rows in (("small", 5), ("large", 7)):
@@ -273,8 +274,8 @@ def test_recipes_hold_what_is_used_and_no_more(tmp_path: Path) -> None:
 
 def test_a_check_takes_the_drop_that_was_asked_for(tmp_path: Path) -> None:
     models(tmp_path, SHAPES, [torch.float32] * 3)
-    assert check(tmp_path / "base", tmp_path / "sft", sparsify="della:0.3", drop=0.5).problems == []
-    (problem,) = check(tmp_path / "base", tmp_path / "sft", sparsify="della:0.15", drop=0.9).problems
+    assert check(tmp_path / "base", tmp_path / "sft", MergeOptions(sparsify="della:0.3", drop=0.5)).problems == []
+    (problem,) = check(tmp_path / "base", tmp_path / "sft", MergeOptions(sparsify="della:0.15", drop=0.9)).problems
     assert "use della:0.098 or less" in problem
 
 

@@ -201,14 +201,14 @@ def test_a_loop_refuses_factors_of_another_model_before_it_trains(folders: Path)
                     {"layer_factors": "lines:2"}, {"layer_factors": "lines:1e39,1"},
                     {"sparsify": "della:0.5"}, {"shrink": 0.5}):  # fmt: skip
         with pytest.raises(MergeError):
-            run_loop(Settings(base=str(folders / "base"), train=train, **options), folders / "run")
+            run_loop(Settings(base=str(folders / "base"), train=train, options=options), folders / "run")
     assert not (folders / "trained").exists()
 
 
 def test_a_loop_merges_with_them(folders: Path) -> None:
     settings = Settings(
         base=str(folders / "base"), train=f"cp -r {folders / 'sft'} {{output}}", rounds=1, alpha="0.4", drop="0.3",
-        layer_factors="lines:0.2,1", sparsify="trim",
+        options={"layer_factors": "lines:0.2,1", "sparsify": "trim"},
     )  # fmt: skip
     state = run_loop(settings, folders / "run")
     merge_checkpoints(

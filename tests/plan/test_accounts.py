@@ -11,9 +11,12 @@ from safetensors.torch import save_file
 
 from checkpoints import random_state, write_model
 from mergekit_imm.errors import PlanError
+from mergekit_imm.options.options import MergeOptions
 from mergekit_imm.plan.accounts import check_plan, check_tensors
-from mergekit_imm.plan.open_inputs import comparer, open_inputs
-from mergekit_imm.plan.plan import Decided, Plan, decide, make_plan
+from mergekit_imm.plan.decide import Decided, decide
+from mergekit_imm.plan.make_plan import comparer, placed
+from mergekit_imm.plan.open_inputs import open_inputs
+from mergekit_imm.plan.plan import Plan
 
 EMBED, HEAD, UP, NORM = (
     "model.embed_tokens.weight",
@@ -33,9 +36,10 @@ def planned(folder: Path, *, apart: bool = False) -> tuple[Decided, Plan]:
     write_model(folder / "sft", sft, config=config)
     save_file(random_state({"v_head.weight": (4,)}), folder / "base" / "value_head.safetensors")
     save_file(random_state({"v_head.weight": (4,)}, seed=3), folder / "sft" / "value_head.safetensors")
-    inputs, (parameters,), _ = open_inputs(folder / "base", folder / "sft", None)
-    decided = decide(inputs, parameters, comparer(inputs))
-    return decided, make_plan(inputs, parameters, decided)
+    inputs = open_inputs({"base": folder / "base", "sft": folder / "sft"}, MergeOptions())
+    (options,) = inputs.options
+    decided = decide(inputs.models, options, comparer(inputs.models))
+    return decided, placed(inputs.models, options, decided)
 
 
 def refuse(decided: Decided, plan: Plan) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from checkpoints import State
 from mergekit_imm import dare_merge
-from mergekit_imm.loop.state import Settings
+from mergekit_imm.loop.state import Settings, from_dict
 
 PYTHON = shlex.quote(sys.executable)
 TRAINER = shlex.quote(str(Path(__file__).parent / "trainer.py"))
@@ -22,7 +21,7 @@ CONFIG = {"model_type": "tiny", "architectures": ["Tiny"], "vocab_size": 8, "tie
 
 
 def asked(base: str, **changes: Any) -> Settings:
-    return replace(Settings(base=base, train=TRAIN, rounds=3), **changes)
+    return from_dict({"base": base, "train": TRAIN, "rounds": 3, **changes})
 
 
 def tuned(state: State, number: int) -> State:

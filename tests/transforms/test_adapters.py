@@ -221,7 +221,7 @@ def test_the_path_of_gpus_gives_the_same_bytes(trained: Path, tmp_path: Path) ->
 
     merge_checkpoints(trained / "base", trained / "adapter", tmp_path / "cpu", drop=0.5)
     device = workers.Device(cuda.merge_span_on("cpu"), cuda.buffer)
-    with patch("mergekit_imm.engine.merge.pick_device", lambda _: device):
+    with patch("mergekit_imm.engine.write_folder.pick_device", lambda _: device):
         merge_checkpoints(trained / "base", trained / "adapter", tmp_path / "gpu", drop=0.5)
     assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")
 

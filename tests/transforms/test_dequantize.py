@@ -224,7 +224,7 @@ def test_workers_pieces_sweeps_and_the_path_of_gpus_give_the_same_bytes(fp8_llam
     with patch("mergekit_imm.engine.workers.BUFFER", 16 * 4096), patch("mergekit_imm.plan.plan.RECORD", 1024):
         merge_checkpoints(*given, tmp_path / "two", drop=0.5, workers=5, dequantize=True)
     device = workers.Device(cuda.merge_span_on("cpu"), cuda.buffer)
-    with patch("mergekit_imm.engine.merge.pick_device", lambda _: device):
+    with patch("mergekit_imm.engine.write_folder.pick_device", lambda _: device):
         merge_checkpoints(*given, tmp_path / "gpu", drop=0.5, dequantize=True)
     merge_checkpoints(*given, tmp_path / "at-{alpha}", alpha=[0.5, 0.7], drop=0.5, dequantize=True)
     one = files_of(tmp_path / "one")

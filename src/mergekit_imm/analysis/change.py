@@ -18,7 +18,7 @@ from ..model.tensor_names import is_end, layer_key, layer_order, only_in, ready_
 if TYPE_CHECKING:
     import torch
 
-    from ..engine.workers import Progress
+    from ..options.options import Progress
 
 CURE = "give two models of the same finite float tensors"
 MEASURE = "measure it from the models: imm-analyze change START SFT"
@@ -195,18 +195,19 @@ def checkpoint_change(
 
     from ..checkpoint.reader import check_inputs
     from ..engine.report import statistics
-    from ..engine.workers import check_workers, pick_device, run
+    from ..engine.workers import default_workers, pick_device, run
     from ..numerics.statistics import RECORD
-    from ..plan.open_inputs import check_platform, open_inputs, plans_of
+    from ..options.options import MergeOptions, RunOptions
+    from ..plan.make_plan import make_plans
+    from ..plan.open_inputs import open_inputs
     from ..plan.plan import segments
 
-    check_platform()
-    threads = check_workers(workers)
-    inputs, parameters, _ = open_inputs(
-        base, sft, None, alpha=0.0, drop=0.0, dtype="float32", vocab=vocab, rename=rename, keep=keep, take=take,
-        leave_out=leave_out, dequantize=dequantize, allow_nonfinite=True,
+    options = MergeOptions(
+        alpha=0.0, drop=0.0, dtype="float32", vocab=vocab, rename=rename, keep=keep, take=take,  # type: ignore[arg-type]
+        leave_out=leave_out, dequantize=dequantize, allow_nonfinite=True,  # type: ignore[arg-type]
     )  # fmt: skip
-    (plan,) = plans_of(inputs, parameters)
+    threads = RunOptions(workers=workers).workers or default_workers()
+    (plan,) = make_plans(open_inputs({"base": base, "sft": sft}, options))
     # What a merge makes of a vocabulary is no matter here.
     notes = [note for note in plan.notes if "--vocab" not in note and "the vocabulary is that of" not in note]
     rows = sorted({each.rows[0] for each in plan.inputs.values() if each.rows})
@@ -232,7 +233,7 @@ def checkpoint_change(
     shapes = {item.name: item.source.shape for item in measured}
     bad = next((name for name, each in found.items() if None in (each["delta_norm"], each["base_norm"])), None)
     if bad is not None:
-        label = inputs["base" if found[bad]["base_norm"] is None else "sft"].label
+        label = plan.inputs["base" if found[bad]["base_norm"] is None else "sft"].label
         raise NonFiniteError(
             f"tensor '{shown(bad)}' of {label} holds NaN or infinity; train or save the model again, or leave it out:"
             f" {ready_option('--keep', bad)}"

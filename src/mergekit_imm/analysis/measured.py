@@ -28,7 +28,7 @@ from ..options.recipe import to_json
 from ..output.direct_io import replace_file
 from ..output.paths import expanded, output_errors
 from ..output.result_folder import is_result
-from ..plan.open_inputs import origin
+from ..plan.make_plan import origin
 from .calibration import Lines, Tokens, batches, read_lines, tokenised
 
 if TYPE_CHECKING:

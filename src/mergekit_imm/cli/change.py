@@ -59,12 +59,12 @@ def change_command(
     round, from its imm_report.json, at no cost.
     """
     from ..analysis.mismatch import Comparison, mismatch, same_layers
-    from ..options.recipe import Parameters
+    from ..options.options import MergeOptions
 
     if len(models) == 1 and (options["vocab"] != "base" or any(options[x] for x in TWO)):
         raise click.UsageError(f"--{', --'.join(TWO)} and --vocab are of two models; give BASE and SFT")
     with values_checked():
-        Parameters(rename=options["rename"], keep=options["keep"], take=options["take"])
+        MergeOptions(rename=options["rename"], keep=options["keep"], take=options["take"])
     folder = None if out is None else _checked(out, models)
     weights, about = _importance(importance)
     found = []

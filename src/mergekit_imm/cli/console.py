@@ -16,48 +16,10 @@ import click
 
 from ..common.messages import speaking_of_options
 from ..errors import ArgumentError, MergeError, OutputError
-from ..options.recipe import SHORT_DTYPES
 
 T = TypeVar("T")
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-
-
-class DtypeChoice(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 only
-    """A choice of dtypes, which have short names too."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the long name of a dtype."""
-        return super().convert(SHORT_DTYPES.get(value, value), param, ctx)
-
-
-_DELTA_OPTIONS = [
-    click.option("--importance", metavar="FILE", help="JSON: layer -> importance; weights the delta (IIMM)."),
-    click.option(
-        "--shrink", type=click.FloatRange(0, 1), default=1.0, show_default=True, metavar="S",
-        help="Pull the factors of --importance towards 1.",
-    ),
-    click.option("--clip", nargs=2, type=float, metavar="LOW HIGH", help="Bounds of the factors of --importance."),
-    click.option(
-        "--layer-factors", metavar="WHAT",
-        help="Factors of the delta by layer: lines:FIRST,LAST, groups:EARLY,MIDDLE,LATE, or a JSON FILE.",
-    ),
-    click.option(
-        "--sparsify", default="dare", show_default=True, metavar="HOW",
-        help="What --drop drops: dare, at random; trim, all but the largest; della[:EPS], the smaller more often.",
-    ),
-    click.option(
-        "--reference", type=click.Choice(["start", "base"]), default="start", show_default=True,
-        help="What the delta is taken from.",
-    ),
-]  # fmt: skip
-
-
-def delta_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say what becomes of a delta."""
-    for option in reversed(_DELTA_OPTIONS):
-        command = option(command)
-    return command
 
 
 class _Stopped(BaseException):
@@ -109,21 +71,6 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
         if debug:
             raise
         _fail(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it shows", 1)
-
-
-def unread(*, importance: str | None, layer_factors: str | None) -> dict[str, Any]:
-    """Return the factors that options name, to check the values beside them: one layer for a file, which is read later.
-
-    Raises ArgumentError for a rule that is none.
-    """
-    from ..options.layer_factors import is_rule, read_layer_factors
-
-    one = {"0": 1.0}
-    return {
-        "importance": None if importance is None else one,
-        "layer_factors": None if layer_factors is None
-        else read_layer_factors(layer_factors) if is_rule(layer_factors) else one,
-    }  # fmt: skip
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from ..common.messages import shown
-from .console import CONTEXT, DtypeChoice, progress_bar, say, tell, values_checked
+from .console import CONTEXT, progress_bar, say, tell, values_checked
+from .options import DtypeChoice
 
 importance_epilog = """\b
 Examples:
@@ -64,7 +65,7 @@ def importance_command(model: str, data: str, out: str, quiet: bool, as_json: bo
 
     MODEL is a folder or a hub id (org/name[@revision]) that transformers loads.
     """
-    from ..engine.workers import check_device
+    from ..options.options import check_device
 
     with values_checked():
         check_device(options["device"])

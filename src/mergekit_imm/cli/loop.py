@@ -10,16 +10,15 @@ import click
 
 from ..common.messages import shown
 from ..common.version import __version__
+from ..options.options import DTYPES
 from .console import (
     CONTEXT,
-    DtypeChoice,
-    delta_options,
     pictures_or_note,
     say,
     tell,
-    unread,
     values_checked,
 )
+from .options import DtypeChoice, options_of
 
 loop_epilog = """\b
 Placeholders, each filled in as one word of the shell; a misspelt one is refused, other braces stay:
@@ -48,28 +47,32 @@ Example:
     help="Weight of the anchor: 0.5; a value for each round, 0.3,0.5,0.7; linear:0.3,0.7; cosine:0.3,0.7.",
 )  # fmt: skip
 @click.option("--drop", default="0.2", show_default=True, metavar="SCHEDULE", help="Share that DARE drops; likewise.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Fixes the masks, with the round.")
+@options_of("seed", seed={"help": "Fixes the masks, with the round."})
 @click.option(
     "--anchor", default="base", show_default=True, metavar="WHAT",
     help="What merges pull to: base (the paper), previous, or ema:DECAY of the merged models.",
 )  # fmt: skip
-@delta_options
-@click.option(
-    "--dtype", type=DtypeChoice(["base", "bfloat16", "float16", "float32"]), default="base", show_default=True,
-    help="Of the merged models' float tensors.",
-)  # fmt: skip
-@click.option("--keep", metavar="REGEX", multiple=True, help="Tensors to leave as in the anchor; repeatable.")
-@click.option("--no-drop", metavar="REGEX", multiple=True, help="Tensors to merge without dropping; repeatable.")
-@click.option("--take", metavar="REGEX", multiple=True, help="Tensors to take from trained models; repeatable.")
-@click.option("--rename", metavar="REGEX=REPL", multiple=True, help="What names of trained models are in BASE.")
-@click.option(
-    "--leave-out", metavar="FILE", multiple=True,
-    help="File or folder of a model that is no weights of it, by its path there; repeatable.",
-)  # fmt: skip
-@click.option(
-    "--vocab", type=click.Choice(["strict", "base", "sft"]), default="strict", show_default=True,
-    help="Whose vocabulary merged models have.",
-)  # fmt: skip
+@options_of(
+    "importance",
+    "shrink",
+    "clip",
+    "layer_factors",
+    "sparsify",
+    "reference",
+    "dtype",
+    "keep",
+    "no_drop",
+    "take",
+    "rename",
+    "leave_out",
+    "vocab",
+    dtype={"type": DtypeChoice(["base", *DTYPES]), "help": "Of the merged models' float tensors."},
+    keep={"help": "Tensors to leave as in the anchor; repeatable."},
+    take={"help": "Tensors to take from trained models; repeatable."},
+    rename={"help": "What names of trained models are in BASE."},
+    leave_out={"help": "File or folder of a model that is no weights of it, by its path there; repeatable."},
+    vocab={"help": "Whose vocabulary merged models have."},
+)
 @click.option("--keep-rounds", type=click.IntRange(1), metavar="N", help="Models of older rounds are removed.")
 @click.option(
     "--gate", metavar="METRIC",
@@ -94,18 +97,15 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
     """
     from ..loop.commands import CommandError, to_stdout
     from ..loop.run import run_loop
-    from ..loop.state import Settings
-    from ..options.recipe import Parameters
+    from ..loop.state import from_dict
     from ..views.loop_summary import plot, table
 
     try:
         alphas = tuple(float(part) for part in retry.split(",")) if retry else ()
     except ValueError as error:
         raise click.UsageError(f"--retry '{shown(retry)}' is no list of numbers; write 0.6,0.7") from error
-    factors = {name: options[name] for name in ("importance", "layer_factors")}
     with values_checked():
-        settings = Settings(base=base, retry=alphas, **options)
-        Parameters(shrink=settings.shrink, clip=settings.clip, **unread(**factors))
+        settings = from_dict({**options, "base": base, "retry": alphas})
     speak = not (quiet or as_json)
     try:
         state = run_loop(settings, run, echo=to_stdout if speak else None, tell=tell if not quiet else None)

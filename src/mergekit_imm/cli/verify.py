@@ -34,7 +34,7 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None
     status 0 if all are equal, 1 with the first difference if not.
     """
     from ..engine.verify import verify
-    from ..engine.workers import check_device
+    from ..options.options import check_device
 
     with values_checked():
         check_device(options["device"])

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, TypedDict, Unpack, overload
 
 from ..checkpoint.reader import check_inputs
 from ..checkpoint.safetensors_file import TensorInfo
 from ..common.checks import as_path
 from ..common.messages import shown
-from ..errors import ArgumentError, CheckpointError, OutputError
-from ..options.recipe import MergeReport, to_json
-from ..options.sweep import is_list, points
-from ..plan.open_inputs import (
-    check_platform,
-    open_inputs,
-    places_of,
-    plans_of,
-    recipes_of,
-    what_is_there,
-)
-from ..plan.plan import segments
-from ..plan.unchanged import note_if_unchanged
-from ..ranks.ranks import ALONE, Ranks, check_same, together
-from .workers import Progress, check_device, check_workers, pick_device, run
+from ..errors import CheckpointError
+from ..options.options import MergeOptions, Progress, RunOptions, chosen_from, files_of
+from ..options.sweep import SWEPT, is_list, sweep
+from ..plan.make_plan import make_plans
+from ..plan.open_inputs import check_platform, open_inputs, places_of
+from ..plan.plan import Item, Plan, segments
+from ..ranks.ranks import ALONE, Ranks, together
+from .report import MergeReport
+from .workers import Device, Task, default_workers, pick_device, run
 
 if TYPE_CHECKING:
     import torch
 
+AHEAD = 64 << 20  # bytes of tensors that are merged before the one in front of them is taken
 
-class MergeOptions(TypedDict, total=False):
-    """The keyword arguments of `merge_checkpoints` that are no lists of numbers."""
+
+class _Keywords(TypedDict, total=False):
+    """The keyword arguments of `merge_checkpoints` beside alpha, drop and seed, of which there may be lists."""
 
     start: str | Path | None
     iteration: int | None
@@ -67,7 +64,7 @@ class MergeOptions(TypedDict, total=False):
 @overload
 def merge_checkpoints(
     base: str | Path, sft: str | Path, out: str | Path, *,
-    alpha: float = 0.5, drop: float = 0.2, seed: int = 0, **options: Unpack[MergeOptions],
+    alpha: float = 0.5, drop: float = 0.2, seed: int = 0, **options: Unpack[_Keywords],
 ) -> MergeReport: ...  # fmt: skip
 
 
@@ -75,7 +72,7 @@ def merge_checkpoints(
 def merge_checkpoints(
     base: str | Path, sft: str | Path, out: str | Path, *,
     alpha: float | Sequence[float] = 0.5, drop: float | Sequence[float] = 0.2, seed: int | Sequence[int] = 0,
-    **options: Unpack[MergeOptions],
+    **options: Unpack[_Keywords],
 ) -> list[MergeReport]: ...  # fmt: skip
 
 
@@ -95,7 +92,7 @@ def merge_checkpoints(
     layer_factors: Mapping[str, float] | str | Path | None = None,
     sparsify: str = "dare",
     reference: str = "start",
-    dtype: str | torch.dtype | None = None,
+    dtype: str | torch.dtype | None = "base",
     max_shard_size: int | str | None = None,
     keep: Sequence[str] = (),
     take: Sequence[str] = (),
@@ -166,98 +163,24 @@ def merge_checkpoints(
     >>> [report.out for report in reports]
     ['out-0.3', 'out-0.7']
     """
+    given, began = locals(), time.perf_counter()
     check_platform()
-    from ..output import paths
-    from ..output import publish as swap
-    from .stream import Job, lack_of_space
-    from .write_folder import as_begun, build, check, check_unfinished  # not on every platform
+    from .write_folder import check_apart, checked_outs, write  # not on every platform
 
-    began = time.perf_counter()
     ranks = ranks or ALONE
-    numbers = {"alpha": alpha, "drop": drop, "seed": seed}
-    workers = check_workers(workers)
-    check_device(device)
+    run_options = chosen_from(given, RunOptions)
 
-    def prepare() -> tuple[list[Job], list[dict[str, Any]]]:
+    def planned() -> tuple[list[Plan], list[Path]]:
         name = str(as_path("out", out, "a folder to make"))
-        found = points(name, numbers)
-        targets = [paths.expanded(point.out) for point in found]
-        for target in targets:
-            paths.check_name(target)
-            swap.check_marker(target)
-        if len({target.resolve() for target in targets}) < len(targets):
-            raise ArgumentError(
-                f"two merges would go to one folder; give an output that {shown(name)} names once for each"
-            )
-        inputs, parameters, history = open_inputs(
-            base, sft, start, outs=targets, dry_run=dry_run, iteration=iteration, importance=importance,
-            shrink=shrink, clip=clip, layer_factors=layer_factors, sparsify=sparsify,
-            points=[point.values for point in found], reference=reference, dtype=dtype, max_shard_size=max_shard_size,
-            keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, leave_out=leave_out,
-            dequantize=dequantize, allow_nonfinite=allow_nonfinite, copy_code=copy_code,
-        )  # fmt: skip
-        places = places_of(inputs)
-        if isinstance(importance, str | Path):
-            places["the importance file"] = Path(importance)
-        if isinstance(layer_factors, str | Path) and Path(layer_factors).is_file():
-            places["the file of layer factors"] = Path(layer_factors)
-        for target in targets:
-            paths.check_place(target, places)
-        plans = plans_of(inputs, parameters)
-        jobs = [
-            Job(plan, target, workers, device, began, replace=overwrite, restart=restart)
-            for plan, target in zip(plans, targets, strict=True)
-        ]
-        # Of a hub id there are no files in a dry run.
-        unread = any(each.folder is None for each in inputs.values())
-        return jobs, [] if unread else recipes_of(plans, history)
+        merges = sweep(name, given)
+        outs, options = checked_outs(name, [place for place, _ in merges]), [each for _, each in merges]
+        inputs = open_inputs({"base": base, "sft": sft, "start": start}, options, outs=outs, dry_run=dry_run)
+        check_apart(outs, places_of(inputs.models) | files_of(options[0]))
+        return make_plans(inputs), outs
 
-    def decide() -> tuple[list[bool], str, list[dict[str, Any]]]:
-        """Which outputs are there already, what the others lack, and their recipes, with paths as they were begun."""
-        if ranks.rank:
-            return [], "", []
-        if not dry_run:
-            for job in jobs:
-                with paths.output_errors(job.out):
-                    swap.repair(job.out)
-        begun = [as_begun(job, each, restart=restart) for job, each in zip(jobs, recipes, strict=True)]
-        whole = [paths.is_whole(job.out, to_json(each), job.whole) for job, each in zip(jobs, begun, strict=True)]
-        left = [(job, each) for job, each, done in zip(jobs, begun, whole, strict=True) if not done]
-        for job, each in left:
-            if paths.is_occupied(job.out) and not overwrite:
-                there = what_is_there(job.out, each)
-                raise OutputError(f"output {shown(job.out)} is there and {there}; give another, or --overwrite")
-            if not restart:
-                check_unfinished(job.partial, each)
-        lacking = lack_of_space([job for job, _ in left])
-        if lacking and not dry_run:
-            raise OutputError(lacking)
-        return whole, lacking, begun
-
-    def reported(reports: list[MergeReport]) -> MergeReport | list[MergeReport]:
-        return reports if any(map(is_list, numbers.values())) else reports[0]
-
-    jobs, recipes = together(ranks, prepare)
-    check_same(ranks, recipes)
-    if dry_run:
-        for job in jobs:
-            job.notes += note_if_unchanged(job.plan.inputs, job.plan.items)
-    if not recipes:
-        return reported([job.report("dry run", lack_of_space(jobs)) for job in jobs])
-    whole, lacking, recipes = ranks.gather(together(ranks, decide))[0]
-    left = [(job, each) for job, each, done in zip(jobs, recipes, whole, strict=True) if not done]
-    computes = together(ranks, lambda: pick_device(device)) if not dry_run and (left or verify) else None
-    if left and computes is not None:
-        jobs_left, recipes_left = zip(*left, strict=True)
-        build(jobs_left, recipes_left, computes, restart=restart, verify=verify, progress=progress, ranks=ranks)
-    if verify and computes is not None:
-        found_whole = [(job, each) for job, each, done in zip(jobs, recipes, whole, strict=True) if done]
-        jobs_whole, recipes_whole = [job for job, _ in found_whole], [each for _, each in found_whole]
-        check(jobs_whole, recipes_whole, computes, progress, ranks)
-    merged = "dry run" if dry_run else "merged"
-    return reported(
-        [job.report("already merged") if w else job.report(merged, lacking) for job, w in zip(jobs, whole, strict=True)]
-    )
+    plans, outs = together(ranks, planned)
+    reports = write(plans, outs, run_options, ranks=ranks, began=began)
+    return reports if any(is_list(given[name]) for name in SWEPT) else reports[0]
 
 
 def iter_merged(
@@ -275,7 +198,7 @@ def iter_merged(
     layer_factors: Mapping[str, float] | str | Path | None = None,
     sparsify: str = "dare",
     reference: str = "start",
-    dtype: str | torch.dtype | None = None,
+    dtype: str | torch.dtype | None = "base",
     keep: Sequence[str] = (),
     take: Sequence[str] = (),
     no_drop: Sequence[str] = (),
@@ -296,20 +219,16 @@ def iter_merged(
 
     >>> names = [name for name, tensor in iter_merged(base_folder, sft_folder, alpha=0.5)]
     """
+    given = locals()
     check_platform()
     import torch
 
     from ..numerics.reference import DTYPES
 
-    inputs, parameters, _ = open_inputs(
-        base, sft, start, iteration=iteration, importance=importance,
-        shrink=shrink, clip=clip, layer_factors=layer_factors, sparsify=sparsify,
-        points=[{"alpha": alpha, "drop": drop, "seed": seed}], reference=reference, dtype=dtype,
-        keep=keep, take=take, no_drop=no_drop, vocab=vocab, rename=rename, leave_out=leave_out, dequantize=dequantize,
-        allow_nonfinite=allow_nonfinite,
-    )  # fmt: skip
-    (plan,) = plans_of(inputs, parameters)
-    workers, computes = check_workers(workers), pick_device(device)
+    options, run_options = chosen_from(given, MergeOptions), chosen_from(given, RunOptions)
+    inputs = open_inputs({"base": base, "sft": sft, "start": start}, options)
+    (plan,) = make_plans(inputs)
+    computes = pick_device(run_options.device)
     for item in plan.items:
         if item.outs[0].dtype not in DTYPES:
             raise CheckpointError(
@@ -318,26 +237,53 @@ def iter_merged(
             )
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for item in plan.items:
+        for item, content in _contents(plan, run_options.workers or default_workers(), computes):
             out = item.outs[0]
-            content = bytearray(out.nbytes)
-            view = memoryview(content)
-
-            def sink(_: int, tensor: TensorInfo, first: int, piece: memoryview, name: str = out.name,
-                     view: memoryview = view) -> None:  # fmt: skip
-                if tensor.name == name:
-                    view[first : first + len(piece)] = piece
-
-            one = replace(plan, items=(item,))
-            todo = ((segment, (0,)) for segment in segments(one))
-            for _ in run([one], todo, sink, workers=workers, device=computes):
-                pass
             if content:
                 tensor = torch.frombuffer(content, dtype=DTYPES[out.dtype]).view(out.shape)
             else:
                 tensor = torch.empty(out.shape, dtype=DTYPES[out.dtype])
             for each in item.outs:
                 yield each.name, tensor
-        check_inputs(plan.inputs)
+        check_inputs(inputs.models)
 
     return tensors()
+
+
+def _contents(plan: Plan, workers: int, device: Device) -> Iterator[tuple[Item, bytearray]]:
+    """Yield each item of a plan and its bytes, in order, from one pool of workers.
+
+    Workers go on with the next items while the caller has one, as long as what waits is at most AHEAD bytes.
+    """
+    contents: dict[str, bytearray] = {}
+    left = [item.segment_count for item in plan.items]
+    room, stop = threading.Condition(), threading.Event()
+    front = 0  # the item that the caller waits for
+
+    def todo() -> Iterator[Task]:
+        for segment in segments(plan):
+            item = plan.items[segment.item]
+            name = item.outs[0].name
+            if name not in contents:
+                with room:
+                    while segment.item > front and sum(map(len, contents.values())) > AHEAD and not stop.is_set():
+                        room.wait(0.1)
+                    contents[name] = bytearray(item.outs[0].nbytes)
+            yield segment, (0,)
+
+    def sink(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
+        if tensor.name in contents:  # and not under its other names
+            memoryview(contents[tensor.name])[first : first + len(piece)] = piece
+
+    with closing(run([plan], todo(), sink, workers=workers, device=device, stop=stop)) as results:
+        for front, item in enumerate(plan.items):
+            while left[front]:
+                done = next(results)
+                if done is not None:
+                    left[done.segment.item] -= 1
+            with room:
+                content = contents.pop(item.outs[0].name, bytearray())
+                room.notify_all()
+            yield item, content
+        for _ in results:  # to its end, where failures are raised
+            pass

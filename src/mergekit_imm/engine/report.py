@@ -1,38 +1,66 @@
-"""What a merge measured, as imm_report.json, and the model card beside it."""
+"""What a merge measured, as imm_report.json, and what it did, as `merge_checkpoints` returns it."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import shlex
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.checkpoint import Checkpoint, is_hub_id
-from ..checkpoint.hub import split_ref
 from ..model.tensor_names import layer_key
-from ..options.recipe import CARD_FILE, LEAST_BARE_SIZE, RECIPE_FILE, REPORT_FILE, to_json
+from ..options.recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
 from ..plan.plan import Plan
+from .model_card import model_card
 
-_LISTS = ("keep", "take", "no_drop", "rename", "leave_out")  # parameters of several values
 OUTSIDE = "outside the layers"
-# Two parts of a path that is no hub id, though it has the form of one: `output/checkpoint-5`, `saves/qwen`.
-_FOLDERS = re.compile(
-    r"(outputs?|out|results?|runs?|saves?|saved(_models?)?|models?|check_?points?|ckpts?|logs?|exp(eriment)?s?|data|tmp|temp"
-    r"|cache|local|home|root|mnt|opt|scratch|work(space|dir)?|artifacts?|weights|train(ing|ed|er)?|fine-?tuned?|merged?"
-    r"|base|start|sft|adapters?|loras?|pretrained|rounds?|hf|llms?)([-_]?v?\d.*)?",
-    re.IGNORECASE,
-)
-_STEPS = re.compile(
-    r"(check_?point|ckpt|step|global_?step|iter(ation)?|epoch|round|version|run|v)[-_]?\d.*"
-    r"|final|last|latest|best|merged|hf|huggingface|actor|model",
-    re.IGNORECASE,
-)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge_checkpoints` did, and what `imm-merge --json` prints.
+
+    status: "merged", "already merged" or "dry run". Counts of tensors by what happened to them: `merged`,
+    `kept` (base's), `taken` (sft's), `copied` (integer and bool). Bytes are those of the streaming phase of this
+    run, tensors read and files written; where nothing was merged, those that were planned. `disk_needed` and
+    `disk_free` are bytes at the output when planning, `memory` an estimate of the peak. `seconds`: plan, total, and,
+    of a merge, stream (first read to last sync). The merges of a sweep share one reading and one clock: each report
+    tells them whole. `renamed`: names of
+    sft and start that are others in the base, by rule, and of how many tensors. `notes`: what is worth knowing and not
+    an error. `refused`: of a dry run, that there is too little
+    space; a merge would be refused for it. `verified`: every byte was computed again, and compared, before the folder
+    appeared.
+    """
+
+    status: str
+    out: str
+    parameters: dict[str, Any]
+    parameter_count: int
+    tensors: dict[str, int]
+    files: list[str]
+    bytes_read: int
+    bytes_written: int
+    disk_needed: int
+    disk_free: int
+    memory: int
+    workers: int
+    device: str
+    seconds: dict[str, float]
+    kinds: list[dict[str, Any]]
+    config_changes: dict[str, Any]
+    side_files: dict[str, list[str]]
+    left_out: dict[str, list[str]]
+    renamed: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    refused: str = ""
+    verified: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(self)
 
 
 def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
@@ -95,112 +123,6 @@ def actions(plan: Plan) -> dict[str, int]:
     return counts
 
 
-def hub_ids(inputs: Mapping[str, Checkpoint]) -> list[str]:
-    """Return the models on a hub that inputs are, or that folders say they were made from.
-
-    The latter by `_name_or_path` of a config, `base_model_name_or_path` of an adapter: only what cannot be a folder, as
-    a path that reads as a hub id would credit somebody else.
-    """
-    found = []
-    for each in inputs.values():
-        named = (each.config or {}).get("_name_or_path") if each.adapter is None else each.trained_on
-        if each.repo:
-            found.append(each.repo)
-        elif isinstance(named, str) and split_ref(named) == (named, None) and is_hub_id(named):
-            owner, name = named.split("/")
-            if not _FOLDERS.fullmatch(owner) and not _STEPS.fullmatch(name):
-                found.append(named)
-    return list(dict.fromkeys(found))
-
-
-def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
-    """Return the README.md of a merged model: tags, the recipe as a table, how to reproduce it."""
-    p = plan.parameters
-    inputs = {role: each.ref + (f" @ {each.commit}" if each.commit else "") for role, each in plan.inputs.items()}
-    models = hub_ids(plan.inputs)
-    rows = [
-        *((f"`{role}`", _cell(ref)) for role, ref in inputs.items()),
-        ("`alpha` (weight of the base)", f"{p.alpha}"),
-        ("`drop`", f"{p.drop}"),
-        ("`seed`", f"{p.seed}"),
-        ("`iteration`", f"{p.iteration}"),
-        ("`reference`", p.reference),
-        ("layer importance", "given; see the recipe" if p.importance is not None else "none"),
-        *((f"`{o}`", _cell(str(getattr(p, o)))) for o in ("shrink", "clip") if getattr(p, o) not in (1.0, None)),
-        *((("`layer_factors`", _cell(_factors_text(p.layer_factors))),) if p.layer_factors is not None else ()),
-        *((("`sparsify`", _cell(p.sparsify)),) if p.sparsify != "dare" else ()),
-        ("dtype", "as in the base" if p.dtype == "base" else p.dtype),
-        *((f"`{o}`", _cell(" ".join(getattr(p, o)))) for o in _LISTS if getattr(p, o)),
-        *((("`vocab`", f"the {p.vocab}'s"),) if p.vocab != "strict" else ()),
-    ]
-    command = ["imm-merge", *(f"{plan.inputs[role].ref}" for role in ("base", "sft"))]
-    command += ["--start", plan.inputs["start"].ref] if "start" in plan.inputs else []
-    command += [
-        "--alpha",
-        str(p.alpha),
-        "--drop",
-        str(p.drop),
-        "--seed",
-        str(p.seed),
-        "--iteration",
-        str(p.iteration),
-    ]
-    command += ["--importance", "importance.json"] if p.importance is not None else []
-    command += ["--shrink", str(p.shrink)] if p.shrink != 1 else []
-    command += ["--clip", *map(str, p.clip)] if p.clip is not None else []
-    if p.layer_factors is not None:
-        command += ["--layer-factors", p.layer_factors if isinstance(p.layer_factors, str) else "factors.json"]
-    command += ["--sparsify", p.sparsify] if p.sparsify != "dare" else []
-    command += ["--reference", p.reference] if p.reference != "start" else []
-    command += ["--dtype", p.dtype] if p.dtype != "base" else []
-    if p.max_shard_size:  # a smaller number without a unit is refused
-        command += ["--max-shard-size", f"{p.max_shard_size}{'B' if p.max_shard_size < LEAST_BARE_SIZE else ''}"]
-    command += ["--vocab", p.vocab] if p.vocab != "strict" else []
-    for option in _LISTS:
-        for pattern in getattr(p, option):
-            command += [f"--{option.replace('_', '-')}", pattern]
-    command += [f"--{o.replace('_', '-')}" for o in ("allow_nonfinite", "copy_code", "dequantize") if getattr(p, o)]
-
-    lines = [
-        "---",
-        *(
-            ("base_model:", *(f"- {json.dumps(model)}" for model in models), "base_model_relation: merge")
-            if models
-            else ()
-        ),
-        "library_name: transformers",
-        "tags:",
-        "- merge",
-        "- mergekit_imm",
-        "- imm",
-        "---",
-        "",
-        "# A merged model",
-        "",
-        "A fine-tuned model pulled back towards its base (iterative model merging,",
-        "[arXiv 2503.02103](https://arxiv.org/abs/2503.02103)):",
-        "",
-        f"    merged = alpha * base + (1 - alpha) * (start + factor * {p.sparsify.upper()}(sft - start))",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
-        "",
-        f"Round {p.iteration}; {len(recipe['history'])} earlier rounds are in `{RECIPE_FILE}`.",
-        f"What changed, per tensor and layer, is in `{REPORT_FILE}`.",
-        "",
-        "The same bytes again:",
-        "",
-        f"    {shlex.join([*command, '-o', 'OUT'])}",
-        "",
-        "Check these against the inputs:",
-        "",
-        "    imm-verify OUT",
-        "",
-    ]
-    return "\n".join(lines).encode()
-
-
 def written_files(plan: Plan, recipe: Mapping[str, Any], records: npt.NDArray[np.float64]) -> dict[str, bytes]:
     """Return the small files that a merge writes itself, the recipe last."""
     files: dict[str, bytes] = {**plan.indexes, **plan.configs}
@@ -208,11 +130,3 @@ def written_files(plan: Plan, recipe: Mapping[str, Any], records: npt.NDArray[np
     files[CARD_FILE] = model_card(plan, recipe)
     files[RECIPE_FILE] = to_json(recipe)
     return files
-
-
-def _factors_text(factors: Mapping[str, float] | str) -> str:
-    return factors if isinstance(factors, str) else "given; see the recipe"
-
-
-def _cell(text: str) -> str:
-    return "`" + text.replace("|", "\\|").replace("`", "'").replace("\n", " ") + "`"

@@ -6,8 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,16 @@ import numpy.typing as npt
 
 from ..checkpoint.checkpoint import in_part
 from ..checkpoint.safetensors_file import TensorInfo, open_tensorfile
-from ..common.messages import bytes_text, for_caller, shown
+from ..common.messages import shown
 from ..errors import OutputError
 from ..numerics.statistics import RECORD
-from ..options.recipe import MergeReport
+from ..options.options import Progress
 from ..output import direct_io, journal, paths
-from ..plan.describe import kinds, left_out, renamed, side_files
 from ..plan.plan import Plan, segments
 from ..ranks.ranks import ALONE, Ranks, together
 from ..ranks.shares import Share, shares
-from .report import actions
-from .workers import BUFFER, BUFFERS, Device, Done, Progress, Task, run, warm_up
+from .job import Job, errors_of
+from .workers import Device, Done, Task, run, warm_up
 
 Recipe = Mapping[str, Any]
 Finished = npt.NDArray[np.bool_]  # of each segment of a plan
@@ -34,96 +32,7 @@ Handles = dict[str, direct_io.Handle]
 Records = npt.NDArray[np.float64]  # one row for each segment of a plan
 
 SYNC_BYTES, SYNC_SECONDS = 512 << 20, 5.0
-INTERPRETER = 190 << 20  # Python, numpy, numba, the compiled kernel: the most that was measured
-PER_TENSOR = 1024
 STOP = journal.JOURNAL + ".stop"  # there when one of several ranks has failed
-
-
-class Job:
-    """A plan under way: where it goes, and what is counted on the way for the report."""
-
-    def __init__(
-        self, plan: Plan, out: Path, workers: int, device: str, began: float, *, replace: bool, restart: bool
-    ) -> None:
-        self.plan, self.out, self.workers, self.device, self.replace = plan, out, workers, device, replace
-        self.partial = paths.partial_of(out)
-        self.began, self.planned = began, time.perf_counter()
-        self.streamed: float | None = None
-        self.verified: float | None = None
-        self.read = self.written = 0
-        self.notes = list(plan.notes)
-        self.sizes = {file.name: file.size for file in plan.files}
-        self.whole = {**dict.fromkeys(plan.beside), **self.sizes}  # every file; None: of any size
-        self.free = paths.free_space(out)
-        reused = self.partial.rglob("*") if restart else (self.partial / file.name for file in plan.files)
-        held = sum(map(_blocks, reused))
-        sides = sum(path.stat().st_size for _, path in plan.side.values() if path is not None)
-        self.needed = max(0, plan.bytes_to_write + sides - held)
-
-    def report(self, status: str, refused: str = "") -> MergeReport:
-        """Return what was done, or would be."""
-        now = time.perf_counter()
-        tensors = sum(len(each.tensors) for each in self.plan.inputs.values())
-        seconds = {"plan": self.planned - self.began, "total": now - self.began}
-        if self.streamed is not None:
-            seconds["stream"] = self.streamed
-        if self.verified is not None:
-            seconds["verify"] = self.verified
-        return MergeReport(
-            status=status,
-            out=str(self.out),
-            parameters=asdict(self.plan.parameters),
-            parameter_count=self.plan.parameter_count,
-            tensors=actions(self.plan),
-            files=[file.name for file in self.plan.files],
-            bytes_read=self.read if status == "merged" else self.plan.bytes_to_read,
-            bytes_written=self.written if status == "merged" else self.plan.bytes_to_write,
-            disk_needed=self.needed,
-            disk_free=self.free,
-            memory=INTERPRETER + min(BUFFER * self.workers, BUFFERS) + PER_TENSOR * tensors,
-            workers=self.workers,
-            device=self.device,
-            seconds={key: round(value, 6) for key, value in seconds.items()},
-            kinds=kinds(self.plan.items),
-            config_changes=dict(self.plan.config_changes),
-            side_files=side_files(self.plan),
-            left_out=left_out(self.plan.inputs),
-            renamed=renamed(self.plan.inputs),
-            notes=list(map(for_caller, self.notes)),
-            refused=for_caller(refused),
-            verified=self.verified is not None,
-        )
-
-
-def lack_of_space(jobs: Sequence[Job]) -> str:
-    """Say which outputs do not fit on their disks; nothing if all do."""
-    needed: dict[int, int] = {}
-    for job in jobs:
-        disk_of = paths.device_of(job.out)
-        needed[disk_of] = needed.get(disk_of, 0) + job.needed
-        if needed[disk_of] > job.free:
-            those = f"output {shown(job.out)}" if len(jobs) == 1 else f"outputs up to {shown(job.out)}"
-            return (
-                f"{those} need{'s' if len(jobs) == 1 else ''} {bytes_text(needed[disk_of])} and the disk has"
-                f" {bytes_text(job.free)} free; free some space or give an OUT on another disk"
-            )
-    return ""
-
-
-@contextmanager
-def errors_of(jobs: Sequence[Job]) -> Iterator[None]:
-    """Turn an OSError into an OutputError that says what was kept."""
-    with ExitStack() as stack:
-        for job in jobs:
-            stack.enter_context(paths.output_errors(job.out, job.partial))
-        yield
-
-
-def _blocks(path: Path) -> int:
-    try:
-        return path.lstat().st_blocks * 512
-    except OSError:
-        return 0
 
 
 class _Written:

@@ -21,20 +21,22 @@ from ..common.checks import as_path, is_number
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, VerifyError
 from ..numerics.statistics import RECORD
+from ..options.options import Progress, RunOptions
 from ..options.recipe import (
     RECIPE_FILE,
     REPORT_FILE,
     history_of,
     make_recipe,
-    parse_parameters,
+    options_in,
     read_recipe,
     without_places,
 )
-from ..plan.open_inputs import plans_of, prepared
-from ..plan.plan import Plan, segments
+from ..plan.make_plan import make_plans
+from ..plan.open_inputs import prepared
+from ..plan.plan import Inputs, Plan, segments
 from ..ranks.ranks import ALONE, Ranks, together
 from .report import written_files
-from .workers import Device, Progress, check_workers, pick_device, run
+from .workers import Device, default_workers, pick_device, run
 
 
 @dataclass(frozen=True)
@@ -82,23 +84,23 @@ def verify(
     recipe = read_recipe(folder)
     if recipe is None:
         raise CheckpointError(f"{shown(out)} has no {RECIPE_FILE}; give a folder that imm-merge made")
-    workers = check_workers(workers)
+    run_options = RunOptions(device=device, workers=workers, progress=progress)
     given = {"base": base, "start": start, "sft": sft}
     inputs = {role: _reopen(role, entry, given[role], recipe, folder) for role, entry in recipe["inputs"].items()}
     surplus = [role for role, ref in given.items() if ref is not None and role not in inputs]
     if surplus:
         raise ArgumentError(f"--{surplus[0]} is given, but the recipe in {shown(out)} has no {surplus[0]}")
-    parameters = parse_parameters(recipe)
-    inputs = prepared(inputs, parameters)
+    options = options_in(recipe)
+    inputs = prepared(inputs, options)
     if inputs["sft"].adapter != recipe["inputs"]["sft"].get("adapter"):
         raise CheckpointError(
             f"{inputs['sft'].label} is not what was merged: its adapter_config.json has changed; give the original with"
             " --sft"
         )
-    (plan,) = plans_of(inputs, [parameters])
+    (plan,) = make_plans(Inputs(inputs, (options,)))
 
     found = inputs["start"].recipe if "start" in inputs else None
-    again = make_recipe(plan.parameters, recipe["inputs"], plan.config_changes, history_of(found))
+    again = make_recipe(plan.options, recipe["inputs"], plan.config_changes, history_of(found))
     one, other = without_places(again), without_places(recipe)
     wrong = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
     if wrong:
@@ -107,7 +109,15 @@ def verify(
         )
 
     return replace(
-        compare(plan, recipe, folder, sample=sample, workers=workers, device=pick_device(device), progress=progress),
+        compare(
+            plan,
+            recipe,
+            folder,
+            sample=sample,
+            workers=run_options.workers or default_workers(),
+            device=pick_device(run_options.device),
+            progress=progress,
+        ),
         out=str(out),
     )
 

@@ -21,9 +21,8 @@ import numpy as np
 from ..checkpoint.lazy_tensor import Computed, Raw, Tensor
 from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
-from ..common.checks import is_integer
 from ..common.messages import shown
-from ..errors import ArgumentError, MismatchError, NonFiniteError
+from ..errors import MismatchError, NonFiniteError
 from ..numerics.mask import BLOCK, Arithmetic, arithmetic
 from ..numerics.statistics import KEPT, RECORD, Record, is_finite, new_tally, to_record
 from ..output.direct_io import PAGE, place
@@ -36,7 +35,6 @@ BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its ou
 LEAST = 16 * PAGE  # of one, however many there are: a block of any dtypes fits
 
 Sink = Callable[[int, TensorInfo, int, memoryview], None]  # number of the plan, where, first byte of the tensor, bytes
-Progress = Callable[[int, int], None]  # bytes of the output done, and of all
 Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
 Task = tuple[Segment, Sequence[int]]  # a segment, and the numbers of the plans that lack it
 T = TypeVar("T")
@@ -65,15 +63,6 @@ def default_workers() -> int:
     return max(1, min(4, 2 * cpus))
 
 
-def check_workers(workers: int | None) -> int:
-    """Return the number of workers to use; the default for None. Raises ArgumentError unless it is >= 1."""
-    if workers is None:
-        return default_workers()
-    if not is_integer(workers) or workers < 1:
-        raise ArgumentError(f"workers is {shown(repr(workers), 60)}; it is a number of threads, at least 1")
-    return int(workers)
-
-
 @dataclass(frozen=True)
 class Device:
     """What computes: a function that merges a piece, and one that gives the memory workers read into."""
@@ -82,15 +71,8 @@ class Device:
     buffer: Callable[[int], Raw]
 
 
-def check_device(device: str) -> None:
-    """Raise ArgumentError unless a device is one that merges run on; whether it is there is not looked up."""
-    if not isinstance(device, str) or (device not in ("cpu", "cuda") and not device.startswith("cuda:")):
-        raise ArgumentError(f"device is {shown(repr(device), 60)}; it must be 'cpu' or 'cuda'")
-
-
 def pick_device(name: str) -> Device:
     """Return what computes on a device: the compiled CPU kernel, or torch on a GPU. Raises ArgumentError."""
-    check_device(name)
     if name == "cpu":
         from ..numerics.cpu import merge_span
 
@@ -121,13 +103,20 @@ def warm_up(plans: Sequence[Plan], device: Device) -> None:
 
 
 def run(
-    plans: Sequence[Plan], todo: Iterable[Task], sink: Sink, *, workers: int, device: Device
+    plans: Sequence[Plan],
+    todo: Iterable[Task],
+    sink: Sink,
+    *,
+    workers: int,
+    device: Device,
+    stop: threading.Event | None = None,
 ) -> Generator[Done | None, None, None]:
     """Run segments of plans on threads, and yield each as it is finished; None when nothing was for a while.
 
     The plans are of the same inputs and lay out the same files; their numbers differ. Segments are taken in order. The
     failure of the first segment in that order is raised, once those under way have come to their end: the same segment
-    whatever the number of workers. Closing the iterator stops the workers.
+    whatever the number of workers. Closing the iterator stops the workers. `stop` is set when they are to end; a
+    `todo` that waits must look at it.
     """
     with Files(plans[0].inputs) as files:
 
@@ -135,16 +124,16 @@ def run(
             buffer = device.buffer(min(BUFFER, max(LEAST, BUFFERS // workers)))
             return lambda task: _process(plans, task, buffer, files, sink, device)
 
-        yield from in_threads(todo, worker, workers)
+        yield from in_threads(todo, worker, workers, stop)
 
 
 def in_threads(
-    todo: Iterable[T], worker: Callable[[], Callable[[T], R]], workers: int
+    todo: Iterable[T], worker: Callable[[], Callable[[T], R]], workers: int, stop: threading.Event | None = None
 ) -> Generator[R | None, None, None]:
     """Work on tasks in threads, each with what `worker` makes for it, and yield the results; see `run`."""
     source = enumerate(todo)
     turn = threading.Lock()
-    stop = threading.Event()
+    stop = stop or threading.Event()
     results: queue.SimpleQueue[tuple[int, R | None, BaseException | None] | None] = queue.SimpleQueue()
 
     def work() -> None:
@@ -243,7 +232,7 @@ def _merge(
             if isinstance(sides.get("sft"), Sparsified):  # dropped before it was read: here nothing was
                 tally[KEPT] += kept(*raws["sft"]) - count
             if not is_finite(tally):
-                p = plans[number].parameters
+                p = plans[number].options
                 merge = f" (alpha {p.alpha}, drop {p.drop}, seed {p.seed})" if len(plans) > 1 else ""
                 _look_closer(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
             for target in each.outs:
@@ -274,7 +263,7 @@ def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: S
             if not np.array_equal(content, mirror):
                 width = DTYPE_BITS[side.dtype] // 8
                 element = (first + int(np.flatnonzero(content != mirror)[0])) // width
-                cure = Advice(plan.inputs, plan.parameters).either("--keep", "--take", names=names_of(item))
+                cure = Advice(plan.inputs, plan.options).either("--keep", "--take", names=names_of(item))
                 raise MismatchError(
                     f"tensor '{shown(item.name)}' is {side.dtype} and not merged, but it differs at element {element}"
                     f" between {plan.inputs[role].label} and {plan.inputs[other].label};"
@@ -297,10 +286,10 @@ def _look_closer(
     """Find out whether a sum that is not finite means that the merge must stop; raise if it does."""
     from ..numerics.cpu import finite_elements
 
-    advice = Advice(plan.inputs, plan.parameters)
+    advice = Advice(plan.inputs, plan.options)
     finite = {role: finite_elements(*raw) for role, raw in raws.items()}
     bad_inputs = [role for role, good in finite.items() if not good.all()]
-    if bad_inputs and item.action == "merge" and not plan.parameters.allow_nonfinite:
+    if bad_inputs and item.action == "merge" and not plan.options.allow_nonfinite:
         role = bad_inputs[0]
         other, option = ("sft", "--take") if role == "base" else ("base", "--keep")
         bad, element = _count_nonfinite(item.sides[role], role, files)

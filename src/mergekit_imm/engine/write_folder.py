@@ -1,4 +1,4 @@
-"""From plans to folders: stream the tensors, write what stands beside them, let the folders appear."""
+"""Write plans into folders: stream the tensors, write the files beside them, and let each folder appear when whole."""
 
 from __future__ import annotations
 
@@ -11,43 +11,127 @@ from typing import Any
 
 from ..checkpoint.reader import check_inputs
 from ..common.messages import shown
-from ..errors import (
-    ChangedError,
-    CheckpointError,
-    MismatchError,
-    NonFiniteError,
-    OutputError,
-)
+from ..errors import ArgumentError, ChangedError, CheckpointError, MismatchError, NonFiniteError, OutputError
+from ..options.options import Progress, RunOptions
 from ..options.recipe import differences, read_recipe, to_json, without_places
 from ..output import direct_io, journal, paths
 from ..output import publish as swap
+from ..plan.make_plan import recipes_of
 from ..plan.plan import Plan
-from ..plan.unchanged import is_unchanged, note_of
-from ..ranks.ranks import ALONE, Ranks, together
-from .report import written_files
-from .stream import Job, Recipe, Records, errors_of, stream
+from ..plan.unchanged import is_unchanged, note_if_unchanged, note_of
+from ..ranks.ranks import ALONE, Ranks, check_same, together
+from .job import Job, errors_of, lack_of_space
+from .report import MergeReport, written_files
+from .stream import Recipe, Records, stream
 from .verify import compare
-from .workers import Device, Progress
+from .workers import Device, pick_device
 
 
-def build(
-    jobs: Sequence[Job],
-    recipes: Sequence[Recipe],
-    device: Device,
-    *,
-    restart: bool,
-    verify: bool,
-    progress: Progress | None,
-    ranks: Ranks = ALONE,
-) -> None:
-    """Make each job's folder from its plan, or go on with what an earlier process began; inputs are read once for all.
+def write(
+    plans: Sequence[Plan], outs: Sequence[Path], options: RunOptions, *, ranks: Ranks = ALONE, began: float
+) -> list[MergeReport]:
+    """Carry out plans of the same inputs into folders, or say what would be done, and return a report for each.
+
+    What is there already is left; what an earlier process began is gone on with. Inputs are read once for all. `began`
+    is when planning did. Raises MergeError.
+    """
+    jobs, recipes = together(ranks, lambda: _jobs(plans, outs, options, began))
+    check_same(ranks, recipes)
+    if options.dry_run:
+        for job in jobs:
+            job.notes += note_if_unchanged(job.plan.inputs, job.plan.items)
+    if not recipes:
+        return [job.report("dry run", lack_of_space(jobs)) for job in jobs]
+    whole, lacking, recipes = ranks.gather(together(ranks, lambda: _there(jobs, recipes, options, ranks)))[0]
+    pairs = list(zip(jobs, recipes, strict=True))
+    there = [pair for pair, done in zip(pairs, whole, strict=True) if done]
+    left = [pair for pair, done in zip(pairs, whole, strict=True) if not done]
+    if not options.dry_run and (left or options.verify):
+        device = together(ranks, lambda: pick_device(options.device))
+        if left:
+            _build(left, device, options, ranks)
+        if options.verify:
+            _check_all(there, device, options.progress, ranks)
+    done = "dry run" if options.dry_run else "merged"
+    return [
+        job.report("already merged") if w else job.report(done, lacking) for job, w in zip(jobs, whole, strict=True)
+    ]
+
+
+def checked_outs(out: str, names: Sequence[str]) -> list[Path]:
+    """Return the folders that outputs name. Raises OutputError for what cannot be made, ArgumentError for two alike."""
+    outs = [paths.expanded(name) for name in names]
+    for each in outs:
+        paths.check_name(each)
+        swap.check_marker(each)
+    if len({each.resolve() for each in outs}) < len(outs):
+        raise ArgumentError(f"two merges would go to one folder; give an output that {shown(out)} names once for each")
+    return outs
+
+
+def check_apart(outs: Sequence[Path], inputs: Mapping[str, Path]) -> None:
+    """Refuse outputs that would touch an input; label -> file or folder of each. Raises OutputError."""
+    for each in outs:
+        paths.check_place(each, inputs)
+
+
+def _jobs(
+    plans: Sequence[Plan], outs: Sequence[Path], options: RunOptions, began: float
+) -> tuple[list[Job], list[dict[str, Any]]]:
+    """Return the plans as jobs, and their recipes; none where a dry run on a hub id has no files to fingerprint."""
+    jobs = [Job(plan, out, options, began) for plan, out in zip(plans, outs, strict=True)]
+    unread = any(each.folder is None for each in plans[0].inputs.values())
+    return jobs, [] if unread else recipes_of(plans)
+
+
+def _there(
+    jobs: Sequence[Job], recipes: Sequence[dict[str, Any]], options: RunOptions, ranks: Ranks
+) -> tuple[list[bool], str, list[dict[str, Any]]]:
+    """Say which outputs are whole already, what the others lack, and their recipes, with paths as they were begun."""
+    if ranks.rank:
+        return [], "", []
+    if not options.dry_run:
+        for job in jobs:
+            with paths.output_errors(job.out):
+                swap.repair(job.out)
+    begun = [as_begun(job, each) for job, each in zip(jobs, recipes, strict=True)]
+    whole = [paths.is_whole(job.out, to_json(each), job.whole) for job, each in zip(jobs, begun, strict=True)]
+    left = [(job, each) for job, each, done in zip(jobs, begun, whole, strict=True) if not done]
+    for job, each in left:
+        if paths.is_occupied(job.out) and not options.overwrite:
+            there = _what_is_there(job.out, each)
+            raise OutputError(f"output {shown(job.out)} is there and {there}; give another, or --overwrite")
+        if not options.restart:
+            check_unfinished(job.partial, each)
+    lacking = lack_of_space([job for job, _ in left])
+    if lacking and not options.dry_run:
+        raise OutputError(lacking)
+    return whole, lacking, begun
+
+
+def _what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
+    """Say what an output holds that is not this merge."""
+    try:
+        found = read_recipe(out)
+    except CheckpointError:
+        found = None
+    changes = differences(without_places(found), without_places(recipe)) if found else []
+    if changes:
+        return f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})"
+    return "lacks files of this very merge" if found else "not empty"
+
+
+def _build(pairs: Sequence[tuple[Job, Recipe]], device: Device, options: RunOptions, ranks: Ranks) -> None:
+    """Make each job's folder from its plan, or go on with what an earlier process began.
 
     With `verify` all of it is computed again and compared before a folder appears. Of several ranks, 0 makes, locks and
     publishes the folders, and all write into them. Raises OutputError, VerifyError and what `run` raises. OUT.partial
     stays for the next try, unless an input was refused.
     """
+    jobs, recipes = [job for job, _ in pairs], [recipe for _, recipe in pairs]
+    progress = options.progress
     bytes_to_write = sum(job.plan.bytes_to_write for job in jobs)
-    total = bytes_to_write * (2 if verify else 1)
+    total = bytes_to_write * (2 if options.verify else 1)
     leads = ranks.rank == 0
 
     def advance(done: int, _: int) -> None:
@@ -58,8 +142,7 @@ def build(
 
         def take() -> list[int]:
             # In one order, lest two sweeps of the same outputs wait for each other's.
-            pairs = sorted(zip(jobs, recipes, strict=True), key=lambda pair: str(pair[0].partial.absolute()))
-            for job, recipe in pairs if leads else ():
+            for job, recipe in sorted(pairs, key=lambda pair: str(pair[0].partial.absolute())) if leads else ():
                 with errors_of([job]):
                     made = direct_io.make_folder(job.partial)
                     if stack.enter_context(paths.locked(job.partial)) is None:
@@ -68,9 +151,8 @@ def build(
                             " merged there"
                         )
                     stack.callback(_remove_empty, {job.partial, *made})
-                    _take(job, recipe, restart)
-            pairs = list(zip(jobs, recipes, strict=True)) if leads else []
-            return [number for number, (job, recipe) in enumerate(pairs) if _is_unwritten(job, recipe)]
+                    _take(job, recipe)
+            return [n for n, (job, recipe) in enumerate(pairs if leads else ()) if _is_unwritten(job, recipe)]
 
         def write_rest() -> None:
             if leads:
@@ -87,7 +169,7 @@ def build(
         def publish() -> None:
             for job in jobs if leads else ():
                 with errors_of([job]):
-                    swap.publish(job.out, replace=job.replace)
+                    swap.publish(job.out, replace=job.options.overwrite)
 
         unwritten = ranks.gather(together(ranks, take))[0]
         try:
@@ -100,8 +182,8 @@ def build(
                     for job in jobs:
                         journal.empty(job.partial)
             raise
-        if verify:
-            check(jobs, recipes, device, lambda done, _: advance(bytes_to_write + done, 0), ranks)
+        if options.verify:
+            _check_all(pairs, device, lambda done, _: advance(bytes_to_write + done, 0), ranks)
         together(ranks, publish)
 
 
@@ -112,31 +194,31 @@ def _remove_empty(folders: set[Path]) -> None:
             folder.rmdir()
 
 
-def as_begun(job: Job, recipe: dict[str, Any], *, restart: bool) -> dict[str, Any]:
+def as_begun(job: Job, recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a merge's recipe with the paths of its inputs as OUT or OUT.partial has them, if that is of this merge.
 
     They may have been typed in another way; the bytes are to be those of the command that began it.
     """
-    for folder in (job.out, *(() if restart else (job.partial,))):
+    for folder in (job.out, *(() if job.options.restart else (job.partial,))):
         try:
             found = journal.unfinished(folder) or read_recipe(folder)
         except CheckpointError:
             continue
         if found is not None and without_places(found) == without_places(recipe):
-            paths = {role: str(entry["path"]) for role, entry in found["inputs"].items()}
-            inputs = {role: dataclasses.replace(each, ref=paths[role]) for role, each in job.plan.inputs.items()}
+            places = {role: str(entry["path"]) for role, entry in found["inputs"].items()}
+            inputs = {role: dataclasses.replace(each, ref=places[role]) for role, each in job.plan.inputs.items()}
             job.plan = dataclasses.replace(job.plan, inputs=inputs)
             return found
     return recipe
 
 
-def _take(job: Job, recipe: Recipe, restart: bool) -> None:
+def _take(job: Job, recipe: Recipe) -> None:
     """Decide again what OUT and OUT.partial are, now that no other process can change them."""
-    if paths.is_occupied(job.out) and not job.replace:
+    if paths.is_occupied(job.out) and not job.options.overwrite:
         raise OutputError(
             f"output {shown(job.out)} was not there when the merge began, and now it is; run the same command again"
         )
-    if restart:
+    if job.options.restart:
         journal.empty(job.partial)
     check_unfinished(job.partial, recipe)
 
@@ -157,12 +239,10 @@ def _is_unwritten(job: Job, recipe: Recipe) -> bool:
     return (job.partial / journal.JOURNAL).exists() or not paths.is_whole(job.partial, to_json(recipe), job.whole)
 
 
-def check(
-    jobs: Sequence[Job], recipes: Sequence[Recipe], device: Device, progress: Progress | None, ranks: Ranks = ALONE
-) -> None:
+def _check_all(pairs: Sequence[tuple[Job, Recipe]], device: Device, progress: Progress | None, ranks: Ranks) -> None:
     """Compute whole folders again and compare every byte, those that are published and those that are not yet."""
-    total, before = sum(job.plan.bytes_to_write for job in jobs), 0
-    for job, recipe in zip(jobs, recipes, strict=True):
+    total, before = sum(job.plan.bytes_to_write for job, _ in pairs), 0
+    for job, recipe in pairs:
         began = time.perf_counter()
 
         def advance(done: int, _: int, before: int = before) -> None:

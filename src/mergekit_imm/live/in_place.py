@@ -14,11 +14,11 @@ from ..checkpoint.lazy_tensor import Raw, Tensor
 from ..checkpoint.reader import Files, check_inputs
 from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
-from ..engine.workers import Progress, in_threads, names_of
+from ..engine.workers import in_threads, names_of
 from ..errors import MismatchError, NonFiniteError
 from ..numerics.mask import BLOCK, arithmetic
 from ..numerics.statistics import is_finite, new_tally
-from ..options.recipe import Parameters
+from ..options.options import MergeOptions, Progress
 from ..plan.advice import Advice
 from ..plan.plan import Item
 from .local_shards import Run, lines, origins
@@ -87,12 +87,12 @@ class Work:
     def __init__(
         self,
         inputs: Mapping[str, Checkpoint],
-        parameters: Parameters,
+        options: MergeOptions,
         jobs: Sequence[Job],
         workers: int,
         progress: Progress | None,
     ) -> None:
-        self.inputs, self.parameters, self.jobs, self.workers = inputs, parameters, jobs, workers
+        self.inputs, self.options, self.jobs, self.workers = inputs, options, jobs, workers
         self.progress, self.done = progress, 0
         self.total = 2 * sum(_bytes(span) for span in _spans(jobs)) if progress is not None else 0
 
@@ -166,10 +166,10 @@ class Work:
         item = span.job.item
         finite = {role: finite_elements(*raw) for role, raw in raws.items()}
         for role, good in finite.items():
-            if good.all() or item.action != "merge" or self.parameters.allow_nonfinite:
+            if good.all() or item.action != "merge" or self.options.allow_nonfinite:
                 continue
             other, option = ("model", "--take") if role == "base" else ("base", "--keep")
-            cure = Advice(self.inputs, self.parameters).either(option, names=names_of(item))
+            cure = Advice(self.inputs, self.options).either(option, names=names_of(item))
             instead = f", or use the {other}'s with {cure}" if cure else ""
             raise NonFiniteError(
                 f"tensor '{shown(item.name)}' of {self.inputs[role].label} is NaN or infinite at index"
@@ -192,7 +192,7 @@ class Work:
             other = self._read(role, side, span, buffer, files)
             if not np.array_equal(base, other):
                 element = span.low + int(np.flatnonzero(base != other)[0]) * 8 // DTYPE_BITS[side.dtype]
-                cure = Advice(self.inputs, self.parameters).either("--keep", "--take", names=names_of(item))
+                cure = Advice(self.inputs, self.options).either("--keep", "--take", names=names_of(item))
                 raise MismatchError(
                     f"tensor '{shown(item.name)}' is {side.dtype} and not merged, but it differs at element {element}"
                     f" between {self.inputs['base'].label} and {self.inputs[role].label};"

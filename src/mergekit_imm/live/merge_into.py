@@ -22,24 +22,24 @@ from torch import nn
 from ..checkpoint.checkpoint import Checkpoint, is_hub_id, open_checkpoint
 from ..checkpoint.lazy_tensor import Tensor as Side
 from ..checkpoint.safetensors_file import MERGED, fingerprint
-from ..common.checks import as_path
 from ..common.json_files import parse_json, read_small
 from ..common.messages import for_caller, shown
-from ..engine.workers import Progress, check_workers
+from ..engine.workers import default_workers
 from ..errors import CheckpointError, MismatchError, PartialMergeError
 from ..model.tensor_names import is_end, ready_option, tied_key, unwrapped
-from ..options.recipe import Parameters
+from ..options.options import MergeOptions, Progress, RunOptions, chosen_from, with_files_read
 from ..plan.accounts import check_tensors
+from ..plan.decide import Decided, decide
+from ..plan.make_plan import comparer
 from ..plan.open_inputs import (
     check_left_out,
     check_platform,
-    comparer,
-    listed,
+    checked_refs,
     prepared,
     round_of,
     without_same_start,
 )
-from ..plan.plan import Decided, Item, decide
+from ..plan.plan import Item
 from ..ranks.ranks import ALONE, Ranks, together
 from .in_place import Job, Work
 from .local_shards import Live, Part, is_distributed, live_tensors
@@ -113,38 +113,26 @@ def merge_into(
     >>> model.w.data
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
-    base, start = as_path("base", base), None if start is None else as_path("start", start)
+    given = locals()
     ranks = Ranks.of_group() if is_distributed(model) and dist.is_initialized() else ALONE
 
-    def checked() -> tuple[int, Parameters, dict[str, Live]]:
+    def checked() -> tuple[dict[str, str | Path], MergeOptions, int, dict[str, Live]]:
         check_platform()
-        values = listed(
-            importance=importance,
-            layer_factors=layer_factors,
-            keep=keep,
-            take=take,
-            no_drop=no_drop,
-            rename=rename,
-            leave_out=leave_out,
-        )
-        parameters = Parameters(
-            alpha=alpha, drop=drop, seed=seed, iteration=0 if iteration is None else iteration, reference=reference,
-            shrink=shrink, clip=clip, dequantize=dequantize, allow_nonfinite=allow_nonfinite, **values,
-        )  # fmt: skip
-        return check_workers(workers), parameters, live_tensors(model)
+        refs = checked_refs({"base": base, "start": start})
+        options = with_files_read(chosen_from(given, MergeOptions))
+        return refs, options, chosen_from(given, RunOptions).workers or default_workers(), live_tensors(model)
 
-    threads, parameters, state = together(ranks, checked)
+    refs, options, threads, state = together(ranks, checked)
     places = {id(live): number for number, live in enumerate(state.values())}
     _check_same(ranks, lambda: [(name, live.shape, live.dtype, places[id(live)]) for name, live in state.items()])
     equal = _equal_ends(state, ranks)
 
-    def planned() -> tuple[dict[str, Checkpoint], Parameters, Decided, list[Job]]:
-        refs = {"base": base} if start is None else {"base": base, "start": start}
+    def planned() -> tuple[dict[str, Checkpoint], MergeOptions, Decided, list[Job]]:
         if any(is_hub_id(ref) for ref in refs.values()):  # refuse from headers, before hours of downloading
-            there = _opened(refs, parameters, dry_run=True)
-            _plan(there, model, state, equal, parameters)
-        inputs = without_same_start(_opened(refs, parameters, dry_run=dry_run))
-        here = replace(parameters, iteration=round_of(inputs)) if iteration is None else parameters
+            there = _opened(refs, options, dry_run=True)
+            _plan(there, model, state, equal, options)
+        inputs = without_same_start(_opened(refs, options, dry_run=dry_run))
+        here = replace(options, iteration=round_of(inputs)) if iteration is None else options
         inputs, decided = _plan(inputs, model, state, equal, here)
         return inputs, here, decided, _jobs(decided, inputs["sft"])
 
@@ -166,19 +154,19 @@ def merge_into(
     return _report(inputs, here, decided)
 
 
-def _report(inputs: Mapping[str, Checkpoint], parameters: Parameters, decided: Decided) -> LiveReport:
+def _report(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> LiveReport:
     counts = Counter({"keep": "kept", "take": "taken", "copy": "copied"}.get(i.action, "merged") for i in decided.items)
     notes = [note for each in inputs.values() for note in each.notes]
     if decided.ties.broken:
         notes.append(f"note: {decided.ties.broken}: both are merged under their own names")
-    return LiveReport(dict(counts), parameters.iteration, list(map(for_caller, notes)))
+    return LiveReport(dict(counts), options.round, list(map(for_caller, notes)))
 
 
-def _opened(refs: Mapping[str, str | Path], parameters: Parameters, *, dry_run: bool = False) -> dict[str, Checkpoint]:
+def _opened(refs: Mapping[str, str | Path], options: MergeOptions, *, dry_run: bool = False) -> dict[str, Checkpoint]:
     found = {
-        role: open_checkpoint(ref, role, dry_run=dry_run, leave_out=parameters.leave_out) for role, ref in refs.items()
+        role: open_checkpoint(ref, role, dry_run=dry_run, leave_out=options.leave_out) for role, ref in refs.items()
     }
-    check_left_out(found, parameters.leave_out)
+    check_left_out(found, options.leave_out)
     return found
 
 
@@ -193,10 +181,10 @@ def _check_same(ranks: Ranks, data: Callable[[], object]) -> None:
 
 
 def _plan(
-    inputs: dict[str, Checkpoint], model: nn.Module, state: Mapping[str, Live], equal: _Equal, parameters: Parameters
+    inputs: dict[str, Checkpoint], model: nn.Module, state: Mapping[str, Live], equal: _Equal, options: MergeOptions
 ) -> tuple[dict[str, Checkpoint], Decided]:
     """Return the inputs under the base's names, the model among them, and what happens to every tensor."""
-    inputs = prepared({**inputs, "sft": _checkpoint(model, state, inputs["base"])}, parameters)
+    inputs = prepared({**inputs, "sft": _checkpoint(model, state, inputs["base"])}, options)
     compare = comparer(inputs)
 
     def same(checkpoint: Checkpoint, one: Side, other: Side) -> bool:
@@ -205,7 +193,7 @@ def _plan(
         return one.memory == other.memory or frozenset((one.memory, other.memory)) in equal
 
     _check_vocabularies(inputs["base"], inputs["sft"])
-    decided = decide(inputs, parameters, same)
+    decided = decide(inputs, options, same)
     check_tensors(decided, same)
     return inputs, decided
 

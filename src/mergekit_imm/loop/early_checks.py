@@ -4,42 +4,24 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..common.messages import shown
-from ..engine.workers import check_device, check_workers
 from ..errors import ArgumentError
 from ..model.rename import parse_rename
 from ..numerics.mask import arithmetic
-from ..options.layer_factors import factors_of
-from ..options.recipe import Parameters, parse_size
+from ..options.options import MergeOptions, RunOptions, chosen_from, layer_factors_of, with_files_read
 from ..plan.compatibility import selection
-from ..plan.open_inputs import listed, without_quantisation
+from ..plan.open_inputs import without_quantisation
 
 
 def keywords(function: Callable[..., Any]) -> set[str]:
     """Return the names of a function's keyword-only arguments."""
     return {each.name for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY}
-
-
-def check_keywords(given: Iterable[str], known: Collection[str], what: str) -> None:
-    """Raise ArgumentError for a name that is none of the known ones; it says which is meant.
-
-    >>> check_keywords(["aplha"], ["alpha", "drop"], "a merge")
-    Traceback (most recent call last):
-    mergekit_imm.errors.ArgumentError: 'aplha' is no option of a merge; did you mean 'alpha'?
-    """
-    for name in given:
-        if name in known:
-            continue
-        near = get_close_matches(name, sorted(known), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"its options are {', '.join(sorted(known))}"
-        raise ArgumentError(f"'{shown(name)}' is no option of {what}; {hint}")
 
 
 def check_options(
@@ -51,24 +33,17 @@ def check_options(
     with. Values are checked first, then the headers of the base are read: patterns and layers must be its own. What
     only a trained model can tell (patterns of `take` for tensors of its own) is left to the merge.
     """
-    check_workers(options.get("workers"))
-    check_device(options.get("device", "cpu"))
-    decide = {each.name for each in fields(Parameters)}
-    values = listed(**{name: value for name, value in options.items() if name in decide})
-    values["dtype"] = values.get("dtype") or "base"
-    values["iteration"] = values.get("iteration") or 0
-    if values.get("max_shard_size") is not None:
-        values["max_shard_size"] = parse_size(values["max_shard_size"])
-    parameters = [Parameters(**{**values, **point}) for point in points]
-    p = parameters[0]
+    chosen_from(options, RunOptions)
+    several = [with_files_read(chosen_from({**options, **point}, MergeOptions)) for point in points]
+    p = several[0]
     opened = open_checkpoint(base, "base", dry_run=True, leave_out=p.leave_out)
     if not p.dequantize:  # it may be the trained model alone that is FP8
         without_quantisation({"base": opened}, p)
     taken = tuple(each for each in p.take if any(re.search(each, name) for name in opened.tensors))
     selection(replace(p, take=taken), opened, opened)
     _check_last_rename(p.rename, opened)
-    factors = factors_of(opened.tensors, p.importance, p.layer_factors, p.shrink, p.clip)
-    for each in parameters:
+    factors = layer_factors_of(p, opened.tensors)
+    for each in several:
         arithmetic(alpha=each.alpha, drop=each.drop, factor=max(factors.values(), default=1.0))
 
 

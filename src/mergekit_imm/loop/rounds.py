@@ -11,10 +11,11 @@ from ..common.json_files import parse_json, read_small
 from ..common.messages import shown
 from ..engine.merge import merge_checkpoints
 from ..errors import ArgumentError, CheckpointError, OutputError
+from ..options.options import check_keywords
 from ..options.recipe import to_json
 from ..output import direct_io
 from ..schedules import Schedule
-from .early_checks import check_keywords, check_options, keywords
+from .early_checks import check_options, keywords
 from .saving import saving
 
 if TYPE_CHECKING:

@@ -175,7 +175,7 @@ def _train(run: _Run, number: int, start: str, chain: str) -> None:
     if not run.has(f"{number}/train{of}"):
         _command(run, settings.train, {**values, "output": str(sft), "data": str(data)}, f"train{of}", number, sft)
         try:
-            open_checkpoint(sft, "sft", leave_out=settings.leave_out)
+            open_checkpoint(sft, "sft", leave_out=settings.options.get("leave_out", ()))
         except CheckpointError as error:
             raise CheckpointError(f"the train command of round {number} ended with status 0, but {error}") from error
         run.finish(f"{number}/train{of}")
@@ -189,14 +189,7 @@ def _check_merges(settings: Settings) -> None:
         for number in range(settings.rounds)
         for alpha in alphas_of(settings, number)
     ]
-    check_options(settings.base, _options(settings), points=points)
-
-
-def _options(settings: Settings) -> dict[str, Any]:
-    """Return the options of all merges of rounds, as `merge_checkpoints` takes them."""
-    names = ("seed", "importance", "shrink", "clip", "layer_factors", "sparsify", "reference", "keep", "no_drop",
-             "take", "rename", "leave_out", "vocab")  # fmt: skip
-    return {name: getattr(settings, name) for name in names}
+    check_options(settings.base, settings.options, points=points)
 
 
 def _command(run: _Run, template: str, values: Mapping[str, str], what: str, number: int, place: Path) -> None:
@@ -217,18 +210,19 @@ def _merge(run: _Run, number: int, alpha: float) -> None:
         before, merged = run.anchor(number - 1), run.start(number)
         run.tell(f"round {number}: anchor: {kept:g} x {before} + {1 - kept:g} x {merged}")
         merge_checkpoints(
-            before, merged, run.place(number, "anchor"), alpha=kept, drop=0, iteration=number, vocab=settings.vocab,
-            dtype="float32", overwrite=True,  # what a round moves it by is below the steps of 16 bits
+            before, merged, run.place(number, "anchor"), alpha=kept, drop=0, iteration=number, overwrite=True,
+            vocab=settings.options.get("vocab", "strict"),
+            dtype="float32",  # what a round moves it by is below the steps of 16 bits
         )  # fmt: skip
     anchor, start = run.anchor(number), run.start(number)
     drop = parse_schedule(settings.drop, settings.rounds)(number)
     run.tell(f"round {number}: merge: alpha {alpha:g}, drop {drop:g}, anchor {anchor}")
-    dtype = None if settings.dtype == "base" else settings.dtype
-    if dtype is None and anchor not in (settings.base, start):
+    dtype = settings.options.get("dtype", "base")
+    if dtype == "base" and anchor not in (settings.base, start):
         dtype = "start"  # the merged model before it, which has the base's
     report = merge_checkpoints(
         anchor, run.place(number, "sft"), run.place(number, "merged"), start=start if start != anchor else None,
-        iteration=number, alpha=alpha, drop=drop, dtype=dtype, overwrite=True, **_options(settings),
+        overwrite=True, **{**settings.options, "iteration": number, "alpha": alpha, "drop": drop, "dtype": dtype},
     )  # fmt: skip
     for note in report.notes:
         run.tell(note)

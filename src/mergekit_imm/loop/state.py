@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..common.json_files import is_utf8, parse_json, read_small
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, OutputError
-from ..options.recipe import Parameters, differences, to_json
+from ..options.options import MergeOptions, check_keywords, default_of, names_of
+from ..options.recipe import differences, to_json
 from ..output import direct_io
 from ..schedules import parse_schedule
 from .commands import check_placeholders, placeholders
@@ -21,12 +22,19 @@ FORMAT, VERSION = "mergekit_imm loop", 1
 GENERATE = ("model", "output", "round", "base")
 TRAIN = ("model", "output", "data", "round", "base")
 EVALUATE = ("model", "json", "round", "base")
+OPTIONS = (
+    "seed", "importance", "shrink", "clip", "layer_factors", "sparsify", "reference", "dtype", "keep", "no_drop",
+    "take", "rename", "leave_out", "vocab",
+)  # fmt: skip
 MERGE, EVALUATE_MERGED = "merge", "evaluate merged"  # steps that are done for each alpha that is tried
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a loop is asked to do. Rounds count from 0; `alpha` and `drop` are schedules, see `parse_schedule`."""
+    """What a loop is asked to do. Rounds count from 0; `alpha` and `drop` are schedules, see `parse_schedule`.
+
+    `options` are further options of the merges, as `merge_checkpoints` takes them.
+    """
 
     base: str
     train: str  # commands, with placeholders
@@ -35,40 +43,24 @@ class Settings:
     evaluate: str | None = None
     alpha: str = "0.5"
     drop: str = "0.2"
-    seed: int = 0
     anchor: str = "base"  # what a merge pulls towards: base, previous, ema:DECAY
-    importance: str | None = None
-    shrink: float = 1.0
-    clip: tuple[float, float] | None = None
-    layer_factors: str | None = None
-    sparsify: str = "dare"
-    reference: str = "start"
-    dtype: str = "base"
-    keep: tuple[str, ...] = ()
-    no_drop: tuple[str, ...] = ()
-    take: tuple[str, ...] = ()
-    rename: tuple[str, ...] = ()
-    leave_out: tuple[str, ...] = ()
-    vocab: str = "strict"
     keep_rounds: int | None = None
     gate: str | None = None
     tolerance: float = 0.0
     retry: tuple[float, ...] = ()  # alphas to try where the gate is closed
     baseline: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)  # of every merge: seed, importance, keep, …
 
     def __post_init__(self) -> None:
         """Raise ArgumentError for what cannot be."""
         if self.rounds < 1:
             raise ArgumentError(f"rounds is {self.rounds!r}; a loop has at least one")
-        alphas, drops = (parse_schedule(text, self.rounds) for text in (self.alpha, self.drop))
+        check_keywords(self.options, set(names_of(MergeOptions)) - {"alpha", "drop", "iteration"}, "a loop")
         for number in range(self.rounds):
-            Parameters(alpha=alphas(number), drop=drops(number), sparsify=self.sparsify)
+            for alpha in alphas_of(self, number):
+                merge_options(self, number, alpha)
         for alpha in self.retry:
-            Parameters(alpha=alpha)
-        Parameters(
-            seed=self.seed, reference=self.reference, dtype=self.dtype, keep=self.keep, no_drop=self.no_drop,
-            take=self.take, rename=self.rename, leave_out=self.leave_out, vocab=self.vocab,
-        )  # fmt: skip
+            merge_options(self, 0, alpha)
         decay(self.anchor)
         for text in (self.base, self.train, self.generate, self.evaluate, self.gate):
             if text is not None and not is_utf8(text):
@@ -93,6 +85,28 @@ class Settings:
             raise ArgumentError(f"tolerance is {self.tolerance!r}; it is a number, 0 or more")
         if self.keep_rounds is not None and self.keep_rounds < 1:
             raise ArgumentError(f"keep_rounds is {self.keep_rounds!r}; the last round is always kept, so at least 1")
+
+
+def merge_options(settings: Settings, number: int, alpha: float) -> MergeOptions:
+    """Return the options that a round is merged with. Raises ArgumentError."""
+    drop = parse_schedule(settings.drop, settings.rounds)(number)
+    return MergeOptions(**settings.options, alpha=alpha, drop=drop, iteration=number)
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """Return settings as one level of plain data, which holds every option that the loop's command has."""
+    values = {each.name: getattr(settings, each.name) for each in fields(settings) if each.name != "options"}
+    return values | {name: default_of(name) for name in OPTIONS} | dict(settings.options)
+
+
+def from_dict(values: Mapping[str, Any]) -> Settings:
+    """Return the settings that `to_dict` returned, or a file held: lists for tuples, other keys left out."""
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    own = {each.name for each in fields(Settings)} - {"options"}
+    options = {key: given[key] for key in names_of(MergeOptions) if key in given and key not in own}
+    used = {key: value for key, value in options.items() if value != default_of(key)}
+    known: dict[str, Any] = {key: given[key] for key in own & set(given)}
+    return Settings(**known, options=used)
 
 
 def check_commands(settings: Settings) -> None:
@@ -141,7 +155,8 @@ class State:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as plain data."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        rest = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {"format": FORMAT, "version": VERSION, **rest, "settings": to_dict(self.settings)}
 
 
 def after(state: State, step: str, **changes: Any) -> State:
@@ -163,12 +178,8 @@ def load(run: Path) -> State | None:
         content = parse_json(read_small(path))
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ValueError(f"it is of format {content['format']!r}, version {content['version']!r}")
-        known = {each.name for each in fields(Settings)}
-        values: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in content["settings"].items() if key in known
-        }
         metrics = {name: {key: float(v) for key, v in each.items()} for name, each in content["metrics"].items()}
-        settings = Settings(**values)
+        settings = from_dict(content["settings"])
         return State(
             settings, str(content["model"]), _renamed(settings, content["done"]), metrics, dict(content["alphas"]),
             str(content["stopped"]),
@@ -216,7 +227,7 @@ def begin(run: Path, settings: Settings) -> State:
         state = State(settings, settings.base)
         save(state, run)
         return state
-    old, new = asdict(found.settings), asdict(settings)
+    old, new = to_dict(found.settings), to_dict(settings)
     more = new["rounds"] - old["rounds"]
     for each in (old, new):
         for name in ("rounds", "alpha", "drop")[: 3 if more > 0 else 1]:  # of more rounds: the numbers count

@@ -18,8 +18,9 @@ except ModuleNotFoundError as error:
 from ..checkpoint.checkpoint import open_checkpoint
 from ..live.local_shards import check_tensor
 from ..live.merge_into import merge_into
+from ..options.options import check_keywords
 from ..plan.open_inputs import round_of, without_same_start
-from .early_checks import check_keywords, check_options, keywords
+from .early_checks import check_options, keywords
 
 logger = logging.getLogger(__name__)
 

@@ -263,18 +263,3 @@ def resolve_factors(factors: Mapping[str, float] | str, names: Iterable[str]) ->
         factors = (lines_factors if kind == "lines" else group_factors)(names, *values)
     layers = {str(key): value for key, value in factors.items() if key != OUTSIDE}
     return {**resolve_layers(layers, names), "": factors.get(OUTSIDE, 1.0)}
-
-
-def factors_of(
-    names: Iterable[str],
-    importance: Mapping[str, float] | None,
-    factors: Mapping[str, float] | str | None,
-    shrink: float = 1.0,
-    clip: tuple[float, float] | None = None,
-) -> dict[str, float]:
-    """Return the factors of a merge, of either an importance (IIMM) or given factors, by full layer key."""
-    if factors is not None:
-        return resolve_factors(factors, names)
-    if importance is None:
-        return {}
-    return resolve_factors(importance_factors(importance, shrink=shrink, clip=clip), names)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..common.messages import shown
 from ..errors import ArgumentError
+from .options import MergeOptions, chosen_from
 
 SWEPT = ("alpha", "drop", "seed")
 
@@ -58,6 +59,24 @@ def points(out: str, values: Mapping[str, Any]) -> list[Point]:
     twice = [point.out for number, point in enumerate(found) if point.out in {p.out for p in found[:number]}]
     if twice:
         raise ArgumentError(f"two merges would go to the output {shown(twice[0])}; give each value once")
+    return found
+
+
+def sweep(out: str, given: Mapping[str, Any]) -> list[tuple[str, MergeOptions]]:
+    """Return the output and the options of each merge that values stand for, where alpha, drop and seed may be lists.
+
+    Raises ArgumentError as `points` and `MergeOptions` do, and where the merges could not read their inputs once.
+    """
+    found = [
+        (point.out, chosen_from({**given, **point.values}, MergeOptions))
+        for point in points(out, {name: given[name] for name in SWEPT})
+    ]
+    sparsify = found[0][1].sparsify
+    if sparsify != "dare" and len({(each.drop, each.seed) for _, each in found}) > 1:
+        raise ArgumentError(
+            f"several drops or seeds with sparsify {shown(sparsify)}: what is dropped differs for each of them; merge"
+            " them one by one (several alphas are read once)"
+        )
     return found
 
 

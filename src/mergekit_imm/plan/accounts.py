@@ -18,7 +18,8 @@ from ..common.messages import shown
 from ..errors import PlanError
 from ..model.config import tie_said
 from ..model.tensor_names import folder_of, is_output_head
-from .plan import Decided, Item, Plan
+from .decide import Decided
+from .plan import Item, Plan
 from .tied_embeddings import SameBytes, Ties
 
 

@@ -17,7 +17,7 @@ from ..checkpoint.lazy_tensor import is_stored
 from ..common.messages import shown
 from ..model.config import Config, differences, is_other_class, says_tied, setting
 from ..model.tensor_names import is_input_embedding, layer_key, matcher, ready_option, stacks
-from ..options.recipe import Parameters
+from ..options.options import MergeOptions
 
 _EXPERTS = re.compile(r".*\bexperts\.(\d+\.)?")  # of one expert, or of all of a layer
 _COUNTS_LAYERS = re.compile(r"layer|depth|block")
@@ -41,7 +41,7 @@ class Advice:
     """What messages about the tensors of a merge may offer."""
 
     used: Mapping[str, Checkpoint]
-    parameters: Parameters
+    options: MergeOptions
 
     @cached_property
     def _every(self) -> set[str]:
@@ -81,7 +81,7 @@ class Advice:
         base, sft = self.used["base"], self.used["sft"]
         found = [
             f"{shown(place)} {shown(here)} and {shown(there)}"
-            for place, here, there in differences(base.config, result_config(base, sft, self.parameters))
+            for place, here, there in differences(base.config, result_config(base, sft, self.options))
             if shapes or "position" not in place  # there may be more positions, of as many tensors
         ]
         told = f"{'; '.join(found[:3])}{'; …' if len(found) > 3 else ''}"
@@ -121,7 +121,7 @@ class Advice:
         What configs do not tell is a reason not to advise, and none to refuse what was asked for: `known`.
         """
         one = self.used[extra]
-        result = result_config(self.used["base"], self.used["sft"], self.parameters)
+        result = result_config(self.used["base"], self.used["sft"], self.options)
         layers = {key for name in names if (key := layer_key(name))}
         here = stacks(one.tensors)
         for other in self.used.values():
@@ -148,7 +148,7 @@ class Advice:
         deeper = self.of_other_depth(option, names, extra)
         if deeper or option == "--keep" or any(map(_EXPERTS.match, names)):
             return deeper or self.of_other_config(shapes=False)
-        if sft.config is not None and differences(sft.config, result_config(base, sft, self.parameters)):
+        if sft.config is not None and differences(sft.config, result_config(base, sft, self.options)):
             return "the config of the result is the base's, which does not count them; leave them out of the sft"
         return ""
 
@@ -165,7 +165,7 @@ class Advice:
         return ""
 
     def _most(self, option: str, side: Checkpoint, names: Collection[str]) -> str:
-        named = matcher(self.parameters.keep if option == "--keep" else self.parameters.take)
+        named = matcher(self.options.keep if option == "--keep" else self.options.take)
         counts = {name: tensor.count for name, tensor in side.tensors.items()}
         share = sum(n for name, n in counts.items() if name in names or named(name)) / (sum(counts.values()) or 1)
         # The text part of a larger model may well be the smaller.
@@ -174,13 +174,13 @@ class Advice:
         return ""
 
 
-def result_config(base: Checkpoint, sft: Checkpoint, parameters: Parameters, folder: str = "") -> dict[str, Any] | None:
+def result_config(base: Checkpoint, sft: Checkpoint, options: MergeOptions, folder: str = "") -> dict[str, Any] | None:
     """Return the config that the result, or a part of it, is written with: the sft's, or the base's.
 
     Of a model with other names or of another class, or with another vocabulary than the result, it need not fit.
     """
     is_other = bool(sft.was) or is_other_class(sft.config, base.config)
-    chosen = None if is_other or parameters.vocab == "base" else sft.config_of(folder)
+    chosen = None if is_other or options.vocab == "base" else sft.config_of(folder)
     return base.config_of(folder) if chosen is None else chosen
 
 

@@ -13,7 +13,7 @@ from ..checkpoint.safetensors_file import MERGED, WHOLE
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
 from ..model.tensor_names import blanked, folder_of, is_end, matcher, only_in
-from ..options.recipe import Parameters
+from ..options.options import MergeOptions
 from ..transforms.experts import is_fused
 from ..transforms.quantised_units import Chosen
 from ..transforms.tokenizer_files import added_tokens
@@ -40,12 +40,12 @@ def side_of(each: Checkpoint, name: str, group: Group | None) -> Tensor | None:
 
 
 def check_names(
-    used: Mapping[str, Checkpoint], parameters: Parameters, groups: Mapping[str, Group], complain: Complain = refuse
+    used: Mapping[str, Checkpoint], options: MergeOptions, groups: Mapping[str, Group], complain: Complain = refuse
 ) -> None:
     """Complain of tensors that only one of the models has, and no option permits."""
     base, sft = used["base"], used["sft"]
-    advice = Advice(used, parameters)
-    kept, taken = matcher(parameters.keep), matcher(parameters.take)
+    advice = Advice(used, options)
+    kept, taken = matcher(options.keep), matcher(options.take)
     kept_names = {n for n in base.tensors if kept(n)} | set(groups)
     taken_names = {n for n in sft.tensors if taken(n)} | set(groups)
     for role, each in used.items():
@@ -113,23 +113,23 @@ def _cure(advice: Advice, option: str, names: Collection[str], extra: str, renam
     return f"to let them through: {offer.option}" if offer.option else offer.instead
 
 
-def chosen(parameters: Parameters) -> Chosen:
+def chosen(options: MergeOptions) -> Chosen:
     """Return what --keep and --take say of names, without asking whether there are such."""
-    return Chosen(matcher(parameters.keep), matcher(parameters.take))
+    return Chosen(matcher(options.keep), matcher(options.take))
 
 
-def selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Choose:
+def selection(options: MergeOptions, base: Checkpoint, sft: Checkpoint) -> Choose:
     """Check the patterns against the names, and return a test: does an option name one of these tensors?"""
     every = [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]
     for option in ("keep", "take", "no_drop"):
         names = every if option == "take" else list(base.tensors)
-        for pattern in getattr(parameters, option):
+        for pattern in getattr(options, option):
             if not any(re.search(pattern, name) for name in names):
                 raise ArgumentError(
                     f"--{option.replace('_', '-')} '{shown(pattern)}' matches none of the {len(names)} tensor names,"
                     f" such as {shown(names[0]) if names else ''!r}"
                 )
-    matchers = {option: matcher(getattr(parameters, option)) for option in ("keep", "take", "no_drop")}
+    matchers = {option: matcher(getattr(options, option)) for option in ("keep", "take", "no_drop")}
     for name in base.tensors:
         if matchers["keep"](name) and matchers["take"](name):
             raise ArgumentError(f"tensor '{shown(name)}' is both kept and taken; change --keep or --take")
@@ -137,10 +137,10 @@ def selection(parameters: Parameters, base: Checkpoint, sft: Checkpoint) -> Choo
 
 
 def check_alike(
-    tensors: Sequence[Sides], used: Mapping[str, Checkpoint], parameters: Parameters, complain: Complain
+    tensors: Sequence[Sides], used: Mapping[str, Checkpoint], options: MergeOptions, complain: Complain
 ) -> None:
     """Complain of tensors that are not of one shape and one mergeable kind of dtype, each kind of tensors once."""
-    advice = Advice(used, parameters)
+    advice = Advice(used, options)
     unlike: dict[tuple[str, str, str], list[str]] = {}
     sides_of = {}
     for name, sides in tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,16 @@ from ..common.messages import for_caller
 from ..errors import MergeError
 from ..model.rename import rules_of
 from ..model.tensor_names import blanked, is_end
+from ..options.options import MergeOptions
 from ..transforms.sparsified_delta import Sparsified
 from ..transforms.tokenizer_files import check_tokens
-from .open_inputs import comparer, open_inputs, plan_of
-from .plan import Item, Plan, decide
+from .decide import decide
+from .make_plan import comparer, plan_of
+from .open_inputs import open_inputs
+from .plan import Item, Plan
 from .unchanged import note_if_unchanged
+
+DEFAULTS = MergeOptions()
 
 
 @dataclass(frozen=True)
@@ -46,47 +51,54 @@ class CheckReport:
         return asdict(self)
 
 
+def described(
+    inputs: Mapping[str, Checkpoint], items: Iterable[Item], plan: Plan | None, notes: Iterable[str]
+) -> dict[str, Any]:
+    """Return what headers say about a merge, as both reports hold it; without a plan, what is known."""
+    return {
+        "kinds": kinds(items),
+        "renamed": renamed(inputs),
+        "config_changes": dict(plan.config_changes) if plan else {},
+        "side_files": side_files(plan) if plan else {},
+        "left_out": left_out(inputs),
+        "notes": list(map(for_caller, notes)),
+    }
+
+
 def check(
-    base: str | Path, sft: str | Path, *, start: str | Path | None = None, iteration: int | None = None, **options: Any
+    base: str | Path, sft: str | Path, options: MergeOptions = DEFAULTS, *, start: str | Path | None = None
 ) -> CheckReport:
     """Say whether two models (three, with start) can be merged, and how, from headers.
 
-    Values are not read, but of tied tensors, which are compared: NaN or infinity in an input is found by the merge.
-
-    `options` are those of `merge_checkpoints` that decide what is merged with what: keep, take, no_drop, rename,
-    vocab, dequantize, reference, dtype. What cannot be merged is in the report; raises ArgumentError for wrong options.
+    Values are not read, except those of tied tensors, which are compared; the merge finds NaN and infinity. What
+    cannot be merged is in the report.
     """
-    # The round decides no more than the mask.
-    iteration = iteration if iteration is not None or start is None else 0
+    refs = {"base": base, "sft": sft, "start": start}
     found = CheckReport(str(base), str(sft))
+    complaints: list[tuple[MergeError, Collection[str]]] = []
     try:
-        inputs, (parameters,), _ = open_inputs(base, sft, start, dry_run=True, iteration=iteration, **options)
-        complaints: list[tuple[MergeError, Collection[str]]] = []
-        equal = comparer(inputs)
-        decided = decide(inputs, parameters, equal, lambda *complaint: complaints.append(complaint))
-        plan = None if complaints else plan_of(inputs, parameters, decided, equal)
+        # The round decides nothing but the mask.
+        inputs = open_inputs(refs, replace(options, iteration=options.round), dry_run=True)
+        (one,) = inputs.options
+        equal = comparer(inputs.models)
+        decided = decide(inputs.models, one, equal, lambda *complaint: complaints.append(complaint))
+        plan = None if complaints else plan_of(inputs.models, one, decided, equal)
     except MergeError as error:
         found.problems.append(str(error))
         return found
-    return CheckReport(
-        base=found.base,
-        sft=found.sft,
-        inputs=[_described(each) for each in inputs.values()],
-        kinds=kinds(plan.items if plan else decided.items)
-        + _refused({name for _, names in complaints for name in names}, list(decided.used.values())),
-        renamed=renamed(inputs),
-        config_changes=dict(plan.config_changes) if plan else {},
-        side_files=side_files(plan) if plan else {},
-        left_out=left_out(inputs),
-        notes=[
-            for_caller(note)
-            for note in (
-                *(plan.notes if plan else (note for each in inputs.values() for note in each.notes)),
-                *_other_tokens(inputs["base"], inputs["sft"], parameters.vocab),
-                *note_if_unchanged(inputs, decided.items),
-            )
-        ],
+    models = inputs.models
+    notes = [
+        *(plan.notes if plan else (note for each in models.values() for note in each.notes)),
+        *_other_tokens(models["base"], models["sft"], one.vocab),
+        *note_if_unchanged(models, decided.items),
+    ]
+    shared = described(models, plan.items if plan else decided.items, plan, notes)
+    shared["kinds"] += _refused({name for _, names in complaints for name in names}, list(decided.used.values()))
+    return replace(
+        found,
+        inputs=[_described(each) for each in models.values()],
         problems=[str(error) for error, _ in complaints],
+        **shared,
     )
 
 

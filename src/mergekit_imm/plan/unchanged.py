@@ -12,8 +12,7 @@ from ..checkpoint.lazy_tensor import Tensor, fill_as, is_delta
 from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
-from .open_inputs import same_place
-from .plan import Item, Plan
+from .plan import Item, Plan, same_place
 
 COMPARED = 1024  # elements in the middle of each tensor
 

@@ -12,23 +12,23 @@ from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError
 from ..model.config import says_tied
 from ..model.tensor_names import is_end, layer_key, ready_option
-from ..options.recipe import Parameters
+from ..options.options import MergeOptions
 from .tokenizer_files import check_tokens
 
 Inputs = Mapping[str, Checkpoint]
 
 
-def resized(inputs: Inputs, parameters: Parameters) -> dict[str, Checkpoint]:
-    """Return the inputs with one vocabulary, whose the parameters say: base's or sft's; as they are if neither.
+def resized(inputs: Inputs, options: MergeOptions) -> dict[str, Checkpoint]:
+    """Return the inputs with one vocabulary, whose the options say: base's or sft's; as they are if neither.
 
     A tensor with a row for each token gets that model's number of rows: what is too much is cut off; where rows lack,
     those of that model follow, as an `Extended` with the rows that all have as its own. With the base's vocabulary
     the sft's side files are left out. Raises MismatchError if an id means different tokens, if tensors do not follow
     one vocabulary, CheckpointError if the tokens cannot be compared.
     """
-    if parameters.vocab == "strict":
+    if options.vocab == "strict":
         return dict(inputs)
-    used = {role: each for role, each in inputs.items() if role != "start" or parameters.reference == "start"}
+    used = {role: each for role, each in inputs.items() if role != "start" or options.reference == "start"}
     base, sft = used["base"], used["sft"]
     rows = _rows(used)
     ends = _ends(base)
@@ -44,10 +44,10 @@ def resized(inputs: Inputs, parameters: Parameters) -> dict[str, Checkpoint]:
         notes.append(f"note: {base.label} has no embedding by a name that is known; --vocab chooses other files only")
     found = dict(inputs)
     if rows:
-        found |= _with_rows(used, rows, parameters.vocab)
-        notes += _notes(used, rows, parameters.vocab)
+        found |= _with_rows(used, rows, options.vocab)
+        notes += _notes(used, rows, options.vocab)
     found["base"] = replace(found["base"], notes=tuple(filter(None, notes)))
-    if parameters.vocab == "base":
+    if options.vocab == "base":
         left_out = tuple(sorted({*sft.left_out, *sft.side}))
         found["sft"] = replace(found["sft"], side={}, left_out=left_out)
     return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..common.messages import bytes_text, shown
-from ..options.recipe import MergeReport
+from ..engine.report import MergeReport
 from ..plan.describe import CheckReport
 
 _WHAT = {"keep": "keep the base's", "take": "take the sft's", "copy": "copy, must be equal"}

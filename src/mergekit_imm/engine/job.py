@@ -1,0 +1,101 @@
+"""A merge under way: its plan, where it goes, what it needs, and what is counted for its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from ..common.messages import bytes_text, for_caller, shown
+from ..options.options import RunOptions
+from ..output import paths
+from ..plan.describe import described
+from ..plan.plan import Plan
+from .report import MergeReport, actions
+from .workers import BUFFER, BUFFERS, default_workers
+
+INTERPRETER = 190 << 20  # Python, numpy, numba, the compiled kernel: the most that was measured
+PER_TENSOR = 1024
+
+
+class Job:
+    """A plan under way: where it goes, and what is counted on the way for the report."""
+
+    def __init__(self, plan: Plan, out: Path, options: RunOptions, began: float) -> None:
+        self.plan, self.out, self.options = plan, out, options
+        self.workers = options.workers or default_workers()
+        self.partial = paths.partial_of(out)
+        self.began, self.planned = began, time.perf_counter()
+        self.streamed: float | None = None
+        self.verified: float | None = None
+        self.read = self.written = 0
+        self.notes = list(plan.notes)
+        self.sizes = {file.name: file.size for file in plan.files}
+        self.whole = {**dict.fromkeys(plan.beside), **self.sizes}  # every file; None: of any size
+        self.free = paths.free_space(out)
+        reused = self.partial.rglob("*") if options.restart else (self.partial / file.name for file in plan.files)
+        held = sum(map(_blocks, reused))
+        sides = sum(path.stat().st_size for _, path in plan.side.values() if path is not None)
+        self.needed = max(0, plan.bytes_to_write + sides - held)
+
+    def report(self, status: str, refused: str = "") -> MergeReport:
+        """Return what was done, or would be."""
+        now = time.perf_counter()
+        tensors = sum(len(each.tensors) for each in self.plan.inputs.values())
+        seconds = {"plan": self.planned - self.began, "total": now - self.began}
+        if self.streamed is not None:
+            seconds["stream"] = self.streamed
+        if self.verified is not None:
+            seconds["verify"] = self.verified
+        return MergeReport(
+            status=status,
+            out=str(self.out),
+            parameters=asdict(self.plan.options),
+            parameter_count=self.plan.parameter_count,
+            tensors=actions(self.plan),
+            files=[file.name for file in self.plan.files],
+            bytes_read=self.read if status == "merged" else self.plan.bytes_to_read,
+            bytes_written=self.written if status == "merged" else self.plan.bytes_to_write,
+            disk_needed=self.needed,
+            disk_free=self.free,
+            memory=INTERPRETER + min(BUFFER * self.workers, BUFFERS) + PER_TENSOR * tensors,
+            workers=self.workers,
+            device=self.options.device,
+            seconds={key: round(value, 6) for key, value in seconds.items()},
+            **described(self.plan.inputs, self.plan.items, self.plan, self.notes),
+            refused=for_caller(refused),
+            verified=self.verified is not None,
+        )
+
+
+def lack_of_space(jobs: Sequence[Job]) -> str:
+    """Say which outputs do not fit on their disks; nothing if all do."""
+    needed: dict[int, int] = {}
+    for job in jobs:
+        disk_of = paths.device_of(job.out)
+        needed[disk_of] = needed.get(disk_of, 0) + job.needed
+        if needed[disk_of] > job.free:
+            those = f"output {shown(job.out)}" if len(jobs) == 1 else f"outputs up to {shown(job.out)}"
+            return (
+                f"{those} need{'s' if len(jobs) == 1 else ''} {bytes_text(needed[disk_of])} and the disk has"
+                f" {bytes_text(job.free)} free; free some space or give an OUT on another disk"
+            )
+    return ""
+
+
+@contextmanager
+def errors_of(jobs: Sequence[Job]) -> Iterator[None]:
+    """Turn an OSError into an OutputError that says what was kept."""
+    with ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(paths.output_errors(job.out, job.partial))
+        yield
+
+
+def _blocks(path: Path) -> int:
+    try:
+        return path.lstat().st_blocks * 512
+    except OSError:
+        return 0

@@ -1,0 +1,210 @@
+"""Decide, from names and headers alone, what happens to every tensor: merged, kept, taken, copied, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.lazy_tensor import Extended, Tensor, is_delta, is_stored
+from ..checkpoint.safetensors_file import DTYPE_BITS, MERGED, TensorInfo
+from ..common.messages import shown
+from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
+from ..model.config import check_configs
+from ..model.tensor_names import folder_of, is_end, layer_key, ready_option
+from ..numerics.mask import arithmetic, mask_key
+from ..numerics.sparsifiers import parse_sparsify
+from ..options.options import DTYPES, MergeOptions, layer_factors_of
+from ..transforms.kept_quantised import intact
+from ..transforms.sparsified_delta import LONGEST_ROW, Ranked, Trimmed
+from .compatibility import Choose, Complain, check_alike, check_names, chosen, main_dtype, refuse, selection, side_of
+from .plan import Action, Item
+from .tied_embeddings import SameBytes, Ties, tied_groups
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What happens to every tensor, before it has its place."""
+
+    items: list[Item]
+    used: Mapping[str, Checkpoint]
+    ties: Ties
+
+
+def decide(
+    inputs: Mapping[str, Checkpoint], options: MergeOptions, same_bytes: SameBytes, complain: Complain = refuse
+) -> Decided:
+    """Decide what happens to every tensor of a merge of base, sft and maybe start.
+
+    `same_bytes` compares two tensors of one checkpoint; it is asked only where one stores a tied tensor under several
+    names. What does not fit is given to `complain`, and nothing decided about it; if that is `refuse`, raises
+    MismatchError, CheckpointError or ArgumentError: nothing is skipped in silence.
+    """
+    used = {r: c for r, c in inputs.items() if r != "start" or options.reference == "start"}
+    base, sft = inputs["base"], inputs["sft"]
+    wrong: set[str] = set()
+
+    def note(error: MergeError, names: Collection[str]) -> None:
+        complain(error, names)
+        wrong.update(names)
+
+    for folder in ("", *base.part_configs):
+        configs = {r: (f"{c.label}{f' ({folder})' if folder else ''}", c.config_of(folder)) for r, c in inputs.items()}
+        try:
+            check_configs(configs, renamed=[role for role, each in inputs.items() if each.was])
+        except MergeError as error:
+            note(error, ())
+    for folder in {*sft.adapters} & {part.folder for part in base.parts}:
+        note(
+            CheckpointError(
+                f"{sft.label} holds an adapter in {shown(folder)}, where {base.label} has weights; merge it first:"
+                " peft's `merge_and_unload()`, then `save_pretrained`"
+            ),
+            [name for name in base.tensors if folder_of(name) == folder],
+        )
+    ties = tied_groups(used, same_bytes)
+    groups = ties.groups
+    check_names(used, options, groups, note)
+    choose = selection(options, base, sft)
+    p = options
+    factors = layer_factors_of(options, base.tensors)
+    typed = inputs.get("start", base) if p.dtype == "start" else base  # whose dtypes the output has
+    main = main_dtype(typed)
+    as_they_are = intact(base, sft, chosen(p)).names if p.keep or p.take else frozenset()
+
+    found: list[tuple[str, list[str], dict[str, Tensor], str]] = []  # key, names to write, each model's, dtype
+    done: set[str] = set(wrong)
+    # A head that only the start or an adapter holds is in a group.
+    for name in dict.fromkeys([*base.tensors, *groups, *sft.tensors]):
+        if name in done:
+            continue
+        group = groups.get(name)
+        written = list(group.written) if group else [name]
+        key = group.key if group else name
+        done.update(group.names if group else [name])
+        sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
+        if "base" not in sides and not choose("take", written, key):  # an adapter's, of another vocabulary
+            sides = _with_likeness(key, sides, base)
+        like = side_of(typed, name, group)
+        found.append((key, written, sides, like.native if like is not None else main))
+    compared = [(k, sides) for k, written, sides, _ in found if _action(k, written, sides, choose) in ("merge", "copy")]
+    check_alike(compared, used, options, note)
+    items: list[Item] = []
+    for key, written, sides, native in found:
+        if key in wrong:
+            continue
+        try:
+            same = not as_they_are.isdisjoint(written)
+            items.append(_item(key, written, sides, used, choose, factors, native, options, same_bytes=same))
+        except MergeError as error:
+            note(error, [key])
+    return Decided(items, used, ties)
+
+
+def _with_likeness(key: str, sides: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
+    """Put the base's embedding beside a head that only an adapter holds: it is compared with that, and refused."""
+    width = next(iter(sides.values())).shape[1:]
+    alike = (tensor for name, tensor in base.tensors.items() if is_end(name) and tensor.shape[1:] == width)
+    found = next(alike, None)
+    if found is None:
+        raise MismatchError(
+            f"tensor '{shown(key)}' is in none of the tensors of {base.label}; is it the base of this sft?"
+        )
+    return {"base": found, **sides}
+
+
+_arithmetic = cache(arithmetic)  # one for all tensors that are merged alike
+
+
+def _action(key: str, written: list[str], sides: Mapping[str, Tensor], choose: Choose) -> Action:
+    """What happens to a tensor; what is merged has one shape in all models, and one kind of dtype (`check_alike`)."""
+    if choose("keep", written, key) and "base" in sides:
+        return "keep"
+    if choose("take", written, key) and "sft" in sides:
+        return "take"
+    return "merge" if sides["base"].dtype in MERGED else "copy"
+
+
+def _item(
+    key: str,
+    written: list[str],
+    sides: dict[str, Tensor],
+    used: Mapping[str, Checkpoint],
+    choose: Choose,
+    factors: Mapping[str, float],
+    native: str,
+    options: MergeOptions,
+    *,
+    same_bytes: bool = False,
+) -> Item:
+    p = options
+    action = _action(key, written, sides, choose)
+    if action == "keep":
+        sides = {"base": sides["base"]}
+    source = sides["sft" if action == "take" else "base"]
+    dtype = source.native
+    if dtype in MERGED and not same_bytes:
+        dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
+    if action == "take" and used["sft"].adapter is not None and not is_stored(source):
+        raise ArgumentError(
+            f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, which is an adapter and holds its change"
+            " only; merge it first, or leave out --take"
+        )
+    factor = factors.get(layer_key(key) or "", 1.0)
+    numbers = _arithmetic(alpha=p.alpha, drop=0.0 if choose("no_drop", written, key) else p.drop, factor=factor)
+    if action == "merge" and p.sparsify != "dare" and numbers.draws:
+        numbers = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
+        sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter leaves the rest as it was
+    if is_delta(sides.get("sft")):
+        numbers = replace(numbers, added=True)
+    home = _home(key, sides.get("base"), source, used)
+    outs = tuple(
+        TensorInfo(name, dtype, source.shape, home, 0, source.count * DTYPE_BITS[dtype] // 8) for name in written
+    )
+    if action == "take":
+        sides = {"sft": source}
+    item = Item(key, action, sides, outs, numbers, mask_key(key, p.seed, p.round))
+    extended = [side.own.count for side in sides.values() if isinstance(side, Extended)]
+    if action != "merge" or not extended:
+        return item
+    return replace(item, common=extended[0], owner=p.vocab if p.vocab in sides else "base")
+
+
+def _home(key: str, own: Tensor | None, source: Tensor, used: Mapping[str, Checkpoint]) -> str:
+    """The file that a tensor goes to: the base's, or what corresponds to the sft's."""
+    base, folder = used["base"], folder_of(key)
+    home = base.homes.get(own.name) if own is not None else None
+    if home is not None:
+        return home
+    there = [part for part in base.parts if part.folder == folder]
+    if isinstance(source, TensorInfo) and own is None:
+        part = next((part for part in used["sft"].parts if source.file in part.files), None)
+        if part is not None and (part.beside or not there):
+            alike = (each.files[0] for each in there if each.stem == part.stem)
+            return next(alike, f"{folder}{part.stem}.safetensors")
+    there = there or [*base.parts]
+    return next((each for each in there if not each.beside), there[0]).files[-1]
+
+
+def _sparsified(key: str, sides: Mapping[str, Tensor], p: MergeOptions) -> dict[str, Tensor]:
+    """Return the sides of a merge with the sft's delta in the place of the sft, its smaller elements dropped."""
+    how = parse_sparsify(p.sparsify, p.drop)
+    sft, origin = sides["sft"], "start" if "start" in sides else "base"
+    start, exact = sides[origin], any(side.dtype == "F64" for side in sides.values())
+    cure = f"merge it without dropping, {ready_option('--no-drop', key)}, or use --sparsify dare"
+    if any(isinstance(side, Extended) for side in sides.values()):
+        raise ArgumentError(
+            f"tensor '{shown(key)}' has rows that only one of the models has, and {how.kind} looks at all of a tensor;"
+            f" {cure}"
+        )
+    if how.kind == "trim":
+        return {**sides, "sft": Trimmed(key, sft.shape, sft, start, origin, exact, p.drop)}
+    if (sft.shape[-1] if sft.shape else 1) > LONGEST_ROW:
+        raise ArgumentError(
+            f"tensor '{shown(key)}' has rows of {sft.shape[-1]} elements, and della ranks at most {LONGEST_ROW}; {cure}"
+        )
+    return {
+        **sides,
+        "sft": Ranked(key, sft.shape, sft, start, origin, exact, p.drop, how.epsilon, mask_key(key, p.seed, p.round)),
+    }
