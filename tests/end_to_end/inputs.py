@@ -63,10 +63,14 @@ def loaded(architecture: str, folder: Path) -> Any:
     return auto_of(architecture).from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def _check_equal_ends(situation: Situation, ends: str) -> None:
+    if ends == "equal" and "t5" in situation.architecture:
+        raise NotBuiltError("transformers ties what is equal in a T5, whatever its config says")
+
+
 def write_base(situation: Situation, folder: Path) -> Input:
     """Write the base."""
-    if situation.ends == "equal" and "t5" in situation.architecture:
-        raise NotBuiltError("transformers ties what is equal in a T5, whatever its config says")
+    _check_equal_ends(situation, situation.ends)
     tied = situation.ends in ("tied", "apart")
     model = new_model(situation.architecture, tied=tied)
     model = _with_ends(model, {"tied": "start"}.get(situation.ends, situation.ends), seed=4)
@@ -83,6 +87,7 @@ def write_base(situation: Situation, folder: Path) -> Input:
 def write_sft(situation: Situation, number: int, start: Input, folder: Path) -> Input:
     """Write the SFT of a round, full or an adapter."""
     one = situation.rounds[number]
+    _check_equal_ends(situation, one.ends)
     seed = 100 * situation.seed + number
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")

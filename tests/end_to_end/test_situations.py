@@ -26,6 +26,7 @@ KNOWN = (
     '{"ends": "tied", "rounds": [{"adapter": {"targets": ["q_proj"], "saved": ["embedding", "head"]}}]}',
     '{"ends": "apart", "rounds": [{"drop": 0.5}]}',
     '{"rounds": [{"rows": 4, "vocab": "sft", "drop": 0.5}, {"adapter": {"targets": ["q_proj"]}, "vocab": "sft"}]}',
+    '{"architecture": "distilbert", "ends": "tied", "rounds": [{"adapter": {"targets": ["k_lin"], "head": true}}]}',
     '{"architecture": "t5", "ends": "tied", "base": {"every_name": true}, "rounds": [{"drop": 0.5}]}',
 )
 

@@ -19,8 +19,8 @@ _INPUT_END = re.compile(
     r"\.weight$"
 )
 _OUTPUT_END = re.compile(
-    r"((^|[./])(lm_head|generator_lm_head|embed_out|output|output_layer|proj_out|(predictions|lm_head)\.decoder)"
-    r"|(^|/)decoder)\.weight$"
+    r"((^|[./])(lm_head|generator_lm_head|lm_loss|embed_out|output|output_layer|output_projection|proj_out|vocab_projector"
+    r"|pred_layer\.proj|lm_head\.out_proj|(predictions|lm_head|mlm_score|head)\.decoder)|(^|/)decoder)\.weight$"
 )
 
 # What a tensor is, told by the part of its name that is its module or parameter; `weight_kind` says in which order.

@@ -33,6 +33,15 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "roberta": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL)),
     "albert": lambda: transformers.AlbertForMaskedLM(transformers.AlbertConfig(**SMALL, embedding_size=32)),
     "electra": lambda: transformers.ElectraForMaskedLM(transformers.ElectraConfig(**SMALL, embedding_size=32)),
+    "distilbert": lambda: transformers.DistilBertForMaskedLM(
+        transformers.DistilBertConfig(vocab_size=96, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
+    ),
+    "xlm": lambda: transformers.XLMWithLMHeadModel(
+        transformers.XLMConfig(vocab_size=96, emb_dim=32, n_layers=1, n_heads=4, max_position_embeddings=40)
+    ),
+    "xlnet": lambda: transformers.XLNetLMHeadModel(
+        transformers.XLNetConfig(vocab_size=96, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    ),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
     "t5 with a head of its own": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(**T5, tie_word_embeddings=False)
