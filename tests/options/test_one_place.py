@@ -1,0 +1,108 @@
+"""Every option is declared once; signatures, commands, recipes and the loop hold what is declared."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import random_state, write_model
+from mergekit_imm import MergeError, iter_merged, merge_checkpoints, merge_into
+from mergekit_imm.cli.loop import loop_command
+from mergekit_imm.cli.merge import merge_command
+from mergekit_imm.engine.merge import _Keywords
+from mergekit_imm.loop.state import OPTIONS
+from mergekit_imm.options.options import MergeOptions, RunOptions, as_arguments, chosen_from, names_of
+from mergekit_imm.options.recipe import make_recipe, options_in, parse_recipe, to_json
+
+DECLARED = {each.name: each for each in (*fields(MergeOptions), *fields(RunOptions))}
+SWEPT = {"alpha", "drop", "seed"}
+
+
+def keywords_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    found = inspect.signature(function).parameters
+    return {name: each for name, each in found.items() if each.kind is each.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize(
+    ("function", "lacking", "own"),
+    [
+        (merge_checkpoints, set(), {"start", "ranks"}),
+        (iter_merged, {"max_shard_size", "copy_code", *names_of(RunOptions)} - {"device", "workers"}, {"start"}),
+        (
+            merge_into,
+            {"sparsify", "dtype", "max_shard_size", "vocab", "copy_code", "device", "overwrite", "restart", "verify"},
+            {"start"},
+        ),
+    ],
+)
+def test_functions_take_the_options_with_their_defaults(
+    function: Callable[..., Any], lacking: set[str], own: set[str]
+) -> None:
+    found = keywords_of(function)
+    assert set(found) == (set(DECLARED) - lacking) | own
+    wrong = {name for name, each in found.items() if name not in own and each.default != DECLARED[name].default}
+    assert not wrong
+
+
+def test_so_do_the_types_of_keywords_and_the_commands() -> None:
+    assert set(_Keywords.__annotations__) == set(keywords_of(merge_checkpoints)) - SWEPT
+    typed = {each.name for each in merge_command.params}
+    assert set(DECLARED) - {"progress"} <= typed
+    assert set(OPTIONS) <= {each.name for each in loop_command.params}
+    helped = {each.name: getattr(each, "help", None) for each in merge_command.params}
+    assert all(helped[name] == each.metadata["help"] for name, each in DECLARED.items() if name != "progress")
+
+
+USED: dict[str, Any] = {
+    "alpha": 0.25, "drop": 0.5, "seed": 3, "iteration": 2, "importance": {"0": 1.0}, "shrink": 0.5, "clip": (0.5, 2.0),
+    "layer_factors": "lines:0.5,1", "sparsify": "trim", "reference": "base", "dtype": "float32",
+    "max_shard_size": 5_000, "keep": ("norm",), "take": ("a b",), "no_drop": ("bias",), "rename": ("^x=y",),
+    "vocab": "sft", "dequantize": True, "allow_nonfinite": True, "copy_code": True, "leave_out": ("v.safetensors",),
+}  # fmt: skip
+
+
+def test_a_recipe_holds_each_of_them_and_gives_it_back() -> None:
+    assert set(USED) == set(names_of(MergeOptions))
+    for first in ("importance", "layer_factors"):  # one of them at a time
+        lacking = {"layer_factors"} if first == "importance" else {"importance", "shrink", "clip"}
+        options = MergeOptions(**{name: value for name, value in USED.items() if name not in lacking})
+        inputs: dict[str, dict[str, Any]] = {role: {"path": role, "files": {}} for role in ("base", "sft")}
+        recipe = make_recipe(options, inputs, {}, [])
+        assert options_in(parse_recipe(to_json(recipe), "recipe")) == options
+        assert set(recipe["parameters"]) | lacking == set(USED) | lacking
+    plain = make_recipe(MergeOptions(), {}, {}, [])["parameters"]
+    assert set(USED) - set(plain) == {"shrink", "clip", "layer_factors", "sparsify", "leave_out"}
+    assert json.loads(json.dumps(plain)) == plain
+
+
+def test_the_words_of_a_command_mean_the_same_options() -> None:
+    options = MergeOptions(
+        **{name: value for name, value in USED.items() if name not in ("importance", "shrink", "clip")}
+    )
+    words = as_arguments(options)
+    parsed = merge_command.make_context("imm-merge", ["base", "sft", *shlex.split(shlex.join(words))]).params
+    numbers = {name: type(USED[name])(parsed[name][0]) for name in SWEPT}
+    assert chosen_from({**parsed, **numbers}, MergeOptions) == options
+
+
+def test_options_stay_what_they_are_when_one_is_replaced() -> None:
+    options = MergeOptions(**{name: value for name, value in USED.items() if name != "layer_factors"})
+    assert replace(options, iteration=7) == MergeOptions(**{**USED, "layer_factors": None, "iteration": 7})
+
+
+def test_a_bare_size_of_a_caller_is_refused_and_one_in_a_recipe_is_bytes(tmp_path: Path) -> None:
+    with pytest.raises(MergeError, match="in bytes"):
+        chosen_from({"max_shard_size": 5_000}, MergeOptions)
+    state = random_state({"a": (64, 64), "b": (64, 64)})
+    for seed, role in enumerate(("base", "sft")):
+        write_model(tmp_path / role, random_state({n: tuple(t.shape) for n, t in state.items()}, seed=seed))
+    for _ in range(2):
+        report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", max_shard_size="10KB")
+    assert (report.status, len(report.files)) == ("already merged", 2)
