@@ -60,14 +60,14 @@ def first(*arguments):
         calls.append(1)
         callback()  # what is raised in there goes no further
     held(*arguments)
-kernel.merge_span = first
-cli.main()
+cpu.merge_span = first
+main()
 """
 
 
 def test_a_signal_in_a_callback_of_a_library_is_not_lost(large: Path) -> None:
     """As when it comes while numba loads the kernel: no traceback, and the merge stops all the same."""
-    code = held_until("stopping()").replace("cli.main()", IN_A_CALLBACK)
+    code = held_until("stopping()").replace("\nmain()\n", IN_A_CALLBACK)
     ended = subprocess_of("merge", "base", "sft", "-o", "out-c", cwd=large, code=code)
     assert ended.status == 143
     assert ended.err.strip() == f"error: {ended.error}"
