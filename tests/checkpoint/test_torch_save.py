@@ -16,7 +16,7 @@ import torch
 from checkpoints import State, read_model, write_model
 from mergekit_imm import merge_checkpoints, verify
 from mergekit_imm.checkpoint.checkpoint import open_checkpoint
-from mergekit_imm.checkpoint.torch_file import open_pickled
+from mergekit_imm.checkpoint.torch_file import open_torch_file
 from mergekit_imm.plan import shard_layout
 from models import load, new_model
 from other_forms import BASE, CONFIG, SFT, assert_merges_alike, raw, save_bin, save_dcp, save_shards, weights
@@ -45,7 +45,7 @@ def test_every_way_to_hold_a_tensor_is_read(tmp_path: Path) -> None:
         **{str(kind): torch.ones(3).to(kind) for kind in kinds},
     }  # fmt: skip
     torch.save(state, tmp_path / "some.bin")
-    found = open_pickled(tmp_path / "some.bin", "some.bin")
+    found = open_torch_file(tmp_path / "some.bin", "some.bin")
     content = (tmp_path / "some.bin").read_bytes()
     assert {t.name: t.shape for t in found.tensors} == {name: tuple(t.shape) for name, t in state.items()}
     assert {t.name: content[t.begin : t.begin + t.nbytes] for t in found.tensors} == {
@@ -57,7 +57,7 @@ def test_a_file_of_more_than_4_gb_is_read(tmp_path: Path) -> None:
     path = tmp_path / "large.bin"
     with torch.serialization.skip_data():  # a hole in the file
         torch.save({"a": torch.empty(4_400_000_000, dtype=torch.uint8), "b": torch.zeros(5)}, path)
-    large, small = open_pickled(path, "large.bin").tensors
+    large, small = open_torch_file(path, "large.bin").tensors
     assert (large.name, large.nbytes, small.name, small.shape) == ("a", 4_400_000_000, "b", (5,))
     with path.open("r+b") as file:
         file.seek(small.begin)
