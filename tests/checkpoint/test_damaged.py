@@ -168,6 +168,16 @@ def test_no_byte_of_a_header_can_move_a_tensor(tmp_path: Path) -> None:
     assert wrong == []
 
 
+def test_no_byte_can_be_lost_or_added(tmp_path: Path) -> None:
+    path = save_bin({"a": SFT["model.layers.0.w.bias"]}, tmp_path / "sft") / "pytorch_model.bin"
+    content = path.read_bytes()
+    for at in range(0, len(content), 11):
+        for changed in (content[:at] + content[at + 1 :], content[:at] + b"P" + content[at:]):
+            path.write_bytes(changed)
+            with pytest.raises(CheckpointError):
+                open_torch_file(path, "a")
+
+
 @pytest.mark.parametrize("form", ["bin", "dcp"])
 def test_a_file_that_changes_meanwhile_is_found(tmp_path: Path, form: str) -> None:
     base = write_model(tmp_path / "base", BASE)

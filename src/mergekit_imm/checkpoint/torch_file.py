@@ -141,7 +141,8 @@ class _FileRange:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         position = offset + (0, self.position, self.size)[whence]
         if position < 0:
-            raise io.UnsupportedOperation("it is too short")  # an OSError, which zipfile expects, and a ValueError
+            # An OSError, which zipfile expects, and a ValueError.
+            raise io.UnsupportedOperation("it refers to bytes before its first")
         self.position = position
         return position
 
@@ -173,7 +174,7 @@ class _Archive:
                 f"{where} is of the form that torch wrote before version 1.6; load it with torch and `torch.save` it"
                 " again"
             )
-        last = self.file.read_at(size - 22, 22)  # zipfile would also search the bytes before it for an end
+        last = self.file.read_at(size - 22, 22)  # zipfile would search for the end further in front
         if not (last.startswith(b"PK\5\6") and last.endswith(b"\0\0")):
             raise ValueError("it does not end as a zip archive does")
         with zipfile.ZipFile(self.file, metadata_encoding="utf-8") as archive:
@@ -190,6 +191,8 @@ class _Archive:
                 )
         # Where each entry must end: at the next one, or at the directory.
         self.limits = dict(pairwise(sorted({directory, *(entry.header_offset for entry in entries)})))
+        if 0 not in self.limits:  # zipfile would skip bytes before the archive
+            raise ValueError("it does not begin as a zip archive does")
         self.offsets: dict[str, int] = {}
         prefixes = [name.removesuffix("data.pkl") for name in self.entries if name.endswith("/data.pkl")]
         if len(prefixes) != 1:
