@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from checkpoints import write_model
 from mergekit_imm import CheckpointError, MergeError, merge_checkpoints, verify
 from mergekit_imm.checkpoint.checkpoint import open_checkpoint
-from mergekit_imm.checkpoint.torch_file import open_pickled
+from mergekit_imm.checkpoint.torch_file import open_torch_file
 from mergekit_imm.errors import ChangedError
 from other_forms import BASE, SFT, STEPS, Evil, held, save_bin, save_dcp, save_shards
 
@@ -156,16 +156,26 @@ def test_no_byte_of_a_header_can_move_a_tensor(tmp_path: Path) -> None:
     small = {name: SFT[name] for name in ("model.layers.0.w.bias", STEPS)}
     path = save_bin(small, tmp_path / "sft") / "pytorch_model.bin"
     content = path.read_bytes()
-    found = open_pickled(path, "a").tensors
+    found = open_torch_file(path, "a").tensors
     held_at = {at for tensor in found for at in range(tensor.begin, tensor.begin + tensor.nbytes)}
     wrong = []
     for at in sorted(set(range(len(content))) - held_at):
         for byte in (content[at] ^ 1, content[at] ^ 8):
             path.write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])
             with suppress(CheckpointError):
-                if open_pickled(path, "a").tensors != found:
+                if open_torch_file(path, "a").tensors != found:
                     wrong.append((at, byte))
     assert wrong == []
+
+
+def test_no_byte_can_be_lost_or_added(tmp_path: Path) -> None:
+    path = save_bin({"a": SFT["model.layers.0.w.bias"]}, tmp_path / "sft") / "pytorch_model.bin"
+    content = path.read_bytes()
+    for at in range(0, len(content), 11):
+        for changed in (content[:at] + content[at + 1 :], content[:at] + b"P" + content[at:]):
+            path.write_bytes(changed)
+            with pytest.raises(CheckpointError):
+                open_torch_file(path, "a")
 
 
 @pytest.mark.parametrize("form", ["bin", "dcp"])

@@ -263,18 +263,21 @@ def test_one_model_file_and_an_adapter_are_fetched(tmp_path: Path, hub: FakeHub)
     assert hub.downloaded() == [*lora, *one, "other.safetensors"]
 
 
-def test_everything_comes_from_the_commit_that_was_looked_up(tmp_path: Path, hub: FakeHub) -> None:
+def test_everything_comes_from_one_commit(tmp_path: Path, hub: FakeHub) -> None:
+    """Even if the branch moves between the listing and the download."""
     old, new = {"model.safetensors": weights(10)}, {"model.safetensors": weights(20), "tokenizer.json": b"{}"}
     first, second = commit_of("org/name", old), commit_of("org/name", new)
     repo = Repo({first: old, second: new}, {"main": first, "v1": first}, moves_to=second)
     hub.repos["org/name"] = repo
     found = call("fetch", "org/name", tmp_path, hub=hub.url)
-    assert found["commit"] == first
     assert repo.refs["main"] == second
-    assert [path.name for path in Path(found["folder"]).iterdir()] == ["model.safetensors"]
-    assert (Path(found["folder"]) / "model.safetensors").read_bytes() == old["model.safetensors"]
-    assert all(f"/resolve/{first}/" in request.path for request in hub.log if "/resolve/" in request.path)
-    assert call("fetch", "org/name", tmp_path, offline=True)["commit"] == first
+    assert (found["commit"], Path(found["folder"]).name) == (second, second)
+    assert {path.name: path.read_bytes() for path in Path(found["folder"]).iterdir()} == new
+    assert all(f"/resolve/{second}/" in request.path for request in hub.log if "/resolve/" in request.path)
+    assert call("fetch", "org/name", tmp_path, offline=True) == found
+    pinned = call("fetch", f"org/name@{first}", tmp_path, hub=hub.url)
+    assert pinned["commit"] == first
+    assert (Path(pinned["folder"]) / "model.safetensors").read_bytes() == old["model.safetensors"]
     repo.refs["main"] = first
     refs = ["org/name", "org/name", "org/name@v1", f"org/name@{first}"]
     listings = calls([("list_remote", ref) for ref in refs], tmp_path, hub=hub.url)
@@ -368,6 +371,17 @@ def test_a_download_that_stopped_is_not_taken_for_a_model(tmp_path: Path, hub: F
     error = call("fetch", "org/name", tmp_path, hub=hub.url)["error"]
     assert f"the download stopped before {TWO}" in error
     assert len(error.splitlines()) == 1
+
+
+def test_an_older_commit_in_the_cache_is_not_taken_for_the_branch(tmp_path: Path, hub: FakeHub) -> None:
+    # The client falls back on it if the hub fails to answer.
+    write_cache(tmp_path, "org/name", {"model.safetensors": weights(10)})
+    commit = hub.add("org/name", {"model.safetensors": weights(20)})
+    hub.status["/revision/main$"] = 410
+    error = call("fetch", "org/name", tmp_path, hub=hub.url)["error"]
+    assert error.startswith(f"org/name is commit {commit[:8]} on the hub, and the client returned ")
+    assert error.endswith(f"; try again, or give the commit: org/name@{commit}")
+    assert call("fetch", f"org/name@{commit}", tmp_path, hub=hub.url)["commit"] == commit
 
 
 def test_a_repository_that_is_no_model_is_refused_before_weights_are_downloaded(tmp_path: Path, hub: FakeHub) -> None:

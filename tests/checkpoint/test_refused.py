@@ -19,7 +19,7 @@ from other_forms import BASE, SFT, Evil, save_shards
 
 
 def rewritten(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
-    """Write a zip archive anew, with other contents."""
+    """Write a zip archive again, with other contents."""
     with zipfile.ZipFile(path) as before:
         contents = {name: before.read(name) for name in before.namelist()}
     with zipfile.ZipFile(path, "w", method) as after:
@@ -32,7 +32,7 @@ def big_endian(name: str, content: bytes) -> bytes:
 
 
 def repacked(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
-    """Write the sft by torch.save, and its archive anew, with other contents."""
+    """Write the sft by torch.save, and its archive again, with other contents."""
     torch.save(SFT, path)
     rewritten(path, change, method)
 
@@ -40,6 +40,26 @@ def repacked(path: Path, change: Callable[[str, bytes], bytes], method: int = zi
 def cut_off(path: Path) -> None:
     torch.save(SFT, path)
     path.write_bytes(path.read_bytes()[:-9])
+
+
+def surrounded(path: Path, before: bytes = b"", after: bytes = b"") -> None:
+    torch.save(SFT, path)
+    path.write_bytes(before + path.read_bytes() + after)
+
+
+def with_two_of_a_name(path: Path) -> None:
+    repacked(path, lambda _, content: content)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("pytorch_model/data/0", b"again")
+
+
+def with_one_entry_in_another(path: Path) -> None:
+    """Let the directory place an entry where another is, whose header has a copy of its name."""
+    repacked(path, lambda _, content: content)
+    with zipfile.ZipFile(path, "a") as archive:
+        first, second = (archive.getinfo(f"pytorch_model/data/{number}") for number in (0, 1))
+        second.header_offset = first.header_offset
+        archive.writestr("pytorch_model/more", b"")  # writes the directory again
 
 
 def of(value: Any) -> Callable[[Path], None]:
@@ -85,6 +105,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another zip": (lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"), "no whole file of torch.save: .*no data.pkl"),
     "a pipe": (os.mkfifo, "cannot be read: it is no plain file"),
     "cut off": (cut_off, "no whole file of torch.save"),
+    "bytes before it": (lambda p: surrounded(p, before=b"x" * 64), "torch.save: it does not begin as a zip archive"),
+    "bytes after it": (lambda p: surrounded(p, after=b"x"), "torch.save: it does not end as a zip archive"),
+    "a name twice": (with_two_of_a_name, "torch.save: it holds 'pytorch_model/data/0' twice"),
+    "one entry in another": (with_one_entry_in_another, "'pytorch_model/data/1' is not where its directory says"),
 }
 
 

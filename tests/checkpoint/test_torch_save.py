@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +18,10 @@ import torch
 from checkpoints import State, read_model, write_model
 from mergekit_imm import merge_checkpoints, verify
 from mergekit_imm.checkpoint.checkpoint import open_checkpoint
-from mergekit_imm.checkpoint.torch_file import open_pickled
+from mergekit_imm.checkpoint.torch_file import open_torch_file
 from mergekit_imm.plan import shard_layout
 from models import load, new_model
-from other_forms import BASE, CONFIG, SFT, assert_merges_alike, raw, save_bin, save_dcp, save_shards, weights
+from other_forms import BASE, CONFIG, SFT, assert_merges_alike, held, raw, save_bin, save_dcp, save_shards, weights
 
 
 def test_a_file_of_torch_save_is_merged(tmp_path: Path) -> None:
@@ -45,7 +47,7 @@ def test_every_way_to_hold_a_tensor_is_read(tmp_path: Path) -> None:
         **{str(kind): torch.ones(3).to(kind) for kind in kinds},
     }  # fmt: skip
     torch.save(state, tmp_path / "some.bin")
-    found = open_pickled(tmp_path / "some.bin", "some.bin")
+    found = open_torch_file(tmp_path / "some.bin", "some.bin")
     content = (tmp_path / "some.bin").read_bytes()
     assert {t.name: t.shape for t in found.tensors} == {name: tuple(t.shape) for name, t in state.items()}
     assert {t.name: content[t.begin : t.begin + t.nbytes] for t in found.tensors} == {
@@ -53,16 +55,36 @@ def test_every_way_to_hold_a_tensor_is_read(tmp_path: Path) -> None:
     }
 
 
-def test_a_file_of_more_than_4_gb_is_read(tmp_path: Path) -> None:
+def test_a_file_of_more_than_4_gb_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "large.bin"
     with torch.serialization.skip_data():  # a hole in the file
         torch.save({"a": torch.empty(4_400_000_000, dtype=torch.uint8), "b": torch.zeros(5)}, path)
-    large, small = open_pickled(path, "large.bin").tensors
+    pread, read = os.pread, []
+
+    def counted(descriptor: int, count: int, offset: int) -> bytes:
+        read.append(count)
+        return pread(descriptor, count, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pread", counted)
+        large, small = open_torch_file(path, "large.bin").tensors
+    assert 0 < sum(read) < 10_000, "no tensor is read"
     assert (large.name, large.nbytes, small.name, small.shape) == ("a", 4_400_000_000, "b", (5,))
     with path.open("r+b") as file:
         file.seek(small.begin)
         file.write(np.arange(5, dtype=np.float32).tobytes())
     assert torch.equal(torch.load(path, mmap=True)["b"], torch.arange(5.0))
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save_bin(SFT, tmp_path / "sft") / "pytorch_model.bin"
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.getinfo("pytorch_model/data.pkl").CRC == 0
+    assert held(open_checkpoint(tmp_path / "sft", "sft")) == raw(SFT)
 
 
 def test_a_model_of_transformers_is_merged_and_loaded(tmp_path: Path) -> None:

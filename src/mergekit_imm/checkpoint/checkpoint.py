@@ -46,7 +46,7 @@ from .safetensors_file import (
 )
 from .sharded import are_shards, from_shards, is_sharded
 from .side_files import is_side_file
-from .torch_file import open_pickled
+from .torch_file import open_torch_file
 
 _DEPTH = 64  # of folders in a model
 
@@ -319,7 +319,7 @@ def _from_listing(
 
 
 def _opened(path: Path, name: str) -> TensorFile:
-    return in_part(open_tensorfile(path, name) if name.endswith(".safetensors") else open_pickled(path, name))
+    return in_part(open_tensorfile(path, name) if name.endswith(".safetensors") else open_torch_file(path, name))
 
 
 def _opened_beside(path: Path, name: str, label: str) -> TensorFile:

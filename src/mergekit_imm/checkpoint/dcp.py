@@ -16,7 +16,7 @@ from ..common.messages import shown
 from ..errors import CheckpointError
 from ..model.tensor_names import unwrapped
 from .lazy_tensor import Tensor
-from .safe_pickle import AGAIN, DTYPES, Stub, mapping, numbers, unpickled
+from .safe_pickle import AGAIN, DTYPES, Stub, load_pickle, mapping, numbers
 from .safetensors_file import TensorFile, TensorInfo, is_plain_name, open_to_read, stamp
 from .sharded import Part, joined
 from .torch_file import tensor_at
@@ -90,7 +90,7 @@ def open_dcp(
         content = read_small(path)
     except OSError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror}; {AGAIN}") from error
-    found = unpickled(content, _KNOWN, shown(path))
+    found = load_pickle(content, _KNOWN, shown(path))
     try:
         stored, paths, places = _told(found)
         names, left = _names(stored, paths, where)

@@ -1,8 +1,7 @@
-"""Models on a Hugging Face hub: what a merge needs of one, at a pinned commit, through huggingface_hub's cache."""
+"""Models on a Hugging Face hub: fetch what a merge needs at one commit, through the cache of huggingface_hub."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,40 +31,40 @@ from .side_files import is_side_file
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-# What the hub allows in a name, and git in a branch or tag.
+# Characters that the hub allows in names, and git in branches and tags.
 _REF = re.compile(r"(\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@([^\s~^:?*\[\\]+))?", re.ASCII)
-_FIRST_READ = 100_000  # holds nearly every header
+_FIRST_READ = 100_000  # bytes; most headers fit
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model in the cache, complete as far as a merge needs it."""
+    """A model in the cache, with every file that a merge needs."""
 
     repo: str
     commit: str
     folder: Path  # its files are links to blobs
-    left_out: tuple[str, ...] = ()  # files of the repository that were to be left out
+    left_out: tuple[str, ...] = ()  # files that --leave-out names
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a dry run needs of a model; no weights are downloaded for it."""
+    """What a dry run reads of a model: no weights."""
 
     repo: str
     commit: str
-    sizes: dict[str, int]  # of every file (offline: of those in the cache)
-    small: dict[str, bytes]  # content of each config.json, the indexes and the recipe, where they exist
-    headers: dict[str, bytes]  # JSON headers of the model's files, without the length before them
+    sizes: dict[str, int]  # of every file; offline, of those in the cache
+    small: dict[str, bytes]  # contents of each config.json, the indexes and the recipe, where they exist
+    headers: dict[str, bytes]  # JSON header of each safetensors file to read
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Repo:
     ref: str
-    repo: str
-    revision: str | None  # as asked
-    commit: str  # what it stands for
+    name: str
+    revision: str | None  # as given
+    commit: str
     sizes: dict[str, int]
-    folder: Path | None  # offline: the snapshot in the cache
+    folder: Path | None  # the snapshot in the cache, if offline
 
 
 def split_ref(ref: str) -> tuple[str, str | None] | None:
@@ -84,57 +83,70 @@ def split_ref(ref: str) -> tuple[str, str | None] | None:
 
 
 def is_offline() -> bool:
-    """Whether hub ids are looked up in the cache alone."""
+    """Whether only the cache is used."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def fetch(ref: str, *, copy_code: bool = False, leave_out: Sequence[str] = ()) -> Snapshot:
-    """Download what a merge needs of a hub id, unless it is cached, and return where it lies.
+    """Return a snapshot in the cache with everything a merge needs of a hub id; download what is missing.
 
-    With HF_HUB_OFFLINE, from the cache alone. Raises CheckpointError, one line that names the cure.
+    With HF_HUB_OFFLINE, use the cache alone. Raises CheckpointError, one line that names the cure.
     """
+    with _one_line(ref):
+        # The client resolves the branch itself, so that its cache knows the branch offline. If the branch has moved
+        # since we listed its files, list them again.
+        for _ in range(2):
+            snapshot, commit = _download(ref, copy_code, leave_out)
+            if snapshot.commit == commit:
+                return snapshot
+        raise CheckpointError(
+            f"{ref} is commit {commit[:8]} on the hub, and the client returned {snapshot.commit[:8]}; try again, or"
+            f" give the commit: {snapshot.repo}@{commit}"
+        )
+
+
+def _download(ref: str, copy_code: bool, leave_out: Sequence[str]) -> tuple[Snapshot, str]:
+    """Return the snapshot that the client downloaded, and the commit whose files were asked for."""
     from huggingface_hub import snapshot_download
 
-    with _one_line(ref):
-        found, left_out = _without(_find(ref), leave_out)
-        index = _index(found, _small(found, INDEX))
-        own, parts, adapters = _parts(found, index)
-        if found.folder is not None:
-            return Snapshot(found.repo, found.commit, found.folder, left_out)
-        names = wanted(found.sizes, [*own, *(name for part in parts for name in part.files)], copy_code)
-        names += [part.index for part in parts if part.index]
-        names += [name for name in found.sizes if name.startswith(tuple(adapters)) and name not in names]
-        patterns = [escape(name) for name in names]
-        folder = Path(snapshot_download(found.repo, revision=found.commit, allow_patterns=patterns))
-        # The client returns part of a snapshot if the connection is lost at the wrong moment.
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise EOFError(f"the download stopped before {missing[0]}")
-        _remember(folder, found.revision or "main")
-        return Snapshot(found.repo, found.commit, folder, left_out)
+    repo, left_out = _leave_out(_look_up(ref), leave_out)
+    index = _parse_index(repo, _read_small(repo, INDEX))
+    own, parts, adapters = _files_to_read(repo, index)
+    if repo.folder is not None:
+        return Snapshot(repo.name, repo.commit, repo.folder, left_out), repo.commit
+    names = wanted(repo.sizes, [*own, *(name for part in parts for name in part.files)], copy_code)
+    names += [part.index for part in parts if part.index]
+    names += [name for name in repo.sizes if name.startswith(tuple(adapters)) and name not in names]
+    patterns = [escape(name) for name in names]
+    folder = Path(snapshot_download(repo.name, revision=repo.revision, allow_patterns=patterns))
+    # The client returns part of a snapshot if the connection is lost at the wrong moment.
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing and folder.name == repo.commit:
+        raise EOFError(f"the download stopped before {missing[0]}")
+    return Snapshot(repo.name, folder.name, folder, left_out), repo.commit
 
 
 def list_remote(ref: str, leave_out: Sequence[str] = ()) -> Listing:
-    """Return names, sizes and headers of a hub id's files, read by range; nothing is written.
+    """Read the headers of a hub id by range, and list its files with their sizes. Writes nothing.
 
-    With HF_HUB_OFFLINE, of what is in the cache. Raises CheckpointError, one line that names the cure.
+    With HF_HUB_OFFLINE, read the cache alone. Raises CheckpointError, one line that names the cure.
     """
     with _one_line(ref), ThreadPoolExecutor(8) as pool:
-        whole = _find(ref)
-        found, _ = _without(whole, leave_out)
-        small = _small(found, "config.json", INDEX, RECIPE_FILE, ADAPTER_CONFIG)
-        own, parts, _ = _parts(found, _index(found, small))
-        small |= _small(found, *(part.index for part in parts if part.index))
-        small |= _small(found, *{f"{part.folder}config.json" for part in parts if part.folder})
+        whole = _look_up(ref)
+        repo, _ = _leave_out(whole, leave_out)
+        small = _read_small(repo, "config.json", INDEX, RECIPE_FILE, ADAPTER_CONFIG)
+        own, parts, _ = _files_to_read(repo, _parse_index(repo, small))
+        small |= _read_small(repo, *(part.index for part in parts if part.index))
+        small |= _read_small(repo, *{f"{part.folder}config.json" for part in parts if part.folder})
         files = [*own, *(name for part in parts for name in part.files)]
-        headers = pool.map(lambda name: _header(found, name), files)
-        return Listing(found.repo, found.commit, whole.sizes, small, dict(zip(files, headers, strict=True)))
+        headers = pool.map(lambda name: _read_header(repo, name), files)
+        return Listing(repo.name, repo.commit, whole.sizes, small, dict(zip(files, headers, strict=True)))
 
 
 def wanted(names: Iterable[str], weights: Sequence[str], copy_code: bool) -> list[str]:
-    """Return which files of a repository a merge needs: its weights, its index, its recipe, side files.
+    """Return the files of a repository that a merge needs: its weights, index, recipe and side files.
 
     >>> wanted(["config.json", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"], False)
     ['model.safetensors', 'config.json']
@@ -143,39 +155,39 @@ def wanted(names: Iterable[str], weights: Sequence[str], copy_code: bool) -> lis
     return [*weights, *(name for name in names if name in own or is_side_file(name, copy_code=copy_code))]
 
 
-def _without(found: _Found, leave_out: Sequence[str]) -> tuple[_Found, tuple[str, ...]]:
-    """Return a repository without the files that are to be left out, and their names."""
-    left_out = tuple(name for name in found.sizes if matches(name, leave_out))
-    return replace(found, sizes={name: size for name, size in found.sizes.items() if name not in left_out}), left_out
+def _leave_out(repo: _Repo, leave_out: Sequence[str]) -> tuple[_Repo, tuple[str, ...]]:
+    """Return the repository without the files that match `leave_out`, and the names of those."""
+    left_out = tuple(name for name in repo.sizes if matches(name, leave_out))
+    return replace(repo, sizes={name: size for name, size in repo.sizes.items() if name not in left_out}), left_out
 
 
-def _parts(found: _Found, index: dict[str, Any] | None) -> tuple[list[str], list[Part], list[str]]:
-    """Return the model's own files, the parts beside and below them, and the sub-folders that hold an adapter."""
-    top = [name for name in found.sizes if "/" not in name]
+def _files_to_read(repo: _Repo, index: dict[str, Any] | None) -> tuple[list[str], list[Part], list[str]]:
+    """Return the model's own files, its parts beside and below them, and the sub-folders that hold an adapter."""
+    top = [name for name in repo.sizes if "/" not in name]
 
     def read(path: str) -> dict[str, Any]:
-        content = parse_json(_small(found, path)[path])
+        content = parse_json(_read_small(repo, path)[path])
         if not isinstance(content, dict):
-            raise ValueError(f"{path} is no JSON object")
+            raise ValueError(f"{path} is not a JSON object")
         return content
 
-    alone = component(top, read)
-    own = [] if alone else _model_files(found, index)
-    below, adapters = parts_below(sorted(found.sizes), read)
-    parts = parts_beside(top, alone.files if alone else own) + below
-    parts = [alone, *parts] if alone else parts
+    single = component(top, read)
+    own = [] if single else _model_files(repo, index)
+    below, adapters = parts_below(sorted(repo.sizes), read)
+    parts = parts_beside(top, single.files if single else own) + below
+    parts = [single, *parts] if single else parts
     other = next((name for part in parts for name in part.files if not name.endswith(".safetensors")), None)
     if other is not None:
-        # Without its main weights a model does not load.
+        # Do not advise to leave out main weights: the model would not load.
         cure = "" if stem_of(other) in MAIN else f"; or leave the file out, --leave-out '{shown(other)}'"
         raise CheckpointError(
-            f"{found.ref} holds weights in {shown(other)}; on a hub only safetensors are read: download it,"
-            f" `{_command(found.repo, found.commit)} --local-dir DIR`, and give DIR"
+            f"{repo.ref} holds weights in {shown(other)}; on a hub only safetensors are read: download it,"
+            f" `{_download_command(repo.name, repo.commit)} --local-dir DIR`, and give DIR"
             f"{cure}"
         )
-    lacking = [name for part in parts for name in part.files if name not in found.sizes]
-    if lacking:
-        raise CheckpointError(f"{found.ref} lacks {shown(lacking[0])}, which an index names; choose another revision")
+    missing = [name for part in parts for name in part.files if name not in repo.sizes]
+    if missing:
+        raise CheckpointError(f"{repo.ref} lacks {shown(missing[0])}, which an index names; choose another revision")
     return own, parts, adapters
 
 
@@ -193,32 +205,32 @@ def _shards(index: dict[str, Any] | None) -> set[str]:
     return {value for value in values if isinstance(value, str)}
 
 
-def _model_files(found: _Found, index: dict[str, Any] | None) -> list[str]:
-    """Return the model's files; raise CheckpointError where some are missing, or which they are is not clear."""
-    if index is None and MODEL not in found.sizes and holds_parts(found.sizes):
+def _model_files(repo: _Repo, index: dict[str, Any] | None) -> list[str]:
+    """Return the model's own files. Raises CheckpointError if some are missing or it is not clear which they are."""
+    if index is None and MODEL not in repo.sizes and holds_parts(repo.sizes):
         return []
-    files = _weights(found.sizes, index)
+    files = _weights(repo.sizes, index)
     whole = [name for name in files if name != ADAPTER]
-    lacking = [] if files == [MODEL] else sorted(_shards(index) - set(files))
-    if found.folder is not None and index is None:
-        # Other tools cache parts of a model: a tokenizer without weights, a shard without the index.
+    missing = [] if files == [MODEL] else sorted(_shards(index) - set(files))
+    if repo.folder is not None and index is None:
+        # Another tool may have cached a tokenizer without weights, or a shard without the index.
         partial = [MODEL] if not files else [INDEX] if re.search(r"-\d+-of-\d+\.", files[0]) else []
-        lacking = lacking or partial
-    where = f"{found.ref} (commit {found.commit[:8]})"
-    if lacking and found.folder is not None:
-        where, cure = f"{where} in the cache, {found.folder},", _online(found.repo, found.commit)
-    elif lacking:
+        missing = missing or partial
+    where = f"{repo.ref} (commit {repo.commit[:8]})"
+    if missing and repo.folder is not None:
+        where, cure = f"{where} in the cache, {repo.folder},", _go_online(repo.name, repo.commit)
+    elif missing:
         where, cure = f"{where} on the hub", f"its {INDEX} names it: choose another revision"
-    if lacking:
-        raise CheckpointError(f"{where} lacks {shown(lacking[0])} ({len(lacking)} missing); {cure}")
+    if missing:
+        raise CheckpointError(f"{where} lacks {shown(missing[0])} ({len(missing)} missing); {cure}")
     if index is None and not files:
-        bins = [name for name in found.sizes if re.fullmatch(r"(pytorch|adapter)_model[\w-]*\.bin", name)]
+        bins = [name for name in repo.sizes if re.fullmatch(r"(pytorch|adapter)_model[\w-]*\.bin", name)]
         if bins:
             raise CheckpointError(
                 f"{where} holds no *.safetensors at its top, but {shown(bins[0])}; on a hub only safetensors are read:"
-                f" download it, `{_command(found.repo, found.commit)} --local-dir DIR`, and give DIR"
+                f" download it, `{_download_command(repo.name, repo.commit)} --local-dir DIR`, and give DIR"
             )
-        others = [name for name in found.sizes if name.endswith((".bin", ".gguf", ".h5", ".pt", ".pth"))]
+        others = [name for name in repo.sizes if name.endswith((".bin", ".gguf", ".h5", ".pt", ".pth"))]
         raise CheckpointError(
             f"{where} holds no *.safetensors at its top{f', but {shown(others[0])}' if others else ''}; convert it"
             " (load with transformers, `save_pretrained`), or choose a revision that has been converted"
@@ -226,13 +238,13 @@ def _model_files(found: _Found, index: dict[str, Any] | None) -> list[str]:
     if index is None and len(whole) > 1:
         raise CheckpointError(
             f"{where} holds neither {MODEL} nor {INDEX}, but {len(whole)} other safetensors files; download the"
-            f" one to use, `{_command(found.repo, found.commit, whole[0])}`, and give it by its path"
+            f" one to use, `{_download_command(repo.name, repo.commit, whole[0])}`, and give it by its path"
         )
     return files
 
 
-def _find(ref: str) -> _Found:
-    """Resolve a hub id to a commit and its files: by one question to the hub, or offline in the cache."""
+def _look_up(ref: str) -> _Repo:
+    """Resolve a hub id to a commit and its files, by one request to the hub, or offline in the cache."""
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     parts = split_ref(ref)
@@ -243,52 +255,56 @@ def _find(ref: str) -> _Found:
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
     except errors.OfflineModeIsEnabled:
-        # No pattern: the folder alone, whatever it holds.
+        # With no pattern, the client returns the folder whatever files it holds.
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[]))
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-        return _Found(ref, repo, revision, folder.name, sizes, folder)
+        return _Repo(ref, repo, revision, folder.name, sizes, folder)
     sizes = {file.rfilename: file.size for file in info.siblings or () if file.size is not None}
     if info.sha is None or len(sizes) < len(info.siblings or ()):
         raise ValueError("its answer lacks the commit or the sizes of files")
-    return _Found(ref, repo, revision, info.sha, sizes, None)
+    return _Repo(ref, repo, revision, info.sha, sizes, None)
 
 
-def _small(found: _Found, *names: str) -> dict[str, bytes]:
-    return {name: _head(found, name, found.sizes[name]) for name in names if name in found.sizes}
+def _read_small(repo: _Repo, *names: str) -> dict[str, bytes]:
+    return {name: _read_start(repo, name, repo.sizes[name]) for name in names if name in repo.sizes}
 
 
-def _index(found: _Found, small: dict[str, bytes]) -> dict[str, Any] | None:
+def _parse_index(repo: _Repo, small: dict[str, bytes]) -> dict[str, Any] | None:
     if INDEX not in small:
         return None
     with suppress(ValueError):
         index = parse_json(small[INDEX])
         if isinstance(index, dict):
             return index
-    raise CheckpointError(f"{found.ref}: its {INDEX} is not a JSON object; choose another revision")
+    raise CheckpointError(f"{repo.ref}: its {INDEX} is not a JSON object; choose another revision")
 
 
-def _header(found: _Found, name: str) -> bytes:
-    size = found.sizes[name]
-    head = _head(found, name, min(size, _FIRST_READ))
+def _read_header(repo: _Repo, name: str) -> bytes:
+    size = repo.sizes[name]
+    head = _read_start(repo, name, min(size, _FIRST_READ))
     end = 8 + int.from_bytes(head[:8], "little")
     if end > min(size, 8 + HEADER_LIMIT):
-        raise CheckpointError(f"{found.ref}: {shown(name)} is not a whole safetensors file; choose another revision")
-    return (head if end <= len(head) else _head(found, name, end))[8:end]
+        raise CheckpointError(f"{repo.ref}: {shown(name)} is not a whole safetensors file; choose another revision")
+    return (head if end <= len(head) else _read_start(repo, name, end))[8:end]
 
 
-def _head(found: _Found, name: str, count: int) -> bytes:
-    """Return the first bytes of a file; transfer no more, even from a server that knows no ranges."""
-    if found.folder is not None:
-        with (found.folder / name).open("rb") as file:
+def _read_start(repo: _Repo, name: str, count: int) -> bytes:
+    """Return the first `count` bytes of a file, and transfer no more, even if the server ignores ranges.
+
+    The client's own calls do less: its parser of headers refuses those over 25 MB, hides duplicate names and downloads
+    the whole file if the server ignores ranges; so does its file system, with one more request for each file.
+    """
+    if repo.folder is not None:
+        with (repo.folder / name).open("rb") as file:
             return file.read(count)
     if count == 0:
         return b""
     from huggingface_hub import constants, hf_hub_url, utils
 
     client: Any = utils
-    url = hf_hub_url(found.repo, name, revision=found.commit)
-    # Compressed, ranges would not be of the file.
+    url = hf_hub_url(repo.name, name, revision=repo.commit)
+    # A range of a compressed response is not a range of the file.
     headers = {**client.build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
     options = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "max_retries": 2}
     if hasattr(client, "http_stream_backoff"):
@@ -306,28 +322,17 @@ def _head(found: _Found, name: str, count: int) -> bytes:
     return bytes(content[:count])
 
 
-def _remember(folder: Path, revision: str) -> None:
-    """Note which commit a branch or tag stands for, as the cache does, so that it is found offline."""
-    note = folder.parents[1] / "refs" / revision
-    with suppress(OSError):  # a cache that is shared and read-only
-        if revision != folder.name and not (note.is_file() and note.read_text() == folder.name):
-            note.parent.mkdir(parents=True, exist_ok=True)
-            draft = note.with_name(f".{note.name}.{os.getpid()}")
-            draft.write_text(folder.name)
-            draft.replace(note)
-
-
-def _command(repo: str, revision: str | None, *files: str) -> str:
+def _download_command(repo: str, revision: str | None, *files: str) -> str:
     return shlex.join(["hf", "download", repo, *files, *(["--revision", revision] if revision else [])])
 
 
-def _online(repo: str, revision: str | None) -> str:
-    return f"HF_HUB_OFFLINE is set: unset it, or run `{_command(repo, revision)}` where there is a network"
+def _go_online(repo: str, revision: str | None) -> str:
+    return f"HF_HUB_OFFLINE is set: unset it, or run `{_download_command(repo, revision)}` where there is a network"
 
 
 @contextmanager
 def _one_line(ref: str) -> Iterator[None]:
-    """Turn whatever the client raises (its own errors, those of the HTTP library, of JSON) into one line."""
+    """Turn every error of the client, the HTTP library or a JSON parser into a CheckpointError of one line."""
     try:
         yield
     except CheckpointError:
@@ -343,7 +348,7 @@ def _reason(ref: str, error: BaseException) -> str:
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{repo}"
     if isinstance(error, errors.LocalEntryNotFoundError):
         if error.__cause__ is None:
-            return f" is not in the cache, {constants.HF_HUB_CACHE}; {_online(repo, revision)}"
+            return f" is not in the cache, {constants.HF_HUB_CACHE}; {_go_online(repo, revision)}"
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     login = "`hf auth login` (or set HF_TOKEN)"
