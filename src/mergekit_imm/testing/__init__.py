@@ -1,0 +1,1 @@
+"""What proves a new form of input, or a new device."""
