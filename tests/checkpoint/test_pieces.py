@@ -58,6 +58,7 @@ def test_the_folder_of_a_trainer_gives_its_config(tmp_path: Path, ranks: Path) -
     (sft / "config.json").write_text(json.dumps(CONFIG | {"told": "by the sft"}))
     (sft / "tokenizer.json").write_text("{}")
     check_input(sft, SFT)
+    merge_checkpoints(write_model(tmp_path / "base", BASE, config=CONFIG), sft, tmp_path / "out-1", drop=0.5)
     assert json.loads((tmp_path / "out-1" / "config.json").read_text())["told"] == "by the sft"
     assert (tmp_path / "out-1" / "tokenizer.json").exists()
     recipe = json.loads((tmp_path / "out-1" / "imm_recipe.json").read_text())
