@@ -21,7 +21,7 @@ ALL = ("BF16", "F16", "F32", "F64")
 on_torch = functools.partial(cuda.merge_span, torch.device("cpu"))
 
 
-DEVICES = {"cpu": cpu.merge_span, "torch": on_torch}
+DEVICES: dict[str, Callable[..., None]] = {"cpu": cpu.merge_span, "torch": on_torch}
 
 
 @pytest.mark.parametrize(

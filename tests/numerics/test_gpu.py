@@ -54,7 +54,7 @@ def merge_and_add(
     )  # fmt: skip
     b, s, f = map(reference.to_array, sides)
     with np.errstate(all="ignore"):
-        merged = reference.merge(b, f, s, out, name=NAME, first=first, **numbers)  # type: ignore[arg-type]
+        merged = reference.merge(b, f, s, out, name=NAME, first=first, **numbers)
         reference.add_to_tally(expected, b, s, f, merged, reference.mask(NAME, first, count, numbers["drop"]))
     assert raw.tobytes() == merged.tobytes()
     np.testing.assert_array_equal(tally, expected)  # which takes any NaN for any other

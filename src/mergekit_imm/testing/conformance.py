@@ -184,14 +184,12 @@ def check_input(folder: str | Path, state: Mapping[str, Tensor]) -> None:
             says = json.loads(config.read_text()) if config.exists() else {}
             (root / role / "config.json").write_text(json.dumps(says))
         for role, workers in (("sft", 1), ("base", 3), ("start", 3)):
-            merged = []
+            merged: list[dict[str, Tensor]] = []
             for source in (root / "plain", folder):
-                inputs: dict[str, Path | None] = {"base": root / "other", "sft": root / "other", "start": None}
-                inputs[role] = source
+                base, sft = (source if role == name else root / "other" for name in ("base", "sft"))
                 out = root / f"{role}-{len(merged)}"
-                merge_checkpoints(
-                    inputs["base"], inputs["sft"], out, start=inputs["start"], iteration=1, drop=0.5, workers=workers
-                )
+                start = source if role == "start" else None
+                merge_checkpoints(base, sft, out, start=start, iteration=1, drop=0.5, workers=workers)
                 merged.append({n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()})
             expected, got = merged
             if set(expected) != set(got):
