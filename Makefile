@@ -30,6 +30,7 @@ check: .venv/ready
 # Builds the pages, and runs every command and number on them.
 docs: .venv/ready
 	$(BIN)/python docs/scripts/help.py --check
+	$(BIN)/python docs/scripts/rooms.py --check
 	$(BIN)/python docs/scripts/check_values.py --check
 	$(BIN)/python docs/scripts/self_improvement.py --check
 	$(BIN)/python docs/scripts/crescent.py --check

@@ -18,7 +18,7 @@ import transformers
 
 from mergekit_imm import layer_importance
 from mergekit_imm.analysis.change import checkpoint_change
-from mergekit_imm.analysis.mismatch import Comparison, mismatch
+from mergekit_imm.analysis.verdict import Comparison, mismatch
 from mergekit_imm.options.layer_factors import read_importance
 from mergekit_imm.views.change_figure import change_picture, mismatch_picture
 from mergekit_imm.views.change_terminal import render

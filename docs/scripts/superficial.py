@@ -39,7 +39,7 @@ def measure(folder: Path) -> None:
 
     from mergekit_imm.analysis.change import checkpoint_change
     from mergekit_imm.analysis.measured import measure_importance
-    from mergekit_imm.analysis.mismatch import mismatch
+    from mergekit_imm.analysis.verdict import mismatch
 
     found: dict[str, Any] = {"layers": LAYERS, "arms": {name: {} for name in ARMS}}
     for seed in SEEDS:

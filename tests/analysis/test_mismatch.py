@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mergekit_imm import ArgumentError, MismatchError
 from mergekit_imm.analysis.change import WeightChange
-from mergekit_imm.analysis.mismatch import mismatch, ranks, spearman
+from mergekit_imm.analysis.verdict import mismatch, ranks, spearman
 from thorough import examples
 
 VALUES = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=15)

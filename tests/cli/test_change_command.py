@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from checkpoints import random_state, write_model
 from mergekit_imm import merge_checkpoints, weight_change
 from mergekit_imm.analysis.change import WeightChange
-from mergekit_imm.analysis.mismatch import Comparison, mismatch
+from mergekit_imm.analysis.verdict import Comparison, mismatch
 from mergekit_imm.cli.change import change_command
 from mergekit_imm.errors import MergeError
 from mergekit_imm.views.change_figure import change_picture, mismatch_picture

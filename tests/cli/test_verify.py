@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
 from pathlib import Path
 
@@ -182,9 +180,3 @@ def test_verify_as_a_function_returns_what_it_compared(rounds: Path) -> None:
         assert report.bytes_compared == sum(torch.Size(shape).numel() * 2 for shape in SHAPES.values())
     with pytest.raises(CheckpointError, match=r"has no imm_recipe\.json"):
         mergekit_imm.verify(rounds / "base")
-
-
-def test_public_names_stay_what_they_are_when_modules_are_imported() -> None:
-    for path in Path(mergekit_imm.__file__).parent.glob("[a-z]*.py"):
-        importlib.import_module(f"mergekit_imm.{path.stem}")
-    assert [name for name in mergekit_imm.__all__ if inspect.ismodule(getattr(mergekit_imm, name))] == []

@@ -26,7 +26,7 @@ from checkpoints import State, files_of, random_state, read_model, same_bits, wr
 from mergekit_imm import dare_merge, iter_merged, merge_checkpoints
 from mergekit_imm.engine.workers import Device
 from mergekit_imm.errors import NonFiniteError
-from mergekit_imm.numerics.cpu import CODES, merge_span
+from mergekit_imm.numerics.cpu import merge_span
 from mergekit_imm.numerics.cuda import merge_span as merge_span_on_torch
 from mergekit_imm.numerics.mask import BLOCK, arithmetic, mask_key
 from mergekit_imm.numerics.statistics import is_finite, new_tally, to_record
@@ -239,30 +239,6 @@ def test_cuda_gives_the_same_folder(tmp_path: Path) -> None:
 
 
 KERNELS = {"numba": merge_span, "torch": functools.partial(merge_span_on_torch, torch.device("cpu"))}
-
-
-@pytest.mark.parametrize("merge", KERNELS.values(), ids=KERNELS)
-@pytest.mark.parametrize("count", [5000, 1, 2048])
-@pytest.mark.parametrize("dtype", WIDER, ids=str)
-def test_a_record_is_what_its_definition_says(dtype: torch.dtype, count: int, merge: Callable[..., None]) -> None:
-    code = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}[dtype]
-    assert code in CODES
-    inputs = [tensor(count, dtype, seed=seed, kind="gauss", specials=False) for seed in range(3)]
-    sides = [(each.view(torch.uint8).numpy(), code) for each in inputs]
-    tally, out = new_tally(), np.zeros(count * dtype.itemsize, np.uint8)
-    numbers = arithmetic(alpha=0.4, drop=0.7, factor=1.1)
-    merge(*sides, (out, code), count, 2048, mask_key("n"), numbers, tally)
-
-    wide = np.float64 if dtype == torch.float64 else np.float32
-    arrays = [reference.to_array(each) for each in inputs]
-    merged = reference.merge(
-        arrays[0], arrays[2], arrays[1], dtype, alpha=0.4, drop=0.7, factor=1.1, name="n", first=2048
-    )
-    assert out.tobytes() == np.ascontiguousarray(merged).tobytes()
-    base, start, sft, result = (reference.widen(each, wide) for each in (*arrays, merged))
-    expected = [reference.squares(each) for each in (sft - start, base, result - base)]
-    kept = reference.mask("n", 2048, count, 0.7).sum()
-    assert to_record(tally).tolist() == [*expected, float(np.abs(result - base).max()), float(kept)]
 
 
 @pytest.mark.parametrize("merge", KERNELS.values(), ids=KERNELS)

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from mergekit_imm import ArgumentError, CheckpointError, MergeError, MismatchError
 from mergekit_imm.cli.samples import samples_command
 from mergekit_imm.evaluation import Report, read_samples
-from mergekit_imm.evaluation.compare import compare
+from mergekit_imm.evaluation.comparison import compare
 from mergekit_imm.views.samples import FILES, pictures, table
 
 Line = dict[str, Any]

@@ -9,7 +9,7 @@ import pytest
 
 from mergekit_imm import ArgumentError
 from mergekit_imm.evaluation import Model, Problem, Response, pass_at_k
-from mergekit_imm.evaluation.compare import compare
+from mergekit_imm.evaluation.comparison import compare
 
 Text = Callable[[int, int], str]
 

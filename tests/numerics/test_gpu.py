@@ -27,38 +27,17 @@ from mergekit_imm.numerics import cuda, triton_kernel
 from mergekit_imm.numerics.mask import BLOCK, arithmetic, mask_key
 from mergekit_imm.numerics.reference import CHUNK, merge_flat
 from mergekit_imm.numerics.statistics import KEPT, LANES, LARGEST, TALLY, new_tally, to_record
+from reference import CODES
 from strategies import DTYPES, WIDER, drops, kinds, tensor
 from thorough import others
 
 NAME = "model.layers.0.mlp.up_proj.weight"
-CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 # --- sums, on any device
-
-
-def add_naively(tally: Any, base: Any, start: Any, sft: Any, merged: Any, kept: Any) -> None:
-    """What the docstring of `sums` says, written down once more, addition by addition."""
-    wide: Any = np.float64 if np.float64 in (base.dtype, start.dtype, sft.dtype) else np.float32
-    base, start, sft, merged = (reference.widen(each, wide) for each in (base, start, sft, merged))
-    change = merged - base
-    for which, values in enumerate((sft - start, base, change)):
-        for first in range(0, len(values), 1024):
-            block = np.zeros(1024, wide)
-            block[: len(values[first : first + 1024])] = values[first : first + 1024]
-            x = block * block
-            s = [(x[2 * i] + x[2 * i + 1]) + (x[512 + 2 * i] + x[513 + 2 * i]) for i in range(256)]
-            for half in (128, 64, 32, 16):
-                s = [s[i] + s[i + half] for i in range(half)]
-            for j in range(16):
-                tally[16 * which + j] = tally[16 * which + j] + np.float64(s[j])
-    for size in np.sqrt(change * change):
-        if size > tally[48]:
-            tally[48] = size
-    tally[49] += int(kept.sum())
 
 
 def merge_and_add(
@@ -75,8 +54,8 @@ def merge_and_add(
     )  # fmt: skip
     b, s, f = map(reference.to_array, sides)
     with np.errstate(all="ignore"):
-        merged = reference.merge(b, f, s, out, name=NAME, first=first, **numbers)  # type: ignore[arg-type]
-        add_naively(expected, b, s, f, merged, reference.mask(NAME, first, count, numbers["drop"]))
+        merged = reference.merge(b, f, s, out, name=NAME, first=first, **numbers)
+        reference.add_to_tally(expected, b, s, f, merged, reference.mask(NAME, first, count, numbers["drop"]))
     assert raw.tobytes() == merged.tobytes()
     np.testing.assert_array_equal(tally, expected)  # which takes any NaN for any other
 

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint import state_dict_saver
 
-from checkpoints import State, files_of, random_state, write_model
-from mergekit_imm import merge_checkpoints, verify
+from checkpoints import State, files_of, random_state
 from mergekit_imm.checkpoint.checkpoint import Checkpoint
 from mergekit_imm.checkpoint.lazy_tensor import Tensor as Held
 from mergekit_imm.checkpoint.reader import Files
@@ -72,18 +71,6 @@ def save_shards(state: State, folder: Path) -> Path:
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in files_of(folder).items() if "safetensors" in name}
-
-
-def assert_merges_alike(tmp_path: Path, sft: Path, state: State = SFT) -> None:
-    """Merge an sft, and the same tensors from safetensors, and compare the files; recompute the former."""
-    base = write_model(tmp_path / "base", {name: BASE[name] for name in state}, config=CONFIG)
-    plain = write_model(tmp_path / "plain", state, config=CONFIG)
-    merge_checkpoints(base, plain, tmp_path / "expected", drop=0.5)
-    for workers in (1, 3):
-        out = tmp_path / f"out-{workers}"
-        merge_checkpoints(base, sft, out, drop=0.5, workers=workers)
-        assert weights(out) == weights(tmp_path / "expected")
-    verify(tmp_path / "out-1")
 
 
 def held(found: Checkpoint) -> dict[str, bytes]:

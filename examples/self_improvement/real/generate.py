@@ -11,7 +11,7 @@ from typing import Any
 
 from answers import Generator, Question, prompt, read_questions
 
-from mergekit_imm.evaluation.answers import is_correct
+from mergekit_imm.evaluation import is_correct
 
 TEMPERATURES = (0.2, 0.4, 0.6)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from answers import Generator, read_questions
 
-from mergekit_imm.evaluation import mean_pass_at_k
-from mergekit_imm.evaluation.answers import is_correct
+from mergekit_imm.evaluation import is_correct, mean_pass_at_k
 
 
 def main() -> None:

@@ -1,1 +1,25 @@
 """The diagnosis: where the weights of a model changed, against where they matter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..options.layer_factors import Importance as Importance
+    from .change import WeightChange as WeightChange
+    from .change import weight_change as weight_change
+    from .gradients import layer_importance as layer_importance
+    from .verdict import Mismatch as Mismatch
+    from .verdict import mismatch as mismatch
+else:
+    from ..common.lazy import lazy
+
+    __getattr__, __dir__, __all__ = lazy(
+        __name__,
+        {
+            "..options.layer_factors": "Importance",
+            ".change": "WeightChange weight_change",
+            ".gradients": "layer_importance",
+            ".verdict": "Mismatch mismatch",
+        },
+    )

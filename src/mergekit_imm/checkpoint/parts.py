@@ -58,6 +58,8 @@ class Part:
     @property
     def folder(self) -> str:
         """The folder that they lie in, which begins the names of their tensors: "" or "2_Dense/"."""
+        if self.files[0].endswith("/.metadata"):  # of torch.distributed, whose tensors are named without it
+            return ""
         return self.files[0][: self.files[0].rfind("/") + 1]
 
 

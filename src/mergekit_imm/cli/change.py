@@ -13,7 +13,7 @@ from ..errors import OutputError
 from .console import CONTEXT, pictures_or_note, progress_bar, say, tell, values_checked
 
 if TYPE_CHECKING:
-    from ..analysis.mismatch import Comparison
+    from ..analysis.verdict import Comparison
 
 FORMAT = "mergekit_imm change"
 FILES = ("change.json", "report.html", "change.png", "change.svg", "mismatch.png", "mismatch.svg")
@@ -58,7 +58,7 @@ def change_command(
     Several SFT are shown side by side, each against BASE. One folder alone, that imm-merge made: the change of that
     round, from its imm_report.json, at no cost.
     """
-    from ..analysis.mismatch import Comparison, mismatch, same_layers
+    from ..analysis.verdict import Comparison, mismatch, same_layers
     from ..options.options import MergeOptions
 
     if len(models) == 1 and (options["vocab"] != "base" or any(options[x] for x in TWO)):

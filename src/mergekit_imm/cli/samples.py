@@ -13,7 +13,7 @@ from ..errors import ArgumentError
 from .console import CONTEXT, pictures_or_note, say
 
 if TYPE_CHECKING:
-    from ..evaluation.compare import Encoder
+    from ..evaluation.comparison import Encoder
 
 samples_epilog = """\b
 A line of FILE, of which problem, response, and correct or answer are needed:
@@ -47,7 +47,7 @@ def samples_command(
     Each number comes with its bootstrap interval over problems; the verdict says whether pass@1 rose while something
     else got worse. Samples are JSON lines; the greedy answer of a problem is marked "greedy": true.
     """
-    from ..evaluation.compare import FORMAT, compare
+    from ..evaluation.comparison import FORMAT, compare
     from ..evaluation.samples import read_samples
     from ..output.result_folder import check_folder, write_folder
     from ..views.samples import FILES, table, verdicts

@@ -1,80 +1,45 @@
-"""Was it real? Measurements of samples of models before and after self-improvement.
-
-Importing this package loads nothing; each name below is imported when it is first used. `bootstrap` and
-`compare` are in the modules of that name.
-"""
+"""Was it real? Measurements of samples of models before and after self-improvement."""
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .bootstrap import Interval
-    from .compare import Comparison, Measure, Report
-    from .diversity import (
-        cosine_diversity,
-        distinct_equations,
-        distinct_n,
-        expectation_adjusted_distinct,
-        mean_distinct,
+    from .answers import final_answer as final_answer
+    from .answers import is_correct as is_correct
+    from .answers import same_answer as same_answer
+    from .bootstrap import Interval as Interval
+    from .comparison import Comparison as Comparison
+    from .comparison import Measure as Measure
+    from .comparison import Report as Report
+    from .comparison import compare as compare
+    from .diversity import cosine_diversity as cosine_diversity
+    from .diversity import distinct_equations as distinct_equations
+    from .diversity import distinct_n as distinct_n
+    from .diversity import expectation_adjusted_distinct as expectation_adjusted_distinct
+    from .diversity import mean_distinct as mean_distinct
+    from .passk import mean_pass_at_k as mean_pass_at_k
+    from .passk import pass_at_k as pass_at_k
+    from .reversal import Reversal as Reversal
+    from .reversal import group_disparity as group_disparity
+    from .reversal import improvement_set as improvement_set
+    from .reversal import judge as judge
+    from .samples import Model as Model
+    from .samples import Problem as Problem
+    from .samples import Response as Response
+    from .samples import read_samples as read_samples
+else:
+    from ..common.lazy import lazy
+
+    __getattr__, __dir__, __all__ = lazy(
+        __name__,
+        {
+            ".answers": "final_answer is_correct same_answer",
+            ".bootstrap": "Interval",
+            ".comparison": "Comparison Measure Report compare",
+            ".diversity": "cosine_diversity distinct_equations distinct_n expectation_adjusted_distinct mean_distinct",
+            ".passk": "mean_pass_at_k pass_at_k",
+            ".reversal": "Reversal group_disparity improvement_set judge",
+            ".samples": "Model Problem Response read_samples",
+        },
     )
-    from .passk import mean_pass_at_k, pass_at_k
-    from .reversal import Reversal, group_disparity, improvement_set, judge
-    from .samples import Model, Problem, Response, read_samples
-
-_HOME = {
-    "Comparison": "compare",
-    "Interval": "bootstrap",
-    "Measure": "compare",
-    "Model": "samples",
-    "Problem": "samples",
-    "Report": "compare",
-    "Response": "samples",
-    "Reversal": "reversal",
-    "cosine_diversity": "diversity",
-    "distinct_equations": "diversity",
-    "distinct_n": "diversity",
-    "expectation_adjusted_distinct": "diversity",
-    "group_disparity": "reversal",
-    "improvement_set": "reversal",
-    "judge": "reversal",
-    "mean_distinct": "diversity",
-    "mean_pass_at_k": "passk",
-    "pass_at_k": "passk",
-    "read_samples": "samples",
-}
-
-__all__ = [
-    "Comparison",
-    "Interval",
-    "Measure",
-    "Model",
-    "Problem",
-    "Report",
-    "Response",
-    "Reversal",
-    "cosine_diversity",
-    "distinct_equations",
-    "distinct_n",
-    "expectation_adjusted_distinct",
-    "group_disparity",
-    "improvement_set",
-    "judge",
-    "mean_distinct",
-    "mean_pass_at_k",
-    "pass_at_k",
-    "read_samples",
-]
-
-
-if not TYPE_CHECKING:  # for whom names come from the imports above, and no others are there
-
-    def __getattr__(name: str) -> object:
-        if name in _HOME:
-            return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return list(__all__)

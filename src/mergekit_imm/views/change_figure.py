@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.mismatch import Comparison
+from ..analysis.verdict import Comparison
 from ..common.messages import shown
 from .tables import saved
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from ..analysis.mismatch import Comparison
+from ..analysis.verdict import Comparison
 from ..common.messages import shown
 from .change_terminal import MEASURES, ends, kind_cells, number, percent, relative_line
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ..analysis.mismatch import LEAST, Comparison
+from ..analysis.verdict import LEAST, Comparison
 from ..common.messages import shown
 from ..options.layer_factors import Importance, importance_factors
 from .tables import aligned

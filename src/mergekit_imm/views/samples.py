@@ -6,7 +6,7 @@ import math
 
 from ..common.messages import shown
 from ..evaluation.bootstrap import Interval
-from ..evaluation.compare import Comparison, Report
+from ..evaluation.comparison import Comparison, Report
 from .tables import aligned, saved
 
 FILES = ("samples.json", "pass-at-k.png", "pass-at-k.svg", "differences.png", "differences.svg")
