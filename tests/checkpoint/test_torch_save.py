@@ -22,7 +22,7 @@ from mergekit_imm.checkpoint.torch_file import open_torch_file
 from mergekit_imm.plan import shard_layout
 from mergekit_imm.testing import check_input
 from models import load, new_model
-from other_forms import BASE, CONFIG, SFT, raw, save_bin, save_dcp, save_shards, weights
+from other_forms import BASE, CONFIG, SFT, held, raw, save_bin, save_dcp, save_shards, weights
 
 
 def test_a_file_of_torch_save_is_merged(tmp_path: Path) -> None:
