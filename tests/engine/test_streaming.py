@@ -250,8 +250,8 @@ def test_a_record_is_what_its_definition_says(dtype: torch.dtype, count: int, me
     inputs = [tensor(count, dtype, seed=seed, kind="gauss", specials=False) for seed in range(3)]
     sides = [(each.view(torch.uint8).numpy(), code) for each in inputs]
     tally, out = new_tally(), np.zeros(count * dtype.itemsize, np.uint8)
-    numbers = arithmetic(alpha=0.4, drop=0.7, factor=1.1)
-    merge(*sides, (out, code), count, 2048, mask_key("n"), numbers, tally)
+    constants = arithmetic(alpha=0.4, drop=0.7, factor=1.1)
+    merge(*sides, (out, code), count, 2048, mask_key("n"), constants, tally)
 
     wide = np.float64 if dtype == torch.float64 else np.float32
     arrays = [reference.to_array(each) for each in inputs]

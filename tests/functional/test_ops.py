@@ -195,13 +195,13 @@ def test_the_formula_compiles_whole_and_keeps_its_bits(backend: str) -> None:
     if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
     compiled = torch.compile(merge_flat, fullgraph=True, backend=backend)
-    numbers, key = arithmetic(alpha=0.3, drop=0.9), mask_key(NAME)
+    constants, key = arithmetic(alpha=0.3, drop=0.9), mask_key(NAME)
     base, start, sft = (tensor(5000, torch.bfloat16, seed=i, kind="bits", specials=True) for i in range(3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler's own imports
         for out in (torch.bfloat16, torch.float32):
-            merged = compiled(base, start, sft, out, numbers, *key, 1 << 40)
-            assert same_bits(merged, merge_flat(base, start, sft, out, numbers, *key, 1 << 40))
+            merged = compiled(base, start, sft, out, constants, *key, 1 << 40)
+            assert same_bits(merged, merge_flat(base, start, sft, out, constants, *key, 1 << 40))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")

@@ -188,8 +188,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
 
 def merge_of(dtypes: tuple[torch.dtype, ...], alpha: float, drop: float, alone: bool = False) -> Callable[[], None]:
     base, start, sft, out = (torch.zeros((1 << 14) + 5, dtype=dtype) for dtype in dtypes)
-    numbers = arithmetic(alpha=alpha, drop=drop)
-    return lambda: triton_kernel.merge_flat_fused(base, base if alone else start, sft, out, numbers, 1, 2, 1 << 40)
+    constants = arithmetic(alpha=alpha, drop=drop)
+    return lambda: triton_kernel.merge_flat_fused(base, base if alone else start, sft, out, constants, 1, 2, 1 << 40)
 
 
 MIXES = [
@@ -242,8 +242,10 @@ def test_one_kernel_serves_all_keys_names_and_drops(compiled: Compiled) -> None:
         (1 << 31, 0.9, 0.8, 1 << 14),
         (77, 0.2, 0.6, 0),
     ):
-        numbers = arithmetic(alpha=alpha, drop=drop)
-        call = functools.partial(triton_kernel.merge_flat_fused, base, base, sft, out, numbers, key, 2**32 - key, first)
+        constants = arithmetic(alpha=alpha, drop=drop)
+        call = functools.partial(
+            triton_kernel.merge_flat_fused, base, base, sft, out, constants, key, 2**32 - key, first
+        )
         kernels += compiled(90, call)
     hashes = [kernel.hash for kernel in kernels]
     assert len(set(hashes[1:])) == 1  # 0.3 is mixed the other way round
@@ -290,11 +292,11 @@ def test_fused_is_eager_on_cuda(dtypes: tuple[torch.dtype, ...]) -> None:
             (1.0, 0.2, 1.0),
             (0.0, 0.2, 1.0),
         ):
-            numbers, key = arithmetic(alpha=alpha, drop=drop, factor=factor), mask_key(NAME)
+            constants, key = arithmetic(alpha=alpha, drop=drop, factor=factor), mask_key(NAME)
             out = torch.empty(count, dtype=dtypes[3], device="cuda")
             assert triton_kernel.fits(base, start, sft, out)
-            triton_kernel.merge_flat_fused(base, start, sft, out, numbers, *key, first)
-            assert same_bits(out, merge_flat(base, start, sft, out.dtype, numbers, *key, first))
+            triton_kernel.merge_flat_fused(base, start, sft, out, constants, *key, first)
+            assert same_bits(out, merge_flat(base, start, sft, out.dtype, constants, *key, first))
 
 
 @needs_cuda
@@ -332,8 +334,8 @@ def test_the_streamed_merge_on_cuda_tallies_as_on_the_cpu() -> None:
                 part[:] = side.view(torch.uint8).numpy()
             tally = new_tally()
             b, s, f, o = ((part, "BF16") for part in parts)
-            numbers = arithmetic(alpha=0.5, drop=0.9)
-            cuda.merge_span(torch.device(device), b, s, f, o, count, 0, mask_key(NAME), numbers, tally)
+            constants = arithmetic(alpha=0.5, drop=0.9)
+            cuda.merge_span(torch.device(device), b, s, f, o, count, 0, mask_key(NAME), constants, tally)
             results.append((tally.tobytes(), to_record(tally).tobytes(), o[0].tobytes()))
         if len(set(results)) > 1:
             failures.append(f"seed {seed}")

@@ -131,14 +131,14 @@ def dare(delta: Tensor, *, name: str, drop: float, seed: int = 0, iteration: int
     check_float("delta", delta)
     check_name(name)
     _check_offset(offset)
-    numbers, key = arithmetic(alpha=0.0, drop=drop), mask_key(name, seed, iteration)
+    constants, key = arithmetic(alpha=0.0, drop=drop), mask_key(name, seed, iteration)
     exact = delta.dtype == torch.float64
     out = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
     for index, span in boxes(delta.shape):
         flat = in_box(delta, index).to(torch.float64 if exact else torch.float32)
-        if numbers.draws:
-            scaled = flat * (numbers.scale if exact else numbers.scale32)
-            kept = uniform16(flat, offset + span.start, flat.numel(), *key) < numbers.keep16
+        if constants.draws:
+            scaled = flat * (constants.scale if exact else constants.scale32)
+            kept = uniform16(flat, offset + span.start, flat.numel(), *key) < constants.keep16
             flat = torch.where(kept, scaled, 0.0)
         out.view(-1)[span] = round_to(flat, delta.dtype)
     return out
@@ -259,8 +259,8 @@ def dare_merge(
                 f"name is None with drop={drop}: the mask is keyed by the tensor's name in the base's file;"
                 " pass name='...' (or drop=0)"
             )
-        numbers = arithmetic(alpha=alpha, drop=drop, factor=factor)
-        return _merge(name or "", base, sft, start, numbers, mask_key(name or "", seed, iteration), dtype)
+        constants = arithmetic(alpha=alpha, drop=drop, factor=factor)
+        return _merge(name or "", base, sft, start, constants, mask_key(name or "", seed, iteration), dtype)
     if isinstance(base, Mapping) and isinstance(sft, Mapping) and not isinstance(start, Tensor):
         if name is not None or factor != 1.0:
             raise ArgumentError("name and factor are for single tensors; a mapping has its names, and layer_factors=")
@@ -269,8 +269,8 @@ def dare_merge(
         factors = {} if layer_factors is None else resolve_factors(layer_factors, base)
         out: dict[str, Tensor] = {}
         for key, written, sides in matched(base, sft, start):
-            numbers = arithmetic(alpha=alpha, drop=drop, factor=factors.get(layer_key(key) or "", 1.0))
-            merged = _merge(key, *sides, numbers, mask_key(key, seed, iteration), dtype)
+            constants = arithmetic(alpha=alpha, drop=drop, factor=factors.get(layer_key(key) or "", 1.0))
+            merged = _merge(key, *sides, constants, mask_key(key, seed, iteration), dtype)
             out.update(dict.fromkeys(written, merged))
         return {each: out[each] for each in base}
     kinds = ", ".join(
@@ -286,7 +286,7 @@ def _merge(
     base: Tensor,
     sft: Tensor,
     start: Tensor | None,
-    numbers: Arithmetic,
+    constants: Arithmetic,
     key: tuple[int, int],
     dtype: torch.dtype | None,
 ) -> Tensor:
@@ -300,11 +300,11 @@ def _merge(
         from ..numerics import triton_kernel
 
         b, s, f, o = (each.detach().view(-1) for each in (base, begin, sft, out))
-        triton_kernel.merge_flat_fused(b, s, f, o, numbers, *key, 0)
+        triton_kernel.merge_flat_fused(b, s, f, o, constants, *key, 0)
         return out
     for index, span in boxes(base.shape):
         pieces = (in_box(base, index), in_box(begin, index), in_box(sft, index))
-        out.view(-1)[span] = merge_flat(*pieces, out.dtype, numbers, *key, span.start)
+        out.view(-1)[span] = merge_flat(*pieces, out.dtype, constants, *key, span.start)
     return out
 
 

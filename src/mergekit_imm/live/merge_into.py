@@ -152,7 +152,7 @@ def merge_into(
     if dry_run:
         return _report(inputs, here, decided)
     files = [file for each in inputs.values() for file in each.files.values()]
-    actions = [(job.item.name, job.item.action, job.item.numbers) for job in jobs]
+    actions = [(job.item.name, job.item.action, job.item.constants) for job in jobs]
     _check_same(ranks, lambda: (here, actions, [fingerprint(file) for file in files]))
     work = Work(inputs, here, jobs, threads, progress)
     together(ranks, lambda: work.run(write=False))

@@ -30,13 +30,13 @@ def merge_span(
     count: int,
     first: int,
     key: tuple[int, int],
-    numbers: Arithmetic,
+    constants: Arithmetic,
     tally: Tally,
 ) -> None:
     """Merge elements first..first+count of one tensor, and add what was seen to its tally.
 
     `first` is a multiple of 1024; the buffers begin with element `first`; a `start` that is the base's buffer is the
-    base. With `numbers.added`, `sft` is the delta itself. Bits: those of `flat.merge_flat`.
+    base. With `constants.added`, `sft` is the delta itself. Bits: those of `flat.merge_flat`.
     """
     alone = start[0] is base[0]
     whole = count - count % BLOCK
@@ -45,7 +45,7 @@ def merge_span(
             b, f, merged = (_blocks(raw, begin, some, count) for raw in (base[0], sft[0], out[0]))
             s = b if alone else _blocks(start[0], begin, some, count)
             sides = ((b, base[1]), (s, start[1]), (f, sft[1]), (merged, out[1]))
-            _merge_blocks(*sides, some, first + begin, key, numbers, tally)
+            _merge_blocks(*sides, some, first + begin, key, constants, tally)
             width = len(out[0]) // count
             if merged.base is None:  # not a part of `out`
                 out[0][begin * width : (begin + some) * width] = merged[: some * width]
@@ -67,28 +67,28 @@ _MASKS = {dtype: (np.zeros(1, dtype)[0], ~np.zeros(1, dtype)[0]) for dtype in (n
 
 def _merge_blocks(
     base: Side, start: Side, sft: Side, out: Side, count: int, first: int, key: tuple[int, int],
-    numbers: Arithmetic, tally: Tally,
+    constants: Arithmetic, tally: Tally,
 ) -> None:  # fmt: skip
     exact = "F64" in (base[1], start[1], sft[1])
     wide, masks = (np.float64, _MASKS[np.uint64]) if exact else (np.float32, _MASKS[np.uint32])
-    scale = numbers.scale if exact else numbers.scale32
-    alpha = numbers.alpha if exact else numbers.alpha32
-    weight = numbers.weight if exact else numbers.weight32
+    scale = constants.scale if exact else constants.scale32
+    alpha = constants.alpha if exact else constants.alpha32
+    weight = constants.weight if exact else constants.weight32
     # merged = anchor + step * (tuned - base), where the anchor is base or tuned; x + -0.0 is x, whatever x
-    from_base = weight == 0 or (weight < 0.5 and numbers.alpha != 0)
-    at_end = weight == 0 or numbers.alpha == 0
-    marks = (masks[True],) if numbers.added else ()
+    from_base = weight == 0 or (weight < 0.5 and constants.alpha != 0)
+    at_end = weight == 0 or constants.alpha == 0
+    marks = (masks[True],) if constants.added else ()
     usual = (wide(scale), wide(weight if from_base else -alpha), masks[from_base])
     fast: tuple[Any, ...] = (*usual, *marks)
-    careful: tuple[Any, ...] = (*usual, wide(-0.0), masks[numbers.plain], masks[at_end], *marks)
-    limit = np.uint32(numbers.keep16 * 65536 - 1)  # kept: sixteen bits, followed by any others, are at most this
+    careful: tuple[Any, ...] = (*usual, wide(-0.0), masks[constants.plain], masks[at_end], *marks)
+    limit = np.uint32(constants.keep16 * 65536 - 1)  # kept: sixteen bits, followed by any others, are at most this
     # As they are held: inputs of one dtype, and an sft in float32. Each mixture takes seconds to compile, once.
     alike, alone = base[1] == start[1] == sft[1], start[0] is base[0]
     as_held = alike or (alone and base[1] == out[1] and {base[1], sft[1]} == {"BF16", "F32"})
     before = tally.copy()
-    for how in (fast, careful) if is_finite(before) and not (numbers.plain or at_end) else (careful,):
+    for how in (fast, careful) if is_finite(before) and not (constants.plain or at_end) else (careful,):
         rest = (
-            np.zeros(WORK, wide), count, first // BLOCK, numbers.draws, np.uint32(key[0]), np.uint32(key[1]),
+            np.zeros(WORK, wide), count, first // BLOCK, constants.draws, np.uint32(key[0]), np.uint32(key[1]),
             limit, how, tally,
         )  # fmt: skip
         if as_held:

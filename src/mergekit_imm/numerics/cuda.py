@@ -60,7 +60,7 @@ def merge_span(
     count: int,
     first: int,
     key: tuple[int, int],
-    numbers: Arithmetic,
+    constants: Arithmetic,
     tally: Tally,
 ) -> None:
     """Merge elements first..first+count of one tensor, as `kernel.merge_span` does, bits and tally alike."""
@@ -74,20 +74,20 @@ def merge_span(
                 pieces[id(raw)] = torch.from_numpy(raw).to(device, non_blocking=True).view(DTYPES[dtype])
         b, s, f = (pieces[id(raw)] for raw, _ in (base, start, sft))
         merged = torch.empty(count, dtype=DTYPES[out[1]], device=device)
-        if triton_kernel.fits(b, s, f, merged) and not numbers.added:
-            triton_kernel.merge_flat_fused(b, s, f, merged, numbers, *key, first)
+        if triton_kernel.fits(b, s, f, merged) and not constants.added:
+            triton_kernel.merge_flat_fused(b, s, f, merged, constants, *key, first)
         else:
-            merged = merge_flat(b, s, f, merged.dtype, numbers, *key, first)
+            merged = merge_flat(b, s, f, merged.dtype, constants, *key, first)
         torch.from_numpy(out[0]).copy_(merged.view(torch.uint8), non_blocking=True)
 
         wide = torch.float64 if torch.float64 in (b.dtype, s.dtype, f.dtype) else torch.float32
         change = merged.to(wide) - b.to(wide)
-        delta = f.to(wide) if numbers.added else f.to(wide) - s.to(wide)
+        delta = f.to(wide) if constants.added else f.to(wide) - s.to(wide)
         sums = torch.cat([_block_sums(x) for x in (delta, b.to(wide), change)], dim=1)
         largest = (change * change).nan_to_num(nan=0.0, posinf=torch.inf).max().double()
         kept = torch.full_like(largest, count)
-        if numbers.draws:
-            kept = _kept(b, first, key, numbers.keep16).sum().double()
+        if constants.draws:
+            kept = _kept(b, first, key, constants.keep16).sum().double()
         # The host waits here, for this stream alone: what was put on it before, the copy of the output too, is done.
         lanes, (most, number) = sums.cpu().numpy(), torch.stack((largest, kept)).tolist()
 

@@ -57,40 +57,40 @@ def merge_flat(
     start: Tensor,
     sft: Tensor,
     out_dtype: torch.dtype,
-    numbers: Arithmetic,
+    constants: Arithmetic,
     key0: int,
     key1: int,
     offset: int,
 ) -> Tensor:
     """Merge elements offset..offset+n of one tensor: 1-D tensors of n elements in, one of `out_dtype` out.
 
-    With `numbers.added`, `sft` is the delta itself.
+    With `constants.added`, `sft` is the delta itself.
     """
     wide = torch.float64 if torch.float64 in (base.dtype, start.dtype, sft.dtype) else torch.float32
     exact = wide == torch.float64
     tuned = sft.to(wide)
-    if numbers.plain and numbers.added:
+    if constants.plain and constants.added:
         tuned = start.to(wide) + tuned
-    elif not numbers.plain:
+    elif not constants.plain:
         begin = start.to(wide)
-        delta = tuned if numbers.added else tuned - begin
-        tuned = begin + delta * (numbers.scale if exact else numbers.scale32)
-        if numbers.draws:
-            kept = uniform16(base, offset, base.numel(), key0, key1) < numbers.keep16
+        delta = tuned if constants.added else tuned - begin
+        tuned = begin + delta * (constants.scale if exact else constants.scale32)
+        if constants.draws:
+            kept = uniform16(base, offset, base.numel(), key0, key1) < constants.keep16
             tuned = torch.where(kept, tuned, begin)
-    return round_to(_interpolate(base.to(wide), tuned, numbers, exact), out_dtype)
+    return round_to(_interpolate(base.to(wide), tuned, constants, exact), out_dtype)
 
 
-def _interpolate(base: Tensor, tuned: Tensor, numbers: Arithmetic, exact: bool) -> Tensor:
+def _interpolate(base: Tensor, tuned: Tensor, constants: Arithmetic, exact: bool) -> Tensor:
     # A separate multiply and add, each rounded: torch.lerp and add(alpha=) fuse and give other bits.
-    weight = numbers.weight if exact else numbers.weight32
+    weight = constants.weight if exact else constants.weight32
     if weight == 0:
         return base
-    if numbers.alpha == 0:
+    if constants.alpha == 0:
         return tuned
     if weight < 0.5:
         return base + weight * (tuned - base)
-    return tuned - (numbers.alpha if exact else numbers.alpha32) * (tuned - base)
+    return tuned - (constants.alpha if exact else constants.alpha32) * (tuned - base)
 
 
 def round_to(wide: Tensor, dtype: torch.dtype) -> Tensor:

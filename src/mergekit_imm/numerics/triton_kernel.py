@@ -62,9 +62,9 @@ def _wide(x):
 
 
 @_jit
-def _merged(inputs, word, numbers, plain: tl.constexpr, draws: tl.constexpr, mix: tl.constexpr):
+def _merged(inputs, word, constants, plain: tl.constexpr, draws: tl.constexpr, mix: tl.constexpr):
     """The formula in float32; the random bits are the high half of `word`."""
-    limit, scale, alpha, weight = numbers
+    limit, scale, alpha, weight = constants
     base, start, tuned = _wide(inputs[0]), _wide(inputs[1]), _wide(inputs[2])
     if not plain:
         tuned = start + (tuned - start) * scale
@@ -126,7 +126,7 @@ def _merge(
     program, origin, low, high = _tile(count, before, rows)
     base, start, sft, out = base + origin, start + origin, sft + origin, out + origin
     row, lane = tl.arange(0, rows)[:, None], tl.arange(0, 128)[None, :]
-    numbers = (keep16.to(tl.uint32) << 16, scale, alpha, weight)
+    constants = (keep16.to(tl.uint32) << 16, scale, alpha, weight)
     w0, w1, w2, w3 = 0, 0, 0, 0
     for half in tl.static_range(2):
         # Four planes are read before one is written: so much more of memory is waited for at a time.
@@ -139,10 +139,10 @@ def _merge(
             # Words laid out otherwise than the elements would go through shared memory to them.
             w0, w1, w2, w3 = _words(first_tile + program, row, lane, _nothing(x0[2]), key0, key1, rows)
         shift = 16 - 16 * half
-        _store(out, at, low, high, _merged(x0, w0 << shift, numbers, plain, draws, mix))
-        _store(out, at + 128, low, high, _merged(x1, w1 << shift, numbers, plain, draws, mix))
-        _store(out, at + 256, low, high, _merged(x2, w2 << shift, numbers, plain, draws, mix))
-        _store(out, at + 384, low, high, _merged(x3, w3 << shift, numbers, plain, draws, mix))
+        _store(out, at, low, high, _merged(x0, w0 << shift, constants, plain, draws, mix))
+        _store(out, at + 128, low, high, _merged(x1, w1 << shift, constants, plain, draws, mix))
+        _store(out, at + 256, low, high, _merged(x2, w2 << shift, constants, plain, draws, mix))
+        _store(out, at + 384, low, high, _merged(x3, w3 << shift, constants, plain, draws, mix))
 
 
 @_jit
@@ -162,23 +162,23 @@ def _keep(out, count, before, first_tile, key0, key1, keep16, rows: tl.constexpr
 
 
 def merge_flat_fused(
-    base: Tensor, start: Tensor, sft: Tensor, out: Tensor, numbers: Arithmetic, key0: int, key1: int, offset: int
+    base: Tensor, start: Tensor, sft: Tensor, out: Tensor, constants: Arithmetic, key0: int, key1: int, offset: int
 ) -> None:
     """Merge elements offset..offset+n of one tensor into `out`: `flat.merge_flat` for tensors that `fits` allows."""
-    if numbers.weight32 == 0:
+    if constants.weight32 == 0:
         mix = "base"
-    elif numbers.alpha == 0:
+    elif constants.alpha == 0:
         mix = "tuned"
     else:
-        mix = "from base" if numbers.weight32 < 0.5 else "from tuned"
+        mix = "from base" if constants.weight32 < 0.5 else "from tuned"
     how = {
         "alone": start.data_ptr() == base.data_ptr() and start.dtype == base.dtype,
-        "plain": numbers.plain, "draws": numbers.draws, "mix": mix,
+        "plain": constants.plain, "draws": constants.draws, "mix": mix,
     }  # fmt: skip
-    constants = numbers.scale32, numbers.alpha32, numbers.weight32
+    scalars = constants.scale32, constants.alpha32, constants.weight32
     for first, count in _parts(out.numel()):
         parts = [each[first : first + count] for each in (base, start, sft, out)]
-        _launch(_merge, parts, key0, key1, numbers.keep16, offset + first, constants, how)
+        _launch(_merge, parts, key0, key1, constants.keep16, offset + first, scalars, how)
 
 
 def keep_flat_fused(out: Tensor, keep16: int, key0: int, key1: int, offset: int) -> None:
@@ -195,14 +195,14 @@ def _parts(count: int) -> list[tuple[int, int]]:
 
 def _launch(
     kernel: Any, tensors: list[Tensor], key0: int, key1: int, keep16: int, offset: int,
-    constants: tuple[float, ...] = (), how: Mapping[str, Any] = MappingProxyType({}),
+    scalars: tuple[float, ...] = (), how: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:  # fmt: skip
     count = tensors[0].numel()
     first_tile, before = divmod(offset, ROWS * BLOCK)
     programs = -(-(before + count) // (ROWS * BLOCK))
     with torch.cuda.device_of(tensors[0]), _one_at_a_time:
         kernel[(programs,)](
-            *tensors, count, before, first_tile, _signed(key0), _signed(key1), keep16, *constants, **how, rows=ROWS,
+            *tensors, count, before, first_tile, _signed(key0), _signed(key1), keep16, *scalars, **how, rows=ROWS,
             num_warps=WARPS, enable_fp_fusion=False,  # else a multiply and an add become one operation, rounded once
         )  # fmt: skip
 
@@ -231,14 +231,14 @@ def fits(*tensors: Tensor) -> bool:
 @functools.cache
 def _agrees(device: torch.device) -> bool:
     """Whether the kernel works on a device and gives the bits of `flat`, tried on float32 of every exponent."""
-    numbers, low, high = arithmetic(alpha=0.3, drop=0.3), 0x7FFFFF, 0xFF800000
+    constants, low, high = arithmetic(alpha=0.3, drop=0.3), 0x7FFFFF, 0xFF800000
     words = torch.arange(3 * 4096, dtype=torch.int64, device=device).square().mul(2654435761).view(3, -1)
     bits = (words[0] & high) | (words & low)  # of one exponent the three, so that every rounding is seen
     base, start, sft = (bits - ((bits >> 31) << 32)).to(torch.int32).view(torch.float32)
     out = torch.empty_like(base)
     try:
-        merge_flat_fused(base, start, sft, out, numbers, 1, 2, 0)
-        eager = merge_flat(base, start, sft, out.dtype, numbers, 1, 2, 0)
+        merge_flat_fused(base, start, sft, out, constants, 1, 2, 0)
+        eager = merge_flat(base, start, sft, out.dtype, constants, 1, 2, 0)
         return torch.equal(out.view(torch.int32), eager.view(torch.int32))
     except Exception:  # no C compiler for Triton's launcher, a GPU too old: whatever it is, there is another way
         return False

@@ -167,7 +167,7 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
 def drop_of(item: Item) -> float:
     """Return the share of a delta's elements that is dropped."""
     sft = item.sides.get("sft")
-    return sft.drop if isinstance(sft, Sparsified) else round(1 - item.numbers.keep16 / 65536, 6)
+    return sft.drop if isinstance(sft, Sparsified) else round(1 - item.constants.keep16 / 65536, 6)
 
 
 def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ class Item:
     action: Action
     sides: Mapping[str, Tensor]  # base, start, sft: those that are read
     outs: tuple[TensorInfo, ...]  # one, or each name of a tied tensor
-    numbers: Arithmetic
+    constants: Arithmetic
     key: tuple[int, int]
     common: int | None = None  # elements that are merged, if not all; those behind them are those of
     owner: str = "base"  # this side, as they are
@@ -400,19 +400,19 @@ def _item(
             " only; merge it first, or leave out --take"
         )
     factor = factors.get(layer_key(key) or "", 1.0)
-    numbers = _arithmetic(alpha=p.alpha, drop=0.0 if choose("no_drop", written, key) else p.drop, factor=factor)
-    if action == "merge" and p.sparsify != "dare" and numbers.draws:
-        numbers = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
+    constants = _arithmetic(alpha=p.alpha, drop=0.0 if choose("no_drop", written, key) else p.drop, factor=factor)
+    if action == "merge" and p.sparsify != "dare" and constants.draws:
+        constants = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
         sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter leaves the rest as it was
     if is_delta(sides.get("sft")):
-        numbers = replace(numbers, added=True)
+        constants = replace(constants, added=True)
     home = _home(key, sides.get("base"), source, used)
     outs = tuple(
         TensorInfo(name, dtype, source.shape, home, 0, source.count * DTYPE_BITS[dtype] // 8) for name in written
     )
     if action == "take":
         sides = {"sft": source}
-    item = Item(key, action, sides, outs, numbers, mask_key(key, p.seed, p.iteration))
+    item = Item(key, action, sides, outs, constants, mask_key(key, p.seed, p.iteration))
     extended = [side.own.count for side in sides.values() if isinstance(side, Extended)]
     if action != "merge" or not extended:
         return item
