@@ -80,13 +80,13 @@ def _merge_blocks(
     marks = (masks[True],) if constants.added else ()
     usual = (wide(scale), wide(weight if from_base else -alpha), masks[from_base])
     fast: tuple[Any, ...] = (*usual, *marks)
-    careful: tuple[Any, ...] = (*usual, wide(-0.0), masks[constants.plain], masks[at_end], *marks)
+    careful: tuple[Any, ...] = (*usual, wide(-0.0), masks[constants.is_identity], masks[at_end], *marks)
     limit = np.uint32(constants.keep16 * 65536 - 1)  # kept: sixteen bits, followed by any others, are at most this
     # As they are held: inputs of one dtype, and an sft in float32. Each mixture takes seconds to compile, once.
     alike, alone = base[1] == start[1] == sft[1], start[0] is base[0]
     as_held = alike or (alone and base[1] == out[1] and {base[1], sft[1]} == {"BF16", "F32"})
     before = tally.copy()
-    for how in (fast, careful) if is_finite(before) and not (constants.plain or at_end) else (careful,):
+    for how in (fast, careful) if is_finite(before) and not (constants.is_identity or at_end) else (careful,):
         rest = (
             np.zeros(WORK, wide), count, first // BLOCK, constants.draws, np.uint32(key[0]), np.uint32(key[1]),
             limit, how, tally,

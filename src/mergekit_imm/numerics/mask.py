@@ -54,7 +54,7 @@ class Arithmetic:
     keep16: int
     scale: float
     scale32: float
-    plain: bool
+    is_identity: bool
     alpha: float
     alpha32: float
     weight: float
@@ -86,7 +86,7 @@ def arithmetic(*, alpha: float, drop: float, factor: float = 1.0) -> Arithmetic:
         keep16=keep16,
         scale=scale,
         scale32=float(np.float32(scale)),
-        plain=drop == 0 and factor == 1,
+        is_identity=drop == 0 and factor == 1,
         alpha=alpha,
         alpha32=float(np.float32(alpha)),
         weight=1 - alpha,

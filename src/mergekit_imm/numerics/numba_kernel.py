@@ -247,10 +247,10 @@ def _merge_one(base, start, sft, kept, how):
         return delta, _choose(how[2], base, tuned) + how[1] * (tuned - base)
 
     def careful(base, start, sft, kept, how):
-        scale, step, from_base, nothing, plain, at_end = how[:CAREFUL]
+        scale, step, from_base, nothing, is_identity, at_end = how[:CAREFUL]
         delta, whole = _sides(start, sft, how)
         tuned = start + delta * scale if kept else start
-        tuned = _choose(plain, whole, tuned)
+        tuned = _choose(is_identity, whole, tuned)
         return delta, _choose(from_base, base, tuned) + _choose(at_end, nothing, step * (tuned - base))
 
     return fast if len(how) <= FAST + ADDED else careful

@@ -69,9 +69,9 @@ def merge_flat(
     wide = torch.float64 if torch.float64 in (base.dtype, start.dtype, sft.dtype) else torch.float32
     exact = wide == torch.float64
     tuned = sft.to(wide)
-    if constants.plain and constants.added:
+    if constants.is_identity and constants.added:
         tuned = start.to(wide) + tuned
-    elif not constants.plain:
+    elif not constants.is_identity:
         begin = start.to(wide)
         delta = tuned if constants.added else tuned - begin
         tuned = begin + delta * (constants.scale if exact else constants.scale32)
