@@ -136,7 +136,7 @@ def dare(delta: Tensor, *, name: str, drop: float, seed: int = 0, iteration: int
     out = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
     for index, span in boxes(delta.shape):
         flat = in_box(delta, index).to(torch.float64 if exact else torch.float32)
-        if constants.draws:
+        if constants.uses_mask:
             scaled = flat * (constants.scale if exact else constants.scale32)
             kept = uniform16(flat, offset + span.start, flat.numel(), *key) < constants.keep16
             flat = torch.where(kept, scaled, 0.0)

@@ -88,7 +88,7 @@ def _merge_blocks(
     before = tally.copy()
     for how in (fast, careful) if is_finite(before) and not (constants.is_identity or at_end) else (careful,):
         rest = (
-            np.zeros(WORK, wide), count, first // BLOCK, constants.draws, np.uint32(key[0]), np.uint32(key[1]),
+            np.zeros(WORK, wide), count, first // BLOCK, constants.uses_mask, np.uint32(key[0]), np.uint32(key[1]),
             limit, how, tally,
         )  # fmt: skip
         if as_held:

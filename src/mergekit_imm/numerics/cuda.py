@@ -86,7 +86,7 @@ def merge_span(
         sums = torch.cat([_block_sums(x) for x in (delta, b.to(wide), change)], dim=1)
         largest = (change * change).nan_to_num(nan=0.0, posinf=torch.inf).max().double()
         kept = torch.full_like(largest, count)
-        if constants.draws:
+        if constants.uses_mask:
             kept = _kept(b, first, key, constants.keep16).sum().double()
         # The host waits here, for this stream alone: what was put on it before, the copy of the output too, is done.
         lanes, (most, number) = sums.cpu().numpy(), torch.stack((largest, kept)).tolist()

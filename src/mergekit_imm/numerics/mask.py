@@ -62,7 +62,7 @@ class Arithmetic:
     added: bool = False  # the sft is given as its delta, which is added to the start
 
     @property
-    def draws(self) -> bool:
+    def uses_mask(self) -> bool:
         """Whether random numbers are needed at all."""
         return self.keep16 < KEEP_ALL
 

@@ -364,12 +364,12 @@ def _close(work, limit, largest, kept, count, tally):
 
 
 @jit
-def run(base, start, sft, out, work, count, block, draws, key0, key1, limit, how, tally):
+def run(base, start, sft, out, work, count, block, uses_mask, key0, key1, limit, how, tally):
     """Merge blocks, each input as it is held, the last block filled up with zeros. A `start` of None is the base."""
     blocks, kept, largest = (count + BLOCK - 1) // BLOCK, 0, _order(work[0])
     size, size_sft, size_out = len(base) // blocks, len(sft) // blocks, len(out) // blocks
     for b in range(blocks):
-        if draws:
+        if uses_mask:
             _fill(block + b, key0, key1, work)
         bases, sfts = base[size * b : size * (b + 1)], sft[size_sft * b : size_sft * (b + 1)]
         starts, outs = _cut(start, size * b, size * (b + 1)), out[size_out * b : size_out * (b + 1)]
@@ -381,7 +381,7 @@ def run(base, start, sft, out, work, count, block, draws, key0, key1, limit, how
 @jit
 def run_decoded(
     base, base_code, start, start_code, sft, sft_code, alone,
-    out, work, count, block, draws, key0, key1, limit, how, tally,
+    out, work, count, block, uses_mask, key0, key1, limit, how, tally,
 ):  # fmt: skip
     """The same for bytes of different dtypes, by way of tiles; `alone` if start is the base."""
     blocks, kept, largest = (count + BLOCK - 1) // BLOCK, 0, _order(work[0])
@@ -389,7 +389,7 @@ def run_decoded(
     size_sft, size_out = len(sft) // blocks, len(out) // blocks
     x, y, z = np.empty(BLOCK, work.dtype), np.empty(BLOCK, work.dtype), np.empty(BLOCK, work.dtype)
     for b in range(blocks):
-        if draws:
+        if uses_mask:
             _fill(block + b, key0, key1, work)
         _decode(base_code, base[size * b : size * (b + 1)], x)
         _decode(sft_code, sft[size_sft * b : size_sft * (b + 1)], z)

@@ -75,7 +75,7 @@ def merge_flat(
         begin = start.to(wide)
         delta = tuned if constants.added else tuned - begin
         tuned = begin + delta * (constants.scale if exact else constants.scale32)
-        if constants.draws:
+        if constants.uses_mask:
             kept = uniform16(base, offset, base.numel(), key0, key1) < constants.keep16
             tuned = torch.where(kept, tuned, begin)
     return round_to(_interpolate(base.to(wide), tuned, constants, exact), out_dtype)

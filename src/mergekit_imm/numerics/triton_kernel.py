@@ -62,13 +62,13 @@ def _wide(x):
 
 
 @_jit
-def _merged(inputs, word, constants, is_identity: tl.constexpr, draws: tl.constexpr, mix: tl.constexpr):
+def _merged(inputs, word, constants, is_identity: tl.constexpr, uses_mask: tl.constexpr, mix: tl.constexpr):
     """The formula in float32; the random bits are the high half of `word`."""
     limit, scale, alpha, weight = constants
     base, start, tuned = _wide(inputs[0]), _wide(inputs[1]), _wide(inputs[2])
     if not is_identity:
         tuned = start + (tuned - start) * scale
-        if draws:
+        if uses_mask:
             tuned = tl.where(word < limit, tuned, start)
     if mix == "base":
         tuned = base
@@ -120,7 +120,7 @@ def _tile(count, before, rows: tl.constexpr):
 @_jit
 def _merge(
     base, start, sft, out, count, before, first_tile, key0, key1, keep16, scale, alpha, weight,
-    alone: tl.constexpr, is_identity: tl.constexpr, draws: tl.constexpr, mix: tl.constexpr, rows: tl.constexpr,
+    alone: tl.constexpr, is_identity: tl.constexpr, uses_mask: tl.constexpr, mix: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     """Merge `count` elements, of which the first is number `before` of tile `first_tile`; a tile is `rows` blocks."""
     program, origin, low, high = _tile(count, before, rows)
@@ -135,14 +135,14 @@ def _merge(
         x1 = _load(base, start, sft, at + 128, low, high, alone)
         x2 = _load(base, start, sft, at + 256, low, high, alone)
         x3 = _load(base, start, sft, at + 384, low, high, alone)
-        if draws and half == 0:
+        if uses_mask and half == 0:
             # Words laid out otherwise than the elements would go through shared memory to them.
             w0, w1, w2, w3 = _words(first_tile + program, row, lane, _nothing(x0[2]), key0, key1, rows)
         shift = 16 - 16 * half
-        _store(out, at, low, high, _merged(x0, w0 << shift, constants, is_identity, draws, mix))
-        _store(out, at + 128, low, high, _merged(x1, w1 << shift, constants, is_identity, draws, mix))
-        _store(out, at + 256, low, high, _merged(x2, w2 << shift, constants, is_identity, draws, mix))
-        _store(out, at + 384, low, high, _merged(x3, w3 << shift, constants, is_identity, draws, mix))
+        _store(out, at, low, high, _merged(x0, w0 << shift, constants, is_identity, uses_mask, mix))
+        _store(out, at + 128, low, high, _merged(x1, w1 << shift, constants, is_identity, uses_mask, mix))
+        _store(out, at + 256, low, high, _merged(x2, w2 << shift, constants, is_identity, uses_mask, mix))
+        _store(out, at + 384, low, high, _merged(x3, w3 << shift, constants, is_identity, uses_mask, mix))
 
 
 @_jit
@@ -173,7 +173,7 @@ def merge_flat_fused(
         mix = "from base" if constants.weight32 < 0.5 else "from tuned"
     how = {
         "alone": start.data_ptr() == base.data_ptr() and start.dtype == base.dtype,
-        "is_identity": constants.is_identity, "draws": constants.draws, "mix": mix,
+        "is_identity": constants.is_identity, "uses_mask": constants.uses_mask, "mix": mix,
     }  # fmt: skip
     scalars = constants.scale32, constants.alpha32, constants.weight32
     for first, count in _parts(out.numel()):

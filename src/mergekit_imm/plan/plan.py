@@ -401,7 +401,7 @@ def _item(
         )
     factor = factors.get(layer_key(key) or "", 1.0)
     constants = _arithmetic(alpha=p.alpha, drop=0.0 if choose("no_drop", written, key) else p.drop, factor=factor)
-    if action == "merge" and p.sparsify != "dare" and constants.draws:
+    if action == "merge" and p.sparsify != "dare" and constants.uses_mask:
         constants = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
         sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter leaves the rest as it was
     if is_delta(sides.get("sft")):
