@@ -61,7 +61,7 @@ def naive_merge(
     wide: type = np.float64 if np.float64 in (b.dtype, s.dtype, f.dtype) else np.float32
     delta = reference.widen(f, wide) - reference.widen(s, wide)
     thin, kept = naive(delta, kind, base.shape[-1] if base.shape else 1, **how)
-    moved = reference.merge(b, thin, s, base.dtype, alpha=alpha, drop=0.0, factor=factor, added=True)
+    moved = reference.merge(b, thin, s, base.dtype, alpha=alpha, drop=0.0, factor=factor, is_delta=True)
     # What is dropped is the start itself, with the sign of its zeros.
     alone = reference.merge(b, reference.widen(s, wide), s, base.dtype, alpha=alpha, drop=0.0)
     return reference.to_tensor(np.where(kept, moved, alone), base.dtype, base.shape), int(kept.sum())

@@ -108,7 +108,7 @@ def merge(
     seed: int = 0,
     iteration: int = 0,
     first: int = 0,
-    added: bool = False,
+    is_delta: bool = False,
 ) -> Array:
     """tuned = start + factor * DARE(sft - start), merged = alpha * base + (1 - alpha) * tuned; or sft a delta."""
     exact = np.float64 in (base.dtype, sft.dtype, start.dtype)
@@ -118,9 +118,9 @@ def merge(
     weight, alpha_ = wide(1 - alpha), wide(alpha)
     with np.errstate(all="ignore"):
         if drop == 0 and factor == 1:
-            tuned = s + f if added else f
+            tuned = s + f if is_delta else f
         else:
-            moved = s + (f if added else f - s) * scale
+            moved = s + (f if is_delta else f - s) * scale
             tuned = np.where(mask(name, first, len(b), drop, seed, iteration), moved, s)
         if weight == 0:
             merged = b

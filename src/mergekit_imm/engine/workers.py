@@ -109,7 +109,7 @@ def warm_up(plans: Sequence[Plan], device: Device) -> None:
         roles, constants = (tuple(item.sides), item.constants) if merged else (("base",), _CONVERT)
         read = item.sides if merged else _converted(item)
         dtypes = (*(side.dtype for side in read.values()), item.outs[0].dtype)
-        kind = (roles, dtypes, constants.is_identity, constants.added, constants.alpha in (0, 1))
+        kind = (roles, dtypes, constants.is_identity, constants.is_delta, constants.alpha in (0, 1))
         if kind not in seen:
             seen.add(kind)
             *inputs, out = ((np.zeros(BLOCK * DTYPE_BITS[dtype] // 8, np.uint8), dtype) for dtype in dtypes)

@@ -36,7 +36,7 @@ def merge_span(
     """Merge elements first..first+count of one tensor, and add what was seen to its tally.
 
     `first` is a multiple of 1024; the buffers begin with element `first`; a `start` that is the base's buffer is the
-    base. With `constants.added`, `sft` is the delta itself. Bits: those of `flat.merge_flat`.
+    base. With `constants.is_delta`, `sft` is the delta itself. Bits: those of `flat.merge_flat`.
     """
     alone = start[0] is base[0]
     whole = count - count % BLOCK
@@ -77,7 +77,7 @@ def _merge_blocks(
     # merged = anchor + step * (tuned - base), where the anchor is base or tuned; x + -0.0 is x, whatever x
     from_base = weight == 0 or (weight < 0.5 and constants.alpha != 0)
     at_end = weight == 0 or constants.alpha == 0
-    marks = (masks[True],) if constants.added else ()
+    marks = (masks[True],) if constants.is_delta else ()
     usual = (wide(scale), wide(weight if from_base else -alpha), masks[from_base])
     fast: tuple[Any, ...] = (*usual, *marks)
     careful: tuple[Any, ...] = (*usual, wide(-0.0), masks[constants.is_identity], masks[at_end], *marks)

@@ -74,7 +74,7 @@ def merge_span(
                 pieces[id(raw)] = torch.from_numpy(raw).to(device, non_blocking=True).view(DTYPES[dtype])
         b, s, f = (pieces[id(raw)] for raw, _ in (base, start, sft))
         merged = torch.empty(count, dtype=DTYPES[out[1]], device=device)
-        if triton_kernel.fits(b, s, f, merged) and not constants.added:
+        if triton_kernel.fits(b, s, f, merged) and not constants.is_delta:
             triton_kernel.merge_flat_fused(b, s, f, merged, constants, *key, first)
         else:
             merged = merge_flat(b, s, f, merged.dtype, constants, *key, first)
@@ -82,7 +82,7 @@ def merge_span(
 
         wide = torch.float64 if torch.float64 in (b.dtype, s.dtype, f.dtype) else torch.float32
         change = merged.to(wide) - b.to(wide)
-        delta = f.to(wide) if constants.added else f.to(wide) - s.to(wide)
+        delta = f.to(wide) if constants.is_delta else f.to(wide) - s.to(wide)
         sums = torch.cat([_block_sums(x) for x in (delta, b.to(wide), change)], dim=1)
         largest = (change * change).nan_to_num(nan=0.0, posinf=torch.inf).max().double()
         kept = torch.full_like(largest, count)

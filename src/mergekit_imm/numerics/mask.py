@@ -59,7 +59,7 @@ class Arithmetic:
     alpha32: float
     weight: float
     weight32: float
-    added: bool = False  # the sft is given as its delta, which is added to the start
+    is_delta: bool = False  # the sft is given as its delta, which is added to the start
 
     @property
     def uses_mask(self) -> bool:

@@ -64,16 +64,16 @@ def merge_flat(
 ) -> Tensor:
     """Merge elements offset..offset+n of one tensor: 1-D tensors of n elements in, one of `out_dtype` out.
 
-    With `constants.added`, `sft` is the delta itself.
+    With `constants.is_delta`, `sft` is the delta itself.
     """
     wide = torch.float64 if torch.float64 in (base.dtype, start.dtype, sft.dtype) else torch.float32
     exact = wide == torch.float64
     tuned = sft.to(wide)
-    if constants.is_identity and constants.added:
+    if constants.is_identity and constants.is_delta:
         tuned = start.to(wide) + tuned
     elif not constants.is_identity:
         begin = start.to(wide)
-        delta = tuned if constants.added else tuned - begin
+        delta = tuned if constants.is_delta else tuned - begin
         tuned = begin + delta * (constants.scale if exact else constants.scale32)
         if constants.uses_mask:
             kept = uniform16(base, offset, base.numel(), key0, key1) < constants.keep16

@@ -405,7 +405,7 @@ def _item(
         constants = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
         sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter leaves the rest as it was
     if is_delta(sides.get("sft")):
-        constants = replace(constants, added=True)
+        constants = replace(constants, is_delta=True)
     home = _home(key, sides.get("base"), source, used)
     outs = tuple(
         TensorInfo(name, dtype, source.shape, home, 0, source.count * DTYPE_BITS[dtype] // 8) for name in written
