@@ -217,16 +217,16 @@ def decide(
         if "base" not in sides and not choose("take", written, key):  # an adapter's, of another vocabulary
             sides = _with_likeness(key, sides, base)
         like = side_of(typed, name, group)
-        found.append((key, written, sides, like.native if like is not None else main))
+        found.append((key, written, sides, like.output_dtype if like is not None else main))
     compared = [(k, sides) for k, written, sides, _ in found if _action(k, written, sides, choose) in ("merge", "copy")]
     check_alike(compared, used, parameters, note)
     items: list[Item] = []
-    for key, written, sides, native in found:
+    for key, written, sides, output_dtype in found:
         if key in wrong:
             continue
         try:
             same = not as_they_are.isdisjoint(written)
-            items.append(_item(key, written, sides, used, choose, factors, native, parameters, same_bytes=same))
+            items.append(_item(key, written, sides, used, choose, factors, output_dtype, parameters, same_bytes=same))
         except MergeError as error:
             note(error, [key])
     return Decided(items, used, ties)
@@ -381,7 +381,7 @@ def _item(
     used: Mapping[str, Checkpoint],
     choose: Choose,
     factors: Mapping[str, float],
-    native: str,
+    output_dtype: str,
     parameters: Parameters,
     *,
     same_bytes: bool = False,
@@ -391,9 +391,9 @@ def _item(
     if action == "keep":
         sides = {"base": sides["base"]}
     source = sides["sft" if action == "take" else "base"]
-    dtype = source.native
+    dtype = source.output_dtype
     if dtype in MERGED and not same_bytes:
-        dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
+        dtype = DTYPES.get(p.dtype, output_dtype if output_dtype in MERGED else dtype)
     if action == "take" and used["sft"].adapter is not None and not is_stored(source):
         raise ArgumentError(
             f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, which is an adapter and holds its change"
