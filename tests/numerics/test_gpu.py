@@ -186,10 +186,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
     return compile_for
 
 
-def merge_of(dtypes: tuple[torch.dtype, ...], alpha: float, drop: float, alone: bool = False) -> Callable[[], None]:
+def merge_of(
+    dtypes: tuple[torch.dtype, ...], alpha: float, drop: float, start_is_base: bool = False
+) -> Callable[[], None]:
     base, start, sft, out = (torch.zeros((1 << 14) + 5, dtype=dtype) for dtype in dtypes)
     constants = arithmetic(alpha=alpha, drop=drop)
-    return lambda: triton_kernel.merge_flat_fused(base, base if alone else start, sft, out, constants, 1, 2, 1 << 40)
+    return lambda: triton_kernel.merge_flat_fused(
+        base, base if start_is_base else start, sft, out, constants, 1, 2, 1 << 40
+    )
 
 
 MIXES = [
@@ -203,11 +207,11 @@ MIXES = [
 
 @needs_triton
 @pytest.mark.parametrize("capability", [*others(80), 90])
-@pytest.mark.parametrize(("dtypes", "alone"), [*others(*MIXES[:-1]), MIXES[-1]], ids=str)
+@pytest.mark.parametrize(("dtypes", "start_is_base"), [*others(*MIXES[:-1]), MIXES[-1]], ids=str)
 def test_the_kernel_compiled_rounds_every_operation_and_moves_vectors(
-    compiled: Compiled, dtypes: tuple[torch.dtype, ...], alone: bool, capability: int
+    compiled: Compiled, dtypes: tuple[torch.dtype, ...], start_is_base: bool, capability: int
 ) -> None:
-    kernel, _ = compiled(capability, merge_of(dtypes, 0.3, 0.5, alone))  # and one for the last five elements
+    kernel, _ = compiled(capability, merge_of(dtypes, 0.3, 0.5, start_is_base))  # and one for the last five elements
     code = kernel.asm["ptx"]
     found = set(re.findall(r"^\s*(?:@%?!?\w+\s+)?([a-z]\w*\.[\w.:]+)", code, re.MULTILINE))
     floats = {name for name in found if re.match(r"(add|sub|mul|fma|mad|div|rcp|cvt)\.", name) and "f32" in name}
@@ -215,7 +219,7 @@ def test_the_kernel_compiled_rounds_every_operation_and_moves_vectors(
     assert floats <= exact  # no fma, no .ftz, no .approx, no rounding left open
     assert not [name for name in found if "shared" in name or name.startswith("bar.")]  # no thread waits for another
     loads = re.findall(r"ld\.global\S*", code)
-    assert len(loads) == 8 * (2 if alone else 3)
+    assert len(loads) == 8 * (2 if start_is_base else 3)
     assert all(".v2." in load or ".v4." in load for load in (*loads, *re.findall(r"st\.global\S*", code)))
     assert not re.search(r"FFMA|HFMA2(?!\.MMA)|\.FTZ", kernel.asm["sass"])
 

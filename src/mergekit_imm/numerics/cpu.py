@@ -38,12 +38,12 @@ def merge_span(
     `first` is a multiple of 1024; the buffers begin with element `first`; a `start` that is the base's buffer is the
     base. With `constants.is_delta`, `sft` is the delta itself. Bits: those of `flat.merge_flat`.
     """
-    alone = start[0] is base[0]
+    start_is_base = start[0] is base[0]
     whole = count - count % BLOCK
     for begin, some in ((0, whole), (whole, count - whole)):
         if some:
             b, f, merged = (_blocks(raw, begin, some, count) for raw in (base[0], sft[0], out[0]))
-            s = b if alone else _blocks(start[0], begin, some, count)
+            s = b if start_is_base else _blocks(start[0], begin, some, count)
             sides = ((b, base[1]), (s, start[1]), (f, sft[1]), (merged, out[1]))
             _merge_blocks(*sides, some, first + begin, key, constants, tally)
             width = len(out[0]) // count
@@ -83,8 +83,8 @@ def _merge_blocks(
     careful: tuple[Any, ...] = (*usual, wide(-0.0), masks[constants.is_identity], masks[at_end], *marks)
     limit = np.uint32(constants.keep16 * 65536 - 1)  # kept: sixteen bits, followed by any others, are at most this
     # As they are held: inputs of one dtype, and an sft in float32. Each mixture takes seconds to compile, once.
-    alike, alone = base[1] == start[1] == sft[1], start[0] is base[0]
-    as_held = alike or (alone and base[1] == out[1] and {base[1], sft[1]} == {"BF16", "F32"})
+    alike, start_is_base = base[1] == start[1] == sft[1], start[0] is base[0]
+    as_held = alike or (start_is_base and base[1] == out[1] and {base[1], sft[1]} == {"BF16", "F32"})
     before = tally.copy()
     for how in (fast, careful) if is_finite(before) and not (constants.is_identity or at_end) else (careful,):
         rest = (
@@ -92,10 +92,10 @@ def _merge_blocks(
             limit, how, tally,
         )  # fmt: skip
         if as_held:
-            run(_held(base), None if alone else _held(start), _held(sft), _held(out), *rest)
+            run(_held(base), None if start_is_base else _held(start), _held(sft), _held(out), *rest)
         else:
             sides = [part for raw, dtype in (base, start, sft) for part in (raw, CODES[dtype])]
-            run_decoded(*sides, alone, _held(out), *rest)
+            run_decoded(*sides, start_is_base, _held(out), *rest)
         if how is careful or is_finite(tally):
             break
         tally[:] = before  # a NaN is not what the fast way makes canonical: do it again

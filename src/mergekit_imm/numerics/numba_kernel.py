@@ -380,10 +380,10 @@ def run(base, start, sft, out, work, count, block, uses_mask, key0, key1, limit,
 
 @jit
 def run_decoded(
-    base, base_code, start, start_code, sft, sft_code, alone,
+    base, base_code, start, start_code, sft, sft_code, start_is_base,
     out, work, count, block, uses_mask, key0, key1, limit, how, tally,
 ):  # fmt: skip
-    """The same for bytes of different dtypes, by way of tiles; `alone` if start is the base."""
+    """The same for bytes of different dtypes, by way of tiles; a `start` that is the base is not decoded again."""
     blocks, kept, largest = (count + BLOCK - 1) // BLOCK, 0, _order(work[0])
     size, size_start = len(base) // blocks, len(start) // blocks
     size_sft, size_out = len(sft) // blocks, len(out) // blocks
@@ -393,7 +393,7 @@ def run_decoded(
             _fill(block + b, key0, key1, work)
         _decode(base_code, base[size * b : size * (b + 1)], x)
         _decode(sft_code, sft[size_sft * b : size_sft * (b + 1)], z)
-        begin = x if alone else _decode(start_code, start[size_start * b : size_start * (b + 1)], y)
+        begin = x if start_is_base else _decode(start_code, start[size_start * b : size_start * (b + 1)], y)
         outs = out[size_out * b : size_out * (b + 1)]
         largest, some = _merge_block(x, begin, z, outs, work, limit, how, largest, tally)
         kept += some

@@ -45,11 +45,11 @@ def _jit(function: Callable[..., Any]) -> Any:
 
 
 @_jit
-def _load(base, start, sft, at, low, high, alone: tl.constexpr):
+def _load(base, start, sft, at, low, high, start_is_base: tl.constexpr):
     """Elements of base, start and sft; the compiler drops what is not used."""
     here = (at >= low) & (at < high)
     b = tl.load(base + at, mask=here)
-    s = b if alone else tl.load(start + at, mask=here)
+    s = b if start_is_base else tl.load(start + at, mask=here)
     return b, s, tl.load(sft + at, mask=here)
 
 
@@ -120,7 +120,8 @@ def _tile(count, before, rows: tl.constexpr):
 @_jit
 def _merge(
     base, start, sft, out, count, before, first_tile, key0, key1, keep16, scale, alpha, weight,
-    alone: tl.constexpr, is_identity: tl.constexpr, uses_mask: tl.constexpr, mix: tl.constexpr, rows: tl.constexpr,
+    start_is_base: tl.constexpr, is_identity: tl.constexpr, uses_mask: tl.constexpr, mix: tl.constexpr,
+    rows: tl.constexpr,
 ):  # fmt: skip
     """Merge `count` elements, of which the first is number `before` of tile `first_tile`; a tile is `rows` blocks."""
     program, origin, low, high = _tile(count, before, rows)
@@ -131,10 +132,10 @@ def _merge(
     for half in tl.static_range(2):
         # Four planes are read before one is written: so much more of memory is waited for at a time.
         at = row * 1024 + lane + 512 * half
-        x0 = _load(base, start, sft, at, low, high, alone)
-        x1 = _load(base, start, sft, at + 128, low, high, alone)
-        x2 = _load(base, start, sft, at + 256, low, high, alone)
-        x3 = _load(base, start, sft, at + 384, low, high, alone)
+        x0 = _load(base, start, sft, at, low, high, start_is_base)
+        x1 = _load(base, start, sft, at + 128, low, high, start_is_base)
+        x2 = _load(base, start, sft, at + 256, low, high, start_is_base)
+        x3 = _load(base, start, sft, at + 384, low, high, start_is_base)
         if uses_mask and half == 0:
             # Words laid out otherwise than the elements would go through shared memory to them.
             w0, w1, w2, w3 = _words(first_tile + program, row, lane, _nothing(x0[2]), key0, key1, rows)
@@ -172,7 +173,7 @@ def merge_flat_fused(
     else:
         mix = "from base" if constants.weight32 < 0.5 else "from tuned"
     how = {
-        "alone": start.data_ptr() == base.data_ptr() and start.dtype == base.dtype,
+        "start_is_base": start.data_ptr() == base.data_ptr() and start.dtype == base.dtype,
         "is_identity": constants.is_identity, "uses_mask": constants.uses_mask, "mix": mix,
     }  # fmt: skip
     scalars = constants.scale32, constants.alpha32, constants.weight32
