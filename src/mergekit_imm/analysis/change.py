@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..common.checks import check_state
 from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError, NonFiniteError
-from ..model.tensor_names import is_end, layer_key, layer_order, only_in, ready_option, weight_kind
+from ..model.tensor_names import is_embedding_or_head, layer_key, layer_order, only_in, ready_option, weight_kind
 
 if TYPE_CHECKING:
     import torch
@@ -278,7 +278,7 @@ def reported_change(merged: str | Path) -> WeightChange:
     norms, skipped = {}, []
     for name, entry in tensors.items():
         # A tied tensor goes by its embedding's name, which need not be stored; its shape does not matter.
-        shape = stored[name].shape if name in stored else (1, 1) if is_end(name) else None
+        shape = stored[name].shape if name in stored else (1, 1) if is_embedding_or_head(name) else None
         if shape is None:
             raise CheckpointError(f"{shown(merged)} lacks tensor '{shown(name)}' of its {REPORT_FILE}; {cure}")
         if entry.get("action") == "merge":

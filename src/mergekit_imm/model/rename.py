@@ -212,22 +212,22 @@ def _holds(prefix: str, other: str, lost: Mapping[str, Shape], left: Mapping[str
     return all(target in left and _fits(shape, left[target]) for shape, target in pairs)
 
 
-def mapping_note(was: Mapping[str, str], label: str, base: str) -> str:
+def mapping_note(original_names: Mapping[str, str], label: str, base: str) -> str:
     """Say in one line which names of a model were taken for which of the base: name in the base -> its own."""
-    rules = rules_of(was)
+    rules = rules_of(original_names)
     told = [f"{shown(old)} is {shown(new)} ({count})" for old, new, count in rules[:4]]
     more = f" and {len(rules) - 4} more rules (--dry-run lists them)" if len(rules) > 4 else ""
-    return f"note: {len(was)} names of {label} differ from those of {base}: {', '.join(told)}{more}"
+    return f"note: {len(original_names)} names of {label} differ from those of {base}: {', '.join(told)}{more}"
 
 
-def rules_of(was: Mapping[str, str]) -> list[tuple[str, str, int]]:
+def rules_of(original_names: Mapping[str, str]) -> list[tuple[str, str, int]]:
     """Sum up how names of a model were mapped: (in the model, in the base, of how many tensors).
 
     >>> rules_of({"layers.0.w": "model.layers.0.w", "layers.1.w": "model.layers.1.w"})
     [('model.*', '*', 2)]
     """
     rules = Counter[tuple[str, str]]()
-    for new, old in was.items():
+    for new, old in original_names.items():
         one, other = _differing(old, new)
         more = ".*" if len(one) < len(old.split(".")) else ""
         old, new = blanked(".".join(one)), blanked(".".join(other))

@@ -14,11 +14,11 @@ from ..errors import ArgumentError
 
 # The two ends of a model that `tie_word_embeddings` makes one tensor, by the last parts of their names in the
 # files of today's architectures. A name missing here is not mishandled: it is a tensor of its own.
-_INPUT_END = re.compile(
+_INPUT_EMBEDDING = re.compile(
     r"(^|[./])(embed_tokens|tokens_embed|wte|word_embeddings?|tok_embeddings|embed_in|embeddings|embedding|shared)"
     r"\.weight$"
 )
-_OUTPUT_END = re.compile(
+_OUTPUT_HEAD = re.compile(
     r"((^|[./])(lm_head|generator_lm_head|embed_out|output|output_layer|proj_out|(predictions|lm_head)\.decoder)"
     r"|(^|/)decoder)\.weight$"
 )
@@ -167,12 +167,12 @@ def resolve_layers(values: Mapping[str, float], names: Iterable[str]) -> dict[st
 
 def is_input_embedding(name: str) -> bool:
     """Whether a name is that of an input embedding, the end a tied tensor is called by."""
-    return bool(_INPUT_END.search(name))
+    return bool(_INPUT_EMBEDDING.search(name))
 
 
 def is_output_head(name: str) -> bool:
     """Whether a name is that of an output head, which `tie_word_embeddings` may tie to the embedding."""
-    return bool(_OUTPUT_END.search(name))
+    return bool(_OUTPUT_HEAD.search(name))
 
 
 def unwrapped(name: str) -> str:
@@ -195,7 +195,7 @@ def outer_bias(name: str) -> str:
     return f"{module}.bias" if name.endswith(".bias") and module else ""
 
 
-def is_end(name: str) -> bool:
+def is_embedding_or_head(name: str) -> bool:
     """Whether a name is that of an input embedding or of an output head, which have a row for each token."""
     return is_input_embedding(name) or is_output_head(name)
 

@@ -13,7 +13,7 @@ from ..checkpoint.lazy_tensor import Tensor
 from ..common.messages import for_caller
 from ..errors import MergeError
 from ..model.rename import rules_of
-from ..model.tensor_names import blanked, is_end
+from ..model.tensor_names import blanked, is_embedding_or_head
 from ..transforms.sparsified_delta import Sparsified
 from ..transforms.tokenizer_files import check_tokens
 from .open_inputs import comparer, open_inputs, plan_of
@@ -94,7 +94,10 @@ def _other_tokens(base: Checkpoint, sft: Checkpoint, vocab: str) -> list[str]:
     """Say that ids are other tokens to a model with a vocabulary of the same size, which a merge does not look at."""
     if vocab != "strict":
         return []  # it was looked at
-    rows = max((tensor.shape[0] for name, tensor in base.tensors.items() if is_end(name) and tensor.shape), default=0)
+    rows = max(
+        (tensor.shape[0] for name, tensor in base.tensors.items() if is_embedding_or_head(name) and tensor.shape),
+        default=0,
+    )
     try:
         check_tokens(base, sft, rows, "the rows of both are merged all the same; be sure that this is meant")
     except MergeError as error:
@@ -175,7 +178,7 @@ def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
     return [
         {"role": role, "name": old, "in_base": new, "tensors": count}
         for role, each in inputs.items()
-        for old, new, count in rules_of(each.was)
+        for old, new, count in rules_of(each.original_names)
     ]
 
 

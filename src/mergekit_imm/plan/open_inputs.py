@@ -20,7 +20,7 @@ from ..common.checks import as_path
 from ..common.json_files import is_utf8
 from ..common.messages import bytes_text, shown
 from ..errors import ArgumentError, CheckpointError
-from ..model.tensor_names import is_end, matcher
+from ..model.tensor_names import is_embedding_or_head, matcher
 from ..options.layer_factors import read_importance, read_layer_factors
 from ..options.recipe import (
     RECIPE_FILE,
@@ -265,7 +265,7 @@ def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
     def equal(checkpoint: Checkpoint, one: Tensor, other: Tensor) -> bool:
         # A dry run on a hub id downloads no tensors; it takes the config's word for the tie.
         if checkpoint.folder is None:
-            return is_end(one.name) and is_end(other.name)
+            return is_embedding_or_head(one.name) and is_embedding_or_head(other.name)
         return compare(checkpoint.role, one.name, other.name)
 
     return equal

@@ -21,7 +21,7 @@ from ..checkpoint.side_files import OWN, is_side_file
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
 from ..model.config import check_configs, is_other_class, merged_config
-from ..model.tensor_names import folder_of, is_end, is_input_embedding, layer_key, ready_option
+from ..model.tensor_names import folder_of, is_embedding_or_head, is_input_embedding, layer_key, ready_option
 from ..numerics.mask import Arithmetic, arithmetic, mask_key
 from ..numerics.sparsifiers import parse_sparsify
 from ..options.layer_factors import factors_of
@@ -182,7 +182,7 @@ def decide(
     for folder in ("", *base.part_configs):
         configs = {r: (f"{c.label}{f' ({folder})' if folder else ''}", c.config_of(folder)) for r, c in inputs.items()}
         try:
-            check_configs(configs, renamed=[role for role, each in inputs.items() if each.was])
+            check_configs(configs, renamed=[role for role, each in inputs.items() if each.original_names])
         except MergeError as error:
             note(error, ())
     for folder in {*sft.adapters} & {part.folder for part in base.parts}:
@@ -235,7 +235,9 @@ def decide(
 def _with_likeness(key: str, sides: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
     """Put the base's embedding beside a head that only an adapter holds: it is compared with that, and refused."""
     width = next(iter(sides.values())).shape[1:]
-    alike = (tensor for name, tensor in base.tensors.items() if is_end(name) and tensor.shape[1:] == width)
+    alike = (
+        tensor for name, tensor in base.tensors.items() if is_embedding_or_head(name) and tensor.shape[1:] == width
+    )
     found = next(alike, None)
     if found is None:
         raise MismatchError(
@@ -314,7 +316,7 @@ def _side_files(
 ) -> tuple[dict[str, tuple[str, Path | None]], list[str]]:
     """Say which other files come from which input: sft's where it has them; and what of them does not."""
     base, sft = inputs["base"], inputs["sft"]
-    is_other = bool(sft.was) or is_other_class(sft.config, base.config)
+    is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
     alone = [folder for folder in sft.adapters if folder not in base.adapters]
     side = {path: ("base", base.side[path]) for path in base.side}
     for own, file in sft.side.items():
@@ -334,7 +336,7 @@ def _side_files(
 
 def _place_of(path: str, sft: Checkpoint, base: Checkpoint) -> str | None:
     """Where a file of the sft goes: with the tensors that lay beside it, where the base has those in another folder."""
-    moves = {(folder_of(own), folder_of(new)) for new, own in sft.was.items()}
+    moves = {(folder_of(own), folder_of(new)) for new, own in sft.original_names.items()}
     moved = dict(each for each in moves if each[0] != each[1])
     if not moved:
         return path

@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..model.config import Config, tie_said, vocabulary_sizes
 from ..model.tensor_names import (
     folder_of,
-    is_end,
+    is_embedding_or_head,
     is_input_embedding,
     is_output_head,
     layer_key,
@@ -106,7 +106,7 @@ def _embeddings(base: Checkpoint, folder: str, config: Config | None) -> list[st
         name
         for name, tensor in base.tensors.items()
         if len(tensor.shape) == 2
-        and (is_end(name) or tensor.shape[0] in sizes)
+        and (is_embedding_or_head(name) or tensor.shape[0] in sizes)
         and folder_of(name) == folder
         and tensor.dtype in MERGED
         and layer_key(name) is None
