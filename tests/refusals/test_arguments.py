@@ -29,7 +29,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"drop": float("nan")}, r"drop is nan"),
     ({"seed": 1.0}, r"seed is 1\.0; it must be an integer"),
     ({"seed": None}, r"seed is None"),
-    ({"iteration": -1}, r"iteration is -1; rounds are counted by integers from 0"),
+    ({"iteration": -1}, r"iteration is -1; it must be an integer >= 0"),
     ({"iteration": 0.5}, r"iteration is 0\.5"),
     ({"iteration": 0.0}, r"iteration is 0\.0"),
     ({"iteration": "1"}, r"iteration is '1'"),
