@@ -16,7 +16,7 @@ from ..checkpoint.safetensors_file import MERGED, TensorInfo
 from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError
 from ..model.config import says_tied
-from ..model.rename import Shape, by_name, mapping_note, ruled
+from ..model.rename import Shape, apply_rules, by_name, mapping_note
 from ..model.tensor_names import (
     is_embedding_or_head,
     is_input_embedding,
@@ -249,7 +249,7 @@ def _names(
 ) -> dict[str, str]:
     """Return what each name is in the model."""
     wanted = _wanted(parts, adapter, model)
-    names = dict(zip(wanted, ruled(wanted, rules), strict=True))
+    names = dict(zip(wanted, apply_rules(wanted, rules), strict=True))
     # The other names of a tied tensor, of which the model need not store all; a head that it does store is that one.
     widths = {t.shape[1:] for n, t in model.tensors.items() if is_input_embedding(n) and says_tied(model.config)}
     lost = {n: path for path, n in names.items() if n not in model.tensors}

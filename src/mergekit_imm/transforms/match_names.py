@@ -16,7 +16,7 @@ from ..checkpoint.lazy_tensor import Tensor, renamed, transposed
 from ..common.messages import shown
 from ..errors import ArgumentError, MismatchError
 from ..model.config import says_tied
-from ..model.rename import Shape, by_folder, by_name, by_prefix, carried, mapping_note, ruled
+from ..model.rename import Shape, apply_rules, by_folder, by_name, by_prefix, carried, mapping_note
 from ..model.spellings import canonical
 from ..model.tensor_names import is_embedding_or_head, is_output_head, unwrapped
 from .experts import (
@@ -49,7 +49,7 @@ def matched(inputs: Mapping[str, Checkpoint], rules: Sequence[str]) -> dict[str,
 def _check_rules(rules: Sequence[str], base: Checkpoint, others: Iterable[Checkpoint]) -> None:
     names = [name for each in others for name in (each.tensors if each.adapter is None else names_of(each, base))]
     for rule in rules:
-        before, names = names, ruled(names, [rule])
+        before, names = names, apply_rules(names, [rule])
         if before == names:
             raise ArgumentError(
                 f"--rename '{shown(rule)}' changes none of the {len(names)} tensor names of sft and start, such as"
@@ -75,7 +75,7 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
         tensors = dict(zip(new, tensors.values(), strict=True))
         original_names = dict(zip(new, original_names.values(), strict=True))
 
-    move(dict(zip(tensors, ruled(tensors, rules), strict=True)))
+    move(dict(zip(tensors, apply_rules(tensors, rules), strict=True)))
     notes = each.notes
     if any(name not in base.tensors for name in tensors):
         move({name: unwrapped(name) for name in tensors if name not in base.tensors})
