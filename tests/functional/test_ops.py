@@ -178,7 +178,7 @@ def test_integers_are_copied_when_equal_and_refused_when_not() -> None:
         (lambda x: dare_merge(x, x, reference="sft", name="n"), ArgumentError, "reference is 'sft'"),  # type: ignore[call-overload]
         (lambda x: dare_merge(x, {"a": x}, drop=0.0), ArgumentError, "base is a Tensor, sft is a dict"),
         (lambda x: dare_merge(x, x, drop=0.0, dtype=torch.int8), ArgumentError, "dtype is torch.int8"),
-        (lambda x: dare_merge(x.to(torch.float8_e4m3fn), x, drop=0.0), MismatchError, "float8_e4m3fn is not merged"),
+        (lambda x: dare_merge(x.to(torch.float8_e4m3fn), x, drop=0.0), MismatchError, "float8_e4m3fn cannot be merged"),
         (lambda x: dare_merge(x.to(torch.complex64), x, drop=0.0), MismatchError, "complex64"),
         (lambda x: dare_merge(x.to_sparse(), x, drop=0.0), MismatchError, "sparse"),
         (lambda x: dare(x, name="n", drop=0.5, offset=-1), ArgumentError, "offset is -1"),
