@@ -145,8 +145,8 @@ def test_models_that_do_not_belong_together() -> None:
     for rows, message in (
         ([[1.0, 2.0]], r"shape \(1, 2\); it must be \(4, width\)"),
         ([[1.0], [0.0], [1.0], [1.0]], "zero vector for 'a says 1 and so on, 1 [+] 0 = 1'"),
-        ([[1.0], [1.0, 2.0]], "gave no array of numbers"),
-        ([["a"]] * 4, "gave no array of numbers"),
+        ([[1.0], [1.0, 2.0]], "did not return an array of numbers"),
+        ([["a"]] * 4, "did not return an array of numbers"),
     ):
         with pytest.raises(ArgumentError, match=message):
             report(made("a", [1]), encoder=lambda _, rows=rows: rows)

@@ -145,14 +145,17 @@ def test_thousands_take_little_memory_and_time() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([[1.0, 0.0], [0.0, 0.0]], r"^encode gave a zero vector for 'b', which has no direction; leave it out$"),
+        ([[1.0, 0.0], [0.0, 0.0]], r"^encode returned a zero vector for 'b', which has no direction; leave it out$"),
         ([[1.0, 0.0], [math.nan, 1.0]], r"a vector with NaN or infinity for 'b'"),
         ([[math.inf, 0.0], [0.0, 1.0]], r"a vector with NaN or infinity for 'a'"),
-        ([[1.0, 0.0]], r"^encode gave shape \(1, 2\); it must be \(2, width\): a vector for each text$"),
+        ([[1.0, 0.0]], r"^encode returned shape \(1, 2\); it must be \(2, width\): one vector per text$"),
         ([1.0, 0.0], r"shape \(2,\); it must be \(2, width\)"),
         ([[[1.0]], [[1.0]]], r"shape \(2, 1, 1\)"),
         ([[], []], r"a zero vector for 'a'"),
-        ([[1.0], [1.0, 2.0]], r"^encode gave no array of numbers: .*; give a vector for each text, all of one width$"),
+        (
+            [[1.0], [1.0, 2.0]],
+            r"^encode did not return an array of numbers: .*; return one vector per text, all of one width$",
+        ),
         ([["x"], ["y"]], r"no array of numbers: could not convert string to float"),
         (None, r"no array of numbers|shape \(\)"),
     ],
@@ -164,11 +167,11 @@ def test_vectors_that_are_of_no_use(given: Any, message: str) -> None:
 
 def test_vectors_of_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deduplication, "BLOCK", 1)
-    with pytest.raises(ArgumentError, match=r"^encode gave shape \(1, 3\); it must be \(1, 2\): a"):
+    with pytest.raises(ArgumentError, match=r"^encode returned shape \(1, 3\); it must be \(1, 2\): one"):
         deduplicate(["(1, 0)", "(0, 1, 0)"], encode)
-    with pytest.raises(ArgumentError, match=r"it must be \(1, 2\): a"):
+    with pytest.raises(ArgumentError, match=r"it must be \(1, 2\): one"):
         deduplicate(["(0, 1, 0)"], encode, history=["(1, 0)"])
-    with pytest.raises(ArgumentError, match=r"it must be \(1, 2\): a"):
+    with pytest.raises(ArgumentError, match=r"it must be \(1, 2\): one"):
         deduplicate(["(1, 0)", "(1, 0)"], encode, rewrite=lambda *_: "(0, 1, 0)")
 
 

@@ -1,7 +1,7 @@
-"""Was it real? Measurements of samples of models before and after self-improvement.
+"""Was the improvement real? Measures on samples of models before and after self-improvement.
 
-Importing this package loads nothing; each name below is imported when it is first used. `bootstrap` and
-`compare` are in the modules of that name.
+Importing this package loads nothing; each name below is imported at its first use. The functions `bootstrap` and
+`compare` are in the modules of the same names.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # for whom names come from the imports above, and no others are there
+if not TYPE_CHECKING:  # type checkers use the imports above, and refuse other names
 
     def __getattr__(name: str) -> object:
         if name in _HOME:
