@@ -77,17 +77,17 @@ def test_answers_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
         ("{", "a.jsonl, line 2: not JSON"),
         ("[1]", "a.jsonl, line 2: not an object"),
         ('{"problem": "p", "problem": "p"}', "stands there twice"),
-        ({"response": "r", "correct": True}, "line 2: there is no problem"),
-        ({"problem": "p", "correct": True}, "line 2: there is no response"),
-        ({"problem": "p", "response": "r"}, 'line 2: there is no "correct": true or false, nor an "answer"'),
+        ({"response": "r", "correct": True}, "line 2: problem is missing"),
+        ({"problem": "p", "correct": True}, "line 2: response is missing"),
+        ({"problem": "p", "response": "r"}, 'line 2: no verdict; give "correct", true or false, or "answer"'),
         ({**GOOD, "correct": 1}, "line 2: correct is 1; it must be true or false"),
         ({**GOOD, "correct": None}, "line 2: correct is None; it must be true or false"),
         ({**GOOD, "level": "3"}, "line 2: level is '3'; it must be an integer"),
-        ({**GOOD, "problem": 3}, "line 2: problem is 3; it must be a text"),
+        ({**GOOD, "problem": 3}, "line 2: problem is 3; it must be a string"),
         ({**GOOD, "corect": True}, "the key 'corect' looks like 'correct'"),
         ({**GOOD, "Greedy": True}, "the key 'Greedy' looks like 'greedy'"),
         ({**GOOD, "odd": True}, "the key 'odd' looks like 'ood'"),
-        ({"problem": "p", "response": "r", "answer": float("inf")}, 'there is no "correct"'),
+        ({"problem": "p", "response": "r", "answer": float("inf")}, 'no verdict; give "correct"'),
     ],
 )
 def test_a_line_that_is_refused(line: str | Line, message: str) -> None:
@@ -102,8 +102,8 @@ def test_a_line_that_is_refused(line: str | Line, message: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([GOOD, {**GOOD, "level": 2}], r"has level None in a.jsonl, line 1, and 2 in a.jsonl, line 2"),
-        ([GOOD, {**GOOD, "ood": True}], r"has ood False in a.jsonl, line 1, and True"),
+        ([GOOD, {**GOOD, "level": 2}], r"has level None in a.jsonl, line 1, but 2 in a.jsonl, line 2"),
+        ([GOOD, {**GOOD, "ood": True}], r"has ood False in a.jsonl, line 1, but True"),
         ([{**GOOD, "greedy": True}] * 2, r"two greedy answers of one model, in a.jsonl, line 1 and a.jsonl, line 2"),
     ],
 )
@@ -120,7 +120,7 @@ def test_files_that_are_refused() -> None:
     cases: list[tuple[list[str], type[MergeError], str]] = [
         ([], ArgumentError, "no files"), (["none.jsonl"], CheckpointError, "none.jsonl cannot be read: No such file"),
         (["one"], CheckpointError, "one cannot be read: it is no plain file"),
-        (["empty.jsonl"], CheckpointError, "hold nothing"),
+        (["empty.jsonl"], CheckpointError, "are empty"),
         (["a.jsonl", "./a.jsonl"], ArgumentError, "given twice"),
         (["a.jsonl", "one/a.jsonl"], MismatchError, "both be the model 'a'"),
     ]  # fmt: skip
@@ -130,16 +130,18 @@ def test_files_that_are_refused() -> None:
 
 
 def test_models_that_do_not_belong_together() -> None:
-    with pytest.raises(MismatchError, match=r"'b' lacks 2 of the 3 problems of 'a': 'q1', 'q2'; sample the same"):
+    with pytest.raises(
+        MismatchError, match=r"'b' lacks 2 of the 3 problems of 'a': 'q1', 'q2'; give all models the same"
+    ):
         report(made("a", [1, 2, 3]), made("b", [1]))
     with pytest.raises(MismatchError, match=r"'a' lacks 1 of the 2 problems of 'b': 'q1'"):
         report(made("a", [1]), made("b", [1, 2]))
-    with pytest.raises(ArgumentError, match="the reference 'c' is none of the models: a, b"):
+    with pytest.raises(ArgumentError, match="reference is 'c'; it must be one of a, b"):
         report(made("a", [1]), made("b", [1]), reference="c")
     with pytest.raises(MismatchError, match="all problems are marked ood"):
         report([{**GOOD, "ood": True}])
     with pytest.raises(
-        MismatchError, match="problem 'p' has level 1 and ood False of 'a', level 2 and ood False of 'b'"
+        MismatchError, match="problem 'p' has level 1 and ood False in 'a', level 2 and ood False in 'b'"
     ):
         report([{**GOOD, "model": "a", "level": 1}], [{**GOOD, "model": "b", "level": 2}])
     for rows, message in (
@@ -167,7 +169,7 @@ def test_a_comparison_by_hand() -> None:
     assert found.lost.model[1].value == pytest.approx(1 / 4)
     correct = {m.name: m for m in found.measures if m.name.endswith(", correct")}
     assert correct["EAD, correct"].difference.n == 2  # q2, q3: two right samples of both
-    assert any("diversity, correct: of 2 of 8 problems" in note for note in found.notes)
+    assert any("diversity, correct: on 2 of 8 problems" in note for note in found.notes)
     # of b as many responses as a has, 2 and 3, each of which says the same: 1 of 2 and 1 of 3 n-grams are distinct
     assert correct["distinct-n, correct"].model.value < correct["distinct-n, correct"].reference.value
     assert correct["distinct equations, correct"].model.value == pytest.approx((1 / 2 + 1 / 3) / 2)
@@ -206,7 +208,7 @@ def test_what_is_lacking_is_said() -> None:
     assert found.gained is None
     assert found.measures[0].name == "pass@1 (sampled)"
     assert [m.name for m in found.measures if m.name.startswith("pass@")][-1] == "pass@4 (sampled)"
-    assert any("no greedy answer in 2 places, as 'a' to 'q0'" in note for note in found.notes)
+    assert any("2 greedy answers are missing, first that of 'a' to 'q0'" in note for note in found.notes)
     (found,) = report(made("a", [0, 0], samples=0), made("b", [0, 0], samples=0)).comparisons
     assert any("no pass@k, no diversity" in note for note in found.notes)
     assert [m.name for m in found.measures] == ["pass@1 (greedy)"]

@@ -34,7 +34,7 @@ def test_longer_responses_are_no_loss_of_diversity() -> None:
     (fell,) = (each for each in found.measures if each.name == "EAD, correct")
     assert fell.difference.is_below
     assert found.verdict.diversity_fell is None
-    assert any("EAD falls with length" in note for note in found.notes)
+    assert any("responses are longer, which lowers EAD" in note for note in found.notes)
     (back,) = compare([made("long", words(120), range(10, 30)), made("short", words(20), range(5, 30))]).comparisons
     assert back.verdict.diversity_fell is False
 
@@ -56,7 +56,7 @@ def test_a_third_model_changes_no_verdict() -> None:
 
 
 def test_two_models_of_one_name_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="two models are called 'a'"):
+    with pytest.raises(ArgumentError, match="two models have the name 'a'"):
         compare([made("a", words(3), range(9))] * 2)
 
 

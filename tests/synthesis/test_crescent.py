@@ -68,7 +68,7 @@ def test_a_vote_by_hand() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"responses": []}, r"^there are no responses to vote; give one at least$"),
+        ({"responses": []}, r"^responses is empty; give at least one$"),
         ({"responses": "7"}, r"^responses: one text '7'; give a list of texts$"),
         ({"responses": ["7", None]}, r"^responses: number 1 of 2 is None, not a text$"),
         ({"min_votes": 0}, r"^min_votes is 0; it must be a whole number, 1 or more$"),
@@ -219,7 +219,7 @@ def test_counts_add_up(data: st.DataObject) -> None:
     [
         ({"questions": 0}, r"^questions is 0; it must be a whole number, 1 or more$"),
         ({"samples": 0}, r"^samples is 0"),
-        ({"samples": 1}, r"^min_votes is 2 and samples is 1: no answer could win; sample more$"),
+        ({"samples": 1}, r"^min_votes is 2 but samples is 1: no answer could win; sample more$"),
         ({"min_agreement": -1}, r"^min_agreement is -1"),
         ({"bait": []}, r"^bait is empty"),
         ({"bait": "A"}, r"^bait: one text 'A'; give a list of texts$"),
@@ -227,8 +227,8 @@ def test_counts_add_up(data: st.DataObject) -> None:
         ({"generate": lambda _: [None] * 7}, r"^what generate returned: number 0 of 7 is None, not a text$"),
         ({"answer": lambda _: ["7"]}, r"^answer was given 15 texts and returned 1; it must return one each$"),
         ({"answer": lambda _: "7"}, r"^what answer returned: one text '7'; give a list of texts$"),
-        ({"rewrite": lambda *_: None}, r"^rewrite gave None for 'What is 2 \+ 1\?'; give a text$"),
-        ({"clean": lambda _: None}, r"^clean gave None for 'What is 1 \+ 2\? 3'; give a text$"),
+        ({"rewrite": lambda *_: None}, r"^rewrite returned None for 'What is 2 \+ 1\?'; return a string$"),
+        ({"clean": lambda _: None}, r"^clean returned None for 'What is 1 \+ 2\? 3'; return a string$"),
     ],
 )
 def test_what_the_pipeline_refuses(change: dict[str, Any], message: str) -> None:

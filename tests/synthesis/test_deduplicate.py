@@ -156,8 +156,8 @@ def test_thousands_take_little_memory_and_time() -> None:
             [[1.0], [1.0, 2.0]],
             r"^encode did not return an array of numbers: .*; return one vector per text, all of one width$",
         ),
-        ([["x"], ["y"]], r"no array of numbers: could not convert string to float"),
-        (None, r"no array of numbers|shape \(\)"),
+        ([["x"], ["y"]], r"not return an array of numbers: could not convert string to float"),
+        (None, r"not return an array of numbers|shape \(\)"),
     ],
 )
 def test_vectors_that_are_of_no_use(given: Any, message: str) -> None:
@@ -178,7 +178,7 @@ def test_vectors_of_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"threshold": 0}, r"^threshold is 0; it must be a cosine above 0 and at most 1$"),
+        ({"threshold": 0}, r"^threshold is 0; it must be a cosine in 0 < threshold <= 1$"),
         ({"threshold": 1.5}, r"^threshold is 1\.5"),
         ({"threshold": math.nan}, r"^threshold is nan"),
         ({"threshold": True}, r"^threshold is True"),
@@ -188,7 +188,7 @@ def test_vectors_of_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"history": ["(1, 0)", 3]}, r"^history: number 1 of 2 is 3, not a text$"),
         ({"questions": ["(1, 0)", " "]}, r"^questions: number 1 of 2 is empty; leave it out$"),
         ({"questions": 7}, r"^questions: 7; give a list of texts$"),
-        ({"rewrite": lambda *_: None}, r"^rewrite gave None for '\(1, 0\)'; give a text$"),
+        ({"rewrite": lambda *_: None}, r"^rewrite returned None for '\(1, 0\)'; return a string$"),
     ],
 )
 def test_what_deduplicate_refuses(change: dict[str, Any], message: str) -> None:

@@ -1,7 +1,7 @@
 """Find the final answer of a response, and compare answers: numbers exactly, everything else as text.
 
-Nothing is evaluated, and time is linear in the length of the text. The rules are ours; they follow what graders of GSM8K
-and MATH have in common.
+Nothing is evaluated, and time is linear in the length of the text. The rules are ours; they follow what graders of
+GSM8K and MATH have in common.
 """
 
 from __future__ import annotations
