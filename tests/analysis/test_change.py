@@ -174,7 +174,7 @@ def test_nan_is_named_with_a_cure_that_fits(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=message):
         checkpoint_change(tmp_path / "base", tmp_path / "sft")
     found = checkpoint_change(tmp_path / "base", tmp_path / "sft", keep=[r"layers\.1\.mlp\.up_proj"])
-    assert "note: 1 tensors are not measured: left out, or no floats" in found.notes
+    assert "note: 1 tensors are not measured: left out, or not floats" in found.notes
     with pytest.raises(NonFiniteError, match="of base "):
         checkpoint_change(tmp_path / "sft", tmp_path / "base")
     with pytest.raises(NonFiniteError, match=r"model.layers.1.mlp.up_proj.weight"):
@@ -247,7 +247,7 @@ def test_experts_one_by_one_are_matrices_of_their_own_and_integers_are_no_change
     expected = sum(float((before[name].double() - after[name].double()).norm()) for name in shapes)
     assert found.layers == pytest.approx({"model.layers.0": expected}, rel=1e-6)
     assert found.kinds["model.layers.0"].keys() == {"up_proj"}
-    assert "note: 1 tensors are not measured: left out, or no floats" in found.notes
+    assert "note: 1 tensors are not measured: left out, or not floats" in found.notes
 
 
 def test_names_may_be_others_by_a_rule(tmp_path: Path) -> None:

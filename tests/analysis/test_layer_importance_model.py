@@ -118,13 +118,13 @@ def test_a_batch_more_makes_room_and_one_alone_does_not(monkeypatch: pytest.Monk
     from mergekit_imm.analysis import gradients
 
     asked: list[int] = []
-    room = gradients._room
+    room = gradients._allocate_sums
 
     def noted(weights: Any, *rest: Any) -> Any:
         asked.append(len(weights))
         return room(weights, *rest)
 
-    monkeypatch.setattr(gradients, "_room", noted)
+    monkeypatch.setattr(gradients, "_allocate_sums", noted)
     layer_importance(model_of("llama"), iter(BATCHES[:1]))
     layer_importance(model_of("llama"), iter(BATCHES), order="per-sample")
     assert asked == []
@@ -161,15 +161,15 @@ ONLY_FIRST = {**BATCHES[1], "labels": torch.tensor([[5] + [-100] * 11])}
     ("batches", "options", "message"),
     [
         ([], {}, "batches is empty"),
-        ([without("labels")], {}, "a batch has input_ids, attention_mask; it must be a mapping with a tensor 'labels'"),
+        ([without("labels")], {}, "a batch has input_ids, attention_mask; give mappings with a tensor 'labels'"),
         ([torch.ones(1, 3)], {}, "a batch is a Tensor; it must be a mapping"),
         ([BATCHES[0], UNCOUNTED], {}, "batch 2 has no token that counts"),
         ([ONLY_FIRST], {}, "batch 1 has no token that counts"),
         ([batch_of(texts([9, 2]), 2)], {"order": "mix"}, "sample 2 of batch 1 has no token that counts"),
         (BATCHES, {"order": "third"}, "order is 'third'; it must be one of first, second, mix, per-sample"),
         ([{**BATCHES[0], "position_ids": torch.zeros(3, 2, 9)}], {"order": "second"}, "'position_ids' [3, 2, 9] does"),
-        (BATCHES, {"loss": lambda *_: 1.0}, "the loss of batch 1 is no pair"),
-        (BATCHES, {"loss": lambda *_: (torch.ones(()), "1")}, "the loss of batch 1 is no pair"),
+        (BATCHES, {"loss": lambda *_: 1.0}, "the loss of batch 1 is not a pair"),
+        (BATCHES, {"loss": lambda *_: (torch.ones(()), "1")}, "the loss of batch 1 is not a pair"),
         (BATCHES, {"loss": lambda *_: (torch.ones(()), 1)}, "the loss of batch 1 has no gradient"),
     ],
 )
@@ -203,7 +203,7 @@ def inference() -> nn.Module:
     [
         (quantised, "weight 'layers.0.weight' is torch.uint8; load the model unquantised"),
         (lambda: Chain().to("meta"), "weight 'layers.0.weight' is on the device 'meta'"),
-        (inference, "weight 'layers.0.weight' was made in torch.inference_mode"),
+        (inference, "weight 'layers.0.weight' was created in torch.inference_mode"),
         (hooked, "weight 'layers.0.weight' has a hook on its gradient"),
         (lambda: nn.Linear(2, 2), "none of the model's 2 weights is linear and in a layer"),
     ],
@@ -223,7 +223,7 @@ def test_gradients_that_come_in_parts_are_refused() -> None:
         x = checkpoint(model.layers[0], x.clone().requires_grad_(), use_reentrant=True)
         return checkpoint(model.layers[0], x, use_reentrant=True).sum(), 1
 
-    with pytest.raises(MismatchError, match="comes in parts"):
+    with pytest.raises(MismatchError, match="arrives in parts"):
         layer_importance(model, [torch.ones(1, 2)], loss=twice)
     assert all(p.grad is None for p in model.parameters())
 
@@ -248,7 +248,7 @@ def test_what_is_not_finite_is_named(x: list[float], scale: float, message: str,
 
 def test_gradients_that_are_all_zero_are_no_importance() -> None:
     model = Chain(1).half()
-    with pytest.raises(NonFiniteError, match="in float16 they underflow"):
+    with pytest.raises(NonFiniteError, match="as when float16 underflows"):
         layer_importance(model, [torch.ones(1, 2).half()], loss=lambda m, x: (m(x).float().mean() * 1e-9, 1))
 
 

@@ -95,8 +95,8 @@ def test_the_verdict() -> None:
     assert "rho -1.00 [-1.00, -1.00] over 12 layers" in mismatch(keyed(up), change(up[::-1])).verdict
     assert mismatch(keyed(up), change(up)).verdict.startswith("Does not look superficial: ")
     mixed = [3.0, 9, 1, 8, 2, 7, 12, 4, 11, 5, 10, 6]
-    assert mismatch(keyed(up), change(mixed)).verdict.startswith("Cannot be told: the interval holds 0")
-    assert mismatch(keyed(up[:5]), change(up[4::-1])).verdict == "Cannot be told: 5 layers are too few (at least 6)."
+    assert mismatch(keyed(up), change(mixed)).verdict.startswith("Undecided: the interval contains 0")
+    assert mismatch(keyed(up[:5]), change(up[4::-1])).verdict == "Undecided: 5 layers are too few (at least 6)."
     assert mismatch(keyed(up[:6]), change(up[5::-1])).verdict.startswith("Looks superficial")
     flat = mismatch(keyed(up), change([1.0] * 12))
     assert "no order to compare" in flat.verdict

@@ -118,7 +118,8 @@ def test_files_that_are_refused() -> None:
     write("one/a.jsonl", [GOOD])
     Path("empty.jsonl").write_text("\n")
     cases: list[tuple[list[str], type[MergeError], str]] = [
-        ([], ArgumentError, "no files"), (["none.jsonl"], CheckpointError, "none.jsonl cannot be read: No such file"),
+        ([], ArgumentError, "paths is empty"),
+        (["none.jsonl"], CheckpointError, "none.jsonl cannot be read: No such file"),
         (["one"], CheckpointError, "one cannot be read: it is no plain file"),
         (["empty.jsonl"], CheckpointError, "are empty"),
         (["a.jsonl", "./a.jsonl"], ArgumentError, "given twice"),

@@ -1,1 +1,1 @@
-"""The diagnosis: where the weights of a model changed, against where they matter."""
+"""Diagnosis: where the weights of a model changed, and where they matter."""
