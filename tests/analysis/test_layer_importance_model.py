@@ -162,7 +162,7 @@ ONLY_FIRST = {**BATCHES[1], "labels": torch.tensor([[5] + [-100] * 11])}
     [
         ([], {}, "batches is empty"),
         ([without("labels")], {}, "a batch has input_ids, attention_mask; give mappings with a tensor 'labels'"),
-        ([torch.ones(1, 3)], {}, "a batch is a Tensor; it must be a mapping"),
+        ([torch.ones(1, 3)], {}, "a batch is a Tensor; give mappings"),
         ([BATCHES[0], UNCOUNTED], {}, "batch 2 has no token that counts"),
         ([ONLY_FIRST], {}, "batch 1 has no token that counts"),
         ([batch_of(texts([9, 2]), 2)], {"order": "mix"}, "sample 2 of batch 1 has no token that counts"),
