@@ -20,8 +20,13 @@ from mergekit_imm.options.layer_factors import Importance
 from models import new_model
 
 Batch = dict[str, Tensor]
-LAYER = {"llama": r"^model\.layers\.\d+", "qwen2": r"^model\.layers\.\d+", "gpt2": r"^transformer\.h\.\d+",
-         "qwen3_moe": r"^model\.layers\.\d+", "gpt_oss": r"^model\.layers\.\d+"}  # fmt: skip
+LAYER = {
+    "llama": r"^model\.layers\.\d+",
+    "qwen2": r"^model\.layers\.\d+",
+    "gpt2": r"^transformer\.h\.\d+",
+    "qwen3_moe": r"^model\.layers\.\d+",
+    "gpt_oss": r"^model\.layers\.\d+",
+}
 _models: dict[str, Any] = {}
 
 
@@ -111,7 +116,7 @@ BATCHES = [batch_of(texts([9, 5]), prompt=2), batch_of(texts([12], seed=1), prom
 
 @pytest.mark.parametrize("order", ["first", "second", "mix", "per-sample"])
 @pytest.mark.parametrize("layout", ["llama", "qwen2", "gpt2", "qwen3_moe", "gpt_oss"])
-def test_it_is_the_formula(layout: str, order: str) -> None:
+def test_importance_matches_the_formula(layout: str, order: str) -> None:
     found = layer_importance(model_of(layout), BATCHES, order=order)
     assert_close(found.layers, by_hand(layout, BATCHES, order), 1e-5)
     assert (found.sequences, found.tokens, found.order) == (
@@ -149,7 +154,7 @@ def test_one_batch_is_one_backward_pass_as_llm_pruner_does_it() -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(cuts=st.sets(st.integers(1, 6)), order=st.sampled_from(["first", "second", "mix", "per-sample"]))
-def test_how_data_is_cut_into_batches_does_not_matter(cuts: set[int], order: str) -> None:
+def test_batch_size_does_not_matter(cuts: set[int], order: str) -> None:
     """But for rounding: 1e-5 of the importance, with weights and losses in float32."""
     sequences = texts([5, 9, 3, 12, 6, 4, 8], seed=3)
     edges = [0, *sorted(cuts), len(sequences)]
@@ -163,7 +168,7 @@ def test_how_data_is_cut_into_batches_does_not_matter(cuts: set[int], order: str
     assert other.loss == pytest.approx(one.loss, rel=1e-6)
 
 
-def test_samples_that_disagree_cancel_unless_each_counts_by_itself() -> None:
+def test_samples_of_opposite_sign_cancel_except_per_sample() -> None:
     batches = [batch_of([each]) for each in texts([12] * 8, seed=4)]
     first, each = (layer_importance(model_of("llama"), batches, order=order) for order in ("first", "per-sample"))
     assert all(first.layers[key] < 0.9 * each.layers[key] for key in first.layers)
@@ -171,13 +176,13 @@ def test_samples_that_disagree_cancel_unless_each_counts_by_itself() -> None:
 
 @pytest.mark.parametrize("order", ["first", "second", "mix"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_on_the_disk_have_the_same_bits(order: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_sums_on_disk_have_the_same_bits(order: str, dtype: torch.dtype, tmp_path: Path) -> None:
     in_memory = layer_importance(model_of("qwen3_moe", dtype), BATCHES, order=order)
     assert layer_importance(model_of("qwen3_moe", dtype), BATCHES, order=order, accumulate=tmp_path) == in_memory
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_outside_and_in_which_module() -> None:
+def test_outside_and_modules() -> None:
     """All weights are somewhere, each once; a tied embedding is one weight."""
     expected = {
         "llama": {"embeddings", "head", "norms"},
@@ -207,7 +212,7 @@ def test_the_loss_is_the_mean_over_tokens() -> None:
     assert layer_importance(model, batches).loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_module_of_ones_own_with_a_loss_of_ones_own() -> None:
+def test_custom_module_and_loss() -> None:
     """Two layers of one number each: y = a b x, the loss is the mean of y; dy/da * a = dy/db * b = a b x."""
     pair = [nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)]
     pair[0].weight.data.fill_(3.0)

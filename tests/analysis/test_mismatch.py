@@ -39,7 +39,7 @@ def naive_rho(one: list[float], other: list[float]) -> float:
 
 
 @given(VALUES)
-def test_rho_is_that_of_the_definition(pairs: list[tuple[int, int]]) -> None:
+def test_rho_matches_the_definition(pairs: list[tuple[int, int]]) -> None:
     one, other = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
     assert ranks(one).tolist() == naive_ranks(one)
     assert spearman(one, other) == pytest.approx(naive_rho(one, other), abs=1e-12, nan_ok=True)
@@ -55,7 +55,7 @@ SCIPY = [
 
 
 @pytest.mark.parametrize(("one", "other", "rho"), SCIPY)
-def test_rho_is_that_of_scipy(one: list[int], other: list[int], rho: float) -> None:
+def test_rho_matches_scipy(one: list[int], other: list[int], rho: float) -> None:
     assert spearman(one, other) == pytest.approx(rho, abs=1e-12)
 
 
@@ -80,11 +80,13 @@ def test_monotone_transforms_leave_the_whole_interval(values: list[int]) -> None
     assert squared.rho == pytest.approx(mismatch(keyed(importance), moved).rho) or math.isnan(squared.rho.value)
 
 
-def test_thirds_share_all() -> None:
+def test_thirds_partition_the_layers() -> None:
     found = mismatch(keyed([1, 2, 3, 4, 5, 6, 7, 8]), change([8, 7, 6, 5, 4, 3, 2, 1]))
     assert [third.layers for third in found.thirds.values()] == [
-        ("h.0", "h.1"), ("h.2", "h.3", "h.4"), ("h.5", "h.6", "h.7"),
-    ]  # fmt: skip
+        ("h.0", "h.1"),
+        ("h.2", "h.3", "h.4"),
+        ("h.5", "h.6", "h.7"),
+    ]
     assert [third.importance for third in found.thirds.values()] == pytest.approx([3 / 36, 12 / 36, 21 / 36])
     assert [third.change for third in found.thirds.values()] == pytest.approx([15 / 36, 15 / 36, 6 / 36])
 
@@ -105,7 +107,7 @@ def test_the_verdict() -> None:
     assert still.thirds["early"].change is None
 
 
-def test_relative_change_is_apart() -> None:
+def test_relative_change_is_separate() -> None:
     up = [float(i) for i in range(1, 9)]
     moved = WeightChange(keyed(up), keyed([x * x for x in up]), {}, {})
     found = mismatch(keyed(up), moved)

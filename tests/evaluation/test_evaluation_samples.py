@@ -52,7 +52,7 @@ def report(*models: list[Line], **options: Any) -> Report:
     return compare(read_samples(files), resamples=100, **options)
 
 
-def test_a_file_is_read_as_it_is_written() -> None:
+def test_read_samples() -> None:
     write("base.jsonl", [GOOD, {**GOOD, "greedy": True, "extra": 1, "response": "g"}, {**GOOD, "correct": False}])
     with Path("base.jsonl").open("a") as file:
         file.write("\n\n")
@@ -90,7 +90,7 @@ def test_answers_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"problem": "p", "response": "r", "answer": float("inf")}, 'no verdict; give "correct"'),
     ],
 )
-def test_a_line_that_is_refused(line: str | Line, message: str) -> None:
+def test_invalid_lines_are_refused(line: str | Line, message: str) -> None:
     text = line if isinstance(line, str) else json.dumps(line)
     Path("a.jsonl").write_text(json.dumps(GOOD) + "\n" + text + "\n")
     with pytest.raises(CheckpointError) as caught:
@@ -107,12 +107,12 @@ def test_a_line_that_is_refused(line: str | Line, message: str) -> None:
         ([{**GOOD, "greedy": True}] * 2, r"two greedy answers of one model, in a.jsonl, line 1 and a.jsonl, line 2"),
     ],
 )
-def test_lines_that_contradict_each_other(lines: list[Line], message: str) -> None:
+def test_contradicting_lines_are_refused(lines: list[Line], message: str) -> None:
     with pytest.raises(MismatchError, match=message):
         read_samples([write("a.jsonl", lines)])
 
 
-def test_files_that_are_refused() -> None:
+def test_invalid_files_are_refused() -> None:
     Path("one").mkdir()
     write("a.jsonl", [GOOD])
     write("one/a.jsonl", [GOOD])
@@ -124,13 +124,13 @@ def test_files_that_are_refused() -> None:
         (["empty.jsonl"], CheckpointError, "are empty"),
         (["a.jsonl", "./a.jsonl"], ArgumentError, "given twice"),
         (["a.jsonl", "one/a.jsonl"], MismatchError, "both be the model 'a'"),
-    ]  # fmt: skip
+    ]
     for files, kind, message in cases:
         with pytest.raises(kind, match=message):
             read_samples(files)
 
 
-def test_models_that_do_not_belong_together() -> None:
+def test_mismatched_models_are_refused() -> None:
     with pytest.raises(
         MismatchError, match=r"'b' lacks 2 of the 3 problems of 'a': 'q1', 'q2'; give all models the same"
     ):
@@ -184,11 +184,20 @@ def test_a_comparison_by_hand() -> None:
     assert correct["EAD, correct"].model.value == pytest.approx(sum(ead) / 2)
 
 
-def test_ood_levels_and_meaning() -> None:
+def test_ood_levels_and_encoder() -> None:
     ood = [
-        {"problem": f"o{i}", "model": m, "response": "r", "correct": (i % 4 < 2 if m == "a" else i % 2 == 0),
-         "ood": True, "level": 1 + 4 * (i % 2), "greedy": True} for m in "ab" for i in range(12)
-    ]  # fmt: skip
+        {
+            "problem": f"o{i}",
+            "model": m,
+            "response": "r",
+            "correct": (i % 4 < 2 if m == "a" else i % 2 == 0),
+            "ood": True,
+            "level": 1 + 4 * (i % 2),
+            "greedy": True,
+        }
+        for m in "ab"
+        for i in range(12)
+    ]
     lines = [made("a", [2] * 8), made("b", [4] * 8)]
     encoder = lambda texts: [[1.0, int(t.split()[2]) * (int(t.split()[8]) + 1.0)] for t in texts]  # noqa: E731
     (found,) = report(*lines, ood, encoder=encoder).comparisons
@@ -204,7 +213,7 @@ def test_ood_levels_and_meaning() -> None:
     assert found.verdict.evidence["diversity"] == named["cosine diversity, correct"].difference
 
 
-def test_what_is_lacking_is_said() -> None:
+def test_missing_measures_are_noted() -> None:
     (found,) = report(made("a", [1, 2], greedy=False), made("b", [3, 4], samples=5)).comparisons
     assert found.gained is None
     assert found.measures[0].name == "pass@1 (sampled)"
@@ -215,7 +224,7 @@ def test_what_is_lacking_is_said() -> None:
     assert [m.name for m in found.measures] == ["pass@1 (greedy)"]
 
 
-def test_a_report_is_plain_data_and_pictures_are_the_same_each_time() -> None:
+def test_report_is_plain_data_and_figures_are_reproducible() -> None:
     found = report(made("a", [0, 1, 2, 3, 2, 2, 1]), made("b $x$", [4, 4, 4, 4, 0, 0, 4]))
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["comparisons"][0]["measures"][0]["difference"]["n"] == 7
@@ -261,7 +270,7 @@ def test_encoders_of_the_command() -> None:
         ("no_such_module_here:f", "no_such_module_here cannot be imported"),
         ("my_encoder_of_tests:nothing", "has no function 'nothing'"),
         ("my_encoder_of_tests:broken", "^encoder my_encoder_of_tests:broken failed: ValueError: no"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ArgumentError, match=message):
             run(file, "--encoder", name)
     with pytest.raises(click.UsageError, match="is no MODULE:FUNCTION"):

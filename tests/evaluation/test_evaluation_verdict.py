@@ -29,7 +29,7 @@ def words(length: int) -> Text:
     return lambda n, i: " ".join(random.Random(100 * n + i).choices(vocabulary, weights, k=length))
 
 
-def test_longer_responses_are_no_loss_of_diversity() -> None:
+def test_longer_responses_do_not_lower_diversity_in_the_verdict() -> None:
     (found,) = compare([made("short", words(20), range(10, 30)), made("long", words(120), range(5, 30))]).comparisons
     (fell,) = (each for each in found.measures if each.name == "EAD, correct")
     assert fell.difference.is_below
@@ -39,7 +39,7 @@ def test_longer_responses_are_no_loss_of_diversity() -> None:
     assert back.verdict.diversity_fell is False
 
 
-def test_the_verdict_takes_k_of_half_the_samples_and_levels_of_six_problems() -> None:
+def test_verdict_uses_k_up_to_half_the_samples_and_six_problems_per_level() -> None:
     (found,) = compare([made(name, words(9), range(10, 30), level=1) for name in ("a", "b")]).comparisons
     assert any("fewer than 6 problems of a level" in note for note in found.notes)
     assert found.verdict.disparity_rose is None
@@ -49,13 +49,13 @@ def test_the_verdict_takes_k_of_half_the_samples_and_levels_of_six_problems() ->
     assert "pass@8" not in sentence
 
 
-def test_a_third_model_changes_no_verdict() -> None:
+def test_a_third_model_does_not_change_the_verdict() -> None:
     models = [made(name, words(9), range(10, 30)) for name in ("a", "b")]
     other = made("c", lambda n, i: " ".join(f"v{n}-{i}-{j}" for j in range(50)), range(10, 30))
     assert compare([*models, other]).to_dict()["comparisons"][0] == compare(models).to_dict()["comparisons"][0]
 
 
-def test_two_models_of_one_name_are_refused() -> None:
+def test_models_with_one_name_are_refused() -> None:
     with pytest.raises(ArgumentError, match="two models have the name 'a'"):
         compare([made("a", words(3), range(9))] * 2)
 

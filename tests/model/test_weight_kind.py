@@ -31,7 +31,7 @@ def kind_of_module(model: torch.nn.Module, name: str) -> str | None:
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_kinds_are_those_of_the_modules(layout: str) -> None:
+def test_kinds_match_module_classes(layout: str) -> None:
     model = new_model(layout)
     expected = {name: kind_of_module(model, name) for name, _ in model.named_parameters()}
     found = {name: weight_kind(name, weight.shape) for name, weight in model.named_parameters()}

@@ -43,7 +43,7 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 @given(texts, texts, thresholds)
 @settings(max_examples=150, deadline=None)
-def test_it_keeps_what_a_double_loop_keeps(questions: list[str], history: list[str], threshold: float) -> None:
+def test_deduplicate_matches_a_double_loop(questions: list[str], history: list[str], threshold: float) -> None:
     accepted: list[str] = []
     discarded = []
     for question in questions:
@@ -67,7 +67,7 @@ def test_it_keeps_what_a_double_loop_keeps(questions: list[str], history: list[s
 
 @given(texts, texts, thresholds, st.lists(st.one_of(vectors.map(str), st.just("")), min_size=1), st.integers(0, 4))
 @settings(max_examples=150, deadline=None)
-def test_no_pair_is_too_near_whatever_rewrite_gives(
+def test_no_accepted_pair_is_too_similar_after_rewriting(
     questions: list[str], history: list[str], threshold: float, given: list[str], retries: int
 ) -> None:
     calls: list[tuple[str, str]] = []
@@ -109,7 +109,7 @@ def test_rewriting_by_hand() -> None:
     ]
 
 
-def test_equal_vectors_are_too_near_at_a_threshold_of_one(block: int) -> None:
+def test_equal_vectors_are_too_similar_at_threshold_1(block: int) -> None:
     drawn = np.random.default_rng(0).normal(size=(5, 384))
     again = {f"{i} {scale}": drawn[i] * scale for scale in (1.0, 1e-200, 1e200, 3.0) for i in range(5)}
     found = deduplicate(list(again), lambda given: [again[text] for text in given], threshold=1)
@@ -130,7 +130,7 @@ def test_texts_are_encoded_in_blocks_and_vectors_once(monkeypatch: pytest.Monkey
     assert deduplicate([], count) == Deduplicated((), (), 0, 0)
 
 
-def test_thousands_take_little_memory_and_time() -> None:
+def test_thousands_of_questions_take_little_memory() -> None:
     import tracemalloc
 
     drawn = np.random.default_rng(0).normal(size=(6000, 16)).astype(np.float32)
@@ -160,7 +160,7 @@ def test_thousands_take_little_memory_and_time() -> None:
         (None, r"not return an array of numbers|shape \(\)"),
     ],
 )
-def test_vectors_that_are_of_no_use(given: Any, message: str) -> None:
+def test_invalid_vectors_are_refused(given: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         deduplicate(["a", "b"], lambda _: given)
 
@@ -191,7 +191,7 @@ def test_vectors_of_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"rewrite": lambda *_: None}, r"^rewrite returned None for '\(1, 0\)'; return a string$"),
     ],
 )
-def test_what_deduplicate_refuses(change: dict[str, Any], message: str) -> None:
+def test_deduplicate_refuses(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"questions": ["(1, 0)", "(1, 0)"], "encode": encode}
     with pytest.raises(ArgumentError, match=message):
         deduplicate(**arguments | change)

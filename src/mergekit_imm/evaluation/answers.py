@@ -29,7 +29,7 @@ _VALUE = re.compile(
 )
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SHORT = frozenset("cm mm km m kg mg g ml l lb lbs oz ft yd mi hr hrs h min sec s mph in of a an".split())
-# Words after a number that change its value, so that they are no unit.
+# Words after a number that change its value, so they are not units.
 _NO_UNITS = frozenset(
     "pi half halves third thirds quarter quarters squared cubed sqrt sin cos tan log exp mod plus minus times over out"
     " less more and not".split()

@@ -52,7 +52,7 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]] | Mapping[str, tuple[int, i
     0.6
     """
     if not counts:
-        raise ArgumentError("there are no problems to take a mean over; give at least one")
+        raise ArgumentError("counts is empty; give at least one problem")
     named = counts.items() if isinstance(counts, Mapping) else enumerate(counts)
     check_count("k", k, 1)
     few = [(name, n) for name, (n, _) in named if n < k]
