@@ -1,4 +1,4 @@
-"""The change of weights against norms added up by hand in float64, on checkpoints of many forms."""
+"""The change of weights against naive sums of norms in float64, for checkpoints of many forms."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def by_hand(before: State, after: State) -> dict[str, float]:
-    """Eq. 4 in float64: the names of what counts are written down here."""
+    """Eq. 4 in float64, with an explicit list of the weights that count."""
     found: dict[str, float] = {}
     for name in before:
         if name.endswith((*LINEAR, "gate_up_proj")):

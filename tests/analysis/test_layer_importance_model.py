@@ -1,4 +1,4 @@
-"""`layer_importance` leaves the model as it was, holds one gradient at a time, and says what it is not for."""
+"""`layer_importance` restores the model, holds one gradient at a time, and refuses unsuitable inputs."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_unsuitable_models_are_refused(make: Callable[[], nn.Module], message: s
 
 
 def test_gradients_in_parts_are_refused() -> None:
-    """As with reentrant checkpointing of a weight that is used twice: |a| + |b| would be summed, not |a + b|."""
+    """Reentrant checkpointing of a weight used twice would sum |a| + |b| instead of |a + b|."""
     from torch.utils.checkpoint import checkpoint
 
     model = Chain(1)
@@ -253,7 +253,7 @@ def test_all_zero_gradients_are_refused() -> None:
 
 
 def test_unused_stacks_are_left_out() -> None:
-    """Else they would count as layers of importance 0, and the others' factors grow."""
+    """Otherwise they would count as layers of importance 0 and raise the factors of the others."""
     model = nn.ModuleDict({"text": Chain(), "vision": Chain()})
     found = layer_importance(model, [torch.ones(1, 2)], loss=lambda m, x: (m["text"](x).sum(), 1))  # type: ignore[index]
     assert list(found.layers) == ["text.layers.0", "text.layers.1"]

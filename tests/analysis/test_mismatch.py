@@ -1,4 +1,4 @@
-"""Importance against change: ranks against a naive reference, fixed correlations, the verdict in all its branches."""
+"""Importance against change: ranks against a naive reference, fixed correlations, every verdict."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def keyed(values: list[float], prefix: str = "h") -> dict[str, float]:
 
 
 def naive_ranks(values: list[float]) -> list[float]:
-    """Of each value: how many are smaller, and half of those that are equal."""
+    """For each value, the number of smaller ones plus half the number of equal ones."""
     return [sum(y < x for y in values) + (sum(y == x for y in values) + 1) / 2 for x in values]
 
 

@@ -1,4 +1,4 @@
-"""Answers: found in responses, compared exactly, and never slower than the text is long."""
+"""Answers: found in responses, compared exactly, in linear time."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_different_answers(one: str, other: str) -> None:
 
 @st.composite
 def notations(draw: st.DrawFn) -> tuple[Fraction, str]:
-    """A number, and one of the ways to write it."""
+    """A number, and one of its notations."""
     sign, top, under = draw(st.sampled_from(["", "-"])), draw(st.integers(0, 10**9)), draw(st.integers(1, 999))
     value = Fraction(top, under) * (-1 if sign else 1)
     kind = draw(st.sampled_from(["ratio", "latex", "mixed", "decimal", "grouped", "scientific"]))
@@ -152,7 +152,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_long_texts_take_linear_time(piece: str) -> None:
-    """A million characters: whatever takes the square of the length would take hours, and is ended as what hangs."""
+    """A million characters: quadratic time would be hours, and ends in a timeout."""
     text = piece * (1_000_000 // len(piece))
     final_answer(text)
     same_answer(text, text + "x")

@@ -1,4 +1,4 @@
-"""What is measured of samples: pass@k, diversity, intervals, the verdict; against formulas written out naively."""
+"""pass@k, diversity, intervals and the verdict, against naive formulas."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_distinct_equations_by_hand() -> None:
 
 @pytest.mark.parametrize("part", ["1 + ", "(", "1)", "= 1", "1+1=", "1,", "1("])
 def test_degenerate_texts_take_linear_time(part: str) -> None:
-    """With a regular expression that tries again it takes an hour, and is ended as what hangs."""
+    """With a backtracking regular expression it takes an hour, and ends in a timeout."""
     list(equations(part * 200_000 + "="))
 
 
@@ -142,7 +142,7 @@ def test_interval_has_its_coverage() -> None:
 
 
 def test_interval_needs_enough_resamples() -> None:
-    values = np.array([1.0, *[math.nan] * 9])  # most draws without the first are not defined
+    values = np.array([1.0, *[math.nan] * 9])  # undefined in most resamples without the first
     rare = bootstrap(lambda i: float(values[i][0]), 10)
     assert (rare.value, math.isnan(rare.low), rare.n) == (1.0, True, 10)
     assert math.isnan(bootstrap(lambda _: 1.0, 1).low)

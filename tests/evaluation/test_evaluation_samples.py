@@ -1,4 +1,4 @@
-"""Samples of models: what is read, what is refused, what a comparison says, and the command."""
+"""Samples of models: reading, refusals, comparisons, and the command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(name: str, lines: list[Line]) -> str:
 
 
 def made(model: str, right: list[int], samples: int = 4, greedy: bool = True) -> list[Line]:
-    """For each problem, how many of its samples are right; the greedy answer is right if half of them are."""
+    """Lines with `right[i]` right samples of problem i; the greedy answer is right if half of them are."""
     lines: list[Line] = []
     for number, count in enumerate(right):
         common = {"problem": f"q{number}", "model": model}
@@ -249,7 +249,7 @@ def test_the_command() -> None:
     assert "written to out/deep/samples.json" in printed
     assert sorted(path.name for path in Path("out/deep").iterdir()) == sorted(FILES)
     before = Path("out/deep/samples.json").read_bytes()
-    assert run(*files, "-o", "out/deep", "-q").startswith("b: ")  # what is ours is replaced
+    assert run(*files, "-o", "out/deep", "-q").startswith("b: ")  # our own files are replaced
     assert Path("out/deep/samples.json").read_bytes() == before
     assert json.loads(run(*files, "--json", "--reference", "b"))["reference"] == "b"
     Path("other").mkdir()

@@ -1,4 +1,4 @@
-"""What decides a verdict, and what must not: length, other models, few problems, k near the number of samples."""
+"""What affects a verdict, and what must not: length, other models, few problems, k near the number of samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Text = Callable[[int, int], str]
 
 
 def made(name: str, text: Text, solved: range, level: int | None = None) -> Model:
-    """A model with a greedy answer and eight samples to each of 30 problems, all right or all wrong."""
+    """A model with a greedy answer and eight samples for each of 30 problems, all right or all wrong."""
     problems = {}
     for n in range(30):
         responses = tuple(Response(text(n, i), n in solved) for i in range(8))
@@ -24,7 +24,7 @@ def made(name: str, text: Text, solved: range, level: int | None = None) -> Mode
 
 
 def words(length: int) -> Text:
-    """So many words of a language: the k-th of 2000 is used 1/k as often as the first (Zipf's law)."""
+    """Texts of `length` words out of 2000, the k-th 1/k as frequent as the first (Zipf's law)."""
     vocabulary, weights = [f"w{k}" for k in range(2000)], [1 / (k + 1) for k in range(2000)]
     return lambda n, i: " ".join(random.Random(100 * n + i).choices(vocabulary, weights, k=length))
 

@@ -26,7 +26,7 @@ from thorough import others
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
-# In the first quarter each three of the four dtypes meet in every combination.
+# The first quarter holds every combination of any three of the four dtypes.
 COMBINATIONS = sorted(product(WIDER, repeat=4), key=lambda dtypes: sum(map(WIDER.index, dtypes)) % 4)
 
 
@@ -97,7 +97,7 @@ def test_shapes(shape: tuple[int, ...]) -> None:
 
 
 def strided(view: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """One tensor twice: with strides, and contiguous."""
+    """The same tensor with strides, and contiguous."""
     whole = tensor(2 * 40 * 50 * 60, torch.bfloat16, seed=5, kind="gauss", specials=False).view(2, 40, 50, 60)
     views = {
         "transposed": whole.permute(2, 0, 3, 1),
@@ -220,7 +220,7 @@ def test_formula_compiles_without_graph_breaks_to_the_same_bits(backend: str) ->
     constants, key = arithmetic(alpha=0.3, drop=0.9), mask_key(NAME)
     base, start, sft = (tensor(5000, torch.bfloat16, seed=i, kind="bits", specials=True) for i in range(3))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler's own imports
+        warnings.simplefilter("ignore")  # from the compiler's own imports
         for out in (torch.bfloat16, torch.float32):
             merged = compiled(base, start, sft, out, constants, *key, 1 << 40)
             assert same_bits(merged, merge_flat(base, start, sft, out, constants, *key, 1 << 40))
@@ -247,6 +247,6 @@ def test_temporaries_stay_within_64_mib() -> None:
             before = peak("VmRSS")
             call()
             above = peak() - before - width * sft.numel()
-            assert above <= 32 << 20, above  # it takes no more for more; with a copy of base it were 40
+            assert above <= 32 << 20, above  # constant; a copy of base would make it 40
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)

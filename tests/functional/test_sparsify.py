@@ -34,7 +34,7 @@ def tensor(count: int, dtype: torch.dtype, *, seed: int) -> torch.Tensor:
 def naive(
     delta: reference.Array, kind: str, row: int, *, drop: float, epsilon: float = 0.1, **key: Any
 ) -> tuple[reference.Array, reference.Array]:
-    """Return a delta (float32 or float64) without what is dropped, and what was kept, one element after the other."""
+    """Sparsify a delta (float32 or float64) element by element; return it, and which elements are kept."""
     out, kept = np.zeros_like(delta), np.zeros(len(delta), bool)
     if kind == "trim":
         wanted = max(1, round((1 - drop) * len(delta)))
@@ -56,13 +56,13 @@ def naive(
 def naive_merge(
     base: torch.Tensor, sft: torch.Tensor, start: torch.Tensor, kind: str, *, alpha: float, factor: float, **how: Any
 ) -> tuple[torch.Tensor, int]:
-    """Return alpha * base + (1 - alpha) * (start + factor * delta'), and how many elements of delta were kept."""
+    """Return alpha * base + (1 - alpha) * (start + factor * delta'), and the number of kept elements."""
     b, s, f = map(reference.to_array, (base, start, sft))
     wide: type = np.float64 if np.float64 in (b.dtype, s.dtype, f.dtype) else np.float32
     delta = reference.widen(f, wide) - reference.widen(s, wide)
     thin, kept = naive(delta, kind, base.shape[-1] if base.shape else 1, **how)
     moved = reference.merge(b, thin, s, base.dtype, alpha=alpha, drop=0.0, factor=factor, is_delta=True)
-    # What is dropped is the start itself, with the sign of its zeros.
+    # Dropped elements are the start itself, including the sign of zeros.
     alone = reference.merge(b, reference.widen(s, wide), s, base.dtype, alpha=alpha, drop=0.0)
     return reference.to_tensor(np.where(kept, moved, alone), base.dtype, base.shape), int(kept.sum())
 
@@ -105,7 +105,7 @@ def test_della_without_epsilon_is_dare() -> None:
 
 
 def test_della_is_unbiased() -> None:
-    """Of each element the mean over 4000 seeds is within 5 standard errors: fails once in some 30,000 runs of 60."""
+    """Each element's mean over 4000 seeds is within 5 standard errors: for 60 elements, fails once in 30,000 runs."""
     delta = torch.linspace(-1, 1, 60)
     seeds = 4000
     total = torch.stack([della(delta, name=NAME, drop=0.5, epsilon=0.3, seed=seed) for seed in range(seeds)])
@@ -123,7 +123,7 @@ def test_nan_and_infinity_are_kept() -> None:
 
 
 def models(root: Path, shapes: dict[str, tuple[int, ...]], dtypes: Any, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Write base, start and sft of these shapes; a third of the sft's elements is the start's."""
+    """Write base, start and sft with these shapes; a third of the sft's elements equal the start's."""
     found: list[dict[str, torch.Tensor]] = []
     for number, role in enumerate(("base", "start", "sft")):
         state = {
@@ -188,7 +188,9 @@ def test_streamed_merge_matches_the_formula(tmp_path: Path, sparsify: str, dtype
 def test_bytes_do_not_depend_on_how_work_is_split(
     tmp_path: Path, sparsify: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models(tmp_path, {NAME: (1500, 999), "v": (5000,)}, [torch.bfloat16] * 3)  # more than a segment; rows across it
+    models(
+        tmp_path, {NAME: (1500, 999), "v": (5000,)}, [torch.bfloat16] * 3
+    )  # more than one segment, and rows across segments
     arguments: dict[str, Any] = {"start": tmp_path / "start", "drop": 0.7, "iteration": 1, "sparsify": sparsify}
     merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "whole", workers=1, **arguments)
     monkeypatch.setattr(sparsified_delta, "PIECE", 1000)
@@ -202,7 +204,7 @@ def test_bytes_do_not_depend_on_how_work_is_split(
 
 def test_streamed_della_without_epsilon_is_dare(tmp_path: Path) -> None:
     state = models(tmp_path, SHAPES, [torch.bfloat16] * 3)
-    state[1][NAME][:9] = -0.0  # a start of minus zero stays one
+    state[1][NAME][:9] = -0.0  # a start of minus zero stays minus zero
     write_model(tmp_path / "start", state[1])
     for sparsify in ("dare", "della:0"):
         merge_checkpoints(
@@ -289,7 +291,7 @@ def test_nan_is_refused_even_if_it_would_be_dropped(tmp_path: Path, sparsify: st
 
 
 def test_recipes_hold_sparsify_only_if_used(tmp_path: Path) -> None:
-    """So that recipes of merges by DARE are what they were before there was anything else."""
+    """So recipes of DARE merges stay as they were before other sparsifiers existed."""
     models(tmp_path, SHAPES, [torch.float32] * 3)
     for sparsify, held in (("dare", None), ("trim", "trim"), ("della", "della:0.1"), ("della:.10", "della:0.1")):
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", sparsify=sparsify, overwrite=True)

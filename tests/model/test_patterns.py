@@ -1,4 +1,4 @@
-"""Patterns that messages show for names: each finds the names it is for, and no other."""
+"""Patterns for names in messages: each matches its names, and no other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_pattern_matches_its_names_only(names: list[str], others: list[str]) -
     pattern = exact_pattern(names, others)
     if pattern:
         assert {name for name in {*names, *others} if re.search(pattern, name)} == set(names)
-    else:  # too long, or a line that ends in a newline, which `$` allows
+    else:  # too long, or ends in a newline, which `$` allows
         assert len("|".join(map(re.escape, names))) > 160 or any("\n" in name for name in {*names, *others})
 
 

@@ -1,4 +1,4 @@
-"""The merge on a GPU, as far as a machine without one can tell; the rest runs where there is one."""
+"""The merge on a GPU: some tests run on any machine, the rest only with a GPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 def add_naively(tally: Any, base: Any, start: Any, sft: Any, merged: Any, kept: Any) -> None:
-    """What the docstring of `sums` says, written down once more, addition by addition."""
+    """The sums of `numerics.statistics`, implemented naively, addition by addition."""
     wide: Any = np.float64 if np.float64 in (base.dtype, start.dtype, sft.dtype) else np.float32
     base, start, sft, merged = (reference.widen(each, wide) for each in (base, start, sft, merged))
     change = merged - base
@@ -64,7 +64,7 @@ def add_naively(tally: Any, base: Any, start: Any, sft: Any, merged: Any, kept: 
 def merge_and_add(
     sides: list[torch.Tensor], out: torch.dtype, first: int, numbers: dict[str, float], tally: Any, expected: Any
 ) -> None:
-    """Merge base, start and sft (start may be the base), and add to a tally; do both naively as well."""
+    """Merge base, start and sft (start may be the base) and add to a tally, and do the same naively."""
     count = len(sides[0])
     raws = {id(x): (x.view(torch.uint8).numpy(), CODES[x.dtype]) for x in sides}
     base, start, sft = (raws[id(x)] for x in sides)
@@ -86,7 +86,7 @@ def merge_and_add(
         merged = reference.merge(b, f, s, out, name=NAME, first=first, **numbers)  # type: ignore[arg-type]
         add_naively(expected, b, s, f, merged, reference.mask(NAME, first, count, numbers["drop"]))
     assert raw.tobytes() == merged.tobytes()
-    np.testing.assert_array_equal(tally, expected)  # which takes any NaN for any other
+    np.testing.assert_array_equal(tally, expected)  # treats all NaN as equal
 
 
 @settings(max_examples=60, deadline=None)
@@ -114,7 +114,7 @@ def test_tally_of_two_segments(
     factor: float,
     with_start: bool,
 ) -> None:
-    """Two pieces, added to one tally: a whole block, and what follows it."""
+    """Two pieces, added to one tally: a whole block, and the rest."""
     tally, expected = new_tally(), new_tally()
     numbers = {"alpha": alpha, "drop": drop, "factor": factor}
     for first, count in ((0, BLOCK), (BLOCK, second)):
@@ -126,7 +126,7 @@ def test_tally_of_two_segments(
 
 @pytest.mark.parametrize("dtype", WIDER, ids=str)
 def test_blocks_are_added_one_after_another(dtype: torch.dtype) -> None:
-    """Many of them, so that sums round, on top of what is there."""
+    """Many blocks, so that sums round, added to a non-empty tally."""
     sides = [tensor(20 * BLOCK + 9, dtype, seed=i, kind="gauss", specials=False) for i in range(3)]
     tally = np.random.default_rng(0).random(TALLY)
     merge_and_add(sides, dtype, 0, {"alpha": 0.3, "drop": 0.5}, tally, tally.copy())
@@ -166,7 +166,7 @@ def test_interpreted_kernel_has_the_bits_of_the_reference(every: str) -> None:
 
 
 class CompilesOnly:
-    """Stands in for a kernel: compiles what would be launched, for a GPU that need not be there."""
+    """A kernel that is compiled instead of launched, for a GPU that need not exist."""
 
     def __init__(self, kernel: Any, launched: list[Any]) -> None:
         self.kernel = kernel
@@ -181,7 +181,7 @@ Compiled = Callable[[int, Callable[[], None]], list[Any]]
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
-    """A function that returns what a call would launch, compiled for a GPU of some capability."""
+    """A function that returns the kernel that a call would launch, compiled for a GPU of a given capability."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -193,7 +193,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
                 return GPUTarget("cuda", capability, 32)
 
             def get_current_device(self) -> int:
-                return capability  # kernels are remembered by device
+                return capability  # kernels are cached by device
 
             def get_current_stream(self, _: int) -> int:
                 return 0
@@ -240,7 +240,7 @@ def test_compiled_kernel_rounds_every_operation_and_uses_vectors(
     floats = {name for name in found if re.match(r"(add|sub|mul|fma|mad|div|rcp|cvt)\.", name) and "f32" in name}
     exact = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "cvt.f32.f16", "cvt.rn.f16.f32"}
     assert floats <= exact  # no fma, no .ftz, no .approx, no rounding left open
-    assert not [name for name in found if "shared" in name or name.startswith("bar.")]  # no thread waits for another
+    assert not [name for name in found if "shared" in name or name.startswith("bar.")]  # threads are independent
     loads = re.findall(r"ld\.global\S*", code)
     assert len(loads) == 8 * (2 if start_is_base else 3)
     assert all(".v2." in load or ".v4." in load for load in (*loads, *re.findall(r"st\.global\S*", code)))
@@ -345,7 +345,7 @@ def test_pure_functions_agree_on_cuda_and_cpu(dtype: torch.dtype, shape: tuple[i
 
 @needs_cuda
 def test_streamed_merge_has_equal_tallies_on_cuda_and_cpu() -> None:
-    """Four threads at once, as workers are, with pinned buffers and without."""
+    """Four threads at once, like workers, with and without pinned buffers."""
     count = 100_000
     failures: list[str] = []
 

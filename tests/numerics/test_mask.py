@@ -36,7 +36,7 @@ def test_keys_match_the_specification() -> None:
 def test_generator_is_philox() -> None:
     words = 0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8
     assert reference.philox4x32_10((0, 0, 0, 0), (0, 0)) == words
-    # Lane 0 of block 0 has counter 0; its halves stand 128 and 512 apart.
+    # Lane 0 of block 0 has counter 0; its words are 128 elements apart, and the halves of a word 512.
     bits = uniform16(torch.empty(0), 0, 1024, 0, 0).tolist()
     assert [bits[128 * w] | bits[512 + 128 * w] << 16 for w in range(4)] == list(words)
 
@@ -66,7 +66,7 @@ def test_mask_with_offset_is_a_slice_of_the_whole() -> None:
 
 
 def chernoff(share: float, count: int, rate: float) -> tuple[float, float]:
-    """Bounds that the mean of `count` draws of probability `share` leaves with probability at most `rate`."""
+    """Bounds for the mean of `count` draws of probability `share`, violated with probability at most `rate`."""
 
     def divergence(x: float) -> float:
         parts = ((x, share), (1 - x, 1 - share))
@@ -94,8 +94,8 @@ def test_dare_is_unbiased_at_every_element(drop: float) -> None:
     mean = (total / draws).numpy()
     assert mean.min() >= low / share
     assert mean.max() <= high / share
-    assert high / share < 1.5  # the bound says something
-    # Over all elements together it is much sharper; a rescale other than 1 / (1 - p) would show here.
+    assert high / share < 1.5  # the bound is not trivial
+    # For the mean over all elements the bound is much sharper: any other rescale than 1 / (1 - p) would violate it.
     low, high = chernoff(share, draws * elements, ERROR_RATE)
     assert low / share <= mean.mean() <= high / share
     assert (high - low) / share < 0.04
@@ -117,6 +117,6 @@ def test_neighbouring_elements_are_independent() -> None:
     low, high = chernoff(0.5, 2**19, ERROR_RATE / 5)
     for distance in (1, 2, 128, 512, 1024):
         pairs = kept[:-distance] == kept[distance:]
-        # Every pair of one parity of blocks shares no element with another: independent draws.
+        # Pairs of one parity of blocks share no elements, so they are independent draws.
         first = (np.arange(len(pairs)) // distance) % 2 == 0
         assert low <= pairs[first][: 2**19].mean() <= high

@@ -1,4 +1,4 @@
-"""Schedules: a number for each round."""
+"""Schedules: one value per round."""
 
 from __future__ import annotations
 

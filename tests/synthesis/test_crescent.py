@@ -1,4 +1,4 @@
-"""Crescent: votes against a Counter, the pipeline and its counts, cleaning, what is refused."""
+"""Crescent: votes against a Counter, the pipeline and its counts, cleaning, refusals."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def digits(given: list[str]) -> Any:
     return [[text.count(digit) for digit in "0123456789"] for text in given]
 
 
-RAW = [  # by the bait's turn; what is near is so by its digits
+RAW = [  # one per prompt; similar questions have the same digits
     "What is 1 + 2? 3",
     "Nothing.",
     "What is 2 + 1?",

@@ -1,4 +1,4 @@
-"""De-duplication of questions against a double loop; what `rewrite` gives, memory, vectors of no use."""
+"""De-duplication of questions against a double loop; rewriting, memory, invalid vectors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cosine(one: str, other: str) -> float:
 
 
 def near(one: str, other: str, threshold: float) -> bool:
-    """A cosine of such small numbers is either on a threshold or further from it than this."""
+    """Cosines of such small integers are either on a threshold or further from it than this."""
     return cosine(one, other) >= threshold - 1e-7
 
 
@@ -59,7 +59,7 @@ def test_deduplicate_matches_a_double_loop(questions: list[str], history: list[s
         assert found.accepted == tuple(accepted)
         assert [lost.question for lost in found.discarded] == [question for question, _ in discarded]
         assert [lost.cosine for lost in found.discarded] == pytest.approx([best for _, best in discarded])
-        for lost in found.discarded:  # the neighbour is the nearest there was
+        for lost in found.discarded:  # the neighbour is the nearest one
             assert lost.neighbour in {*history, *accepted}
             assert cosine(lost.question, lost.neighbour) == pytest.approx(lost.cosine)
         assert (found.rewritten, found.retries) == (0, 0)
@@ -96,8 +96,8 @@ def test_rewriting_by_hand() -> None:
         return next(answers)
 
     found = deduplicate(["(2, 0)", "(5, 0)", "(0, 1)", "(0, 3)"], encode, rewrite=rewrite)
-    assert found.accepted == ("(2, 0)", "(1, 1)", "(0, 1)")  # in the third try; the second gave nothing
-    assert found.discarded == (Discarded("(0, 3)", "(0, 1)", 1.0),)  # as it was asked
+    assert found.accepted == ("(2, 0)", "(1, 1)", "(0, 1)")  # on the third try; the second returned nothing
+    assert found.discarded == (Discarded("(0, 3)", "(0, 1)", 1.0),)  # in its original wording
     assert (found.rewritten, found.retries) == (1, 6)
     assert asked == [
         ("(5, 0)", "(2, 0)"),
@@ -139,7 +139,7 @@ def test_thousands_of_questions_take_little_memory() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(found.accepted) > 5900
-    assert peak < 60e6  # the cosines of all with all would be 288 MB
+    assert peak < 60e6  # all pairwise cosines would take 288 MB
 
 
 @pytest.mark.parametrize(

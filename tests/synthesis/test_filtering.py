@@ -20,7 +20,7 @@ samples = st.lists(
 def test_right_samples_are_kept_in_order_and_all_are_counted(
     given: list[Sample], per_prompt: int | None, duplicates: bool
 ) -> None:
-    """Against a list that is gone through by hand."""
+    """Against a naive loop."""
     kept = keep_correct(given, per_prompt=per_prompt, duplicates=duplicates)
     expected: list[Sample] = []
     for each in given:
@@ -57,7 +57,7 @@ def test_mixture_has_the_requested_share(current: list[int], previous: list[int]
 
 
 def test_all_examples_are_equally_likely() -> None:
-    """Each of 20, 5 at a time, by 2000 seeds: 500 times, within 5 standard deviations; fails once in 100,000 runs."""
+    """5 of 20 with 2000 seeds: each 500 times, within 5 standard deviations; fails once in 100,000 runs."""
     drawn = Counter(each for seed in range(2000) for each in mix(range(100, 105), range(20), share=0.5, seed=seed)[5:])
     assert set(drawn) == set(range(20))
     assert all(abs(count - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for count in drawn.values())
