@@ -99,7 +99,7 @@ def test_invalid_embeddings_are_refused() -> None:
         ([[1.0], [0.0]], "a zero vector for row 1"),
         ([[1.0], [math.nan]], "with NaN or infinity for row 1"),
         ([1.0, 2.0], r"shape \(2,\)"),
-        ([["a"]], "no array of numbers"),
+        ([["a"]], "not return an array of numbers"),
     ):
         with pytest.raises(ArgumentError, match=message):
             cosine_diversity(rows)

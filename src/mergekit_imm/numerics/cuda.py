@@ -34,7 +34,7 @@ def merge_span_on(device: str) -> Callable[..., None]:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(
-            f"device is {device!r}, but torch {torch.__version__} finds no such device here"
+            f"device is {device!r}, which torch {torch.__version__} cannot use here"
             f" ({str(error).splitlines()[0]}); use --device cpu, which is as fast as the disk"
         ) from error
     return functools.partial(merge_span, torch.device(device))
