@@ -58,7 +58,7 @@ def test_mean_pass_at_k_needs_k_samples_of_every_problem() -> None:
         mean_pass_at_k({"a": (4, 1), "b": (3, 1), "c": (1, 1)}, 4)
     with pytest.raises(ArgumentError, match="problem 1 has 2;"):
         mean_pass_at_k([(4, 1), (2, 1)], 3)
-    with pytest.raises(ArgumentError, match="no problems"):
+    with pytest.raises(ArgumentError, match="counts is empty"):
         mean_pass_at_k([], 1)
 
 

@@ -77,7 +77,9 @@ def test_a_factor_that_overflows_the_rescale_is_refused() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_refused(models: Models) -> None:
-    models.refused(ArgumentError, r"device is 'cuda', which torch .* cannot use here.*--device cpu", streaming=True, device="cuda")
+    models.refused(
+        ArgumentError, r"device is 'cuda', which torch .* cannot use here.*--device cpu", streaming=True, device="cuda"
+    )
 
 
 L0, L1 = "model.layers.0", "model.layers.1"

@@ -16,7 +16,7 @@ from .statistics import Tally, is_finite
 
 # Dtype in a safetensors header -> code for `merge_decoded_blocks`, and array dtype for `merge_blocks`.
 CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
-_HELD_AS = {"BF16": np.uint32, "F16": np.int32, "F32": np.float32, "F64": np.float64}
+_ARRAY_TYPES = {"BF16": np.uint32, "F16": np.int32, "F32": np.float32, "F64": np.float64}
 
 Bytes = npt.NDArray[np.uint8]
 Side = tuple[Bytes, str]  # raw elements, and their dtype in a safetensors header
@@ -91,7 +91,7 @@ def _merge_blocks(
     limit = np.uint32(constants.keep16 * 65536 - 1)  # an element is kept if its 16 bits, as a high half, are <= this
     # Compile only common mixtures of dtypes, each of which takes seconds once; decode the others into tiles.
     alike, start_is_base = base[1] == start[1] == sft[1], start[0] is base[0]
-    as_held = alike or (start_is_base and base[1] == out[1] and {base[1], sft[1]} == {"BF16", "F32"})
+    is_common = alike or (start_is_base and base[1] == out[1] and {base[1], sft[1]} == {"BF16", "F32"})
     before = tally.copy()
     for how in (fast, careful) if is_finite(before) and not (constants.is_identity or at_end) else (careful,):
         rest = (
@@ -105,18 +105,18 @@ def _merge_blocks(
             how,
             tally,
         )
-        if as_held:
-            merge_blocks(_held(base), None if start_is_base else _held(start), _held(sft), _held(out), *rest)
+        if is_common:
+            merge_blocks(_typed(base), None if start_is_base else _typed(start), _typed(sft), _typed(out), *rest)
         else:
             sides = [part for raw, dtype in (base, start, sft) for part in (raw, CODES[dtype])]
-            merge_decoded_blocks(*sides, start_is_base, _held(out), *rest)
+            merge_decoded_blocks(*sides, start_is_base, _typed(out), *rest)
         if how is careful or is_finite(tally):
             break
         tally[:] = before  # the fast path does not make NaN canonical: start over with the careful one
 
 
-def _held(side: Side) -> npt.NDArray[Any]:
-    return side[0].view(_HELD_AS[side[1]])
+def _typed(side: Side) -> npt.NDArray[Any]:
+    return side[0].view(_ARRAY_TYPES[side[1]])
 
 
 def finite_elements(raw: Bytes, dtype: str) -> npt.NDArray[np.bool_]:

@@ -68,14 +68,14 @@ def _fill(block, key0, key1, work):
                 c0, c2 = _u32(p1 >> _u64(32)) ^ c1 ^ k0, _u32(p0 >> _u64(32)) ^ c3 ^ k1
                 c1, c3 = _u32(p1), _u32(p0)
             at = _PAIRS * odd + j
-            work[at] = _held(_u32(c0), work[at])
-            work[64 + at] = _held(_u32(c1), work[at])
-            work[128 + at] = _held(_u32(c2), work[at])
-            work[192 + at] = _held(_u32(c3), work[at])
+            work[at] = _as_float(_u32(c0), work[at])
+            work[64 + at] = _as_float(_u32(c1), work[at])
+            work[128 + at] = _as_float(_u32(c2), work[at])
+            work[192 + at] = _as_float(_u32(c3), work[at])
 
 
 @by_type
-def _held(word, like):
+def _as_float(word, like):
     """Store a word in the bits of a float, for `work`."""
     if like == types.float32:
         return lambda word, like: _u32(word).view(_f32)
@@ -83,8 +83,8 @@ def _held(word, like):
 
 
 @by_type
-def _word(x):
-    """Get back the word that `_held` stored."""
+def _as_word(x):
+    """Get back the word that `_as_float` stored."""
     if x == types.float32:
         return lambda x: _f32(x).view(_u32)
     return lambda x: _u32(_f64(x).view(_u64))
@@ -105,19 +105,19 @@ def _from_f16(high):
 
 
 @by_type
-def _pair(held, j):
+def _pair(elements, j):
     """Elements 2j and 2j+1 of a block."""
-    if held.dtype == types.uint32:  # bfloat16: the high half of a float32
-        return lambda held, j: (
-            _u32(_u32(held[j]) << _u32(16)).view(_f32),
-            _u32(_u32(held[j]) & _u32(0xFFFF0000)).view(_f32),
+    if elements.dtype == types.uint32:  # bfloat16: the high half of a float32
+        return lambda elements, j: (
+            _u32(_u32(elements[j]) << _u32(16)).view(_f32),
+            _u32(_u32(elements[j]) & _u32(0xFFFF0000)).view(_f32),
         )
-    if held.dtype == types.int32:
-        return lambda held, j: (
-            _from_f16(_u32(_u32(held[j]) << _u32(16))),
-            _from_f16(_u32(held[j])),
+    if elements.dtype == types.int32:
+        return lambda elements, j: (
+            _from_f16(_u32(_u32(elements[j]) << _u32(16))),
+            _from_f16(_u32(elements[j])),
         )
-    return lambda held, j: (held[2 * j], held[2 * j + 1])
+    return lambda elements, j: (elements[2 * j], elements[2 * j + 1])
 
 
 @jit
@@ -193,29 +193,29 @@ def _single(x):
 
 
 @by_type
-def _put(held, j, even, odd, how):
+def _put(elements, j, even, odd, how):
     """Store elements 2j and 2j+1 of a block; returns their rounded values."""
-    if held.dtype == types.uint32:
+    if elements.dtype == types.uint32:
 
-        def put_bf16(held, j, even, odd, how):
+        def put_bf16(elements, j, even, odd, how):
             e, o = _u32(_to_bf16(_single(even), how)), _u32(_to_bf16(_single(odd), how))
-            held[j] = _u32(o | _u32(e >> _u32(16)))
+            elements[j] = _u32(o | _u32(e >> _u32(16)))
             return _u32(e).view(_f32), _u32(o).view(_f32)
 
         return put_bf16
-    if held.dtype == types.int32:
+    if elements.dtype == types.int32:
 
-        def put_f16(held, j, even, odd, how):
+        def put_f16(elements, j, even, odd, how):
             (e, even_value), (o, odd_value) = _to_f16(_single(even), how), _to_f16(_single(odd), how)
-            held[j] = np.int32(_u32(_u32(o << _u32(16)) | e))
+            elements[j] = np.int32(_u32(_u32(o << _u32(16)) | e))
             return _u32(even_value).view(_f32), _u32(odd_value).view(_f32)
 
         return put_f16
-    kind = _f32 if held.dtype == types.float32 else _f64
+    kind = _f32 if elements.dtype == types.float32 else _f64
 
-    def put(held, j, even, odd, how):
+    def put(elements, j, even, odd, how):
         e, o = _unless_nan(even, how, kind(even), kind(np.nan)), _unless_nan(odd, how, kind(odd), kind(np.nan))
-        held[2 * j], held[2 * j + 1] = e, o
+        elements[2 * j], elements[2 * j + 1] = e, o
         return e, o
 
     return put
@@ -264,19 +264,19 @@ def _delta_and_sft(start, sft, how):
 
 
 @by_type
-def _pair_or(held, j, even, odd):
+def _pair_or(elements, j, even, odd):
     """Elements 2j and 2j+1 of a block, or `even` and `odd` if there is no block."""
-    if isinstance(held, types.NoneType):
-        return lambda held, j, even, odd: (even, odd)
-    return lambda held, j, even, odd: _pair(held, j)
+    if isinstance(elements, types.NoneType):
+        return lambda elements, j, even, odd: (even, odd)
+    return lambda elements, j, even, odd: _pair(elements, j)
 
 
 @by_type
-def _cut(held, first, last):
+def _cut(elements, first, last):
     """A slice, or None for None."""
-    if isinstance(held, types.NoneType):
-        return lambda held, first, last: None
-    return lambda held, first, last: held[first:last]
+    if isinstance(elements, types.NoneType):
+        return lambda elements, first, last: None
+    return lambda elements, first, last: elements[first:last]
 
 
 @by_type
@@ -320,7 +320,7 @@ def _merge_block(base, start, sft, out, work, limit, how, largest, tally):
     """Merge a block with the words in `work`; returns the largest change so far, and how many elements are kept."""
     kept = _u32(0)
     for i in range(_PAIRS):
-        e, o = _u32(_word(work[i])), _u32(_word(work[_PAIRS + i]))
+        e, o = _u32(_as_word(work[i])), _u32(_as_word(work[_PAIRS + i]))
         e_low, o_low = _u32(e << _u32(16)) <= limit, _u32(o << _u32(16)) <= limit
         low = _merge_pair(base, start, sft, out, i, e_low, o_low, how)
         high = _merge_pair(base, start, sft, out, _PAIRS + i, e <= limit, o <= limit, how)
@@ -355,7 +355,7 @@ def _close(work, limit, largest, kept, count, tally):
     tally[LARGEST] = change if change > tally[LARGEST] else tally[LARGEST]  # skips NaN
     for r in range((count - 1) % BLOCK + 1, BLOCK):  # do not count the padding of the last block
         counter, word = r % COUNTERS, r // COUNTERS
-        bits = _u32(_word(work[_PAIRS * (counter % 2) + 64 * (word % 4) + counter // 2]))
+        bits = _u32(_as_word(work[_PAIRS * (counter % 2) + 64 * (word % 4) + counter // 2]))
         if word < 4:
             bits = _u32(bits << _u32(16))
         kept -= 1 if bits <= limit else 0
