@@ -171,7 +171,7 @@ def test_a_comparison_by_hand() -> None:
     correct = {m.name: m for m in found.measures if m.name.endswith(", correct")}
     assert correct["EAD, correct"].difference.n == 2  # q2, q3: two right samples of both
     assert any("diversity, correct: on 2 of 8 problems" in note for note in found.notes)
-    # of b as many responses as a has, 2 and 3, each of which says the same: 1 of 2 and 1 of 3 n-grams are distinct
+    # b is cut to as many responses as a has, 2 and 3, all alike: 1 of 2 and 1 of 3 n-grams are distinct
     assert correct["distinct-n, correct"].model.value < correct["distinct-n, correct"].reference.value
     assert correct["distinct equations, correct"].model.value == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert correct["tokens, correct"].difference.value == 0
