@@ -94,7 +94,7 @@ def main() -> None:
     if arguments.row:
         print(json.dumps(measure(ROWS[arguments.row], arguments.sequences, arguments.length)))
         return
-    print("| | s for a sequence | bytes for a parameter |\n|---|---|---|")
+    print("| | s per sequence | bytes per parameter |\n|---|---|---|")
     for name in ROWS:
         own = ["--row", name, "--sequences", str(arguments.sequences), "--length", str(arguments.length)]
         done = subprocess.run([sys.executable, __file__, *own], stdout=subprocess.PIPE, text=True, check=True)

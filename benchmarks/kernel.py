@@ -57,14 +57,14 @@ def case(name: str) -> tuple[Callable[[], None], Callable[[], None], int]:
     base, sft = (weights(base_dtype, 0), base_dtype), (weights(sft_dtype, 1), sft_dtype)
     start = base if start_dtype is None else (weights(start_dtype, 2), start_dtype)
     out = (np.empty(COUNT * WIDTH[out_dtype], np.uint8), out_dtype)
-    numbers = arithmetic(alpha=0.5, drop=drop)
+    constants = arithmetic(alpha=0.5, drop=drop)
     key = mask_key("model.layers.0.mlp.up_proj.weight", 0, 0)
     sides = [base, sft, out] if start is base else [base, start, sft, out]
     moved = sum(raw.nbytes for raw, _ in sides)
     source, target = np.zeros(moved // 2, np.uint8), np.ones(moved // 2, np.uint8)
 
     def kernel() -> None:
-        merge_span(base, start, sft, out, COUNT, 0, key, numbers, new_tally())
+        merge_span(base, start, sft, out, COUNT, 0, key, constants, new_tally())
 
     return kernel, lambda: np.copyto(target, source), moved
 

@@ -1,20 +1,20 @@
-"""Everything this library raises on purpose, and how its messages speak to whoever called.
+"""The exceptions of this library, and how their messages address the caller.
 
     MergeError
-    ├── ArgumentError      a parameter has a value it cannot have (also a ValueError)
+    ├── ArgumentError      invalid value of a parameter (also a ValueError)
     ├── CheckpointError    an input cannot be found, read or understood
-    │   └── ChangedError   an input was changed while it was merged
-    ├── ExtraError         a package is missing that an extra installs (also an ImportError)
-    ├── MismatchError      inputs that do not belong together (also a ValueError)
+    │   └── ChangedError   an input changed during the merge
+    ├── ExtraError         a package from an extra is not installed (also an ImportError)
+    ├── MismatchError      the inputs do not belong together (also a ValueError)
     ├── NonFiniteError     NaN, infinity, or a value too large for the output dtype
-    ├── OutputError        the output cannot be written, or must not be
-    ├── PlanError          a plan that loses something: an error of this program, found before a byte is written
-    ├── PartialMergeError  a merge into a live model failed on the way: the model is of no use
-    ├── RankError          of the ranks of one merge, another has ended
-    └── VerifyError        an output is not what its recipe says
+    ├── OutputError        the output cannot or must not be written
+    ├── PlanError          the plan loses a tensor: a bug of this library, found before a byte is written
+    ├── PartialMergeError  a merge into a live model failed midway: the model is unusable
+    ├── RankError          another rank of the merge has ended
+    └── VerifyError        an output does not match its recipe
 
-Each message is one line: what was asked, what was found, where, and the cure. Messages are written with options, as
-commands take them (`--take '^x$'`), and read so by a command's user; in Python they name parameters (`take=[r"^x$"]`).
+Each message is one line: what was asked, what was found, where, and the cure. Messages are written with the options of
+commands (`--take '^x$'`); Python callers see parameters instead (`take=[r"^x$"]`).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .common.messages import for_caller
 
 
 class MergeError(Exception):
-    """Base class of every error that this library raises on purpose."""
+    """Base class of all errors that this library raises deliberately."""
 
     def __str__(self) -> str:
-        """Return the message as whoever called reads it; `args` holds it as it was written."""
+        """Return the message for this caller, with options or parameters; `args` holds it with options."""
         return for_caller(super().__str__())
 
 
 class ArgumentError(MergeError, ValueError):
-    """A parameter has a value it cannot have."""
+    """A parameter has an invalid value."""
 
 
 class CheckpointError(MergeError):
@@ -39,15 +39,15 @@ class CheckpointError(MergeError):
 
 
 class ChangedError(CheckpointError):
-    """An input was changed while it was merged."""
+    """An input changed during the merge."""
 
 
 class ExtraError(MergeError, ImportError):
-    """A package is missing that an extra of this one installs."""
+    """A package from an extra of this library is not installed."""
 
 
 class MismatchError(MergeError, ValueError):
-    """Inputs do not belong together: names, shapes, kinds of dtype, architectures."""
+    """The inputs do not belong together: names, shapes, kinds of dtype, or architectures differ."""
 
 
 class NonFiniteError(MergeError):
@@ -55,25 +55,25 @@ class NonFiniteError(MergeError):
 
 
 class OutputError(MergeError):
-    """The output cannot be written, or must not be."""
+    """The output cannot or must not be written."""
 
 
 class PlanError(MergeError):
-    """A plan does not account for every tensor: an error of this program, found before a byte is written."""
+    """The plan does not account for every tensor: a bug of this library, found before a byte is written."""
 
 
 class PartialMergeError(MergeError):
-    """A merge into a live model failed when parts of it were written: load the model again."""
+    """A merge into a live model failed after some tensors were merged: load the model again."""
 
 
 class RankError(MergeError):
-    """Of the ranks of one merge, another has ended."""
+    """Another rank of the merge has ended."""
 
 
 class VerifyError(MergeError):
-    """An output is not what its recipe says."""
+    """An output does not match its recipe."""
 
 
 def extra_error(what: str, package: str, extra: str) -> ExtraError:
-    """Return the error for something that needs a package which is not there."""
+    """Return the error for a feature that needs a missing package."""
     return ExtraError(f"{what} needs {package}, which is not installed; pip install 'mergekit-imm[{extra}]'")

@@ -1,4 +1,4 @@
-"""Numbers that change over the rounds of a loop: functions of the round, counted from 0."""
+"""Schedules: values such as alpha as functions of the round, an integer from 0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Schedule = Callable[[int], float]
 
 
 def constant(value: float) -> Schedule:
-    """Return the same value for every round.
+    """Return a schedule with the same value in every round.
 
     >>> constant(0.5)(7)
     0.5
@@ -21,7 +21,7 @@ def constant(value: float) -> Schedule:
 
 
 def linear(first: float, last: float, rounds: int) -> Schedule:
-    """Return a line: first + (last - first) * t / (rounds - 1), and `last` in all rounds behind.
+    """Return a linear schedule: first + (last - first) * t / (rounds - 1) in round t, and `last` in later rounds.
 
     >>> [linear(0.2, 0.8, 3)(t) for t in range(4)]
     [0.2, 0.5, 0.8, 0.8]
@@ -30,7 +30,7 @@ def linear(first: float, last: float, rounds: int) -> Schedule:
 
 
 def cosine(first: float, last: float, rounds: int) -> Schedule:
-    """Return half a wave: last + (first - last) * (1 + cos(pi * t / (rounds - 1))) / 2, and `last` behind.
+    """Return a cosine schedule: last + (first - last) * (1 + cos(pi * t / (rounds - 1))) / 2, and `last` later.
 
     >>> [round(cosine(0.2, 0.8, 3)(t), 3) for t in range(4)]
     [0.2, 0.5, 0.8, 0.8]
@@ -45,7 +45,7 @@ def cosine(first: float, last: float, rounds: int) -> Schedule:
 
 
 def listed(values: Sequence[float]) -> Schedule:
-    """Return a value for each round, of a list. Raises ArgumentError for a round that has none.
+    """Return a schedule with one value per round. It raises ArgumentError for a round beyond the list.
 
     >>> listed([0.3, 0.5])(1)
     0.5
@@ -53,16 +53,16 @@ def listed(values: Sequence[float]) -> Schedule:
 
     def value(t: int) -> float:
         if not 0 <= t < len(values):
-            raise ArgumentError(f"there are {len(values)} values, and none for round {t} (rounds count from 0)")
+            raise ArgumentError(f"there are {len(values)} values and none for round {t} (rounds count from 0)")
         return values[t]
 
     return value
 
 
 def parse_schedule(text: str, rounds: int) -> Schedule:
-    """Return the schedule that a text stands for: "0.5", "0.3,0.5,0.7", "linear:0.3,0.7" or "cosine:0.3,0.7".
+    """Parse a schedule: "0.5", "0.3,0.5,0.7", "linear:0.3,0.7" or "cosine:0.3,0.7".
 
-    Raises ArgumentError for any other text, and for a list that is not of one value for each round.
+    Raises ArgumentError for other texts, and for a list without exactly one value per round.
 
     >>> parse_schedule("linear:0.2,0.8", 3)(1)
     0.5
@@ -74,8 +74,7 @@ def parse_schedule(text: str, rounds: int) -> Schedule:
         values = []
     if not values or not all(map(math.isfinite, values)) or kind not in ("", "linear", "cosine"):
         raise ArgumentError(
-            f"'{shown(text)}' is no number for each round; write 0.5, or 0.3,0.5,0.7, or linear:0.3,0.7, or"
-            " cosine:0.3,0.7"
+            f"'{shown(text)}' is not a schedule; write 0.5, or 0.3,0.5,0.7, or linear:0.3,0.7, or cosine:0.3,0.7"
         )
     if kind:
         if len(values) != 2:
@@ -84,7 +83,5 @@ def parse_schedule(text: str, rounds: int) -> Schedule:
     if len(values) == 1:
         return constant(values[0])
     if len(values) != rounds:
-        raise ArgumentError(
-            f"'{shown(text)}' has {len(values)} values, and there are {rounds} rounds; give one for each"
-        )
+        raise ArgumentError(f"'{shown(text)}' has {len(values)} values for {rounds} rounds; give one per round")
     return listed(values)

@@ -1,4 +1,4 @@
-"""The change of weights against norms added up by hand in float64, on checkpoints of many forms."""
+"""The change of weights against naive sums of norms in float64, for checkpoints of many forms."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def by_hand(before: State, after: State) -> dict[str, float]:
-    """Eq. 4 in float64: the names of what counts are written down here."""
+    """Eq. 4 in float64, with an explicit list of the weights that count."""
     found: dict[str, float] = {}
     for name in before:
         if name.endswith((*LINEAR, "gate_up_proj")):
@@ -68,7 +68,7 @@ def test_a_layer_is_the_sum_of_norms(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_checkpoints_give_what_tensors_give(tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
+def test_checkpoints_and_tensors_agree(tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
     before, after = pair(dtype)
     names = list(SHAPES)
     write_model(tmp_path / "base", before, shards=[names[::2], names[1::2]] if sharded else None)
@@ -81,7 +81,7 @@ def test_checkpoints_give_what_tensors_give(tmp_path: Path, dtype: torch.dtype, 
     assert {path.name for path in tmp_path.iterdir()} == {"base", "sft"}
 
 
-def test_an_adapter_is_its_product(tmp_path: Path) -> None:
+def test_an_adapter_changes_by_its_product(tmp_path: Path) -> None:
     before, _ = pair(torch.float32)
     write_model(tmp_path / "base", before, config={"model_type": "qwen2"})
     target = "model.layers.1.mlp.up_proj"
@@ -108,7 +108,7 @@ def test_a_tied_head_counts_once(tmp_path: Path) -> None:
     assert "head" not in found.elsewhere
 
 
-def test_rows_of_one_vocabulary_do_not_count(tmp_path: Path) -> None:
+def test_rows_of_only_one_vocabulary_do_not_count(tmp_path: Path) -> None:
     before, after = pair(torch.float32)
     more = {
         name: torch.cat([after[name], torch.ones(3, 16)]) for name in ("model.embed_tokens.weight", "lm_head.weight")
@@ -122,7 +122,7 @@ def test_rows_of_one_vocabulary_do_not_count(tmp_path: Path) -> None:
         checkpoint_change(tmp_path / "base", tmp_path / "sft", vocab="strict")
 
 
-def test_the_report_of_a_merge_holds_the_same(tmp_path: Path) -> None:
+def test_report_of_a_merge_agrees(tmp_path: Path) -> None:
     before, after = pair()
     write_model(tmp_path / "base", before)
     write_model(tmp_path / "sft", after)
@@ -132,7 +132,7 @@ def test_the_report_of_a_merge_holds_the_same(tmp_path: Path) -> None:
     assert read.elsewhere == streamed.elsewhere
 
 
-def test_the_report_of_a_later_round_is_of_its_own_start(tmp_path: Path) -> None:
+def test_report_of_a_later_round_refers_to_its_start(tmp_path: Path) -> None:
     before, after = pair()
     for name, state in (("base", before), ("sft", after)):
         write_model(tmp_path / name, state)
@@ -142,7 +142,7 @@ def test_the_report_of_a_later_round_is_of_its_own_start(tmp_path: Path) -> None
     assert reported_change(tmp_path / "two").layers == pytest.approx(streamed.layers, rel=1e-6)
 
 
-def test_what_a_report_cannot_tell_is_refused(tmp_path: Path) -> None:
+def test_incomplete_reports_are_refused(tmp_path: Path) -> None:
     before, after = pair()
     for name, state in (("base", before), ("sft", after)):
         write_model(tmp_path / name, state)
@@ -164,7 +164,7 @@ def test_what_a_report_cannot_tell_is_refused(tmp_path: Path) -> None:
         reported_change(tmp_path / "norms")
 
 
-def test_nan_is_named_with_a_cure_that_fits(tmp_path: Path) -> None:
+def test_nan_is_refused_with_a_working_cure(tmp_path: Path) -> None:
     before, after = pair()
     after["model.layers.1.mlp.up_proj.weight"][0, 3] = math.nan
     write_model(tmp_path / "base", before)
@@ -174,7 +174,7 @@ def test_nan_is_named_with_a_cure_that_fits(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=message):
         checkpoint_change(tmp_path / "base", tmp_path / "sft")
     found = checkpoint_change(tmp_path / "base", tmp_path / "sft", keep=[r"layers\.1\.mlp\.up_proj"])
-    assert "note: 1 tensors are not measured: left out, or no floats" in found.notes
+    assert "note: 1 tensors are not measured: left out, or not floats" in found.notes
     with pytest.raises(NonFiniteError, match="of base "):
         checkpoint_change(tmp_path / "sft", tmp_path / "base")
     with pytest.raises(NonFiniteError, match=r"model.layers.1.mlp.up_proj.weight"):
@@ -201,7 +201,7 @@ def test_other_names_and_shapes_are_refused(tmp_path: Path) -> None:
         checkpoint_change(tmp_path / "base", tmp_path / "base", workers=0)
 
 
-def test_nothing_changed_is_no_division_by_zero() -> None:
+def test_no_change_gives_no_division_by_zero() -> None:
     found = change_of(
         {"h.0.w": Norms((2, 2), 0.0, 0.0), "h.10.w": Norms((2, 2), 0.0, 2.0), "h.2.w": Norms((2, 2), 0.0, 1.0)}
     )
@@ -237,7 +237,7 @@ def test_kinds_of_modules() -> None:
     assert module_kind("h.0.mlp.2.weight") == "mlp.*"
 
 
-def test_experts_one_by_one_are_matrices_of_their_own_and_integers_are_no_change(tmp_path: Path) -> None:
+def test_separate_experts_are_separate_matrices_and_integers_do_not_count(tmp_path: Path) -> None:
     shapes = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": (8, 4) for i in range(3)}
     before, after = random_state(shapes), random_state(shapes, seed=1)
     for number, (name, state) in enumerate((("base", before), ("sft", after))):
@@ -247,10 +247,10 @@ def test_experts_one_by_one_are_matrices_of_their_own_and_integers_are_no_change
     expected = sum(float((before[name].double() - after[name].double()).norm()) for name in shapes)
     assert found.layers == pytest.approx({"model.layers.0": expected}, rel=1e-6)
     assert found.kinds["model.layers.0"].keys() == {"up_proj"}
-    assert "note: 1 tensors are not measured: left out, or no floats" in found.notes
+    assert "note: 1 tensors are not measured: left out, or not floats" in found.notes
 
 
-def test_names_may_be_others_by_a_rule(tmp_path: Path) -> None:
+def test_rename_rules_apply(tmp_path: Path) -> None:
     before, after = pair()
     write_model(tmp_path / "base", before)
     write_model(tmp_path / "sft", {name.replace("model.", "net.", 1): each for name, each in after.items()})

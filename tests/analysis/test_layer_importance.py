@@ -1,4 +1,4 @@
-"""`layer_importance` against the formulas, written out: one backward pass for each batch or sample, sums in float64."""
+"""`layer_importance` against naive formulas: one backward pass per batch or sample, sums in float64."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from mergekit_imm.options.layer_factors import Importance
 from models import new_model
 
 Batch = dict[str, Tensor]
-LAYER = {"llama": r"^model\.layers\.\d+", "qwen2": r"^model\.layers\.\d+", "gpt2": r"^transformer\.h\.\d+",
-         "qwen3_moe": r"^model\.layers\.\d+", "gpt_oss": r"^model\.layers\.\d+"}  # fmt: skip
+LAYER = {
+    "llama": r"^model\.layers\.\d+",
+    "qwen2": r"^model\.layers\.\d+",
+    "gpt2": r"^transformer\.h\.\d+",
+    "qwen3_moe": r"^model\.layers\.\d+",
+    "gpt_oss": r"^model\.layers\.\d+",
+}
 _models: dict[str, Any] = {}
 
 
 def model_of(layout: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A small model, not to be changed, with more spread in its weights than an initial one has."""
+    """A small shared model, with more spread in its weights than at initialisation."""
     key = f"{layout} {dtype}"
     if key not in _models:
         _models[key] = new_model(layout).to(dtype).train()
@@ -48,7 +53,7 @@ def batch_of(sequences: list[list[int]], prompt: int = 0) -> Batch:
 
 
 def linear_weights(model: nn.Module, layout: str) -> dict[str, list[nn.Parameter]]:
-    """Layer -> its linear weights, told by the classes of its modules."""
+    """Layer -> its linear weights, by the classes of its modules."""
     found: dict[str, list[nn.Parameter]] = {}
     for name, module in model.named_modules():
         kind, layer = type(module).__name__, re.match(LAYER[layout], name)
@@ -63,7 +68,7 @@ def linear_weights(model: nn.Module, layout: str) -> dict[str, list[nn.Parameter
 
 
 def gradients(model: nn.Module, batch: Batch, weights: list[nn.Parameter]) -> tuple[list[Tensor], int]:
-    """Gradients of the mean loss of a batch, in float64, and the number of tokens it is the mean of."""
+    """Gradients of a batch's mean loss, in float64, and its number of tokens."""
     model.eval()
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     targets = batch["labels"][:, 1:]
@@ -80,7 +85,7 @@ def rows_of(batches: list[Batch]) -> list[Batch]:
 
 
 def by_hand(layout: str, batches: list[Batch], order: str, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """The definitions of `layer_importance`, with every gradient held at once."""
+    """The definitions of `layer_importance`, with all gradients in memory at once."""
     model = model_of(layout, dtype)
     layer_of = {weight: layer for layer, weights in linear_weights(model, layout).items() for weight in weights}
     each = [gradients(model, batch, [*layer_of]) for batch in (batches if order == "first" else rows_of(batches))]
@@ -111,7 +116,7 @@ BATCHES = [batch_of(texts([9, 5]), prompt=2), batch_of(texts([12], seed=1), prom
 
 @pytest.mark.parametrize("order", ["first", "second", "mix", "per-sample"])
 @pytest.mark.parametrize("layout", ["llama", "qwen2", "gpt2", "qwen3_moe", "gpt_oss"])
-def test_it_is_the_formula(layout: str, order: str) -> None:
+def test_importance_matches_the_formula(layout: str, order: str) -> None:
     found = layer_importance(model_of(layout), BATCHES, order=order)
     assert_close(found.layers, by_hand(layout, BATCHES, order), 1e-5)
     assert (found.sequences, found.tokens, found.order) == (
@@ -124,7 +129,7 @@ def test_it_is_the_formula(layout: str, order: str) -> None:
 
 @pytest.mark.parametrize("order", ["first", "second", "mix", "per-sample"])
 def test_float64_and_bfloat16_weights(order: str) -> None:
-    """In bfloat16 the gradients themselves are coarse; the sums of these gradients are not."""
+    """In bfloat16 gradients are coarse, but their sums are not."""
     for dtype in (torch.float64, torch.bfloat16):
         found = layer_importance(model_of("llama", dtype), BATCHES, order=order)
         assert_close(found.layers, by_hand("llama", BATCHES, order, dtype), 1e-9 if dtype == torch.float64 else 1e-5)
@@ -149,8 +154,8 @@ def test_one_batch_is_one_backward_pass_as_llm_pruner_does_it() -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(cuts=st.sets(st.integers(1, 6)), order=st.sampled_from(["first", "second", "mix", "per-sample"]))
-def test_how_data_is_cut_into_batches_does_not_matter(cuts: set[int], order: str) -> None:
-    """But for rounding: 1e-5 of the importance, with weights and losses in float32."""
+def test_batch_size_does_not_matter(cuts: set[int], order: str) -> None:
+    """Up to rounding: 1e-5 of the importance, with weights and losses in float32."""
     sequences = texts([5, 9, 3, 12, 6, 4, 8], seed=3)
     edges = [0, *sorted(cuts), len(sequences)]
     batches = [batch_of(sequences[a:b], prompt=1) for a, b in pairwise(edges)]
@@ -163,7 +168,7 @@ def test_how_data_is_cut_into_batches_does_not_matter(cuts: set[int], order: str
     assert other.loss == pytest.approx(one.loss, rel=1e-6)
 
 
-def test_samples_that_disagree_cancel_unless_each_counts_by_itself() -> None:
+def test_samples_of_opposite_sign_cancel_except_per_sample() -> None:
     batches = [batch_of([each]) for each in texts([12] * 8, seed=4)]
     first, each = (layer_importance(model_of("llama"), batches, order=order) for order in ("first", "per-sample"))
     assert all(first.layers[key] < 0.9 * each.layers[key] for key in first.layers)
@@ -171,14 +176,14 @@ def test_samples_that_disagree_cancel_unless_each_counts_by_itself() -> None:
 
 @pytest.mark.parametrize("order", ["first", "second", "mix"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_on_the_disk_have_the_same_bits(order: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_sums_on_disk_have_the_same_bits(order: str, dtype: torch.dtype, tmp_path: Path) -> None:
     in_memory = layer_importance(model_of("qwen3_moe", dtype), BATCHES, order=order)
     assert layer_importance(model_of("qwen3_moe", dtype), BATCHES, order=order, accumulate=tmp_path) == in_memory
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_outside_and_in_which_module() -> None:
-    """All weights are somewhere, each once; a tied embedding is one weight."""
+def test_outside_and_modules() -> None:
+    """Every weight counts exactly once; a tied embedding is one weight."""
     expected = {
         "llama": {"embeddings", "head", "norms"},
         "qwen2": {"embeddings", "norms", "biases"},
@@ -207,7 +212,7 @@ def test_the_loss_is_the_mean_over_tokens() -> None:
     assert layer_importance(model, batches).loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_module_of_ones_own_with_a_loss_of_ones_own() -> None:
+def test_custom_module_and_loss() -> None:
     """Two layers of one number each: y = a b x, the loss is the mean of y; dy/da * a = dy/db * b = a b x."""
     pair = [nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)]
     pair[0].weight.data.fill_(3.0)

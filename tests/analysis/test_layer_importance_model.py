@@ -1,4 +1,4 @@
-"""`layer_importance` leaves the model as it was, holds one gradient at a time, and says what it is not for."""
+"""`layer_importance` restores the model, holds one gradient at a time, and refuses unsuitable inputs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def raising(after: int) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("order", ["first", "mix", "per-sample"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(order: str, fails: bool) -> None:
+def test_the_model_is_restored(order: str, fails: bool) -> None:
     model = Chain().train()
     model.layers[0].eval()
     model.layers[1].weight.requires_grad_(False)
@@ -114,17 +114,17 @@ def test_one_gradient_is_alive_at_a_time(order: str, batches: int, monkeypatch: 
     assert set(alive) == {1, 0}
 
 
-def test_a_batch_more_makes_room_and_one_alone_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_are_allocated_only_for_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     from mergekit_imm.analysis import gradients
 
     asked: list[int] = []
-    room = gradients._room
+    room = gradients._allocate_sums
 
     def noted(weights: Any, *rest: Any) -> Any:
         asked.append(len(weights))
         return room(weights, *rest)
 
-    monkeypatch.setattr(gradients, "_room", noted)
+    monkeypatch.setattr(gradients, "_allocate_sums", noted)
     layer_importance(model_of("llama"), iter(BATCHES[:1]))
     layer_importance(model_of("llama"), iter(BATCHES), order="per-sample")
     assert asked == []
@@ -161,15 +161,15 @@ ONLY_FIRST = {**BATCHES[1], "labels": torch.tensor([[5] + [-100] * 11])}
     ("batches", "options", "message"),
     [
         ([], {}, "batches is empty"),
-        ([without("labels")], {}, "a batch has input_ids, attention_mask; it must be a mapping with a tensor 'labels'"),
-        ([torch.ones(1, 3)], {}, "a batch is a Tensor; it must be a mapping"),
+        ([without("labels")], {}, "a batch has input_ids, attention_mask; give mappings with a tensor 'labels'"),
+        ([torch.ones(1, 3)], {}, "a batch is a Tensor; give mappings"),
         ([BATCHES[0], UNCOUNTED], {}, "batch 2 has no token that counts"),
         ([ONLY_FIRST], {}, "batch 1 has no token that counts"),
         ([batch_of(texts([9, 2]), 2)], {"order": "mix"}, "sample 2 of batch 1 has no token that counts"),
         (BATCHES, {"order": "third"}, "order is 'third'; it must be one of first, second, mix, per-sample"),
         ([{**BATCHES[0], "position_ids": torch.zeros(3, 2, 9)}], {"order": "second"}, "'position_ids' [3, 2, 9] does"),
-        (BATCHES, {"loss": lambda *_: 1.0}, "the loss of batch 1 is no pair"),
-        (BATCHES, {"loss": lambda *_: (torch.ones(()), "1")}, "the loss of batch 1 is no pair"),
+        (BATCHES, {"loss": lambda *_: 1.0}, "the loss of batch 1 is not a pair"),
+        (BATCHES, {"loss": lambda *_: (torch.ones(()), "1")}, "the loss of batch 1 is not a pair"),
         (BATCHES, {"loss": lambda *_: (torch.ones(()), 1)}, "the loss of batch 1 has no gradient"),
     ],
 )
@@ -203,18 +203,18 @@ def inference() -> nn.Module:
     [
         (quantised, "weight 'layers.0.weight' is torch.uint8; load the model unquantised"),
         (lambda: Chain().to("meta"), "weight 'layers.0.weight' is on the device 'meta'"),
-        (inference, "weight 'layers.0.weight' was made in torch.inference_mode"),
+        (inference, "weight 'layers.0.weight' was created in torch.inference_mode"),
         (hooked, "weight 'layers.0.weight' has a hook on its gradient"),
         (lambda: nn.Linear(2, 2), "none of the model's 2 weights is linear and in a layer"),
     ],
 )
-def test_models_it_is_not_for(make: Callable[[], nn.Module], message: str) -> None:
+def test_unsuitable_models_are_refused(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(MismatchError, match=re.escape(message)):
         layer_importance(make(), [torch.ones(1, 2)], loss=mean_loss)
 
 
-def test_gradients_that_come_in_parts_are_refused() -> None:
-    """As with reentrant checkpointing of a weight that is used twice: |a| + |b| would be summed, not |a + b|."""
+def test_gradients_in_parts_are_refused() -> None:
+    """Reentrant checkpointing of a weight used twice would sum |a| + |b| instead of |a + b|."""
     from torch.utils.checkpoint import checkpoint
 
     model = Chain(1)
@@ -223,7 +223,7 @@ def test_gradients_that_come_in_parts_are_refused() -> None:
         x = checkpoint(model.layers[0], x.clone().requires_grad_(), use_reentrant=True)
         return checkpoint(model.layers[0], x, use_reentrant=True).sum(), 1
 
-    with pytest.raises(MismatchError, match="comes in parts"):
+    with pytest.raises(MismatchError, match="arrives in parts"):
         layer_importance(model, [torch.ones(1, 2)], loss=twice)
     assert all(p.grad is None for p in model.parameters())
 
@@ -236,7 +236,7 @@ def test_gradients_that_come_in_parts_are_refused() -> None:
     ],
 )
 @pytest.mark.parametrize("order", ["first", "second", "per-sample"])
-def test_what_is_not_finite_is_named(x: list[float], scale: float, message: str, order: str) -> None:
+def test_nan_and_infinity_are_named(x: list[float], scale: float, message: str, order: str) -> None:
     def loss(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         value = model(batch).mean()
         value.register_hook(lambda grad: grad * (scale if float(batch[0, 0]) == 2 else 1.0))
@@ -246,14 +246,14 @@ def test_what_is_not_finite_is_named(x: list[float], scale: float, message: str,
         layer_importance(Chain(), [torch.full((1, 2), each) for each in x], loss=loss, order=order)
 
 
-def test_gradients_that_are_all_zero_are_no_importance() -> None:
+def test_all_zero_gradients_are_refused() -> None:
     model = Chain(1).half()
-    with pytest.raises(NonFiniteError, match="in float16 they underflow"):
+    with pytest.raises(NonFiniteError, match="as when float16 underflows"):
         layer_importance(model, [torch.ones(1, 2).half()], loss=lambda m, x: (m(x).float().mean() * 1e-9, 1))
 
 
-def test_stacks_that_take_no_part_are_left_out() -> None:
-    """Else they would count as layers of importance 0, and the others' factors grow."""
+def test_unused_stacks_are_left_out() -> None:
+    """Otherwise they would count as layers of importance 0 and raise the factors of the others."""
     model = nn.ModuleDict({"text": Chain(), "vision": Chain()})
     found = layer_importance(model, [torch.ones(1, 2)], loss=lambda m, x: (m["text"](x).sum(), 1))  # type: ignore[index]
     assert list(found.layers) == ["text.layers.0", "text.layers.1"]
@@ -274,13 +274,13 @@ def test_a_tied_weight_is_the_embedding_whichever_name_comes_first() -> None:
 
 
 @pytest.mark.parametrize("place", ["not there", "file"])
-def test_no_room_for_sums(place: str, tmp_path: Path) -> None:
+def test_too_little_space_for_sums(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="the sums of gradients need a file of"):
         layer_importance(Chain(), [torch.ones(1, 2)] * 2, loss=mean_loss, accumulate=tmp_path / place)
 
 
-def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mergekit_imm.analysis import gradients
 
     def full(descriptor: int, size: int) -> None:

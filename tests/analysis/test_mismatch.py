@@ -1,4 +1,4 @@
-"""Importance against change: ranks against a naive reference, fixed correlations, the verdict in all its branches."""
+"""Importance against change: ranks against a naive reference, fixed correlations, every verdict."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def keyed(values: list[float], prefix: str = "h") -> dict[str, float]:
 
 
 def naive_ranks(values: list[float]) -> list[float]:
-    """Of each value: how many are smaller, and half of those that are equal."""
+    """For each value, the number of smaller ones plus half the number of equal ones."""
     return [sum(y < x for y in values) + (sum(y == x for y in values) + 1) / 2 for x in values]
 
 
@@ -39,7 +39,7 @@ def naive_rho(one: list[float], other: list[float]) -> float:
 
 
 @given(VALUES)
-def test_rho_is_that_of_the_definition(pairs: list[tuple[int, int]]) -> None:
+def test_rho_matches_the_definition(pairs: list[tuple[int, int]]) -> None:
     one, other = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
     assert ranks(one).tolist() == naive_ranks(one)
     assert spearman(one, other) == pytest.approx(naive_rho(one, other), abs=1e-12, nan_ok=True)
@@ -55,7 +55,7 @@ SCIPY = [
 
 
 @pytest.mark.parametrize(("one", "other", "rho"), SCIPY)
-def test_rho_is_that_of_scipy(one: list[int], other: list[int], rho: float) -> None:
+def test_rho_matches_scipy(one: list[int], other: list[int], rho: float) -> None:
     assert spearman(one, other) == pytest.approx(rho, abs=1e-12)
 
 
@@ -80,11 +80,13 @@ def test_monotone_transforms_leave_the_whole_interval(values: list[int]) -> None
     assert squared.rho == pytest.approx(mismatch(keyed(importance), moved).rho) or math.isnan(squared.rho.value)
 
 
-def test_thirds_share_all() -> None:
+def test_thirds_partition_the_layers() -> None:
     found = mismatch(keyed([1, 2, 3, 4, 5, 6, 7, 8]), change([8, 7, 6, 5, 4, 3, 2, 1]))
     assert [third.layers for third in found.thirds.values()] == [
-        ("h.0", "h.1"), ("h.2", "h.3", "h.4"), ("h.5", "h.6", "h.7"),
-    ]  # fmt: skip
+        ("h.0", "h.1"),
+        ("h.2", "h.3", "h.4"),
+        ("h.5", "h.6", "h.7"),
+    ]
     assert [third.importance for third in found.thirds.values()] == pytest.approx([3 / 36, 12 / 36, 21 / 36])
     assert [third.change for third in found.thirds.values()] == pytest.approx([15 / 36, 15 / 36, 6 / 36])
 
@@ -95,8 +97,8 @@ def test_the_verdict() -> None:
     assert "rho -1.00 [-1.00, -1.00] over 12 layers" in mismatch(keyed(up), change(up[::-1])).verdict
     assert mismatch(keyed(up), change(up)).verdict.startswith("Does not look superficial: ")
     mixed = [3.0, 9, 1, 8, 2, 7, 12, 4, 11, 5, 10, 6]
-    assert mismatch(keyed(up), change(mixed)).verdict.startswith("Cannot be told: the interval holds 0")
-    assert mismatch(keyed(up[:5]), change(up[4::-1])).verdict == "Cannot be told: 5 layers are too few (at least 6)."
+    assert mismatch(keyed(up), change(mixed)).verdict.startswith("Undecided: the interval contains 0")
+    assert mismatch(keyed(up[:5]), change(up[4::-1])).verdict == "Undecided: 5 layers are too few (at least 6)."
     assert mismatch(keyed(up[:6]), change(up[5::-1])).verdict.startswith("Looks superficial")
     flat = mismatch(keyed(up), change([1.0] * 12))
     assert "no order to compare" in flat.verdict
@@ -105,7 +107,7 @@ def test_the_verdict() -> None:
     assert still.thirds["early"].change is None
 
 
-def test_relative_change_is_apart() -> None:
+def test_relative_change_is_separate() -> None:
     up = [float(i) for i in range(1, 9)]
     moved = WeightChange(keyed(up), keyed([x * x for x in up]), {}, {})
     found = mismatch(keyed(up), moved)

@@ -227,7 +227,7 @@ def test_states_hold_tensors(here: Path) -> None:
         (lambda: mix([1], [2], share="a"), "^share is 'a'"),
         (lambda: mix([1], [2], share=0.5, seed=None), "^seed is None"),
         (lambda: pass_at_k(10, 3, 2.5), "^n, c and k are 10, 3 and 2.5"),
-        (lambda: pass_at_k(10, True, 2), "whole ones"),
+        (lambda: pass_at_k(10, True, 2), "must be integers"),
         (lambda: mean_pass_at_k([(5, 2)], 2.5), "^k is 2.5"),
         (lambda: distinct_n("a b a", 1), "^texts: one text 'a b a'; give a list"),
         (lambda: distinct_n(["a b a"], 1.5), "^n is 1.5"),

@@ -72,7 +72,7 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
         (loop_command, [*TRAIN, *options], said)
         for options, said in [
             (["--alpha", "2"], "alpha is 2.0"),
-            (["--alpha", "0.1,0.2"], "has 2 values, and there are 3 rounds"),
+            (["--alpha", "0.1,0.2"], "has 2 values for 3 rounds"),
             (["--drop", "1"], "drop is 1.0"),
             (["--anchor", "mean"], "anchor is 'mean'"),
             (["--keep", "("], "--keep '(' is not a regular expression"),

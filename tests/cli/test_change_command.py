@@ -91,7 +91,7 @@ def call(*arguments: str) -> Result:
 def test_all_is_written_and_is_the_same_each_time(folder: Path) -> None:
     given = ("base", "sft", "--importance", "importance.json", "-o", "out")
     result = call(*given)
-    assert "Looks superficial: the change sits where importance is not" in result.stdout
+    assert "Looks superficial: the change is where importance is low" in result.stdout
     assert "model.layers.6" in result.stdout
     first = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
     assert set(first) == FILES
@@ -130,7 +130,7 @@ def test_a_merged_folder_alone_is_read(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["base"], "holds no merge with imm_report.json"),
-        (["gone"], "gone is no folder"),
+        (["gone"], "gone is not a folder"),
         (["base", "--take", "x"], "are of two models"),
         (["base", "gone"], "gone"),
         (["base", "sft", "-o", "sft"], "is the folder of a model that is measured"),
@@ -148,7 +148,7 @@ def test_refusals_are_one_line(folder: Path, arguments: list[str], message: str)
 
 def test_a_sparsifier_other_than_dare_is_refused(folder: Path) -> None:
     merge_checkpoints("base", "sft", "merged", sparsify="della")
-    with pytest.raises(MergeError, match=r"sparsify della:0\.1, whose report is of what was kept; measure it"):
+    with pytest.raises(MergeError, match=r"sparsify della:0\.1, so its report covers only kept elements; measure it"):
         call("merged")
 
 

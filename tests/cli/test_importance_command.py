@@ -150,7 +150,7 @@ def test_the_tokenizer_is_that_of_the_files(here: Path, measure: Measure) -> Non
 def test_what_is_cut_is_told(here: Path, measure: Measure) -> None:
     ended = measure("llama", "--data", "pairs.jsonl", "-o", "out.json", "--max-length", 4, "--samples", 9)
     assert ended.err.splitlines() == [
-        "note: 2 of 3 sequences were longer than 4 tokens; 3 tokens at their ends were cut off",
+        "note: 2 of 3 sequences were longer than 4 tokens; 3 tokens were cut off at the end",
         "note: pairs.jsonl holds 3 examples, fewer than the 9 asked for",
     ]
     content = json.loads((here / "out.json").read_text())
@@ -169,14 +169,14 @@ def test_what_is_cut_is_told(here: Path, measure: Measure) -> None:
             '{"text": "merge back"}\n{"prompt": "a", "response": "b"}\n',
             "line 2 has prompt and response, but line 1 has",
         ),
-        ('{"prompt": "a", "completion": "b"}\n', "line 1 has prompt, completion; it must be an object with either"),
-        ('{"prompt": "a", "response": "b", "text": "c"}\n', "line 1 has prompt, response, text; it must be"),
-        ("[1]\n", "line 1 is none; it must be an object"),
-        ('\n\n{"text": ""}\n', "line 3: text is ''; it must be a string that is not empty"),
-        ('{"text": 3}\n', "line 1: text is 3; it must be a string"),
+        ('{"prompt": "a", "completion": "b"}\n', "line 1 has prompt, completion; write an object with either"),
+        ('{"prompt": "a", "response": "b", "text": "c"}\n', "line 1 has prompt, response, text; write an object"),
+        ("[1]\n", "line 1 is not an object; write an object"),
+        ('\n\n{"text": ""}\n', "line 3: text is ''; it must be a non-empty string"),
+        ('{"text": 3}\n', "line 1: text is 3; it must be a non-empty string"),
         ('{"text": "a", "text": "b"}\n', "line 1 is not JSON: the name 'text' stands there twice"),
-        ('{"text": "merge"}\n', "line 1 has 1 tokens, 0 of them the prompt's, and none among the first 1024"),
-        ('{"prompt": "merge back merge", "response": "back"}\n', "line 1 has 5 tokens, 3 of them the prompt's"),
+        ('{"text": "merge"}\n', "line 1 has 1 tokens, 0 of them in the prompt, and none of the first 1024"),
+        ('{"prompt": "merge back merge", "response": "back"}\n', "line 1 has 5 tokens, 3 of them in the prompt"),
     ],
 )
 def test_bad_lines_are_named(lines: str, message: str, here: Path, measure: Measure) -> None:
@@ -196,9 +196,9 @@ def test_bad_lines_are_named(lines: str, message: str, here: Path, measure: Meas
         (("llama", "--data", "nothing", "-o", "o"), "data file nothing cannot be read: No such file or directory"),
         (("llama", "--data", "~nobody-here/x", "-o", "o"), "data file ~nobody-here/x cannot be read: Could not"),
         (("llama", "--data", "llama", "-o", "o"), "data file llama cannot be read: it is no plain file"),
-        (("llama", "--data", "texts.jsonl", "-o", "llama"), "output llama is a folder; give the name of a file"),
-        (("llama", "--data", "texts.jsonl", "-o", "no/o"), "its folder no does not exist; make it"),
-        (("llama", "--data", "texts.jsonl", "-o", "texts.jsonl"), "texts.jsonl exists and is no importance file"),
+        (("llama", "--data", "texts.jsonl", "-o", "llama"), "output llama is a folder; give a file name"),
+        (("llama", "--data", "texts.jsonl", "-o", "no/o"), "its folder no does not exist; create it"),
+        (("llama", "--data", "texts.jsonl", "-o", "texts.jsonl"), "texts.jsonl exists and is not an importance file"),
         (
             ("llama", "--data", "texts.jsonl", "-o", "o", "--device", "xpu"),
             "device is 'xpu'; it must be",
@@ -208,12 +208,15 @@ def test_bad_lines_are_named(lines: str, message: str, here: Path, measure: Meas
             "device is 'a b'; it must be",
         ),
         (("strange", "--data", "texts.jsonl", "-o", "o"), "the tokenizer of model strange cannot be loaded"),
-        (("failing", "--data", "texts.jsonl", "-o", "o"), "model failing fails when it is run: The size of tensor a"),
+        (("failing", "--data", "texts.jsonl", "-o", "o"), "model failing fails to run: The size of tensor a"),
         (("unknown", "--data", "texts.jsonl", "-o", "o"), "model unknown cannot be loaded: The checkpoint you are"),
         (("lacking", "--data", "texts.jsonl", "-o", "o"), "model lacking lacks 1 of the weights"),
-        (("quantised", "--data", "texts.jsonl", "-o", "o"), "model quantised is quantised, and has no gradients"),
+        (("quantised", "--data", "texts.jsonl", "-o", "o"), "model quantised is quantised and has no gradients"),
         (("bare", "--data", "texts.jsonl", "-o", "o"), "model bare has no config.json"),
-        (("small", "--data", "texts.jsonl", "-o", "o"), "its tokenizer makes token 90, but its embedding has 6 rows"),
+        (
+            ("small", "--data", "texts.jsonl", "-o", "o"),
+            "its tokenizer produces token 90, but its embedding has 6 rows",
+        ),
         (("llama", "--data", "long.jsonl", "-o", "o"), "has 64 positions, but the longest sequence has 70 tokens"),
         (("llama", "--data", "texts.jsonl"), "Missing option '-o'"),
     ],

@@ -1,4 +1,4 @@
-"""Answers: found in responses, compared exactly, and never slower than the text is long."""
+"""Answers: found in responses, compared exactly, in linear time."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ FOUND = [
 
 
 @pytest.mark.parametrize(("text", "answer"), FOUND)
-def test_the_last_answer_of_the_first_kind_that_is_there(text: str, answer: str) -> None:
+def test_final_answer(text: str, answer: str) -> None:
     assert final_answer(text) == answer
 
 
 @pytest.mark.parametrize("text", ["", "no number", r"\boxed{}", "####", "#### \n", "v2 or h3o"])
-def test_there_may_be_none(text: str) -> None:
+def test_no_answer(text: str) -> None:
     assert final_answer(text) is None
     assert not is_correct(text, "5")
 
@@ -71,21 +71,21 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
-def test_the_same(one: str, other: str) -> None:
+def test_same_answers(one: str, other: str) -> None:
     assert same_answer(one, other)
     assert same_answer(other, one)
     assert is_correct(f"So it is \\boxed{{{one}}}.", other)
 
 
 @pytest.mark.parametrize(("one", "other"), OTHERS)
-def test_not_the_same(one: str, other: str) -> None:
+def test_different_answers(one: str, other: str) -> None:
     assert not same_answer(one, other)
     assert not same_answer(other, one)
 
 
 @st.composite
 def notations(draw: st.DrawFn) -> tuple[Fraction, str]:
-    """A number, and one of the ways to write it."""
+    """A number, and one of its notations."""
     sign, top, under = draw(st.sampled_from(["", "-"])), draw(st.integers(0, 10**9)), draw(st.integers(1, 999))
     value = Fraction(top, under) * (-1 if sign else 1)
     kind = draw(st.sampled_from(["ratio", "latex", "mixed", "decimal", "grouped", "scientific"]))
@@ -109,20 +109,20 @@ def notations(draw: st.DrawFn) -> tuple[Fraction, str]:
 
 
 @given(notations(), notations())
-def test_numbers_are_the_same_whatever_the_notation(one: tuple[Fraction, str], other: tuple[Fraction, str]) -> None:
+def test_numbers_compare_in_any_notation(one: tuple[Fraction, str], other: tuple[Fraction, str]) -> None:
     assert same_answer(one[1], other[1]) is (one[0] == other[0])
     assert same_answer(one[1], str(one[0]))
 
 
 @given(st.text(st.sampled_from("\\{}boxedfrac(),.0123456789 $-%#\n answeris:"), max_size=80), st.text(max_size=20))
-def test_any_text_is_an_answer_or_none(text: str, other: str) -> None:
+def test_any_text_is_handled(text: str, other: str) -> None:
     found = final_answer(text)
     assert found is None or (found == found.strip() and found != "")
     assert same_answer(text, text)
     assert same_answer(text, other) is same_answer(other, text)
 
 
-def test_a_whole_solution_may_be_the_right_answer() -> None:
+def test_answer_may_be_a_whole_solution() -> None:
     assert is_correct("that makes 5", "He has 2 and 3.\n#### 5")
     assert is_correct("that makes 5", r"thus $\boxed{5}$.")
     assert not is_correct("that makes 5", "6")
@@ -151,8 +151,8 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
-def test_a_long_text_comes_to_an_end(piece: str) -> None:
-    """A million characters: whatever takes the square of the length would take hours, and is ended as what hangs."""
+def test_long_texts_take_linear_time(piece: str) -> None:
+    """A million characters: quadratic time would be hours, and ends in a timeout."""
     text = piece * (1_000_000 // len(piece))
     final_answer(text)
     same_answer(text, text + "x")

@@ -1,4 +1,4 @@
-"""Samples of models: what is read, what is refused, what a comparison says, and the command."""
+"""Samples of models: reading, refusals, comparisons, and the command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(name: str, lines: list[Line]) -> str:
 
 
 def made(model: str, right: list[int], samples: int = 4, greedy: bool = True) -> list[Line]:
-    """For each problem, how many of its samples are right; the greedy answer is right if half of them are."""
+    """Lines with `right[i]` right samples of problem i; the greedy answer is right if half of them are."""
     lines: list[Line] = []
     for number, count in enumerate(right):
         common = {"problem": f"q{number}", "model": model}
@@ -52,7 +52,7 @@ def report(*models: list[Line], **options: Any) -> Report:
     return compare(read_samples(files), resamples=100, **options)
 
 
-def test_a_file_is_read_as_it_is_written() -> None:
+def test_read_samples() -> None:
     write("base.jsonl", [GOOD, {**GOOD, "greedy": True, "extra": 1, "response": "g"}, {**GOOD, "correct": False}])
     with Path("base.jsonl").open("a") as file:
         file.write("\n\n")
@@ -77,20 +77,20 @@ def test_answers_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
         ("{", "a.jsonl, line 2: not JSON"),
         ("[1]", "a.jsonl, line 2: not an object"),
         ('{"problem": "p", "problem": "p"}', "stands there twice"),
-        ({"response": "r", "correct": True}, "line 2: there is no problem"),
-        ({"problem": "p", "correct": True}, "line 2: there is no response"),
-        ({"problem": "p", "response": "r"}, 'line 2: there is no "correct": true or false, nor an "answer"'),
+        ({"response": "r", "correct": True}, "line 2: problem is missing"),
+        ({"problem": "p", "correct": True}, "line 2: response is missing"),
+        ({"problem": "p", "response": "r"}, 'line 2: no verdict; give "correct", true or false, or "answer"'),
         ({**GOOD, "correct": 1}, "line 2: correct is 1; it must be true or false"),
         ({**GOOD, "correct": None}, "line 2: correct is None; it must be true or false"),
         ({**GOOD, "level": "3"}, "line 2: level is '3'; it must be an integer"),
-        ({**GOOD, "problem": 3}, "line 2: problem is 3; it must be a text"),
+        ({**GOOD, "problem": 3}, "line 2: problem is 3; it must be a string"),
         ({**GOOD, "corect": True}, "the key 'corect' looks like 'correct'"),
         ({**GOOD, "Greedy": True}, "the key 'Greedy' looks like 'greedy'"),
         ({**GOOD, "odd": True}, "the key 'odd' looks like 'ood'"),
-        ({"problem": "p", "response": "r", "answer": float("inf")}, 'there is no "correct"'),
+        ({"problem": "p", "response": "r", "answer": float("inf")}, 'no verdict; give "correct"'),
     ],
 )
-def test_a_line_that_is_refused(line: str | Line, message: str) -> None:
+def test_invalid_lines_are_refused(line: str | Line, message: str) -> None:
     text = line if isinstance(line, str) else json.dumps(line)
     Path("a.jsonl").write_text(json.dumps(GOOD) + "\n" + text + "\n")
     with pytest.raises(CheckpointError) as caught:
@@ -102,51 +102,54 @@ def test_a_line_that_is_refused(line: str | Line, message: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([GOOD, {**GOOD, "level": 2}], r"has level None in a.jsonl, line 1, and 2 in a.jsonl, line 2"),
-        ([GOOD, {**GOOD, "ood": True}], r"has ood False in a.jsonl, line 1, and True"),
+        ([GOOD, {**GOOD, "level": 2}], r"has level None in a.jsonl, line 1, but 2 in a.jsonl, line 2"),
+        ([GOOD, {**GOOD, "ood": True}], r"has ood False in a.jsonl, line 1, but True"),
         ([{**GOOD, "greedy": True}] * 2, r"two greedy answers of one model, in a.jsonl, line 1 and a.jsonl, line 2"),
     ],
 )
-def test_lines_that_contradict_each_other(lines: list[Line], message: str) -> None:
+def test_contradicting_lines_are_refused(lines: list[Line], message: str) -> None:
     with pytest.raises(MismatchError, match=message):
         read_samples([write("a.jsonl", lines)])
 
 
-def test_files_that_are_refused() -> None:
+def test_invalid_files_are_refused() -> None:
     Path("one").mkdir()
     write("a.jsonl", [GOOD])
     write("one/a.jsonl", [GOOD])
     Path("empty.jsonl").write_text("\n")
     cases: list[tuple[list[str], type[MergeError], str]] = [
-        ([], ArgumentError, "no files"), (["none.jsonl"], CheckpointError, "none.jsonl cannot be read: No such file"),
+        ([], ArgumentError, "paths is empty"),
+        (["none.jsonl"], CheckpointError, "none.jsonl cannot be read: No such file"),
         (["one"], CheckpointError, "one cannot be read: it is no plain file"),
-        (["empty.jsonl"], CheckpointError, "hold nothing"),
+        (["empty.jsonl"], CheckpointError, "are empty"),
         (["a.jsonl", "./a.jsonl"], ArgumentError, "given twice"),
         (["a.jsonl", "one/a.jsonl"], MismatchError, "both be the model 'a'"),
-    ]  # fmt: skip
+    ]
     for files, kind, message in cases:
         with pytest.raises(kind, match=message):
             read_samples(files)
 
 
-def test_models_that_do_not_belong_together() -> None:
-    with pytest.raises(MismatchError, match=r"'b' lacks 2 of the 3 problems of 'a': 'q1', 'q2'; sample the same"):
+def test_mismatched_models_are_refused() -> None:
+    with pytest.raises(
+        MismatchError, match=r"'b' lacks 2 of the 3 problems of 'a': 'q1', 'q2'; give all models the same"
+    ):
         report(made("a", [1, 2, 3]), made("b", [1]))
     with pytest.raises(MismatchError, match=r"'a' lacks 1 of the 2 problems of 'b': 'q1'"):
         report(made("a", [1]), made("b", [1, 2]))
-    with pytest.raises(ArgumentError, match="the reference 'c' is none of the models: a, b"):
+    with pytest.raises(ArgumentError, match="reference is 'c'; it must be one of a, b"):
         report(made("a", [1]), made("b", [1]), reference="c")
     with pytest.raises(MismatchError, match="all problems are marked ood"):
         report([{**GOOD, "ood": True}])
     with pytest.raises(
-        MismatchError, match="problem 'p' has level 1 and ood False of 'a', level 2 and ood False of 'b'"
+        MismatchError, match="problem 'p' has level 1 and ood False in 'a', level 2 and ood False in 'b'"
     ):
         report([{**GOOD, "model": "a", "level": 1}], [{**GOOD, "model": "b", "level": 2}])
     for rows, message in (
         ([[1.0, 2.0]], r"shape \(1, 2\); it must be \(4, width\)"),
         ([[1.0], [0.0], [1.0], [1.0]], "zero vector for 'a says 1 and so on, 1 [+] 0 = 1'"),
-        ([[1.0], [1.0, 2.0]], "gave no array of numbers"),
-        ([["a"]] * 4, "gave no array of numbers"),
+        ([[1.0], [1.0, 2.0]], "did not return an array of numbers"),
+        ([["a"]] * 4, "did not return an array of numbers"),
     ):
         with pytest.raises(ArgumentError, match=message):
             report(made("a", [1]), encoder=lambda _, rows=rows: rows)
@@ -167,8 +170,8 @@ def test_a_comparison_by_hand() -> None:
     assert found.lost.model[1].value == pytest.approx(1 / 4)
     correct = {m.name: m for m in found.measures if m.name.endswith(", correct")}
     assert correct["EAD, correct"].difference.n == 2  # q2, q3: two right samples of both
-    assert any("diversity, correct: of 2 of 8 problems" in note for note in found.notes)
-    # of b as many responses as a has, 2 and 3, each of which says the same: 1 of 2 and 1 of 3 n-grams are distinct
+    assert any("diversity, correct: on 2 of 8 problems" in note for note in found.notes)
+    # b is cut to as many responses as a has, 2 and 3, all alike: 1 of 2 and 1 of 3 n-grams are distinct
     assert correct["distinct-n, correct"].model.value < correct["distinct-n, correct"].reference.value
     assert correct["distinct equations, correct"].model.value == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert correct["tokens, correct"].difference.value == 0
@@ -181,11 +184,20 @@ def test_a_comparison_by_hand() -> None:
     assert correct["EAD, correct"].model.value == pytest.approx(sum(ead) / 2)
 
 
-def test_ood_levels_and_meaning() -> None:
+def test_ood_levels_and_encoder() -> None:
     ood = [
-        {"problem": f"o{i}", "model": m, "response": "r", "correct": (i % 4 < 2 if m == "a" else i % 2 == 0),
-         "ood": True, "level": 1 + 4 * (i % 2), "greedy": True} for m in "ab" for i in range(12)
-    ]  # fmt: skip
+        {
+            "problem": f"o{i}",
+            "model": m,
+            "response": "r",
+            "correct": (i % 4 < 2 if m == "a" else i % 2 == 0),
+            "ood": True,
+            "level": 1 + 4 * (i % 2),
+            "greedy": True,
+        }
+        for m in "ab"
+        for i in range(12)
+    ]
     lines = [made("a", [2] * 8), made("b", [4] * 8)]
     encoder = lambda texts: [[1.0, int(t.split()[2]) * (int(t.split()[8]) + 1.0)] for t in texts]  # noqa: E731
     (found,) = report(*lines, ood, encoder=encoder).comparisons
@@ -201,18 +213,18 @@ def test_ood_levels_and_meaning() -> None:
     assert found.verdict.evidence["diversity"] == named["cosine diversity, correct"].difference
 
 
-def test_what_is_lacking_is_said() -> None:
+def test_missing_measures_are_noted() -> None:
     (found,) = report(made("a", [1, 2], greedy=False), made("b", [3, 4], samples=5)).comparisons
     assert found.gained is None
     assert found.measures[0].name == "pass@1 (sampled)"
     assert [m.name for m in found.measures if m.name.startswith("pass@")][-1] == "pass@4 (sampled)"
-    assert any("no greedy answer in 2 places, as 'a' to 'q0'" in note for note in found.notes)
+    assert any("2 greedy answers are missing, first that of 'a' to 'q0'" in note for note in found.notes)
     (found,) = report(made("a", [0, 0], samples=0), made("b", [0, 0], samples=0)).comparisons
     assert any("no pass@k, no diversity" in note for note in found.notes)
     assert [m.name for m in found.measures] == ["pass@1 (greedy)"]
 
 
-def test_a_report_is_plain_data_and_pictures_are_the_same_each_time() -> None:
+def test_report_is_plain_data_and_figures_are_reproducible() -> None:
     found = report(made("a", [0, 1, 2, 3, 2, 2, 1]), made("b $x$", [4, 4, 4, 4, 0, 0, 4]))
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["comparisons"][0]["measures"][0]["difference"]["n"] == 7
@@ -237,7 +249,7 @@ def test_the_command() -> None:
     assert "written to out/deep/samples.json" in printed
     assert sorted(path.name for path in Path("out/deep").iterdir()) == sorted(FILES)
     before = Path("out/deep/samples.json").read_bytes()
-    assert run(*files, "-o", "out/deep", "-q").startswith("b: ")  # what is ours is replaced
+    assert run(*files, "-o", "out/deep", "-q").startswith("b: ")  # our own files are replaced
     assert Path("out/deep/samples.json").read_bytes() == before
     assert json.loads(run(*files, "--json", "--reference", "b"))["reference"] == "b"
     Path("other").mkdir()
@@ -258,7 +270,7 @@ def test_encoders_of_the_command() -> None:
         ("no_such_module_here:f", "no_such_module_here cannot be imported"),
         ("my_encoder_of_tests:nothing", "has no function 'nothing'"),
         ("my_encoder_of_tests:broken", "^encoder my_encoder_of_tests:broken failed: ValueError: no"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ArgumentError, match=message):
             run(file, "--encoder", name)
     with pytest.raises(click.UsageError, match="is no MODULE:FUNCTION"):

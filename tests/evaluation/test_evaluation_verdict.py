@@ -1,4 +1,4 @@
-"""What decides a verdict, and what must not: length, other models, few problems, k near the number of samples."""
+"""What affects a verdict, and what must not: length, other models, few problems, k near the number of samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Text = Callable[[int, int], str]
 
 
 def made(name: str, text: Text, solved: range, level: int | None = None) -> Model:
-    """A model with a greedy answer and eight samples to each of 30 problems, all right or all wrong."""
+    """A model with a greedy answer and eight samples for each of 30 problems, all right or all wrong."""
     problems = {}
     for n in range(30):
         responses = tuple(Response(text(n, i), n in solved) for i in range(8))
@@ -24,22 +24,22 @@ def made(name: str, text: Text, solved: range, level: int | None = None) -> Mode
 
 
 def words(length: int) -> Text:
-    """So many words of a language: the k-th of 2000 is used 1/k as often as the first (Zipf's law)."""
+    """Texts of `length` words out of 2000, the k-th 1/k as frequent as the first (Zipf's law)."""
     vocabulary, weights = [f"w{k}" for k in range(2000)], [1 / (k + 1) for k in range(2000)]
     return lambda n, i: " ".join(random.Random(100 * n + i).choices(vocabulary, weights, k=length))
 
 
-def test_longer_responses_are_no_loss_of_diversity() -> None:
+def test_longer_responses_do_not_lower_diversity_in_the_verdict() -> None:
     (found,) = compare([made("short", words(20), range(10, 30)), made("long", words(120), range(5, 30))]).comparisons
     (fell,) = (each for each in found.measures if each.name == "EAD, correct")
     assert fell.difference.is_below
     assert found.verdict.diversity_fell is None
-    assert any("EAD falls with length" in note for note in found.notes)
+    assert any("responses are longer, which lowers EAD" in note for note in found.notes)
     (back,) = compare([made("long", words(120), range(10, 30)), made("short", words(20), range(5, 30))]).comparisons
     assert back.verdict.diversity_fell is False
 
 
-def test_the_verdict_takes_k_of_half_the_samples_and_levels_of_six_problems() -> None:
+def test_verdict_uses_k_up_to_half_the_samples_and_six_problems_per_level() -> None:
     (found,) = compare([made(name, words(9), range(10, 30), level=1) for name in ("a", "b")]).comparisons
     assert any("fewer than 6 problems of a level" in note for note in found.notes)
     assert found.verdict.disparity_rose is None
@@ -49,14 +49,14 @@ def test_the_verdict_takes_k_of_half_the_samples_and_levels_of_six_problems() ->
     assert "pass@8" not in sentence
 
 
-def test_a_third_model_changes_no_verdict() -> None:
+def test_a_third_model_does_not_change_the_verdict() -> None:
     models = [made(name, words(9), range(10, 30)) for name in ("a", "b")]
     other = made("c", lambda n, i: " ".join(f"v{n}-{i}-{j}" for j in range(50)), range(10, 30))
     assert compare([*models, other]).to_dict()["comparisons"][0] == compare(models).to_dict()["comparisons"][0]
 
 
-def test_two_models_of_one_name_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="two models are called 'a'"):
+def test_models_with_one_name_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="two models have the name 'a'"):
         compare([made("a", words(3), range(9))] * 2)
 
 

@@ -26,14 +26,15 @@ from thorough import others
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
-# In the first quarter each three of the four dtypes meet in every combination.
+# The first quarter holds every combination of any three of the four dtypes.
 COMBINATIONS = sorted(product(WIDER, repeat=4), key=lambda dtypes: sum(map(WIDER.index, dtypes)) % 4)
 
 
 @pytest.mark.parametrize(
-    "dtypes", [*COMBINATIONS[:64], *others(*((each,) for each in COMBINATIONS[64:]))],
+    "dtypes",
+    [*COMBINATIONS[:64], *others(*((each,) for each in COMBINATIONS[64:]))],
     ids=lambda d: "-".join(str(x)[6:] for x in d),
-)  # fmt: skip
+)
 def test_every_combination_of_dtypes_has_the_bits_of_the_reference(dtypes: tuple[torch.dtype, ...]) -> None:
     base_dtype, start_dtype, sft_dtype, out = dtypes
     for seed, kind in enumerate(("gauss", "bits", "edges")):
@@ -49,13 +50,31 @@ def test_every_combination_of_dtypes_has_the_bits_of_the_reference(dtypes: tuple
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.tuples(*[st.sampled_from(WIDER)] * 3), st.sampled_from(DTYPES), st.integers(0, 2600), kinds, st.integers(0, 99),
-    alphas, drops, factors, seeds, st.integers(0, 2**60), st.booleans(),
-)  # fmt: skip
+    st.tuples(*[st.sampled_from(WIDER)] * 3),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2600),
+    kinds,
+    st.integers(0, 99),
+    alphas,
+    drops,
+    factors,
+    seeds,
+    st.integers(0, 2**60),
+    st.booleans(),
+)
 def test_any_parameters_give_the_bits_of_the_reference(
-    dtypes: tuple[torch.dtype, ...], out: torch.dtype, count: int, kind: str, data: int, alpha: float, drop: float,
-    factor: float, seed: int, iteration: int, with_start: bool,
-) -> None:  # fmt: skip
+    dtypes: tuple[torch.dtype, ...],
+    out: torch.dtype,
+    count: int,
+    kind: str,
+    data: int,
+    alpha: float,
+    drop: float,
+    factor: float,
+    seed: int,
+    iteration: int,
+    with_start: bool,
+) -> None:
     base, sft, start = (
         tensor(count, dtype, seed=3 * data + i, kind=kind, specials=True) for i, dtype in enumerate(dtypes)
     )
@@ -66,7 +85,7 @@ def test_any_parameters_give_the_bits_of_the_reference(
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (CHUNK + 3,), (3, CHUNK // 2 + 1), (2, 2, 5, 7)], ids=str)
-def test_shapes_of_any_kind(shape: tuple[int, ...]) -> None:
+def test_shapes(shape: tuple[int, ...]) -> None:
     count = int(torch.Size(shape).numel())
     base, sft = (tensor(count, torch.float32, seed=i, kind="gauss", specials=False).view(shape) for i in (0, 1))
     merged = dare_merge(base, sft, drop=0.0, alpha=0.5)
@@ -78,7 +97,7 @@ def test_shapes_of_any_kind(shape: tuple[int, ...]) -> None:
 
 
 def strided(view: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """One tensor twice: with strides, and contiguous."""
+    """The same tensor with strides, and contiguous."""
     whole = tensor(2 * 40 * 50 * 60, torch.bfloat16, seed=5, kind="gauss", specials=False).view(2, 40, 50, 60)
     views = {
         "transposed": whole.permute(2, 0, 3, 1),
@@ -99,13 +118,16 @@ def test_strides_do_not_matter(view: str) -> None:
     assert dare_merge(odd, sft, drop=0.0).is_contiguous()
 
 
-def test_inputs_stay_as_they_are_and_results_carry_no_gradient() -> None:
+def test_inputs_are_unchanged_and_results_have_no_gradient() -> None:
     base, sft = (torch.randn(50, requires_grad=True) for _ in range(2))
     before = base.detach().clone(), sft.detach().clone()
     for result in (
-        dare_merge(base, sft, drop=0.5, name=NAME), dare(base, name=NAME, drop=0.5), task_vector(sft, base),
-        interpolate(base, sft, alpha=1.0), dare(base, name=NAME, drop=0.0),
-    ):  # fmt: skip
+        dare_merge(base, sft, drop=0.5, name=NAME),
+        dare(base, name=NAME, drop=0.5),
+        task_vector(sft, base),
+        interpolate(base, sft, alpha=1.0),
+        dare(base, name=NAME, drop=0.0),
+    ):
         assert not result.requires_grad
         assert type(result) is torch.Tensor
         result.fill_(7.0)
@@ -116,7 +138,7 @@ def test_inputs_stay_as_they_are_and_results_carry_no_gradient() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(WIDER), st.sampled_from(WIDER), kinds, st.integers(0, 99))
-def test_both_ends_are_exact(one: torch.dtype, two: torch.dtype, kind: str, seed: int) -> None:
+def test_alpha_0_and_1_are_exact(one: torch.dtype, two: torch.dtype, kind: str, seed: int) -> None:
     base = tensor(700, one, seed=seed, kind=kind, specials=False)
     sft = tensor(700, two, seed=seed + 1, kind=kind, specials=False)
     assert same_bits(interpolate(base, sft, alpha=1.0), base)
@@ -125,7 +147,7 @@ def test_both_ends_are_exact(one: torch.dtype, two: torch.dtype, kind: str, seed
 
 
 @pytest.mark.parametrize(("drop", "expected"), [(0.0, 1.75), (0.5, None)])
-def test_the_formula_by_hand(drop: float, expected: float | None) -> None:
+def test_formula_by_hand(drop: float, expected: float | None) -> None:
     base, start, sft = (torch.full((4000,), x) for x in (1.0, 1.5, 2.5))
     merged = dare_merge(base, sft, start=start, alpha=0.5, drop=drop, name=NAME)
     kept = keep_mask(NAME, (4000,), drop=drop)
@@ -136,7 +158,7 @@ def test_the_formula_by_hand(drop: float, expected: float | None) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(WIDER), drops, st.integers(0, 2**50), kinds)
-def test_dare_by_itself(dtype: torch.dtype, drop: float, offset: int, kind: str) -> None:
+def test_dare_matches_the_reference(dtype: torch.dtype, drop: float, offset: int, kind: str) -> None:
     delta = tensor(900, dtype, seed=1, kind=kind, specials=False)
     wide = delta.double() if dtype == torch.float64 else delta.float()
     scale = torch.tensor(65536 / reference.keep16_of(drop), dtype=wide.dtype)
@@ -145,13 +167,13 @@ def test_dare_by_itself(dtype: torch.dtype, drop: float, offset: int, kind: str)
     assert same_bits(dare(delta, name=NAME, drop=drop, offset=offset), reference.to_tensor(expected, dtype, (900,)))
 
 
-def test_a_task_vector_is_a_difference() -> None:
+def test_task_vector_is_a_difference() -> None:
     sft, start = (tensor(99, torch.bfloat16, seed=i, kind="gauss", specials=False) for i in (0, 1))
     assert same_bits(task_vector(sft, start), sft.float() - start.float())
     assert task_vector(sft.double(), start).dtype == torch.float64
 
 
-def test_integers_are_copied_when_equal_and_refused_when_not() -> None:
+def test_equal_integers_are_copied_and_others_refused() -> None:
     whole = torch.arange(5)
     copied = dare_merge(whole, whole.clone(), drop=0.5, name=NAME)
     assert torch.equal(copied, whole)
@@ -178,30 +200,30 @@ def test_integers_are_copied_when_equal_and_refused_when_not() -> None:
         (lambda x: dare_merge(x, x, reference="sft", name="n"), ArgumentError, "reference is 'sft'"),  # type: ignore[call-overload]
         (lambda x: dare_merge(x, {"a": x}, drop=0.0), ArgumentError, "base is a Tensor, sft is a dict"),
         (lambda x: dare_merge(x, x, drop=0.0, dtype=torch.int8), ArgumentError, "dtype is torch.int8"),
-        (lambda x: dare_merge(x.to(torch.float8_e4m3fn), x, drop=0.0), MismatchError, "float8_e4m3fn is not merged"),
+        (lambda x: dare_merge(x.to(torch.float8_e4m3fn), x, drop=0.0), MismatchError, "float8_e4m3fn cannot be merged"),
         (lambda x: dare_merge(x.to(torch.complex64), x, drop=0.0), MismatchError, "complex64"),
         (lambda x: dare_merge(x.to_sparse(), x, drop=0.0), MismatchError, "sparse"),
         (lambda x: dare(x, name="n", drop=0.5, offset=-1), ArgumentError, "offset is -1"),
         (lambda x: keep_mask("n", x.shape, drop=0.5, offset=-1), ArgumentError, "offset is -1"),
     ],
-)  # fmt: skip
-def test_refusals_name_what_was_asked(call, error, message) -> None:  # type: ignore[no-untyped-def]
+)
+def test_refusals(call, error, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         call(torch.ones(3))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", *others("inductor")])
-def test_the_formula_compiles_whole_and_keeps_its_bits(backend: str) -> None:
+def test_formula_compiles_without_graph_breaks_to_the_same_bits(backend: str) -> None:
     if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
     compiled = torch.compile(merge_flat, fullgraph=True, backend=backend)
-    numbers, key = arithmetic(alpha=0.3, drop=0.9), mask_key(NAME)
+    constants, key = arithmetic(alpha=0.3, drop=0.9), mask_key(NAME)
     base, start, sft = (tensor(5000, torch.bfloat16, seed=i, kind="bits", specials=True) for i in range(3))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler's own imports
+        warnings.simplefilter("ignore")  # from the compiler's own imports
         for out in (torch.bfloat16, torch.float32):
-            merged = compiled(base, start, sft, out, numbers, *key, 1 << 40)
-            assert same_bits(merged, merge_flat(base, start, sft, out, numbers, *key, 1 << 40))
+            merged = compiled(base, start, sft, out, constants, *key, 1 << 40)
+            assert same_bits(merged, merge_flat(base, start, sft, out, constants, *key, 1 << 40))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
@@ -225,6 +247,6 @@ def test_temporaries_stay_within_64_mib() -> None:
             before = peak("VmRSS")
             call()
             above = peak() - before - width * sft.numel()
-            assert above <= 32 << 20, above  # it takes no more for more; with a copy of base it were 40
+            assert above <= 32 << 20, above  # constant; a copy of base would make it 40
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)

@@ -32,10 +32,10 @@ def tensor(count: int, dtype: torch.dtype, *, seed: int) -> torch.Tensor:
     return any_tensor(count, dtype, seed=seed, kind="gauss", specials=False)
 
 
-def naive(delta: reference.Array, kind: str, row: int, *, drop: float, epsilon: float = 0.1, **key: Any) -> tuple[
-    reference.Array, reference.Array
-]:  # fmt: skip
-    """Return a delta (float32 or float64) without what is dropped, and what was kept, one element after the other."""
+def naive(
+    delta: reference.Array, kind: str, row: int, *, drop: float, epsilon: float = 0.1, **key: Any
+) -> tuple[reference.Array, reference.Array]:
+    """Sparsify a delta (float32 or float64) element by element; return it, and which elements are kept."""
     out, kept = np.zeros_like(delta), np.zeros(len(delta), bool)
     if kind == "trim":
         wanted = max(1, round((1 - drop) * len(delta)))
@@ -57,23 +57,26 @@ def naive(delta: reference.Array, kind: str, row: int, *, drop: float, epsilon: 
 def naive_merge(
     base: torch.Tensor, sft: torch.Tensor, start: torch.Tensor, kind: str, *, alpha: float, factor: float, **how: Any
 ) -> tuple[torch.Tensor, int]:
-    """Return alpha * base + (1 - alpha) * (start + factor * delta'), and how many elements of delta were kept."""
+    """Return alpha * base + (1 - alpha) * (start + factor * delta'), and the number of kept elements."""
     b, s, f = map(reference.to_array, (base, start, sft))
     wide: type = np.float64 if np.float64 in (b.dtype, s.dtype, f.dtype) else np.float32
     delta = reference.widen(f, wide) - reference.widen(s, wide)
     thin, kept = naive(delta, kind, base.shape[-1] if base.shape else 1, **how)
     moved = reference.merge(b, thin, s, base.dtype, alpha=alpha, drop=0.0, factor=factor, is_delta=True)
-    # What is dropped is the start itself, with the sign of its zeros.
+    # Dropped elements are the start itself, including the sign of zeros.
     alone = reference.merge(b, reference.widen(s, wide), s, base.dtype, alpha=alpha, drop=0.0)
     return reference.to_tensor(np.where(kept, moved, alone), base.dtype, base.shape), int(kept.sum())
 
 
 @settings(max_examples=examples(60))
 @given(
-    st.sampled_from(DTYPES), st.sampled_from([(1,), (7,), (3, 5), (2, 3, 33), (40, 130)]), st.integers(0, 99),
-    st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.booleans(),
-)  # fmt: skip
-def test_the_functions_are_their_formulas(
+    st.sampled_from(DTYPES),
+    st.sampled_from([(1,), (7,), (3, 5), (2, 3, 33), (40, 130)]),
+    st.integers(0, 99),
+    st.sampled_from([0.1, 0.2, 0.5, 0.9]),
+    st.booleans(),
+)
+def test_functions_match_their_formulas(
     dtype: torch.dtype, shape: tuple[int, ...], seed: int, drop: float, coarse: bool
 ) -> None:
     delta = tensor(int(np.prod(shape)), dtype, seed=seed).reshape(shape)
@@ -91,7 +94,7 @@ def test_the_functions_are_their_formulas(
         assert found.dtype == dtype
 
 
-def test_a_trim_is_pefts() -> None:
+def test_trim_matches_peft() -> None:
     delta = torch.randn(300, 50, generator=torch.Generator().manual_seed(0))
     for drop in (0.25, 0.5, 0.875):
         assert torch.equal(trim(delta, drop=drop), magnitude_based_pruning(delta, density=1 - drop))
@@ -103,7 +106,7 @@ def test_della_without_epsilon_is_dare() -> None:
 
 
 def test_della_is_unbiased() -> None:
-    """Of each element the mean over 4000 seeds is within 5 standard errors: fails once in some 30,000 runs of 60."""
+    """Each element's mean over 4000 seeds is within 5 standard errors: for 60 elements, fails once in 30,000 runs."""
     delta = torch.linspace(-1, 1, 60)
     seeds = 4000
     total = torch.stack([della(delta, name=NAME, drop=0.5, epsilon=0.3, seed=seed) for seed in range(seeds)])
@@ -113,7 +116,7 @@ def test_della_is_unbiased() -> None:
     assert ((total.mean(0) - delta).abs() <= 5 * error + 1e-6).all()
 
 
-def test_what_is_not_finite_stays() -> None:
+def test_nan_and_infinity_are_kept() -> None:
     delta = torch.tensor([[0.1, float("nan"), 3.0, float("-inf")]] * 50)
     for found in (trim(delta, drop=0.9), della(delta, name=NAME, drop=0.9, epsilon=0)):
         assert found[:, 1].isnan().all()
@@ -121,7 +124,7 @@ def test_what_is_not_finite_stays() -> None:
 
 
 def models(root: Path, shapes: dict[str, tuple[int, ...]], dtypes: Any, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Write base, start and sft of these shapes; a third of the sft's elements is the start's."""
+    """Write base, start and sft with these shapes; a third of the sft's elements equal the start's."""
     found: list[dict[str, torch.Tensor]] = []
     for number, role in enumerate(("base", "start", "sft")):
         state = {
@@ -144,32 +147,51 @@ SHAPES = {NAME: (70, 90), "model.layers.1.norm.weight": (300,), "model.experts":
 @pytest.mark.parametrize(
     "dtypes", [("bf16",) * 3, *others((("bf16", "bf16", "f32"),), (("f16",) * 3,)), ("f32", "f16", "f64")]
 )
-def test_a_streamed_merge_is_its_formula(tmp_path: Path, sparsify: str, dtypes: tuple[str, ...]) -> None:
+def test_streamed_merge_matches_the_formula(tmp_path: Path, sparsify: str, dtypes: tuple[str, ...]) -> None:
     kinds = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
     base, start, sft = models(tmp_path, SHAPES, [kinds[each] for each in dtypes])
     for factors in (None, {"model.layers.0": 0.5, "model.layers.1": 2.0}):
         out = tmp_path / f"out-{factors is None}"
         merge_checkpoints(
-            tmp_path / "base", tmp_path / "sft", out, start=tmp_path / "start", alpha=0.3, drop=0.6, seed=5,
-            iteration=2, sparsify=sparsify, layer_factors=factors,
-        )  # fmt: skip
+            tmp_path / "base",
+            tmp_path / "sft",
+            out,
+            start=tmp_path / "start",
+            alpha=0.3,
+            drop=0.6,
+            seed=5,
+            iteration=2,
+            sparsify=sparsify,
+            layer_factors=factors,
+        )
         merged, report = read_model(out), json.loads((out / "imm_report.json").read_text())
         for name in SHAPES:
             factor = (factors or {}).get(".".join(name.split(".")[:3]), 1.0)
             expected, kept = naive_merge(
-                base[name], sft[name], start[name], sparsify[:5].strip(":"), alpha=0.3, factor=factor, drop=0.6,
-                epsilon=0.2, name=name, seed=5, iteration=2,
-            )  # fmt: skip
+                base[name],
+                sft[name],
+                start[name],
+                sparsify[:5].strip(":"),
+                alpha=0.3,
+                factor=factor,
+                drop=0.6,
+                epsilon=0.2,
+                name=name,
+                seed=5,
+                iteration=2,
+            )
             assert same_bits(merged[name], expected), name
             assert report["tensors"][name]["kept_share"] == kept / expected.numel(), name
         assert verify(out).segments == len(SHAPES)
 
 
 @pytest.mark.parametrize("sparsify", ["trim", "della"])
-def test_any_cut_of_the_work_gives_the_same_bytes(
+def test_bytes_do_not_depend_on_how_work_is_split(
     tmp_path: Path, sparsify: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models(tmp_path, {NAME: (1500, 999), "v": (5000,)}, [torch.bfloat16] * 3)  # more than a segment; rows across it
+    models(
+        tmp_path, {NAME: (1500, 999), "v": (5000,)}, [torch.bfloat16] * 3
+    )  # more than one segment, and rows across segments
     arguments: dict[str, Any] = {"start": tmp_path / "start", "drop": 0.7, "iteration": 1, "sparsify": sparsify}
     merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "whole", workers=1, **arguments)
     monkeypatch.setattr(sparsified_delta, "PIECE", 1000)
@@ -181,20 +203,26 @@ def test_any_cut_of_the_work_gives_the_same_bytes(
     assert all(same_bits(one[name], other[name]) for name in one)
 
 
-def test_della_without_epsilon_is_the_merge_with_dare(tmp_path: Path) -> None:
+def test_streamed_della_without_epsilon_is_dare(tmp_path: Path) -> None:
     state = models(tmp_path, SHAPES, [torch.bfloat16] * 3)
-    state[1][NAME][:9] = -0.0  # a start of minus zero stays one
+    state[1][NAME][:9] = -0.0  # a start of minus zero stays minus zero
     write_model(tmp_path / "start", state[1])
     for sparsify in ("dare", "della:0"):
         merge_checkpoints(
-            tmp_path / "base", tmp_path / "sft", tmp_path / sparsify[:5], start=tmp_path / "start", alpha=0.0,
-            iteration=1, drop=0.8, sparsify=sparsify,
-        )  # fmt: skip
+            tmp_path / "base",
+            tmp_path / "sft",
+            tmp_path / sparsify[:5],
+            start=tmp_path / "start",
+            alpha=0.0,
+            iteration=1,
+            drop=0.8,
+            sparsify=sparsify,
+        )
     one, other = read_model(tmp_path / "dare"), read_model(tmp_path / "della")
     assert all(same_bits(one[name], other[name]) for name in one)
 
 
-def test_a_sweep_of_alphas_is_its_merges(tmp_path: Path) -> None:
+def test_sweep_over_alpha_equals_single_merges(tmp_path: Path) -> None:
     models(tmp_path, SHAPES, [torch.bfloat16] * 3)
     for alpha in (0.2, 0.7):
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / f"one-{alpha}", alpha=alpha, sparsify="trim")
@@ -207,17 +235,20 @@ def test_a_sweep_of_alphas_is_its_merges(tmp_path: Path) -> None:
         assert all(same_bits(one[name], other[name]) for name in one)
 
 
-def test_no_drop_and_a_drop_of_zero_leave_a_delta_whole(tmp_path: Path) -> None:
+def test_no_drop_and_drop_0_keep_the_whole_delta(tmp_path: Path) -> None:
     models(tmp_path, SHAPES, [torch.bfloat16] * 3)
-    folders: dict[str, dict[str, Any]] = {"plain": {"drop": 0}, "zero": {"drop": 0, "sparsify": "della"},
-               "no_drop": {"drop": 0.9, "sparsify": "trim", "no_drop": ["."]}}  # fmt: skip
+    folders: dict[str, dict[str, Any]] = {
+        "plain": {"drop": 0},
+        "zero": {"drop": 0, "sparsify": "della"},
+        "no_drop": {"drop": 0.9, "sparsify": "trim", "no_drop": ["."]},
+    }
     for name, options in folders.items():
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / name, **options)
     states = [read_model(tmp_path / name) for name in folders]
     assert all(same_bits(states[0][name], other[name]) for other in states[1:] for name in SHAPES)
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_invalid_options_are_refused(tmp_path: Path) -> None:
     models(tmp_path, SHAPES, [torch.float32] * 3)
 
     def merge(**options: Any) -> None:
@@ -238,7 +269,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         merge_into(torch.nn.Linear(2, 2), tmp_path / "base", sparsify="trim")  # type: ignore[call-arg]
 
 
-def test_rows_that_are_too_long_and_vocabularies_that_differ_are_refused_with_the_cure(
+def test_long_rows_and_different_vocabularies_are_refused_with_a_cure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models(tmp_path, SHAPES, [torch.float32] * 3)
@@ -252,7 +283,7 @@ def test_rows_that_are_too_long_and_vocabularies_that_differ_are_refused_with_th
 
 
 @pytest.mark.parametrize("sparsify", ["trim", "della"])
-def test_nan_is_refused_although_it_might_be_dropped(tmp_path: Path, sparsify: str) -> None:
+def test_nan_is_refused_even_if_it_would_be_dropped(tmp_path: Path, sparsify: str) -> None:
     state = models(tmp_path, SHAPES, [torch.bfloat16] * 3)
     state[2][NAME][3, 4] = float("nan")
     write_model(tmp_path / "sft", state[2])
@@ -260,8 +291,8 @@ def test_nan_is_refused_although_it_might_be_dropped(tmp_path: Path, sparsify: s
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", sparsify=sparsify, drop=0.89)
 
 
-def test_recipes_hold_what_is_used_and_no_more(tmp_path: Path) -> None:
-    """So that recipes of merges by DARE are what they were before there was anything else."""
+def test_recipes_hold_sparsify_only_if_used(tmp_path: Path) -> None:
+    """So recipes of DARE merges stay as they were before other sparsifiers existed."""
     models(tmp_path, SHAPES, [torch.float32] * 3)
     for sparsify, held in (("dare", None), ("trim", "trim"), ("della", "della:0.1"), ("della:.10", "della:0.1")):
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", sparsify=sparsify, overwrite=True)
@@ -272,7 +303,7 @@ def test_recipes_hold_what_is_used_and_no_more(tmp_path: Path) -> None:
     assert again.status == "already merged"
 
 
-def test_a_check_takes_the_drop_that_was_asked_for(tmp_path: Path) -> None:
+def test_check_reports_the_requested_drop(tmp_path: Path) -> None:
     models(tmp_path, SHAPES, [torch.float32] * 3)
     assert check(tmp_path / "base", tmp_path / "sft", MergeOptions(sparsify="della:0.3", drop=0.5)).problems == []
     (problem,) = check(tmp_path / "base", tmp_path / "sft", MergeOptions(sparsify="della:0.15", drop=0.9)).problems
@@ -280,13 +311,13 @@ def test_a_check_takes_the_drop_that_was_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("epsilon", [None, "x", -0.1, float("nan")])
-def test_an_epsilon_is_a_number(epsilon: Any) -> None:
+def test_epsilon_must_be_a_number(epsilon: Any) -> None:
     for drop in (0.0, 0.5):
         with pytest.raises(ArgumentError, match="epsilon"):
             della(torch.ones(4), name=NAME, drop=drop, epsilon=epsilon)
 
 
-def test_a_threshold_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trim_threshold_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models(tmp_path, {NAME: (1500, 999), "v": (5000,)}, [torch.bfloat16] * 3)
     computed, shared = [], sparsified_delta.Trimmed.shared
 

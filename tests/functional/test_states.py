@@ -14,7 +14,7 @@ SHAPES = {"embed.weight": (7, 4), "h.0.w": (40, 50), "h.0.b": (50,), "h.1.w": (4
 BASE, SFT, START = (random_state(SHAPES, seed=i) for i in range(3))
 
 
-def test_a_mapping_is_its_tensors_by_their_names() -> None:
+def test_mapping_equals_single_tensors_with_their_names() -> None:
     merged = dare_merge(BASE, SFT, start=START, alpha=0.3, drop=0.5, seed=4, iteration=2)
     assert list(merged) == list(BASE)
     for name, tensor in merged.items():
@@ -24,7 +24,7 @@ def test_a_mapping_is_its_tensors_by_their_names() -> None:
         assert same_bits(tensor, alone)
 
 
-def test_layer_factors_reach_their_layers_and_nothing_else() -> None:
+def test_layer_factors_apply_to_their_layers_only() -> None:
     factors = importance_factors({"h.0": 1.0, "h.1": 3.0})
     assert factors == {"h.0": 0.5, "h.1": 1.5}
     for given in (factors, {"0": 0.5, "1": 1.5}):
@@ -42,7 +42,7 @@ def test_layer_factors_reach_their_layers_and_nothing_else() -> None:
         ({"h.0": -1.0, "h.1": 1.0}, "factor is -1.0"),
     ],
 )
-def test_layer_factors_that_do_not_fit(factors: dict[str, float], message: str) -> None:
+def test_invalid_layer_factors_are_refused(factors: dict[str, float], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         dare_merge(BASE, SFT, drop=0.5, layer_factors=factors)
 
@@ -53,7 +53,7 @@ def test_plain_indices_need_one_stack() -> None:
         dare_merge(two, two, drop=0.5, layer_factors={"0": 1.0})
 
 
-def test_names_must_be_the_same() -> None:
+def test_different_names_are_refused() -> None:
     fewer = {name: tensor for name, tensor in SFT.items() if name != "h.1.w"}
     with pytest.raises(MismatchError, match=r"1 tensor is in base only, not in sft: 'h\.1\.w'"):
         dare_merge(BASE, fewer, drop=0.5)

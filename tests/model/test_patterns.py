@@ -1,4 +1,4 @@
-"""Patterns that messages show for names: each finds the names it is for, and no other."""
+"""Patterns for names in messages: each matches its names, and no other."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NAMES = st.lists(st.one_of(WORDS, NUMBERS), min_size=1, max_size=5).map(".".join
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(NAMES, min_size=1, max_size=30, unique=True), st.lists(NAMES, max_size=30))
-def test_a_pattern_finds_its_names_and_no_other(names: list[str], others: list[str]) -> None:
+def test_a_pattern_matches_its_names_only(names: list[str], others: list[str]) -> None:
     pattern = exact_pattern(names, others)
     if pattern:
         assert {name for name in {*names, *others} if re.search(pattern, name)} == set(names)
-    else:  # too long, or a line that ends in a newline, which `$` allows
+    else:  # too long, or ends in a newline, which `$` allows
         assert len("|".join(map(re.escape, names))) > 160 or any("\n" in name for name in {*names, *others})
 
 
@@ -46,7 +46,7 @@ def test_the_pattern_is_the_most_readable(names: list[str], pattern: str) -> Non
     assert exact_pattern(names, [*LAYERS, *names]) == pattern
 
 
-def test_names_that_no_short_pattern_finds_come_with_no_option() -> None:
+def test_no_option_without_a_short_pattern() -> None:
     names = [f"{chr(97 + i % 26)}{i}{'name' * 5}" for i in range(200)]
     assert ready_option("--keep", *names, every=[name.upper() for name in names] + [f"{n}2" for n in names]) == ""
     assert shlex.split(ready_option("--keep", *names[:2], every=names)) == [

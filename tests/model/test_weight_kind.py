@@ -1,4 +1,4 @@
-"""What a tensor is, by its name and shape: told by the modules that transformers makes, and by names of files."""
+"""Kinds of tensors by name and shape, against module classes of transformers and names in files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models import LAYOUTS, new_model, save
 
 
 def kind_of_module(model: torch.nn.Module, name: str) -> str | None:
-    """What the module's class says; None where it does not."""
+    """The kind by the module's class; None if the class does not decide."""
     module = model.get_submodule(name.rpartition(".")[0])
     parameter = name.rpartition(".")[2]
     kind = type(module).__name__
@@ -31,7 +31,7 @@ def kind_of_module(model: torch.nn.Module, name: str) -> str | None:
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_kinds_are_those_of_the_modules(layout: str) -> None:
+def test_kinds_match_module_classes(layout: str) -> None:
     model = new_model(layout)
     expected = {name: kind_of_module(model, name) for name, _ in model.named_parameters()}
     found = {name: weight_kind(name, weight.shape) for name, weight in model.named_parameters()}
@@ -43,7 +43,7 @@ def test_kinds_are_those_of_the_modules(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["qwen3_moe", "deepseek_v3", "gpt2", "llama"])
 def test_files_and_memory_agree_on_how_many_weights_are_linear(layout: str, tmp_path: Path) -> None:
-    """Experts are fused in memory and single in the files."""
+    """Experts are fused in memory and separate in the files."""
     model = new_model(layout)
     in_files = read_model(save(model, tmp_path / "m", "m"))
 

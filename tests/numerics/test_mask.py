@@ -28,27 +28,27 @@ CHECK_VALUES = {
 }
 
 
-def test_keys_are_those_of_the_contract() -> None:
+def test_keys_match_the_specification() -> None:
     assert mask_key(NAME) == (0x37734ECD, 0x6FF7E38A)
     assert mask_key(NAME, seed=7, iteration=2) == (0x01476898, 0x5462FD35)
 
 
-def test_the_generator_is_philox() -> None:
+def test_generator_is_philox() -> None:
     words = 0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8
     assert reference.philox4x32_10((0, 0, 0, 0), (0, 0)) == words
-    # Lane 0 of block 0 has counter 0; its halves stand 128 and 512 apart.
+    # Lane 0 of block 0 has counter 0; its words are 128 elements apart, and the halves of a word 512.
     bits = uniform16(torch.empty(0), 0, 1024, 0, 0).tolist()
     assert [bits[128 * w] | bits[512 + 128 * w] << 16 for w in range(4)] == list(words)
 
 
 @pytest.mark.parametrize("first", CHECK_VALUES)
-def test_random_bits_are_those_of_the_contract(first: int) -> None:
+def test_random_bits_match_the_specification(first: int) -> None:
     values = CHECK_VALUES[first]
     assert uniform16(torch.empty(0), first, len(values), *mask_key(NAME)).tolist() == values
     assert [reference.u16(NAME, first + i) for i in range(len(values))] == values
 
 
-def test_how_many_of_the_first_million_are_kept() -> None:
+def test_number_kept_of_the_first_million() -> None:
     assert int(keep_mask(NAME, (2**20,), drop=0.9).sum()) == 104639
 
 
@@ -57,7 +57,7 @@ def test_thresholds(drop: float, keep16: int) -> None:
     assert keep_threshold(drop) == keep16 == reference.keep16_of(drop)
 
 
-def test_a_piece_of_the_mask_is_the_mask_of_the_piece() -> None:
+def test_mask_with_offset_is_a_slice_of_the_whole() -> None:
     whole = keep_mask(NAME, (5000,), drop=0.3, seed=3, iteration=1)
     for first, count in ((0, 1), (1, 1023), (1023, 2), (1024, 1024), (777, 3000)):
         piece = keep_mask(NAME, (count,), drop=0.3, seed=3, iteration=1, offset=first)
@@ -66,7 +66,7 @@ def test_a_piece_of_the_mask_is_the_mask_of_the_piece() -> None:
 
 
 def chernoff(share: float, count: int, rate: float) -> tuple[float, float]:
-    """Bounds that the mean of `count` draws of probability `share` leaves with probability at most `rate`."""
+    """Bounds for the mean of `count` draws of probability `share`, violated with probability at most `rate`."""
 
     def divergence(x: float) -> float:
         parts = ((x, share), (1 - x, 1 - share))
@@ -94,8 +94,8 @@ def test_dare_is_unbiased_at_every_element(drop: float) -> None:
     mean = (total / draws).numpy()
     assert mean.min() >= low / share
     assert mean.max() <= high / share
-    assert high / share < 1.5  # the bound says something
-    # Over all elements together it is much sharper; a rescale other than 1 / (1 - p) would show here.
+    assert high / share < 1.5  # the bound is not trivial
+    # For the mean over all elements the bound is much sharper: any other rescale than 1 / (1 - p) would violate it.
     low, high = chernoff(share, draws * elements, ERROR_RATE)
     assert low / share <= mean.mean() <= high / share
     assert (high - low) / share < 0.04
@@ -104,7 +104,7 @@ def test_dare_is_unbiased_at_every_element(drop: float) -> None:
 @pytest.mark.parametrize(
     "other", [{"seed": 1}, {"iteration": 1}, {"name": "model.layers.1.mlp.up_proj.weight"}, {"offset": 2**20}]
 )
-def test_masks_of_other_names_rounds_seeds_and_places_are_independent(other: dict[str, object]) -> None:
+def test_masks_of_other_names_iterations_seeds_and_offsets_are_independent(other: dict[str, object]) -> None:
     count, drop = 2**20, 0.5
     one = keep_mask(NAME, (count,), drop=drop)
     two = keep_mask(**{"name": NAME, "shape": (count,), "drop": drop, **other})  # type: ignore[arg-type]
@@ -117,6 +117,6 @@ def test_neighbouring_elements_are_independent() -> None:
     low, high = chernoff(0.5, 2**19, ERROR_RATE / 5)
     for distance in (1, 2, 128, 512, 1024):
         pairs = kept[:-distance] == kept[distance:]
-        # Every pair of one parity of blocks shares no element with another: independent draws.
+        # Pairs of one parity of blocks share no elements, so they are independent draws.
         first = (np.arange(len(pairs)) // distance) % 2 == 0
         assert low <= pairs[first][: 2**19].mean() <= high

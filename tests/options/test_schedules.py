@@ -1,4 +1,4 @@
-"""Schedules: a number for each round."""
+"""Schedules: one value per round."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def test_schedules_begin_and_end_where_they_say(first: float, last: float, round
         assert values == pytest.approx(ordered, abs=1e-12)
 
 
-def test_a_schedule_is_read_as_it_is_written() -> None:
+def test_parse_schedule() -> None:
     assert [parse_schedule("0.1,0.2,0.3", 3)(t) for t in range(3)] == [0.1, 0.2, 0.3]
     assert parse_schedule("0.5", 9)(8) == 0.5
     assert parse_schedule("cosine:0,1", 5)(1) == pytest.approx((1 - 2**-0.5) / 2)
-    with pytest.raises(ArgumentError, match=re.escape("there are 3 values, and none for round 3")):
+    with pytest.raises(ArgumentError, match=re.escape("there are 3 values and none for round 3")):
         parse_schedule("0.1,0.2,0.3", 3)(3)

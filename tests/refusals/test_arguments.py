@@ -29,7 +29,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"drop": float("nan")}, r"drop is nan"),
     ({"seed": 1.0}, r"seed is 1\.0; it must be an integer"),
     ({"seed": None}, r"seed is None"),
-    ({"iteration": -1}, r"iteration is -1; rounds are counted by integers from 0"),
+    ({"iteration": -1}, r"iteration is -1; it must be an integer >= 0"),
     ({"iteration": 0.5}, r"iteration is 0\.5"),
     ({"iteration": 0.0}, r"iteration is 0\.0"),
     ({"iteration": "1"}, r"iteration is '1'"),
@@ -77,7 +77,9 @@ def test_a_factor_that_overflows_the_rescale_is_refused() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_refused(models: Models) -> None:
-    models.refused(ArgumentError, r"device is 'cuda'.*no such device.*--device cpu", streaming=True, device="cuda")
+    models.refused(
+        ArgumentError, r"device is 'cuda', which torch .* cannot use here.*--device cpu", streaming=True, device="cuda"
+    )
 
 
 L0, L1 = "model.layers.0", "model.layers.1"

@@ -52,8 +52,8 @@ def check_values() -> None:
         base, sft, out = torch.zeros(count), torch.ones(count), torch.empty(count)
         for limit in (*values, *(value + 1 for value in values)):
             assert limit < KEEP_ALL
-            numbers = replace(arithmetic(alpha=0.0, drop=0.5), keep16=limit)
-            merge_flat_fused(base, base, sft, out, numbers, *mask_key(NAME), first)
+            constants = replace(arithmetic(alpha=0.0, drop=0.5), keep16=limit)
+            merge_flat_fused(base, base, sft, out, constants, *mask_key(NAME), first)
             assert (out != 0).tolist() == [value < limit for value in values], (first, limit)
 
 

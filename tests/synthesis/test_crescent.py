@@ -1,4 +1,4 @@
-"""Crescent: votes against a Counter, the pipeline and its counts, cleaning, what is refused."""
+"""Crescent: votes against a Counter, the pipeline and its counts, cleaning, refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def equal(one: str, other: str) -> bool:
 
 @given(answers, st.integers(1, 5), st.sampled_from([0, 0.25, 0.5, 2 / 3, 1]))
 @settings(max_examples=300, deadline=None)
-def test_votes_are_those_of_a_counter(given: list[int | None], min_votes: int, min_agreement: float) -> None:
+def test_votes_match_a_counter(given: list[int | None], min_votes: int, min_agreement: float) -> None:
     found = consensus(list(map(say, given)), min_votes=min_votes, min_agreement=min_agreement, extract=said, same=equal)
     ranked = Counter(answer for answer in given if answer is not None).most_common()
     if not ranked:
@@ -68,7 +68,7 @@ def test_a_vote_by_hand() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"responses": []}, r"^there are no responses to vote; give one at least$"),
+        ({"responses": []}, r"^responses is empty; give at least one$"),
         ({"responses": "7"}, r"^responses: one text '7'; give a list of texts$"),
         ({"responses": ["7", None]}, r"^responses: number 1 of 2 is None, not a text$"),
         ({"min_votes": 0}, r"^min_votes is 0; it must be a whole number, 1 or more$"),
@@ -76,7 +76,7 @@ def test_a_vote_by_hand() -> None:
         ({"min_agreement": "half"}, r"^min_agreement is 'half'"),
     ],
 )
-def test_what_consensus_refuses(change: dict[str, Any], message: str) -> None:
+def test_consensus_refuses(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"responses": ["7", "7"], "extract": said, "same": equal}
     with pytest.raises(ArgumentError, match=message):
         consensus(**arguments | change)
@@ -106,7 +106,7 @@ def test_a_clean_question_stays_as_it_is(text: str) -> None:
     assert "".join(found.split()) in "".join(text.split())
 
 
-def test_baits_differ_and_are_single_lines() -> None:
+def test_bait_prompts_are_distinct_single_lines() -> None:
     baits = bait_prompts()
     assert len(set(baits)) == len(baits) > 1
     assert all("question mark" in bait and "\n" not in bait for bait in baits)
@@ -116,7 +116,7 @@ def digits(given: list[str]) -> Any:
     return [[text.count(digit) for digit in "0123456789"] for text in given]
 
 
-RAW = [  # by the bait's turn; what is near is so by its digits
+RAW = [  # one per prompt; similar questions have the same digits
     "What is 1 + 2? 3",
     "Nothing.",
     "What is 2 + 1?",
@@ -156,9 +156,15 @@ def test_the_pipeline_by_hand() -> None:
     assert made.questions.accepted == tuple(ANSWERS)
     assert [vote.reason for vote in made.votes] == [None, "tie", "no answer", "few votes", None]
     assert made.counts == {
-        "asked": 7, "no question": 1, "too near": 1, "no answer": 1, "tie": 1, "few votes": 1, "low agreement": 0,
+        "asked": 7,
+        "no question": 1,
+        "too near": 1,
+        "no answer": 1,
+        "tie": 1,
+        "few votes": 1,
+        "low agreement": 0,
         "pairs": 2,
-    }  # fmt: skip
+    }
     assert run(min_votes=1).counts["low agreement"] == 1
     assert run(history=["6 + 5?"]).questions.discarded[1].neighbour == "6 + 5?"
 
@@ -174,7 +180,7 @@ def test_rewritten_questions_are_cleaned_and_answered() -> None:
     assert made.pairs[1] == Pair("What is 6 + 6?", "12")
 
 
-def test_baits_take_turns() -> None:
+def test_bait_prompts_are_used_in_turn() -> None:
     prompts: list[str] = []
 
     def generate(given: list[str]) -> list[str]:
@@ -205,9 +211,13 @@ def test_counts_add_up(data: st.DataObject) -> None:
         lambda _: raw,
         digits,
         lambda given: [say(draw(st.one_of(st.none(), st.integers(0, 1)))) for _ in given],
-        questions=n, samples=samples, min_votes=draw(st.integers(1, samples)), extract=said, same=equal,
+        questions=n,
+        samples=samples,
+        min_votes=draw(st.integers(1, samples)),
+        extract=said,
+        same=equal,
         rewrite=draw(st.sampled_from([None, lambda *_: "1 + 3?", lambda *_: ""])),
-    )  # fmt: skip
+    )
     counts = dict(made.counts)
     assert counts.pop("asked") == n == sum(counts.values())
     assert counts["pairs"] == len(made.pairs)
@@ -219,7 +229,7 @@ def test_counts_add_up(data: st.DataObject) -> None:
     [
         ({"questions": 0}, r"^questions is 0; it must be a whole number, 1 or more$"),
         ({"samples": 0}, r"^samples is 0"),
-        ({"samples": 1}, r"^min_votes is 2 and samples is 1: no answer could win; sample more$"),
+        ({"samples": 1}, r"^min_votes is 2 but samples is 1: no answer could win; sample more$"),
         ({"min_agreement": -1}, r"^min_agreement is -1"),
         ({"bait": []}, r"^bait is empty"),
         ({"bait": "A"}, r"^bait: one text 'A'; give a list of texts$"),
@@ -227,11 +237,11 @@ def test_counts_add_up(data: st.DataObject) -> None:
         ({"generate": lambda _: [None] * 7}, r"^what generate returned: number 0 of 7 is None, not a text$"),
         ({"answer": lambda _: ["7"]}, r"^answer was given 15 texts and returned 1; it must return one each$"),
         ({"answer": lambda _: "7"}, r"^what answer returned: one text '7'; give a list of texts$"),
-        ({"rewrite": lambda *_: None}, r"^rewrite gave None for 'What is 2 \+ 1\?'; give a text$"),
-        ({"clean": lambda _: None}, r"^clean gave None for 'What is 1 \+ 2\? 3'; give a text$"),
+        ({"rewrite": lambda *_: None}, r"^rewrite returned None for 'What is 2 \+ 1\?'; return a string$"),
+        ({"clean": lambda _: None}, r"^clean returned None for 'What is 1 \+ 2\? 3'; return a string$"),
     ],
 )
-def test_what_the_pipeline_refuses(change: dict[str, Any], message: str) -> None:
+def test_crescent_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         run(**change)
 
@@ -240,6 +250,6 @@ def test_what_the_pipeline_refuses(change: dict[str, Any], message: str) -> None
     "change",
     [{"threshold": 2}, {"retries": -1}, {"history": "1?"}, {"min_votes": 4}, {"min_agreement": 2}],
 )
-def test_values_are_refused_before_anything_is_generated(change: dict[str, Any]) -> None:
+def test_values_are_checked_before_generation(change: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=rf"^{next(iter(change))}\b"):
         run(generate=lambda _: pytest.fail("it was asked"), **change)

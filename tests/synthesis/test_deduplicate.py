@@ -1,4 +1,4 @@
-"""De-duplication of questions against a double loop; what `rewrite` gives, memory, vectors of no use."""
+"""De-duplication of questions against a double loop; rewriting, memory, invalid vectors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cosine(one: str, other: str) -> float:
 
 
 def near(one: str, other: str, threshold: float) -> bool:
-    """A cosine of such small numbers is either on a threshold or further from it than this."""
+    """Cosines of such small integers are either on a threshold or further from it than this."""
     return cosine(one, other) >= threshold - 1e-7
 
 
@@ -43,7 +43,7 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 @given(texts, texts, thresholds)
 @settings(max_examples=150, deadline=None)
-def test_it_keeps_what_a_double_loop_keeps(questions: list[str], history: list[str], threshold: float) -> None:
+def test_deduplicate_matches_a_double_loop(questions: list[str], history: list[str], threshold: float) -> None:
     accepted: list[str] = []
     discarded = []
     for question in questions:
@@ -59,7 +59,7 @@ def test_it_keeps_what_a_double_loop_keeps(questions: list[str], history: list[s
         assert found.accepted == tuple(accepted)
         assert [lost.question for lost in found.discarded] == [question for question, _ in discarded]
         assert [lost.cosine for lost in found.discarded] == pytest.approx([best for _, best in discarded])
-        for lost in found.discarded:  # the neighbour is the nearest there was
+        for lost in found.discarded:  # the neighbour is the nearest one
             assert lost.neighbour in {*history, *accepted}
             assert cosine(lost.question, lost.neighbour) == pytest.approx(lost.cosine)
         assert (found.rewritten, found.retries) == (0, 0)
@@ -67,7 +67,7 @@ def test_it_keeps_what_a_double_loop_keeps(questions: list[str], history: list[s
 
 @given(texts, texts, thresholds, st.lists(st.one_of(vectors.map(str), st.just("")), min_size=1), st.integers(0, 4))
 @settings(max_examples=150, deadline=None)
-def test_no_pair_is_too_near_whatever_rewrite_gives(
+def test_no_accepted_pair_is_too_similar_after_rewriting(
     questions: list[str], history: list[str], threshold: float, given: list[str], retries: int
 ) -> None:
     calls: list[tuple[str, str]] = []
@@ -96,8 +96,8 @@ def test_rewriting_by_hand() -> None:
         return next(answers)
 
     found = deduplicate(["(2, 0)", "(5, 0)", "(0, 1)", "(0, 3)"], encode, rewrite=rewrite)
-    assert found.accepted == ("(2, 0)", "(1, 1)", "(0, 1)")  # in the third try; the second gave nothing
-    assert found.discarded == (Discarded("(0, 3)", "(0, 1)", 1.0),)  # as it was asked
+    assert found.accepted == ("(2, 0)", "(1, 1)", "(0, 1)")  # on the third try; the second returned nothing
+    assert found.discarded == (Discarded("(0, 3)", "(0, 1)", 1.0),)  # in its original wording
     assert (found.rewritten, found.retries) == (1, 6)
     assert asked == [
         ("(5, 0)", "(2, 0)"),
@@ -109,7 +109,7 @@ def test_rewriting_by_hand() -> None:
     ]
 
 
-def test_equal_vectors_are_too_near_at_a_threshold_of_one(block: int) -> None:
+def test_equal_vectors_are_too_similar_at_threshold_1(block: int) -> None:
     drawn = np.random.default_rng(0).normal(size=(5, 384))
     again = {f"{i} {scale}": drawn[i] * scale for scale in (1.0, 1e-200, 1e200, 3.0) for i in range(5)}
     found = deduplicate(list(again), lambda given: [again[text] for text in given], threshold=1)
@@ -130,7 +130,7 @@ def test_texts_are_encoded_in_blocks_and_vectors_once(monkeypatch: pytest.Monkey
     assert deduplicate([], count) == Deduplicated((), (), 0, 0)
 
 
-def test_thousands_take_little_memory_and_time() -> None:
+def test_thousands_of_questions_take_little_memory() -> None:
     import tracemalloc
 
     drawn = np.random.default_rng(0).normal(size=(6000, 16)).astype(np.float32)
@@ -139,43 +139,46 @@ def test_thousands_take_little_memory_and_time() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(found.accepted) > 5900
-    assert peak < 60e6  # the cosines of all with all would be 288 MB
+    assert peak < 60e6  # all pairwise cosines would take 288 MB
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([[1.0, 0.0], [0.0, 0.0]], r"^encode gave a zero vector for 'b', which has no direction; leave it out$"),
+        ([[1.0, 0.0], [0.0, 0.0]], r"^encode returned a zero vector for 'b', which has no direction; leave it out$"),
         ([[1.0, 0.0], [math.nan, 1.0]], r"a vector with NaN or infinity for 'b'"),
         ([[math.inf, 0.0], [0.0, 1.0]], r"a vector with NaN or infinity for 'a'"),
-        ([[1.0, 0.0]], r"^encode gave shape \(1, 2\); it must be \(2, width\): a vector for each text$"),
+        ([[1.0, 0.0]], r"^encode returned shape \(1, 2\); it must be \(2, width\): one vector per text$"),
         ([1.0, 0.0], r"shape \(2,\); it must be \(2, width\)"),
         ([[[1.0]], [[1.0]]], r"shape \(2, 1, 1\)"),
         ([[], []], r"a zero vector for 'a'"),
-        ([[1.0], [1.0, 2.0]], r"^encode gave no array of numbers: .*; give a vector for each text, all of one width$"),
-        ([["x"], ["y"]], r"no array of numbers: could not convert string to float"),
-        (None, r"no array of numbers|shape \(\)"),
+        (
+            [[1.0], [1.0, 2.0]],
+            r"^encode did not return an array of numbers: .*; return one vector per text, all of one width$",
+        ),
+        ([["x"], ["y"]], r"not return an array of numbers: could not convert string to float"),
+        (None, r"not return an array of numbers|shape \(\)"),
     ],
 )
-def test_vectors_that_are_of_no_use(given: Any, message: str) -> None:
+def test_invalid_vectors_are_refused(given: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         deduplicate(["a", "b"], lambda _: given)
 
 
 def test_vectors_of_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deduplication, "BLOCK", 1)
-    with pytest.raises(ArgumentError, match=r"^encode gave shape \(1, 3\); it must be \(1, 2\): a"):
+    with pytest.raises(ArgumentError, match=r"^encode returned shape \(1, 3\); it must be \(1, 2\): one"):
         deduplicate(["(1, 0)", "(0, 1, 0)"], encode)
-    with pytest.raises(ArgumentError, match=r"it must be \(1, 2\): a"):
+    with pytest.raises(ArgumentError, match=r"it must be \(1, 2\): one"):
         deduplicate(["(0, 1, 0)"], encode, history=["(1, 0)"])
-    with pytest.raises(ArgumentError, match=r"it must be \(1, 2\): a"):
+    with pytest.raises(ArgumentError, match=r"it must be \(1, 2\): one"):
         deduplicate(["(1, 0)", "(1, 0)"], encode, rewrite=lambda *_: "(0, 1, 0)")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"threshold": 0}, r"^threshold is 0; it must be a cosine above 0 and at most 1$"),
+        ({"threshold": 0}, r"^threshold is 0; it must be a cosine in 0 < threshold <= 1$"),
         ({"threshold": 1.5}, r"^threshold is 1\.5"),
         ({"threshold": math.nan}, r"^threshold is nan"),
         ({"threshold": True}, r"^threshold is True"),
@@ -185,10 +188,10 @@ def test_vectors_of_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"history": ["(1, 0)", 3]}, r"^history: number 1 of 2 is 3, not a text$"),
         ({"questions": ["(1, 0)", " "]}, r"^questions: number 1 of 2 is empty; leave it out$"),
         ({"questions": 7}, r"^questions: 7; give a list of texts$"),
-        ({"rewrite": lambda *_: None}, r"^rewrite gave None for '\(1, 0\)'; give a text$"),
+        ({"rewrite": lambda *_: None}, r"^rewrite returned None for '\(1, 0\)'; return a string$"),
     ],
 )
-def test_what_deduplicate_refuses(change: dict[str, Any], message: str) -> None:
+def test_deduplicate_refuses(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"questions": ["(1, 0)", "(1, 0)"], "encode": encode}
     with pytest.raises(ArgumentError, match=message):
         deduplicate(**arguments | change)

@@ -17,10 +17,10 @@ samples = st.lists(
 
 
 @given(samples, st.sampled_from([None, 1, 2]), st.booleans())
-def test_the_right_ones_are_kept_in_order_and_all_are_counted(
+def test_right_samples_are_kept_in_order_and_all_are_counted(
     given: list[Sample], per_prompt: int | None, duplicates: bool
 ) -> None:
-    """Against a list that is gone through by hand."""
+    """Against a naive loop."""
     kept = keep_correct(given, per_prompt=per_prompt, duplicates=duplicates)
     expected: list[Sample] = []
     for each in given:
@@ -36,7 +36,7 @@ def test_the_right_ones_are_kept_in_order_and_all_are_counted(
     assert set(kept.unsolved) == {each.prompt for each in given} - {each.prompt for each in expected}
 
 
-def test_any_matcher_judges() -> None:
+def test_any_matcher_can_be_used() -> None:
     given = [Sample("p", "YES", "yes"), Sample("p", "no", "yes")]
     kept = keep_correct(given, matcher=lambda response, answer: response.lower() == answer)
     assert kept.samples == (given[0],)
@@ -47,9 +47,7 @@ def test_any_matcher_judges() -> None:
 @given(
     st.lists(st.integers(), max_size=40), st.lists(st.integers(), max_size=40), st.floats(0, 0.95), st.integers(0, 9)
 )
-def test_a_mixture_has_the_share_that_was_asked_for(
-    current: list[int], previous: list[int], share: float, seed: int
-) -> None:
+def test_mixture_has_the_requested_share(current: list[int], previous: list[int], share: float, seed: int) -> None:
     found = mix(current, previous, share=share, seed=seed)
     wanted = min(len(previous), round(share / (1 - share) * len(current)))
     assert found[: len(current)] == current
@@ -58,25 +56,25 @@ def test_a_mixture_has_the_share_that_was_asked_for(
     assert found == mix(current, previous, share=share, seed=seed)
 
 
-def test_every_example_is_drawn_alike() -> None:
-    """Each of 20, 5 at a time, by 2000 seeds: 500 times, within 5 standard deviations; fails once in 100,000 runs."""
+def test_all_examples_are_equally_likely() -> None:
+    """5 of 20 with 2000 seeds: each 500 times, within 5 standard deviations; fails once in 100,000 runs."""
     drawn = Counter(each for seed in range(2000) for each in mix(range(100, 105), range(20), share=0.5, seed=seed)[5:])
     assert set(drawn) == set(range(20))
     assert all(abs(count - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for count in drawn.values())
 
 
-def test_draws_are_the_same_on_every_machine() -> None:
+def test_draws_are_reproducible() -> None:
     assert mix("abc", "uvwxyz", share=0.5, seed=3) == ["a", "b", "c", "z", "u", "w"]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
-def test_shares_that_cannot_be(share: float) -> None:
+def test_invalid_shares_are_refused(share: float) -> None:
     with pytest.raises(ArgumentError, match="share is"):
         mix([1], [2], share=share)
 
 
 @given(st.lists(st.lists(st.integers(0, 9))))
-def test_all_rounds_each_example_once(rounds: list[list[int]]) -> None:
+def test_accumulate_holds_each_example_once(rounds: list[list[int]]) -> None:
     found = accumulate(rounds)
     assert sorted(found) == sorted({each for one in rounds for each in one})
     every = [each for one in rounds for each in one]

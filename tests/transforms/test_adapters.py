@@ -167,7 +167,7 @@ def test_the_bits_are_those_of_the_formulas(
         expected = reference.merge_tensors(
             base[name], start[name] if delta is None else delta, start[name], tensor.dtype, name=name,
             alpha=parameters["alpha"], drop=parameters["drop"], factor=factor.get(layer, 1.0),
-            iteration=2 if other_start else 0, added=delta is not None,
+            iteration=2 if other_start else 0, is_delta=delta is not None,
         )  # fmt: skip
         assert same_bits(tensor, expected), name
 

@@ -1,4 +1,4 @@
-"""The diagnosis: where the weights of a model changed, against where they matter."""
+"""Diagnosis: where the weights of a model changed, and where they matter."""
 
 from __future__ import annotations
 

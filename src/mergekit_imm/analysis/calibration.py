@@ -1,4 +1,4 @@
-"""Texts to measure importance on: from the lines of a JSONL file to batches of tokens."""
+"""Calibration data for importance: from the lines of a JSONL file to batches of tokens."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from ..errors import ArgumentError
 if TYPE_CHECKING:
     from torch import Tensor
 
-IGNORED = -100  # the label of a token that does not count in the loss
+IGNORED = -100  # label of tokens that do not count in the loss
 _KINDS = (("text",), ("prompt", "response"))
 
 
 @dataclass(frozen=True)
 class Lines:
-    """The examples of a file: (number of the line, ("text",) or ("prompt", "response")), and what file it was."""
+    """The examples of a file, and the file's name and digest."""
 
     name: str  # as typed
-    kind: tuple[str, ...]
-    examples: tuple[tuple[int, tuple[str, ...]], ...]
-    there: int  # examples in the file, which may be more
+    kind: tuple[str, ...]  # ("text",) or ("prompt", "response")
+    examples: tuple[tuple[int, tuple[str, ...]], ...]  # (line number, values of the keys in `kind`)
+    available: int  # number of examples in the whole file
     blake2b: str
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One example as tokens: the first `prompt` of them do not count in the loss."""
+    """One example as tokens."""
 
     ids: tuple[int, ...]
-    prompt: int
-    cut: int  # tokens beyond the greatest length
+    prompt: int  # number of tokens at the beginning that do not count in the loss
+    cut: int  # number of tokens cut off at the end
 
 
 def read_lines(path: str | Path, samples: int | None = None) -> Lines:
     """Read the first `samples` examples of a JSONL file, or all: {"text": ...} or {"prompt": ..., "response": ...}.
 
-    Every line is checked, also those beyond; other keys are no matter, and lines of white space no examples. Raises
-    ArgumentError that names file and line: for what is no JSON, of neither kind or of both, of another kind than the
-    first, or empty where there must be text.
+    All lines of the file are checked; other keys are ignored, and blank lines skipped. Raises ArgumentError, with file
+    and line, for invalid JSON, for an object of neither or both kinds or of another kind than the first, and for empty
+    text.
     """
     file = shown(path)
     kind: tuple[str, ...] = ()
     examples = []
-    there, first = 0, 0
+    available, first = 0, 0
     digest = blake2b(digest_size=16)
     try:
         plain_size(Path(path).expanduser())
@@ -65,14 +65,14 @@ def read_lines(path: str | Path, samples: int | None = None) -> Lines:
                         " one file holds examples of one kind"
                     )
                 kind, first = found, first or number
-                there += 1
-                if samples is None or there <= samples:
+                available += 1
+                if samples is None or available <= samples:
                     examples.append((number, values))
-    except (OSError, RuntimeError) as error:  # the latter of a home that is not there
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise ArgumentError(f"data file {file} cannot be read: {getattr(error, 'strerror', error)}") from error
     if not examples:
-        raise ArgumentError(f'data file {file} holds no examples; write a line {{"text": "..."}} for each')
-    return Lines(str(path), kind, tuple(examples), there, digest.hexdigest())
+        raise ArgumentError(f'data file {file} holds no examples; write one line {{"text": "..."}} per example')
+    return Lines(str(path), kind, tuple(examples), available, digest.hexdigest())
 
 
 def _example(line: bytes, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -83,26 +83,27 @@ def _example(line: bytes, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]
     kinds = [kind for kind in _KINDS if isinstance(content, dict) and set(kind) <= set(content)]
     if len(kinds) != 1:
         keys = (
-            f"has {', '.join(map(shown, list(content)[:6])) or 'no keys'}" if isinstance(content, dict) else "is none"
+            f"has {', '.join(map(shown, list(content)[:6])) or 'no keys'}"
+            if isinstance(content, dict)
+            else "is not an object"
         )
-        raise ArgumentError(f'{where} {keys}; it must be an object with either "text", or "prompt" and "response"')
+        raise ArgumentError(f'{where} {keys}; write an object with either "text", or "prompt" and "response"')
     values = tuple(content[key] for key in kinds[0])
     for key, value in zip(kinds[0], values, strict=True):
         if not isinstance(value, str) or (not value and key != "prompt"):
-            raise ArgumentError(f"{where}: {key} is {shown(repr(value), 60)}; it must be a string that is not empty")
+            raise ArgumentError(f"{where}: {key} is {shown(repr(value), 60)}; it must be a non-empty string")
     return kinds[0], values
 
 
 def tokenised(lines: Lines, tokenizer: Any, max_length: int) -> list[Tokens]:
-    """Return the examples as tokens of a model's own tokenizer, in their order, each at most `max_length` long.
+    """Tokenise examples with a model's own tokenizer, in order, each to at most `max_length` tokens.
 
-    A text gets the special tokens that the tokenizer puts around one by itself, and counts as a whole. A prompt gets
-    those that it puts before one; the response follows, then eos if the tokenizer has one, and only response and eos
-    count. Where the tokens of a prompt are also the first ones of prompt and response written as one, the response's
-    are the rest of these; else it is tokenised apart. No chat template is applied; a text or prompt that begins with
-    bos gets no second one. What is beyond `max_length` is cut off at the end, and counted.
+    A text gets the tokenizer's own special tokens, and all of it counts. A prompt gets only those at the beginning,
+    followed by the response and eos, if the tokenizer has one; response and eos count. Prompt and response are
+    tokenised together if the prompt's tokens are a prefix of the result, and separately otherwise. No chat template is
+    applied, and a text or prompt that begins with bos gets no second one. Tokens beyond `max_length` are cut off.
 
-    Raises ArgumentError that names file and line if no token is left that counts.
+    Raises ArgumentError, with file and line, if no token that counts is left.
     """
     found = []
     for number, values in lines.examples:
@@ -120,8 +121,8 @@ def tokenised(lines: Lines, tokenizer: Any, max_length: int) -> list[Tokens]:
         if len(kept) <= max(prompt, 1):
             cure = "shorten it, leave it out, or raise --max-length" if len(ids) > len(kept) else "leave it out"
             raise ArgumentError(
-                f"{shown(lines.name)}, line {number} has {len(ids)} tokens, {prompt} of them the prompt's, and none"
-                f" among the first {max_length} that the loss counts; {cure}"
+                f"{shown(lines.name)}, line {number} has {len(ids)} tokens, {prompt} of them in the prompt, and none"
+                f" of the first {max_length} counts in the loss; {cure}"
             )
         found.append(Tokens(kept, prompt, len(ids) - len(kept)))
     return found
@@ -133,13 +134,13 @@ def _with_specials(text: str, tokenizer: Any) -> list[int]:
 
 
 def _without_end(ids: list[int], text: str, tokenizer: Any) -> list[int]:
-    """Tokens without the eos that some tokenizers put behind a text."""
+    """Drop the eos that some tokenizers append to a text."""
     is_added = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
     return ids[:-1] if is_added else ids
 
 
 def batches(sequences: Sequence[Tokens], size: int, padding: int = 0) -> Iterator[Mapping[str, Tensor]]:
-    """Yield batches of `size` sequences, in their order, padded on the right, with attention_mask and labels."""
+    """Yield batches of `size` sequences, in order: input_ids padded on the right, attention_mask, labels (int64)."""
     import torch
 
     for begin in range(0, len(sequences), size):

@@ -1,4 +1,4 @@
-"""How far fine-tuning moved each layer (Eq. 4): of tensors in memory, of checkpoints on disk, of a merge's report."""
+"""How far fine-tuning moved each layer (Eq. 4), from tensors in memory, checkpoints, or a merge's report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..common.checks import check_state
 from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError, NonFiniteError
-from ..model.tensor_names import is_end, layer_key, layer_order, only_in, ready_option, weight_kind
+from ..model.tensor_names import is_embedding_or_head, layer_key, layer_order, only_in, ready_option, weight_kind
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ MEASURE = "measure it from the models: imm-analyze change START SFT"
 
 
 class Norms(NamedTuple):
-    """Of one tensor: its shape, ||W - W'|| and ||W|| (Frobenius); None where a norm is not finite."""
+    """Shape and Frobenius norms ||W - W'|| and ||W|| of one tensor; None for a norm that is not finite."""
 
     shape: Sequence[int]
     change: float | None
@@ -33,7 +33,7 @@ class Norms(NamedTuple):
 
 
 class Module(NamedTuple):
-    """Of one kind of module over all layers: its change, relative to its sum of ||W||_F, and its share."""
+    """Change of one kind of module over all layers, relative to its sum of ||W||_F, and as a share of the total."""
 
     change: float
     relative: float | None
@@ -42,11 +42,11 @@ class Module(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightChange:
-    """The change of each layer, and of what lies outside Eq. 4.
+    """The change of each layer, and of tensors outside Eq. 4.
 
-    `layers` is Eq. 4, `weights` the same sum of ||W||_F; `kinds` and `kind_weights` split both by module (q_proj,
-    up_proj); `elsewhere` has the sums of norms of embeddings, heads, norms, biases and other tensors, which no layer
-    counts.
+    `layers`: Eq. 4 per layer key. `weights`: the same sum of ||W||_F. `kinds`, `kind_weights`: both split by module
+    (q_proj, up_proj). `elsewhere`: sums of norms of the change of embeddings, heads, norms, biases and other tensors,
+    which count in no layer.
     """
 
     layers: dict[str, float]
@@ -58,7 +58,7 @@ class WeightChange:
 
     @property
     def modules(self) -> dict[str, Module]:
-        """Each kind of module over all layers; its relative change is None where the sum of ||W||_F is 0."""
+        """Change of each kind of module over all layers; relative is None if the sum of ||W||_F is 0."""
         total = math.fsum(self.layers.values())
         found = {}
         for kind in dict.fromkeys(kind for each in self.kinds.values() for kind in each):
@@ -70,12 +70,12 @@ class WeightChange:
 
     @property
     def relative(self) -> dict[str, float | None]:
-        """The change of each layer divided by its sum of ||W||_F; None where that sum is 0."""
+        """Change of each layer divided by its sum of ||W||_F; None if that is 0."""
         return {key: value / self.weights[key] if self.weights[key] else None for key, value in self.layers.items()}
 
     @property
     def share(self) -> dict[str, float | None]:
-        """The part of all layers' change that lies in each (figure 12); None where nothing changed."""
+        """Each layer's share of the total change (figure 12); None if nothing changed."""
         total = math.fsum(self.layers.values())
         return {key: value / total if total else None for key, value in self.layers.items()}
 
@@ -83,13 +83,16 @@ class WeightChange:
         """Return the change as plain data."""
         modules = {kind: each._asdict() for kind, each in self.modules.items()}
         return {
-            **asdict(self), "relative": self.relative, "share": self.share, "modules": modules,
+            **asdict(self),
+            "relative": self.relative,
+            "share": self.share,
+            "modules": modules,
             "notes": list(self.notes),
-        }  # fmt: skip
+        }
 
 
 def module_kind(name: str) -> str:
-    """Return the module that a weight belongs to: its last name, a number with the name before it.
+    """Return the module of a weight: the last component of its name; for a number, with the component before.
 
     >>> module_kind("model.layers.3.mlp.experts.7.up_proj.weight"), module_kind("h.0.mlp.2.weight")
     ('up_proj', 'mlp.*')
@@ -99,7 +102,7 @@ def module_kind(name: str) -> str:
 
 
 def change_of(norms: Mapping[str, Norms], notes: Sequence[str] = (), cure: str = CURE) -> WeightChange:
-    """Add the norms of tensors up, layer by layer. Raises NonFiniteError, MismatchError where no layer has a weight."""
+    """Sum the norms of tensors per layer. Raises NonFiniteError, and MismatchError if no tensor is a layer's weight."""
     parts: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     elsewhere: dict[str, list[float]] = defaultdict(list)
     for name, (shape, change, weight) in norms.items():
@@ -125,14 +128,13 @@ def change_of(norms: Mapping[str, Norms], notes: Sequence[str] = (), cure: str =
 
 
 def weight_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> WeightChange:
-    """Return how far the weights of each layer moved.
+    """Return how far the weights of each layer moved: a sum of norms, not the norm of all weights together.
 
         DeltaW^n = sum_k || W^{k,n} - W'^{k,n} ||_F          k: the linear weights of layer n
 
-    Args: `before`, `after`, name -> float tensor, of the same names and shapes; nothing is broadcast. Differences are
-    float32 (float64 of float64 tensors), sums of squares float64. It is a sum of norms, not the norm of all together.
-    Raises MismatchError for other names, shapes or kinds of dtype, NonFiniteError for NaN and infinity. The Frobenius
-    norm is ours: the paper does not name its norm.
+    Args: `before`, `after`, name -> float tensor, with the same names and shapes. Differences are float32 (float64 for
+    float64 tensors), sums of squares float64. Raises MismatchError if names, shapes or kinds of dtype differ (nothing
+    is broadcast), NonFiniteError for NaN and infinity. The Frobenius norm is ours: the paper names no norm.
 
     Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), Eq. 4.
 
@@ -181,12 +183,11 @@ def checkpoint_change(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> WeightChange:
-    """Return the change from one checkpoint to another, read once, in constant memory; nothing is written.
+    """Return the change from one checkpoint to another, read once in constant memory; nothing is written.
 
-    Inputs as in `merge_checkpoints`: folders, hub ids, an adapter as `sft`. Norms are added in float32 lanes, right to
-    some seven digits. Of vocabularies of different sizes only common rows count, and a note says so, unless `vocab` is
-    "strict". `keep` and `take` leave tensors of `base` and of `sft` out,
-    `leave_out` files of either. Raises MergeError.
+    Inputs are those of `merge_checkpoints`: folders, hub ids, an adapter as `sft`. Norms are accurate to about seven
+    digits. Of vocabularies of different sizes only the common rows count, with a note; `vocab="strict"` refuses them.
+    `keep` and `take` leave out tensors of `base` and of `sft`, `leave_out` files of either. Raises MergeError.
 
     >>> len(checkpoint_change(base_folder, sft_folder).layers) > 0
     True
@@ -208,14 +209,14 @@ def checkpoint_change(
     )  # fmt: skip
     threads = RunOptions(workers=workers).workers or default_workers()
     (plan,) = make_plans(open_inputs({"base": base, "sft": sft}, options))
-    # What a merge makes of a vocabulary is no matter here.
+    # Notes on the merged vocabulary do not apply: nothing is merged.
     notes = [note for note in plan.notes if "--vocab" not in note and "the vocabulary is that of" not in note]
     rows = sorted({each.rows[0] for each in plan.inputs.values() if each.rows})
     if len(rows) > 1:
         notes.append(f"note: the vocabularies have {rows[0]} and {rows[-1]} rows; the first {rows[0]} are compared")
     measured = tuple(item for item in plan.items if item.action == "merge")
     if len(measured) < len(plan.items):
-        notes.append(f"note: {len(plan.items) - len(measured)} tensors are not measured: left out, or no floats")
+        notes.append(f"note: {len(plan.items) - len(measured)} tensors are not measured: left out, or not floats")
     plan = replace(plan, items=measured)
     todo = list(segments(plan))
     records = np.zeros((len(todo), RECORD))
@@ -242,11 +243,11 @@ def checkpoint_change(
 
 
 def reported_change(merged: str | Path) -> WeightChange:
-    """Return the change of the round that made a merged folder, from its imm_report.json: ||sft - start||, unread.
+    """Return the change ||sft - start|| of the round that made a merged folder, from its imm_report.json.
 
-    Only the report and the headers beside it are read. Relative changes are of the base's norms, as the report has no
-    others. Raises CheckpointError where the report cannot tell: no report, a linear weight that was not merged, a
-    sparsifier other than DARE.
+    Reads only the report and the headers of the merged files. Relative changes refer to the norms of the base, the only
+    ones in the report. Raises CheckpointError if there is no report, a linear weight was not merged, or the sparsifier
+    was not DARE.
 
     >>> from mergekit_imm import merge_checkpoints
     >>> report = merge_checkpoints(base_folder, sft_folder, out_folder)
@@ -259,14 +260,15 @@ def reported_change(merged: str | Path) -> WeightChange:
 
     folder, cure = Path(merged).expanduser(), MEASURE
     if not folder.is_dir():
-        raise CheckpointError(f"{shown(merged)} is no folder; give BASE and SFT, or a folder that imm-merge made")
+        raise CheckpointError(f"{shown(merged)} is not a folder; give BASE and SFT, or a folder made by imm-merge")
     recipe = read_recipe(folder)
     if recipe is None or not (folder / REPORT_FILE).is_file():
         raise CheckpointError(f"{shown(merged)} holds no merge with {REPORT_FILE}; {cure}")
     sparsify = recipe["parameters"].get("sparsify", "dare")
     if sparsify != "dare":
         raise CheckpointError(
-            f"{shown(merged)} was merged with sparsify {shown(sparsify)}, whose report is of what was kept; {cure}"
+            f"{shown(merged)} was merged with sparsify {shown(sparsify)}, so its report covers only kept elements;"
+            f" {cure}"
         )
     try:
         report = parse_json((folder / REPORT_FILE).read_bytes(), without_duplicates)
@@ -274,19 +276,19 @@ def reported_change(merged: str | Path) -> WeightChange:
         raise CheckpointError(f"{shown(folder / REPORT_FILE)} cannot be read: {shown(error, 200)}; {cure}") from error
     tensors = report.get("tensors") if isinstance(report, dict) and report.get("version") == 2 else None
     if not isinstance(tensors, dict) or not all(isinstance(each, dict) for each in tensors.values()):
-        raise CheckpointError(f"{shown(folder / REPORT_FILE)} is no report of version 2; merge again, or {cure}")
+        raise CheckpointError(f"{shown(folder / REPORT_FILE)} is not a report of version 2; merge again, or {cure}")
     stored = open_checkpoint(folder, "base").tensors
     norms, skipped = {}, []
     for name, entry in tensors.items():
-        # A tied tensor goes by its embedding's name, which need not be stored; its shape does not matter.
-        shape = stored[name].shape if name in stored else (1, 1) if is_end(name) else None
+        # A tied tensor has its embedding's name, which need not be stored; any 2-D shape will do.
+        shape = stored[name].shape if name in stored else (1, 1) if is_embedding_or_head(name) else None
         if shape is None:
-            raise CheckpointError(f"{shown(merged)} lacks tensor '{shown(name)}' of its {REPORT_FILE}; {cure}")
+            raise CheckpointError(f"{shown(merged)} lacks tensor '{shown(name)}' in its {REPORT_FILE}; {cure}")
         if entry.get("action") == "merge":
             values = [entry.get(key) for key in ("delta_norm", "base_norm")]
             if not all(x is None or (isinstance(x, (int, float)) and not isinstance(x, bool)) for x in values):
                 raise CheckpointError(
-                    f"{shown(folder / REPORT_FILE)}: the norms of '{shown(name)}' are no numbers; {cure}"
+                    f"{shown(folder / REPORT_FILE)}: the norms of '{shown(name)}' are not numbers; {cure}"
                 )
             norms[name] = Norms(shape, *values)
         elif weight_kind(name, shape) == "linear" and entry.get("action") != "copy":

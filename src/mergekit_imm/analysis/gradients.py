@@ -1,6 +1,6 @@
-"""How important each layer is to a loss: sums of |gradient * weight|, with little memory, and the model left as it was.
+"""Importance of each layer to a loss: sums of |gradient * weight|, in little memory, with the model left unchanged.
 
-Gradients come one at a time: a hook takes each when autograd has it whole, uses it, and frees it.
+Gradients are handled one at a time: a hook gets each as soon as autograd has accumulated it, uses it, and frees it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..options.layer_factors import Importance
 from ..output.direct_io import allocate
 
 ORDERS = ("first", "second", "mix", "per-sample")
-_PIECE = 1 << 22  # elements at a time in float32: no copy of a whole gradient is made
+_PIECE = 1 << 22  # elements converted to float32 at a time, to avoid copies of whole gradients
 _BUCKETS = {"embedding": "embeddings", "head": "head", "norm": "norms", "bias": "biases", "other": "other"}
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
@@ -40,7 +40,7 @@ def layer_importance(
     accumulate: str | Path = "memory",
     progress: Callable[[int], None] | None = None,
 ) -> Importance:
-    """Measure how much each layer matters to a model's loss on data.
+    """Measure how much each layer matters to a model's loss on some data.
 
         I_n = sum of |s| over all linear weights W of layer n,  and s is, by `order`,
         "first"        G * W                                                            (Eq. 2', 3)
@@ -48,36 +48,35 @@ def layer_importance(
         "mix"          G * W - W * F * W / 2
         "per-sample"   I_n = sum over samples of (tokens_j / tokens) * sum of |g_j * W|: not Eq. 3
 
-    G is the gradient of the mean loss over all tokens of the data set, g_j that of the mean loss of sample j. The
-    absolute value is taken after gradients are summed over the data: what samples disagree on cancels. "per-sample"
-    takes it before, and is therefore never smaller than "first". "second" and "mix" are LLM-Pruner's, as its code has
-    them: F without the factor 1/2, and a mean, where Eq. 2 writes a sum over samples.
+    G is the gradient of the mean loss over all tokens of the data, g_j that of the mean loss of sample j. Gradients are
+    summed over the data before the absolute value is taken, so contributions of opposite sign cancel. "per-sample"
+    takes it first, and so is never smaller than "first". "second" and "mix" follow LLM-Pruner's code: F has no factor
+    1/2, and is a mean where Eq. 2 has a sum over samples.
 
-    Which weights are linear is `weight_kind`'s to say. Frozen ones count as well, and one that goes by several names
-    counts once. All else is summed up apart, in `Importance.outside`.
+    `weight_kind` decides which weights are linear. Frozen weights count too, and tied weights count once. All other
+    weights are summed in `Importance.outside`.
 
     Args:
         model: a causal language model of transformers, or any module with a `loss`; float weights, on any device.
-        batches: any iterable, read once. Of the default loss: mappings with `input_ids`, `labels` (-100: does not
-            count) and whatever else the model takes; tensors are moved to the model's device.
-        order: of all but "first", each sample has a backward pass of its own, and batches are split along their first
-            dimension.
-        loss: `loss(model, batch)` -> (mean loss, a scalar tensor; number of tokens it is a mean of).
-        accumulate: where G and F are summed over several batches: "memory", or a folder with room for them.
-        progress: called with the number of sequences that are done.
+        batches: any iterable, read once. For the default loss: mappings with `input_ids`, `labels` (-100 does not
+            count) and any other inputs of the model; tensors are moved to the model's device.
+        order: all but "first" split batches along the first dimension, for one backward pass per sample.
+        loss: `loss(model, batch)` -> (mean loss, a scalar tensor; the number of tokens in the mean).
+        accumulate: where to sum G and F over several batches: "memory", or a folder with enough space.
+        progress: called with the number of sequences done.
 
-    Memory, beside the model and its activations: one gradient at a time, in the weights' dtype. One batch with
-    "first", and any number with "per-sample", need no more. Several batches need the sum of gradients in float32, 4
-    bytes for each parameter (8 with "mix"), in main memory or, while it runs, in a file without a name in the folder.
-    A weight that is tied has the gradient of one end held until the other's is there.
+    Memory beyond the model and its activations: one gradient at a time, in the weights' dtype. This is all for
+    "per-sample", and for "first" with one batch. Otherwise sums of gradients in float32 take 4 bytes per parameter
+    ("mix": 8), in memory or in an unnamed temporary file in the folder. For a tied weight, autograd holds the first
+    gradient until the second exists.
 
-    While it runs, the model is in evaluation mode: no dropout. At the end, also after an error, modes, requires_grad
-    and gradients are as they were. Sums are in float32 and float64. Gradients of float16 weights underflow: load such
-    a model in float32 or bfloat16.
+    The model runs in evaluation mode, without dropout. Afterwards, also after an error, its modes, requires_grad and
+    gradients are restored. Sums are in float32 and float64. Gradients of float16 weights underflow: load the model in
+    float32 or bfloat16.
 
-    Raises ArgumentError for no batch, a batch without labels or without a token that counts, an unknown order;
-    MismatchError for models it is not for; NonFiniteError for NaN or infinity, naming the batch or the weight;
-    OutputError if the folder has no room.
+    Raises ArgumentError for no batches, a batch without labels or without a token that counts, or an unknown order;
+    MismatchError for unsuitable models; NonFiniteError for NaN or infinity, naming the batch or the weight; OutputError
+    if memory or disk space runs out.
 
     Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), Eq. 2 and 3;
     LLM-Pruner (arXiv 2305.11627).
@@ -94,9 +93,7 @@ def layer_importance(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give a torch module, such as a loaded model")
     if torch.is_inference_mode_enabled():
-        raise ArgumentError(
-            "torch.inference_mode is on, in which there are no gradients; call layer_importance outside"
-        )
+        raise ArgumentError("torch.inference_mode is on, which disables gradients; call layer_importance outside of it")
     weights = _weights(model)
     steps = _steps(batches, split=order != "first")
     step = next(steps, None)
@@ -104,7 +101,7 @@ def layer_importance(
         raise ArgumentError("batches is empty; give at least one batch")
     following = next(steps, None)
     at_once = order == "per-sample" or (order == "first" and following is None)
-    sums = {} if at_once else _room(weights, {"first": "G", "second": "F", "mix": "GF"}[order], accumulate)
+    sums = {} if at_once else _allocate_sums(weights, {"first": "G", "second": "F", "mix": "GF"}[order], accumulate)
     found = dict.fromkeys(weights, 0.0)
     state = _Backward()
 
@@ -112,7 +109,7 @@ def layer_importance(
         grad, weight.grad = weight.grad, None
         if name in state.arrived:
             raise MismatchError(
-                f"the gradient of '{shown(name)}' comes in parts, as with reentrant checkpointing; switch that off"
+                f"the gradient of '{shown(name)}' arrives in parts, as with reentrant checkpointing; turn that off"
             )
         state.arrived.add(name)
         assert grad is not None
@@ -137,7 +134,7 @@ def layer_importance(
 
     sequences, tokens = 0, 0
     losses = []
-    with _borrowed(model, weights, arrived):
+    with _prepared(model, weights, arrived):
         while step is not None:
             value = _backward(model, step, loss or _language_loss, state)
             losses.append(value * state.tokens)
@@ -153,13 +150,13 @@ def layer_importance(
             else:
                 mine = {kind: each[name] for kind, each in sums.items()}
                 found[name] = _salience(weight.detach(), mine, tokens, sequences)
-    sorted_out = _sorted_out(weights, found, state.used)
+    sorted_out = _by_layer(weights, found, state.used)
     return Importance(*sorted_out, order=order, sequences=sequences, tokens=tokens, loss=math.fsum(losses) / tokens)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What one backward pass is of."""
+    """The input of one backward pass."""
 
     place: str  # for messages
     batch: Any
@@ -168,16 +165,16 @@ class _Step:
 
 @dataclass
 class _Backward:
-    """The backward pass that is under way, for the hooks."""
+    """The current backward pass, as the hooks see it."""
 
     place: str = ""
     tokens: int = 0
-    arrived: set[str] = field(default_factory=set)  # weights whose gradient was there
-    used: set[str] = field(default_factory=set)  # the same, of all passes
+    arrived: set[str] = field(default_factory=set)  # weights with a gradient in this pass
+    used: set[str] = field(default_factory=set)  # weights with a gradient in any pass
 
 
 def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's weights by name, each once. Raises MismatchError for those that have no usable gradient."""
+    """The model's weights by name, tied ones once. Raises MismatchError for weights without a usable gradient."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(weight, []).append(unwrapped(name))
@@ -189,16 +186,16 @@ def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
         elif weight.device.type == "meta":
             why = "is on the device 'meta', without values; load the whole model"
         elif weight.is_inference():
-            why = "was made in torch.inference_mode; load the model outside of it"
+            why = "was created in torch.inference_mode; load the model outside of it"
         elif hasattr(weight, "placements"):
-            why = "is spread over several processes; load the whole model in one"
+            why = "is sharded over several processes; load the whole model in one"
         elif getattr(weight, "_post_accumulate_grad_hooks", None):
             why = "has a hook on its gradient, which may change the weight; remove the hook"
         if why:
             raise MismatchError(f"weight '{shown(name)}' {why}")
     if not any(weight_kind(name, weight.shape) == "linear" for name, weight in weights.items()):
         raise MismatchError(
-            f"none of the model's {len(weights)} weights is linear and in a layer; names of layers have a number, as"
+            f"none of the model's {len(weights)} weights is linear and in a layer; names in layers have a number, as in"
             " 'model.layers.0.mlp.up_proj.weight'"
         )
     return weights
@@ -223,7 +220,7 @@ def _tensors(batch: Any) -> list[tuple[Any, Tensor]]:
 
 
 def _count(batch: Any) -> int:
-    """How many sequences a batch has: the first dimension of its labels, or of its first tensor."""
+    """Number of sequences in a batch: the first dimension of its labels, or of its first tensor."""
     tensors = _tensors(batch)
     first = next((value for key, value in tensors if key == "labels"), tensors[0][1] if tensors else None)
     return 1 if first is None or not first.ndim else len(first)
@@ -236,7 +233,7 @@ def _sample(batch: Any, at: int, count: int, place: str) -> Any:
     strange = [f"'{shown(key)}' {list(value.shape)}" for key, value in _tensors(batch) if len(value) != count]
     if strange:
         raise ArgumentError(
-            f"{place} cannot be cut out: {strange[0]} does not have {count} rows; give batches of one sequence"
+            f"{place} cannot be separated: {strange[0]} does not have {count} rows; give batches of one sequence"
         )
     if isinstance(batch, Mapping):
         return {key: cut(value) for key, value in batch.items()}
@@ -244,10 +241,10 @@ def _sample(batch: Any, at: int, count: int, place: str) -> Any:
 
 
 def _language_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
-    """The loss of a model of transformers, and how many tokens it is a mean of: the first predicts none of itself."""
+    """The mean loss of a transformers model, and its number of tokens: labels from the second on, except -100."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         kind = f"has {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
-        raise ArgumentError(f"a batch {shown(kind)}; it must be a mapping with a tensor 'labels', or give `loss`")
+        raise ArgumentError(f"a batch {shown(kind)}; give mappings with a tensor 'labels', or a `loss`")
     tokens = int((batch["labels"][..., 1:] != -100).sum())
     if not tokens:
         return torch.zeros(()), 0
@@ -258,11 +255,11 @@ def _language_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
 
 
 def _backward(model: nn.Module, step: _Step, loss: Loss, state: _Backward) -> float:
-    """One forward and backward pass; returns the mean loss."""
+    """Run one forward and backward pass; returns the mean loss."""
     answer = loss(model, step.batch)
     is_pair = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], int | float | Tensor)
     if not is_pair or not isinstance(answer[0], Tensor) or answer[0].numel() != 1:
-        raise ArgumentError(f"the loss of {step.place} is no pair (scalar tensor, number of tokens)")
+        raise ArgumentError(f"the loss of {step.place} is not a pair; return (scalar tensor, number of tokens)")
     mean, tokens = answer[0].squeeze(), int(answer[1])
     value = float(mean.detach())
     if tokens < 1:
@@ -281,10 +278,10 @@ def _backward(model: nn.Module, step: _Step, loss: Loss, state: _Backward) -> fl
 
 
 @contextmanager
-def _borrowed(
+def _prepared(
     model: nn.Module, weights: Mapping[str, nn.Parameter], arrived: Callable[[str, nn.Parameter], None]
 ) -> Iterator[None]:
-    """The model in evaluation mode, all weights with gradients, which `arrived` takes; as it was at the end."""
+    """Put the model in evaluation mode and pass each weight's gradient to `arrived`; restore everything at the end."""
     modes = [(module, module.training) for module in model.modules()]
     before = [(weight, weight.requires_grad, weight.grad) for weight in weights.values()]
     hooks = []
@@ -294,7 +291,7 @@ def _borrowed(
             for name, weight in weights.items():
                 weight.grad = None
                 weight.requires_grad_(True)
-                hook: Any = weight.register_post_accumulate_grad_hook  # it has no types
+                hook: Any = weight.register_post_accumulate_grad_hook  # untyped in torch
                 hooks.append(hook(partial(arrived, name)))
             yield
     finally:
@@ -313,7 +310,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _pieces(first: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Spans of flat tensors, and the pieces there, in float32 or float64; of one tensor alone, on the CPU."""
+    """Yield (span, pieces of the flat tensors there), in float32 or float64; a single tensor is moved to the CPU."""
     wide = _wide(first.dtype)
     flat = [each.reshape(-1) for each in (first, *others)]
     for begin in range(0, first.numel(), _PIECE):
@@ -321,8 +318,10 @@ def _pieces(first: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
         yield span, *(each[span].to(device=None if others else "cpu", dtype=wide) for each in flat)
 
 
-def _room(weights: Mapping[str, nn.Parameter], kinds: str, accumulate: str | Path) -> dict[str, dict[str, Tensor]]:
-    """Zeros for the sums of gradients (G) or of their squares (F), flat, by weight."""
+def _allocate_sums(
+    weights: Mapping[str, nn.Parameter], kinds: str, accumulate: str | Path
+) -> dict[str, dict[str, Tensor]]:
+    """Zeros for sums of gradients (G) or of their squares (F): kind -> weight name -> flat tensor."""
     import numpy as np
 
     sizes = {name: -(-weight.numel() // 2) * 2 * _wide(weight.dtype).itemsize for name, weight in weights.items()}
@@ -331,18 +330,18 @@ def _room(weights: Mapping[str, nn.Parameter], kinds: str, accumulate: str | Pat
         if accumulate == "memory":
             space = np.zeros(total, np.uint8)
         else:
-            with tempfile.TemporaryFile(dir=Path(accumulate).expanduser()) as file:  # it has no name, or soon none
+            with tempfile.TemporaryFile(dir=Path(accumulate).expanduser()) as file:  # unnamed; the map keeps it alive
                 allocate(file.fileno(), total)
                 space = np.memmap(file, np.uint8, "r+", shape=(total,))
     except MemoryError as error:
         raise OutputError(
-            f"the sums of gradients need {bytes_text(total)} of memory, which are not there; accumulate them in a"
-            " folder of a disk"
+            f"the sums of gradients need {bytes_text(total)} of memory, which is not available; accumulate them in a"
+            " folder on disk"
         ) from error
     except OSError as error:
         raise OutputError(
             f"the sums of gradients need a file of {bytes_text(total)} in {shown(accumulate)}: {error.strerror};"
-            " give a folder of a disk that has room"
+            " give a folder on a disk with enough space"
         ) from error
     sums: dict[str, dict[str, Tensor]] = {}
     begin = 0
@@ -356,7 +355,7 @@ def _room(weights: Mapping[str, nn.Parameter], kinds: str, accumulate: str | Pat
 
 
 def _salience(weight: Tensor, sums: Mapping[str, Tensor], tokens: int, samples: int) -> float:
-    """The sum of |s| over a weight: G is a sum of tokens * gradient, F one of squares."""
+    """The sum of |s| over a weight; `sums` holds G as a sum of tokens * gradient, F as a sum of squares."""
     sizes = []
     for span, w in _pieces(weight):
         first = w * (sums["G"][span] / tokens) if "G" in sums else 0.0
@@ -367,10 +366,10 @@ def _salience(weight: Tensor, sums: Mapping[str, Tensor], tokens: int, samples: 
     return math.fsum(sizes)
 
 
-def _sorted_out(
+def _by_layer(
     weights: Mapping[str, nn.Parameter], found: Mapping[str, float], used: set[str]
 ) -> tuple[dict[str, float], dict[str, float], dict[str, dict[str, float]], tuple[str, ...]]:
-    """From the sums over each weight to those over layers: layers, outside, modules, unused of `Importance`."""
+    """Sum weights into the fields of `Importance`: layers, outside, modules, unused."""
     layers: dict[str, float] = {}
     modules: dict[str, dict[str, float]] = {}
     outside = dict.fromkeys(_BUCKETS.values(), 0.0)
@@ -392,6 +391,6 @@ def _sorted_out(
         of_kind[layer] = of_kind.get(layer, 0.0) + found[name]
     if not any(layers.values()):
         raise NonFiniteError(
-            "the gradients of all linear weights in layers are 0: in float16 they underflow; load the model in float32"
+            "the gradients of all linear weights in layers are 0, as when float16 underflows; load the model in float32"
         )
     return layers, outside, modules, tuple(unused)

@@ -1,4 +1,4 @@
-"""The importance of a checkpoint's layers on the texts of a file: what `imm-analyze importance` does."""
+"""Measure the importance of a checkpoint's layers on a data file: the work of `imm-analyze importance`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured, as the file holds it, and what is worth knowing and not an error."""
+    """A measured importance, the content of its file, and notes."""
 
     importance: Importance
     content: dict[str, Any]
@@ -60,23 +60,22 @@ def measure_importance(
     accumulate: str = "memory",
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
-    """Load a model with transformers, measure its layers on the texts of a file, and write an importance file.
+    """Load a model with transformers, measure its layers on a data file, and write an importance file to `out`.
 
-    What can be refused is refused before the model is loaded: an output that cannot be written, or that holds
-    something else, a bad line, a model that is not there. Keys of layers are those of the tensors in the model's
-    files. Raises the errors of `layer_importance`, `read_lines` and `open_checkpoint`.
+    Checks output, data and model files before loading the model. Layer keys are those of the model's files. Raises the
+    errors of `layer_importance`, `read_lines` and `open_checkpoint`.
     """
     target = expanded(out)
     _check_output(target, out)
     lines = read_lines(data, samples)
     checkpoint = open_checkpoint(model, "model")
     if checkpoint.config is None or checkpoint.folder is None:
-        raise CheckpointError(f"{checkpoint.label} has no config.json; give the folder of a whole model")
+        raise CheckpointError(f"{checkpoint.label} has no config.json; give the folder of a complete model")
     if quantisation(checkpoint.config) is not None:
-        raise MismatchError(f"{checkpoint.label} is quantised, and has no gradients; give the model it was made from")
+        raise MismatchError(f"{checkpoint.label} is quantised and has no gradients; give the unquantised model")
     _check_device(device)
     tokenizer, loaded = _transformers(checkpoint, dtype)
-    with _loading(f"{lines.name} by the tokenizer of {checkpoint.label}"):  # whose own errors name no file
+    with _loading(f"{lines.name} by the tokenizer of {checkpoint.label}"):  # its own errors name no file
         sequences = tokenised(lines, tokenizer, max_length)
     with _running(checkpoint, device):
         network = loaded().to(device)
@@ -85,18 +84,18 @@ def measure_importance(
 
     from .gradients import layer_importance
 
-    def told(done: int) -> None:
+    def report(done: int) -> None:
         if progress is not None:
             progress(done, len(sequences))
 
-    told(0)
+    report(0)
     with _running(checkpoint, device):
         found = layer_importance(
             network,
             batches(sequences, batch_size),
             order=order,
             accumulate="memory" if accumulate == "memory" else target.parent,
-            progress=told,
+            progress=report,
         )
     found = _under(found, keys)
     own = str(next(network.parameters()).dtype).removeprefix("torch.")
@@ -106,7 +105,7 @@ def measure_importance(
         "cut_tokens": sum(each.cut for each in sequences),
         "dtype": own,
         "model": origin(checkpoint),
-        "data": {"file": lines.name, "blake2b": lines.blake2b, "examples": lines.there},
+        "data": {"file": lines.name, "blake2b": lines.blake2b, "examples": lines.available},
     }
     with output_errors(target):
         replace_file(target, to_json(content))
@@ -114,9 +113,9 @@ def measure_importance(
 
 
 def file_keys(weights: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the layers of a model in memory, each with its key in the model's files, where a prefix may differ.
+    """Return layer key in memory -> layer key in the model's files, which may differ in a prefix.
 
-    Raises MismatchError if these are not the layers of the files.
+    Raises MismatchError if memory and files have different layers.
     """
     names = {unwrapped(name): shape for name, shape in weights.items()}
     lost = {name: shape for name, shape in names.items() if name not in checkpoint.tensors}
@@ -137,7 +136,7 @@ def file_keys(weights: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) ->
         resolve_layers(dict.fromkeys(keys.values(), 1.0), checkpoint.tensors)
     except ArgumentError as error:
         raise MismatchError(
-            f"{checkpoint.label}: transformers loads other layers than its files hold: {error}"
+            f"{checkpoint.label}: the layers that transformers loads differ from those of the files: {error}"
         ) from error
     return keys
 
@@ -155,15 +154,15 @@ def _notes(content: Mapping[str, Any], lines: Lines, samples: int | None) -> tup
     if content["cut_tokens"]:
         notes.append(
             f"note: {content['cut_sequences']} of {content['sequences']} sequences were longer than"
-            f" {content['max_length']} tokens; {content['cut_tokens']} tokens at their ends were cut off"
+            f" {content['max_length']} tokens; {content['cut_tokens']} tokens were cut off at the end"
         )
-    if samples is not None and lines.there < samples:
-        notes.append(f"note: {shown(lines.name)} holds {lines.there} examples, fewer than the {samples} asked for")
+    if samples is not None and lines.available < samples:
+        notes.append(f"note: {shown(lines.name)} holds {lines.available} examples, fewer than the {samples} asked for")
     if content["dtype"] == "float16":
-        notes.append("note: gradients of a model in float16 underflow; --dtype float32 is safe")
+        notes.append("note: gradients of a float16 model underflow; --dtype float32 is safe")
     if content["unused"]:
         stacks = ", ".join(f"{shown(stack)}.*" for stack in content["unused"])
-        notes.append(f"note: {stacks} took no part in the loss, and are left out")
+        notes.append(f"note: {stacks} took no part in the loss and are left out")
     return tuple(notes)
 
 
@@ -171,13 +170,13 @@ def _check_output(target: Path, typed: str) -> None:
     """Raise OutputError if the file cannot be written there, or would replace something else."""
     with output_errors(target):
         if target.is_dir() or target.name in ("", ".", ".."):
-            raise OutputError(f"output {shown(typed)} is a folder; give the name of a file to write")
+            raise OutputError(f"output {shown(typed)} is a folder; give a file name")
         if not target.parent.is_dir():
-            raise OutputError(f"output {shown(typed)}: its folder {shown(target.parent)} does not exist; make it")
+            raise OutputError(f"output {shown(typed)}: its folder {shown(target.parent)} does not exist; create it")
         with tempfile.TemporaryFile(dir=target.parent):
             pass
         if target.exists() and not is_result(target, IMPORTANCE_FORMAT):
-            raise OutputError(f"output {shown(typed)} exists and is no importance file; choose another name")
+            raise OutputError(f"output {shown(typed)} exists and is not an importance file; choose another name")
 
 
 def _check_device(device: str) -> None:
@@ -188,12 +187,12 @@ def _check_device(device: str) -> None:
     except RuntimeError as error:
         raise ArgumentError(f"device is {shown(repr(device))}; it must be cpu or cuda") from error
     if asked.type != "cpu" and (asked.type != "cuda" or (asked.index or 0) >= torch.cuda.device_count()):
-        there = "cpu or cuda" if torch.cuda.device_count() else "cpu, as there is no GPU that torch can use"
-        raise ArgumentError(f"device {shown(device)} is not there; give {there}")
+        available = "cpu or cuda" if torch.cuda.device_count() else "cpu, as torch finds no usable GPU"
+        raise ArgumentError(f"device {shown(device)} does not exist; give {available}")
 
 
 def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[], nn.Module]]:
-    """The model's tokenizer, and what loads the model. Raises CheckpointError, one line, for whatever goes wrong."""
+    """The tokenizer, and a function that loads the model. Any failure is a CheckpointError of one line."""
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -205,14 +204,14 @@ def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[],
 
     def load() -> nn.Module:
         with _loading(checkpoint.label):
-            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder, dtype=dtype, local_files_only=True, output_loading_info=True
             )
-        missing = sorted(told["missing_keys"])
+        missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(
-                f"{checkpoint.label} lacks {len(missing)} of the weights that its config asks for, first"
-                f" '{shown(missing[0])}'; is it the whole model?"
+                f"{checkpoint.label} lacks {len(missing)} of the weights that its config requires, first"
+                f" '{shown(missing[0])}'; is it the complete model?"
             )
         network: nn.Module = model
         return network
@@ -223,10 +222,10 @@ def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[],
 
 
 def _tokenizer_class(checkpoint: Checkpoint, transformers: Any) -> Any:
-    """What loads a tokenizer as it is in the files.
+    """The class that loads the tokenizer exactly as stored.
 
-    Where these say that tokenizer.json is all of it, AutoTokenizer may still build that of the architecture instead,
-    as transformers 5 does for Qwen2: other tokens, and not a word.
+    Even if the files name a generic class, so that tokenizer.json is complete, AutoTokenizer may silently build the
+    architecture's own tokenizer, as transformers 5 does for Qwen2, with other tokens.
     """
     assert checkpoint.folder is not None
     about = checkpoint.folder / "tokenizer_config.json"
@@ -243,8 +242,8 @@ def _loading(what: str) -> Any:
         yield
     except MergeError:
         raise
-    except Exception as error:  # of transformers, and of what it calls: any kind
-        raise CheckpointError(f"{what} cannot be loaded: {_said(error)}; see that transformers loads it") from error
+    except Exception as error:  # transformers and its dependencies raise all kinds
+        raise CheckpointError(f"{what} cannot be loaded: {_text(error)}; check that transformers loads it") from error
 
 
 @contextmanager
@@ -255,27 +254,27 @@ def _running(checkpoint: Checkpoint, device: str) -> Any:
         yield
     except torch.OutOfMemoryError as error:
         raise ArgumentError(
-            f"the memory of {shown(device)} is not enough; use a smaller --batch-size or --max-length, or"
+            f"{shown(device)} does not have enough memory; use a smaller --batch-size or --max-length, or"
             " --dtype bfloat16"
         ) from error
-    except RuntimeError as error:  # of the model's own code, memory of the CPU among it
+    except RuntimeError as error:  # from the model's code, or out of CPU memory
         raise CheckpointError(
-            f"{checkpoint.label} fails when it is run: {_said(error)}; see that transformers runs it"
+            f"{checkpoint.label} fails to run: {_text(error)}; check that transformers runs it"
         ) from error
 
 
-def _said(error: Exception) -> str:
+def _text(error: Exception) -> str:
     return shown(" ".join(str(error).split()) or type(error).__name__, 300)
 
 
 def _check_fit(network: Any, sequences: list[Tokens], checkpoint: Checkpoint) -> None:
-    """Raise MismatchError for tokens and positions that the model does not have."""
+    """Raise MismatchError for tokens or positions that the model lacks."""
     rows = network.get_input_embeddings().num_embeddings
     largest = max(max(each.ids) for each in sequences)
     if largest >= rows:
         raise MismatchError(
-            f"{checkpoint.label}: its tokenizer makes token {largest}, but its embedding has {rows} rows; the tokenizer"
-            " is another model's"
+            f"{checkpoint.label}: its tokenizer produces token {largest}, but its embedding has {rows} rows; restore"
+            " the model's own tokenizer"
         )
     positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(each.ids) for each in sequences)

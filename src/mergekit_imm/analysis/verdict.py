@@ -1,4 +1,4 @@
-"""Does the change sit where importance is not? Rank correlation over layers, thirds, and a verdict."""
+"""Importance against change: rank correlation over layers, shares of thirds, and a verdict."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-LEAST = 6  # layers of which a verdict is given
+LEAST = 6  # layers for a verdict
 THIRDS = ("early", "middle", "late")
 
 
 @dataclass(frozen=True)
 class Third:
-    """A third of the layers, and its shares of all importance and of all change (None where there is no change)."""
+    """A third of the layers, with its shares of total importance and total change (None if nothing changed)."""
 
     layers: tuple[str, ...]
     importance: float
@@ -33,7 +33,7 @@ class Third:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Importance against change over the layers of one stack; `rho` is of Eq. 4, `relative` of the relative change."""
+    """Importance against change over the layers of one stack; `rho` uses Eq. 4, `relative` the relative change."""
 
     rho: Interval
     relative: Interval
@@ -47,7 +47,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One checkpoint as reports show it: its label, its change, and the mismatch where importance is given."""
+    """One checkpoint in a report: its label, its change, and the mismatch if importance is given."""
 
     label: str
     change: WeightChange
@@ -55,7 +55,7 @@ class Comparison:
 
 
 def ranks(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Return ranks from 1, equal values sharing the average of theirs.
+    """Return ranks from 1, float64; equal values share their average rank.
 
     >>> ranks([10.0, 30.0, 10.0]).tolist()
     [1.5, 3.0, 1.5]
@@ -69,7 +69,7 @@ def ranks(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 
 def spearman(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
-    """Return Spearman's rank correlation, Pearson's of the average ranks; NaN where one of them is constant.
+    """Return Spearman's rank correlation: Pearson's correlation of average ranks; NaN if one input is constant.
 
     >>> spearman([1, 2, 3, 4], [1, 4, 9, 16])
     1.0
@@ -81,17 +81,17 @@ def spearman(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
 
 
 def mismatch(importance: Mapping[str, float], change: WeightChange) -> Mismatch:
-    """Compare where layers matter with where they changed.
+    """Compare which layers matter with which layers changed.
 
         rho = Spearman(I^n, DeltaW^n) over layers n, with a 95% bootstrap interval over layers
 
-    Args: `importance`, layer key (or plain index) -> I^n >= 0, all layers of one stack; `change`, of the same model.
-    Third t of N layers is those from floor(t N / 3) to floor((t + 1) N / 3) - 1. Verdict: superficial where the whole
-    interval lies below 0, not where it lies above, else it cannot be told, as of fewer than 6 layers. Raises
-    MismatchError for several stacks, ArgumentError for other layers and importances out of range.
+    Args: `importance`, layer key (or plain index) -> I^n >= 0, for all layers of one stack; `change` of the same model.
+    Third t of N layers is floor(t N / 3) to floor((t + 1) N / 3) - 1. The verdict is superficial if the whole interval
+    lies below 0, not superficial if it lies above, else undecided, as with fewer than 6 layers. Raises MismatchError
+    for several stacks, ArgumentError for other layers and importances out of range.
 
     The rank correlation, its interval and the rule are ours: the paper (arXiv 2503.02103, section 3.2, figures 3 and 4)
-    compares two pictures by eye. Layers are not independent draws, so the interval is a guide.
+    compares two figures by eye. Layers are not independent draws, so the interval is only a guide.
 
     >>> change = WeightChange({f"h.{i}": float(i) for i in range(6)}, {f"h.{i}": 1.0 for i in range(6)}, {}, {})
     >>> mismatch({f"h.{i}": 6.0 - i for i in range(6)}, change).rho.value
@@ -130,16 +130,16 @@ def _interval(one: list[float], other: list[float]) -> Interval:
 
 
 def same_layers(importance: Mapping[str, float], change: WeightChange) -> dict[str, float]:
-    """Return importances under the change's layer keys.
+    """Return importances by the layer keys of `change`.
 
-    Raises ArgumentError unless they are of layers that changed, whole stacks of them; MismatchError for several stacks.
+    Raises ArgumentError unless they cover whole stacks of these layers, MismatchError for several stacks.
     """
     values = resolve_layers(importance, [f"{key}.weight" for key in change.layers])
     named = {key.rpartition(".")[0] for key in values}
     if len(named) != 1:
         raise MismatchError(
-            f"importance is of {len(named)} stacks of layers ({', '.join(map(shown, sorted(named)))}), whose layers"
-            " cannot be ranked together; give the importance of one of them"
+            f"importance covers {len(named)} stacks of layers ({', '.join(map(shown, sorted(named)))}), which cannot be"
+            " ranked together; give the importance of one stack"
         )
     return values
 
@@ -147,11 +147,11 @@ def same_layers(importance: Mapping[str, float], change: WeightChange) -> dict[s
 def _verdict(rho: Interval) -> str:
     found = f"rho {rho.value:+.2f} [{rho.low:+.2f}, {rho.high:+.2f}] over {rho.n} layers"
     if rho.n < LEAST:
-        return f"Cannot be told: {rho.n} layers are too few (at least {LEAST})."
+        return f"Undecided: {rho.n} layers are too few (at least {LEAST})."
     if math.isnan(rho.value) or math.isnan(rho.low):
-        return f"Cannot be told: all {rho.n} layers have one importance or one change, so there is no order to compare."
+        return f"Undecided: all {rho.n} layers have the same importance or change, so there is no order to compare."
     if rho.is_below:
-        return f"Looks superficial: the change sits where importance is not ({found})."
+        return f"Looks superficial: the change is where importance is low ({found})."
     if rho.is_above:
-        return f"Does not look superficial: the change sits where importance is ({found})."
-    return f"Cannot be told: the interval holds 0 ({found})."
+        return f"Does not look superficial: the change is where importance is high ({found})."
+    return f"Undecided: the interval contains 0 ({found})."

@@ -34,12 +34,12 @@ class Computed:
         return "F32"
 
     @property
-    def native(self) -> str:
-        """The dtype of an output whose base it is."""
+    def output_dtype(self) -> str:
+        """The dtype of the output if this is the base."""
         return self.dtype
 
     @property
-    def added(self) -> bool:
+    def is_delta(self) -> bool:
         """Whether it is a delta, which is added to the start."""
         return False
 
@@ -120,12 +120,12 @@ class _Of(Computed):
         return self.whole.dtype
 
     @property
-    def native(self) -> str:
+    def output_dtype(self) -> str:
         """That of the whole."""
-        return self.whole.native
+        return self.whole.output_dtype
 
     @property
-    def added(self) -> bool:
+    def is_delta(self) -> bool:
         """That of the whole."""
         return is_delta(self.whole)
 
@@ -168,9 +168,9 @@ class Pieces(Computed):
         return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
 
     @property
-    def native(self) -> str:
+    def output_dtype(self) -> str:
         """That of the first piece."""
-        return self.pieces[0].tensor.native
+        return self.pieces[0].tensor.output_dtype
 
     @property
     def stored(self) -> int:
@@ -221,7 +221,7 @@ class Extended(Pieces):
         return self.pieces[0].tensor
 
     @property
-    def added(self) -> bool:
+    def is_delta(self) -> bool:
         """That of its own rows; the others are never read as a delta."""
         return is_delta(self.own)
 
@@ -248,13 +248,13 @@ def leaves(tensor: Tensor, role: str) -> Iterator[Leaf]:
         for found in value if isinstance(value, tuple) else (value,):
             if isinstance(found, Piece):
                 yield from leaves(found.tensor, found.role)
-            elif hasattr(found, "stored") and hasattr(found, "native"):
+            elif hasattr(found, "stored") and hasattr(found, "output_dtype"):
                 yield from leaves(found, owner)
 
 
 def is_delta(tensor: Tensor | None) -> bool:
     """Whether a tensor holds what is added to the start."""
-    return isinstance(tensor, Computed) and tensor.added
+    return isinstance(tensor, Computed) and tensor.is_delta
 
 
 def is_stored(tensor: Tensor) -> bool:

@@ -52,8 +52,8 @@ class TensorInfo:
         return self.nbytes
 
     @property
-    def native(self) -> str:
-        """The dtype of an output whose base it is."""
+    def output_dtype(self) -> str:
+        """The dtype of the output if this is the base."""
         return self.dtype
 
 

@@ -88,10 +88,10 @@ def warm_up(plans: Sequence[Plan], device: Device) -> None:
     items = [(item, item.is_merged(0)) for plan in plans for item in plan.items if not item.raw]
     items += [(item, False) for item, merged in items if merged and item.common is not None]
     for item, merged in items:
-        roles, numbers = (tuple(item.sides), item.numbers) if merged else (("base",), _CONVERT)
+        roles, constants = (tuple(item.sides), item.constants) if merged else (("base",), _CONVERT)
         read = item.sides if merged else _converted(item)
         dtypes = (*(side.dtype for side in read.values()), item.outs[0].dtype)
-        kind = (roles, dtypes, numbers.plain, numbers.added, numbers.alpha in (0, 1))
+        kind = (roles, dtypes, constants.is_identity, constants.is_delta, constants.alpha in (0, 1))
         if kind not in seen:
             seen.add(kind)
             *inputs, out = ((np.zeros(BLOCK * DTYPE_BITS[dtype] // 8, np.uint8), dtype) for dtype in dtypes)
@@ -99,7 +99,7 @@ def warm_up(plans: Sequence[Plan], device: Device) -> None:
             base = raws["base"]
             start = raws.get("start", base)
             sft = raws.get("sft", start)
-            device.merge(base, start, sft, out, BLOCK, 0, item.key, numbers, new_tally())
+            device.merge(base, start, sft, out, BLOCK, 0, item.key, constants, new_tally())
 
 
 def run(
@@ -228,7 +228,9 @@ def _merge(
         sft = raws.get("sft", start)  # an adapter leaves the rest as it was
         for number, tally in tallies.items():
             each = plans[number].items[segment.item]
-            device.merge(base, start, sft, out, count, first, each.key, _CONVERT if converted else each.numbers, tally)
+            device.merge(
+                base, start, sft, out, count, first, each.key, _CONVERT if converted else each.constants, tally
+            )
             if isinstance(sides.get("sft"), Sparsified):  # dropped before it was read: here nothing was
                 tally[KEPT] += kept(*raws["sft"]) - count
             if not is_finite(tally):

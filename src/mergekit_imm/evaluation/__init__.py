@@ -1,4 +1,4 @@
-"""Was it real? Measurements of samples of models before and after self-improvement."""
+"""Was the improvement real? Measures on samples of models before and after self-improvement."""
 
 from __future__ import annotations
 

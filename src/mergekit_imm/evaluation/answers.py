@@ -1,6 +1,6 @@
-"""What a response answers, and whether two answers are the same: numbers exactly, all else as text.
+"""Find the final answer of a response, and compare answers: numbers exactly, everything else as text.
 
-Nothing is evaluated, and time grows with the length of the text alone. The rules are ours; they follow what graders of
+Nothing is evaluated, and time is linear in the length of the text. The rules are ours; they follow what graders of
 GSM8K and MATH have in common.
 """
 
@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from ..common.checks import as_text
 
-LONGEST = 1000  # digits of a number; a longer one is compared as text
+LONGEST = 1000  # characters of a number; longer ones are compared as text
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
 _IN_TEXT = re.compile(rf"(?<![\w.])[-−]?\s?\$?(?:{_NUMBER})(?:/\d+)?(?:[eE][-+]?\d{{1,4}}\b)?")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
@@ -29,7 +29,7 @@ _VALUE = re.compile(
 )
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SHORT = frozenset("cm mm km m kg mg g ml l lb lbs oz ft yd mi hr hrs h min sec s mph in of a an".split())
-# Words behind a number that make another one of it.
+# Words after a number that change its value, so they are not units.
 _NO_UNITS = frozenset(
     "pi half halves third thirds quarter quarters squared cubed sqrt sin cos tan log exp mod plus minus times over out"
     " less more and not".split()
@@ -38,10 +38,10 @@ _NAMED = re.compile(r"[A-Za-z]\s?=\s?")
 
 
 def final_answer(text: str) -> str | None:
-    r"""Return what a response answers, or None if it answers nothing.
+    r"""Return the final answer of a response, or None if there is none.
 
-    The first of these that is there, the last one of its kind: 1. what stands in \boxed{...}; 2. what follows "####",
-    "the answer is" or "answer:" on its line, of a sentence its first number; 3. the last number.
+    The first of these that exists, each time its last occurrence: 1. the content of \boxed{...}; 2. the rest of the
+    line after "####", "the answer is" or "answer:", or its first number if it is a sentence; 3. the last number.
 
     >>> final_answer(r"So 3 + 4 = 7, and \boxed{\frac{1}{2}}."), final_answer("3 + 4 = 7, that is 7 apples.")
     ('\\frac{1}{2}', '7')
@@ -68,8 +68,8 @@ def final_answer(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} whose braces are balanced."""
-    opened: list[int] = []  # where the inside of a box begins; -1 for other braces
+    r"""The content of the last \boxed{...} with balanced braces."""
+    opened: list[int] = []  # where the content of a box begins; -1 for other braces
     last: tuple[int, int] | None = None
     for brace in _BRACES.finditer(text):
         if len(brace[0]) == 2 and brace[0][0] == "\\":
@@ -86,11 +86,11 @@ def _last_boxed(text: str) -> str | None:
 def same_answer(one: str, other: str) -> bool:
     r"""Whether two answers are the same.
 
-    Numbers are compared exactly, however they are written: `1,234`, `1234.0`, `3/4`, `0.75`, `\frac34`, `1 1/2`,
-    `1.5e3`, `1.5 \times 10^3`, `$12`. A unit does not count unless both have one: `5 cm` is `5`, but not `5 m`; `%` is
-    a unit, so that `50%` is `50`, and not `0.5`; `3 million` is `3000000`, and `5x` no number. All else is compared as
-    text, without spaces, case, `$`, `\left`, `\right`, `\text` and a last period; lists in brackets element by element;
-    `(B)` is `B`, and `x = 5` is `5`.
+    Numbers are compared exactly, in any notation: `1,234`, `1234.0`, `3/4`, `0.75`, `\frac34`, `1 1/2`, `1.5e3`,
+    `1.5 \times 10^3`, `$12`. Units count only if both answers have one: `5 cm` equals `5`, but not `5 m`. `%` is a
+    unit: `50%` equals `50`, not `0.5`. `3 million` is `3000000`, and `5x` is not a number. Everything else is compared
+    as text, without spaces, case, `$`, `\left`, `\right`, `\text` and a final period; lists in brackets are compared
+    element by element. `(B)` equals `B`, and `x = 5` equals `5`.
 
     >>> same_answer(r"\frac{3}{4}", "0.75"), same_answer("1,234", "1234.0"), same_answer("50%", "0.5")
     (True, True, False)
@@ -105,7 +105,7 @@ def same_answer(one: str, other: str) -> bool:
 
 
 def is_correct(response: str, answer: str) -> bool:
-    r"""Whether a response gives the right answer, which may be a whole solution that ends in "####" or \boxed{...}.
+    r"""Whether a response gives the right answer; `answer` may be a whole solution with "####" or \boxed{...}.
 
     >>> is_correct("2 dogs and 3 cats are 5 animals.", "5"), is_correct("I do not know.", "5")
     (True, False)
@@ -117,7 +117,7 @@ def is_correct(response: str, answer: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """An answer without what does not count."""
+    """An answer without markup that does not count."""
     text = (
         text.replace("−", "-")
         .replace("–", "-")
@@ -143,7 +143,7 @@ def _over(found: re.Match[str]) -> str:
 
 
 def _elements(text: str) -> list[str] | None:
-    """The elements of a list in brackets, if it has several."""
+    """The elements of a list in brackets; None if it has fewer than two."""
     if len(text) < 2 or text[0] + text[-1] not in ("()", "[]", "{}", "(]", "[)"):
         return None
     parts, depth, begin = [], 0, 1
@@ -172,7 +172,7 @@ def _word(text: str) -> str:
 
 
 def _number(text: str) -> tuple[Fraction, str] | None:
-    """The value of a number, and its unit; None if it is none, or too long to be worth it."""
+    """The value and the unit of a number; None if the text is not a number, or too long."""
     found = _VALUE.fullmatch(text) if len(text) <= LONGEST else None
     if found is None:
         return None
@@ -195,7 +195,7 @@ def _fraction(digits: str) -> Fraction:
 
 
 def _measured(tail: str) -> tuple[int, str] | None:
-    """What stands behind a number: what it is multiplied by, and its unit; None if it makes something else of it."""
+    """The multiplier and the unit in the text after a number; None if that text changes the number's meaning."""
     if not tail.strip() or not tail.strip()[0].isalpha():
         return 1, tail.strip()
     words = tail.lower().split()
@@ -206,5 +206,5 @@ def _measured(tail: str) -> tuple[int, str] | None:
     if any(name in _NO_UNITS or (len(name) < 3 and name not in _SHORT) for name in names):
         return None
     if words and scale == 1 and tail[0] != " " and names[0] not in _SHORT:
-        return None  # 5ab is a product
+        return None  # 5ab is a product, not a unit
     return scale, " ".join(words).removesuffix("s")

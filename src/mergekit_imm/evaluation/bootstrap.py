@@ -1,4 +1,4 @@
-"""Intervals by resampling: how far a number would move if the problems were others of their kind."""
+"""Bootstrap intervals: how much a number would vary with other problems of the same kind."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ RESAMPLES, CONFIDENCE = 2000, 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A number, the bootstrap interval around it, and of how many things (problems, layers) it is.
+    """A number and its bootstrap interval; `n` is the sample size (problems or layers).
 
-    `low` and `high` are NaN where no interval can be given: fewer than two things, or a number that is not defined, or
-    not in too many of the draws.
+    `low` and `high` are NaN if there is no interval: n < 2, or the number is undefined in the sample or in too many
+    resamples.
     """
 
     value: float
@@ -31,16 +31,16 @@ class Interval:
 
     @property
     def is_above(self) -> bool:
-        """Whether all of the interval lies above zero."""
+        """Whether the whole interval lies above zero."""
         return self.low > 0
 
     @property
     def is_below(self) -> bool:
-        """Whether all of the interval lies below zero."""
+        """Whether the whole interval lies below zero."""
         return self.high < 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the interval as plain data; None for what is not defined."""
+        """Return the interval as plain data, with None for NaN."""
         values = {"value": self.value, "low": self.low, "high": self.high}
         return {**{key: x if math.isfinite(x) else None for key, x in values.items()}, "n": self.n}
 
@@ -53,15 +53,14 @@ def bootstrap(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Interval:
-    """Return a statistic of n things, and its percentile bootstrap interval.
+    """Return a statistic of a sample of size n, with its percentile bootstrap interval.
 
         [q_(1-c)/2, q_(1+c)/2]  of statistic(i), i = n draws with replacement from 0..n-1, `resamples` times
 
-    Args: `statistic`, from the indices of the things drawn to a number; two models of the same problems are compared
-    *paired* by a statistic that takes the difference of both at these indices. `confidence` c, 0 < c < 1. Draws for
-    which the statistic is NaN (not defined) are left out; if they are more than 1 - c of all, there is no interval, as
-    it would be of the other draws alone. The same arguments give the same interval. Raises ArgumentError for values out
-    of range.
+    Args: `statistic`, from an int64 array of n indices to a number; for a *paired* comparison of two models, return the
+    difference of both at these indices. `confidence` c, 0 < c < 1. Resamples in which the statistic is NaN (undefined)
+    are left out; if they are more than 1 - c of all, there is no interval. The same arguments give the same interval.
+    Raises ArgumentError for values out of range.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
 
@@ -71,9 +70,11 @@ def bootstrap(
     Interval(value=0.625, low=0.25, high=0.875, n=8)
     """
     if n < 1:
-        raise ArgumentError(f"n is {n}; a statistic needs at least one thing to be of")
+        raise ArgumentError(f"n is {n}; it must be >= 1")
     if resamples < 1 or not 0 < confidence < 1:
-        raise ArgumentError(f"resamples is {resamples} and confidence {confidence}; they are >= 1, and between 0 and 1")
+        raise ArgumentError(
+            f"resamples is {resamples} and confidence {confidence}; give resamples >= 1 and 0 < confidence < 1"
+        )
     value = float(statistic(np.arange(n)))
     if n < 2 or math.isnan(value):
         return Interval(value, math.nan, math.nan, n)

@@ -1,4 +1,4 @@
-"""Models compared by their samples: every number with its paired interval over problems."""
+"""Compare models by their samples: every measure with a paired interval over problems."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORMAT = "mergekit_imm samples 1"
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of the reference and of a model over the same problems, and model - reference, paired."""
+    """A measure of the reference and a model on the same problems, and their paired difference, model - reference."""
 
     name: str
     reference: Interval
@@ -43,7 +43,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """Some of the problems: how many, and pass@k there of the reference and of the model."""
+    """A subset of the problems: its size, and pass@k of both models on it."""
 
     problems: int
     reference: Mapping[int, Interval]
@@ -52,10 +52,10 @@ class ProblemSet:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against the reference. `notes` says what could not be measured, and why.
+    """A model compared with the reference. `notes` lists what could not be measured, and why.
 
-    `gained` are the problems that only the model solves greedily, `lost` those that only the reference does; None
-    without greedy answers.
+    `gained`: problems that only the model solves greedily; `lost`: those that only the reference solves. None without
+    greedy answers.
     """
 
     model: str
@@ -68,7 +68,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """All that samples tell: pass@k of each model, and each against the reference."""
+    """The result of `compare`: pass@k of each model, and each model compared with the reference."""
 
     reference: str
     problems: int
@@ -77,16 +77,16 @@ class Report:
     comparisons: tuple[Comparison, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data; None for what is not defined."""
+        """Return the report as plain data, with None for undefined values."""
 
         def plain(curve: Mapping[int, Interval]) -> dict[str, Any]:
             return {str(k): each.to_dict() for k, each in curve.items()}
 
         def problem_set(found: ProblemSet | None) -> dict[str, Any] | None:
-            return None if found is None else {
-                "problems": found.problems, "reference_pass_at_k": plain(found.reference),
-                "model_pass_at_k": plain(found.model),
-            }  # fmt: skip
+            if found is None:
+                return None
+            curves = {"reference_pass_at_k": plain(found.reference), "model_pass_at_k": plain(found.model)}
+            return {"problems": found.problems, **curves}
 
         return {
             "format": FORMAT,
@@ -99,7 +99,9 @@ class Report:
                     "model": each.model,
                     "measures": [
                         {
-                            "name": m.name, "reference": m.reference.to_dict(), "model": m.model.to_dict(),
+                            "name": m.name,
+                            "reference": m.reference.to_dict(),
+                            "model": m.model.to_dict(),
                             "difference": m.difference.to_dict(),
                         }
                         for m in each.measures
@@ -111,7 +113,7 @@ class Report:
                 }
                 for each in self.comparisons
             ],
-        }  # fmt: skip
+        }
 
 
 def compare(
@@ -121,20 +123,22 @@ def compare(
     encoder: Encoder | None = None,
     resamples: int = RESAMPLES,
 ) -> Report:
-    """Compare models by their samples of the same problems, each with the reference.
+    """Compare each model with a reference by their samples of the same problems.
 
         difference = mean_j (model_j - reference_j),  interval: paired bootstrap over the problems j
 
-    Args: `models`, of `read_samples`; `reference`, the name of one, by default the first; `encoder`, from texts to an
-    array of one row each, for the diversity in meaning. pass@k is at k = 1, 2, 4, ... up to the fewest samples of a
-    problem. Diversity is per problem over its samples, right and wrong ones apart, averaged over the problems where
-    both models have at least two; of the model that has more, as many are taken as the other has, the first of its
-    file, as more texts repeat more. V of EAD is the number of distinct tokens in all samples of both models. The
-    verdict is `judge`'s; its diversity is the cosine diversity of right responses, or without an encoder their EAD,
-    unless the responses have become longer; its pass@k is that of the largest k of at most half of the samples.
+    Args: `models` from `read_samples`; `reference`, the name of one of them, the first by default; `encoder`, from a
+    list of texts to an array of shape (texts, width), for diversity in meaning.
 
-    Raises MismatchError if the models have different problems, ArgumentError for a reference that is not there or an
-    encoder that is of no use.
+    pass@k is given for k = 1, 2, 4, ... up to the fewest samples of a problem. Diversity is measured per problem, for
+    right and wrong samples separately, and averaged over problems where both models have at least two. More texts
+    repeat more, so the model with more of them is cut to the number of the other, in the order of the file. V of EAD
+    is the number of distinct tokens in all samples of both models. The verdict comes from `judge`: its diversity is the
+    cosine diversity of right responses, or without an encoder their EAD, unless responses became longer; its pass@k
+    uses the largest k of at most half of the samples.
+
+    Raises MismatchError if the models have different problems, ArgumentError for an unknown reference or a faulty
+    encoder.
 
     Source: "Self-Improvement Reversal", 2024 (arXiv 2407.05013); intervals, equal numbers and the verdict are ours.
 
@@ -146,21 +150,21 @@ def compare(
     (0.5555555555555556, 5)
     """
     if not models:
-        raise ArgumentError("there are no models to compare; give samples of at least one")
+        raise ArgumentError("models is empty; give samples of at least one model")
     names = [model.name for model in models]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ArgumentError(f"two models are called '{shown(twice)}'; give each a name of its own")
+        raise ArgumentError(f"two models have the name '{shown(twice)}'; give each its own name")
     base = models[0] if reference is None else next((m for m in models if m.name == reference), None)
     if base is None:
-        raise ArgumentError(f"the reference '{shown(reference)}' is none of the models: {', '.join(map(shown, names))}")
+        raise ArgumentError(f"reference is '{shown(reference)}'; it must be one of {', '.join(map(shown, names))}")
     for model in models:
         _refuse_others(base, model)
     order = list(base.problems)
     inside = [name for name in order if not base.problems[name].ood]
     outside = [name for name in order if base.problems[name].ood]
     if not inside:
-        raise MismatchError("all problems are marked ood; at least one must be of the domain of the training")
+        raise MismatchError("all problems are marked ood; at least one must be in the training's domain")
     sampled = {m.name: [r.text for name in inside for r in m.problems[name].sampled] for m in models}
     embedded = {name: unit_rows(encoder(t), "the encoder", t) for name, t in sampled.items() if t} if encoder else {}
     ks = powers_of_two(min(len(m.problems[name].sampled) for m in models for name in inside))
@@ -182,14 +186,14 @@ def _refuse_others(base: Model, model: Model) -> None:
             some = ", ".join(f"'{shown(name, 40)}'" for name in missing[:3])
             raise MismatchError(
                 f"'{shown(other.name)}' lacks {len(missing)} of the {len(one.problems)} problems of "
-                f"'{shown(one.name)}': {some}{', ...' if len(missing) > 3 else ''}; sample the same ones of each model"
+                f"'{shown(one.name)}': {some}{', ...' if len(missing) > 3 else ''}; give all models the same problems"
             )
     for name, problem in base.problems.items():
         twin = model.problems[name]
         if (problem.level, problem.ood) != (twin.level, twin.ood):
             raise MismatchError(
-                f"problem '{shown(name)}' has level {problem.level} and ood {problem.ood} of '{shown(base.name)}', "
-                f"level {twin.level} and ood {twin.ood} of '{shown(model.name)}'; give both the same"
+                f"problem '{shown(name)}' has level {problem.level} and ood {problem.ood} in '{shown(base.name)}', "
+                f"level {twin.level} and ood {twin.ood} in '{shown(model.name)}'; give both the same"
             )
 
 
@@ -203,7 +207,7 @@ def _interval(values: Numbers, resamples: int) -> Interval:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A model and the reference, and what is the same for all pairs."""
+    """A model and the reference, with what all pairs share."""
 
     base: Model
     model: Model
@@ -215,7 +219,7 @@ class _Pair:
     resamples: int
 
     def compare(self) -> Comparison:
-        """Measure all that can be."""
+        """Measure everything that the samples allow."""
         notes: list[str] = []
         measures: list[Measure] = []
         first = self.solved(self.inside, "pass@1", notes)
@@ -224,10 +228,10 @@ class _Pair:
             of = (_pass_k(self.base, self.inside, k), _pass_k(self.model, self.inside, k))
             measures.append(self.measure(f"pass@{k} (sampled)", *of))
         if not self.ks:
-            notes.append("a problem has no samples but a greedy answer: no pass@k, no diversity")
+            notes.append("a problem has only a greedy answer and no samples: no pass@k, no diversity")
         fewest = min(len(m.problems[name].sampled) for m in (self.base, self.model) for name in self.inside)
-        told = [f"pass@{k} (sampled)" for k in self.ks if 1 < k <= fewest / 2]  # near n it varies, and saturates
-        pass_k = next((each for each in measures if told and each.name == told[-1]), None)
+        usable = [f"pass@{k} (sampled)" for k in self.ks if 1 < k <= fewest / 2]  # near n it is noisy, and saturates
+        pass_k = next((each for each in measures if usable and each.name == usable[-1]), None)
         diversity = None
         for right in (True, False):
             found = self.diversity(right, notes)
@@ -236,7 +240,7 @@ class _Pair:
                 diversity = found.get("cosine diversity", found.get("EAD"))
                 if diversity is found.get("EAD") and diversity and found["tokens"].difference.is_above:
                     diversity = None
-                    notes.append("responses are longer, and EAD falls with length: no part of the verdict; --encoder")
+                    notes.append("responses are longer, which lowers EAD: it does not count in the verdict; --encoder")
         ood = self.solved(self.outside, "OOD pass@1", notes) if self.outside else None
         disparity = self.disparity(notes)
         measures += [each for each in (ood, disparity) if each]
@@ -246,14 +250,12 @@ class _Pair:
             **{name: each.difference if each else UNKNOWN for name, each in signs.items()},
             names={name: each.name for name, each in signs.items() if each},
         )
-        return Comparison(
-            self.model.name, tuple(measures), gained, lost, verdict, tuple(notes)
-        )  # fmt: skip
+        return Comparison(self.model.name, tuple(measures), gained, lost, verdict, tuple(notes))
 
     def measure(
         self, name: str, base: Numbers, model: Numbers, statistic: Callable[[Numbers, Indices], float] | None = None
     ) -> Measure:
-        """Both numbers and their difference, at the same draws of problems."""
+        """Both values and their difference, on the same resamples of problems."""
         of = statistic or (lambda values, i: float(values[i].mean()))
         if not len(base):
             return Measure(name, UNKNOWN, UNKNOWN, UNKNOWN)
@@ -266,7 +268,7 @@ class _Pair:
         )
 
     def rates(self, names: Sequence[str], title: str, notes: list[str]) -> tuple[str, Numbers, Numbers] | None:
-        """The share solved of each problem, greedily if both models have greedy answers, else of samples."""
+        """How each problem is answered, and both models' rates per problem: greedy if possible, else sampled."""
         both = [[model.problems[name] for name in names] for model in (self.base, self.model)]
         lacking = [
             (m.name, problem.name)
@@ -278,7 +280,7 @@ class _Pair:
             base, model = (np.array([float(p.greedy.correct) for p in each if p.greedy]) for each in both)
             return "greedy", base, model
         notes.append(
-            f"{title}: no greedy answer in {len(lacking)} places, as '{shown(lacking[0][0])}' to "
+            f"{title}: {len(lacking)} greedy answers are missing, first that of '{shown(lacking[0][0])}' to "
             f"'{shown(lacking[0][1])}': not measured greedily"
         )
         if any(not p.sampled for each in both for p in each):
@@ -293,7 +295,7 @@ class _Pair:
         return self.measure(f"{title} ({found[0]})", found[1], found[2]) if found else None
 
     def disparity(self, notes: list[str]) -> Measure | None:
-        """The group disparity, of the problems out of the domain if they have levels, else of those in it."""
+        """The group disparity on ood problems if they have levels, else on the others."""
         levels = {name: problem.level for name, problem in self.base.problems.items() if problem.level is not None}
         title = "OOD group disparity" if any(name in levels for name in self.outside) else "group disparity"
         names = self.outside if title.startswith("OOD") else self.inside
@@ -301,26 +303,24 @@ class _Pair:
         if not graded:
             return None
         if len(graded) < len(names):
-            notes.append(
-                f"{title}: {len(names) - len(graded)} of {len(names)} problems have no level, and no part in it"
-            )
-        ends = [name for name in names if levels.get(name) in (min(graded), max(graded))]
-        found = self.rates(ends, title, notes)
+            notes.append(f"{title}: {len(names) - len(graded)} of {len(names)} problems have no level and are left out")
+        extremes = [name for name in names if levels.get(name) in (min(graded), max(graded))]
+        found = self.rates(extremes, title, notes)
         if not found:
             return None
-        level = np.array([levels[name] for name in ends])
+        level = np.array([levels[name] for name in extremes])
         measured = self.measure(
             f"{title} ({found[0]})", found[1], found[2], lambda values, i: group_disparity(values[i], level[i])
         )
         if min(np.count_nonzero(level == end) for end in (min(graded), max(graded))) < FEWEST:
-            notes.append(f"{title}: fewer than {FEWEST} problems of a level, which decide nothing")
+            notes.append(f"{title}: fewer than {FEWEST} problems of a level: it does not count in the verdict")
             return replace(measured, difference=replace(measured.difference, low=math.nan, high=math.nan))
         if np.isnan(measured.difference.value):
-            notes.append(f"{title}: not defined: one level alone, or nothing solved of the lowest")
+            notes.append(f"{title}: undefined: there is only one level, or no problem of the lowest level is solved")
         return measured
 
     def diversity(self, right: bool, notes: list[str]) -> dict[str, Measure]:
-        """The measures of diversity of the right responses, or of the wrong ones."""
+        """Measures of diversity of the right responses, or of the wrong ones."""
         columns: dict[str, list[list[float]]] = {}
         places = {self.base.name: 0, self.model.name: 0}  # where a problem's embeddings begin
         compared = 0
@@ -340,19 +340,19 @@ class _Pair:
                 places[m.name] += len(problem.sampled)
         kind = "correct" if right else "incorrect"
         notes.append(
-            f"diversity, {kind}: of {compared} of {len(self.inside)} problems, where both have two such samples or more"
+            f"diversity, {kind}: on {compared} of {len(self.inside)} problems, where both models have two such samples"
         )
         found = {}
         for title, pairs in columns.items():
             table = np.array(pairs)
             table = table[~np.isnan(table).any(axis=1)]
             if len(table) < compared:
-                notes.append(f"{title}, {kind}: not defined for {compared - len(table)} problems, which are left out")
+                notes.append(f"{title}, {kind}: undefined for {compared - len(table)} problems, which are left out")
             found[title] = self.measure(f"{title}, {kind}", table[:, 0], table[:, 1])
         return found
 
     def values(self, problem: Problem, indices: Sequence[int], model: str, rows: list[int]) -> dict[str, float]:
-        """Each measure of diversity of some responses to one problem, and their mean length."""
+        """Each measure of diversity for some responses to one problem, and their mean length."""
         texts = [problem.sampled[i].text for i in indices]
         found = {
             "distinct-n": mean_distinct(texts),
@@ -364,7 +364,7 @@ class _Pair:
         return {**found, "tokens": statistics.fmean(len(text.split()) for text in texts)}
 
     def sets(self, notes: list[str]) -> tuple[ProblemSet | None, ProblemSet | None]:
-        """The improvement and the regression set, and what both models sample of each."""
+        """The improvement and the regression set, with pass@k of both models on each."""
         greedy = [[m.problems[name].greedy for name in self.inside] for m in (self.model, self.base)]
         right = [[each.correct for each in answers if each] for answers in greedy]
         if any(len(each) < len(self.inside) for each in right):
@@ -374,7 +374,7 @@ class _Pair:
         return gained, lost
 
     def on(self, names: list[str]) -> ProblemSet:
-        """What both models sample of some problems."""
+        """pass@k of both models on some problems."""
         ks = self.ks if names else ()
         base, model = (
             {k: _interval(_pass_k(m, names, k), self.resamples) for k in ks} for m in (self.base, self.model)

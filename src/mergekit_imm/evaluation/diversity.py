@@ -1,4 +1,4 @@
-"""How different a model's answers to one problem are: in words, in meaning, in equations."""
+"""Diversity of a model's answers to one problem: in words, meaning and equations."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..errors import ArgumentError
 from .embeddings import unit_rows
 
 Tokenizer = Callable[[str], Sequence[str]]
-ORDERS = (1, 2, 3, 4, 5)  # of the n-grams whose shares are averaged
+ORDERS = (1, 2, 3, 4, 5)  # n of distinct-n in `mean_distinct`
 NAN = math.nan
 
 
 def distinct_n(texts: Sequence[str], n: int, *, tokenizer: Tokenizer = str.split) -> float:
-    """Return the share of distinct n-grams among all n-grams of texts.
+    """Return the share of distinct n-grams among all n-grams of some texts.
 
-        distinct-n = unique n-grams / all n-grams,  pooled over the texts; no n-gram reaches from one text into another
+        distinct-n = unique n-grams / all n-grams,  pooled over the texts; no n-gram crosses from one text to the next
 
-    Args: `texts`, the responses to one problem; `tokenizer`, from a text to its tokens, by default at white space.
-    NaN where there is no n-gram. It falls with the length and the number of the texts: compare equally many, and see
-    `expectation_adjusted_distinct`. Raises ArgumentError if n < 1.
+    Args: `texts`, the responses to one problem; `tokenizer`, from a text to its tokens, splits at white space by
+    default. NaN if there are no n-grams. Raises ArgumentError if n < 1. The value falls with the length and number of
+    texts: compare equal numbers, and see `expectation_adjusted_distinct`.
 
     Source: Li et al., 2016 (arXiv 1510.03055); pooled as in Kirk et al., 2024 (arXiv 2310.06452).
 
@@ -42,7 +42,7 @@ def mean_distinct(texts: Sequence[str], *, tokenizer: Tokenizer = str.split) -> 
 
         1/5 sum_{n=1..5} distinct-n
 
-    NaN if it is not defined for one n: that is, if no text has five tokens. Raises what `distinct_n` does.
+    NaN if no text has five tokens. Raises what `distinct_n` raises.
 
     Source: the orders are those of Kirk et al., 2024 (arXiv 2310.06452).
 
@@ -55,17 +55,17 @@ def mean_distinct(texts: Sequence[str], *, tokenizer: Tokenizer = str.split) -> 
 def expectation_adjusted_distinct(
     texts: Sequence[str], *, vocabulary: int, n: int = 1, tokenizer: Tokenizer = str.split
 ) -> float:
-    """Return the number of distinct n-grams, against the number expected of as many random ones (EAD).
+    """Return expectation-adjusted distinct (EAD): distinct n-grams relative to the number expected by chance.
 
         EAD = U / (V (1 - ((V-1)/V)^C)),  U distinct n-grams, C n-grams in all, pooled over the texts
 
-    Args: `texts`, `n` and `tokenizer` as in `distinct_n`; `vocabulary`, V, from how many n-grams they could be drawn.
-    V must be the same for all that is compared: take the number of distinct n-grams of all models. It falls with
-    length, less than distinct-n if V is near what texts use, and nearly as much if V is large; above 1 it is where U
-    exceeds the expectation. NaN where there is no n-gram. Raises ArgumentError if V < 1 or V < U, or n < 1.
+    Args: `texts`, `n` and `tokenizer` as in `distinct_n`; `vocabulary`, V, the number of possible n-grams. Use one V
+    for all texts that are compared, such as the number of distinct n-grams of all models. EAD still falls with length:
+    less than distinct-n if V is close to U, almost as much if V is large. It exceeds 1 if U exceeds the expectation.
+    NaN if there are no n-grams. Raises ArgumentError if V < 1 or V < U, or n < 1.
 
-    Source: Liu et al., "Rethinking and Refining the Distinct Metric", 2022 (arXiv 2202.13587). That V is counted, and
-    not the size of a tokenizer's vocabulary, is ours: few of its entries ever occur in solutions.
+    Source: Liu et al., "Rethinking and Refining the Distinct Metric", 2022 (arXiv 2202.13587). Counting V, rather than
+    using the size of a tokenizer's vocabulary, is ours: few of its entries occur in solutions.
 
     >>> expectation_adjusted_distinct(["a b", "a"], vocabulary=2)
     1.1428571428571428
@@ -73,8 +73,8 @@ def expectation_adjusted_distinct(
     unique, count = _grams(texts, n, tokenizer)
     if vocabulary < max(1, unique):
         raise ArgumentError(
-            f"vocabulary is {vocabulary}, but {unique} distinct {n}-grams occur; give the number of distinct ones in "
-            f"all that is compared"
+            f"vocabulary is {vocabulary}, but {unique} distinct {n}-grams occur; give the number of distinct ones in"
+            " all compared texts"
         )
     if not count:
         return NAN
@@ -83,7 +83,7 @@ def expectation_adjusted_distinct(
 
 
 def _grams(texts: Sequence[str], n: int, tokenizer: Tokenizer) -> tuple[int, int]:
-    """How many n-grams are distinct, and how many there are."""
+    """The number of distinct n-grams, and of all."""
     check_count("n", n, 1)
     texts = as_texts("texts", texts, empty=True)
     unique: set[tuple[str, ...]] = set()
@@ -100,12 +100,12 @@ def cosine_diversity(embeddings: npt.ArrayLike) -> float:
 
         1 - mean_{i<j} cos(e_i, e_j)
 
-    Args: `embeddings`, one row for each response to one problem, shape (responses, dimensions). 0 where all point the
-    same way; NaN for fewer than two. Raises ArgumentError if it is no 2-D array of finite numbers, or has a row of
-    zeros, which points nowhere.
+    Args: `embeddings`, one row per response to one problem, shape (responses, dimensions). 0 if all have the same
+    direction; NaN for fewer than two. Raises ArgumentError unless it is a 2-D array of finite numbers without rows of
+    zeros.
 
-    Source: Kirk et al., 2024 (arXiv 2310.06452); as a diversity, in "Progress or Regress? Self-Improvement Reversal in
-    Post-training", 2024 (arXiv 2407.05013).
+    Source: Kirk et al., 2024 (arXiv 2310.06452); used as diversity in "Progress or Regress? Self-Improvement Reversal
+    in Post-training", 2024 (arXiv 2407.05013).
 
     >>> cosine_diversity([[1, 0], [0, 2], [1, 0]])
     0.6666666666666667
@@ -119,7 +119,7 @@ def cosine_diversity(embeddings: npt.ArrayLike) -> float:
 
 
 _WRITTEN = {r"\times": "*", r"\cdot": "*", "×": "*", "·": "*", "∗": "*", r"\div": "/", "÷": "/", "−": "-", "–": "-"}
-# Nothing is tried twice (`++`, `(?>`): time must not grow with the square of a text that a model lost itself in.
+# No backtracking (`++`, `(?>`): time must stay linear on a long repetitive text.
 _NUMBER = r"\(*+[-+]?+\$?+(?>\d+)(?>(?:,\d{3})*)(?>(?:\.\d+)?)%?+\)*+"
 _SIDE = rf"{_NUMBER}(?: ?[-+*/^x] ?{_NUMBER})*+"
 _RUN = re.compile(rf"(?<![\w.,(]){_SIDE}(?: ?= ?{_SIDE})*+")
@@ -127,7 +127,7 @@ _OPERATION = re.compile(r"[\d%)][-+*/^]")
 
 
 def equations(text: str) -> Iterator[str]:
-    """Yield the equations of a text, as `distinct_equations` sees them.
+    """Yield the equations of a text in normal form, for `distinct_equations`.
 
     >>> list(equations("She has $3 x 4 = 12, and so 12 = 10 + 2 = 12"))
     ['12=3*4', '10+2=12', '10+2=12']
@@ -146,7 +146,7 @@ def equations(text: str) -> Iterator[str]:
 
 
 def _balanced(side: str) -> str:
-    """Without the parentheses around the whole equation, of which one side has one each."""
+    """Drop unbalanced outer parentheses, which enclose the whole equation."""
     over = side.count("(") - side.count(")")
     opened = len(side) - len(side.lstrip("("))
     closed = len(side) - len(side.rstrip(")"))
@@ -154,18 +154,17 @@ def _balanced(side: str) -> str:
 
 
 def distinct_equations(texts: Sequence[str]) -> float:
-    """Return the share of distinct equations among all equations of texts.
+    """Return the share of distinct equations among all equations of some texts.
 
         distinct equations / all equations,  pooled over the texts
 
-    Args: `texts`, the responses to one problem. NaN where there is no equation. An equation is two expressions of
-    numbers, `+ - * / ^` and parentheses with `=` between them, on one line, at least one of them with an operation; of
-    a = b = c both equations count. Spaces, `$` and commas of thousands do not matter, nor which sign of multiplication
-    or division is used, nor which side is which: `3+4=7` is `7 = 3 + 4`, but not `4 + 3 = 7`, which is another way.
-    Whether an equation is true is not asked.
+    Args: `texts`, the responses to one problem. NaN if there are no equations. An equation is two expressions of
+    numbers, `+ - * / ^` and parentheses, joined by `=` on one line, at least one of them with an operation; a = b = c
+    counts as two. Spaces, `$`, thousands separators, the sign used for multiplication or division, and the order of the
+    sides do not matter: `3+4=7` equals `7 = 3 + 4`, but not `4 + 3 = 7`. Equations need not be true.
 
-    Source: the measure, "Self-Improvement Reversal", 2024 (arXiv 2407.05013). How equations are found is ours, as that
-    is not published.
+    Source: "Self-Improvement Reversal", 2024 (arXiv 2407.05013). The rule for finding equations, which is not
+    published, is ours.
 
     >>> distinct_equations(["3+4=7", "7 = 3 + 4", "so 4 + 3 = 7"])
     0.6666666666666666

@@ -1,4 +1,4 @@
-"""pass@k: the chance that one of k answers is right."""
+"""pass@k: the probability that at least one of k answers is right."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..errors import ArgumentError
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the chance that of k answers, drawn from n of which c are right, at least one is right.
+    """Return the unbiased estimate of pass@k from n samples of one problem, c of them right.
 
         pass@k = 1 - C(n-c, k) / C(n, k) = 1 - prod_{i=n-c+1..n} (1 - k/i);  1 if n - c < k
 
-    Args: `n` samples of one problem, `c` of them right, 1 <= k <= n. It is unbiased; 1 - (1 - c/n)^k is too low. With
-    k near n it varies much: have n >= 2k. Raises ArgumentError for numbers out of range: for k > n the formula would
-    give 1, even where nothing is right.
+    Args: integers, 0 <= c <= n and 1 <= k <= n. The simpler 1 - (1 - c/n)^k is biased low. The variance is high for k
+    near n; have n >= 2k. Raises ArgumentError for values out of range: for k > n the formula would give 1 even if no
+    sample is right.
 
     Source: Chen et al., "Evaluating Large Language Models Trained on Code", 2021 (arXiv 2107.03374), Eq. 1.
 
@@ -26,7 +26,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     (0.9, 0.0)
     """
     if not all(map(is_integer, (n, c, k))):
-        raise ArgumentError(f"n, c and k are {n!r}, {c!r} and {k!r}; they are numbers of samples, whole ones")
+        raise ArgumentError(f"n, c and k are {n!r}, {c!r} and {k!r}; they must be integers, numbers of samples")
     if n < 1 or not 0 <= c <= n:
         raise ArgumentError(f"{c} right of {n} samples; there must be at least one sample, and 0 to all of them right")
     if not 1 <= k <= n:
@@ -34,17 +34,17 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if n - c < k:
         return 1.0
     if k == 1:
-        return c / n  # the product is not always this number, to the last bit
+        return c / n  # the product may differ in the last bit
     return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
 def mean_pass_at_k(counts: Sequence[tuple[int, int]] | Mapping[str, tuple[int, int]], k: int) -> float:
-    """Return the mean of pass@k over problems, each with its own numbers of samples.
+    """Return the mean of pass@k over problems, which may differ in their numbers of samples.
 
         mean_j pass@k(n_j, c_j)
 
-    Args: `counts`, (n, c) of each problem, in a list, or by the problems' names. Raises ArgumentError if there is none,
-    or if one has fewer than k samples, which it names: a mean over the others would be of other problems.
+    Args: `counts`, (n, c) of each problem, in a list or by problem name. Raises ArgumentError if it is empty, or if a
+    problem has fewer than k samples: a mean over the others would describe another set of problems.
 
     Source: as `pass_at_k`.
 
@@ -52,22 +52,22 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]] | Mapping[str, tuple[int, i
     0.6
     """
     if not counts:
-        raise ArgumentError("there are no problems to take a mean over; give at least one")
+        raise ArgumentError("counts is empty; give at least one problem")
     named = counts.items() if isinstance(counts, Mapping) else enumerate(counts)
     check_count("k", k, 1)
     few = [(name, n) for name, (n, _) in named if n < k]
     if few:
-        more = f", as {len(few) - 1} others do" if len(few) > 1 else ""
+        more = f" ({len(few)} problems have too few)" if len(few) > 1 else ""
         raise ArgumentError(
-            f"pass@{k} needs {k} samples of each problem; problem {shown(few[0][0])} has {few[0][1]}{more}; "
-            f"take a smaller k, or sample more"
+            f"pass@{k} needs {k} samples of each problem; problem {shown(few[0][0])} has {few[0][1]}{more};"
+            " use a smaller k, or sample more"
         )
     each = counts.values() if isinstance(counts, Mapping) else counts
     return statistics.fmean(pass_at_k(n, c, k) for n, c in each)
 
 
 def powers_of_two(n: int) -> tuple[int, ...]:
-    """Return 1, 2, 4, ... up to n: the k at which a curve of pass@k is drawn.
+    """Return 1, 2, 4, ... up to n: the values of k in a pass@k curve.
 
     >>> powers_of_two(12)
     (1, 2, 4, 8)

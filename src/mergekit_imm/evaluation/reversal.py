@@ -1,4 +1,4 @@
-"""Improvement, or its reversal: what was gained, what was lost, and a rule that says which it is."""
+"""Improvement or reversal: what a model gained and lost, and a rule for the verdict."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy.typing as npt
 from ..errors import ArgumentError
 from .bootstrap import Interval
 
-FEWEST = 6  # problems: of fewer, even if all point one way, a sign test is not below 2.5 % (2^-5 > 0.025 > 2^-6)
+FEWEST = 6  # problems: with fewer, a sign test cannot go below 2.5 %, even if all agree (2^-5 > 0.025 > 2^-6)
 UNKNOWN = Interval(math.nan, math.nan, math.nan, 0)
 
 
 def improvement_set(model: Sequence[bool], reference: Sequence[bool]) -> tuple[list[int], list[int]]:
-    """Return which problems a model has gained against a reference, and which it has lost.
+    """Return the improvement set (IS) and the regression set (RS) of a model against a reference.
 
         IS = {x: model right, reference wrong},  RS = {x: reference right, model wrong}
 
-    Args: `model` and `reference`, for each problem, in the same order, whether the greedy answer is right. Returns the
+    Args: `model` and `reference`, whether the greedy answer to each problem is right, in the same order. Returns the
     indices of IS and RS. Raises ArgumentError for different lengths.
 
-    Source: IS, "Self-Improvement Reversal", 2024 (arXiv 2407.05013). RS is ours: two models that differ by chance alone
-    gain some problems and lose as many.
+    Source: IS, "Self-Improvement Reversal", 2024 (arXiv 2407.05013). RS is ours: two models that differ only by chance
+    gain about as many problems as they lose.
 
     >>> improvement_set([True, True, False], [True, False, True])
     ([1], [2])
@@ -43,12 +43,13 @@ def improvement_set(model: Sequence[bool], reference: Sequence[bool]) -> tuple[l
 
 
 def group_disparity(solved: npt.ArrayLike, levels: npt.ArrayLike) -> float:
-    """Return how much less of the hardest level is solved than of the easiest, as a share of the latter.
+    """Return the relative drop in accuracy from the easiest level to the hardest.
 
         (acc(lowest level) - acc(highest level)) / acc(lowest level)
 
-    Args: `solved`, for each problem 1 or 0, or the share of right answers; `levels`, the problems' levels. NaN where it
-    is not defined: one level, or nothing solved of the lowest. Raises ArgumentError for different lengths or none.
+    Args: `solved`, for each problem 1 or 0, or the share of right answers; `levels`, the problems' levels, as long.
+    NaN if there is only one level, or nothing of the lowest is solved. Raises ArgumentError for different lengths or
+    none.
 
     Source: "Self-Improvement Reversal", 2024 (arXiv 2407.05013), for levels 1 and 5 of MATH.
 
@@ -57,7 +58,7 @@ def group_disparity(solved: npt.ArrayLike, levels: npt.ArrayLike) -> float:
     """
     share, level = np.asarray(solved, np.float64), np.asarray(levels)
     if share.shape != level.shape or share.ndim != 1 or not len(share):
-        raise ArgumentError(f"{share.size} problems and {level.size} levels; give one level for each problem")
+        raise ArgumentError(f"{share.size} problems and {level.size} levels; give one level per problem")
     easiest, hardest = level.min(), level.max()
     easy, hard = float(share[level == easiest].mean()), float(share[level == hardest].mean())
     return (easy - hard) / easy if easy > 0 and easiest != hardest else math.nan
@@ -65,9 +66,9 @@ def group_disparity(solved: npt.ArrayLike, levels: npt.ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class Reversal:
-    """A verdict: did pass@1 rise, what fell, and whether that is a reversal. None is what cannot be told.
+    """A verdict: whether pass@1 rose, and what got worse. None means unknown.
 
-    `evidence` holds the differences, model - reference, that it rests on; `sentence` says it with its numbers.
+    `evidence` holds the differences, model - reference; `sentence` states the verdict with its numbers.
     """
 
     improved: bool | None
@@ -80,7 +81,7 @@ class Reversal:
 
     @property
     def is_reversal(self) -> bool | None:
-        """Whether pass@1 rose and something else got worse; None if that cannot be told."""
+        """Whether pass@1 rose and something else got worse; None if unknown."""
         signs = (self.diversity_fell, self.ood_fell, self.disparity_rose, self.pass_k_fell)
         if self.improved is None:
             return None
@@ -108,18 +109,18 @@ def judge(
     pass_k: Interval = UNKNOWN,
     names: Mapping[str, str] | None = None,
 ) -> Reversal:
-    """Say whether an improvement is a reversal: pass@1 is better, and something else is worse.
+    """Judge whether an improvement is a reversal: pass@1 is better, but something else is worse.
 
         reversal = [low(pass@1) > 0] and any of
                    [high(diversity) < 0], [high(OOD) < 0], [low(disparity) > 0], [high(pass@k) < 0]
 
-    Args: the differences model - reference, each with its paired bootstrap interval over problems; what was not
-    measured is left out. Of fewer than 6 problems nothing is told. `names`, how the sentence calls pass_1, diversity,
-    ood, disparity and pass_k. Each of the four signs shows by chance in at most one case of 40, nearly, if its interval
-    is a good one; all together in one of 10.
+    Args: differences model - reference, each with its paired bootstrap interval over problems; leave out what was not
+    measured. Differences over fewer than 6 problems do not count. `names`: what the sentence calls pass_1, diversity,
+    ood, disparity and pass_k. If its interval is accurate, each of the four signs appears by chance in at most about
+    one case in 40; any of them in one in 10.
 
-    Source: that a reversal is a better pass@1 with a worse rest, "Self-Improvement Reversal", 2024 (arXiv 2407.05013),
-    which has no test and no threshold. The rule is ours.
+    Source: the definition of a reversal, "Self-Improvement Reversal", 2024 (arXiv 2407.05013), which has no test and no
+    threshold. The rule is ours.
 
     >>> verdict = judge(Interval(0.12, 0.05, 0.19, 200), pass_k=Interval(-0.08, -0.13, -0.03, 200))
     >>> verdict.is_reversal, verdict.ood_fell
@@ -131,12 +132,12 @@ def judge(
     called |= {"pass_k": "pass@k", **(names or {})}
     measured = {"pass_1": pass_1, "diversity": diversity, "ood": ood, "disparity": disparity, "pass_k": pass_k}
     worse = {
-        name: None if not _tells(each) else each.is_above if name in ("pass_1", "disparity") else each.is_below
+        name: None if not _is_usable(each) else each.is_above if name in ("pass_1", "disparity") else each.is_below
         for name, each in measured.items()
     }
     improved = worse.pop("pass_1")
-    said = {name: _said(called[name], each) for name, each in measured.items() if _tells(each)}
-    bad = [said[name] for name, sign in worse.items() if sign]
+    described = {name: _described(called[name], each) for name, each in measured.items() if _is_usable(each)}
+    bad = [described[name] for name, sign in worse.items() if sign]
     good = [called[name] for name, sign in worse.items() if sign is False]
     unknown = [called[name] for name, sign in worse.items() if sign is None]
     rest = f"; not measured: {', '.join(unknown)}" if unknown else ""
@@ -144,24 +145,22 @@ def judge(
         sentence = f"no verdict: {called['pass_1']} has no interval over at least {FEWEST} problems"
     elif not improved:
         fell = f"; {' and '.join(bad)}" if bad else ""
-        sentence = f"no improvement shown: {said['pass_1']}{fell}"
+        sentence = f"no improvement shown: {described['pass_1']}{fell}"
     elif bad:
-        sentence = f"reversal: {said['pass_1']}, but {' and '.join(bad)}"
+        sentence = f"reversal: {described['pass_1']}, but {' and '.join(bad)}"
     elif good:
-        sentence = f"no reversal shown: {said['pass_1']}, and no harm is shown in {', '.join(good)}{rest}"
+        sentence = f"no reversal shown: {described['pass_1']}, and no harm shown in {', '.join(good)}{rest}"
     else:
-        sentence = f"no verdict: {said['pass_1']}, but nothing else was measured"
+        sentence = f"no verdict: {described['pass_1']}, but nothing else was measured"
     evidence = {name: each for name, each in measured.items() if each.n}
-    return Reversal(
-        improved, worse["diversity"], worse["ood"], worse["disparity"], worse["pass_k"], evidence, sentence
-    )  # fmt: skip
+    return Reversal(improved, worse["diversity"], worse["ood"], worse["disparity"], worse["pass_k"], evidence, sentence)
 
 
-def _tells(each: Interval) -> bool:
+def _is_usable(each: Interval) -> bool:
     return each.n >= FEWEST and not math.isnan(each.low)
 
 
-def _said(name: str, each: Interval) -> str:
+def _described(name: str, each: Interval) -> str:
     if each.is_below:
         change, low, high = f"fell by {-each.value:.3f}", -each.high, -each.low
     else:

@@ -1,8 +1,7 @@
-"""The merge as pure functions of tensors: what the formulas say, readable, on any device.
+"""The merge as pure functions of tensors, on any device.
 
-Everything here takes tensors and returns new ones, draws nothing from a global generator, never broadcasts,
-and works in chunks (`flat`): at most 64 MiB above inputs and output. The streamed merge (`kernel`) gives the
-same bits.
+They return new tensors, use no global random state, never broadcast, and work in chunks: at most 64 MiB above inputs
+and output. The streamed merge gives the same bits.
 
     delta  = sft - start
     tuned  = start + factor * DARE(delta)              DARE: drop with probability p, divide the rest by 1-p
@@ -35,7 +34,7 @@ from ..numerics.mask import (
 )
 from ..numerics.reference import CHUNK, FLOATS, boxes, in_box, merge_flat, round_to, uniform16
 from ..options.layer_factors import resolve_factors
-from .state_dicts import matched
+from .state_dicts import match_tensors
 
 Reference = Literal["start", "base"]
 T = TypeVar("T", Tensor, Mapping[str, Tensor])
@@ -43,13 +42,13 @@ T = TypeVar("T", Tensor, Mapping[str, Tensor])
 
 @torch.no_grad()
 def task_vector(sft: Tensor, start: Tensor) -> Tensor:
-    """Return the delta of one fine-tuning.
+    """Return the change that fine-tuning made to a tensor.
 
         delta = sft - start                                                             (Eq. 5)
 
-    Args: two tensors of one shape, any float dtypes, strides and device. Returns a new contiguous float32
-    tensor (float64 if either is float64). Raises MismatchError if shapes, devices or kinds of dtype differ;
-    nothing is broadcast.
+    Args: two tensors of one shape and device, any float dtypes and strides. Returns a new contiguous float32 tensor
+    (float64 if either is float64). Raises MismatchError if shapes, devices or kinds of dtype differ; nothing is
+    broadcast.
 
     >>> import torch
     >>> task_vector(torch.tensor([1.5, 2.0]), torch.tensor([1.0, 2.0]))
@@ -76,13 +75,12 @@ def keep_mask(
 ) -> Tensor:
     """Return which elements DARE keeps.
 
-    A function of (seed, iteration, name, index of the element in the whole row-major tensor) and of nothing
-    else: any device, shard or rank gets the same mask. Each element is kept with probability
-    round((1 - drop) * 65536) / 65536.
+    Each element is kept with probability round((1 - drop) * 65536) / 65536. The mask depends only on (seed, iteration,
+    name, index of the element in the whole row-major tensor), so every device, shard and rank gets the same one.
 
-    Args: `name`, the tensor's name in the base's file; `shape`, what to return; `drop`, 0 <= drop < 1;
-    `offset`, the index of the first element in the whole tensor, for a rank that holds a slice of it.
-    Returns a bool tensor, True where kept. Raises ArgumentError for values out of range.
+    Args: `name`, the tensor's name in the base's file; `shape` of the result; `drop`, 0 <= drop < 1; `iteration` >= 0;
+    `offset`, the index of the result's first element in the whole tensor, for a rank that holds a slice. Returns a
+    bool tensor, True where kept. Raises ArgumentError for values out of range.
 
     Source: DARE (arXiv 2311.03099), with the generator described in `mergekit_imm.numerics.mask`.
 
@@ -115,11 +113,11 @@ def dare(delta: Tensor, *, name: str, drop: float, seed: int = 0, iteration: int
 
         dare(delta) = delta * (65536 / keep16) where kept, 0 where dropped
 
-    The rescale is by the realised keep rate keep16 / 65536, so that the expectation is the delta, but for the rounding
-    into its dtype: at drop=0.9 a kept 1 becomes 9.99939, and 10 in bfloat16, whose expectation is 1.00006.
+    Dividing by the realised keep rate keep16 / 65536 makes the expectation equal the delta, up to rounding into its
+    dtype: at drop=0.9 a kept 1 becomes 9.99939, but 10 in bfloat16, with expectation 1.00006.
 
-    Args: `delta`, any float dtype and shape; the others as in `keep_mask`. Returns a new contiguous tensor of
-    delta's shape and dtype. Raises ArgumentError for values out of range.
+    Args: `delta`, any float dtype and shape; the others as in `keep_mask`. Returns a new contiguous tensor of delta's
+    shape and dtype. Raises ArgumentError for values out of range.
 
     Source: DARE (arXiv 2311.03099).
 
@@ -131,14 +129,14 @@ def dare(delta: Tensor, *, name: str, drop: float, seed: int = 0, iteration: int
     check_float("delta", delta)
     check_name(name)
     _check_offset(offset)
-    numbers, key = arithmetic(alpha=0.0, drop=drop), mask_key(name, seed, iteration)
+    constants, key = arithmetic(alpha=0.0, drop=drop), mask_key(name, seed, iteration)
     exact = delta.dtype == torch.float64
     out = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
     for index, span in boxes(delta.shape):
         flat = in_box(delta, index).to(torch.float64 if exact else torch.float32)
-        if numbers.draws:
-            scaled = flat * (numbers.scale if exact else numbers.scale32)
-            kept = uniform16(flat, offset + span.start, flat.numel(), *key) < numbers.keep16
+        if constants.uses_mask:
+            scaled = flat * (constants.scale if exact else constants.scale32)
+            kept = uniform16(flat, offset + span.start, flat.numel(), *key) < constants.keep16
             flat = torch.where(kept, scaled, 0.0)
         out.view(-1)[span] = round_to(flat, delta.dtype)
     return out
@@ -152,8 +150,8 @@ def interpolate(base: Tensor, tuned: Tensor, *, alpha: float) -> Tensor:
 
     Exact at both ends: alpha=1 gives base, alpha=0 gives tuned (rounded to base's dtype).
 
-    Args: two tensors of one shape, any float dtypes; `alpha`, the weight of the BASE, 0 <= alpha <= 1. Returns
-    a new contiguous tensor of base's dtype, computed in float32 (float64 if either is) and rounded once.
+    Args: two tensors of one shape and device, any float dtypes; `alpha`, the weight of the BASE, 0 <= alpha <= 1.
+    Returns a new contiguous tensor of base's dtype, computed in float32 (float64 if either is) and rounded once.
     Raises ArgumentError, MismatchError.
 
     >>> import torch
@@ -219,21 +217,22 @@ def dare_merge(
 
     Args:
         base: the original model, a tensor or a mapping name -> tensor.
-        sft: the fine-tuned one, of the same shapes, any float dtype, on the same device.
-        start: what the fine-tuning started from; the base itself (round 0) if None.
+        sft: the fine-tuned model, of the same shapes, any float dtype, on the same device.
+        start: the model that fine-tuning started from; None if that is the base (round 0).
         alpha: weight of the BASE, 0 <= alpha <= 1.
-        drop: share of the delta's elements dropped, 0 <= drop < 1.
-        seed, iteration: with the name they fix the mask; count `iteration` up every round.
-        factor: IIMM layer factor (one tensor); `layer_factors`: layer key -> factor (a mapping),
-            and "outside" for what is in no layer; see `importance_factors`, `lines_factors`, `group_factors`.
+        drop: share of the delta's elements to drop, 0 <= drop < 1.
+        seed, iteration: select the mask, with the name; increase `iteration` by 1 every round.
+        factor: IIMM layer factor of a single tensor, >= 0.
+        layer_factors: layer key -> factor, for a mapping, and "outside" for tensors in no layer; see
+            `importance_factors`, `lines_factors`, `group_factors`.
         reference: "base" takes the delta from the base instead of from start.
-        name: name of a single tensor in the base's file, needed when drop > 0; a mapping's keys are its names.
+        name: a single tensor's name in the base's file, required if drop > 0; a mapping's keys are its names.
         dtype: of the result; base's if None. Computed in float32 (float64 if any input is), rounded once.
 
-    Returns a new contiguous tensor, or a dict with base's names. Integer and bool tensors must be equal and are
-    copied. Names of a mapping that share storage in the base, and are equal in sft and start too, are one
-    tensor: merged once under the input embedding's name, and shared in the result as well.
-    Raises ArgumentError, or MismatchError naming the tensor and both sides.
+    Returns a new contiguous tensor, or a dict with base's names. Integer and bool tensors must be equal and are copied.
+    Names that share storage in the base, and are equal in sft and start too, are one tensor: it is merged once, under
+    the input embedding's name, and shared in the result. Raises ArgumentError, or MismatchError, which names the tensor
+    and both sides.
 
     >>> import torch
     >>> dare_merge(torch.tensor([1.0]), torch.tensor([2.5]), start=torch.tensor([1.5]), alpha=0.5, drop=0.0)
@@ -259,18 +258,20 @@ def dare_merge(
                 f"name is None with drop={drop}: the mask is keyed by the tensor's name in the base's file;"
                 " pass name='...' (or drop=0)"
             )
-        numbers = arithmetic(alpha=alpha, drop=drop, factor=factor)
-        return _merge(name or "", base, sft, start, numbers, mask_key(name or "", seed, iteration), dtype)
+        constants = arithmetic(alpha=alpha, drop=drop, factor=factor)
+        return _merge(name or "", base, sft, start, constants, mask_key(name or "", seed, iteration), dtype)
     if isinstance(base, Mapping) and isinstance(sft, Mapping) and not isinstance(start, Tensor):
         if name is not None or factor != 1.0:
-            raise ArgumentError("name and factor are for single tensors; a mapping has its names, and layer_factors=")
+            raise ArgumentError(
+                "name and factor are for single tensors; a mapping has its own names and layer_factors="
+            )
         for label, side in (("base", base), ("sft", sft), *((("start", start),) if start is not None else ())):
             check_state(label, side)
         factors = {} if layer_factors is None else resolve_factors(layer_factors, base)
         out: dict[str, Tensor] = {}
-        for key, written, sides in matched(base, sft, start):
-            numbers = arithmetic(alpha=alpha, drop=drop, factor=factors.get(layer_key(key) or "", 1.0))
-            merged = _merge(key, *sides, numbers, mask_key(key, seed, iteration), dtype)
+        for key, written, sides in match_tensors(base, sft, start):
+            constants = arithmetic(alpha=alpha, drop=drop, factor=factors.get(layer_key(key) or "", 1.0))
+            merged = _merge(key, *sides, constants, mask_key(key, seed, iteration), dtype)
             out.update(dict.fromkeys(written, merged))
         return {each: out[each] for each in base}
     kinds = ", ".join(
@@ -286,7 +287,7 @@ def _merge(
     base: Tensor,
     sft: Tensor,
     start: Tensor | None,
-    numbers: Arithmetic,
+    constants: Arithmetic,
     key: tuple[int, int],
     dtype: torch.dtype | None,
 ) -> Tensor:
@@ -300,16 +301,16 @@ def _merge(
         from ..numerics import triton_kernel
 
         b, s, f, o = (each.detach().view(-1) for each in (base, begin, sft, out))
-        triton_kernel.merge_flat_fused(b, s, f, o, numbers, *key, 0)
+        triton_kernel.merge_flat_fused(b, s, f, o, constants, *key, 0)
         return out
     for index, span in boxes(base.shape):
         pieces = (in_box(base, index), in_box(begin, index), in_box(sft, index))
-        out.view(-1)[span] = merge_flat(*pieces, out.dtype, numbers, *key, span.start)
+        out.view(-1)[span] = merge_flat(*pieces, out.dtype, constants, *key, span.start)
     return out
 
 
 def _is_fused(*tensors: Tensor) -> bool:
-    """Whether one kernel can do it all; inside a graph that torch compiles, torch does that."""
+    """Whether the Triton kernel can do the merge; in a graph that torch compiles, it is left to torch."""
     if not tensors[0].is_cuda or torch.compiler.is_compiling():
         return False
     from ..numerics import triton_kernel  # imports Triton
@@ -319,7 +320,7 @@ def _is_fused(*tensors: Tensor) -> bool:
 
 def _check_offset(offset: int) -> None:
     if not is_integer(offset) or offset < 0:
-        raise ArgumentError(f"offset is {shown(repr(offset), 60)}; it is the index of an element and must be >= 0")
+        raise ArgumentError(f"offset is {shown(repr(offset), 60)}; it must be the index of an element, >= 0")
 
 
 def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
@@ -335,13 +336,13 @@ def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
 def _copy_equal(name: str, sides: Mapping[str, Tensor]) -> Tensor:
     base = sides["base"]
     if base.is_floating_point():  # float8 and smaller
-        raise MismatchError(f"{_of(name)}{base.dtype} is not merged; dequantise to bfloat16, float16 or float32")
+        raise MismatchError(f"{_of(name)}{base.dtype} cannot be merged; dequantise to bfloat16, float16 or float32")
     for label, side in sides.items():
         if side.dtype != base.dtype or side.shape != base.shape or side.device != base.device:
             raise MismatchError(f"{_of(name)}base is {_described(base)}, {label} is {_described(side)}")
         if not torch.equal(base, side):
             raise MismatchError(
-                f"{_of(name)}integer and bool tensors are not merged and must be equal, but base and {label} differ"
+                f"{_of(name)}integer and bool tensors cannot be merged and must be equal, but base and {label} differ"
             )
     return base.detach().clone(memory_format=torch.contiguous_format)
 
@@ -354,18 +355,18 @@ def _check_alike(sides: Mapping[str, Tensor], name: str = "") -> None:
         if side.shape != one.shape or side.device != one.device:
             raise MismatchError(
                 f"{_of(name)}{first} is {_described(one)}, {label} is {_described(side)};"
-                " both must have one shape and one device (nothing is broadcast)"
+                " both must have the same shape and device (nothing is broadcast)"
             )
 
 
 def check_float(label: str, tensor: Tensor, name: str = "") -> None:
-    """Raise ArgumentError or MismatchError unless this is a dense tensor of a dtype that is merged."""
+    """Raise ArgumentError or MismatchError unless this is a dense tensor of a float dtype that can be merged."""
     if not isinstance(tensor, Tensor):
         raise ArgumentError(f"{_of(name)}{label} is a {type(tensor).__name__}, not a tensor")
     if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         raise MismatchError(
-            f"{_of(name)}{label} is {kind}; merged are dense bfloat16, float16, float32 and float64 tensors"
+            f"{_of(name)}{label} is {kind}; only dense bfloat16, float16, float32 and float64 tensors can be merged"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sparsifiers that look at magnitudes, as pure functions of a delta: trim and DELLA. For DARE see `ops`."""
+"""Sparsifiers by magnitude, as pure functions of a delta: trim and DELLA. `merge.dare` is DARE."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .merge import check_float
 
 @torch.no_grad()
 def trim(delta: Tensor, *, drop: float) -> Tensor:
-    """Keep the largest elements of a delta, as they are, and drop the others.
+    """Keep the largest elements of a delta unchanged, and drop the others.
 
         trim(delta) = delta where |delta| >= t, 0 elsewhere;   t = the K-th largest |delta|, K = round((1 - drop) n)
 
-    Elements as large as the K-th are all kept. Nothing is rescaled. NaN and infinity are kept.
+    Ties with the K-th element are kept, and so are NaN and infinity. Nothing is rescaled.
 
-    Args: `delta`, any float dtype and shape, one whole tensor of n elements; `drop`, 0 <= drop < 1. Returns a new
+    Args: `delta`, a whole tensor of n elements, any float dtype and shape; `drop`, 0 <= drop < 1. Returns a new
     contiguous tensor of delta's shape and dtype. Raises ArgumentError.
 
-    Source: the first step of TIES-Merging (arXiv 2306.01708), here for each tensor by itself.
+    Source: the first step of TIES-Merging (arXiv 2306.01708), applied to each tensor separately.
 
     >>> import torch
     >>> trim(torch.tensor([0.1, -3.0, 2.0, 0.5]), drop=0.5)
@@ -42,7 +42,7 @@ def trim(delta: Tensor, *, drop: float) -> Tensor:
 
 
 def _smallest_kept(delta: Tensor, wanted: int) -> int:
-    """Return the magnitude that `wanted` others precede, sixteen bits of it in each pass."""
+    """Return the bits of the magnitude with rank `wanted` from below; each pass finds sixteen of them."""
     prefix = 0
     for shift in range(48 if delta.dtype == torch.float64 else 16, -1, -16):
         counts = torch.zeros(1 << 16, dtype=torch.int64, device=delta.device)
@@ -55,19 +55,19 @@ def _smallest_kept(delta: Tensor, wanted: int) -> int:
         wanted -= int(below[digit - 1]) if digit else 0
         prefix = prefix << 16 | digit
     infinity = torch.tensor([torch.inf], dtype=delta.dtype)
-    return min(prefix, int(_magnitudes(_wide(infinity))))  # of NaN there may be as many as are kept
+    return min(prefix, int(_magnitudes(_wide(infinity))))  # there may be more NaN than elements to keep
 
 
 @torch.no_grad()
 def della(delta: Tensor, *, name: str, drop: float, epsilon: float = 0.1, seed: int = 0, iteration: int = 0) -> Tensor:
-    """Drop elements of a delta at random, the smaller of a row the likelier; divide each other by its own keep rate.
+    """Drop elements of a delta at random, more often the smaller ones of a row, and divide the rest by their keep rate.
 
         q = (1 - drop) - epsilon + 2 epsilon * rank / (n - 1)        rank = 0..n-1 by |delta| in its row, ties by index
         della(delta) = delta / q with probability q, else 0;          q in steps of 1/65536, as in `dare`
 
-    A row runs along the last dimension, and has n elements. With epsilon=0 this is `dare`. NaN and infinity stay.
+    A row of n elements runs along the last dimension. With epsilon=0 this is `dare`. NaN and infinity are kept.
 
-    Args: `delta`, any float dtype and shape, one whole tensor; `epsilon`, 0 <= epsilon <= drop and drop + epsilon < 1;
+    Args: `delta`, a whole tensor, any float dtype and shape; `epsilon`, 0 <= epsilon <= drop and drop + epsilon < 1;
     the others as in `keep_mask`. Returns a new contiguous tensor of delta's shape and dtype. Raises ArgumentError.
 
     Source: MagPrune of DELLA-Merging (arXiv 2406.11617).
@@ -106,7 +106,7 @@ def _wide(flat: Tensor) -> Tensor:
 
 
 def _magnitudes(wide: Tensor) -> Tensor:
-    """Return integers in the order of the magnitudes of floats, NaN the largest: their bits without the sign."""
+    """The bits of floats without the sign, int64: in the order of their magnitudes, NaN the largest."""
     if wide.dtype == torch.float64:
         return wide.contiguous().view(torch.int64) & 0x7FFFFFFFFFFFFFFF
     return (wide.contiguous().view(torch.int32) & 0x7FFFFFFF).to(torch.int64)

@@ -1,4 +1,4 @@
-"""Two or three state dicts: which tensors belong together, and which names are one tensor."""
+"""Match the tensors of two or three state dicts, and find names that share one tensor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..model.tensor_names import only_in, tied_key
 from ..numerics.reference import boxes, in_box
 
 
-def matched(
+def match_tensors(
     base: Mapping[str, Tensor], sft: Mapping[str, Tensor], start: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, list[str], tuple[Tensor, Tensor, Tensor | None]]]:
-    """Yield (mask name, names to write, (base, sft, start)) for every tensor of a mapping, tied ones once."""
+    """Yield (name for the mask, names to write, (base, sft, start)) for every tensor, once for tied names."""
     tied: dict[Any, list[str]] = {}
     for name, tensor in base.items():
         tied.setdefault(_storage(tensor) if tensor.numel() else name, []).append(name)
@@ -24,12 +24,9 @@ def matched(
     group_of = {name: names for names in tied.values() for name in names}
     for label, side in others.items():
         missing = {n for n in base if n not in side and not any(other in side for other in group_of[n])}
-        for complaint in (
-            only_in(missing, side, "base", label),
-            only_in(side, base, label, "base"),
-        ):
-            if complaint:
-                raise MismatchError(complaint)
+        for problem in (only_in(missing, side, "base", label), only_in(side, base, label, "base")):
+            if problem:
+                raise MismatchError(problem)
     for names in tied.values():
         stored = {label: [n for n in names if n in side] for label, side in others.items()}
         whole = all(_all_equal([side[n] for n in stored[label]]) for label, side in others.items())
@@ -40,6 +37,7 @@ def matched(
 
 
 def _storage(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common if they are one: memory, dtype and layout."""
     return (
         tensor.device,
         tensor.untyped_storage().data_ptr(),

@@ -153,9 +153,9 @@ class Work:
         start = raws.get("start", base)
         sft = raws.get("sft", start)
         out: tuple[Raw, str] = (buffers[3][: span.count * DTYPE_BITS[target.dtype] // 8], target.dtype)
-        numbers = item.numbers if item.action == "merge" else _CONVERT
+        constants = item.constants if item.action == "merge" else _CONVERT
         tally = new_tally()
-        merge_span(base, start, sft, out, span.count, span.low, item.key, numbers, tally)
+        merge_span(base, start, sft, out, span.count, span.low, item.key, constants, tally)
         if not is_finite(tally):
             self._look_closer(span, raws, out)
         return out[0]

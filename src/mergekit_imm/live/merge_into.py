@@ -26,7 +26,7 @@ from ..common.json_files import parse_json, read_small
 from ..common.messages import for_caller, shown
 from ..engine.workers import default_workers
 from ..errors import CheckpointError, MismatchError, PartialMergeError
-from ..model.tensor_names import is_end, ready_option, tied_key, unwrapped
+from ..model.tensor_names import is_embedding_or_head, ready_option, tied_key, unwrapped
 from ..options.options import MergeOptions, Progress, RunOptions, chosen_from, with_files_read
 from ..plan.accounts import check_tensors
 from ..plan.decide import Decided, decide
@@ -125,7 +125,7 @@ def merge_into(
     refs, options, threads, state = together(ranks, checked)
     places = {id(live): number for number, live in enumerate(state.values())}
     _check_same(ranks, lambda: [(name, live.shape, live.dtype, places[id(live)]) for name, live in state.items()])
-    equal = _equal_ends(state, ranks)
+    equal = _equal_embeddings(state, ranks)
 
     def planned() -> tuple[dict[str, Checkpoint], MergeOptions, Decided, list[Job]]:
         if any(is_hub_id(ref) for ref in refs.values()):  # refuse from headers, before hours of downloading
@@ -140,7 +140,7 @@ def merge_into(
     if dry_run:
         return _report(inputs, here, decided)
     files = [file for each in inputs.values() for file in each.files.values()]
-    actions = [(job.item.name, job.item.action, job.item.numbers) for job in jobs]
+    actions = [(job.item.name, job.item.action, job.item.constants) for job in jobs]
     _check_same(ranks, lambda: (here, actions, [fingerprint(file) for file in files]))
     work = Work(inputs, here, jobs, threads, progress)
     together(ranks, lambda: work.run(write=False))
@@ -249,7 +249,7 @@ def _kinds(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_vocabularies(base: Checkpoint, sft: Checkpoint) -> None:
     for name, tensor in sft.tensors.items():
         there = base.tensors.get(name)
-        if there is not None and is_end(name) and there.shape != tensor.shape:
+        if there is not None and is_embedding_or_head(name) and there.shape != tensor.shape:
             raise MismatchError(
                 f"tensor '{shown(name)}' is {list(there.shape)} in {base.label} and {list(tensor.shape)} in"
                 f" {sft.label}; a model in memory is merged with a base of the same vocabulary: save it, and use"
@@ -260,12 +260,12 @@ def _check_vocabularies(base: Checkpoint, sft: Checkpoint) -> None:
 _Equal = frozenset[frozenset[Hashable]]  # pairs of places in memory that hold the same values
 
 
-def _equal_ends(state: Mapping[str, Live], ranks: Ranks) -> _Equal:
+def _equal_embeddings(state: Mapping[str, Live], ranks: Ranks) -> _Equal:
     """Find embeddings and heads that are two tensors with the same values on all ranks: a tie, as files tell it."""
-    ends = {id(live): live for name, live in state.items() if is_end(name)}
+    embeddings = {id(live): live for name, live in state.items() if is_embedding_or_head(name)}
     pairs = [
         (one, other)
-        for one, other in itertools.combinations(ends.values(), 2)
+        for one, other in itertools.combinations(embeddings.values(), 2)
         if (one.shape, one.dtype) == (other.shape, other.dtype)
     ]
     same = ranks.gather([_same_here(one.parts, other.parts) for one, other in pairs])

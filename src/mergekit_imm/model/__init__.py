@@ -1,1 +1,1 @@
-"""What names of tensors and config.json say about a model."""
+"""A model as its tensor names and config.json describe it."""

@@ -1,4 +1,4 @@
-"""config.json: do the models belong together, are their embeddings tied, and what the merged one must say."""
+"""config.json: whether models belong together, whether embeddings are tied, and the config of a merged model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..common.messages import shown
 from ..errors import MismatchError
 
 Config = Mapping[str, Any]
-# Settings that decide neither which tensors there are nor their shapes.
+# Settings that affect neither the set of tensors nor their shapes.
 _NO_TENSORS = re.compile(
     "architectures|cache|checkpoint|dropout|dtype|^output_|^return_|^tie_|token_i|torchscript|version|^vocab_size$|window"
 )
@@ -20,11 +20,10 @@ _QUANTISED = ("quantization_config", "compression_config")
 
 
 def check_configs(configs: Mapping[str, tuple[str, Config | None]], renamed: Collection[str] = ()) -> None:
-    """Check the configs of all inputs: role -> (label for messages, config or None).
+    """Check that the configs of all inputs, role -> (label for messages, config or None), are of one architecture.
 
-    A model may be another class of the same model: a part of it alone, or it with other parts. One in `renamed`, whose
-    names were taken for the base's, need only have a part in common with it. Raises MismatchError for different
-    architectures.
+    An input may be another class of the base's model: a part of it, or the model with further parts. An input in
+    `renamed`, its names mapped to the base's, needs only a part in common with it. Raises MismatchError.
     """
     base_label, base = configs["base"]
     for role, (label, config) in configs.items():
@@ -39,7 +38,7 @@ def check_configs(configs: Mapping[str, tuple[str, Config | None]], renamed: Col
 
 
 def is_other_class(config: Config | None, base: Config | None) -> bool:
-    """Whether a config is that of a part of the base's model, or of one that the base is a part of.
+    """Whether one of two models is a part of the other, by their configs.
 
     >>> is_other_class({"model_type": "m_text"}, {"model_type": "m", "text_config": {"model_type": "m_text"}})
     True
@@ -55,13 +54,13 @@ def _is_related(config: Config, base: Config, renamed: bool) -> bool:
 
 
 def _types(config: Config) -> set[str]:
-    """The model types of a config and of those nested in it."""
+    """Model types of a config and its nested configs."""
     found = (level.get("model_type") for _, level in _levels(config))
     return {kind for kind in found if isinstance(kind, str)}
 
 
 def quantisation(config: Config | None) -> tuple[str, Mapping[str, Any]] | None:
-    """Return where a config says that its model is quantised, `text_config.quantization_config`, and what it says."""
+    """Return the place of a quantization config, such as `text_config.quantization_config`, and its value; or None."""
     for place, level in _levels(config or {}):
         for key in _QUANTISED:
             if level.get(key):
@@ -70,30 +69,33 @@ def quantisation(config: Config | None) -> tuple[str, Mapping[str, Any]] | None:
 
 
 def says_tied(config: Config | None) -> bool:
-    """Whether a config ties the output head to the input embedding; transformers' default is that it does."""
-    return config is not None and tie_said(config) is not False
+    """Whether a config ties the output head to the input embedding; it does by default, as in transformers."""
+    return config is not None and stated_tie(config) is not False
 
 
 def setting(config: Config | None, key: str) -> Any:
-    """What a config says about its language model: at the top, else in `text_config`; None if nothing."""
+    """A setting of the language model: at the top level, else in `text_config`, else None."""
     levels = (config, (config or {}).get("text_config"))
     return next((level[key] for level in levels if isinstance(level, Mapping) and key in level), None)
 
 
 def differences(one: Config | None, other: Config | None) -> list[tuple[str, Any, Any]]:
-    """Return what two configs say otherwise that may decide which tensors there are: (place, in one, in the other)."""
+    """Return settings that differ and may affect the set of tensors: (place, value in one, value in other)."""
     known = dict(_levels(other or {}))
     return [
         (f"{place}{key}", value, known[place][key])
         for place, level in _levels(one or {})
         for key, value in level.items()
-        if isinstance(value, (int, list)) and not _NO_TENSORS.search(key)
-        and place in known and type(known[place].get(key)) is type(value) and known[place][key] != value
-    ]  # fmt: skip
+        if isinstance(value, (int, list))
+        and not _NO_TENSORS.search(key)
+        and place in known
+        and type(known[place].get(key)) is type(value)
+        and known[place][key] != value
+    ]
 
 
-def tie_said(config: Config | None) -> bool | None:
-    """Whether a config says that the head is tied; None if it does not say."""
+def stated_tie(config: Config | None) -> bool | None:
+    """What a config states about tying head and embedding; None if nothing."""
     for level in (config or {}, (config or {}).get("text_config")):
         if isinstance(level, Mapping) and "tie_word_embeddings" in level:
             return bool(level["tie_word_embeddings"])
@@ -101,7 +103,7 @@ def tie_said(config: Config | None) -> bool | None:
 
 
 def vocabulary_sizes(config: Config | None) -> set[int]:
-    """The vocabulary sizes that a config and those nested in it name."""
+    """Vocabulary sizes in a config and its nested configs."""
     sizes = (level.get("vocab_size") for _, level in _levels(config or {}))
     return {size for size in sizes if type(size) is int}
 
@@ -116,13 +118,16 @@ def merged_config(
     resized: Mapping[int, int] = MappingProxyType({}),
     quantised: tuple[str, Any] | None = None,
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Return the config of a merged model, and the changes made to sft's (base's, if sft has none).
+    """Return the config of a merged model, and the changes made to sft's config (base's if sft has none).
 
-    `dtype` is the torch name of the float tensors written (None: there are none), `tied` whether head and
-    embedding were written as one tensor (None: nothing to say), `rows` the row counts of the input embeddings,
-    `resized` those of vocabularies as the inputs have them -> as merged, `quantised` where the config of quantised
-    tensors that were copied has its quantization_config, and what it is.
-    Changes are keyed by their place, `text_config.dtype`; None is for what was taken out.
+    Args:
+        dtype: torch name of the dtype of the float tensors written; None if there are none.
+        tied: whether head and embedding were written as one tensor; None if unknown.
+        rows: row counts of the input embeddings.
+        resized: vocabulary size in the inputs -> merged size.
+        quantised: place and value of the quantization_config of quantised tensors that were copied.
+
+    Changes are keyed by place, such as `text_config.dtype`; None marks a removed setting.
     """
     origin = sft if sft is not None else base
     if origin is None:
@@ -137,7 +142,7 @@ def merged_config(
 
     for place, level in list(_levels(config)):
         for key in _QUANTISED:
-            if level.get(key) and (quantised is None or quantised[0] != f"{place}{key}"):  # what is merged is not
+            if level.get(key) and (quantised is None or quantised[0] != f"{place}{key}"):  # merged tensors are floats
                 del level[key]
                 changes[f"{place}{key}"] = None
     if quantised is not None:
@@ -146,7 +151,7 @@ def merged_config(
         put(where, dict(_levels(config))[where], key, copy.deepcopy(quantised[1]))
     before = dict(_levels(base or {}))
     for place, level in _levels(config):
-        # Trainers that recompute activations turn the cache off, and save the model so; whoever generates needs it.
+        # Trainers with gradient checkpointing turn the cache off and save that; generation needs it.
         if level.get("use_cache") is False and place in before and before[place].get("use_cache") is not False:
             if "use_cache" in before[place]:
                 put(place, level, "use_cache", before[place]["use_cache"])
@@ -178,7 +183,7 @@ def merged_config(
 
 
 def _levels(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The config itself and the configs nested in it, each with its place: "" and "text_config."."""
+    """Yield (place, config) of a config and its nested configs; the places are "" and such as "text_config."."""
     if isinstance(config, dict):
         yield "", config
     for key, value in config.items():

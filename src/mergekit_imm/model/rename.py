@@ -1,4 +1,4 @@
-"""Names of tensors that differ from others by a rule: the user's, another spelling, or another prefix."""
+"""Match tensor names of two models that differ by a user's rule, in spelling, or in a prefix."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..errors import ArgumentError
 from .spellings import canonical
 from .tensor_names import blanked, folder_of
 
-Shape = tuple[int, ...] | None  # None: not known
+Shape = tuple[int, ...] | None  # None: unknown
 
 
 def parse_rename(rule: str) -> tuple[re.Pattern[str], str]:
-    """Return the pattern and the replacement of a rule REGEX=REPLACEMENT; the last = is the one between them.
+    """Return the pattern and the replacement of a rule REGEX=REPLACEMENT, split at the last =.
 
     >>> pattern, replacement = parse_rename("^model[.]language_model[.]=model.")
     >>> pattern.sub(replacement, "model.language_model.norm.weight")
@@ -29,14 +29,14 @@ def parse_rename(rule: str) -> tuple[re.Pattern[str], str]:
             raise ValueError("write it as REGEX=REPLACEMENT")
         compiled = re.compile(pattern)
         compiled.sub(replacement, "")
-        re.compile(f"(?:{pattern})|").sub(replacement, "")  # a wrong group is told on a match only
+        re.compile(f"(?:{pattern})|").sub(replacement, "")  # a wrong group is an error only if the pattern matches
     except (re.error, ValueError, IndexError) as error:
         raise ArgumentError(f"rename rule '{shown(rule)}' is not understood: {error}") from error
     return compiled, replacement
 
 
-def ruled(names: Iterable[str], rules: Sequence[str]) -> list[str]:
-    """Return names as the user's rules make them, one rule after the other."""
+def apply_rules(names: Iterable[str], rules: Sequence[str]) -> list[str]:
+    """Return names after the user's rules, applied one after the other."""
     parsed = [parse_rename(rule) for rule in rules]
     found = []
     for name in names:
@@ -47,7 +47,7 @@ def ruled(names: Iterable[str], rules: Sequence[str]) -> list[str]:
 
 
 def by_name(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
-    """Match names that differ in spelling, in their prefix, or in both: lost name -> free name, for those certain.
+    """Match names that differ in spelling, prefix, or both; return lost name -> free name, only certain matches.
 
     >>> by_name({"model.layers.0.mlp.router.weight": (4, 8)}, {"layers.0.block_sparse_moe.gate.weight": (4, 8)})
     {'model.layers.0.mlp.router.weight': 'layers.0.block_sparse_moe.gate.weight'}
@@ -61,7 +61,7 @@ def by_name(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, s
 
 
 def by_folder(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
-    """Match names of a part that lies in another folder of the other model, if all do and in no other one.
+    """Match names of a part that lies in another folder of the other model, if all fit there and nowhere else.
 
     >>> by_folder({"conv_in.weight": (4,)}, {"unet/conv_in.weight": (4,), "vae/conv_in.weight": (8,)})
     {'conv_in.weight': 'unet/conv_in.weight'}
@@ -78,28 +78,28 @@ def by_folder(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str,
 
 
 def _by_spelling(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
-    ours, theirs = _spelt(lost), _spelt(free)
+    ours, theirs = _by_canonical(lost), _by_canonical(free)
     pairs = {name: theirs[spelling] for spelling, name in ours.items() if spelling in theirs}
     return {one: other for one, other in pairs.items() if _fits(lost[one], free[other])}
 
 
 def _by_both(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
-    ours, theirs = _spelt(lost), _spelt(free)
+    ours, theirs = _by_canonical(lost), _by_canonical(free)
     pairs = by_prefix({s: lost[name] for s, name in ours.items()}, {s: free[name] for s, name in theirs.items()})
     return {ours[one]: theirs[other] for one, other in pairs.items()}
 
 
 def _by_parts(lost: Mapping[str, Shape], free: Mapping[str, Shape]) -> dict[str, str]:
-    """Match by prefixes that end in what both names have, so that parts of a model move apart; all names or none."""
-    ours, theirs = _spelt(lost), _spelt(free)
+    """Match by prefixes that end in a shared component, so that each part can move by itself; all names or none."""
+    ours, theirs = _by_canonical(lost), _by_canonical(free)
     if len(ours) < len(lost):
         return {}
     pairs = by_prefix({s: lost[n] for s, n in ours.items()}, {s: free[n] for s, n in theirs.items()}, shared=1)
     return {ours[one]: theirs[other] for one, other in pairs.items()} if len(pairs) == len(lost) else {}
 
 
-def _spelt(names: Iterable[str]) -> dict[str, str]:
-    """Return the names of which no other has the same spelling, by it."""
+def _by_canonical(names: Iterable[str]) -> dict[str, str]:
+    """Return canonical spelling -> name, without spellings that several names share."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
         found[canonical(name)].append(name)
@@ -107,27 +107,26 @@ def _spelt(names: Iterable[str]) -> dict[str, str]:
 
 
 def by_prefix(lost: Mapping[str, Shape], free: Mapping[str, Shape], *, shared: int = 0) -> dict[str, str]:
-    """Match names that differ in their prefix: lost name -> free name, for those that are certain.
+    """Match names that differ in a prefix; return lost name -> free name, only certain matches.
 
-    One prefix stands for another if that takes every lost name that begins with it to a free one of the same shape,
-    and if no other prefix does. Numbers in it stay as they are: layer 3 is layer 3 everywhere, and a prefix that has
-    numbers stands for those of all layers. A prefix is what is before the longest end that two names share, and of that
-    the first `shared` components.
+    One prefix may replace another if this takes every lost name that begins with it to a free name of the same shape,
+    and no other prefix does. Numbers stay: layer 3 remains layer 3, and a prefix with a number stands for all layers. A
+    prefix is the part before the longest suffix that two names share, plus the first `shared` components of the suffix.
 
     >>> by_prefix({"layers.3.mlp.w1.weight": (4,)}, {f"layers.{n}.moe.w1.weight": (4,) for n in range(4)})
     {'layers.3.mlp.w1.weight': 'layers.3.moe.w1.weight'}
     """
-    ends: dict[str, list[str]] = defaultdict(list)
+    suffixes: dict[str, list[str]] = defaultdict(list)
     if lost:
         for name in free:
-            for end in _ends(name):
-                ends[end].append(name)
+            for suffix in _suffixes(name):
+                suffixes[suffix].append(name)
     found: dict[str, str] = {}
     lost, left = {name: shape for name, shape in lost.items() if "*" not in name}, dict(free)
     while lost:
         rules = Counter[tuple[str, str]]()
         for name, shape in lost.items():
-            rules.update(_rules(name, shape, ends, left, shared))
+            rules.update(_rules(name, shape, suffixes, left, shared))
         valid = [rule for rule in sorted(rules) if _holds(*rule, lost, left)]
         certain = [rule for rule in valid if all(_agree(rule, other) for other in valid)]
         if not certain:
@@ -140,7 +139,7 @@ def by_prefix(lost: Mapping[str, Shape], free: Mapping[str, Shape], *, shared: i
 
 
 def carried(name: str, pairs: Mapping[str, str]) -> str | None:
-    """Return where a name goes that has no free name to go to, if all matched names with its prefix say the same.
+    """Return the new name of a name without a match, if all matched names with its prefix agree on it.
 
     >>> carried("m.lm_head.weight", {"m.model.embed.weight": "model.embed.weight"})
     'lm_head.weight'
@@ -154,7 +153,7 @@ def carried(name: str, pairs: Mapping[str, str]) -> str | None:
 
 
 def _differing(old: str, new: str) -> tuple[list[str], list[str]]:
-    """Two names without the end that they share."""
+    """Split two names, and drop the components they share at the end."""
     one, other = old.split("."), new.split(".")
     while one and other and one[-1] == other[-1]:
         one, other = one[:-1], other[:-1]
@@ -170,7 +169,7 @@ def _numbers(name: str) -> list[str]:
 
 
 def _moved(name: str, prefix: str, other: str) -> str:
-    """A name with another prefix in place of its own, the numbers of which it keeps."""
+    """Replace the prefix of a name, and keep its numbers."""
     parts = name.split(".")
     count = prefix.count(".")
     numbers = iter(_numbers(".".join(parts[:count])))
@@ -178,25 +177,25 @@ def _moved(name: str, prefix: str, other: str) -> str:
 
 
 def _agree(one: tuple[str, str], other: tuple[str, str]) -> bool:
-    """Whether two rules take the names that both are about to the same places."""
+    """Whether two rules give the same result for every name that both apply to."""
     short, long = sorted((one, other), key=lambda rule: len(rule[0]))
     return not long[0].startswith(short[0]) or long[1] == short[1] + long[0][len(short[0]) :]
 
 
-def _ends(name: str) -> list[str]:
-    """The ends of a name that tell a tensor, longest first: two components at least."""
+def _suffixes(name: str) -> list[str]:
+    """Suffixes of a name that identify a tensor, longest first, of at least two components."""
     parts = name.split(".")
     return [".".join(parts[at:]) for at in range(max(1, len(parts) - 1))]
 
 
 def _rules(
-    name: str, shape: Shape, ends: Mapping[str, list[str]], left: Mapping[str, Shape], shared: int
+    name: str, shape: Shape, suffixes: Mapping[str, list[str]], left: Mapping[str, Shape], shared: int
 ) -> set[tuple[str, str]]:
-    """Prefixes of which one may stand for the other: what is before the longest end shared with a free name."""
-    for end in _ends(name):
-        others = [other for other in ends.get(end, ()) if other in left and _fits(shape, left[other])]
+    """Pairs of prefixes, one in place of the other: the parts before the longest suffix shared with a free name."""
+    for suffix in _suffixes(name):
+        others = [other for other in suffixes.get(suffix, ()) if other in left and _fits(shape, left[other])]
         if others:
-            rest = ".".join(end.split(".")[shared:]) if end.count(".") >= shared else end
+            rest = ".".join(suffix.split(".")[shared:]) if suffix.count(".") >= shared else suffix
             prefix = name[: len(name) - len(rest)]
             pairs = {(prefix, other[: len(other) - len(rest)]) for other in others}
             return {(blanked(one), blanked(two)) for one, two in pairs if _numbers(one) == _numbers(two)}
@@ -212,22 +211,22 @@ def _holds(prefix: str, other: str, lost: Mapping[str, Shape], left: Mapping[str
     return all(target in left and _fits(shape, left[target]) for shape, target in pairs)
 
 
-def mapping_note(was: Mapping[str, str], label: str, base: str) -> str:
-    """Say in one line which names of a model were taken for which of the base: name in the base -> its own."""
-    rules = rules_of(was)
-    told = [f"{shown(old)} is {shown(new)} ({count})" for old, new, count in rules[:4]]
+def mapping_note(original_names: Mapping[str, str], label: str, base: str) -> str:
+    """Return a note on how a model's names were mapped to the base's; `original_names`: the base's name -> its own."""
+    rules = rules_of(original_names)
+    listed = [f"{shown(old)} is {shown(new)} ({count})" for old, new, count in rules[:4]]
     more = f" and {len(rules) - 4} more rules (--dry-run lists them)" if len(rules) > 4 else ""
-    return f"note: {len(was)} names of {label} differ from those of {base}: {', '.join(told)}{more}"
+    return f"note: {len(original_names)} names of {label} differ from those of {base}: {', '.join(listed)}{more}"
 
 
-def rules_of(was: Mapping[str, str]) -> list[tuple[str, str, int]]:
-    """Sum up how names of a model were mapped: (in the model, in the base, of how many tensors).
+def rules_of(original_names: Mapping[str, str]) -> list[tuple[str, str, int]]:
+    """Summarise how names were mapped: (pattern in the model, pattern in the base, number of tensors).
 
     >>> rules_of({"layers.0.w": "model.layers.0.w", "layers.1.w": "model.layers.1.w"})
     [('model.*', '*', 2)]
     """
     rules = Counter[tuple[str, str]]()
-    for new, old in was.items():
+    for new, old in original_names.items():
         one, other = _differing(old, new)
         more = ".*" if len(one) < len(old.split(".")) else ""
         old, new = blanked(".".join(one)), blanked(".".join(other))

@@ -1,7 +1,7 @@
-"""One tensor by several names: how checkpoints and transformers 5 spell the same modules, and what they put together.
+"""Different names for one tensor: how checkpoints and transformers 5 spell the same modules, and which they join.
 
-A name is compared in one spelling, that of `canonical`, which both models' names are brought to; so it does not matter
-which of the two is in which. Numbers of layers and experts stay as they are.
+The names of both models are compared in one spelling, that of `canonical`, whichever spelling each model uses. Numbers
+of layers and experts stay.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from functools import cache
 
 from .tensor_names import blanked
 
-# Patterns of names without numbers, and what stands for them; one after the other. To an architecture that spells a
-# module one way only it makes no difference, as the names of both models change alike.
+# (pattern, replacement) for names without numbers, applied in order. An architecture with only one spelling of a module
+# is not affected, as the names of both models change alike.
 _SPELLINGS = tuple(
     (re.compile(pattern), spelling)
     for pattern, spelling in (
@@ -41,8 +41,10 @@ _SPELLINGS = tuple(
         (r"\.mlp\.output_linear\.weight$", ".mlp.experts.down_proj"),
         (r"\.experts\.fc1\.weight$", ".experts.gate_up_proj"),
         (r"\.experts\.fc2\.weight$", ".experts.down_proj"),
-        (r"\.(gate\.|experts\.|router\.|moe_statics\.)*(e_score_correction_bias|expert_bias|router_bias)$",
-         ".e_score_correction_bias"),
+        (
+            r"\.(gate\.|experts\.|router\.|moe_statics\.)*(e_score_correction_bias|expert_bias|router_bias)$",
+            ".e_score_correction_bias",
+        ),
         (r"\.mlp\.gate\.bias$", ".mlp.e_score_correction_bias"),
         (r"\.mlp\.(gate|router\.gate|router\.layer)\.weight$", ".mlp.router.weight"),
         (r"\.(shared_mlp|shared_expert|share_expert)\.", ".shared_experts."),
@@ -97,9 +99,9 @@ _SPELLINGS = tuple(
         (r"\.w(q_a|q_b|kv|gate|o_a|o_b)\.", r".\1_proj."),
         (r"\.self_attn\.q_b_proj\.", ".self_attn.q_gate_proj."),
     )
-)  # fmt: skip
+)
 
-# Tensors that one model has one by one and another as one, one below the other along a dimension; with their endings.
+# Tensors that one model stores separately and another concatenated: (parts, whole, dimension, endings).
 JOINTS: tuple[tuple[tuple[str, ...], str, int, tuple[str, ...]], ...] = (
     (("q_conv1d", "k_conv1d", "v_conv1d"), "conv1d", 0, (".weight",)),
     (("gate_proj", "up_proj"), "gate_up_proj", 0, (".weight", ".bias")),
@@ -112,7 +114,7 @@ JOINTS: tuple[tuple[tuple[str, ...], str, int, tuple[str, ...]], ...] = (
 
 
 def canonical(name: str) -> str:
-    """Return a name in the spelling in which names of different models are compared.
+    """Return a name in the spelling used to compare names of different models.
 
     >>> canonical("model.layers.3.block_sparse_moe.router.layer.weight")
     'model.layers.3.mlp.router.weight'

@@ -1,4 +1,4 @@
-"""Names of tensors: the layer they belong to, and the names that a tied embedding goes by."""
+"""Tensor names: the layer and kind of a tensor, tied embeddings, and patterns that match given names."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from os.path import commonprefix
 from ..common.messages import shown
 from ..errors import ArgumentError
 
-# The two ends of a model that `tie_word_embeddings` makes one tensor, by the last parts of their names in the
-# files of today's architectures. A name missing here is not mishandled: it is a tensor of its own.
-_INPUT_END = re.compile(
+# Input embeddings and output heads, which `tie_word_embeddings` makes one tensor, by the last components of their names
+# in today's architectures. A name missing here is handled as an ordinary tensor.
+_INPUT_EMBEDDING = re.compile(
     r"(^|[./])(embed_tokens|tokens_embed|wte|word_embeddings?|tok_embeddings|embed_in|embeddings|embedding|shared)"
     r"\.weight$"
 )
-_OUTPUT_END = re.compile(
+_OUTPUT_HEAD = re.compile(
     r"((^|[./])(lm_head|generator_lm_head|lm_loss|embed_out|output|output_layer|output_projection|proj_out|vocab_projector"
     r"|pred_layer\.proj|lm_head\.out_proj|(predictions|lm_head|mlm_score|head)\.decoder)|(^|/)decoder)\.weight$"
 )
 
-# What a tensor is, told by the part of its name that is its module or parameter; `weight_kind` says in which order.
+# Kinds of tensors by the name of module or parameter; `weight_kind` tries them in its own order.
 _SCALE = re.compile(r"(^|_)(scale|scales|scale_inv|zeros|qzeros|g_idx)$|^(A_log|inv_freq)$")  # of other forms, of scans
 _BIAS = re.compile(r"(^|_)bias(_|$)")
 _NORM = re.compile(r"norm|^ln(_|\d|$)|_ln$", re.IGNORECASE)
 _EMBEDDING = re.compile(r"(^|_)(embed|embeddings?|wte|wpe)$|^embed_|^relative_attention_bias$")
 _CONVOLUTION = re.compile(r"(^|_)conv(\d|_|$)|(^|_)conv[12]d$")
-_PLAIN = ("weight", "gamma", "beta")  # names of parameters that say nothing; their module's name does
+_GENERIC = ("weight", "gamma", "beta")  # parameter names that tell nothing, unlike their module's name
 
-_READABLE, _LONGEST = 160, 2000  # characters of a pattern: kinds of names are listed one by one; none is advised
+# Characters of a pattern: up to the first, list kinds of names one by one; beyond the second, advise no pattern.
+_READABLE, _LONGEST = 160, 2000
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -52,7 +53,7 @@ def layer_key(name: str) -> str | None:
 
 
 def folder_of(name: str) -> str:
-    """Return the part of a model that a tensor is in: the folder before its name, "" at the top.
+    """Return the folder of a tensor's part of the model, with its slash; "" at the top.
 
     >>> folder_of("2_Dense/linear.weight"), folder_of("lm_head.weight")
     ('2_Dense/', '')
@@ -61,12 +62,12 @@ def folder_of(name: str) -> str:
 
 
 def weight_kind(name: str, shape: Sequence[int]) -> str:
-    """Return what a tensor is, told by its name and shape, of a file or of a live model.
+    """Return the kind of a tensor, by its name and shape, in a file or a live model.
 
-    One of "linear" (a weight matrix of a layer, or a stack of them, as fused experts are: the W of Eq. 2 to 4),
-    "embedding", "head", "norm", "bias" (norms' biases too), "other": convolutions, scales, matrices outside the
-    layers (projectors of images), single vectors. The paper says "the linear weight matrix" and names no rule: this
-    one is ours. It knows names that are in use, and calls every other matrix of a layer linear.
+    One of "linear" (a weight matrix of a layer, or a stack of them such as fused experts: the W of Eq. 2 to 4),
+    "embedding", "head", "norm", "bias" (also of norms), "other" (convolutions, scales, vectors, and matrices outside
+    the layers such as image projectors). The paper says "the linear weight matrix" without a rule; this one is ours: it
+    knows the names in use, and calls every other matrix of a layer linear.
 
     Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), Eq. 2 to 4.
 
@@ -76,7 +77,7 @@ def weight_kind(name: str, shape: Sequence[int]) -> str:
     'linear'
     """
     parts = unwrapped(name).split(".")
-    module = parts[-2] if len(parts) > 1 and parts[-1] in _PLAIN else parts[-1]
+    module = parts[-2] if len(parts) > 1 and parts[-1] in _GENERIC else parts[-1]
     in_layer = layer_key(name) is not None
     if len(shape) > 3 or _SCALE.search(parts[-1]):
         return "other"
@@ -96,7 +97,7 @@ def weight_kind(name: str, shape: Sequence[int]) -> str:
 
 @cache
 def blanked(name: str) -> str:
-    """Return a name without its numbers, which is that of a kind of tensors.
+    """Return a name with * for each number: the name of a kind of tensors.
 
     >>> blanked("model.layers.3.mlp.up_proj.weight")
     'model.layers.*.mlp.up_proj.weight'
@@ -119,7 +120,7 @@ def stacks(names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def layer_order(key: str) -> tuple[str, int]:
-    """Return what layer keys are sorted by: their stack, then their number."""
+    """Return the sort key of a layer key: its stack, then its number."""
     return key.rpartition(".")[0], int(key.rpartition(".")[2])
 
 
@@ -134,10 +135,10 @@ def thirds(layers: Sequence[str]) -> tuple[Sequence[str], Sequence[str], Sequenc
 
 
 def resolve_layers(values: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """Return values keyed by full layer keys, having checked them against a model's tensor names.
+    """Check values per layer against a model's tensor names, and return them by full layer keys.
 
-    Keys are layer keys (`model.layers.3`) or, where the model has one stack of layers, plain indices (`3`).
-    Each stack that is named must be named whole. Raises ArgumentError that lists what is missing or unknown.
+    Keys are layer keys (`model.layers.3`), or plain indices (`3`) if the model has one stack of layers. A stack must be
+    complete if any of its layers is given. Raises ArgumentError, which lists missing or unknown layers.
     """
     there = stacks(names)
     if values and all(key.isascii() and key.isdigit() for key in values):
@@ -166,17 +167,17 @@ def resolve_layers(values: Mapping[str, float], names: Iterable[str]) -> dict[st
 
 
 def is_input_embedding(name: str) -> bool:
-    """Whether a name is that of an input embedding, the end a tied tensor is called by."""
-    return bool(_INPUT_END.search(name))
+    """Whether a name is that of an input embedding, which names a tied tensor."""
+    return bool(_INPUT_EMBEDDING.search(name))
 
 
 def is_output_head(name: str) -> bool:
     """Whether a name is that of an output head, which `tie_word_embeddings` may tie to the embedding."""
-    return bool(_OUTPUT_END.search(name))
+    return bool(_OUTPUT_HEAD.search(name))
 
 
 def unwrapped(name: str) -> str:
-    """Return a tensor's name without what wraps modules: FSDP, torch.compile, activation checkpointing, DDP.
+    """Return a tensor's name without the components of wrappers: FSDP, torch.compile, checkpointing, DDP.
 
     >>> unwrapped("module.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
     'model.layers.0.mlp.up_proj.weight'
@@ -186,7 +187,7 @@ def unwrapped(name: str) -> str:
 
 
 def outer_bias(name: str) -> str:
-    """Return the bias that one of a head is tied to, in the encoders that give it two names; "" of any other name.
+    """Return the other name of a head's bias in encoders that store it under two; "" for any other name.
 
     >>> outer_bias("cls.predictions.decoder.bias")
     'cls.predictions.bias'
@@ -195,13 +196,13 @@ def outer_bias(name: str) -> str:
     return f"{module}.bias" if name.endswith(".bias") and module else ""
 
 
-def is_end(name: str) -> bool:
-    """Whether a name is that of an input embedding or of an output head, which have a row for each token."""
+def is_embedding_or_head(name: str) -> bool:
+    """Whether a name is that of an input embedding or output head, which have one row per token."""
     return is_input_embedding(name) or is_output_head(name)
 
 
 def tied_key(names: Iterable[str]) -> str:
-    """Return the name a tied tensor is keyed by: the input embedding's, else the first.
+    """Return the name that keys the mask of a tied tensor: the input embedding's, else the first.
 
     >>> tied_key(["lm_head.weight", "model.embed_tokens.weight"])
     'model.embed_tokens.weight'
@@ -211,7 +212,7 @@ def tied_key(names: Iterable[str]) -> str:
 
 
 def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_label: str) -> str | None:
-    """Say in one line which names `one` has and `other` lacks, by kinds, with the closest of the other's; or None."""
+    """Return one line on the names that `one` has and `other` lacks, by kind, with the closest names; None if none."""
     others = set(other)
     surplus = set(one) - others
     if not surplus:
@@ -221,7 +222,7 @@ def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_labe
     listed = []
     for kind, names in list(kinds.items())[:3]:
         known = names[0] if len(names) == 1 else kind
-        there = kind in free and len(kinds) > 1  # of a layer more than the other has
+        there = kind in free and len(kinds) > 1  # the kind exists there: `one` has more layers
         close = [
             each for each in get_close_matches(known, sorted(free), n=2, cutoff=0.8) if each != kind and not there
         ][:1]
@@ -233,13 +234,13 @@ def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_labe
 
 
 def matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    """Return a test: is a name found by one of the patterns?"""
+    """Return a function that tells whether any of the patterns is found in a name."""
     compiled = [re.compile(pattern) for pattern in patterns]
     return lambda name: any(pattern.search(name) for pattern in compiled)
 
 
 def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return names by what they are without their numbers.
+    """Group names by kind, their name without numbers.
 
     >>> by_kind(["h.0.w", "h.1.w", "wte.weight"])
     {'h.*.w': ['h.0.w', 'h.1.w'], 'wte.weight': ['wte.weight']}
@@ -251,7 +252,7 @@ def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def ready_option(option: str, *names: str, every: Iterable[str] = ()) -> str:
-    r"""Return an option whose pattern matches exactly these of all names, as it can be pasted into a shell, or "".
+    r"""Return an option, quoted for a shell, whose pattern matches these names and no other of `every`; or "".
 
     >>> print(ready_option("--keep", "lm_head.weight"))
     --keep '^lm_head\.weight$'
@@ -263,9 +264,9 @@ def ready_option(option: str, *names: str, every: Iterable[str] = ()) -> str:
 
 
 def exact_pattern(names: Iterable[str], every: Iterable[str] = ()) -> str:
-    r"""Return the most readable pattern that finds exactly these of all names; "" if none is short enough.
+    r"""Return the most readable pattern that matches these names and no other of `every`; "" if all are too long.
 
-    Kinds of names joined by `|`, else the parts of the model that hold nothing else, else one common beginning.
+    Tries kinds of names joined by `|`, then parts of the model that hold nothing else, then a common prefix.
 
     >>> names = [f"mtp.{n}.{part}" for n in range(9) for part in ("a_long_name.weight", "b_long_name.weight")]
     >>> print(exact_pattern(names, [*names, "model.norm.weight"]))
@@ -285,7 +286,7 @@ def exact_pattern(names: Iterable[str], every: Iterable[str] = ()) -> str:
 
 
 def _of_kind(names: list[str], rest: list[str]) -> str:
-    """A pattern of names that differ in their numbers only, and of none of the rest of that kind."""
+    """A pattern for names of one kind, which matches none of the `rest` of that kind."""
     if len(names) == 1:
         return _exactly(names[0])
     rows = [name.split(".") for name in names]
@@ -313,7 +314,7 @@ def _of_kind(names: list[str], rest: list[str]) -> str:
 
 
 def _parts(names: set[str], rest: set[str]) -> list[str]:
-    """Patterns of the parts of a model, layers or towers, that hold nothing but these names."""
+    """Patterns for parts of a model, such as layers or towers, that hold only these names."""
     kinds_of_rest = set(map(blanked, rest))
     taken: set[tuple[str, ...]] = set()
     for name in rest:

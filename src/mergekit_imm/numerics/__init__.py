@@ -1,1 +1,1 @@
-"""The arithmetic: the mask, statistics, the torch reference, and the compiled kernels that give the same bits."""
+"""The arithmetic: mask, statistics, torch reference, and compiled kernels that give the same bits."""

@@ -1,7 +1,7 @@
-"""The streamed merge on a GPU: pieces are copied there and back, and merged with the same bits as on the CPU.
+"""The streamed merge on a GPU: copy each segment there and back, and merge it with the same bits as on the CPU.
 
-Every worker thread has a stream of its own, and waits for that one alone: while the pieces of one worker are copied,
-those of another are merged. Copies run beside other work only from and to pinned memory, which `buffer` gives.
+Each worker thread has its own CUDA stream and waits for that alone, so one worker's copies overlap another's merge.
+Copies are asynchronous only to and from pinned memory, which `buffer` allocates.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ _of_thread = threading.local()
 
 
 def merge_span_on(device: str) -> Callable[..., None]:
-    """Return a `merge_span` (see `kernel`) that runs on a torch device. Raises ArgumentError if it is not there."""
+    """Return `cpu.merge_span` for a torch device. Raises ArgumentError if the device does not exist."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(
-            f"device is {device!r}, but torch {torch.__version__} finds no such device here"
+            f"device is {device!r}, which torch {torch.__version__} cannot use here"
             f" ({str(error).splitlines()[0]}); use --device cpu, which is as fast as the disk"
         ) from error
     return functools.partial(merge_span, torch.device(device))
 
 
 def buffer(nbytes: int) -> Bytes:
-    """Return memory for a worker to read into and write from: pinned, where there is a GPU.
+    """Return host memory for a worker's segments, pinned if there is a GPU.
 
     >>> buffer(4096).shape
     (4096,)
     """
     pinned = torch.cuda.is_available()
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()  # which keeps the tensor alive
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()  # the array keeps the tensor alive
 
 
 @torch.no_grad()
@@ -60,35 +60,35 @@ def merge_span(
     count: int,
     first: int,
     key: tuple[int, int],
-    numbers: Arithmetic,
+    constants: Arithmetic,
     tally: Tally,
 ) -> None:
-    """Merge elements first..first+count of one tensor, as `kernel.merge_span` does, bits and tally alike."""
+    """Merge elements first..first+count of one tensor, with the bits and the tally of `cpu.merge_span`."""
     if count == 0:
         return
     with _stream(device):
         pieces: dict[int, Tensor] = {}
         for raw, dtype in (base, start, sft):
             if id(raw) not in pieces:
-                # As bytes: on the host they may begin anywhere, on the device they are aligned.
+                # Copy bytes: they may be unaligned on the host, but are aligned on the device.
                 pieces[id(raw)] = torch.from_numpy(raw).to(device, non_blocking=True).view(DTYPES[dtype])
         b, s, f = (pieces[id(raw)] for raw, _ in (base, start, sft))
         merged = torch.empty(count, dtype=DTYPES[out[1]], device=device)
-        if triton_kernel.fits(b, s, f, merged) and not numbers.added:
-            triton_kernel.merge_flat_fused(b, s, f, merged, numbers, *key, first)
+        if triton_kernel.fits(b, s, f, merged) and not constants.is_delta:
+            triton_kernel.merge_flat_fused(b, s, f, merged, constants, *key, first)
         else:
-            merged = merge_flat(b, s, f, merged.dtype, numbers, *key, first)
+            merged = merge_flat(b, s, f, merged.dtype, constants, *key, first)
         torch.from_numpy(out[0]).copy_(merged.view(torch.uint8), non_blocking=True)
 
         wide = torch.float64 if torch.float64 in (b.dtype, s.dtype, f.dtype) else torch.float32
         change = merged.to(wide) - b.to(wide)
-        delta = f.to(wide) if numbers.added else f.to(wide) - s.to(wide)
+        delta = f.to(wide) if constants.is_delta else f.to(wide) - s.to(wide)
         sums = torch.cat([_block_sums(x) for x in (delta, b.to(wide), change)], dim=1)
         largest = (change * change).nan_to_num(nan=0.0, posinf=torch.inf).max().double()
         kept = torch.full_like(largest, count)
-        if numbers.draws:
-            kept = _kept(b, first, key, numbers.keep16).sum().double()
-        # The host waits here, for this stream alone: what was put on it before, the copy of the output too, is done.
+        if constants.uses_mask:
+            kept = _kept(b, first, key, constants.keep16).sum().double()
+        # Wait for this stream alone; the copy of the output, queued before, is then done too.
         lanes, (most, number) = sums.cpu().numpy(), torch.stack((largest, kept)).tolist()
 
     tally[:LARGEST] = np.add.accumulate(np.vstack((tally[None, :LARGEST], lanes)), axis=0)[-1]
@@ -97,7 +97,7 @@ def merge_span(
 
 
 def _stream(device: torch.device) -> AbstractContextManager[object]:
-    """The stream of this thread."""
+    """This thread's stream, as a context."""
     if device.type != "cuda":
         return nullcontext()
     streams: dict[torch.device, torch.cuda.Stream] = _of_thread.__dict__.setdefault("streams", {})
@@ -107,6 +107,7 @@ def _stream(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _kept(like: Tensor, first: int, key: tuple[int, int], keep16: int) -> Tensor:
+    """Which elements from `first` on are kept, a bool for each element of `like`."""
     out = torch.empty(len(like), dtype=torch.bool, device=like.device)
     if not triton_kernel.fits(out):
         return uniform16(like, first, len(like), *key) < keep16
@@ -115,7 +116,7 @@ def _kept(like: Tensor, first: int, key: tuple[int, int], keep16: int) -> Tensor
 
 
 def _block_sums(values: Tensor) -> Tensor:
-    """Lanes of each block of 1024, in the order of `sums`: element-wise additions alone give everybody's bits."""
+    """Lanes of each block of 1024, shape (blocks, 16), added in the order of `statistics` to give the same bits."""
     padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, 2, BLOCK // 4, 2)
     squares = padded * padded
     pairs = squares[..., 0] + squares[..., 1]

@@ -1,13 +1,12 @@
-"""The mask, version 1: which elements DARE keeps, and by how much it rescales them.
+"""The mask, version 1: which elements DARE keeps, and how it rescales them.
 
-Whether an element is kept depends on (seed, iteration, tensor name, index of the element in the whole
-row-major tensor) and on nothing else. This module turns parameters into the few integers that the generators
-in `ops` (torch) and `kernel` (numba) work with; both give the same bits.
+An element is kept or dropped by (seed, iteration, tensor name, index in the whole row-major tensor) alone. This module
+turns parameters into the integers that all implementations use: `reference` (torch), `numba_kernel`, `triton_kernel`.
 
-The generator is Philox4x32-10 with the counter (lo32(c), hi32(c), 0, 0). Element e lies in block
-b = e // 1024; with r = e % 1024 its sixteen random bits are the half r // 512 of the word (r % 512) // 128 of
-counter c = 128*b + r % 128. Planar, so that a block is the halves of four words over 128 lanes and every loop
-over it is contiguous. The element is kept when the bits are < keep16.
+The generator is Philox4x32-10 with counter (lo32(c), hi32(c), 0, 0). For element e, with block b = e // 1024 and
+r = e % 1024, the sixteen random bits are half r // 512 of word (r % 512) // 128 of counter c = 128*b + r % 128. The
+layout is planar: a block is the halves of four words over 128 lanes, and every loop over it is contiguous. The element
+is kept if its bits are < keep16.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ..common.checks import as_number, is_integer, is_number
 from ..errors import ArgumentError
 
 BLOCK = 1024
-LANES = 128
+COUNTERS = 128  # per block
 KEEP_ALL = 65536
 
 PHILOX_ROUNDS = 10
@@ -29,7 +28,7 @@ PHILOX_BUMPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def mask_key(name: str, seed: int = 0, iteration: int = 0) -> tuple[int, int]:
-    """Return the Philox key (k0, k1) of one tensor in one round.
+    """Return the Philox key (k0, k1) of one tensor in one iteration, two 32-bit words.
 
     >>> [hex(k) for k in mask_key("model.layers.0.mlp.up_proj.weight")]
     ['0x37734ecd', '0x6ff7e38a']
@@ -39,7 +38,7 @@ def mask_key(name: str, seed: int = 0, iteration: int = 0) -> tuple[int, int]:
 
 
 def keep_threshold(drop: float) -> int:
-    """Return keep16 = round((1 - drop) * 65536), at least 1; 65536 means that nothing is dropped.
+    """Return keep16 = round((1 - drop) * 65536), at least 1; at 65536 nothing is dropped.
 
     >>> keep_threshold(0.9), keep_threshold(0.0)
     (6554, 65536)
@@ -49,30 +48,29 @@ def keep_threshold(drop: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """The numbers one tensor is merged with; see `arithmetic`."""
+    """The constants one tensor is merged with; see `arithmetic`."""
 
     keep16: int
     scale: float
     scale32: float
-    plain: bool
+    is_identity: bool
     alpha: float
     alpha32: float
     weight: float
     weight32: float
-    added: bool = False  # the sft is given as its delta, which is added to the start
+    is_delta: bool = False  # the sft side holds the delta, sft - start
 
     @property
-    def draws(self) -> bool:
-        """Whether random numbers are needed at all."""
+    def uses_mask(self) -> bool:
+        """Whether any element can be dropped, so that random bits are needed."""
         return self.keep16 < KEEP_ALL
 
 
 def arithmetic(*, alpha: float, drop: float, factor: float = 1.0) -> Arithmetic:
-    """Return the constants of the merge formula, in double and rounded once to float32.
+    """Return the constants of the merge formula, in float64 and rounded once to float32.
 
-    scale = factor * 65536 / keep16 divides by the realised keep rate, so DARE stays exactly unbiased.
-    `plain` says drop = 0 and factor = 1, where tuned is the sft itself. Raises ArgumentError for values out
-    of range.
+    scale = factor * 65536 / keep16 divides by the realised keep rate, so DARE stays unbiased. `is_identity` means
+    drop = 0 and factor = 1: tuned is the sft. Raises ArgumentError for values out of range.
     """
     import numpy as np
 
@@ -86,7 +84,7 @@ def arithmetic(*, alpha: float, drop: float, factor: float = 1.0) -> Arithmetic:
         keep16=keep16,
         scale=scale,
         scale32=float(np.float32(scale)),
-        plain=drop == 0 and factor == 1,
+        is_identity=drop == 0 and factor == 1,
         alpha=alpha,
         alpha32=float(np.float32(alpha)),
         weight=1 - alpha,
@@ -124,4 +122,4 @@ def check_round(seed: int, iteration: int) -> None:
     if not is_integer(seed):
         raise ArgumentError(f"seed is {seed!r:.60}; it must be an integer")
     if not is_integer(iteration) or iteration < 0:
-        raise ArgumentError(f"iteration is {iteration!r:.60}; rounds are counted by integers from 0")
+        raise ArgumentError(f"iteration is {iteration!r:.60}; it must be an integer >= 0")

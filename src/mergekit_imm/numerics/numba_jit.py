@@ -1,4 +1,4 @@
-"""Decorators of compiled functions: numba as this library uses it."""
+"""Decorators for functions that numba compiles."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from numba.extending import overload
 _notices: list[str] = []
 
 
-# Let numba use the widest vectors of the CPU: LLVM avoids those of 512 bits on CPUs where they once were slow. It
-# concerns all that this process compiles, so it is for a process of our own: the commands ask for it.
+# Let numba use 512-bit vectors, which LLVM avoids by default on CPUs where they were once slow. The setting affects all
+# that the process compiles, so only our own commands ask for it.
 if os.environ.get("MERGEKIT_IMM_WIDE_VECTORS") == "1" and numba.config.CPU_FEATURES is None:
     _features = llvmlite.binding.get_host_cpu_features()
     if _features.get("avx512f"):
@@ -23,10 +23,10 @@ if os.environ.get("MERGEKIT_IMM_WIDE_VECTORS") == "1" and numba.config.CPU_FEATU
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compile a function when it is first called, to run without the GIL; kept in numba's cache."""
+    """Compile a function at its first call, without the GIL; keep it in numba's cache."""
     try:
         return numba.njit(nogil=True, cache=True, **options)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # a read-only install and no writable home: compile in memory, each run anew
+    except RuntimeError:  # a read-only install and no writable home: compile in memory in every run
         if not _notices:
             _notices.append(
                 "note: no folder to cache the compiled kernel in (a few seconds per run);"
@@ -37,15 +37,15 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a loop calls for each element: a call that is left standing costs the loop its vectors."""
+    """Compile a function that loops call per element, always inlined: a call would prevent vectorisation."""
     return jit(function, forceinline=True)
 
 
 def by_type(choose: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function of which `choose` returns the implementation, given the types of its arguments; inlined too."""
+    """Make an inlined function whose implementation `choose` picks by the types of its arguments."""
 
     def chosen(*_: Any) -> None:
-        """Stand for the function in compiled code."""
+        """Name the function in compiled code; numba calls what `choose` returns."""
 
     overload(chosen, jit_options={"forceinline": True})(choose)
     return chosen

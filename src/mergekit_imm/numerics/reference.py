@@ -1,4 +1,4 @@
-"""The formula on flat pieces: tensors and numbers only, so that it compiles with torch.compile(fullgraph=True)."""
+"""The formula in torch, on flat pieces of tensors: readable, and compiles with torch.compile(fullgraph=True)."""
 
 from __future__ import annotations
 
@@ -9,36 +9,46 @@ from torch import Tensor
 
 from .mask import (
     BLOCK,
-    LANES,
+    COUNTERS,
     PHILOX_BUMPS,
     PHILOX_MULTIPLIERS,
     PHILOX_ROUNDS,
     Arithmetic,
 )
 
-# Elements worked on at a time: small enough for a CPU's cache and for the 64 MiB of temporaries.
+# Elements per chunk: fits a CPU's cache and the 64 MiB limit on temporaries.
 CHUNK = 1 << 18
 
-# By the names that safetensors headers have for them.
+# Dtype in a safetensors header -> torch's.
 DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
-    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-}  # fmt: skip
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _QUIET_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000}
 
 
 def uniform16(like: Tensor, offset: int, count: int, key0: int, key1: int) -> Tensor:
-    """Return the sixteen random bits of elements offset..offset+count as int64, on the device of `like`."""
+    """Return the sixteen random bits of elements offset..offset+count, int64, on the device of `like`."""
     first, last = offset // BLOCK, (offset + count + BLOCK - 1) // BLOCK
-    counter = torch.arange(first * LANES, last * LANES, dtype=torch.int64, device=like.device)
+    counter = torch.arange(first * COUNTERS, last * COUNTERS, dtype=torch.int64, device=like.device)
     low32 = 0xFFFFFFFF
     c0, c1 = counter & low32, counter >> 32
     c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
     for _ in range(PHILOX_ROUNDS):
-        # int64 products wrap; their bits 32..63 are those of the unsigned product all the same.
+        # int64 products wrap, but bits 32..63 equal those of the unsigned product.
         product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & low32) ^ c1 ^ key0,
@@ -47,7 +57,7 @@ def uniform16(like: Tensor, offset: int, count: int, key0: int, key1: int) -> Te
             product0 & low32,
         )
         key0, key1 = (key0 + PHILOX_BUMPS[0]) & low32, (key1 + PHILOX_BUMPS[1]) & low32
-    words = torch.stack((c0, c1, c2, c3)).view(4, last - first, LANES).permute(1, 0, 2)
+    words = torch.stack((c0, c1, c2, c3)).view(4, last - first, COUNTERS).permute(1, 0, 2)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=1)  # block, half, word, lane
     return halves.reshape(-1)[offset - first * BLOCK :][:count]
 
@@ -57,44 +67,44 @@ def merge_flat(
     start: Tensor,
     sft: Tensor,
     out_dtype: torch.dtype,
-    numbers: Arithmetic,
+    constants: Arithmetic,
     key0: int,
     key1: int,
     offset: int,
 ) -> Tensor:
-    """Merge elements offset..offset+n of one tensor: 1-D tensors of n elements in, one of `out_dtype` out.
+    """Merge elements offset..offset+n of one tensor: 1-D inputs of n elements, 1-D output of `out_dtype`.
 
-    With `numbers.added`, `sft` is the delta itself.
+    With `constants.is_delta`, `sft` holds the delta.
     """
     wide = torch.float64 if torch.float64 in (base.dtype, start.dtype, sft.dtype) else torch.float32
     exact = wide == torch.float64
     tuned = sft.to(wide)
-    if numbers.plain and numbers.added:
+    if constants.is_identity and constants.is_delta:
         tuned = start.to(wide) + tuned
-    elif not numbers.plain:
+    elif not constants.is_identity:
         begin = start.to(wide)
-        delta = tuned if numbers.added else tuned - begin
-        tuned = begin + delta * (numbers.scale if exact else numbers.scale32)
-        if numbers.draws:
-            kept = uniform16(base, offset, base.numel(), key0, key1) < numbers.keep16
+        delta = tuned if constants.is_delta else tuned - begin
+        tuned = begin + delta * (constants.scale if exact else constants.scale32)
+        if constants.uses_mask:
+            kept = uniform16(base, offset, base.numel(), key0, key1) < constants.keep16
             tuned = torch.where(kept, tuned, begin)
-    return round_to(_interpolate(base.to(wide), tuned, numbers, exact), out_dtype)
+    return round_to(_interpolate(base.to(wide), tuned, constants, exact), out_dtype)
 
 
-def _interpolate(base: Tensor, tuned: Tensor, numbers: Arithmetic, exact: bool) -> Tensor:
-    # A separate multiply and add, each rounded: torch.lerp and add(alpha=) fuse and give other bits.
-    weight = numbers.weight if exact else numbers.weight32
+def _interpolate(base: Tensor, tuned: Tensor, constants: Arithmetic, exact: bool) -> Tensor:
+    # Multiply and add separately, each rounded: torch.lerp and add(alpha=) fuse them and give other bits.
+    weight = constants.weight if exact else constants.weight32
     if weight == 0:
         return base
-    if numbers.alpha == 0:
+    if constants.alpha == 0:
         return tuned
     if weight < 0.5:
         return base + weight * (tuned - base)
-    return tuned - (numbers.alpha if exact else numbers.alpha32) * (tuned - base)
+    return tuned - (constants.alpha if exact else constants.alpha32) * (tuned - base)
 
 
 def round_to(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 or float64 once, to nearest even; a NaN becomes the canonical quiet one."""
+    """Round float32 or float64 once, to nearest even; NaN becomes the canonical quiet NaN."""
     if wide.dtype == torch.float64:
         if dtype == torch.float64:
             return torch.where(wide.isnan(), torch.nan, wide)
@@ -108,8 +118,8 @@ def round_to(wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _round_to_odd(wide: Tensor) -> Tensor:
-    # float64 -> float32 such that a further rounding to 16 bits is as if there had been only that one:
-    # towards zero, with the last bit set when anything was lost.
+    # Round to odd: float64 -> float32 towards zero, with the last bit set if inexact. A second rounding to 16 bits
+    # then gives the same result as a single one.
     near = wide.to(torch.float32)
     bits = near.view(torch.int32) - (near.to(torch.float64).abs() > wide.abs()).to(torch.int32)
     lost = (near.to(torch.float64) != wide) & ~wide.isnan()
@@ -117,10 +127,9 @@ def _round_to_odd(wide: Tensor) -> Tensor:
 
 
 def boxes(shape: Sequence[int]) -> Iterator[tuple[tuple[slice | int, ...], slice]]:
-    """Cut a shape into boxes of at most CHUNK elements that are consecutive in row-major order.
+    """Cut a shape into boxes of at most CHUNK elements, consecutive in row-major order.
 
-    Yields (index into the tensor, span of row-major positions); works for any strides without copying more
-    than a box.
+    Yields (index into the tensor, span of row-major positions). Works for any strides and copies one box at a time.
     """
     sizes = list(shape)
     inner = 1  # elements of one step along dimension `axis`

@@ -1,9 +1,9 @@
-"""Which elements of a delta are dropped, and by what the others are divided: DARE, and two that look at magnitudes.
+"""Sparsifiers: which elements of a delta to drop, and how to rescale the rest.
 
 dare          drop at random with probability p, divide the rest by 1 - p
-trim          keep the largest, as they are
-della:EPS     drop at random, the smaller the likelier: p from drop + EPS (smallest of its row) to drop - EPS
-              (largest); divide each survivor by its own probability to be kept
+trim          keep the largest, unchanged
+della:EPS     drop at random, with p from drop + EPS (smallest of its row) to drop - EPS (largest);
+              divide each kept element by its own keep probability
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-EPSILON = 0.1  # of "della"
+EPSILON = 0.1  # for "della" without a number
 
 
 @dataclass(frozen=True)
 class Sparsifier:
-    """What an option names: its kind, and how far DELLA's drop rates are from their mean."""
+    """A sparsifier as an option names it; `epsilon` is the distance of DELLA's extreme drop rates from `drop`."""
 
     kind: str
     epsilon: float = 0.0
 
 
 def parse_sparsify(text: str, drop: float) -> Sparsifier:
-    """Return the sparsifier of a text: "dare", "trim", "della" or "della:0.1". Raises ArgumentError.
+    """Parse "dare", "trim", "della" or "della:0.1". Raises ArgumentError.
 
     >>> parse_sparsify("della:0.2", drop=0.5)
     Sparsifier(kind='della', epsilon=0.2)
@@ -52,7 +52,7 @@ def parse_sparsify(text: str, drop: float) -> Sparsifier:
 
 
 def check_epsilon(epsilon: float, drop: float) -> None:
-    """Raise ArgumentError unless drop - epsilon >= 0 and drop + epsilon < 1; with drop = 0 nothing is dropped."""
+    """Raise ArgumentError unless 0 <= epsilon <= drop and drop + epsilon < 1; drop = 0 allows any epsilon >= 0."""
     check_drop(drop)
     if not is_number(epsilon):
         raise ArgumentError(f"epsilon is {shown(repr(epsilon), 60)}; it must be a number")
@@ -67,7 +67,7 @@ def check_epsilon(epsilon: float, drop: float) -> None:
 
 
 def trim_count(drop: float, count: int) -> int:
-    """Return how many of `count` elements a trim keeps, if no two magnitudes are equal: (1 - drop) of them, at least 1.
+    """Return how many of `count` elements `trim` keeps without ties: round((1 - drop) * count), at least 1.
 
     >>> trim_count(0.9, 25)
     2
@@ -76,11 +76,11 @@ def trim_count(drop: float, count: int) -> int:
 
 
 def keep_thresholds(row: int, drop: float, epsilon: float) -> npt.NDArray[np.int64]:
-    """Return keep16 of each rank in a row, the smallest element first: it is kept with probability keep16 / 65536.
+    """Return DELLA's keep16 for each rank in a row, smallest element first, int64 of shape (row,).
 
         q = (1 - drop) - epsilon + 2 * epsilon * rank / (row - 1);   keep16 = round(65536 * q), at least 1
 
-    Of a row of one element q = 1 - drop.
+    In a row of one element q = 1 - drop.
 
     >>> keep_thresholds(3, drop=0.5, epsilon=0.25).tolist()
     [16384, 32768, 49152]

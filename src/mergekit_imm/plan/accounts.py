@@ -16,7 +16,7 @@ from ..checkpoint.safetensors_file import TensorInfo
 from ..common.json_files import parse_json
 from ..common.messages import shown
 from ..errors import PlanError
-from ..model.config import tie_said
+from ..model.config import stated_tie
 from ..model.tensor_names import folder_of, is_output_head
 from .decide import Decided
 from .plan import Item, Plan
@@ -118,9 +118,9 @@ def _check_tie(plan: Plan, folder: str, tied: bool | None, ties: Ties, written: 
     """Check that what a config says about a tie is what is written."""
     path = f"{folder}config.json"
     if path in plan.configs:
-        says = tie_said(parse_json(plan.configs[path]))
+        says = stated_tie(parse_json(plan.configs[path]))
     elif path in plan.side:
-        says = tie_said(plan.inputs[plan.side[path][0]].config_of(folder))
+        says = stated_tie(plan.inputs[plan.side[path][0]].config_of(folder))
     else:
         return
     groups = [group for name, group in ties.groups.items() if folder_of(name) == folder]

@@ -12,7 +12,7 @@ from ..checkpoint.parts import SPLIT
 from ..checkpoint.safetensors_file import MERGED, WHOLE
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
-from ..model.tensor_names import blanked, folder_of, is_end, matcher, only_in
+from ..model.tensor_names import blanked, folder_of, is_embedding_or_head, matcher, only_in
 from ..options.options import MergeOptions
 from ..transforms.experts import is_fused
 from ..transforms.quantised_units import Chosen
@@ -53,8 +53,10 @@ def check_names(
             continue
         lacking = set(base.tensors) - kept_names - set(each.tensors)
         surplus = set(each.tensors) - taken_names - set(base.tensors)
-        if any(here != there for here, there in _vocabularies(used, role)):  # which is said of the ends that both have
-            lacking, surplus = ({n for n in names if not is_end(n)} for names in (lacking, surplus))
+        if any(
+            here != there for here, there in _vocabularies(used, role)
+        ):  # reported for the embeddings and heads of both
+            lacking, surplus = ({n for n in names if not is_embedding_or_head(n)} for names in (lacking, surplus))
         kept_layers = set(base.tensors) - lacking - set(each.tensors)
         deeper = kept_layers and advice.of_other_depth("--keep", kept_layers, "base", known=True)
         if deeper:
@@ -81,7 +83,7 @@ def _by_file(each: Checkpoint, names: Collection[str]) -> list[tuple[str, set[st
     beside = {file for part in each.parts if part.beside or part.folder for file in part.files}
     files: dict[str, set[str]] = {}
     for name in names:
-        file = each.homes.get(each.was.get(name, name), "")
+        file = each.homes.get(each.original_names.get(name, name), "")
         files.setdefault(file if file in beside else "", set()).add(name)
     return sorted(files.items())
 
@@ -197,7 +199,7 @@ def _of_shapes(
     base, side = sides["base"], sides[role]
     if 0 in (side.count, base.count):
         return "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
-    rows = any(map(is_end, names)) or (base.shape[:1], side.shape[:1]) in _vocabularies(used, role)
+    rows = any(map(is_embedding_or_head, names)) or (base.shape[:1], side.shape[:1]) in _vocabularies(used, role)
     if rows and side.shape[1:] == base.shape[1:]:
         told = added_tokens(used["base"], used[role])
         return (
@@ -226,7 +228,7 @@ def _of_one(used: Mapping[str, Checkpoint]) -> str:
 def _vocabularies(used: Mapping[str, Checkpoint], role: str) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The rows that an embedding or a head has in the base, and in another model."""
     base, other = used["base"].tensors, used[role].tensors
-    return {(base[n].shape[:1], other[n].shape[:1]) for n in base if n in other and is_end(n)}
+    return {(base[n].shape[:1], other[n].shape[:1]) for n in base if n in other and is_embedding_or_head(n)}
 
 
 def main_dtype(base: Checkpoint) -> str:
@@ -234,5 +236,5 @@ def main_dtype(base: Checkpoint) -> str:
     floats = Counter[str]()
     for tensor in base.tensors.values():
         if tensor.dtype in MERGED:
-            floats[tensor.native] += tensor.count
+            floats[tensor.output_dtype] += tensor.count
     return floats.most_common(1)[0][0] if floats else "F32"

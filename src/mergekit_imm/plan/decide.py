@@ -12,7 +12,7 @@ from ..checkpoint.safetensors_file import DTYPE_BITS, MERGED, TensorInfo
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
 from ..model.config import check_configs
-from ..model.tensor_names import folder_of, is_end, layer_key, ready_option
+from ..model.tensor_names import folder_of, is_embedding_or_head, layer_key, ready_option
 from ..numerics.mask import arithmetic, mask_key
 from ..numerics.sparsifiers import parse_sparsify
 from ..options.options import DTYPES, MergeOptions, layer_factors_of
@@ -52,7 +52,7 @@ def decide(
     for folder in ("", *base.part_configs):
         configs = {r: (f"{c.label}{f' ({folder})' if folder else ''}", c.config_of(folder)) for r, c in inputs.items()}
         try:
-            check_configs(configs, renamed=[role for role, each in inputs.items() if each.was])
+            check_configs(configs, renamed=[role for role, each in inputs.items() if each.original_names])
         except MergeError as error:
             note(error, ())
     for folder in {*sft.adapters} & {part.folder for part in base.parts}:
@@ -87,16 +87,16 @@ def decide(
         if "base" not in sides and not choose("take", written, key):  # an adapter's, of another vocabulary
             sides = _with_likeness(key, sides, base)
         like = side_of(typed, name, group)
-        found.append((key, written, sides, like.native if like is not None else main))
+        found.append((key, written, sides, like.output_dtype if like is not None else main))
     compared = [(k, sides) for k, written, sides, _ in found if _action(k, written, sides, choose) in ("merge", "copy")]
     check_alike(compared, used, options, note)
     items: list[Item] = []
-    for key, written, sides, native in found:
+    for key, written, sides, output_dtype in found:
         if key in wrong:
             continue
         try:
             same = not as_they_are.isdisjoint(written)
-            items.append(_item(key, written, sides, used, choose, factors, native, options, same_bytes=same))
+            items.append(_item(key, written, sides, used, choose, factors, output_dtype, options, same_bytes=same))
         except MergeError as error:
             note(error, [key])
     return Decided(items, used, ties)
@@ -105,7 +105,9 @@ def decide(
 def _with_likeness(key: str, sides: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
     """Put the base's embedding beside a head that only an adapter holds: it is compared with that, and refused."""
     width = next(iter(sides.values())).shape[1:]
-    alike = (tensor for name, tensor in base.tensors.items() if is_end(name) and tensor.shape[1:] == width)
+    alike = (
+        tensor for name, tensor in base.tensors.items() if is_embedding_or_head(name) and tensor.shape[1:] == width
+    )
     found = next(alike, None)
     if found is None:
         raise MismatchError(
@@ -133,7 +135,7 @@ def _item(
     used: Mapping[str, Checkpoint],
     choose: Choose,
     factors: Mapping[str, float],
-    native: str,
+    output_dtype: str,
     options: MergeOptions,
     *,
     same_bytes: bool = False,
@@ -143,28 +145,28 @@ def _item(
     if action == "keep":
         sides = {"base": sides["base"]}
     source = sides["sft" if action == "take" else "base"]
-    dtype = source.native
+    dtype = source.output_dtype
     if dtype in MERGED and not same_bytes:
-        dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
+        dtype = DTYPES.get(p.dtype, output_dtype if output_dtype in MERGED else dtype)
     if action == "take" and used["sft"].adapter is not None and not is_stored(source):
         raise ArgumentError(
             f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, which is an adapter and holds its change"
             " only; merge it first, or leave out --take"
         )
     factor = factors.get(layer_key(key) or "", 1.0)
-    numbers = _arithmetic(alpha=p.alpha, drop=0.0 if choose("no_drop", written, key) else p.drop, factor=factor)
-    if action == "merge" and p.sparsify != "dare" and numbers.draws:
-        numbers = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
+    constants = _arithmetic(alpha=p.alpha, drop=0.0 if choose("no_drop", written, key) else p.drop, factor=factor)
+    if action == "merge" and p.sparsify != "dare" and constants.uses_mask:
+        constants = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
         sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter leaves the rest as it was
     if is_delta(sides.get("sft")):
-        numbers = replace(numbers, added=True)
+        constants = replace(constants, is_delta=True)
     home = _home(key, sides.get("base"), source, used)
     outs = tuple(
         TensorInfo(name, dtype, source.shape, home, 0, source.count * DTYPE_BITS[dtype] // 8) for name in written
     )
     if action == "take":
         sides = {"sft": source}
-    item = Item(key, action, sides, outs, numbers, mask_key(key, p.seed, p.round))
+    item = Item(key, action, sides, outs, constants, mask_key(key, p.seed, p.round))
     extended = [side.own.count for side in sides.values() if isinstance(side, Extended)]
     if action != "merge" or not extended:
         return item

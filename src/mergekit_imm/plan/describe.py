@@ -13,7 +13,7 @@ from ..checkpoint.lazy_tensor import Tensor
 from ..common.messages import for_caller
 from ..errors import MergeError
 from ..model.rename import rules_of
-from ..model.tensor_names import blanked, is_end
+from ..model.tensor_names import blanked, is_embedding_or_head
 from ..options.options import MergeOptions
 from ..transforms.sparsified_delta import Sparsified
 from ..transforms.tokenizer_files import check_tokens
@@ -106,7 +106,10 @@ def _other_tokens(base: Checkpoint, sft: Checkpoint, vocab: str) -> list[str]:
     """Say that ids are other tokens to a model with a vocabulary of the same size, which a merge does not look at."""
     if vocab != "strict":
         return []  # it was looked at
-    rows = max((tensor.shape[0] for name, tensor in base.tensors.items() if is_end(name) and tensor.shape), default=0)
+    rows = max(
+        (tensor.shape[0] for name, tensor in base.tensors.items() if is_embedding_or_head(name) and tensor.shape),
+        default=0,
+    )
     try:
         check_tokens(base, sft, rows, "the rows of both are merged all the same; be sure that this is meant")
     except MergeError as error:
@@ -179,7 +182,7 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
 def drop_of(item: Item) -> float:
     """Return the share of a delta's elements that is dropped."""
     sft = item.sides.get("sft")
-    return sft.drop if isinstance(sft, Sparsified) else round(1 - item.numbers.keep16 / 65536, 6)
+    return sft.drop if isinstance(sft, Sparsified) else round(1 - item.constants.keep16 / 65536, 6)
 
 
 def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
@@ -187,7 +190,7 @@ def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
     return [
         {"role": role, "name": old, "in_base": new, "tensors": count}
         for role, each in inputs.items()
-        for old, new, count in rules_of(each.was)
+        for old, new, count in rules_of(each.original_names)
     ]
 
 

@@ -19,7 +19,7 @@ from ..checkpoint.side_files import is_side_file
 from ..common.messages import bytes_text, shown
 from ..errors import MismatchError
 from ..model.config import is_other_class, merged_config
-from ..model.tensor_names import folder_of, is_end, is_input_embedding
+from ..model.tensor_names import folder_of, is_embedding_or_head, is_input_embedding
 from ..options.options import DTYPES, MergeOptions
 from ..options.recipe import history_of, make_recipe
 from ..transforms.kept_quantised import intact
@@ -76,7 +76,7 @@ def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
     def equal(checkpoint: Checkpoint, one: Tensor, other: Tensor) -> bool:
         # A dry run on a hub id downloads no tensors; it takes the config's word for the tie.
         if checkpoint.folder is None:
-            return is_end(one.name) and is_end(other.name)
+            return is_embedding_or_head(one.name) and is_embedding_or_head(other.name)
         return compare(checkpoint.role, one.name, other.name)
 
     return equal
@@ -152,7 +152,7 @@ def _side_files(
 ) -> tuple[dict[str, tuple[str, Path | None]], list[str]]:
     """Say which other files come from which input: sft's where it has them; and what of them does not."""
     base, sft = inputs["base"], inputs["sft"]
-    is_other = bool(sft.was) or is_other_class(sft.config, base.config)
+    is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
     alone = [folder for folder in sft.adapters if folder not in base.adapters]
     side = {path: ("base", base.side[path]) for path in base.side}
     for own, file in sft.side.items():
@@ -172,7 +172,7 @@ def _side_files(
 
 def _place_of(path: str, sft: Checkpoint, base: Checkpoint) -> str | None:
     """Where a file of the sft goes: with the tensors that lay beside it, where the base has those in another folder."""
-    moves = {(folder_of(own), folder_of(new)) for new, own in sft.was.items()}
+    moves = {(folder_of(own), folder_of(new)) for new, own in sft.original_names.items()}
     moved = dict(each for each in moves if each[0] != each[1])
     if not moved:
         return path

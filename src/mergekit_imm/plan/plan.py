@@ -33,7 +33,7 @@ class Item:
     action: Action
     sides: Mapping[str, Tensor]  # base, start, sft: those that are read
     outs: tuple[TensorInfo, ...]  # one, or each name of a tied tensor
-    numbers: Arithmetic
+    constants: Arithmetic
     key: tuple[int, int]
     common: int | None = None  # elements that are merged, if not all; those behind them are those of
     owner: str = "base"  # this side, as they are

@@ -15,10 +15,10 @@ from ..checkpoint.lazy_tensor import Tensor, is_delta, is_stored
 from ..checkpoint.safetensors_file import MERGED
 from ..common.messages import shown
 from ..errors import CheckpointError
-from ..model.config import Config, tie_said, vocabulary_sizes
+from ..model.config import Config, stated_tie, vocabulary_sizes
 from ..model.tensor_names import (
     folder_of,
-    is_end,
+    is_embedding_or_head,
     is_input_embedding,
     is_output_head,
     layer_key,
@@ -61,13 +61,13 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
     shapes = _candidates(used)
     for folder in dict.fromkeys(map(folder_of, base.tensors)):
         config = base.config_of(folder)
-        said = tie_said(config)
+        said = stated_tie(config)
         embeddings = _embeddings(base, folder, config)
         sizes = {base.tensors[name].shape for name in embeddings}
         if said is None and any(_stores_another_head(base, shapes[folder, size], embeddings, same_bytes)
                                 for size in sizes):  # fmt: skip
             said = False  # what its config does not say, its tensors do
-        tied[folder] = None if config is None or (tie_said(config) is None and said is False) else said is not False
+        tied[folder] = None if config is None or (stated_tie(config) is None and said is False) else said is not False
         found, breaker = _biases(used, folder, shapes, {size[0] for size in sizes}, same_bytes)
         groups |= found
         broken = broken or breaker
@@ -106,7 +106,7 @@ def _embeddings(base: Checkpoint, folder: str, config: Config | None) -> list[st
         name
         for name, tensor in base.tensors.items()
         if len(tensor.shape) == 2
-        and (is_end(name) or tensor.shape[0] in sizes)
+        and (is_embedding_or_head(name) or tensor.shape[0] in sizes)
         and folder_of(name) == folder
         and tensor.dtype in MERGED
         and layer_key(name) is None
@@ -280,7 +280,7 @@ def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: Sam
 def _check_rows(adapter: Checkpoint, model: Checkpoint, members: Sequence[str]) -> None:
     """Refuse trained rows of what a config ties and the model stores apart: PEFT changes both, by the config's word."""
     rows = next((name for name in members if isinstance(adapter.tensors.get(name), WithRows)), None)
-    if rows is not None and tie_said(model.config_of(folder_of(rows))) is not False:
+    if rows is not None and stated_tie(model.config_of(folder_of(rows))) is not False:
         raise CheckpointError(
             f"{adapter.label} changes rows of '{shown(rows)}', which the config of {model.label} ties to what it stores"
             " apart: whether both change is not stored; merge it first: peft's `merge_and_unload()`, then"

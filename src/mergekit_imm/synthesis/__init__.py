@@ -1,4 +1,4 @@
-"""Data for a loop: which answers to keep, new questions, mixtures. Functions of strings; no model inside."""
+"""Data for a loop: select answers, make new questions, mix rounds. Functions of strings, without a model."""
 
 from __future__ import annotations
 

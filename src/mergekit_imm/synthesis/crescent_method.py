@@ -1,8 +1,8 @@
-"""Crescent: a model asks itself new questions, drops those that are alike, and votes on the answers.
+"""Crescent: a model writes new questions, drops those that are too similar, and votes on the answers.
 
-The steps follow "The Self-Improvement Paradox" (arXiv 2502.13441, Crescent). Where its released code and a sound
-procedure part, this is the sound one: a rewritten question is tested like any other, there is one threshold on one
-cosine, an answer needs a majority, and cleaning leaves the mathematics alone.
+The steps follow "The Self-Improvement Paradox" (arXiv 2502.13441, Crescent). Where its released code is unsound, this
+differs: rewritten questions are tested like any other, there is one threshold on one cosine, an answer needs a
+majority, and cleaning leaves mathematics alone.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ..errors import ArgumentError
 from ..evaluation.answers import final_answer, same_answer
 from .deduplication import Deduplicated, Encode, Rewrite, check_nearness, deduplicate
 
-Generate = Callable[[list[str]], Sequence[str]]  # prompts -> a response to each
+Generate = Callable[[list[str]], Sequence[str]]  # prompts -> one response per prompt
 
-_END = re.compile(r"[?？؟]")  # also full-width and Arabic
+_END = re.compile(r"[?？؟]")  # also full-width and Arabic question marks
 
 
 @dataclass(frozen=True)
 class Consensus:
-    """What a vote came to.
+    """The result of a vote.
 
-    answer: the answer that won, in the form in which it came first; None without a majority. votes: of the largest
-    group, won or not. n: number of responses, those without an answer too. responses: those that gave the answer, in
-    their order. reason: None, or why there is no majority: "no answer" (no response had one), "tie", "few votes"
-    (under min_votes), "low agreement" (votes/n under min_agreement); the first of these that holds.
+    answer: the winning answer, in its first form; None without a majority. votes: size of the largest group, even if it
+    did not win. n: number of responses, with or without an answer. responses: those that gave the winning answer, in
+    order. reason: None, or the first reason that applies: "no answer" (in any response), "tie", "few votes" (fewer than
+    min_votes), "low agreement" (votes / n below min_agreement).
     """
 
     answer: str | None
@@ -49,11 +49,11 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Crescent:
-    """What `crescent` made.
+    """The result of `crescent`.
 
-    pairs: a pair for each question with a majority: the first response that gives its answer. questions: what
-    `deduplicate` returned. votes: `consensus` of each accepted question, in their order. counts: step -> number, in
-    order: "asked" = "no question" + "too near" + "no answer" + "tie" + "few votes" + "low agreement" + "pairs".
+    pairs: each question with a majority, and the first response that gives its answer. questions: the result of
+    `deduplicate`. votes: the `consensus` on each accepted question, in order. counts: step -> number of questions;
+    "asked" = "no question" + "too near" + "no answer" + "tie" + "few votes" + "low agreement" + "pairs".
     """
 
     pairs: tuple[Pair, ...]
@@ -63,11 +63,10 @@ class Crescent:
 
 
 def bait_prompts() -> tuple[str, ...]:
-    """Return prompts that make a chat model ask a mathematical question of its own.
+    """Return prompts that make a chat model write a mathematical question of its own.
 
-    Nothing in them comes from a data set: that is the point of Crescent. The wording is ours, not the paper's; several
-    prompts, so that a model which repeats itself is moved at least by the prompt. Each asks for a question mark, which
-    `clean_question` looks for.
+    They contain nothing from a data set, which is the point of Crescent. The wording is ours; there are several prompts
+    to vary the output of a model that repeats itself. Each asks for a question mark, which `clean_question` needs.
 
     Source: bait prompting, arXiv 2502.13441.
 
@@ -90,12 +89,12 @@ def bait_prompts() -> tuple[str, ...]:
 
 
 def clean_question(text: str) -> str:
-    """Return a generated text up to and with its first question mark, or "" if there is none.
+    """Return a generated text up to and including its first question mark, or "" if there is none.
 
-    Spaces and line ends become single spaces; everything else stays, above all - / % $ ( ) = and decimal points, which
-    the released code of Crescent deletes ("3/4" becomes "34" there). Ours: no list of phrases to cut out.
+    White space becomes single spaces. Everything else stays, notably - / % $ ( ) = and decimal points, which Crescent's
+    released code deletes ("3/4" becomes "34"); unlike it, this has no list of phrases to remove.
 
-    Source: arXiv 2502.13441, its cleaning step, changed as said.
+    Source: the cleaning step of arXiv 2502.13441, with these changes.
 
     >>> clean_question("Tom has $3.50 and\\nspends 3/4 of it (75%).  What is left?  Answer: $0.875")
     'Tom has $3.50 and spends 3/4 of it (75%). What is left?'
@@ -116,16 +115,16 @@ def consensus(
     extract: Callable[[str], str | None] = final_answer,
     same: Callable[[str, str], bool] = same_answer,
 ) -> Consensus:
-    """Let responses to one question vote on its answer.
+    """Let the responses to one question vote on its answer.
 
         answer = the largest group,   if it is the only largest one, votes >= min_votes and votes / n >= min_agreement
 
-    Args: `extract` gives the answer of a response, or None; None never wins, and counts in n. `same` tells whether two
-    answers are one; an answer joins the first group whose first answer is the same. Raises ArgumentError for no
-    responses or values out of range.
+    Args: `extract(response)` returns its answer, or None, which counts in n but never wins. `same(one, other)` tells
+    whether two answers are equal; an answer joins the first group with an equal first answer. Raises ArgumentError for
+    no responses or values out of range.
 
-    Source: arXiv 2502.13441, consensus. The minima and the rule that a tie is no majority are ours: the released code
-    takes the most frequent answer whatever its share, the first one in a tie, and lets "no answer" win.
+    Source: the consensus step of arXiv 2502.13441. The minima, and that a tie is no majority, are ours: the released
+    code takes the most frequent answer whatever its share, the first one in a tie, and lets "no answer" win.
 
     >>> consensus(["3 + 4 = 7", "It is 7.", "It is 8."])
     Consensus(answer='7', votes=2, n=3, responses=('3 + 4 = 7', 'It is 7.'), reason=None)
@@ -135,7 +134,7 @@ def consensus(
     _check_vote(min_votes, min_agreement)
     given = as_texts("responses", responses, empty=True)
     if not given:
-        raise ArgumentError("there are no responses to vote; give one at least")
+        raise ArgumentError("responses is empty; give at least one")
     groups: list[tuple[str, list[str]]] = []
     for response in given:
         answer = extract(response)
@@ -179,25 +178,27 @@ def crescent(
     extract: Callable[[str], str | None] = final_answer,
     same: Callable[[str, str], bool] = same_answer,
 ) -> Crescent:
-    """Make training pairs out of nothing but a model: bait, clean, deduplicate, answer, vote.
+    """Make training pairs with nothing but a model: bait, clean, deduplicate, answer, vote.
 
         raw_i = generate(bait_i mod b), i < questions;   q = deduplicate(clean(raw));   r_j = answer(q), j < samples
-        pairs = (q, the first r_j that gives the answer of consensus(r)), where there is one
+        pairs = (q, the first r_j that gives the answer of consensus(r)), if there is one
 
-    Args: `generate(prompts)` and `answer(questions)` return a text for each of theirs, sampled, not greedy: `answer`
-    gets each question `samples` times, next to each other, and adds its own instructions. `bait`: prompts, used in
-    turn; None takes `bait_prompts()`. `clean`: raw text -> question, or "" if there is none; it cleans what
-    `rewrite` gives too. The others are those of `deduplicate` and `consensus`. Raises ArgumentError as these do, and if
-    a callable returns another number of texts than it was given.
+    Args: `generate(prompts)` and `answer(questions)` return one text per input, sampled rather than greedy. `answer`
+    gets each question `samples` times in a row, and adds its own instructions. `bait`: prompts, used in turn, by
+    default `bait_prompts()`. `clean`: raw text -> question, or ""; also applied to the results of `rewrite`. The others
+    are those of `deduplicate` and `consensus`. Raises ArgumentError as these do, and if a callable returns another
+    number of texts than it was given.
 
-    Source: arXiv 2502.13441; what differs is said at each step.
+    Source: arXiv 2502.13441; each step documents its differences.
 
     >>> made = crescent(
     ...     lambda prompts: [f"What is {i % 3} + 4?" for i, _ in enumerate(prompts)],
     ...     lambda texts: [[text.count(digit) for digit in "01234"] for text in texts],
     ...     lambda texts: [f"It is {int(text[8]) + 4}." for text in texts],
-    ...     questions=5, samples=3, threshold=0.99,
-    ... )  # fmt: skip
+    ...     questions=5,
+    ...     samples=3,
+    ...     threshold=0.99,
+    ... )
     >>> made.pairs[2]
     Pair(prompt='What is 2 + 4?', response='It is 6.')
     >>> {step: count for step, count in made.counts.items() if count}
@@ -205,37 +206,42 @@ def crescent(
     """
     check_count("questions", questions, 1)
     check_count("samples", samples, 1)
-    check_nearness(threshold, retries)  # all is checked before the model is asked for anything
+    check_nearness(threshold, retries)  # check everything before the first call of the model
     _check_vote(min_votes, min_agreement)
     history = as_texts("history", history)
     if min_votes > samples:
-        raise ArgumentError(f"min_votes is {min_votes} and samples is {samples}: no answer could win; sample more")
+        raise ArgumentError(f"min_votes is {min_votes} but samples is {samples}: no answer could win; sample more")
     baits = as_texts("bait", bait_prompts() if bait is None else bait)
     if not baits:
-        raise ArgumentError("bait is empty; give one prompt at least, or None for the prompts of bait_prompts()")
+        raise ArgumentError("bait is empty; give at least one prompt, or None for bait_prompts()")
     raw = _called("generate", generate, [baits[i % len(baits)] for i in range(questions)])
 
     def cleaning(text: str) -> str:
         question = clean(text)
         if not isinstance(question, str):
-            raise ArgumentError(f"clean gave {shown(repr(question), 60)} for '{shown(text)}'; give a text")
+            raise ArgumentError(f"clean returned {shown(repr(question), 60)} for '{shown(text)}'; return a string")
         return question.strip()
 
     cleaned = [question for question in map(cleaning, raw) if question]
 
     def again(question: str, neighbour: str) -> str:
         answer = rewrite(question, neighbour)  # type: ignore[misc]
-        return cleaning(answer) if isinstance(answer, str) else answer  # deduplicate refuses what is no text
+        return cleaning(answer) if isinstance(answer, str) else answer  # deduplicate refuses anything but a string
 
     kept = deduplicate(
         cleaned, encode, history=history, threshold=threshold, rewrite=again if rewrite else None, retries=retries
     )
     responses = _called("answer", answer, [question for question in kept.accepted for _ in range(samples)])
     votes = tuple(
-        consensus(responses[at : at + samples], min_votes=min_votes, min_agreement=min_agreement, extract=extract,
-                  same=same)
+        consensus(
+            responses[at : at + samples],
+            min_votes=min_votes,
+            min_agreement=min_agreement,
+            extract=extract,
+            same=same,
+        )
         for at in range(0, len(responses), samples)
-    )  # fmt: skip
+    )
     pairs = tuple(Pair(q, vote.responses[0]) for q, vote in zip(kept.accepted, votes, strict=True) if vote.responses)
     counts = {"asked": questions, "no question": questions - len(cleaned), "too near": len(kept.discarded)}
     for reason in ("no answer", "tie", "few votes", "low agreement"):
@@ -244,7 +250,7 @@ def crescent(
 
 
 def _called(name: str, function: Generate, texts: list[str]) -> list[str]:
-    """Give texts to a callable of the user's, and look at what it returns."""
+    """Call a user's function on texts, and check its result."""
     returned = as_texts(f"what {name} returned", function(texts), empty=True) if texts else []
     if len(returned) != len(texts):
         raise ArgumentError(

@@ -1,4 +1,4 @@
-"""Questions that are too near to others: rejection sampling by cosine."""
+"""Remove questions that are too similar to others: rejection sampling by cosine."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ..common.messages import shown
 from ..errors import ArgumentError
 from ..evaluation.embeddings import unit_rows
 
-if TYPE_CHECKING:  # numpy is imported where it is needed: commands import this package for their --help
+if TYPE_CHECKING:  # import numpy only where it is used: commands import this package for their --help
     import numpy as np
     import numpy.typing as npt
 
     Vectors = npt.NDArray[np.float64]
 
-Encode = Callable[[list[str]], Any]  # texts -> an array of (texts, width)
-Rewrite = Callable[[str, str], str]  # question, the one it is too near -> other wording
+Encode = Callable[[list[str]], Any]  # texts -> array of shape (texts, width)
+Rewrite = Callable[[str, str], str]  # question, its nearest neighbour -> another wording
 
-BLOCK = 1024  # texts that are encoded and multiplied at a time: 8 MiB for the cosines of a block with a block
-ROUNDING = 1e-9  # equal vectors have a cosine of 1 but for this much
+BLOCK = 1024  # texts per encoding and multiplication: the cosines of two blocks take 8 MiB
+ROUNDING = 1e-9  # tolerance for the cosine of equal vectors
 
 
 @dataclass(frozen=True)
 class Discarded:
-    """A question that was too near to another: as it was asked, its nearest neighbour, and their cosine."""
+    """A question too similar to another, in its original wording, with its nearest neighbour and their cosine."""
 
     question: str
     neighbour: str
@@ -36,10 +36,10 @@ class Discarded:
 
 @dataclass(frozen=True)
 class Deduplicated:
-    """What `deduplicate` made of some questions.
+    """The result of `deduplicate`.
 
-    accepted: in their order, some in other words. discarded: all others. rewritten: how many of the accepted are in
-    other words. retries: how often `rewrite` was called.
+    accepted: questions in order, some rewritten. discarded: all others. rewritten: number of rewritten questions among
+    the accepted. retries: number of calls of `rewrite`.
     """
 
     accepted: tuple[str, ...]
@@ -57,22 +57,21 @@ def deduplicate(
     rewrite: Rewrite | None = None,
     retries: int = 3,
 ) -> Deduplicated:
-    """Keep the questions that are near to none before them: rejection sampling with one threshold.
+    """Drop questions that are too similar to an earlier one: rejection sampling with one threshold.
 
-        q_i is accepted when cos(e(q_i), e(a)) < threshold for all a in history and among those accepted before it
+        q_i is accepted if cos(e(q_i), e(a)) < threshold for all a in history and all accepted before
 
-    In order: the first of a cluster stays. A question that is too near is given to `rewrite(question, neighbour)`, at
-    most `retries` times, each time in its latest wording and with the nearest neighbour of that wording; each answer is
-    tested against all that is accepted, and in the end the question is discarded. An empty answer is no question, and
-    uses up a try.
+    The first question of a cluster stays. A question that is too similar goes to `rewrite(question, neighbour)`, with
+    its latest wording and the nearest neighbour of that, up to `retries` times; each new wording is tested in the same
+    way, and if none passes, the question is discarded. An empty wording uses up a try.
 
-    Args: `encode(texts)` gives a vector for each text, (texts, width), which must not depend on the other texts; it is
-    called with at most 1024 at a time. `history`: questions of earlier rounds; they are not compared with each other.
-    `threshold` in (0, 1]; at 1 only equal directions are too near. Cosines are computed in doubles; what is short of
-    the threshold by no more than 1e-9 counts as on it. Memory: the vectors, and blocks of 1024 x 1024.
-    Raises ArgumentError for an empty question, a value out of range, or vectors that are no use (shape, NaN, zero).
+    Args: `encode(texts)` returns an array of shape (texts, width), each row independent of the other texts; it gets at
+    most 1024 texts per call. `history`: questions of earlier rounds, not compared with each other. `threshold` in
+    (0, 1]; at 1 only equal directions are too similar. Cosines are computed in float64, with a tolerance of 1e-9.
+    Memory: the vectors, and blocks of 1024 x 1024. Raises ArgumentError for an empty question, a value out of range, or
+    invalid vectors (shape, NaN, zero).
 
-    Source: arXiv 2502.13441, self-deduplication. Testing rewritten questions, the retries and the single threshold are
+    Source: self-deduplication of arXiv 2502.13441. Testing rewritten questions, retries and a single threshold are
     ours: the released code accepts any rewritten question, and has one threshold within a batch (0.85) and another for
     the history.
 
@@ -97,7 +96,7 @@ def deduplicate(
         vectors = unit_rows(encode(block), "encode", block, width)
         width = vectors.shape[1]
         cosines, neighbours = _nearest(vectors, pool)
-        fresh, first = np.empty_like(vectors), len(texts)  # what this block adds
+        fresh, first = np.empty_like(vectors), len(texts)  # vectors that this block adds
         for question, original, old, at in zip(block, vectors, cosines, neighbours, strict=True):
             new, position = _nearest(original[None], [fresh[: len(texts) - first]])
             cosine, near = (old, at) if old >= new[0] else (new[0], first + position[0])
@@ -108,7 +107,9 @@ def deduplicate(
                 tries, calls = tries - 1, calls + 1
                 answer = rewrite(wording, texts[near])  # type: ignore[misc]
                 if not isinstance(answer, str):
-                    raise ArgumentError(f"rewrite gave {shown(repr(answer), 60)} for '{shown(wording)}'; give a text")
+                    raise ArgumentError(
+                        f"rewrite returned {shown(repr(answer), 60)} for '{shown(wording)}'; return a string"
+                    )
                 if answer.strip():
                     wording, vector = answer, unit_rows(encode([answer]), "encode", [answer], width)[0]
                     (cosine,), (near,) = _nearest(vector[None], [*pool, fresh[: len(texts) - first]])
@@ -125,7 +126,7 @@ def deduplicate(
 
 
 def _nearest(vectors: Vectors, pool: list[Vectors]) -> tuple[Vectors, npt.NDArray[np.int64]]:
-    """For each vector the largest cosine with the pool, -inf if that is empty, and its place there."""
+    """The largest cosine of each vector with the pool (-inf for an empty one), and its index there."""
     import numpy as np
 
     best, places = np.full(len(vectors), -math.inf), np.zeros(len(vectors), np.int64)
@@ -147,7 +148,7 @@ def _blocks(texts: list[str]) -> Iterator[list[str]]:
 
 
 def check_nearness(threshold: float, retries: int) -> None:
-    """Refuse a threshold that is no cosine above 0, or retries below 0."""
+    """Raise ArgumentError unless 0 < threshold <= 1 and retries is an integer >= 0."""
     if not is_number(threshold) or not 0 < threshold <= 1:
-        raise ArgumentError(f"threshold is {shown(repr(threshold), 60)}; it must be a cosine above 0 and at most 1")
+        raise ArgumentError(f"threshold is {shown(repr(threshold), 60)}; it must be a cosine in 0 < threshold <= 1")
     check_count("retries", retries, 0)

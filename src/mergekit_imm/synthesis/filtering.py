@@ -1,4 +1,4 @@
-"""Which of a model's samples to train on: those that give the right answer."""
+"""Select a model's samples to train on: those with the right answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..evaluation.answers import is_correct
 
 @dataclass(frozen=True)
 class Sample:
-    """A response to a prompt, and the right answer. Of a line of JSON: `Sample(**json.loads(line))`."""
+    """A prompt, a response, and the right answer. From a line of JSON: `Sample(**json.loads(line))`."""
 
     prompt: str
     response: str
@@ -21,10 +21,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Kept:
-    """What `keep_correct` kept, in order, and what became of the rest.
+    """The samples that `keep_correct` kept, in order, and what happened to the rest.
 
-    wrong, duplicates, beyond: how many samples were dropped, for which reason. prompts: how many there are; unsolved:
-    those of which no sample is kept. Easy prompts are kept more often than hard ones: unsolved says how far that goes.
+    wrong, duplicates, beyond: number of samples dropped because they are wrong, repeated, or beyond `per_prompt`.
+    prompts: number of prompts. unsolved: prompts without a kept sample, which shows how far selection favours easy
+    prompts.
     """
 
     samples: tuple[Sample, ...]
@@ -42,16 +43,16 @@ def keep_correct(
     per_prompt: int | None = None,
     duplicates: bool = False,
 ) -> Kept:
-    """Keep the samples whose answer is the right one, as STaR and the paper do.
+    """Keep the samples with the right answer, as in STaR and the paper.
 
         D_S = {(q_i, r_ij) : the answer of r_ij is a_i}                                      (section 3)
 
-    Args: `samples`, in any order; `matcher(response, answer)`, whether a response is right; `per_prompt`, keep at most
-    the first so many of a prompt; `duplicates`, keep a response that a prompt has already as well. Returns what was
-    kept, in order, and counts. Raises ArgumentError.
+    Args: `samples`, in any order; `matcher(response, answer)`, whether a response is right; `per_prompt`, the most
+    samples to keep of a prompt, the first ones; `duplicates`, whether to keep repeated responses to a prompt. Returns
+    the kept samples, in order, and counts. Raises ArgumentError.
 
     Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), section 3; STaR
-    (arXiv 2203.14465). What is counted, and that duplicates are dropped, is ours.
+    (arXiv 2203.14465). The counts and dropping duplicates are ours.
 
     >>> kept = keep_correct([Sample("2 + 3 = ?", "That is 5.", "5"), Sample("2 + 2 = ?", "It is 5.", "4")])
     >>> [each.prompt for each in kept.samples], kept.wrong, kept.unsolved
@@ -66,8 +67,8 @@ def keep_correct(
     for number, each in enumerate(samples):
         if not isinstance(each, Sample):
             raise ArgumentError(
-                f"samples: number {number} is a {type(each).__name__}; give Sample(prompt, response, answer), of a"
-                " line of JSON Sample(**line)"
+                f"samples: number {number} is a {type(each).__name__}; give Sample(prompt, response, answer), or"
+                " Sample(**line) for a line of JSON"
             )
         mine = found.setdefault(each.prompt, [])
         if not matcher(each.response, each.answer):

@@ -107,7 +107,7 @@ def check_device(merge_span: Callable[..., None], dtypes: Sequence[str] = ("BF16
                     f" sft {combination[2]}, output {combination[3]}, {count} elements from {first}, {numbers}"
                 )
                 for is_delta in (False, True):
-                    constants = replace(arithmetic(**numbers), added=is_delta)
+                    constants = replace(arithmetic(**numbers), is_delta=is_delta)
                     _compare(merge_span, sides, combination, first, numbers, constants, is_delta, what)
 
 

@@ -96,7 +96,7 @@ def cut_experts(role: str, name: str, tensor: Tensor, layout: Layout) -> list[tu
 
 
 def joined(
-    role: str, tensors: Mapping[str, Tensor], lost: Iterable[str], was: Mapping[str, str]
+    role: str, tensors: Mapping[str, Tensor], lost: Iterable[str], original_names: Mapping[str, str]
 ) -> tuple[dict[str, tuple[Tensor, str]], set[str]]:
     """Put single experts together where all are there: name -> (tensor, what it was), and the names it was made of."""
     stacks: dict[str, dict[tuple[int, str], str]] = defaultdict(dict)
@@ -121,7 +121,7 @@ def joined(
             fused = f"{path}.{which}"
             made[fused] = (
                 Pieces(fused, (count, len(ends) * shape[0], shape[1]), pieces),
-                f"{was[names[0]].replace('.0.', '.*.')} of {count} experts",
+                f"{original_names[names[0]].replace('.0.', '.*.')} of {count} experts",
             )
             gone |= {*names}
     return made, gone

@@ -13,7 +13,7 @@ Named = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and what each name 
 
 
 def cut_or_joined(
-    role: str, tensors: Mapping[str, Tensor], was: Mapping[str, str], base: Mapping[str, Tensor]
+    role: str, tensors: Mapping[str, Tensor], original_names: Mapping[str, str], base: Mapping[str, Tensor]
 ) -> Named:
     """Return a model's tensors with those cut or joined that the base stores the other way.
 
@@ -21,7 +21,7 @@ def cut_or_joined(
 
     A module is that of the base with the same name, in one spelling, or else with the same last name and numbers.
     """
-    found, names = dict(tensors), dict(was)
+    found, names = dict(tensors), dict(original_names)
     lost = {name: canonical(name) for name in tensors if name not in base}
     free = {canonical(name): tensor for name, tensor in base.items() if name not in tensors} if lost else {}
     for parts, whole, dim, ends in JOINTS:
@@ -84,7 +84,7 @@ def _stem(name: str, end: str) -> str | None:
 
 
 def _joined(
-    role: str, tensors: Mapping[str, Tensor], was: Mapping[str, str], lost: Mapping[str, str],
+    role: str, tensors: Mapping[str, Tensor], original_names: Mapping[str, str], lost: Mapping[str, str],
     there: Modules, parts: Sequence[str], whole: str, dim: int,
 ) -> Made:  # fmt: skip
     stems: dict[str, dict[str, str]] = defaultdict(dict)
@@ -107,13 +107,13 @@ def _joined(
             at += shape[dim]
         new = stem + whole
         shape = (*shapes[0][:dim], at, *shapes[0][dim + 1 :])
-        old = " + ".join([was[names[0]], *(was[name].split(".")[-2] for name in names[1:])])
+        old = " + ".join([original_names[names[0]], *(original_names[name].split(".")[-2] for name in names[1:])])
         made.append((names, [(new, Pieces(new, shape, tuple(pieces)), old)]))
     return made
 
 
 def _cut(
-    role: str, tensors: Mapping[str, Tensor], was: Mapping[str, str], lost: Mapping[str, str],
+    role: str, tensors: Mapping[str, Tensor], original_names: Mapping[str, str], lost: Mapping[str, str],
     there: Modules, parts: Sequence[str], whole: str, dim: int,
 ) -> Made:  # fmt: skip
     made: Made = []
@@ -132,7 +132,7 @@ def _cut(
         for part, size in zip(parts, sizes, strict=True):
             new = stem + part
             place = ", ".join([*[":"] * dim, f"{at}:{at + size}"])
-            news.append((new, _box(role, tensors[name], new, dim, at, size), f"{was[name]}[{place}]"))
+            news.append((new, _box(role, tensors[name], new, dim, at, size), f"{original_names[name]}[{place}]"))
             at += size
         made.append(([name], news))
     return made

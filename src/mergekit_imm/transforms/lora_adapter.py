@@ -16,9 +16,9 @@ from ..checkpoint.safetensors_file import MERGED, TensorInfo
 from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError
 from ..model.config import says_tied
-from ..model.rename import Shape, by_name, mapping_note, ruled
+from ..model.rename import Shape, apply_rules, by_name, mapping_note
 from ..model.tensor_names import (
-    is_end,
+    is_embedding_or_head,
     is_input_embedding,
     is_output_head,
     only_in,
@@ -142,9 +142,9 @@ def applied(
     adapter = replace(adapter, adapter=settings(adapter.adapter, adapter.label))
     parts = _parts(adapter)
     names = _names(parts, adapter, model, rules, taken)
-    was = {name: path for path, name in names.items() if path != name}
-    notes = (mapping_note(was, adapter.label, model.label),) if was else ()
-    adapter = replace(adapter, was=was, notes=(*adapter.notes, *notes))
+    original_names = {name: path for path, name in names.items() if path != name}
+    notes = (mapping_note(original_names, adapter.label, model.label),) if original_names else ()
+    adapter = replace(adapter, original_names=original_names, notes=(*adapter.notes, *notes))
     trained = {names[path]: renamed(tensor, names[path]) for path, tensor in parts.whole.items()}
     computed: dict[str, Computed] = {}
 
@@ -249,11 +249,15 @@ def _names(
 ) -> dict[str, str]:
     """Return what each name is in the model."""
     wanted = _wanted(parts, adapter, model)
-    names = dict(zip(wanted, ruled(wanted, rules), strict=True))
+    names = dict(zip(wanted, apply_rules(wanted, rules), strict=True))
     # The other names of a tied tensor, of which the model need not store all; a head that it does store is that one.
     widths = {t.shape[1:] for n, t in model.tensors.items() if is_input_embedding(n) and says_tied(model.config)}
     lost = {n: path for path, n in names.items() if n not in model.tensors}
-    tied = {n for n, path in lost.items() if is_end(n) and ((shape := wanted[path]) is None or shape[1:] in widths)}
+    tied = {
+        n
+        for n, path in lost.items()
+        if is_embedding_or_head(n) and ((shape := wanted[path]) is None or shape[1:] in widths)
+    }
     tied = tied if widths else set()
     for name, path in lost.items():  # and of its bias
         outer = model.tensors.get(outer_bias(name))
@@ -263,7 +267,7 @@ def _names(
     there = {name: tensor.shape for name, tensor in model.tensors.items()}
     # Vocabularies of different sizes are not told here.
     sought = {
-        n: None if is_end(n) else wanted[path]
+        n: None if is_embedding_or_head(n) else wanted[path]
         for n, path in lost.items() if stored or n not in tied or not is_output_head(n)
     }  # fmt: skip
     found = by_name(sought, there)

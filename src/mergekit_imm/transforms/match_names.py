@@ -16,9 +16,9 @@ from ..checkpoint.lazy_tensor import Tensor, renamed, transposed
 from ..common.messages import shown
 from ..errors import ArgumentError, MismatchError
 from ..model.config import says_tied
-from ..model.rename import Shape, by_folder, by_name, by_prefix, carried, mapping_note, ruled
+from ..model.rename import Shape, apply_rules, by_folder, by_name, by_prefix, carried, mapping_note
 from ..model.spellings import canonical
-from ..model.tensor_names import is_end, is_output_head, unwrapped
+from ..model.tensor_names import is_embedding_or_head, is_output_head, unwrapped
 from .experts import (
     across,
     cut_experts,
@@ -49,7 +49,7 @@ def matched(inputs: Mapping[str, Checkpoint], rules: Sequence[str]) -> dict[str,
 def _check_rules(rules: Sequence[str], base: Checkpoint, others: Iterable[Checkpoint]) -> None:
     names = [name for each in others for name in (each.tensors if each.adapter is None else names_of(each, base))]
     for rule in rules:
-        before, names = names, ruled(names, [rule])
+        before, names = names, apply_rules(names, [rule])
         if before == names:
             raise ArgumentError(
                 f"--rename '{shown(rule)}' changes none of the {len(names)} tensor names of sft and start, such as"
@@ -58,28 +58,28 @@ def _check_rules(rules: Sequence[str], base: Checkpoint, others: Iterable[Checkp
 
 
 def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoint:
-    was = {name: name for name in each.tensors}  # what each name was in the file
+    original_names = {name: name for name in each.tensors}  # what each name was in the file
     tensors: dict[str, Tensor] = dict(each.tensors)
 
     def move(pairs: Mapping[str, str]) -> None:
         """Give tensors new names, in their places."""
-        nonlocal tensors, was
+        nonlocal tensors, original_names
         new = [pairs.get(name, name) for name in tensors]
         if len({*new}) < len(new):
             twice = next(name for name, count in Counter(new).items() if count > 1)
-            both = [was[name] for name in tensors if pairs.get(name, name) == twice]
+            both = [original_names[name] for name in tensors if pairs.get(name, name) == twice]
             raise MismatchError(
                 f"two tensors of {each.label} would be '{shown(twice)}' of {base.label}: '{shown(both[0])}' and"
                 f" '{shown(both[1])}'; change --rename, or leave one of them out"
             )
         tensors = dict(zip(new, tensors.values(), strict=True))
-        was = dict(zip(new, was.values(), strict=True))
+        original_names = dict(zip(new, original_names.values(), strict=True))
 
-    move(dict(zip(tensors, ruled(tensors, rules), strict=True)))
+    move(dict(zip(tensors, apply_rules(tensors, rules), strict=True)))
     notes = each.notes
     if any(name not in base.tensors for name in tensors):
         move({name: unwrapped(name) for name in tensors if name not in base.tensors})
-        tensors, was, notes = _experts(each, base, tensors, was)
+        tensors, original_names, notes = _experts(each, base, tensors, original_names)
         found: dict[str, str] = {}
         for match in (by_folder, by_prefix, by_name):
             free = {name: _shape(name, tensor) for name, tensor in base.tensors.items() if name not in tensors}
@@ -88,21 +88,24 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
             tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}
             tied = set() if any(map(is_output_head, free)) else tied
             # Vocabularies of different sizes are not told here.
-            ends = set(filter(is_end, lost))
-            pairs = match({n: None if n in ends else _shape(n, tensors[n]) for n in lost if n not in tied}, free)
+            embeddings = set(filter(is_embedding_or_head, lost))
+            pairs = match({n: None if n in embeddings else _shape(n, tensors[n]) for n in lost if n not in tied}, free)
             move(pairs)
             found |= pairs
             if match is by_prefix:
-                tensors, was = cut_or_joined(each.role, tensors, was, base.tensors)
+                tensors, original_names = cut_or_joined(each.role, tensors, original_names, base.tensors)
         move({name: new for name in tied if (new := carried(name, found)) is not None})
-    changed = {name: old for name, old in was.items() if name != old}
+    changed = {name: old for name, old in original_names.items() if name != old}
     if changed:
         notes = (*notes, mapping_note(changed, each.label, base.label))
     tensors, more = _turned(each, tensors, lambda name: {base.tensors[name].shape} if name in base.tensors else set())
     if not changed and not more:
         return each
     return replace(
-        each, tensors={name: renamed(t, name) for name, t in tensors.items()}, was=changed, notes=(*notes, *more)
+        each,
+        tensors={name: renamed(t, name) for name, t in tensors.items()},
+        original_names=changed,
+        notes=(*notes, *more),
     )
 
 
@@ -112,7 +115,7 @@ def _shape(name: str, tensor: Tensor) -> Shape:
 
 
 def _experts(
-    each: Checkpoint, base: Checkpoint, tensors: dict[str, Tensor], was: dict[str, str]
+    each: Checkpoint, base: Checkpoint, tensors: dict[str, Tensor], original_names: dict[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
     """Cut fused experts into those of the base, or join single ones, as the base stores them."""
     lost = [name for name in tensors if name not in base.tensors]
@@ -125,15 +128,21 @@ def _experts(
         )
         notes = (*notes, *more)
         cut = {name: cut_experts(each.role, name, tensors[name], layout) for name in lost}
-        made = {new: (tensor, f"{was[old]}{place}") for old, parts in cut.items() for new, tensor, place in parts}
+        made = {
+            new: (tensor, f"{original_names[old]}{place}") for old, parts in cut.items() for new, tensor, place in parts
+        }
         gone = {old for old, parts in cut.items() if parts}
     elif any(map(is_fused, base.tensors)) or any(map(is_fused, map(canonical, base.tensors))):
-        made, gone = joined(each.role, tensors, lost, was)
+        made, gone = joined(each.role, tensors, lost, original_names)
     else:
-        return tensors, was, notes
+        return tensors, original_names, notes
     tensors = {name: tensor for name, tensor in tensors.items() if name not in gone}
-    was = {name: old for name, old in was.items() if name not in gone}
-    return tensors | {n: t for n, (t, _) in made.items()}, was | {n: old for n, (_, old) in made.items()}, notes
+    original_names = {name: old for name, old in original_names.items() if name not in gone}
+    return (
+        tensors | {n: t for n, (t, _) in made.items()},
+        original_names | {n: old for n, (_, old) in made.items()},
+        notes,
+    )
 
 
 def _turned(

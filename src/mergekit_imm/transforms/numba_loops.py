@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..numerics.mask import BLOCK, LANES, PHILOX_BUMPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
+from ..numerics.mask import BLOCK, COUNTERS, PHILOX_BUMPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
 from ..numerics.numba_jit import jit
 
 _TILE = 1024  # columns at a time: they stay in the L1 cache while k runs
@@ -89,11 +89,11 @@ def random_bits(first, key0, key1, out):
     while e < len(out):
         at = first + e
         block, inside = at // BLOCK, at % BLOCK
-        word, lane = (inside % (4 * LANES)) // LANES, inside % LANES
-        shift = np.uint32(16 * (inside // (4 * LANES)))
-        run = min(LANES - lane, len(out) - e)  # one word and one half
+        word, lane = (inside % (4 * COUNTERS)) // COUNTERS, inside % COUNTERS
+        shift = np.uint32(16 * (inside // (4 * COUNTERS)))
+        run = min(COUNTERS - lane, len(out) - e)  # one word and one half
         for j in range(run):
-            counter = np.uint64(LANES * block + lane + j)
+            counter = np.uint64(COUNTERS * block + lane + j)
             c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> _32), np.uint32(0), np.uint32(0)
             k0, k1 = np.uint32(key0), np.uint32(key1)
             for _ in range(PHILOX_ROUNDS):
