@@ -306,8 +306,8 @@ def test_recipes_hold_sparsify_only_if_used(tmp_path: Path) -> None:
 def test_check_reports_the_requested_drop(tmp_path: Path) -> None:
     models(tmp_path, SHAPES, [torch.float32] * 3)
     assert check(tmp_path / "base", tmp_path / "sft", MergeOptions(sparsify="della:0.3", drop=0.5)).problems == []
-    (problem,) = check(tmp_path / "base", tmp_path / "sft", MergeOptions(sparsify="della:0.15", drop=0.9)).problems
-    assert "use della:0.098 or less" in problem
+    with pytest.raises(ArgumentError, match=r"use della:0\.098 or less"):
+        MergeOptions(sparsify="della:0.15", drop=0.9)
 
 
 @pytest.mark.parametrize("epsilon", [None, "x", -0.1, float("nan")])

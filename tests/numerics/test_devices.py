@@ -45,7 +45,7 @@ def wrong(what: str) -> Callable[..., None]:
         if what == "a NaN of another kind" and out[1] == "BF16":
             bits = out[0].view(np.uint16)
             bits[bits == 0x7FC0] = 0x7FC1
-        if what == "delta" and numbers.added:
+        if what == "delta" and numbers.is_delta:
             out[0][0] ^= 1
         if what == "kept":
             tally[49] += count > 2000
