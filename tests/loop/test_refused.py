@@ -14,7 +14,7 @@ from loops import EVALUATE, TRAIN, asked
 from mergekit_imm import ArgumentError, MergeError
 from mergekit_imm.loop.commands import check_placeholders
 from mergekit_imm.loop.run import run_loop
-from mergekit_imm.loop.state import begin
+from mergekit_imm.loop.state import begin, from_dict, to_dict
 
 NAMES = ["model", "output", "round", "base"]
 EVERY = [*NAMES, "data", "json"]
@@ -97,7 +97,7 @@ def test_nothing_runs_and_nothing_is_written(base: str, changes: dict[str, Any],
     before = sorted(Path().rglob("*"))
     wanted = replace(asked(base), train=f"touch ran; {TRAIN}")
     with pytest.raises(MergeError, match=match):
-        run_loop(replace(wanted, **changes), "run")
+        run_loop(from_dict({**to_dict(wanted), **changes}), "run")
     assert sorted(Path().rglob("*")) == before
 
 
