@@ -34,7 +34,7 @@ class Computed:
         return "F32"
 
     @property
-    def native(self) -> str:
+    def output_dtype(self) -> str:
         """The dtype of an output whose base it is."""
         return self.dtype
 
@@ -120,9 +120,9 @@ class _Of(Computed):
         return self.whole.dtype
 
     @property
-    def native(self) -> str:
+    def output_dtype(self) -> str:
         """That of the whole."""
-        return self.whole.native
+        return self.whole.output_dtype
 
     @property
     def added(self) -> bool:
@@ -168,9 +168,9 @@ class Pieces(Computed):
         return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
 
     @property
-    def native(self) -> str:
+    def output_dtype(self) -> str:
         """That of the first piece."""
-        return self.pieces[0].tensor.native
+        return self.pieces[0].tensor.output_dtype
 
     @property
     def stored(self) -> int:
@@ -248,7 +248,7 @@ def leaves(tensor: Tensor, role: str) -> Iterator[Leaf]:
         for found in value if isinstance(value, tuple) else (value,):
             if isinstance(found, Piece):
                 yield from leaves(found.tensor, found.role)
-            elif hasattr(found, "stored") and hasattr(found, "native"):
+            elif hasattr(found, "stored") and hasattr(found, "output_dtype"):
                 yield from leaves(found, owner)
 
 

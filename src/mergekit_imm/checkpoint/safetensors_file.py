@@ -52,7 +52,7 @@ class TensorInfo:
         return self.nbytes
 
     @property
-    def native(self) -> str:
+    def output_dtype(self) -> str:
         """The dtype of an output whose base it is."""
         return self.dtype
 

@@ -234,5 +234,5 @@ def main_dtype(base: Checkpoint) -> str:
     floats = Counter[str]()
     for tensor in base.tensors.values():
         if tensor.dtype in MERGED:
-            floats[tensor.native] += tensor.count
+            floats[tensor.output_dtype] += tensor.count
     return floats.most_common(1)[0][0] if floats else "F32"

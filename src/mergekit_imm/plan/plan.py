@@ -217,7 +217,7 @@ def decide(
         if "base" not in sides and not choose("take", written, key):  # an adapter's, of another vocabulary
             sides = _with_likeness(key, sides, base)
         like = side_of(typed, name, group)
-        found.append((key, written, sides, like.native if like is not None else main))
+        found.append((key, written, sides, like.output_dtype if like is not None else main))
     compared = [(k, sides) for k, written, sides, _ in found if _action(k, written, sides, choose) in ("merge", "copy")]
     check_alike(compared, used, parameters, note)
     items: list[Item] = []
@@ -391,7 +391,7 @@ def _item(
     if action == "keep":
         sides = {"base": sides["base"]}
     source = sides["sft" if action == "take" else "base"]
-    dtype = source.native
+    dtype = source.output_dtype
     if dtype in MERGED and not same_bytes:
         dtype = DTYPES.get(p.dtype, native if native in MERGED else dtype)
     if action == "take" and used["sft"].adapter is not None and not is_stored(source):

@@ -282,7 +282,7 @@ class Dequantized(Computed):
     block: Pair
 
     @property
-    def native(self) -> str:
+    def output_dtype(self) -> str:
         """What such weights were trained in."""
         return "BF16"
 
