@@ -39,7 +39,7 @@ class Computed:
         return self.dtype
 
     @property
-    def added(self) -> bool:
+    def is_delta(self) -> bool:
         """Whether it is a delta, which is added to the start."""
         return False
 
@@ -125,7 +125,7 @@ class _Of(Computed):
         return self.whole.output_dtype
 
     @property
-    def added(self) -> bool:
+    def is_delta(self) -> bool:
         """That of the whole."""
         return is_delta(self.whole)
 
@@ -221,7 +221,7 @@ class Extended(Pieces):
         return self.pieces[0].tensor
 
     @property
-    def added(self) -> bool:
+    def is_delta(self) -> bool:
         """That of its own rows; the others are never read as a delta."""
         return is_delta(self.own)
 
@@ -254,7 +254,7 @@ def leaves(tensor: Tensor, role: str) -> Iterator[Leaf]:
 
 def is_delta(tensor: Tensor | None) -> bool:
     """Whether a tensor holds what is added to the start."""
-    return isinstance(tensor, Computed) and tensor.added
+    return isinstance(tensor, Computed) and tensor.is_delta
 
 
 def is_stored(tensor: Tensor) -> bool:

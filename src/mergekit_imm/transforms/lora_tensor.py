@@ -25,7 +25,7 @@ class LowRank(Computed):
     turned: bool = False
 
     @property
-    def added(self) -> bool:
+    def is_delta(self) -> bool:
         """It is."""
         return True
 
@@ -141,7 +141,7 @@ class OfExperts(Computed):
     turned: bool
 
     @property
-    def added(self) -> bool:
+    def is_delta(self) -> bool:
         """It is."""
         return True
 

@@ -39,7 +39,7 @@ class Sparsified(Computed):
         return "F64" if self.exact else "F32"
 
     @property
-    def added(self) -> bool:
+    def is_delta(self) -> bool:
         """It is."""
         return True
 
