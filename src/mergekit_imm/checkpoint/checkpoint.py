@@ -67,7 +67,9 @@ class Checkpoint:
     recipe: dict[str, Any] | None = None  # of the merge that made it
     adapter: dict[str, Any] | None = None  # of an adapter: its config
     trained_on: Any = None  # of an adapter: the model that it names, a path or a hub id
-    was: Mapping[str, str] = field(default_factory=dict)  # base's name -> its own in the file, where they differ
+    original_names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # base's name -> its own in the file, where they differ
     repo: str | None = None
     commit: str | None = None
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)  # of all files that are read whole

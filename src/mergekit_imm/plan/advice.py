@@ -179,7 +179,7 @@ def result_config(base: Checkpoint, sft: Checkpoint, parameters: Parameters, fol
 
     Of a model with other names or of another class, or with another vocabulary than the result, it need not fit.
     """
-    is_other = bool(sft.was) or is_other_class(sft.config, base.config)
+    is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
     chosen = None if is_other or parameters.vocab == "base" else sft.config_of(folder)
     return base.config_of(folder) if chosen is None else chosen
 

@@ -81,7 +81,7 @@ def _by_file(each: Checkpoint, names: Collection[str]) -> list[tuple[str, set[st
     beside = {file for part in each.parts if part.beside or part.folder for file in part.files}
     files: dict[str, set[str]] = {}
     for name in names:
-        file = each.homes.get(each.was.get(name, name), "")
+        file = each.homes.get(each.original_names.get(name, name), "")
         files.setdefault(file if file in beside else "", set()).add(name)
     return sorted(files.items())
 

@@ -182,7 +182,7 @@ def decide(
     for folder in ("", *base.part_configs):
         configs = {r: (f"{c.label}{f' ({folder})' if folder else ''}", c.config_of(folder)) for r, c in inputs.items()}
         try:
-            check_configs(configs, renamed=[role for role, each in inputs.items() if each.was])
+            check_configs(configs, renamed=[role for role, each in inputs.items() if each.original_names])
         except MergeError as error:
             note(error, ())
     for folder in {*sft.adapters} & {part.folder for part in base.parts}:
@@ -314,7 +314,7 @@ def _side_files(
 ) -> tuple[dict[str, tuple[str, Path | None]], list[str]]:
     """Say which other files come from which input: sft's where it has them; and what of them does not."""
     base, sft = inputs["base"], inputs["sft"]
-    is_other = bool(sft.was) or is_other_class(sft.config, base.config)
+    is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
     alone = [folder for folder in sft.adapters if folder not in base.adapters]
     side = {path: ("base", base.side[path]) for path in base.side}
     for own, file in sft.side.items():
@@ -334,7 +334,7 @@ def _side_files(
 
 def _place_of(path: str, sft: Checkpoint, base: Checkpoint) -> str | None:
     """Where a file of the sft goes: with the tensors that lay beside it, where the base has those in another folder."""
-    moves = {(folder_of(own), folder_of(new)) for new, own in sft.was.items()}
+    moves = {(folder_of(own), folder_of(new)) for new, own in sft.original_names.items()}
     moved = dict(each for each in moves if each[0] != each[1])
     if not moved:
         return path

@@ -144,7 +144,7 @@ def applied(
     names = _names(parts, adapter, model, rules, taken)
     was = {name: path for path, name in names.items() if path != name}
     notes = (mapping_note(was, adapter.label, model.label),) if was else ()
-    adapter = replace(adapter, was=was, notes=(*adapter.notes, *notes))
+    adapter = replace(adapter, original_names=was, notes=(*adapter.notes, *notes))
     trained = {names[path]: renamed(tensor, names[path]) for path, tensor in parts.whole.items()}
     computed: dict[str, Computed] = {}
 

@@ -102,7 +102,10 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
     if not changed and not more:
         return each
     return replace(
-        each, tensors={name: renamed(t, name) for name, t in tensors.items()}, was=changed, notes=(*notes, *more)
+        each,
+        tensors={name: renamed(t, name) for name, t in tensors.items()},
+        original_names=changed,
+        notes=(*notes, *more),
     )
 
 
