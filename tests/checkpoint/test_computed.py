@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import reference
 from checkpoints import random_state, read_model, same_bits, write_model
 from mergekit_imm import merge_checkpoints
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.lazy_tensor import Piece, Pieces, Tensor, sliced
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.reader import Files
 from transforms.test_adapters import train
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from checkpoints import write_model
 from mergekit_imm import CheckpointError, MergeError, merge_checkpoints, verify
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.torch_file import open_pickled
 from mergekit_imm.errors import ChangedError
 from other_forms import BASE, SFT, STEPS, Evil, held, save_bin, save_dcp, save_shards
@@ -66,24 +66,24 @@ def _of_a_piece(**state: Any) -> Callable[[Path], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no file": (_lose_a_file, r"__1_0\.distcp is missing, or no plain file"),
-    "half a file": (_cut_a_file, r"__1_0\.distcp, tensor '.*', is said to be at bytes .*cut off"),
+    "no file": (_lose_a_file, r"__1_0\.distcp is missing or not a plain file"),
+    "half a file": (_cut_a_file, r"__1_0\.distcp, tensor '.*', should begin at byte .*cut off"),
     "a path": (_of_a_piece(relative_path="../x"), r"names '\.\./x'; only plain names"),
-    "compression": (_of_a_piece(transform_descriptors=["zstd"]), "is compressed, or changed"),
+    "compression": (_of_a_piece(transform_descriptors=["zstd"]), "was compressed or transformed"),
     "another place": (_of_a_piece(offset=7), r"tensor 'model\.embed_tokens\.weight', is no whole"),
     "no piece": (_change(lambda m, k: _chunks(m, k).pop()), r"\[97, 33\], is stored in 1 pieces that do not fill it"),
     "another size": (
         _change(lambda m, k: setattr(_chunks(m, k)[1], "sizes", torch.Size([47, 33]))),
-        r"is BF16 \[48, 33\], and \.metadata says BF16 \[47, 33\]",
+        r"is BF16 \[48, 33\], but \.metadata says BF16 \[47, 33\]",
     ),
     "another dtype": (
         _change(lambda m, k: setattr(m.state_dict_metadata[k.fqn].properties, "dtype", torch.float16)),
         "is BF16 .* says F16",
     ),
-    "nowhere": (_change(lambda m, k: m.storage_data.pop(k)), r"the piece of .*embed.* at \[49, 0\] is nowhere"),
+    "nowhere": (_change(lambda m, k: m.storage_data.pop(k)), r"the piece of .*embed.* at \[49, 0\] is in no file"),
     "an object": (_change(lambda m, _: setattr(m, "version", zipfile.ZipFile)), "holds a zipfile.ZipFile"),
     "code": (_code, r"holds a posix\.system"),
-    "no model": (_no_model, "holds no tensor of a model, but optimizer"),
+    "no model": (_no_model, "holds no tensors of a model, only optimizer"),
 }
 
 
@@ -102,7 +102,7 @@ def test_pieces_that_are_not_whole_are_refused(tmp_path: Path, ranks: Path, case
 def test_a_lost_shard_of_safetensors_is_found(tmp_path: Path, ranks: Path) -> None:
     sft = Path(shutil.copytree(ranks / "hf0", tmp_path / "sft"))
     (sft / "shard-00001-model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="pieces that do not fill it, or overlap; was a file of a rank lost"):
+    with pytest.raises(CheckpointError, match="pieces that do not fill it or overlap; is the file of a rank missing"):
         open_checkpoint(sft, "sft")
     second = sft / "shard-00002-model-00001-of-00002.safetensors"
     shutil.copyfile(second, sft / "shard-00003-model-00001-of-00002.safetensors")

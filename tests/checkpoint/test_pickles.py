@@ -13,7 +13,7 @@ import torch
 
 from checkpoints import State, write_model
 from mergekit_imm import merge_checkpoints
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from other_forms import BASE, SFT, assert_merges_alike, held, raw, save_bin
 
 

@@ -15,7 +15,7 @@ import torch
 
 from checkpoints import State, read_model, write_model
 from mergekit_imm import merge_checkpoints, verify
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.torch_file import open_pickled
 from mergekit_imm.plan import shard_layout
 from models import load, new_model

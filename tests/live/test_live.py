@@ -406,7 +406,7 @@ def test_a_base_that_is_cut_off_on_the_way(late: bool, tmp_path: Path) -> None:
             os.truncate(base / "model.safetensors", 4096)
 
     if not late:
-        refused(model, base, "was changed or cut off|was written, or removed", CheckpointError, progress=cut)
+        refused(model, base, "was changed or cut off|was written or removed", CheckpointError, progress=cut)
         return
     match = "failed when parts of the model had been written: .*; load the model again, from its last checkpoint"
     with pytest.raises(PartialMergeError, match=match) as told:
@@ -421,7 +421,7 @@ def test_a_base_that_is_written_meanwhile(folder: Path, tmp_path: Path) -> None:
         if 2 * done >= total:
             os.utime(base / "model.safetensors", ns=(1, 1))
 
-    refused(fresh(), base, "was written, or removed, while it was merged", CheckpointError, progress=touch)
+    refused(fresh(), base, "was written or removed during the merge", CheckpointError, progress=touch)
 
 
 def test_memory_is_that_of_the_model(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_whole_plan_passes(tmp_path: Path, apart: bool) -> None:
 def test_a_tensor_of_which_nothing_is_made_is_found(tmp_path: Path, name: str) -> None:
     decided, plan = planned(tmp_path, apart=True)
     lost = replace(decided, items=[item for item in decided.items if item.name != name])
-    with pytest.raises(PlanError, match=r"this is an error of mergekit_imm: .*nothing was written"):
+    with pytest.raises(PlanError, match=r"this is a bug in mergekit_imm: .*nothing was written"):
         check_tensors(lost, comparer(lost.used))
     with pytest.raises(PlanError):
         check_plan(replace(plan, items=tuple(item for item in plan.items if item.name != name)), decided.ties)

@@ -16,7 +16,7 @@ SHAPES = {"model.embed_tokens.weight": (40, 16), "model.layers.0.mlp.up_proj.wei
 
 
 def words(notes: list[str]) -> list[str]:
-    return [note for note in notes if "the merge moves nothing" in note]
+    return [note for note in notes if "the merge changes nothing" in note]
 
 
 @pytest.mark.parametrize("changed", ["nothing", "one element"])

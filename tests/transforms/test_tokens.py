@@ -23,7 +23,7 @@ from mergekit_imm import (
     iter_merged,
     merge_checkpoints,
 )
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.plan.describe import check
 from mergekit_imm.transforms.tokenizer_files import table_of
 from models import fine_tuned, load, new_model

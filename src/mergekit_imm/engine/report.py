@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.checkpoint import Checkpoint, is_hub_id
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import split_ref
+from ..checkpoint.open_checkpoint import is_hub_id
 from ..model.tensor_names import layer_key
 from ..options.recipe import CARD_FILE, LEAST_BARE_SIZE, RECIPE_FILE, REPORT_FILE, to_json
 from ..plan.plan import Plan

@@ -10,7 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.open_checkpoint import open_checkpoint
 from ..common.messages import shown
 from ..engine.workers import check_device, check_workers
 from ..errors import ArgumentError

@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from ..checkpoint.checkpoint import Checkpoint, leave_out_option
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
-from ..checkpoint.parts import SPLIT
+from ..checkpoint.parts import SPLIT, leave_out_option
 from ..checkpoint.safetensors_file import MERGED, WHOLE
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError

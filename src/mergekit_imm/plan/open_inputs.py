@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import Checkpoint, is_hub_id, open_checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import is_offline
 from ..checkpoint.lazy_tensor import Tensor
+from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
 from ..checkpoint.parts import matches
 from ..checkpoint.reader import same_bytes, same_values
 from ..checkpoint.safetensors_file import fingerprint

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..checkpoint.checkpoint import Checkpoint, leave_out_option
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Computed, Tensor, renamed
+from ..checkpoint.parts import leave_out_option
 from ..checkpoint.safetensors_file import MERGED, TensorInfo
 from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError

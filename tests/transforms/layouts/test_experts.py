@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from checkpoints import State, random_state, read_model, same_bits, write_model
 from mergekit_imm import MismatchError, dare_merge, merge_checkpoints, merge_into, verify
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.lazy_tensor import sliced, transposed
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.reader import Files
 from mergekit_imm.live.local_shards import Live, Part, lines, origins
 from models import fine_tuned
