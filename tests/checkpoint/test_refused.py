@@ -126,7 +126,7 @@ def test_an_index_of_such_files_must_be_right(tmp_path: Path) -> None:
         (["global_step5/mp_rank_00_model_states.pt"], "a DeepSpeed checkpoint"),
         (["mp_rank_00_model_states.pt"], "a part of a DeepSpeed checkpoint.*the folder that contains it"),
         (["model_world_size_2_rank_0.pt", "optim_world_size_2_rank_0.pt"],
-         r"verl stored; .*`python -m verl\.model_merger merge --backend fsdp --local_dir '\S+/a b' --target_dir OUT`"),
+         r"verl ranks; .*`python -m verl\.model_merger merge --backend fsdp --local_dir '\S+/a b' --target_dir OUT`"),
         (["lit_model.pth", "model_config.yaml"],
          r"a LitGPT checkpoint; .*`litgpt convert_from_litgpt '\S+/a b' OUT && mv OUT/model\.pth OUT/pytorch_model"),
         (["model.pth"], r"`mv '\S+/a b'/model\.pth '\S+/a b'/pytorch_model\.bin`"),

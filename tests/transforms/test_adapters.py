@@ -275,7 +275,7 @@ def test_a_config_beside_an_adapter_is_made_to_fit_what_is_written(trained: Path
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"peft_type": "IA3"}, "is a IA3 adapter, and only LORA is read; .*merge_and_unload"),
+        ({"peft_type": "IA3"}, "is a IA3 adapter, but only LORA is supported; .*merge_and_unload"),
         ({"peft_type": None}, "is a None adapter"),
         ({"init_lora_weights": "pissa"}, "initialised by pissa, which changed its base"),
         ({"init_lora_weights": "pissa_niter_4"}, "initialised by pissa_niter_4"),
@@ -286,14 +286,14 @@ def test_a_config_beside_an_adapter_is_made_to_fit_what_is_written(trained: Path
         ({"layer_replication": [[0, 1]]}, "has layer_replication"),
         ({"alora_invocation_tokens": [1, 2]}, "has alora_invocation_tokens"),
         ({"use_qalora": True}, "has use_qalora"),
-        ({"target_parameters": "experts"}, "its target_parameters is no list of names"),
+        ({"target_parameters": "experts"}, "its target_parameters is not a list of names"),
         ({"use_bdlora": {"x": 1}}, "has use_bdlora"),
-        ({"use_something_new": True}, "has use_something_new, which is not known here"),
-        ({"r": 0}, "its r is 0, no positive number"),
-        ({"r": "8"}, "its r is 8, no positive number"),
+        ({"use_something_new": True}, "has use_something_new, an unknown setting"),
+        ({"r": 0}, "its r is 0, not a positive number"),
+        ({"r": "8"}, "its r is 8, not a positive number"),
         ({"lora_alpha": float("inf")}, "its lora_alpha is inf"),
-        ({"rank_pattern": {"(": 2}}, "its rank_pattern is no mapping of patterns"),
-        ({"alpha_pattern": ["x"]}, "its alpha_pattern is no mapping"),
+        ({"rank_pattern": {"(": 2}}, "its rank_pattern is not a mapping of patterns"),
+        ({"alpha_pattern": ["x"]}, "its alpha_pattern is not a mapping"),
         ({"r": 5}, "and rank 5"),
         ({"ensure_weight_tying": float("inf")}, "holds infinity or NaN"),
     ],
@@ -312,10 +312,10 @@ def test_what_is_not_plain_lora_is_refused_by_name(trained: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (("lora_A.weight", "lora_A.weird"), "which is not understood"),
-        (("layers.1.self_attn.q_proj.lora_A", "layers.1.self_attn.q_proj.lora_X"), "which is not understood"),
+        (("lora_A.weight", "lora_A.weird"), "an unknown kind of tensor"),
+        (("layers.1.self_attn.q_proj.lora_A", "layers.1.self_attn.q_proj.lora_X"), "an unknown kind of tensor"),
         (("layers.1.", "layers.7."), r"only, not in .*is this the model that the adapter was trained on\?"),
-        (("lora_B", None), "has one factor only"),
+        (("lora_B", None), "has only one factor"),
     ],
 )
 def test_factors_that_fit_nothing_are_refused(
@@ -418,6 +418,6 @@ def test_a_random_state_is_no_adapter(tmp_path: Path) -> None:
 def test_a_square_parameter_alone_is_refused_as_its_sides_cannot_be_told_apart(tmp_path: Path) -> None:
     train(tmp_path, "gpt_oss", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]})
     with pytest.raises(
-        CheckpointError, match=r"which way round '.*experts\.down_proj' is cannot be told; merge it first"
+        CheckpointError, match=r"the orientation of '.*experts\.down_proj' is unknown, as it is square; merge it first"
     ):
         merge_checkpoints(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

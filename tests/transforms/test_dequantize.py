@@ -283,7 +283,7 @@ def test_scales_of_activations_are_left_out_with_a_note(models: Models) -> None:
     report = models.merge(dequantize=True)
     (note,) = [note for note in report.notes if "moves nothing" not in note]
     assert re.search(
-        r"left out, as only FP8 needs them: 2 scales of activations or marks of base .*, such as '.*_scale'", note
+        r"left out 2 scales of activations or marks of base .*, which only FP8 needs, such as '.*_scale'", note
     )
     assert sorted(models.merged()) == sorted(floats)
     assert not (models.out / "hf_quant_config.json").exists()

@@ -239,7 +239,7 @@ def test_rules_of_the_user_come_first(tmp_path: Path) -> None:
         (["(=x"], ArgumentError, "is not understood"),
         ([r"a=\2"], ArgumentError, "is not understood: invalid group reference"),
         ("a=b", ArgumentError, "rename is a string"),
-        ([r"layers\.\d=layers.0"], MismatchError, "two tensors of sft .* would be 'model.layers.0.a.w' of base"),
+        ([r"layers\.\d=layers.0"], MismatchError, "two tensors of sft .* would become 'model.layers.0.a.w' of base"),
         ([r"layers\.1=layers.2"], MismatchError, r"'model.layers.1.a.w' \(closest there: 'model.layers.2.a.w'\)"),
     ],
 )  # fmt: skip

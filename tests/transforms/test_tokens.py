@@ -25,7 +25,7 @@ from mergekit_imm import (
 )
 from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.plan.describe import check
-from mergekit_imm.transforms.tokenizer_files import table_of
+from mergekit_imm.transforms.tokenizer_files import token_table
 from models import fine_tuned, load, new_model
 from refused import shown_options
 from thorough import examples
@@ -71,7 +71,7 @@ def test_tokens_are_read_from_every_form(tmp_path: Path) -> None:
     for name, (folder, vocabulary) in forms(tmp_path).items():
         write_model(folder, {"w": torch.zeros(1)})
         assert ("tokenizer.json" in files_of(folder)) == name.isalpha()
-        table = table_of(open_checkpoint(folder, "base"))
+        table = token_table(open_checkpoint(folder, "base"))
         assert {token: number for number, token in table.items()} == vocabulary, name
         assert "<pad>" in vocabulary or "<call>" in vocabulary
 
@@ -86,7 +86,7 @@ def test_different_tokens_are_refused_and_listed(tmp_path: Path, vocab: str) -> 
         save(resize(fine_tuned(model, seed=2), rows), tmp_path / "sft", tokenizer_of(others))
         with pytest.raises(
             MismatchError,
-            match=r"4 of the first 96 ids are different tokens to base .* and sft .*: 40 \('w37' and 'v40'\), 41"
+            match=r"4 of the first 96 ids are different tokens in base .* and sft .*: 40 \('w37' and 'v40'\), 41"
             r" \('w38' and 'v41'\), 42 \('w39' and 'v42'\) and 1 more; rows of different tokens are not merged",
         ) as caught:
             merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", vocab=vocab)
@@ -136,7 +136,7 @@ def test_without_a_tokenizer_it_is_said_that_nothing_was_compared(tmp_path: Path
     for role, rows in (("base", 8), ("sft", 9)):
         write_model(tmp_path / role, random_state({EMBED: (rows, 4)}))
     report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", vocab="sft")
-    assert "base has no tokenizer; whether the models' tokens are the same was not compared" in report.notes[0].replace(
+    assert "base has no tokenizer, so the models' tokens were not compared" in report.notes[0].replace(
         str(tmp_path / "base"), ""
     ).replace("  ", " ")
 
@@ -152,7 +152,7 @@ def test_sentencepiece_models_are_compared_byte_by_byte(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"1 of the first 8 ids .*: 7 \('<bos>' and '<pad>'\)"):
         merge_checkpoints(*given, tmp_path / "other", vocab="sft")
     (tmp_path / "sft" / "tokenizer.model").write_text("others")
-    with pytest.raises(CheckpointError, match=r"cannot be compared: base .* has them in tokenizer\.model alone"):
+    with pytest.raises(CheckpointError, match=r"cannot be compared: base .* has only tokenizer\.model"):
         merge_checkpoints(*given, tmp_path / "other", vocab="sft")
 
 
@@ -168,7 +168,7 @@ def test_added_tokens_are_also_found_in_the_tokenizer_s_config(tmp_path: Path) -
     folder, vocabulary = forms(tmp_path)["vocab.txt"]
     write_model(folder, {"w": torch.zeros(1)})
     (folder / "added_tokens.json").unlink()
-    assert {token: number for number, token in table_of(open_checkpoint(folder, "sft")).items()} == vocabulary
+    assert {token: number for number, token in token_table(open_checkpoint(folder, "sft")).items()} == vocabulary
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_what_is_no_table_of_tokens_is_refused(tmp_path: Path, name: str, conten
     write_model(tmp_path, {"w": torch.zeros(1)})
     (tmp_path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(CheckpointError, match=rf"sft .*: {name} is not understood as a table of tokens and their ids"):
-        table_of(open_checkpoint(tmp_path, "sft"))
+        token_table(open_checkpoint(tmp_path, "sft"))
 
 
 @given(data=st.data())

@@ -16,7 +16,7 @@ from ..model.tensor_names import blanked, folder_of, is_end, matcher, only_in
 from ..options.recipe import Parameters
 from ..transforms.experts import is_fused
 from ..transforms.quantised_units import Chosen
-from ..transforms.tokenizer_files import added_tokens
+from ..transforms.tokenizer_files import token_differences
 from .advice import SAVE_ALIKE, Advice
 from .tied_embeddings import Group
 
@@ -199,7 +199,7 @@ def _of_shapes(
         return "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
     rows = any(map(is_end, names)) or (base.shape[:1], side.shape[:1]) in _vocabularies(used, role)
     if rows and side.shape[1:] == base.shape[1:]:
-        told = added_tokens(used["base"], used[role])
+        told = token_differences(used["base"], used[role])
         return (
             f"the vocabularies differ{f' ({told})' if told else ''}; say whose the result has, --vocab base or"
             " --vocab sft, which merge the rows that both have"

@@ -31,7 +31,7 @@ def resized(inputs: Inputs, parameters: Parameters) -> dict[str, Checkpoint]:
     used = {role: each for role, each in inputs.items() if role != "start" or parameters.reference == "start"}
     base, sft = used["base"], used["sft"]
     rows = _rows(used)
-    ends = _ends(base)
+    ends = _embeddings_and_heads(base)
     notes = []
     if ends:
         whole = ready_option("--take", *ends)
@@ -71,7 +71,7 @@ def _notes(used: Inputs, rows: Mapping[str, int], owner: str) -> list[str]:
     return notes
 
 
-def _ends(each: Checkpoint) -> dict[str, Tensor]:
+def _embeddings_and_heads(each: Checkpoint) -> dict[str, Tensor]:
     """The embeddings and heads of a model, which have a row for each token."""
     return {
         name: tensor
@@ -89,8 +89,8 @@ def _rows(used: Inputs) -> dict[str, int]:
     base = used["base"]
     pairs: dict[str, set[tuple[int, int]]] = {}
     for role, each in used.items():
-        ends = _ends(each)
-        for name, own in _ends(base).items():
+        ends = _embeddings_and_heads(each)
+        for name, own in _embeddings_and_heads(base).items():
             tensor = ends.get(name)
             if tensor is None and says_tied(base.config):
                 tensor = next((t for t in ends.values() if t.shape[1:] == own.shape[1:]), None)
@@ -126,13 +126,15 @@ def _with_rows(used: Inputs, rows: Mapping[str, int], owner: str) -> dict[str, C
 def _names(used: Inputs, rows: Mapping[str, int]) -> set[str]:
     """The names of the tensors that have a row for each token: the ends, and what differs just as they do."""
     base = used["base"]
-    names = {name for name, tensor in _ends(base).items() if tensor.shape[0] == rows["base"]}
+    names = {name for name, tensor in _embeddings_and_heads(base).items() if tensor.shape[0] == rows["base"]}
     if used["sft"].adapter is not None and rows["sft"] != rows["base"]:
         # An adapter holds no bias of logits, which its model was given another of.
         names |= {name for name, tensor in base.tensors.items() if tensor.shape == (1, rows["base"])}
     for role, each in used.items():
         if says_tied(base.config):  # each may store its own of the tied names
-            names |= {name for name, tensor in _ends(each).items() if tensor.shape[0] == rows[role]} - set(base.tensors)
+            names |= {
+                name for name, tensor in _embeddings_and_heads(each).items() if tensor.shape[0] == rows[role]
+            } - set(base.tensors)
         if rows[role] != rows["base"]:
             names |= {
                 name
@@ -194,7 +196,11 @@ def _whole(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
         roles.append("start" if "start" in used else "base")
     for role in roles:
         each = used[role]
-        tied = _ends(each).values() if name in _ends_of_all(used) and says_tied(used["base"].config) else ()
+        tied = (
+            _embeddings_and_heads(each).values()
+            if name in _all_embeddings_and_heads(used) and says_tied(used["base"].config)
+            else ()
+        )
         found = each.tensors.get(name) or next(iter(tied), None)
         if found is not None:
             return role, found
@@ -204,5 +210,5 @@ def _whole(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
     )
 
 
-def _ends_of_all(used: Inputs) -> set[str]:
-    return {name for each in used.values() for name in _ends(each)}
+def _all_embeddings_and_heads(used: Inputs) -> set[str]:
+    return {name for each in used.values() for name in _embeddings_and_heads(each)}
