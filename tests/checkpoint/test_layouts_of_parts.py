@@ -120,7 +120,7 @@ def test_weights_beside_an_adapter_are_no_copies_whatever_they_are_called(tmp_pa
 def test_a_state_of_a_training_below_a_model_is_not_to_be_taken(tmp_path: Path) -> None:
     for role, seed in (("base", 1), ("sft", 2), ("sft/final", 3)):
         write_model(tmp_path / role, random_state(ROOT, seed=seed), config=CONFIG)
-    with pytest.raises(MismatchError, match=r"another state of the model; or leave the file out") as refusal:
+    with pytest.raises(MismatchError, match=r"another checkpoint of the same model; or leave the file out") as refusal:
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
     assert "take" not in str(refusal.value)
 

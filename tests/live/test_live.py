@@ -284,7 +284,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "surplus": (lambda: fresh({**SFT, "h.1.v": torch.ones(3)}), r"1 tensor is in sft model Model only.*take="),
     "shape": (lambda: change("norm.w", lambda t: t[:5]), r"'norm.w' is BF16 \[8\] in base .* F32 \[5\] in sft model"),
     "vocabulary": (lambda: change("embed_tokens.weight", lambda t: t[:5]), r"is \[7, 44\] in base .* vocab='base' or"),
-    "integers": (lambda: change("norm.w", lambda t: t.int()), "integers are merged with neither"),
+    "integers": (lambda: change("norm.w", lambda t: t.int()), "integers can be merged neither"),
     "float8": (lambda: change("norm.w", lambda t: t.to(torch.float8_e4m3fn)), "'norm.w' of the model is torch.float8"),
     "complex": (lambda: change("norm.w", lambda t: t.to(torch.complex64)), "'norm.w' of the model is torch.complex64"),
     "quantised": (quantised, "'norm.w' of the model is Params4bit; quantised"),

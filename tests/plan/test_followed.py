@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Inputs], str]] = {
     ),
     "a matrix stored the other way round": (
         lambda f: changed(saved(f, llama()), "sft", "up_proj", torch.Tensor.t),
-        r"2 tensors .*up_proj\.weight' are .* in another order; save both in one way",
+        r"2 tensors .*up_proj\.weight' are .* dimensions in another order; save both alike",
     ),
     "an sft that ties its head": (
         lambda f: saved(f, llama(), llama(tie_word_embeddings=True)),
@@ -326,4 +326,4 @@ def test_layers_that_the_config_does_not_count_are_not_kept(tmp_path: Path) -> N
     for options in ((("--keep", "layers.2"),), (("--keep", "layers.2"), ("--keep", "layers.1"))):
         (end,) = endings(inputs, tmp_path, options)
         assert end.out is None
-        assert re.search(r"--keep does not make two depths one: .* num_hidden_layers 3 and 2", end.messages[0])
+        assert re.search(r"--keep cannot reconcile two depths: .* num_hidden_layers 3 and 2", end.messages[0])
