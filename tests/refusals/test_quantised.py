@@ -27,7 +27,7 @@ SAID: dict[str, tuple[Callable[[], Any], str]] = {
     "aqlm": (transformers.AqlmConfig, UNQUANTISED),
     "bitsandbytes": (
         lambda: transformers.BitsAndBytesConfig(load_in_4bit=True),
-        f"{UNQUANTISED}; of a QLoRA run, BASE is the unquantised model and SFT the adapter",
+        f"{UNQUANTISED}; for a QLoRA run, BASE is the unquantised model and SFT the adapter",
     ),
     "mxfp4": (transformers.Mxfp4Config, r"Mxfp4Config\(dequantize=True\)`, then `save_pretrained`, and merge that"),
     "fp8": (transformers.FineGrainedFP8Config, "none of its tensors is FP8: if .* remove that entry"),
@@ -84,7 +84,7 @@ STORED: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], str]] = {
         "as in MLX models"),
     "FP8": (
         {UP0: ("F8_E4M3", (8, 8)), f"{UP0}_scale_inv": ("F32", (1, 1))},
-        f"is F8_E4M3, with '{UP0}_scale_inv' beside it, as FP8 models.*--dequantize multiplies"),
+        f"is F8_E4M3, with '{UP0}_scale_inv' beside it, as in FP8 models.*--dequantize multiplies"),
 }  # fmt: skip
 
 
@@ -146,21 +146,21 @@ UNREAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("said", "match"), UNREAD, ids=[match for _, match in UNREAD])
 def test_methods_that_are_not_read_are_refused(models: Models, said: dict[str, Any], match: str) -> None:
     models.change("sft", fp8_state({UP0: torch.ones(8, 8)}, None), {**CONFIG, "quantization_config": said})
-    models.refused(CheckpointError, rf"sft .* is quantised {match}, which --dequantize does not read", dequantize=True)
+    models.refused(CheckpointError, rf"sft .* is quantised {match}, which --dequantize does not support", dequantize=True)
 
 
 EIGHT = torch.ones(8, 8).to(torch.float8_e4m3fn)
 BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "no scales": ({UP0: EIGHT}, rf"'{UP0}' is F8_E4M3 in sft .*, with no scales"),
     "two scales": (
-        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1), f"{UP0}_scale": torch.ones(1)}, "2 tensors of scales beside"),
+        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1), f"{UP0}_scale": torch.ones(1)}, "2 tensors of scales"),
     "scales of a float": ({f"{UP1}_scale_inv": torch.ones(1)}, rf"stores '{UP1}_scale_inv', scales of a weight"),
     "scales of nothing": ({"x.weight_scale_inv": torch.ones(1)}, r"stores 'x\.weight_scale_inv', scales of a weight"),
     "another method besides": ({f"{UP1}_packed": torch.ones(1)}, "as in compressed-tensors models"),
     "int8 besides": (
         {UP1: torch.ones(8, 8).to(torch.int8), f"{UP1}_scale": torch.ones(1)}, rf"'{UP1}' is I8, with"),
     "scales that are integers": (
-        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1, dtype=torch.uint8)}, "stores the scales .* as U8; F32, BF16"),
+        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1, dtype=torch.uint8)}, "stores the scales .* as U8; only F32, BF16"),
 }  # fmt: skip
 GOOD = {UP1: EIGHT.clone(), f"{UP1}_scale_inv": torch.ones(1, 1)}
 

@@ -334,7 +334,7 @@ def test_an_adapter_of_another_model_is_refused(trained: Path, tmp_path: Path) -
     state = read_model(trained / "base")
     wider = {n: torch.cat([t, t]) if "q_proj" in n else t for n, t in state.items()}
     write_model(tmp_path / "base", wider, config=json.loads((trained / "base" / "config.json").read_text()))
-    with pytest.raises(MismatchError, match=r"q_proj\.weight' is BF16 \[64, 32\], and .*is this the model"):
+    with pytest.raises(MismatchError, match=r"q_proj\.weight' is BF16 \[64, 32\], but .*is this the model"):
         merge_checkpoints(tmp_path / "base", trained / "adapter", tmp_path / "out")
 
 

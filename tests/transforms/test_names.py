@@ -189,7 +189,7 @@ def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
     save_file(state, path)
     given = tmp_path / "base", tmp_path / "adapter"
     with pytest.raises(
-        MismatchError, match=r"only, not in base .*'model\.layers\.\*\.self_attn\.seek.*'top\.weight'.*tell rename"
+        MismatchError, match=r"only, not in base .*'model\.layers\.\*\.self_attn\.seek.*'top\.weight'.*use rename"
     ):
         merge_checkpoints(*given, tmp_path / "out")
     head = r"^top\.weight$=lm_head.weight"
@@ -200,7 +200,7 @@ def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
     verify(tmp_path / "out")
     with pytest.raises(ArgumentError, match=r"changes none of the 3 tensor names .* such as '[mt]"):
         merge_checkpoints(*given, tmp_path / "no", rename=["lora_A=lora_B"])
-    with pytest.raises(MismatchError, match=r"layers\.0.* and '.*layers\.1.* would be '.*layers\.0.*change rename"):
+    with pytest.raises(MismatchError, match=r"layers\.0.* and '.*layers\.1.* would become '.*layers\.0.*change rename"):
         merge_checkpoints(*given, tmp_path / "no", rename=[r"layers\.\d+\.(.*)seek=layers.0.\1q_proj", head])
 
 
