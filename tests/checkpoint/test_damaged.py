@@ -1,4 +1,4 @@
-"""Files that are damaged, lost, or changed meanwhile."""
+"""Files that are damaged, missing, or changed during the merge."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _cut_a_file(folder: Path) -> None:
 
 
 def _change(change: Callable[[Any, Any], None]) -> Callable[[Path], None]:
-    """Change what the metadata says, given it and the place of the second piece of the embedding."""
+    """Change the metadata; the change gets it and the index of the embedding's second piece."""
 
     def changed(folder: Path) -> None:
         found = metadata(folder)
@@ -120,7 +120,7 @@ def test_damaged_files_are_refused_or_give_what_is_whole(tmp_path_factory: pytes
     contents = {path: path.read_bytes() for path in files}
 
     def places(path: Path) -> set[int]:
-        """Bytes of tensors, of which no damage shows."""
+        """Bytes of tensors, where damage does not show."""
         found = open_checkpoint(path.parent, "sft")
         tensors = [tensor for file in found.files.values() if file.path == path for tensor in file.tensors]
         return {at for tensor in tensors for at in range(tensor.begin, tensor.begin + tensor.nbytes)}
@@ -145,7 +145,7 @@ def test_damaged_files_are_refused_or_give_what_is_whole(tmp_path_factory: pytes
         with suppress(MergeError):
             got = held(open_checkpoint(path.parent, "sft"))
         path.write_bytes(contents[path])
-        # Of metadata not everything is written twice, so that a name may be another's.
+        # Metadata is not fully redundant: a damaged name may be another valid one.
         for name, expected in whole[path.parent].items():
             assert path.name == ".metadata" or got.get(name, expected) == expected
 
@@ -182,11 +182,11 @@ def test_a_merge_of_other_files_is_not_verified(tmp_path: Path, name: str) -> No
     base = write_model(tmp_path / "base", BASE)
     sft = save_dcp({"model": SFT}, tmp_path / "sft")
     merge_checkpoints(base, sft, tmp_path / "out")
-    again = save_dcp({"model": SFT}, tmp_path / "again")  # it has another id
+    again = save_dcp({"model": SFT}, tmp_path / "again")  # with another id
     shutil.copyfile(again / name, sft / name)
     if name == "__0_0.distcp":
         content = bytearray((sft / name).read_bytes())
-        content[6000] ^= 1  # of the embedding
+        content[6000] ^= 1  # in the embedding
         (sft / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"not what was merged: its {name} has changed"):
         verify(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What several ranks stored, in pieces."""
+"""Tensors that several ranks stored in pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in no form that is read: refused by name, with what to run."""
+"""Formats that are not supported: refused by name, with the command to run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from other_forms import BASE, SFT, Evil, save_shards
 
 
 def rewritten(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
-    """Write a zip archive anew, with other contents."""
+    """Rewrite a zip archive with other contents."""
     with zipfile.ZipFile(path) as before:
         contents = {name: before.read(name) for name in before.namelist()}
     with zipfile.ZipFile(path, "w", method) as after:
@@ -32,7 +32,7 @@ def big_endian(name: str, content: bytes) -> bytes:
 
 
 def repacked(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
-    """Write the sft by torch.save, and its archive anew, with other contents."""
+    """Save the sft by torch.save, then rewrite the archive with other contents."""
     torch.save(SFT, path)
     rewritten(path, change, method)
 
@@ -43,7 +43,7 @@ def cut_off(path: Path) -> None:
 
 
 def of(value: Any) -> Callable[[Path], None]:
-    """What saves a value by torch.save."""
+    """Return a function that saves a value by torch.save."""
     return lambda path: torch.save(value, path)
 
 

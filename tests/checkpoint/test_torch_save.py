@@ -55,7 +55,7 @@ def test_every_way_to_hold_a_tensor_is_read(tmp_path: Path) -> None:
 
 def test_a_file_of_more_than_4_gb_is_read(tmp_path: Path) -> None:
     path = tmp_path / "large.bin"
-    with torch.serialization.skip_data():  # a hole in the file
+    with torch.serialization.skip_data():  # leaves a hole in the file
         torch.save({"a": torch.empty(4_400_000_000, dtype=torch.uint8), "b": torch.zeros(5)}, path)
     large, small = open_pickled(path, "large.bin").tensors
     assert (large.name, large.nbytes, small.name, small.shape) == ("a", 4_400_000_000, "b", (5,))

@@ -1,4 +1,4 @@
-"""A plan that loses something is found before a byte is written, whatever decided it."""
+"""A plan that loses a tensor is found before a byte is written, wherever the fault is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES = {EMBED: (40, 16), UP: (16, 64), NORM: (16,)}
 
 
 def planned(folder: Path, *, apart: bool = False) -> tuple[Decided, Plan]:
-    """A merge of a tied base with an sft, whose head is its own if `apart`."""
+    """A merge of a tied base with an sft, untied if `apart`."""
     base = random_state(SHAPES)
     sft = random_state(SHAPES, seed=1) | ({HEAD: random_state({HEAD: (40, 16)}, seed=2)[HEAD]} if apart else {})
     config = {"model_type": "llama", "tie_word_embeddings": True}
@@ -93,7 +93,7 @@ def test_a_config_that_says_other_than_what_is_written_is_found(tmp_path: Path, 
     decided, plan = planned(tmp_path, apart=apart)
     config = json.dumps({"model_type": "llama", "tie_word_embeddings": apart}).encode()
     wrong = replace(plan, configs={"config.json": config})
-    if not apart:  # there is no tie to speak of where no file stores a head
+    if not apart:  # without a stored head there is no tie to check
         check_plan(wrong, decided.ties)
         return
     with pytest.raises(PlanError, match=r"config\.json would say tied"):

@@ -1,4 +1,4 @@
-"""An sft that is its start is said."""
+"""A note says that an sft equals its start."""
 
 from __future__ import annotations
 

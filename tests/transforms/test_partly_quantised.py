@@ -1,4 +1,4 @@
-"""A base that is quantised in part, all of which is kept: copied byte for byte, and described by the config of OUT."""
+"""A partly quantised base: what is quantised is kept byte for byte, and described by the config of OUT."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def models(tmp_path: Path) -> Models:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose MLPs transformers quantised to FP8, and one tuned from it in bfloat16."""
+    """A Llama with MLPs quantised to FP8 by transformers, and one tuned from it in bfloat16."""
     folder = tmp_path_factory.mktemp("partly")
     model = new_model("llama")
     model.save_pretrained(folder / "base-bf16")
@@ -49,7 +49,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merged_naively(base: State, sft: State, alpha: float, drop: float) -> State:
-    """The formula for what is not quantised, and the base for what is."""
+    """The formula for unquantised tensors, the base for quantised ones."""
     found: State = {}
     for name, tensor in base.items():
         quantised = ".mlp." in name
@@ -60,7 +60,7 @@ def merged_naively(base: State, sft: State, alpha: float, drop: float) -> State:
 
 @pytest.mark.parametrize("form", ["bfloat16", "FP8", "adapter"])
 def test_it_is_merged_and_loads(llama: Path, tmp_path: Path, form: str) -> None:
-    """The sft unquantised, quantised as the base is, or an adapter; transformers reads the config of what comes out."""
+    """The sft unquantised, quantised like the base, or an adapter; transformers reads the config of the result."""
     base = read_model(llama / "base")
     sft = llama / "sft"
     if form == "FP8":
@@ -99,7 +99,7 @@ def test_it_is_merged_and_loads(llama: Path, tmp_path: Path, form: str) -> None:
 
 
 def test_an_adapter_of_what_is_quantised_is_refused(llama: Path, tmp_path: Path) -> None:
-    """To keep the base's would throw away what it trained."""
+    """Keeping the base's would discard what it trained."""
     options = {"target_modules": ["q_proj", "up_proj"]}
     adapted(llama / "base-bf16", tmp_path / "sft", tmp_path / "merged", "llama", options, torch.bfloat16)
     with pytest.raises(
@@ -142,7 +142,7 @@ def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 UP = UP0.removesuffix(".weight")
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
-# What a quantised module has beside nothing else; what the config says; what an unquantised model has in its place.
+# The tensors of a quantised module; the config; the tensors of an unquantised model instead.
 FORMS: dict[str, tuple[State, dict[str, Any], str]] = {
     "GPTQ": ({f"{UP}.qweight": zeros(torch.int32, 1, 8), f"{UP}.qzeros": zeros(torch.int32, 1, 1),
               f"{UP}.scales": zeros(torch.float16, 1, 8), f"{UP}.g_idx": zeros(torch.int32, 8)},
@@ -176,7 +176,7 @@ FORMS: dict[str, tuple[State, dict[str, Any], str]] = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sft", ["plain", "same", "quantised otherwise"])
 def test_any_form_is_copied_as_it_is(models: Models, form: str, sft: str) -> None:
-    """With what the message offers; the sft unquantised, quantised alike, or elsewhere."""
+    """With the offered option; the sft unquantised, quantised alike, or quantised elsewhere."""
     parts, said, weight = FORMS[form]
     rest = {UP0: None} if weight == UP0 else {}
     same: dict[str, Any] = {**rest, "big.weight": torch.ones(60, 60), f"{UP}.bias": torch.ones(8)}
@@ -267,7 +267,7 @@ def test_kept_and_taken_parts_need_one_config(models: Models) -> None:
 
 
 def test_with_dequantize_other_forms_beside_are_refused(models: Models) -> None:
-    """One quantization_config would describe both, and be wrong of one."""
+    """One quantization_config would describe both, and be wrong for one."""
     parts = {UP0: zeros(torch.float8_e4m3fn, 8, 8), f"{UP0}_scale": torch.ones(1),
              UP1: zeros(torch.int8, 8, 8), f"{UP1}_scale": torch.ones(1)}  # fmt: skip
     models.change("base", parts, FP8)

@@ -1,4 +1,4 @@
-"""Whether two models mean the same tokens: tokenizers as transformers and tokenizers write them."""
+"""Do two models have the same tokens? Tokenizers as transformers and tokenizers write them."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ ENDS = (EMBED, HEAD)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of 96 rows and 90 tokens; an sft that has ten tokens more, and 100 rows."""
+    """A base of 96 rows and 90 tokens; an sft with ten more tokens and 100 rows."""
     return write_pair("llama", tmp_path_factory.mktemp("pair"))
 
 
 def forms(folder: Path) -> dict[str, tuple[Path, dict[str, int]]]:
-    """Tokenizers in every form that is read, and their vocabularies as their library tells them."""
+    """Tokenizers in every supported form, and their vocabularies according to their library."""
     bpe = models.BPE({"a": 0, "b": 1, "ab": 2, "<unk>": 3}, [("a", "b")])
     made: dict[str, Any] = {
         "BPE": Tokenizer(bpe),
@@ -78,7 +78,7 @@ def test_tokens_are_read_from_every_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("vocab", ["base", "sft"])
 def test_different_tokens_are_refused_and_listed(tmp_path: Path, vocab: str) -> None:
-    """Also where the sizes are the same, once a vocabulary is chosen; the cure that is shown works."""
+    """Also for equal sizes, once a vocabulary is chosen; the shown cure works."""
     model = new_model("llama")
     save(model, tmp_path / "base", tokenizer_of(WORDS))
     others = [*WORDS[:40], *(f"v{n}" for n in range(40, 44)), *WORDS[44:]]
@@ -99,7 +99,7 @@ def test_different_tokens_are_refused_and_listed(tmp_path: Path, vocab: str) -> 
 
 
 def test_tokens_that_only_one_has_are_no_difference(tmp_path: Path) -> None:
-    """Rows that were padding in the base, and tokens in the sft."""
+    """Rows that are padding in the base and tokens in the sft."""
     model = new_model("llama")
     save(model, tmp_path / "base", tokenizer_of(WORDS))
     save(resize(fine_tuned(model, seed=2), 100), tmp_path / "sft", tokenizer_of(WORDS, EXTRA[:3]))

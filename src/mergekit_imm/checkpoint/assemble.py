@@ -66,9 +66,18 @@ def assemble(
             " file its index names"
         )
     return Checkpoint(
-        role, ref, folder, {**files, **files_beside}, tensors, config, dict(side), (),
-        parts=parts or (Part(tuple(files)),), unread=tuple(unread), notes=tuple(notes),
-    )  # fmt: skip
+        role,
+        ref,
+        folder,
+        {**files, **files_beside},
+        tensors,
+        config,
+        dict(side),
+        (),
+        parts=parts or (Part(tuple(files)),),
+        unread=tuple(unread),
+        notes=tuple(notes),
+    )
 
 
 def _by_name(

@@ -61,8 +61,9 @@ def match_to_model(
     # Differing vocabulary sizes are reported later, so shapes do not count here.
     sought = {
         n: None if is_end(n) else wanted[path]
-        for n, path in lost.items() if stored or n not in tied or not is_output_head(n)
-    }  # fmt: skip
+        for n, path in lost.items()
+        if stored or n not in tied or not is_output_head(n)
+    }
     found = by_name(sought, there)
     lost = {n: path for n, path in lost.items() if n in found or n not in tied}
     names |= {lost[name]: new for name, new in found.items()}

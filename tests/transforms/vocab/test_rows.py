@@ -1,4 +1,4 @@
-"""Rows that all have are merged, the rest is the owner's: any sizes, starts, ties, heads; what does not fit."""
+"""Common rows are merged, the rest is the owner's: any sizes, starts, ties, heads; misfits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_rows_that_both_have_are_merged_and_the_rest_is_the_owner_s(
 
 
 def test_a_base_with_padded_rows_and_an_sft_without(tmp_path: Path) -> None:
-    """As Qwen2.5: more rows than tokens in the base, and as many as tokens once they were resized."""
+    """As in Qwen2.5: more rows than tokens in the base, equally many after resizing."""
     model = new_model("llama")
     given = (
         save(model, tmp_path / "base", tokenizer_of(WORDS)),
@@ -63,7 +63,7 @@ def test_a_base_with_padded_rows_and_an_sft_without(tmp_path: Path) -> None:
 @pytest.mark.parametrize("vocab", ["base", "sft"])
 @pytest.mark.parametrize("rows", [90, 96, 100, 104])
 def test_a_start_of_any_size(resized: tuple[str, Path], tmp_path: Path, vocab: str, rows: int) -> None:
-    """Rows that are not in all three are the owner's."""
+    """Rows that not all three have are the owner's."""
     layout, folder = resized
     model = LAYOUTS[layout].auto.from_pretrained(folder / "base", dtype=torch.bfloat16)
     begin = save(resize(fine_tuned(model, seed=4), rows), tmp_path / "start")
