@@ -86,12 +86,12 @@ def _by_name(
     """Return tensors by name, and the duplicates that an index says to read from another file."""
     tensors: dict[str, Tensor] = {}
     unread = []
-    homes: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for file in files:
         for tensor in file.tensors:
-            if tensor.name not in homes:
+            if tensor.name not in file_of:
                 pass
-            elif places.get(tensor.name) == homes[tensor.name]:
+            elif places.get(tensor.name) == file_of[tensor.name]:
                 unread.append(tensor)
                 continue
             elif places.get(tensor.name) == file.name:
@@ -99,9 +99,9 @@ def _by_name(
                 assert isinstance(before, TensorInfo)
                 unread.append(before)
             else:
-                raise _stored_twice(tensor.name, homes[tensor.name], file.name, role, ref)
+                raise _stored_twice(tensor.name, file_of[tensor.name], file.name, role, ref)
             tensors[tensor.name] = tensor
-            homes[tensor.name] = file.name
+            file_of[tensor.name] = file.name
     return tensors, unread
 
 

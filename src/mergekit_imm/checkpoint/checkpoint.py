@@ -52,7 +52,7 @@ class Checkpoint:
         return self.part_configs.get(folder) if folder else self.config
 
     @cached_property
-    def homes(self) -> dict[str, str]:
+    def file_of(self) -> dict[str, str]:
         """The file that holds each stored tensor."""
         return {tensor.name: file.name for file in self.files.values() for tensor in file.tensors}
 

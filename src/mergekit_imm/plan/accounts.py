@@ -45,26 +45,28 @@ def check_plan(plan: Plan, ties: Ties) -> None:
         _check_tie(plan, folder, tied, ties, written)
 
 
-def _check_files(role: str, each: Checkpoint) -> None:
+def _check_files(role: str, checkpoint: Checkpoint) -> None:
     """Check that a model's tensors are read from every byte its files hold."""
     ranges: dict[str, list[tuple[int, int]]] = {}
-    for tensor in each.tensors.values():
+    for tensor in checkpoint.tensors.values():
         for owner, leaf in leaves(tensor, role):
             if owner == role:
                 ranges.setdefault(leaf.file, []).append((leaf.begin, leaf.begin + leaf.nbytes))
-    unread = {(tensor.file, tensor.begin) for tensor in each.unread}
+    unread = {(tensor.file, tensor.begin) for tensor in checkpoint.unread}
     # A resized vocabulary may lose rows.
     joined = {name: _joined(found) for name, found in ranges.items()}
-    copies = {(tensor.name, tensor.shape) for tensor in _stored(each) if _covered(tensor, joined, whole=True)}
-    for tensor in _stored(each):
+    copies = {(tensor.name, tensor.shape) for tensor in _stored(checkpoint) if _covered(tensor, joined, whole=True)}
+    for tensor in _stored(checkpoint):
         if not tensor.nbytes or (tensor.file, tensor.begin) in unread or (tensor.name, tensor.shape) in copies:
             continue
-        if not _covered(tensor, joined, whole=each.rows is None):
-            raise _fault(f"tensor '{shown(tensor.name)}' in {shown(tensor.file)} of {each.label} would not be read")
+        if not _covered(tensor, joined, whole=checkpoint.rows is None):
+            raise _fault(
+                f"tensor '{shown(tensor.name)}' in {shown(tensor.file)} of {checkpoint.label} would not be read"
+            )
 
 
-def _stored(each: Checkpoint) -> Iterator[TensorInfo]:
-    for file in each.files.values():
+def _stored(checkpoint: Checkpoint) -> Iterator[TensorInfo]:
+    for file in checkpoint.files.values():
         yield from file.tensors
 
 

@@ -30,13 +30,13 @@ def refuse(error: MergeError, _: Collection[str] = ()) -> None:
     raise error
 
 
-def side_of(each: Checkpoint, name: str, group: Group | None) -> Tensor | None:
+def side_of(checkpoint: Checkpoint, name: str, group: Group | None) -> Tensor | None:
     """Return the tensor that a name stands for in a checkpoint; None if it has none."""
-    if name in each.tensors or group is None:
-        return each.tensors.get(name)
+    if name in checkpoint.tensors or group is None:
+        return checkpoint.tensors.get(name)
     # A tied tensor may be stored under another of its names; in an adapter only while the tie holds.
-    names = group.siblings if each.adapter is None else group.names
-    return next((found for n in names if (found := each.tensors.get(n))), None)
+    names = group.siblings if checkpoint.adapter is None else group.names
+    return next((found for n in names if (found := checkpoint.tensors.get(n))), None)
 
 
 def check_names(
@@ -76,12 +76,12 @@ def check_names(
             _complain_of(found, each, base, file, cure, complain)
 
 
-def _by_file(each: Checkpoint, names: Collection[str]) -> list[tuple[str, set[str]]]:
+def _by_file(checkpoint: Checkpoint, names: Collection[str]) -> list[tuple[str, set[str]]]:
     """Group tensors by file, those of the model's own files under ""."""
-    beside = {file for part in each.parts if part.beside or part.folder for file in part.files}
+    beside = {file for part in checkpoint.parts if part.beside or part.folder for file in part.files}
     files: dict[str, set[str]] = {}
     for name in names:
-        file = each.homes.get(each.original_names.get(name, name), "")
+        file = checkpoint.file_of.get(checkpoint.original_names.get(name, name), "")
         files.setdefault(file if file in beside else "", set()).add(name)
     return sorted(files.items())
 

@@ -156,11 +156,11 @@ def _classes_of_base(
     return [_ordered(members) for members in tied if len(members) > 1]
 
 
-def _equals(each: Checkpoint, name: str, members: Sequence[str], same_bytes: SameBytes) -> bool:
+def _equals(checkpoint: Checkpoint, name: str, members: Sequence[str], same_bytes: SameBytes) -> bool:
     """Whether a model stores the same bytes under a name as under a tied one."""
-    own = each.tensors.get(name)
-    held = next((each.tensors[member] for member in members if member in each.tensors), None)
-    return own is not None and held is not None and same_bytes(each, held, own)
+    own = checkpoint.tensors.get(name)
+    held = next((checkpoint.tensors[member] for member in members if member in checkpoint.tensors), None)
+    return own is not None and held is not None and same_bytes(checkpoint, held, own)
 
 
 def _with_all_names(found: Mapping[str, Group], sft: Checkpoint) -> dict[str, Group]:
@@ -237,14 +237,16 @@ def _split(used: Used, members: list[str], same_bytes: SameBytes) -> tuple[dict[
     return groups, breaker, len(with_embedding) < len(partition)
 
 
-def _classes_of(each: Checkpoint, names: list[str], members: Sequence[str], same_bytes: SameBytes) -> list[list[str]]:
+def _classes_of(
+    checkpoint: Checkpoint, names: list[str], members: Sequence[str], same_bytes: SameBytes
+) -> list[list[str]]:
     """Split names into classes of one tensor in an input; a name it does not store belongs to the first it has."""
-    if each.adapter is not None:
-        return _classes_of_adapter(each, names, same_bytes)
-    first = next(name for name in members if name in each.tensors)
-    held = [name for name in names if name in each.tensors]
-    classes = _equal_classes(each, [first, *(name for name in held if name != first)], same_bytes)
-    classes[0] = [name for name in names if name in classes[0] or name not in each.tensors]
+    if checkpoint.adapter is not None:
+        return _classes_of_adapter(checkpoint, names, same_bytes)
+    first = next(name for name in members if name in checkpoint.tensors)
+    held = [name for name in names if name in checkpoint.tensors]
+    classes = _equal_classes(checkpoint, [first, *(name for name in held if name != first)], same_bytes)
+    classes[0] = [name for name in names if name in classes[0] or name not in checkpoint.tensors]
     return [found for found in classes if found]
 
 
@@ -285,12 +287,12 @@ def _check_rows(adapter: Checkpoint, model: Checkpoint, members: Sequence[str]) 
         )
 
 
-def _equal_classes(each: Checkpoint, names: Sequence[str], same_bytes: SameBytes) -> list[list[str]]:
+def _equal_classes(checkpoint: Checkpoint, names: Sequence[str], same_bytes: SameBytes) -> list[list[str]]:
     """Split names into classes with equal bytes."""
     classes: list[list[str]] = []
     for name in names:
         for known in classes:
-            if same_bytes(each, each.tensors[known[0]], each.tensors[name]):
+            if same_bytes(checkpoint, checkpoint.tensors[known[0]], checkpoint.tensors[name]):
                 known.append(name)
                 break
         else:
@@ -303,8 +305,8 @@ def _ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (not is_input_embedding(name), name))
 
 
-def _broken_by(each: Checkpoint, one: str, other: str, though: str) -> str:
-    if each.adapter is not None:
-        held = one if one in each.tensors else other
-        return f"{each.label} holds '{shown(held)}', trained apart, though the base ties it"
-    return f"{each.label} holds '{shown(one)}' and '{shown(other)}' with different values, though {though}"
+def _broken_by(checkpoint: Checkpoint, one: str, other: str, though: str) -> str:
+    if checkpoint.adapter is not None:
+        held = one if one in checkpoint.tensors else other
+        return f"{checkpoint.label} holds '{shown(held)}', trained apart, though the base ties it"
+    return f"{checkpoint.label} holds '{shown(one)}' and '{shown(other)}' with different values, though {though}"

@@ -90,14 +90,14 @@ def split_experts(role: str, name: str, tensor: Tensor, layout: Layout) -> list[
 
 
 def fuse_experts(
-    role: str, tensors: Mapping[str, Tensor], lost: Iterable[str], original_names: Mapping[str, str]
+    role: str, tensors: Mapping[str, Tensor], unmatched: Iterable[str], original_names: Mapping[str, str]
 ) -> tuple[dict[str, tuple[Tensor, str]], set[str]]:
     """Fuse single experts where all are there.
 
     Returns fused name -> (tensor, its original names in short), and the names that were fused.
     """
     stacks: dict[str, dict[tuple[int, str], str]] = defaultdict(dict)
-    for name in lost:
+    for name in unmatched:
         found = _EXPERT.fullmatch(name)
         if found is not None:
             stacks[found[1]][int(found[2]), found[3]] = name

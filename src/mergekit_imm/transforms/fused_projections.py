@@ -22,23 +22,23 @@ def split_or_fuse(
     Modules match by canonical name, else by their numbers and last component.
     """
     found, names = dict(tensors), dict(original_names)
-    lost = {name: canonical(name) for name in tensors if name not in base}
-    free = {canonical(name): tensor for name, tensor in base.items() if name not in tensors} if lost else {}
+    unmatched = {name: canonical(name) for name in tensors if name not in base}
+    free = {canonical(name): tensor for name, tensor in base.items() if name not in tensors} if unmatched else {}
     for parts, whole, dim, ends in JOINTS:
         for end in ends:
             each = [f"{part}{end}" for part in parts]
             there = _modules(free, [*each, whole + end])
             if not there[0]:
                 continue
-            made = _fused(role, found, names, lost, there, each, whole + end, dim)
-            made += _split(role, found, names, lost, there, each, whole + end, dim)
+            made = _fused(role, found, names, unmatched, there, each, whole + end, dim)
+            made += _split(role, found, names, unmatched, there, each, whole + end, dim)
             gone = {name for olds, _ in made for name in olds}
             found = {name: tensor for name, tensor in found.items() if name not in gone}
             names = {name: old for name, old in names.items() if name not in gone}
             for _, news in made:
                 for name, tensor, old in news:
                     found[name], names[name] = tensor, old
-            lost = {name: spelling for name, spelling in lost.items() if name not in gone}
+            unmatched = {name: spelling for name, spelling in unmatched.items() if name not in gone}
     return found, names
 
 
@@ -84,14 +84,14 @@ def _fused(
     role: str,
     tensors: Mapping[str, Tensor],
     original_names: Mapping[str, str],
-    lost: Mapping[str, str],
+    unmatched: Mapping[str, str],
     there: Modules,
     parts: Sequence[str],
     whole: str,
     dim: int,
 ) -> Made:
     stems: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, spelling in sorted(lost.items()):
+    for name, spelling in sorted(unmatched.items()):
         for part in parts:
             stem = _stem(spelling, part)
             if stem is not None:
@@ -119,14 +119,14 @@ def _split(
     role: str,
     tensors: Mapping[str, Tensor],
     original_names: Mapping[str, str],
-    lost: Mapping[str, str],
+    unmatched: Mapping[str, str],
     there: Modules,
     parts: Sequence[str],
     whole: str,
     dim: int,
 ) -> Made:
     made: Made = []
-    for name, spelling in sorted(lost.items()):
+    for name, spelling in sorted(unmatched.items()):
         stem = _stem(spelling, whole)
         if stem is None:
             continue

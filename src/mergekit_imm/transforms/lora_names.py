@@ -49,30 +49,32 @@ def match_to_model(
     names = dict(zip(wanted, ruled(wanted, rules), strict=True))
     # A tied tensor has several names, and the model need not store them all; a head that it stores is matched as such.
     widths = {t.shape[1:] for n, t in model.tensors.items() if is_input_embedding(n) and says_tied(model.config)}
-    lost = {n: path for path, n in names.items() if n not in model.tensors}
-    tied = {n for n, path in lost.items() if is_end(n) and ((shape := wanted[path]) is None or shape[1:] in widths)}
+    unmatched = {n: path for path, n in names.items() if n not in model.tensors}
+    tied = {
+        n for n, path in unmatched.items() if is_end(n) and ((shape := wanted[path]) is None or shape[1:] in widths)
+    }
     tied = tied if widths else set()
-    for name, path in lost.items():  # and of its bias
+    for name, path in unmatched.items():  # and of its bias
         outer = model.tensors.get(outer_bias(name))
         if outer is not None and outer.shape == wanted[path] and is_output_head(f"{name.removesuffix('bias')}weight"):
             tied.add(name)
     stored = any(is_output_head(name) for name in model.tensors if name not in names.values())
-    there = {name: tensor.shape for name, tensor in model.tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     # Differing vocabulary sizes are reported later, so shapes do not count here.
     sought = {
         n: None if is_end(n) else wanted[path]
-        for n, path in lost.items()
+        for n, path in unmatched.items()
         if stored or n not in tied or not is_output_head(n)
     }
-    found = by_name(sought, there)
-    lost = {n: path for n, path in lost.items() if n in found or n not in tied}
-    names |= {lost[name]: new for name, new in found.items()}
-    homes = {without_wrappers(name): file for name, file in adapter.homes.items()}
+    found = by_name(sought, shapes)
+    unmatched = {n: path for n, path in unmatched.items() if n in found or n not in tied}
+    names |= {unmatched[name]: new for name, new in found.items()}
+    file_of = {without_wrappers(name): file for name, file in adapter.file_of.items()}
     beside = {file for part in adapter.parts if part.beside or part.folder for file in part.files}
-    own = set(lost) - set(found)
+    own = set(unmatched) - set(found)
     every = {*names, *model.tensors}
     for file in sorted(beside):
-        names_of_file = {name for name in own if homes.get(lost[name]) == file}
+        names_of_file = {name for name in own if file_of.get(unmatched[name]) == file}
         surplus = {name for name in names_of_file if not taken(name)}
         complaint = only_in(surplus, model.tensors, f"{adapter.label} ({shown(file)})", model.label)
         if complaint:
@@ -80,7 +82,7 @@ def match_to_model(
             cure = f"to let them through: {option}; or " if option else ""
             raise MismatchError(f"{complaint}; {cure}leave the file out: {leave_out_option(file)}")
         own -= names_of_file
-    whole = {name for name in own if lost[name] in parts.whole}
+    whole = {name for name in own if unmatched[name] in parts.whole}
     surplus = {name for name in own if name not in whole or not taken(name)}
     complaint = only_in(surplus, model.tensors, adapter.label, model.label)
     if complaint:

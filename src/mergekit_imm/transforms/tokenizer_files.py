@@ -76,70 +76,72 @@ def token_differences(one: Checkpoint, other: Checkpoint) -> str:
     return ", and ".join(differences) or "their tokenizers have the same tokens"
 
 
-def token_table(each: Checkpoint) -> Table:
+def token_table(checkpoint: Checkpoint) -> Table:
     """Return the tokens of a model by id, empty if it has no file that can be parsed.
 
     Raises CheckpointError for a file that is damaged or has an unknown form.
     """
-    if _FAST in each.side:
-        content = _content(each, _FAST)
+    if _FAST in checkpoint.side:
+        content = _content(checkpoint, _FAST)
         vocab = content["model"].get("vocab") if isinstance(content.get("model"), dict) else None
         if isinstance(vocab, list):  # Unigram: pairs of token and score, in the order of the ids
             pairs = [(entry[0] if isinstance(entry, list) and entry else None, i) for i, entry in enumerate(vocab)]
         elif isinstance(vocab, dict):
             pairs = [*vocab.items()]
         else:
-            raise _not_understood(each, _FAST)
+            raise _not_understood(checkpoint, _FAST)
         added = content.get("added_tokens") or []
         if not isinstance(added, list) or not all(isinstance(entry, dict) for entry in added):
-            raise _not_understood(each, _FAST)
-        return _table([*pairs, *((entry.get("content"), entry.get("id")) for entry in added)], each, _FAST)
+            raise _not_understood(checkpoint, _FAST)
+        return _table([*pairs, *((entry.get("content"), entry.get("id")) for entry in added)], checkpoint, _FAST)
     table: Table = {}
-    if _VOCAB in each.side:
-        table |= _table(_content(each, _VOCAB).items(), each, _VOCAB)
-    elif _LINES in each.side:
+    if _VOCAB in checkpoint.side:
+        table |= _table(_content(checkpoint, _VOCAB).items(), checkpoint, _VOCAB)
+    elif _LINES in checkpoint.side:
         try:
-            lines = _bytes(each, _LINES).decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+            lines = _bytes(checkpoint, _LINES).decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
-            raise _not_understood(each, _LINES) from error
+            raise _not_understood(checkpoint, _LINES) from error
         table |= dict(enumerate(lines))
-    if _ADDED in each.side:
-        table |= _table(_content(each, _ADDED).items(), each, _ADDED)
-    if _CONFIG in each.side:
-        decoder = _content(each, _CONFIG).get("added_tokens_decoder") or {}
+    if _ADDED in checkpoint.side:
+        table |= _table(_content(checkpoint, _ADDED).items(), checkpoint, _ADDED)
+    if _CONFIG in checkpoint.side:
+        decoder = _content(checkpoint, _CONFIG).get("added_tokens_decoder") or {}
         if not isinstance(decoder, dict) or not all(isinstance(entry, dict) for entry in decoder.values()):
-            raise _not_understood(each, _CONFIG)
+            raise _not_understood(checkpoint, _CONFIG)
         numbers = (int(key) if re.fullmatch("[0-9]{1,9}", key) else None for key in decoder)
-        table |= _table(zip((entry.get("content") for entry in decoder.values()), numbers, strict=True), each, _CONFIG)
+        table |= _table(
+            zip((entry.get("content") for entry in decoder.values()), numbers, strict=True), checkpoint, _CONFIG
+        )
     return table
 
 
-def _table(pairs: Iterable[tuple[Any, Any]], each: Checkpoint, name: str) -> Table:
+def _table(pairs: Iterable[tuple[Any, Any]], checkpoint: Checkpoint, name: str) -> Table:
     table: Table = {}
     for token, number in pairs:
         if not isinstance(token, str) or type(number) is not int or number < 0:
-            raise _not_understood(each, name)
+            raise _not_understood(checkpoint, name)
         table[number] = token
     return table
 
 
-def _not_understood(each: Checkpoint, name: str) -> CheckpointError:
+def _not_understood(checkpoint: Checkpoint, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{each.label}: {name} is not understood as a table of tokens and their ids; save the tokenizer again with"
-        " transformers"
+        f"{checkpoint.label}: {name} is not understood as a table of tokens and their ids; save the tokenizer again"
+        " with transformers"
     )
 
 
-def _names(each: Checkpoint) -> set[str]:
+def _names(checkpoint: Checkpoint) -> set[str]:
     """The files that define a model's tokens: one that has them all, or several."""
-    if _FAST in each.side:
+    if _FAST in checkpoint.side:
         return {_FAST}
-    found = {name for name in each.side if name in (_VOCAB, _LINES) or _OPAQUE.fullmatch(name)}
-    return found | ({_ADDED, _CONFIG} & set(each.side)) if found else found
+    found = {name for name in checkpoint.side if name in (_VOCAB, _LINES) or _OPAQUE.fullmatch(name)}
+    return found | ({_ADDED, _CONFIG} & set(checkpoint.side)) if found else found
 
 
-def _has_table(each: Checkpoint) -> bool:
-    return any(name in each.side for name in (_FAST, _VOCAB, _LINES))
+def _has_table(checkpoint: Checkpoint) -> bool:
+    return any(name in checkpoint.side for name in (_FAST, _VOCAB, _LINES))
 
 
 def _same_files(one: Checkpoint, other: Checkpoint, names: set[str]) -> bool:
@@ -148,24 +150,24 @@ def _same_files(one: Checkpoint, other: Checkpoint, names: set[str]) -> bool:
     )
 
 
-def _content(each: Checkpoint, name: str) -> dict[str, Any]:
+def _content(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     try:
-        content = parse_json(_bytes(each, name))
+        content = parse_json(_bytes(checkpoint, name))
     except ValueError as error:
         why = shown(error, 200)
-        raise CheckpointError(f"{each.label}: {name} is not JSON: {why}; copy or download it again") from error
+        raise CheckpointError(f"{checkpoint.label}: {name} is not JSON: {why}; copy or download it again") from error
     if not isinstance(content, dict):
-        raise _not_understood(each, name)
+        raise _not_understood(checkpoint, name)
     return content
 
 
-def _bytes(each: Checkpoint, name: str) -> bytes:
-    path = each.side[name]
+def _bytes(checkpoint: Checkpoint, name: str) -> bytes:
+    path = checkpoint.side[name]
     if path is None:
-        raise CheckpointError(f"{each.label}: {name} is not downloaded; merge, or download it first")
+        raise CheckpointError(f"{checkpoint.label}: {name} is not downloaded; merge, or download it first")
     try:
         return read_small(path)
     except OSError as error:
         raise CheckpointError(
-            f"{each.label}: {name} cannot be read: {error.strerror}; copy or download it again"
+            f"{checkpoint.label}: {name} cannot be read: {error.strerror}; copy or download it again"
         ) from error

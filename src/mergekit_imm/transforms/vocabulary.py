@@ -31,7 +31,7 @@ def resized(inputs: Inputs, parameters: Parameters) -> dict[str, Checkpoint]:
         return dict(inputs)
     used = {role: each for role, each in inputs.items() if role != "start" or parameters.reference == "start"}
     base, sft = used["base"], used["sft"]
-    rows = _rows(used)
+    rows = _row_counts(used)
     ends = _embeddings_and_heads(base)
     notes = []
     if ends:
@@ -72,11 +72,11 @@ def _notes(used: Inputs, rows: Mapping[str, int], owner: str) -> list[str]:
     return notes
 
 
-def _embeddings_and_heads(each: Checkpoint) -> dict[str, Tensor]:
+def _embeddings_and_heads(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return the embeddings and heads of a model, which have a row for each token."""
     return {
         name: tensor
-        for name, tensor in each.tensors.items()
+        for name, tensor in checkpoint.tensors.items()
         if is_end(name)
         and layer_key(name) is None
         and tensor.dtype in MERGED
@@ -85,7 +85,7 @@ def _embeddings_and_heads(each: Checkpoint) -> dict[str, Tensor]:
     }
 
 
-def _rows(used: Inputs) -> dict[str, int]:
+def _row_counts(used: Inputs) -> dict[str, int]:
     """Return the number of rows of each model, by role; empty if all are equal."""
     base = used["base"]
     pairs: dict[str, set[tuple[int, int]]] = {}
@@ -114,7 +114,7 @@ def _rows(used: Inputs) -> dict[str, int]:
 
 def _with_rows(used: Inputs, rows: Mapping[str, int], owner: str) -> dict[str, Checkpoint]:
     """Return the models with the owner's number of rows in every tensor that has a row for each token."""
-    names = _names(used, rows)
+    names = _vocabulary_tensors(used, rows)
     found = {}
     for role, each in used.items():
         tensors = dict(each.tensors)
@@ -124,7 +124,7 @@ def _with_rows(used: Inputs, rows: Mapping[str, int], owner: str) -> dict[str, C
     return found
 
 
-def _names(used: Inputs, rows: Mapping[str, int]) -> set[str]:
+def _vocabulary_tensors(used: Inputs, rows: Mapping[str, int]) -> set[str]:
     """Return the tensors with a row for each token: embeddings, heads, and those that differ in the same way."""
     base = used["base"]
     names = {name for name, tensor in _embeddings_and_heads(base).items() if tensor.shape[0] == rows["base"]}
@@ -151,7 +151,7 @@ def _names(used: Inputs, rows: Mapping[str, int]) -> set[str]:
 
 def _with_rows_of(name: str, role: str, used: Inputs, rows: Mapping[str, int], owner: str) -> Tensor:
     tensor = used[role].tensors[name]
-    origin, whole = _whole(name, used, owner)
+    origin, whole = _owners_tensor(name, used, owner)
     size, common = rows[owner], min(rows.values())
     # A single row with a column for each token is a bias of logits, as in BART.
     axis = 1 if whole.shape == (1, size) and tensor.shape == (1, rows[role]) else 0
@@ -189,7 +189,7 @@ def _resized(shape: tuple[int, ...], before: int, after: int, axis: int) -> tupl
     return (after, *shape[1:]) if shape[:1] == (before,) else None
 
 
-def _whole(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
+def _owners_tensor(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
     """Return the owner's tensor and the role of the input it is in; a tied tensor matches by any of its names."""
     roles = [owner]
     if used[owner].adapter is not None:
