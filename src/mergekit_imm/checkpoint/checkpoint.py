@@ -30,9 +30,7 @@ class Checkpoint:
     recipe: dict[str, Any] | None = None  # of the merge that made it
     adapter: dict[str, Any] | None = None  # an adapter's config
     trained_on: Any = None  # the model an adapter's config names, a path or a hub id
-    original_names: Mapping[str, str] = field(
-        default_factory=dict
-    )  # base's name -> its own in the file, where they differ
+    original_names: Mapping[str, str] = field(default_factory=dict)  # base's name -> differing name in the file
     repo: str | None = None
     commit: str | None = None
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)  # of the files that are read whole

@@ -18,7 +18,7 @@ from ..model.tensor_names import unwrapped
 from .lazy_tensor import Tensor
 from .safe_pickle import AGAIN, DTYPES, Stub, mapping, numbers, unpickled
 from .safetensors_file import TensorFile, TensorInfo, is_plain_name, open_to_read, stamp
-from .sharded import Shard, joined_pieces
+from .sharded import PlacedTensor, joined_pieces
 from .torch_file import tensor_at
 
 METADATA = ".metadata"
@@ -187,7 +187,9 @@ def _pieces(name: str, key: str, stored: _Tensors, places: Mapping[tuple[str, An
     return found
 
 
-def _located(wanted: list[_Wanted], folder: Path, prefix: str) -> tuple[dict[str, list[Shard]], dict[str, TensorFile]]:
+def _located(
+    wanted: list[_Wanted], folder: Path, prefix: str
+) -> tuple[dict[str, list[PlacedTensor]], dict[str, TensorFile]]:
     """Locate pieces on disk: the pieces of each tensor, and the files that hold them."""
     by_file: dict[str, list[_Wanted]] = {}
     for piece in wanted:
@@ -198,7 +200,7 @@ def _located(wanted: list[_Wanted], folder: Path, prefix: str) -> tuple[dict[str
                 " allowed"
             )
         by_file.setdefault(file, []).append(piece)
-    parts: dict[str, list[Shard]] = {}
+    parts: dict[str, list[PlacedTensor]] = {}
     files = {}
     for file, pieces in sorted(by_file.items()):
         path = folder / prefix / file

@@ -17,7 +17,7 @@ _SHARDING = "DCP_SHARDING_INFO"  # metadata key of torch.distributed.checkpoint'
 _OWN = (_SHARDING, "DCP_VERSION")
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
-Shard = tuple[TensorInfo, tuple[int, ...]]  # a piece, and where in the tensor it begins
+PlacedTensor = tuple[TensorInfo, tuple[int, ...]]  # a piece, and where in the tensor it begins
 _Box = tuple[tuple[int, ...], tuple[int, ...]]  # begin and end
 
 
@@ -38,7 +38,7 @@ def from_shards(
 
     Raises CheckpointError if the pieces of a tensor do not fill it.
     """
-    parts: dict[str, list[Shard]] = {}
+    parts: dict[str, list[PlacedTensor]] = {}
     for file in files.values():
         places = _places(file, f"{where}: {shown(file.name)}")
         for tensor in file.tensors:
@@ -75,7 +75,7 @@ def _places(file: TensorFile, where: str) -> dict[str, tuple[int, ...]]:
     return places
 
 
-def joined_pieces(name: str, shape: tuple[int, ...], parts: Sequence[Shard], role: str, where: str) -> Tensor:
+def joined_pieces(name: str, shape: tuple[int, ...], parts: Sequence[PlacedTensor], role: str, where: str) -> Tensor:
     """Return the tensor that pieces make up. Raises CheckpointError unless they fill it without overlap.
 
     Pieces of one size at one place are copies: one is read. Empty pieces are skipped.

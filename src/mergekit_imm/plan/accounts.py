@@ -53,7 +53,7 @@ def _check_files(role: str, checkpoint: Checkpoint) -> None:
             if owner == role:
                 ranges.setdefault(leaf.file, []).append((leaf.begin, leaf.begin + leaf.nbytes))
     unread = {(tensor.file, tensor.begin) for tensor in checkpoint.unread}
-    # A resized vocabulary may lose rows.
+    # A resized vocabulary may lose rows; of copies under one name, one is read.
     joined = {name: _joined(found) for name, found in ranges.items()}
     copies = {(tensor.name, tensor.shape) for tensor in _stored(checkpoint) if _covered(tensor, joined, whole=True)}
     for tensor in _stored(checkpoint):

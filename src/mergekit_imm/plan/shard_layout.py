@@ -12,7 +12,7 @@ from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo, build_header
 from ..checkpoint.sharded import are_shards
 
 SHARD_SIZE = 5_000_000_000  # bytes per file when the base has no layout to follow; long the default of transformers
-Shard = tuple[dict[str, str], list[TensorInfo]]  # metadata, tensors in order
+FileContent = tuple[dict[str, str], list[TensorInfo]]  # metadata, tensors in order
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _index(placed: dict[str, TensorInfo], folder: str) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _as_in_base(outs: Sequence[TensorInfo], base: Checkpoint, part: Part) -> list[Shard]:
+def _as_in_base(outs: Sequence[TensorInfo], base: Checkpoint, part: Part) -> list[FileContent]:
     left = {out.name: out for out in outs}
     by_file = {
         name: [left.pop(tensor.name) for tensor in base.files[name].tensors if tensor.name in left]
@@ -92,8 +92,8 @@ def _as_in_base(outs: Sequence[TensorInfo], base: Checkpoint, part: Part) -> lis
     return [(base.files[name].metadata, tensors) for name, tensors in by_file.items()]
 
 
-def _new_shards(outs: Sequence[TensorInfo], limit: int | None, metadata: dict[str, str]) -> list[Shard]:
-    shards: list[Shard] = [(metadata, [])]
+def _new_shards(outs: Sequence[TensorInfo], limit: int | None, metadata: dict[str, str]) -> list[FileContent]:
+    shards: list[FileContent] = [(metadata, [])]
     size = 0
     for out in outs:
         if limit is not None and shards[-1][1] and size + out.nbytes > limit:

@@ -15,7 +15,7 @@ from ..common.messages import shown
 from .open_inputs import same_place
 from .plan import Item, Plan
 
-COMPARED = 1024  # elements in the middle of each tensor
+SAMPLED = 1024  # elements in the middle of each tensor
 
 
 def looks_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -> bool:
@@ -32,7 +32,7 @@ def looks_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -> 
 
 def _differs(item: Item, files: Files) -> bool:
     sft, role = item.sides["sft"], "start" if "start" in item.sides else "base"
-    count = min(COMPARED, sft.count)
+    count = min(SAMPLED, sft.count)
     first = (sft.count - count) // 2
     if is_delta(sft):
         return bool(_values(sft, "sft", first, count, files).any())
@@ -52,7 +52,7 @@ def note_if_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -
     """Return a note if the sft looks like its start, before a merge."""
     if same_place(inputs["base"], inputs["sft"]) or not looks_unchanged(inputs, items):
         return []  # one folder given twice has its own note
-    return [note_of(inputs, f"judging by {COMPARED} elements of each tensor")]
+    return [note_of(inputs, f"judging by {SAMPLED} elements of each tensor")]
 
 
 def is_unchanged(plan: Plan, records: npt.NDArray[np.float64]) -> bool:

@@ -10,7 +10,7 @@ from ..checkpoint.lazy_tensor import Tensor
 from ..checkpoint.safetensors_file import MERGED
 from ..common.messages import shown
 
-Spared = Callable[[str], bool]  # whether a tensor is copied unchanged
+IsCopied = Callable[[str], bool]  # whether a tensor is copied unchanged
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 _PLAIN = (*MERGED, "I64", "BOOL")  # dtypes of unquantised models
@@ -20,8 +20,8 @@ _PLAIN = (*MERGED, "I64", "BOOL")  # dtypes of unquantised models
 class Chosen:
     """Which tensors --keep and --take name."""
 
-    kept: Spared
-    taken: Spared
+    kept: IsCopied
+    taken: IsCopied
 
     def copies(self, unit: Unit) -> bool:
         """Whether all tensors of a unit are copied, from one side."""
