@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
+from typing import Any
 
 from ..checkpoint import hub
 from ..common.checks import as_path
@@ -85,31 +86,40 @@ def _from_folder(
     folder: Path, role: str, ref: str, copy_code: bool, outs: Sequence[Path] = (), leave_out: Sequence[str] = ()
 ) -> Checkpoint:
     label = f"{role} {shown(ref)}"
+
+    def read(path: str) -> dict[str, Any]:
+        return read_json_object(folder / path)
+
     try:
         listed = sorted(walk(folder, outs))
     except OSError as error:
         raise CheckpointError(f"{label} cannot be listed: {error.strerror}") from error
-    strange = next((name for name in listed if not is_utf8(name)), None)
-    if strange is not None:
-        raise CheckpointError(f"{label} holds '{shown(strange)}', a name that is not valid UTF-8; rename or remove it")
+    invalid = next((name for name in listed if not is_utf8(name)), None)
+    if invalid is not None:
+        raise CheckpointError(f"{label} holds '{shown(invalid)}', a name that is not valid UTF-8; rename or remove it")
     everything = [name for name in listed if not matches(name, leave_out)]
     check_links(folder, everything, label)
     top = [name for name in everything if "/" not in name]
     stamps = stamps_of(folder, everything, copy_code)
+
+    # Which files are the model, and which are its other parts.
     indexed_by = BIN_INDEX if bin_files(top) == [BIN_INDEX] else INDEX
-    index = read_json_object(folder / indexed_by) if indexed_by in top else None
+    index = read(indexed_by) if indexed_by in top else None
     adapter = adapter_file(top) if role == "sft" else None
     prefix = None if adapter else dcp_prefix(everything)
-    own = None if adapter or prefix is not None else component(top, lambda path: read_json_object(folder / path))
+    own = None if adapter or prefix is not None else component(top, read)
     if own is None:
-        whose = f"{ref} without what --leave-out names" if len(everything) < len(listed) else ref
-        names = [adapter] if adapter else [] if prefix is not None else model_files(top, index, role, whose, everything)
+        shown_ref = f"{ref} without what --leave-out names" if len(everything) < len(listed) else ref
+        names = (
+            [adapter] if adapter else [] if prefix is not None else model_files(top, index, role, shown_ref, everything)
+        )
         own = Part(tuple(names), index=indexed_by if index is not None and MODEL not in names else None)
     names = [*own.files]
-    beside, adapters = parts_below(everything, lambda path: read_json_object(folder / path))
+    beside, adapters = parts_below(everything, read)
     beside = parts_beside(top, names) + beside
     for part in (own, *beside):
         check_complete(folder, part, label, leave_out)
+
     files = {name: _opened(folder / name, name) for name in names}
     tensors: dict[str, Tensor] | None = None
     others: tuple[str, ...] = ()
@@ -119,6 +129,7 @@ def _from_folder(
     if not own.files and not beside:
         raise CheckpointError(f"{label} {no_model(everything, ref)}")
     files_beside = {name: _opened_beside(folder / name, name, label) for part in beside for name in part.files}
+
     side = {
         name: folder / name
         for name in everything
@@ -129,25 +140,24 @@ def _from_folder(
         raise CheckpointError(
             f"{label}: {shown(unreadable[0])} is a broken link or not a plain file; repair or remove it"
         )
+
     indexes = {} if index is None or adapter else {indexed_by: index}
-    indexes |= {
-        path: read_json_object(folder / path) for part in (own, *beside) if (path := part.index) and path not in indexes
-    }
-    config = read_json_object(folder / "config.json") if "config.json" in top else None
+    indexes |= {path: read(path) for part in (own, *beside) if (path := part.index) and path not in indexes}
+    config = read("config.json") if "config.json" in top else None
     parts = (own, *beside) if own.files else tuple(beside)
     found = assemble(
         role, ref, folder, files, config, side, parts=parts, files_beside=files_beside, indexes=indexes, tensors=tensors
     )
     configs = {f"{part.folder}config.json" for part in beside} & set(everything)
-    said = read_json_object(folder / ADAPTER_CONFIG) if adapter else None
+    adapter_config = read(ADAPTER_CONFIG) if adapter else None
     return replace(
         found,
         stamps=stamps,
         left_out=(*_left_out(listed, found), *others),
-        adapter=said,
-        trained_on=said.get("base_model_name_or_path") if said else None,
+        adapter=adapter_config,
+        trained_on=adapter_config.get("base_model_name_or_path") if adapter_config else None,
         adapters=tuple(adapters),
-        part_configs={folder_of(path): read_json_object(folder / path) for path in sorted(configs) if "/" in path},
+        part_configs={folder_of(path): read(path) for path in sorted(configs) if "/" in path},
         recipe=read_recipe(folder) if role == "start" else None,
         notes=(*found.notes, *_note_of_adapter(top, adapter, label)),
     )

@@ -42,9 +42,9 @@ def applied(
     adapter = replace(adapter, adapter=read_settings(adapter.adapter, adapter.label))
     parts = sort_parts(adapter)
     names = match_to_model(parts, adapter, model, rules, taken)
-    was = {name: path for path, name in names.items() if path != name}
-    notes = (mapping_note(was, adapter.label, model.label),) if was else ()
-    adapter = replace(adapter, original_names=was, notes=(*adapter.notes, *notes))
+    original_names = {name: path for path, name in names.items() if path != name}
+    notes = (mapping_note(original_names, adapter.label, model.label),) if original_names else ()
+    adapter = replace(adapter, original_names=original_names, notes=(*adapter.notes, *notes))
     trained = {names[path]: renamed(tensor, names[path]) for path, tensor in parts.whole.items()}
     computed: dict[str, Computed] = {}
 
