@@ -1,2 +1,2 @@
-"""Models in other forms than safetensors files: written by torch, transformers, peft; merged as the same model is that
-safetensors holds, to the byte."""
+"""Models in formats other than safetensors, written by torch, transformers and peft: merged to the same bytes as in
+safetensors."""

@@ -1,5 +1,5 @@
-"""Models in other forms than safetensors files: written by torch, transformers, peft; merged as the same model is that
-safetensors holds, to the byte."""
+"""Models in formats other than safetensors, written by torch, transformers and peft: merged to the same bytes as in
+safetensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from other_forms import SFT
 
 @pytest.fixture(scope="package")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks of a training run stored: the sft in all layouts."""
+    """The sft as two training ranks store it, in all layouts."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(SFT, folder / "state.pt")
     script = Path(__file__).parent.parent / "support" / "saving_ranks.py"

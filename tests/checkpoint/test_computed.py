@@ -1,4 +1,4 @@
-"""Tensors that are read as pieces, slices and products of others: any range of them, against numpy."""
+"""Computed tensors (pieces, slices, products): any range of their elements, compared with numpy."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import reference
 from checkpoints import random_state, read_model, same_bits, write_model
 from mergekit_imm import merge_checkpoints
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.lazy_tensor import Piece, Pieces, Tensor, sliced
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.reader import Files
 from transforms.test_adapters import train
 
@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 
 @st.composite
 def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """A shape, and boxes (place, sizes) that fill it, cut along one dimension after the other."""
+    """A shape, and boxes (place, sizes) that tile it, cut along one dimension after another."""
     shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=4)))
     found = [((0,) * len(shape), shape)]
     for _ in range(draw(st.integers(0, 5))):
@@ -102,12 +102,12 @@ def test_the_delta_of_each_expert_is_that_of_the_formula(layout: str, tmp_path: 
         if "experts" not in key or "lora_B" not in key:
             continue
         a = factors[key.replace("lora_B", "lora_A")].float().numpy()
-        # Of two parameters of a module PEFT wraps the one defined first, gate_up_proj, innermost.
+        # PEFT wraps the parameter defined first, gate_up_proj, innermost.
         which = "gate_up_proj" if "base_layer" in key else "down_proj"
         module = key.split(".experts.")[0].removeprefix("base_model.model.") + ".experts"
         for expert in range(4):
             left, right = b[:, expert::4].float().numpy(), a[expert * 3 : expert * 3 + 3]
-            if layout == "gpt_oss":  # stored [experts, in, out], and known to PEFT to be
+            if layout == "gpt_oss":  # stored as [experts, in, out], which PEFT knows
                 left, right = right.T, left.T
             delta = torch.from_numpy(reference.product(left, right, scaling))
             names = {f"{module}.{which}": delta}

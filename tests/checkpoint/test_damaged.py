@@ -1,4 +1,4 @@
-"""Files that are damaged, lost, or changed meanwhile."""
+"""Files that are damaged, missing, or changed during the merge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from checkpoints import write_model
 from mergekit_imm import CheckpointError, MergeError, merge_checkpoints, verify
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.torch_file import open_torch_file
 from mergekit_imm.errors import ChangedError
 from other_forms import BASE, SFT, STEPS, Evil, held, save_bin, save_dcp, save_shards
@@ -37,7 +37,7 @@ def _cut_a_file(folder: Path) -> None:
 
 
 def _change(change: Callable[[Any, Any], None]) -> Callable[[Path], None]:
-    """Change what the metadata says, given it and the place of the second piece of the embedding."""
+    """Change the metadata; the change gets it and the index of the embedding's second piece."""
 
     def changed(folder: Path) -> None:
         found = metadata(folder)
@@ -66,24 +66,24 @@ def _of_a_piece(**state: Any) -> Callable[[Path], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no file": (_lose_a_file, r"__1_0\.distcp is missing, or no plain file"),
-    "half a file": (_cut_a_file, r"__1_0\.distcp, tensor '.*', is said to be at bytes .*cut off"),
+    "no file": (_lose_a_file, r"__1_0\.distcp is missing or not a plain file"),
+    "half a file": (_cut_a_file, r"__1_0\.distcp, tensor '.*', should begin at byte .*cut off"),
     "a path": (_of_a_piece(relative_path="../x"), r"names '\.\./x'; only plain names"),
-    "compression": (_of_a_piece(transform_descriptors=["zstd"]), "is compressed, or changed"),
+    "compression": (_of_a_piece(transform_descriptors=["zstd"]), "was compressed or transformed"),
     "another place": (_of_a_piece(offset=7), r"tensor 'model\.embed_tokens\.weight', is no whole"),
     "no piece": (_change(lambda m, k: _chunks(m, k).pop()), r"\[97, 33\], is stored in 1 pieces that do not fill it"),
     "another size": (
         _change(lambda m, k: setattr(_chunks(m, k)[1], "sizes", torch.Size([47, 33]))),
-        r"is BF16 \[48, 33\], and \.metadata says BF16 \[47, 33\]",
+        r"is BF16 \[48, 33\], but \.metadata says BF16 \[47, 33\]",
     ),
     "another dtype": (
         _change(lambda m, k: setattr(m.state_dict_metadata[k.fqn].properties, "dtype", torch.float16)),
         "is BF16 .* says F16",
     ),
-    "nowhere": (_change(lambda m, k: m.storage_data.pop(k)), r"the piece of .*embed.* at \[49, 0\] is nowhere"),
+    "nowhere": (_change(lambda m, k: m.storage_data.pop(k)), r"the piece of .*embed.* at \[49, 0\] is in no file"),
     "an object": (_change(lambda m, _: setattr(m, "version", zipfile.ZipFile)), "holds a zipfile.ZipFile"),
     "code": (_code, r"holds a posix\.system"),
-    "no model": (_no_model, "holds no tensor of a model, but optimizer"),
+    "no model": (_no_model, "holds no tensors of a model, only optimizer"),
 }
 
 
@@ -102,11 +102,11 @@ def test_pieces_that_are_not_whole_are_refused(tmp_path: Path, ranks: Path, case
 def test_a_lost_shard_of_safetensors_is_found(tmp_path: Path, ranks: Path) -> None:
     sft = Path(shutil.copytree(ranks / "hf0", tmp_path / "sft"))
     (sft / "shard-00001-model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="pieces that do not fill it, or overlap; was a file of a rank lost"):
+    with pytest.raises(CheckpointError, match="pieces that do not fill it or overlap; is the file of a rank missing"):
         open_checkpoint(sft, "sft")
     second = sft / "shard-00002-model-00001-of-00002.safetensors"
     shutil.copyfile(second, sft / "shard-00003-model-00001-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"the pieces of tensor '.*' have .* one place"):
+    with pytest.raises(CheckpointError, match=r"the pieces of tensor '.*' .* begin at one place"):
         open_checkpoint(sft, "sft")
 
 
@@ -120,7 +120,7 @@ def test_damaged_files_are_refused_or_give_what_is_whole(tmp_path_factory: pytes
     contents = {path: path.read_bytes() for path in files}
 
     def places(path: Path) -> set[int]:
-        """Bytes of tensors, of which no damage shows."""
+        """Bytes of tensors, where damage does not show."""
         found = open_checkpoint(path.parent, "sft")
         tensors = [tensor for file in found.files.values() if file.path == path for tensor in file.tensors]
         return {at for tensor in tensors for at in range(tensor.begin, tensor.begin + tensor.nbytes)}
@@ -145,7 +145,7 @@ def test_damaged_files_are_refused_or_give_what_is_whole(tmp_path_factory: pytes
         with suppress(MergeError):
             got = held(open_checkpoint(path.parent, "sft"))
         path.write_bytes(contents[path])
-        # Of metadata not everything is written twice, so that a name may be another's.
+        # Metadata is not fully redundant: a damaged name may be another valid one.
         for name, expected in whole[path.parent].items():
             assert path.name == ".metadata" or got.get(name, expected) == expected
 
@@ -192,11 +192,11 @@ def test_a_merge_of_other_files_is_not_verified(tmp_path: Path, name: str) -> No
     base = write_model(tmp_path / "base", BASE)
     sft = save_dcp({"model": SFT}, tmp_path / "sft")
     merge_checkpoints(base, sft, tmp_path / "out")
-    again = save_dcp({"model": SFT}, tmp_path / "again")  # it has another id
+    again = save_dcp({"model": SFT}, tmp_path / "again")  # with another id
     shutil.copyfile(again / name, sft / name)
     if name == "__0_0.distcp":
         content = bytearray((sft / name).read_bytes())
-        content[6000] ^= 1  # of the embedding
+        content[6000] ^= 1  # in the embedding
         (sft / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"not what was merged: its {name} has changed"):
         verify(tmp_path / "out")

@@ -22,7 +22,7 @@ NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
 INDEX = "model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
-# huggingface_hub reads its environment when it is imported, so the calls of a test are made in a fresh process.
+# huggingface_hub reads its environment on import, so each test makes its calls in a fresh process.
 CALLS = """
 import json, sys
 from mergekit_imm.checkpoint import hub
@@ -48,7 +48,7 @@ def calls(
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, [source, env.get("PYTHONPATH")]))}
     env |= {"HOME": str(home), "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     env |= {"HF_ENDPOINT": hub or NOWHERE, "HF_HUB_OFFLINE": str(int(offline))}
-    env |= {"HF_HUB_ETAG_TIMEOUT": str(HUNG), "HF_HUB_DOWNLOAD_TIMEOUT": str(HUNG)}  # a busy machine is no failure
+    env |= {"HF_HUB_ETAG_TIMEOUT": str(HUNG), "HF_HUB_DOWNLOAD_TIMEOUT": str(HUNG)}  # a busy machine is not a failure
     given = json.dumps([(name, ref, options) for name, ref in requests])
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CALLS, given], env=env, capture_output=True, text=True, timeout=HUNG
@@ -58,12 +58,12 @@ def calls(
 
 
 def call(name: str, ref: str, home: Path, *, hub: str = "", offline: bool = False, **options: object) -> dict[str, Any]:
-    """Call one function of the module."""
+    """Call one function of the module in a fresh process."""
     return calls([(name, ref)], home, hub=hub, offline=offline, **options)[0]
 
 
 def refusals(refs: Iterable[str], home: Path, *, hub: str = "", offline: bool = False) -> list[tuple[str, str]]:
-    """Call both functions with refs that they refuse; return each ref and its error, which is one line."""
+    """Call both functions with refs that they refuse; return each ref with its one-line error."""
     requests = [(name, ref) for ref in refs for name in BOTH]
     errors = [found.get("error", "") for found in calls(requests, home, hub=hub, offline=offline)]
     assert len(errors) == len(requests)
@@ -89,7 +89,7 @@ def index_of(*shards: str) -> bytes:
 
 
 def sharded() -> Files:
-    """A repository with a sharded model, what belongs to it, and much that does not."""
+    """A repository with a sharded model, its side files, and many unrelated files."""
     return {
         ".gitattributes": b"*",
         "README.md": b"# card",
@@ -245,11 +245,11 @@ def test_fetch_downloads_only_what_is_needed_and_only_once(tmp_path: Path, hub: 
     assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == {
         name: files[name] for name in needed
     }
-    # What came before is used, and code comes when it is asked for.
+    # Cached files are reused, and code is downloaded on request.
     hub.log.clear()
     assert call("fetch", "org/name", tmp_path, hub=hub.url, copy_code=True)["folder"] == str(folder)
     assert hub.downloaded() == [INDEX, "modeling_x.py"]
-    # A later run has the branch without a network.
+    # A later run resolves the branch without a network.
     assert call("fetch", "org/name", tmp_path, offline=True)["commit"] == commit
 
 
@@ -309,7 +309,7 @@ def test_list_remote_reads_little_even_from_a_hub_without_ranges(tmp_path: Path,
     listing = call("list_remote", "org/name", tmp_path, hub=hub.url)
     assert listing["small"] == {"config.json": "{}"}
     assert listing["headers"] == {"model.safetensors": header_of(files["model.safetensors"])}
-    assert hub.sent() < 20_000_000  # what fits the buffers of a connection
+    assert hub.sent() < 20_000_000  # as much as fits in connection buffers
 
 
 def test_what_the_hub_refuses_is_one_line(tmp_path: Path, hub: FakeHub) -> None:
@@ -335,11 +335,11 @@ def test_what_the_hub_refuses_is_one_line(tmp_path: Path, hub: FakeHub) -> None:
 
 
 def test_a_file_that_is_refused_is_one_line_with_the_reason(tmp_path: Path, hub: FakeHub) -> None:
-    # The client calls this a file that is not in the cache.
+    # The client reports this as a file missing from the cache.
     hub.add("org/name", sharded())
     hub.status[f"/org/name/.*/{TWO}$"] = 403
     hub.add("org/short", sharded())
-    hub.status[f"/org/short/.*/{TWO}$"] = 200  # with another body than the listing says
+    hub.status[f"/org/short/.*/{TWO}$"] = 200  # with a body other than listed
     words = {"org/name": "the token may not read it (403)", "org/short": "did not deliver it ("}
     for ref, error in refusals(words, tmp_path, hub=hub.url):
         assert words[ref] in error
@@ -363,7 +363,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, hub: FakeHub
 
 
 def test_a_download_that_stopped_is_not_taken_for_a_model(tmp_path: Path, hub: FakeHub) -> None:
-    # The client falls back on a snapshot that is cached in part, without a word.
+    # The client silently falls back to a partly cached snapshot.
     files = sharded()
     hub.add("org/name", files)
     (write_cache(tmp_path, "org/name", files) / TWO).unlink()
@@ -417,7 +417,7 @@ def test_list_remote_refuses_what_is_no_safetensors_file(tmp_path: Path, hub: Fa
         hub.add(f"org/{name}", {"model.safetensors": file})
     for found in calls([("list_remote", f"org/{name}") for name in cases], tmp_path, hub=hub.url):
         assert "model.safetensors is not a whole safetensors file" in found["error"]
-    # A header longer than safetensors permits, in a file that has room for it.
+    # A header longer than safetensors permits, in a large enough file.
     with (write_cache(tmp_path, "org/huge", {"model.safetensors": b""}) / "model.safetensors").open("wb") as huge:
         huge.write((100_000_001).to_bytes(8, "little"))
         huge.truncate(100_000_009)

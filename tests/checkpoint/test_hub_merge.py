@@ -1,4 +1,4 @@
-"""Merges of hub ids, whole: a dry run, a refusal, a merge, and the same again offline from the cache."""
+"""Merges of hub ids: a dry run, a refusal, a merge, and the same again offline from the cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = {"model_type": "x", "tie_word_embeddings": False, "torch_dtype": "bfloa
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
-    """base and sft, and the result of merging them locally, as a start."""
+    """base and sft, and the result of merging them locally, for use as a start."""
     names = list(SHAPES)
     base = write_model(tmp_path / "base", random_state(SHAPES, seed=1), shards=[names[:1], names[1:]], config=CONFIG)
     side = {"tokenizer.json": "{}", "modeling_x.py": "raise SystemExit"}
@@ -47,7 +47,7 @@ def hub(models: dict[str, Path]) -> Iterator[FakeHub]:
 
 
 def imm_merge(home: Path, hub: FakeHub | None, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command with a cache of its own; without a hub, offline."""
+    """Run the command with its own cache; offline if there is no hub."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     env |= {"PYTHONPATH": str(Path(mergekit_imm.__file__).parents[1]), "HF_HOME": str(home)}
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -171,7 +171,7 @@ def test_a_model_in_memory_and_its_base_on_a_hub(tmp_path: Path, models: dict[st
 
 
 def test_parts_of_a_model_come_from_a_hub_too(tmp_path: Path) -> None:
-    """A module in a sub-folder and a head beside the model; and weights that only PyTorch files hold."""
+    """A module in a sub-folder, a head beside the model, and weights in PyTorch files only."""
     home, out = tmp_path / "home", tmp_path / "out"
     with fake_hub() as server:
         for seed, role in enumerate(("base", "sft")):

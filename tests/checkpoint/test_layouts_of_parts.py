@@ -1,4 +1,4 @@
-"""Models whose parts lie in other places than the other's, components alone, and links to folders."""
+"""Models with their parts in different places, single components, and links to folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = {"model_type": "bert", "tie_word_embeddings": False, "dtype": "float32"
 
 
 def write_transformer(folder: Path, seed: int, place: str) -> tuple[State, State]:
-    """Write a transformer, in a folder or not, with a file beside it that its loader needs, and a module after it."""
+    """Write a transformer, maybe in a sub-folder, with the file its loader needs and a module after it."""
     root, dense = random_state(ROOT, seed=seed), random_state(DENSE, seed=seed + 1)
     write_model(folder / place, root, config=CONFIG, side={"tokenizer.json": json.dumps(seed)})
     (folder / "modules.json").write_text(json.dumps([{"idx": 0, "path": place}, {"idx": 1, "path": "1_Dense"}]))
@@ -29,7 +29,7 @@ def write_transformer(folder: Path, seed: int, place: str) -> tuple[State, State
 
 @pytest.mark.parametrize(("of_base", "of_sft"), [("0_Transformer", ""), ("", "0_Transformer")])
 def test_a_part_in_another_place_takes_its_files_along(tmp_path: Path, of_base: str, of_sft: str) -> None:
-    """sentence-transformers once kept the transformer in `0_Transformer/`, and keeps it at the top now."""
+    """sentence-transformers used to store the transformer in `0_Transformer/`, and now stores it at the top level."""
     base = write_transformer(tmp_path / "base", 1, of_base)
     sft = write_transformer(tmp_path / "sft", 5, of_sft)
     out = tmp_path / "out"
@@ -74,7 +74,7 @@ def test_a_component_of_a_pipeline_alone_keeps_the_names_that_its_loader_looks_f
     for name, tensor in states["base"].items():
         mean = (tensor.float() + states["sft"][name].float()) / 2
         torch.testing.assert_close(found[name].float(), mean, rtol=1e-2, atol=1e-2)
-    # diffusers gives every setting to the class, which knows no dtype.
+    # diffusers passes every setting to the class, which has no dtype.
     assert json.loads((out / "config.json").read_text()) == {"_class_name": "UNet2DConditionModel"}
 
 
@@ -83,7 +83,7 @@ def test_a_link_to_a_folder_of_weights_is_refused(tmp_path: Path) -> None:
         write_model(tmp_path / role, random_state(ROOT, seed=seed), config=CONFIG)
         write_model(tmp_path / f"{role}_dense", random_state(DENSE, seed=seed))
         (tmp_path / role / "1_Dense").symlink_to(tmp_path / f"{role}_dense")
-    (tmp_path / "sft" / "again").symlink_to(".")  # what it leads to is found without it
+    (tmp_path / "sft" / "again").symlink_to(".")  # its target is found anyway
     with pytest.raises(CheckpointError, match=r"a link to another folder.*leave it out: leave_out=\[r\"1_Dense/\"\]"):
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
     report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", leave_out=["1_Dense/"])
@@ -120,7 +120,7 @@ def test_weights_beside_an_adapter_are_no_copies_whatever_they_are_called(tmp_pa
 def test_a_state_of_a_training_below_a_model_is_not_to_be_taken(tmp_path: Path) -> None:
     for role, seed in (("base", 1), ("sft", 2), ("sft/final", 3)):
         write_model(tmp_path / role, random_state(ROOT, seed=seed), config=CONFIG)
-    with pytest.raises(MismatchError, match=r"another state of the model; or leave the file out") as refusal:
+    with pytest.raises(MismatchError, match=r"another checkpoint of the same model; or leave the file out") as refusal:
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
     assert "take" not in str(refusal.value)
 
@@ -128,7 +128,7 @@ def test_a_state_of_a_training_below_a_model_is_not_to_be_taken(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("model-00001-of-00002.safetensors", "which model.safetensors.index.json names too"),
+        ("model-00001-of-00002.safetensors", "a shard in model.safetensors.index.json"),
         ("*", "without what leave_out names"),
     ],
 )

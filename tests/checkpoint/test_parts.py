@@ -33,7 +33,7 @@ CONFIG = {"model_type": "bert", "tie_word_embeddings": False, "dtype": "bfloat16
 
 
 def write_parts(folder: Path, seed: int, *, head: bool = True, root: str = "", dense: str = "model") -> State:
-    """Write a model, a module in a sub-folder and a head beside it; return all tensors by their path in the model."""
+    """Write a model, a module in a sub-folder and a head beside it; return all tensors by path in the model."""
     states = [random_state(shapes, seed=seed + i) for i, shapes in enumerate((ROOT, DENSE, HEAD))]
     write_model(folder / root, states[0], config=CONFIG)
     (folder / "modules.json").write_text(json.dumps([{"idx": 0, "path": root}, {"idx": 2, "path": "2_Dense"}]))
@@ -54,7 +54,7 @@ def write_parts(folder: Path, seed: int, *, head: bool = True, root: str = "", d
 
 
 def read_parts(folder: Path) -> State:
-    """All tensors of all safetensors files by their path in the model."""
+    """All tensors of all safetensors files, by path in the model."""
     state: State = {}
     for file in sorted(folder.rglob("*.safetensors")):
         place = file.parent.relative_to(folder).as_posix()
@@ -108,7 +108,7 @@ def test_a_next_round_knows_parts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
 def test_shards_in_a_sub_folder_and_their_index(tmp_path: Path, stem: str) -> None:
-    """As diffusers keep the components of a pipeline, of which none is at the top."""
+    """Components of a pipeline as diffusers stores them, none at the top level."""
     base, sft = (random_state(ROOT, seed=seed) for seed in (1, 2))
     for role, state in (("base", base), ("sft", sft)):
         folder = tmp_path / role / "unet"
@@ -147,7 +147,7 @@ def save_pt(state: State, file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vit.safetensors", "non_lora_state_dict.bin", "mm_projector.pt"])
 def test_trained_weights_beside_a_model_are_its_own(tmp_path: Path, name: str) -> None:
-    """An sft that keeps some of the base's tensors in a file of its own."""
+    """An sft with some of the base's tensors in a separate file."""
     base, sft = random_state(ROOT, seed=1), random_state(ROOT, seed=2)
     last = [*ROOT][-1]
     write_model(tmp_path / "base", base)
@@ -190,7 +190,7 @@ def test_a_file_that_matches_nothing_is_refused_with_options_that_work(tmp_path:
     prefix = f"{Path(name).parent}/" if "/" in name else ""
     expected = merged_by_formula(base, sft, 0.2) | {f"{prefix}{key}": tensor for key, tensor in more.items()}
     assert_equal(read_parts(out), expected)
-    assert (out / name).with_suffix(".safetensors").is_file()  # where a loader looks for it
+    assert (out / name).with_suffix(".safetensors").is_file()  # where a loader looks
     report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "without", leave_out=[name])
     assert_equal(read_parts(tmp_path / "without"), merged_by_formula(base, sft, 0.2))
     assert name in report.left_out["sft"]
@@ -203,7 +203,7 @@ def test_a_part_that_only_the_base_has(tmp_path: Path) -> None:
     write_model(tmp_path / "sft", sft, config=CONFIG)
     found = check(tmp_path / "base", tmp_path / "sft")
     assert len(found.problems) == 2
-    # modules.json, which names 2_Dense, is the base's: without its weights the result would not load.
+    # The base's modules.json names 2_Dense: without its weights the result would not load.
     assert ["leave the file out" in problem for problem in found.problems] == [
         "2_Dense" not in p for p in found.problems
     ]
@@ -248,7 +248,7 @@ def test_an_index_says_which_of_two_shards_a_tensor_is_read_from(tmp_path: Path)
     for named, stale in ((1, 2), (2, 1)):
         folder = write_model(tmp_path / f"sft{named}", sft, shards=[[one], [two]])
         places = {1: "model-00001-of-00002.safetensors", 2: "model-00002-of-00002.safetensors"}
-        # The first tensor is in both; the index names one of them.
+        # The first tensor is in both files; the index names one.
         index = {"weight_map": {one: places[named], two: places[2]}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         contents = {1: {one: sft[one]}, 2: {one: sft[one], two: sft[two]}}
@@ -278,7 +278,7 @@ def test_an_interrupted_merge_of_parts_goes_on(tmp_path: Path) -> None:
 
 
 class Numbered(nn.Module):
-    """A model in memory as sentence-transformers make it: modules by number, the first of which holds a model."""
+    """A live model of sentence-transformers: numbered modules, the first holds a model."""
 
     def __init__(self, state: State) -> None:
         super().__init__()

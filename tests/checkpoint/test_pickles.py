@@ -1,4 +1,4 @@
-"""What torch.load reads in a state dict, beside tensors as torch.save of today writes them."""
+"""State dicts that torch.load reads, other than those of current torch.save."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 from checkpoints import State, write_model
 from mergekit_imm import merge_checkpoints
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.testing import check_input
 from other_forms import BASE, SFT, held, raw, save_bin
 
 
 class NumberedPickler(pickle.Pickler):
-    """Pickles tensors as litgpt does, which calls storages by numbers."""
+    """Pickles tensors as litgpt does, with numbers as storage keys."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)
@@ -50,7 +50,7 @@ def save_numbered(state: State, path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_storages_may_be_numbered(tmp_path: Path) -> None:
-    """The queries, keys and values of litgpt's converted models are views of one storage."""
+    """In litgpt's converted models queries, keys and values are views of one storage."""
     name = "model.layers.0.w.weight"
     state = {**SFT, name: torch.cat([SFT[name], SFT[name]])[len(SFT[name]) :]}
     path = tmp_path / "sft" / "pytorch_model.bin"
@@ -114,7 +114,7 @@ def test_attributes_of_tensors_are_no_matter(tmp_path: Path) -> None:
 
 
 def test_many_mentions_of_one_list_cost_no_time(tmp_path: Path) -> None:
-    """A pickle may mention a list in each of a million places, and lists in lists, each twice."""
+    """A pickle may refer to one list a million times, and nest lists, each twice."""
     nested: list[Any] = []
     for _ in range(60):
         nested = [nested, nested]

@@ -1,4 +1,4 @@
-"""What several ranks stored, in pieces."""
+"""Tensors that several ranks stored in pieces."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from checkpoints import read_model, write_model
 from mergekit_imm import CheckpointError, merge_checkpoints, verify
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.lazy_tensor import Pieces
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.safetensors_file import TensorInfo
-from mergekit_imm.checkpoint.sharded import joined
+from mergekit_imm.checkpoint.sharded import joined_pieces
 from mergekit_imm.testing import check_input
 from other_forms import BASE, CONFIG, FLOATS, SFT, held, raw, save_bin, save_dcp, weights
 
@@ -113,10 +113,10 @@ def test_boxes_that_fill_a_tensor_and_no_others_are_joined(data: st.DataObject) 
         sizes = tuple(high - low for low, high in box)
         parts.append((TensorInfo("a", "F32", sizes, "f", 0, int(np.prod(sizes)) * 4), tuple(low for low, _ in box)))
     if (covered == 1).all():
-        assert joined("a", shape, parts, "sft", "x").shape == shape
+        assert joined_pieces("a", shape, parts, "sft", "x").shape == shape
     else:
-        with pytest.raises(CheckpointError, match="do not fill it, or overlap"):
-            joined("a", shape, parts, "sft", "x")
+        with pytest.raises(CheckpointError, match="do not fill it or overlap"):
+            joined_pieces("a", shape, parts, "sft", "x")
 
 
 def test_no_torch_is_needed(tmp_path: Path, ranks: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is in no form that is read: refused by name, with what to run."""
+"""Formats that are not supported: refused by name, with the command to run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 from checkpoints import write_model
 from mergekit_imm import CheckpointError, merge_checkpoints
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from other_forms import BASE, SFT, Evil, save_shards
 
 
 def rewritten(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
-    """Write a zip archive again, with other contents."""
+    """Rewrite a zip archive with other contents."""
     with zipfile.ZipFile(path) as before:
         contents = {name: before.read(name) for name in before.namelist()}
     with zipfile.ZipFile(path, "w", method) as after:
@@ -32,7 +32,7 @@ def big_endian(name: str, content: bytes) -> bytes:
 
 
 def repacked(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
-    """Write the sft by torch.save, and its archive again, with other contents."""
+    """Save the sft by torch.save, then rewrite the archive with other contents."""
     torch.save(SFT, path)
     rewritten(path, change, method)
 
@@ -63,7 +63,7 @@ def with_one_entry_in_another(path: Path) -> None:
 
 
 def of(value: Any) -> Callable[[Path], None]:
-    """What saves a value by torch.save."""
+    """Return a function that saves a value by torch.save."""
     return lambda path: torch.save(value, path)
 
 
@@ -134,7 +134,7 @@ def test_an_index_of_such_files_must_be_right(tmp_path: Path) -> None:
         ({"a": "../x.bin"}, "only plain names"),
         ({"a": "x.safetensors"}, r"index\.json names 'x\.safetensors', which is not a \.bin file"),
         ({"a": "x.bin"}, r"lacks x\.bin .*pytorch_model\.bin\.index\.json names"),
-        ({"a": "pytorch_model-00001-of-00002.bin"}, r"bin\.index\.json says tensor 'a' lies in .* none of its files"),
+        ({"a": "pytorch_model-00001-of-00002.bin"}, r"bin\.index\.json says tensor 'a' is in .* none of its files"),
     ):
         changed = {"weight_map": index["weight_map"] | change}
         (sft / "pytorch_model.bin.index.json").write_text(json.dumps(changed))
@@ -148,13 +148,13 @@ def test_an_index_of_such_files_must_be_right(tmp_path: Path) -> None:
         (["zero_to_fp32.py", "latest", "rng_state_0.pth"],
          r"DeepSpeed checkpoint; .*`cd '\S+/a b' && python zero_to_fp32\.py \. OUT`, and give '\S+/a b'/OUT"),
         (["global_step5/mp_rank_00_model_states.pt"], "a DeepSpeed checkpoint"),
-        (["mp_rank_00_model_states.pt"], "a part of a DeepSpeed checkpoint.*the folder that it is in"),
+        (["mp_rank_00_model_states.pt"], "a part of a DeepSpeed checkpoint.*the folder that contains it"),
         (["model_world_size_2_rank_0.pt", "optim_world_size_2_rank_0.pt"],
-         r"verl stored; .*`python -m verl\.model_merger merge --backend fsdp --local_dir '\S+/a b' --target_dir OUT`"),
+         r"verl ranks; .*`python -m verl\.model_merger merge --backend fsdp --local_dir '\S+/a b' --target_dir OUT`"),
         (["lit_model.pth", "model_config.yaml"],
          r"a LitGPT checkpoint; .*`litgpt convert_from_litgpt '\S+/a b' OUT && mv OUT/model\.pth OUT/pytorch_model"),
         (["model.pth"], r"`mv '\S+/a b'/model\.pth '\S+/a b'/pytorch_model\.bin`"),
-        (["pytorch_model_fsdp_0_rank0.bin"], "each rank of FSDP stored.*SHARDED_STATE_DICT"),
+        (["pytorch_model_fsdp_0_rank0.bin"], "shards of FSDP ranks.*SHARDED_STATE_DICT"),
         ([".metadata", "common.pt"], "a Megatron checkpoint.*Megatron Bridge"),
         (["iter_0000005/x", "latest_checkpointed_iteration.txt"], "a Megatron checkpoint"),
     ],

@@ -17,7 +17,7 @@ import torch
 
 from checkpoints import State, read_model, write_model
 from mergekit_imm import merge_checkpoints, verify
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.torch_file import open_torch_file
 from mergekit_imm.plan import shard_layout
 from mergekit_imm.testing import check_input
@@ -58,7 +58,7 @@ def test_every_way_to_hold_a_tensor_is_read(tmp_path: Path) -> None:
 
 def test_a_file_of_more_than_4_gb_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "large.bin"
-    with torch.serialization.skip_data():  # a hole in the file
+    with torch.serialization.skip_data():  # leaves a hole in the file
         torch.save({"a": torch.empty(4_400_000_000, dtype=torch.uint8), "b": torch.zeros(5)}, path)
     pread, read = os.pread, []
 

@@ -75,7 +75,7 @@ REFUSALS = (
     Refusal(
         "factors of an embedding that was resized",
         lambda c: bool(c.merge.resized) and (c.adapter.embedding or c.adapter.head),
-        f"changes tensor .* by factors|{_MISFIT}|in two ways",
+        f"has factors for tensor|{_MISFIT}|in two ways",
     ),
     Refusal(
         "DoRA of a Conv1D or an embedding",
@@ -95,7 +95,7 @@ REFUSALS = (
     Refusal(
         "a bias of logits that an adapter of another vocabulary does not hold",
         lambda c: bool(c.merge.resized) and c.one.adapter is not None,
-        "with --vocab all tensors of a vocabulary are resized",
+        "--vocab needs all of them resized",
     ),
     Refusal(
         "a part beside a file that is given alone",

@@ -35,8 +35,8 @@ def test_the_program_that_damages_finds_what_is_wrong(tmp_path: Path) -> None:
     """With a merge that takes whatever JSON it is given, it fails."""
     code = (
         "import json; from pathlib import Path; from lost import damage\n"
-        "from mergekit_imm.checkpoint import checkpoint\n"
-        "checkpoint.parse_json = json.loads\n"
+        "from mergekit_imm.checkpoint import folder\n"
+        "folder.parse_json = json.loads\n"
         f"damage.main(Path({str(tmp_path)!r}), 3000, 0)"
     )
     ended = subprocess_of(code=code, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
@@ -157,7 +157,7 @@ def test_a_pickle_is_not_opened(tmp_path: Path, name: str, beside: bool) -> None
     if beside:
         leave_out = [name] if name == "model.pt" else []  # it could be weights of the model
         for _ in leave_out:
-            with pytest.raises(CheckpointError, match=r"holds a posix\.mkdir, .*; if it is none of the weights of sft"):
+            with pytest.raises(CheckpointError, match=r"holds a posix\.mkdir, .*; if it is not part of sft"):
                 merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
         merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", leave_out=leave_out)
         assert not (tmp_path / "out" / name).exists()

@@ -71,7 +71,7 @@ def test_a_small_file_that_changes_meanwhile_is_refused(pair: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(direct_io, "copy_file", change)
-        with pytest.raises(ChangedError, match=r"tokenizer\.json was written, or removed, while it was merged"):
+        with pytest.raises(ChangedError, match=r"tokenizer\.json was written or removed during the merge"):
             merge_checkpoints("base", "sft", "out", verify=True)
     assert sorted(path.name for path in pair.iterdir()) == ["base", "sft"]
 

@@ -1,4 +1,4 @@
-"""A plan that loses something is found before a byte is written, whatever decided it."""
+"""A plan that loses a tensor is found before a byte is written, wherever the fault is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES = {EMBED: (40, 16), UP: (16, 64), NORM: (16,)}
 
 
 def planned(folder: Path, *, apart: bool = False) -> tuple[Decided, Plan]:
-    """A merge of a tied base with an sft, whose head is its own if `apart`."""
+    """A merge of a tied base with an sft, untied if `apart`."""
     base = random_state(SHAPES)
     sft = random_state(SHAPES, seed=1) | ({HEAD: random_state({HEAD: (40, 16)}, seed=2)[HEAD]} if apart else {})
     config = {"model_type": "llama", "tie_word_embeddings": True}
@@ -58,7 +58,7 @@ def test_a_whole_plan_passes(tmp_path: Path, apart: bool) -> None:
 def test_a_tensor_of_which_nothing_is_made_is_found(tmp_path: Path, name: str) -> None:
     decided, plan = planned(tmp_path, apart=True)
     lost = replace(decided, items=[item for item in decided.items if item.name != name])
-    with pytest.raises(PlanError, match=r"this is an error of mergekit_imm: .*nothing was written"):
+    with pytest.raises(PlanError, match=r"this is a bug in mergekit_imm: .*nothing was written"):
         check_tensors(lost, comparer(lost.used))
     with pytest.raises(PlanError):
         check_plan(replace(plan, items=tuple(item for item in plan.items if item.name != name)), decided.ties)
@@ -68,7 +68,7 @@ def test_a_side_that_takes_no_part_is_found(tmp_path: Path) -> None:
     decided, _ = planned(tmp_path)
     items = [replace(item, sides={"base": item.sides["base"]}) if item.name == UP else item for item in decided.items]
     lost = replace(decided, items=items)
-    with pytest.raises(PlanError, match=f"tensor '{UP}' of sft .* takes no part"):
+    with pytest.raises(PlanError, match=f"tensor '{UP}' of sft .* would not enter"):
         check_tensors(lost, comparer(lost.used))
 
 
@@ -76,7 +76,9 @@ def test_a_tensor_that_was_lost_as_files_were_opened_is_found(tmp_path: Path) ->
     decided, _ = planned(tmp_path)
     sft = decided.used["sft"]
     without = replace(sft, tensors={name: tensor for name, tensor in sft.tensors.items() if name != "v_head.weight"})
-    with pytest.raises(PlanError, match=r"tensor 'v_head\.weight' in value_head\.safetensors of sft .* is not looked"):
+    with pytest.raises(
+        PlanError, match=r"tensor 'v_head\.weight' in value_head\.safetensors of sft .* would not be read"
+    ):
         check_tensors(replace(decided, used={**decided.used, "sft": without}), comparer(decided.used))
 
 
@@ -95,7 +97,7 @@ def test_a_config_that_says_other_than_what_is_written_is_found(tmp_path: Path, 
     decided, plan = planned(tmp_path, apart=apart)
     config = json.dumps({"model_type": "llama", "tie_word_embeddings": apart}).encode()
     wrong = replace(plan, configs={"config.json": config})
-    if not apart:  # there is no tie to speak of where no file stores a head
+    if not apart:  # without a stored head there is no tie to check
         check_plan(wrong, decided.ties)
         return
     with pytest.raises(PlanError, match=r"config\.json would say tied"):

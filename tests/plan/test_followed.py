@@ -1,4 +1,4 @@
-"""What a refusal advises is followed: it ends in a model that loads and is right, or in a message without advice."""
+"""Follow the advice of a refusal: it leads to a model that loads and is right, or to a message without advice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def moe(**more: Any) -> Any:
 
 
 def saved(folder: Path, base: Any, sft: Any | None = None, auto: Any = CAUSAL) -> Inputs:
-    """Two models on disk; the sft is the base, changed, if it is not given."""
+    """Two models on disk; by default the sft is the base, changed."""
     base.save_pretrained(folder / "base")
     fine_tuned(base if sft is None else sft, seed=2).save_pretrained(folder / "sft")
     return Inputs(folder / "base", folder / "sft", auto)
@@ -87,7 +87,7 @@ def with_start(inputs: Inputs, change: Callable[[State], State]) -> Inputs:
     return Inputs(inputs.base, inputs.sft, inputs.auto, inputs.base.parent / "start")
 
 
-# What is refused, and the option that the first message offers, each alternative by itself; or what it says instead.
+# What is refused, and the options that the first message offers, each alone; or what it says instead.
 MERGED: dict[str, tuple[Callable[[Path], Inputs], list[str]]] = {
     "a norm in the sft": (
         lambda f: with_more(saved(f, llama()), "sft", Q_NORM),
@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Inputs], str]] = {
     ),
     "a matrix stored the other way round": (
         lambda f: changed(saved(f, llama()), "sft", "up_proj", torch.Tensor.t),
-        r"2 tensors .*up_proj\.weight' are .* in another order; save both in one way",
+        r"2 tensors .*up_proj\.weight' are .* dimensions in another order; save both alike",
     ),
     "an sft that ties its head": (
         lambda f: saved(f, llama(), llama(tie_word_embeddings=True)),
@@ -311,7 +311,7 @@ def test_a_kind_of_tensors_is_one_problem(tmp_path: Path) -> None:
 
 
 def test_what_was_kept_already_counts_too(tmp_path: Path) -> None:
-    """Pattern by pattern most of a model would be kept."""
+    """One pattern after another, most of a model would be kept."""
     inputs = saved(tmp_path, llama())
     for kind in ("up_proj", "gate_proj", "down_proj", "o_proj", "q_proj"):
         changed(inputs, "sft", kind, lambda t: t[..., None])
@@ -326,4 +326,4 @@ def test_layers_that_the_config_does_not_count_are_not_kept(tmp_path: Path) -> N
     for options in ((("--keep", "layers.2"),), (("--keep", "layers.2"), ("--keep", "layers.1"))):
         (end,) = endings(inputs, tmp_path, options)
         assert end.out is None
-        assert re.search(r"--keep does not make two depths one: .* num_hidden_layers 3 and 2", end.messages[0])
+        assert re.search(r"--keep cannot reconcile two depths: .* num_hidden_layers 3 and 2", end.messages[0])

@@ -1,4 +1,4 @@
-"""Ties by other names than a language model's: what is refused is advised well, and what can be merged is."""
+"""Ties under other names than in language models: refusals give good advice, the rest is merged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def t5() -> Any:
 
 
 def whole(model: Any, folder: Path) -> None:
-    """Save a model in a .bin file, which has tied tensors under all their names."""
+    """Save a model in a .bin file, with tied tensors under all their names."""
     model.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     torch.save({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "pytorch_model.bin")

@@ -1,4 +1,4 @@
-"""An sft that is its start is said."""
+"""A note says that an sft equals its start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPES = {"model.embed_tokens.weight": (40, 16), "model.layers.0.mlp.up_proj.wei
 
 
 def words(notes: list[str]) -> list[str]:
-    return [note for note in notes if "the merge moves nothing" in note]
+    return [note for note in notes if "the merge changes nothing" in note]
 
 
 @pytest.mark.parametrize("changed", ["nothing", "one element"])

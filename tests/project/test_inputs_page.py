@@ -46,7 +46,7 @@ ROWS = {
 
 
 def test_each_row_has_its_test() -> None:
-    table = re.search(r"\| form \| told by \|.*?\n\n", PAGE.read_text(), re.DOTALL)
+    table = re.search(r"\| form \| recognised by \|.*?\n\n", PAGE.read_text(), re.DOTALL)
     assert table is not None
     forms = [line.split(" | ")[0].removeprefix("| ") for line in table[0].strip().splitlines()[2:]]
     assert forms == list(ROWS)

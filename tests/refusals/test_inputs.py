@@ -33,7 +33,7 @@ from refused import (
     [
         ({}, r"sft \S+ holds no \*\.safetensors file; is it a model folder\?"),
         ({"pytorch_model.bin": "x"}, r"pytorch_model\.bin is no whole file of torch\.save: .*download it again"),
-        ({"model.bin": "x"}, r"PyTorch pickles; it is not read: .*save_pretrained"),
+        ({"model.bin": "x"}, r"PyTorch pickles; not supported: .*save_pretrained"),
         ({"consolidated.00.pth": "x"}, r"PyTorch pickles.*save_pretrained"),
         ({"model-q4.gguf": "x"}, r"GGUF.*use the original safetensors checkpoint"),
         ({"tf_model.h5": "x"}, r"TensorFlow, Flax or ONNX.*use the safetensors"),
@@ -67,7 +67,7 @@ def test_the_latest_of_a_trainers_checkpoints_is_named_by_its_number(models: Mod
     for step in (9, 10, 2, 100):
         write_model(folder / f"checkpoint-{step}", random_state(SHAPES), config=CONFIG)
     message = models.refused(
-        CheckpointError, r"no model at its top, and 4 below it; .*checkpoint-100': give that", sft=folder
+        CheckpointError, r"no model at its top level, but 4 in sub-folders; .*checkpoint-100': give that", sft=folder
     )
     latest = next(word for word in re.split(r"[\s':]+", message) if word.endswith("checkpoint-100"))
     assert models.merge(sft=latest).status == "merged"
@@ -107,7 +107,7 @@ def test_adapters_and_other_forms_below_are_found_too(models: Models) -> None:
         (["step-5/.metadata", "step-5/__0_0.distcp"], "step-5': give that"),
         (["latest_checkpointed_iteration.txt", "global_step_6/actor/model_world_size_2_rank_0.pt",
           "global_step_6/actor/huggingface/config.json"],
-         r"each rank of verl stored; .*--backend fsdp --local_dir \S*/global_step_6/actor --target_dir"),
+         r"shards of verl ranks; .*--backend fsdp --local_dir \S*/global_step_6/actor --target_dir"),
         (["checkpoint-7/zero_to_fp32.py", "checkpoint-7/latest", "training_args.bin"],
          r"holds in 'checkpoint-7' a DeepSpeed checkpoint; .*`cd \S+/checkpoint-7 && python zero_to_fp32.py"),
         (["final/lit_model.pth", "step-5/lit_model.pth"], r"'final' a LitGPT checkpoint; .*from_litgpt \S+/final"),
@@ -172,10 +172,10 @@ def test_a_tensor_that_its_shard_lacks_is_named(models: Models) -> None:
     index = sharded(models)
     index["weight_map"][NORM] = "model-00001-of-00002.safetensors"
     (models.sft / INDEX).write_text(json.dumps(index))
-    models.refused(CheckpointError, rf"'{NORM}' lies in model-00001-of-.* but it lies in model-00002-of-.*again")
+    models.refused(CheckpointError, rf"'{NORM}' is in model-00001-of-.* but it is in model-00002-of-.*again")
     index["weight_map"] |= {NORM: "model-00002-of-00002.safetensors", "ghost": "model-00001-of-00002.safetensors"}
     (models.sft / INDEX).write_text(json.dumps(index))
-    models.refused(CheckpointError, r"'ghost' lies in model-00001-of-.* but it is in none of its files.*again")
+    models.refused(CheckpointError, r"'ghost' is in model-00001-of-.* but it is in none of its files.*again")
 
 
 def test_a_tensor_that_the_index_does_not_name_is_refused(models: Models) -> None:
@@ -308,7 +308,9 @@ def test_damaged_json_is_refused(models: Models, name: str, content: bytes) -> N
 @pytest.mark.parametrize("role", ["base", "sft"])
 def test_a_broken_link_among_the_side_files_is_refused(models: Models, role: str) -> None:
     (getattr(models, role) / "vocab.json").symlink_to("../gone.json")
-    models.refused(CheckpointError, rf"{role} .*: vocab\.json is a broken link or no plain file; repair or remove it")
+    models.refused(
+        CheckpointError, rf"{role} .*: vocab\.json is a broken link or not a plain file; repair or remove it"
+    )
 
 
 def test_a_broken_link_to_the_model_is_refused_as_such(models: Models) -> None:

@@ -27,7 +27,7 @@ SAID: dict[str, tuple[Callable[[], Any], str]] = {
     "aqlm": (transformers.AqlmConfig, UNQUANTISED),
     "bitsandbytes": (
         lambda: transformers.BitsAndBytesConfig(load_in_4bit=True),
-        f"{UNQUANTISED}; of a QLoRA run, BASE is the unquantised model and SFT the adapter",
+        f"{UNQUANTISED}; for a QLoRA run, BASE is the unquantised model and SFT the adapter",
     ),
     "mxfp4": (transformers.Mxfp4Config, r"Mxfp4Config\(dequantize=True\)`, then `save_pretrained`, and merge that"),
     "fp8": (transformers.FineGrainedFP8Config, "none of its tensors is FP8: if .* remove that entry"),
@@ -60,31 +60,31 @@ UP = UP0.removesuffix(".weight")
 STORED: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], str]] = {
     "GPTQ": (
         {f"{UP}.qweight": ("I32", (1, 8)), f"{UP}.qzeros": ("I32", (1, 1)), f"{UP}.scales": ("F16", (1, 8)),
-         f"{UP}.g_idx": ("I32", (8,))}, rf"as GPTQ or AWQ models have it\); {UNQUANTISED}"),
+         f"{UP}.g_idx": ("I32", (8,))}, rf"as in GPTQ or AWQ models\); {UNQUANTISED}"),
     "AWQ": (
         {f"{UP}.qweight": ("I32", (8, 1)), f"{UP}.qzeros": ("I32", (1, 1)), f"{UP}.scales": ("F16", (1, 8))},
-        rf"as GPTQ or AWQ models have it\); {UNQUANTISED}"),
+        rf"as in GPTQ or AWQ models\); {UNQUANTISED}"),
     "bitsandbytes, 4 bits": (
         {UP0: ("U8", (32, 1)), f"{UP0}.absmax": ("U8", (1,)), f"{UP0}.quant_map": ("F32", (16,)),
-         f"{UP0}.quant_state.bitsandbytes__nf4": ("U8", (165,))}, "as bitsandbytes models have it.*QLoRA"),
+         f"{UP0}.quant_state.bitsandbytes__nf4": ("U8", (165,))}, "as in bitsandbytes models.*QLoRA"),
     "bitsandbytes, 8 bits": (
         {UP0: ("I8", (8, 8)), f"{UP}.SCB": ("F32", (8,)), f"{UP}.weight_format": ("U8", ())},
-        "as bitsandbytes models have it.*QLoRA"),
+        "as in bitsandbytes models.*QLoRA"),
     "MXFP4": (
         {"e.gate_up_proj_blocks": ("U8", (2, 8, 1, 16)), "e.gate_up_proj_scales": ("U8", (2, 8, 1))},
-        "'e.gate_up_proj_blocks' is U8.*as MXFP4 models have it.*Mxfp4Config"),
+        "'e.gate_up_proj_blocks' is U8.*as in MXFP4 models.*Mxfp4Config"),
     "compressed-tensors": (
         {f"{UP0}_packed": ("I32", (8, 1)), f"{UP0}_scale": ("BF16", (8, 1)), f"{UP0}_shape": ("I64", (2,))},
-        "as compressed-tensors models have it"),
+        "as in compressed-tensors models"),
     "NVFP4": (
         {UP0: ("U8", (8, 4)), f"{UP0}_scale": ("F8_E4M3", (8, 1)), f"{UP0}_scale_2": ("F32", ())}, "is quantised"),
     "INT8": ({UP0: ("I8", (8, 8)), f"{UP0}_scale": ("F32", (8, 1))}, f"is I8, with '{UP0}_scale' beside it"),
     "MLX": (
         {UP0: ("U32", (8, 1)), f"{UP}.scales": ("BF16", (8, 1)), f"{UP}.biases": ("BF16", (8, 1))},
-        "as MLX models have it"),
+        "as in MLX models"),
     "FP8": (
         {UP0: ("F8_E4M3", (8, 8)), f"{UP0}_scale_inv": ("F32", (1, 1))},
-        f"is F8_E4M3, with '{UP0}_scale_inv' beside it, as FP8 models.*--dequantize multiplies"),
+        f"is F8_E4M3, with '{UP0}_scale_inv' beside it, as in FP8 models.*--dequantize multiplies"),
 }  # fmt: skip
 
 
@@ -146,21 +146,23 @@ UNREAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("said", "match"), UNREAD, ids=[match for _, match in UNREAD])
 def test_methods_that_are_not_read_are_refused(models: Models, said: dict[str, Any], match: str) -> None:
     models.change("sft", fp8_state({UP0: torch.ones(8, 8)}, None), {**CONFIG, "quantization_config": said})
-    models.refused(CheckpointError, rf"sft .* is quantised {match}, which --dequantize does not read", dequantize=True)
+    models.refused(
+        CheckpointError, rf"sft .* is quantised {match}, which --dequantize does not support", dequantize=True
+    )
 
 
 EIGHT = torch.ones(8, 8).to(torch.float8_e4m3fn)
 BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
-    "no scales": ({UP0: EIGHT}, rf"'{UP0}' is F8_E4M3 in sft .*, with no scales beside it"),
+    "no scales": ({UP0: EIGHT}, rf"'{UP0}' is F8_E4M3 in sft .*, with no scales"),
     "two scales": (
-        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1), f"{UP0}_scale": torch.ones(1)}, "2 tensors of scales beside"),
+        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1), f"{UP0}_scale": torch.ones(1)}, "2 tensors of scales"),
     "scales of a float": ({f"{UP1}_scale_inv": torch.ones(1)}, rf"stores '{UP1}_scale_inv', scales of a weight"),
     "scales of nothing": ({"x.weight_scale_inv": torch.ones(1)}, r"stores 'x\.weight_scale_inv', scales of a weight"),
-    "another method besides": ({f"{UP1}_packed": torch.ones(1)}, "as compressed-tensors models have it"),
+    "another method besides": ({f"{UP1}_packed": torch.ones(1)}, "as in compressed-tensors models"),
     "int8 besides": (
         {UP1: torch.ones(8, 8).to(torch.int8), f"{UP1}_scale": torch.ones(1)}, rf"'{UP1}' is I8, with"),
     "scales that are integers": (
-        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1, dtype=torch.uint8)}, "stores the scales .* as U8; F32, BF16"),
+        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1, dtype=torch.uint8)}, "stores the scales .* as U8; only F32"),
 }  # fmt: skip
 GOOD = {UP1: EIGHT.clone(), f"{UP1}_scale_inv": torch.ones(1, 1)}
 
@@ -199,13 +201,13 @@ def test_scales_of_another_number_of_matrices_are_refused(models: Models, grid: 
 def test_a_block_that_is_none_is_refused(models: Models, block: object) -> None:
     config = {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_size": block}}
     models.change("sft", {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1)}, config)
-    models.refused(CheckpointError, "elements share a scale, which are no two positive numbers", dequantize=True)
+    models.refused(CheckpointError, "as block size of scales, not two positive numbers", dequantize=True)
 
 
 def test_fp8_without_scales_can_be_kept_as_it_is(models: Models) -> None:
     for role in ("base", "sft"):
         models.change(role, {UP0: EIGHT, **GOOD}, FP8)
-    message = models.refused(CheckpointError, "with no scales beside it.*--keep.*--take", dequantize=True)
+    message = models.refused(CheckpointError, "with no scales.*--keep.*--take", dequantize=True)
     for number, option in enumerate(shown_options(message)):
         out = models.folder / f"out{number}"
         models.merge(out=out, dequantize=True, **option)

@@ -1,4 +1,4 @@
-"""LoRA adapters as SFT: written by PEFT, merged by us, and compared with PEFT's own merge and with the formulas."""
+"""LoRA adapters as SFT: written by PEFT, compared with PEFT's own merge and with the formulas."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from thorough import others
 
 Options = dict[str, Any]
 
-# What is trained, by a name that a test is known by.
+# What is trained, by the id of the test.
 KINDS: dict[str, tuple[str, Options]] = {
     "lora": ("llama", {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 16}),
     "all linear": ("qwen3_moe", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
@@ -76,7 +76,7 @@ KINDS: dict[str, tuple[str, Options]] = {
 
 
 def train(folder: Path, layout: str, options: Options, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a base, an adapter with all that is trained random, and what PEFT's merge makes of them in float32."""
+    """Write a base, an adapter with random trained tensors, and PEFT's merge of the two in float32."""
     model = new_model(layout)
     model.config.tie_word_embeddings = LAYOUTS[layout].tied
     model.save_pretrained(folder / "base")
@@ -102,7 +102,7 @@ def adapted(base: Path, adapter: Path, merged: Path, layout: str, options: Optio
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_what_peft_s_own_merge_gives(tmp_path: Path, kind: str) -> None:
-    """In float32 up to the order of sums; in bfloat16 within one unit in the last place."""
+    """Equal in float32 up to the order of sums, in bfloat16 within one unit in the last place."""
     layout, options = KINDS[kind]
     train(tmp_path, layout, options)
     report = merge_checkpoints(
@@ -146,7 +146,7 @@ def scaling_of(name: str) -> float:
 def test_the_bits_are_those_of_the_formulas(
     trained: Path, tmp_path: Path, parameters: Options, other_start: bool
 ) -> None:
-    """The delta is never rounded, and added to the start; what the adapter leaves alone is as in the start."""
+    """The delta is added to the start unrounded; tensors without a change are those of the start."""
     base = read_model(trained / "base")
     start = {name: (tensor.float() + 0.01).to(tensor.dtype) for name, tensor in base.items()} if other_start else base
     options = dict(parameters)
@@ -254,7 +254,7 @@ def test_tokenizers_come_with_the_adapter(trained: Path, tmp_path: Path) -> None
 
 
 def test_a_config_beside_an_adapter_is_made_to_fit_what_is_written(trained: Path, tmp_path: Path) -> None:
-    """Trainers write one there, of QLoRA with how the base was loaded; nothing of the merge is so quantised."""
+    """Trainers write one that, for QLoRA, says how the base was loaded; the merge is not quantised."""
     shutil.copytree(trained / "adapter", tmp_path / "adapter")
     config = json.loads((trained / "base" / "config.json").read_text())
     path = tmp_path / "adapter" / "config.json"
@@ -275,7 +275,7 @@ def test_a_config_beside_an_adapter_is_made_to_fit_what_is_written(trained: Path
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"peft_type": "IA3"}, "is a IA3 adapter, and only LORA is read; .*merge_and_unload"),
+        ({"peft_type": "IA3"}, "is a IA3 adapter, but only LORA is supported; .*merge_and_unload"),
         ({"peft_type": None}, "is a None adapter"),
         ({"init_lora_weights": "pissa"}, "initialised by pissa, which changed its base"),
         ({"init_lora_weights": "pissa_niter_4"}, "initialised by pissa_niter_4"),
@@ -286,14 +286,14 @@ def test_a_config_beside_an_adapter_is_made_to_fit_what_is_written(trained: Path
         ({"layer_replication": [[0, 1]]}, "has layer_replication"),
         ({"alora_invocation_tokens": [1, 2]}, "has alora_invocation_tokens"),
         ({"use_qalora": True}, "has use_qalora"),
-        ({"target_parameters": "experts"}, "its target_parameters is no list of names"),
+        ({"target_parameters": "experts"}, "its target_parameters is not a list of names"),
         ({"use_bdlora": {"x": 1}}, "has use_bdlora"),
-        ({"use_something_new": True}, "has use_something_new, which is not known here"),
-        ({"r": 0}, "its r is 0, no positive number"),
-        ({"r": "8"}, "its r is 8, no positive number"),
+        ({"use_something_new": True}, "has use_something_new, an unknown setting"),
+        ({"r": 0}, "its r is 0, not a positive number"),
+        ({"r": "8"}, "its r is 8, not a positive number"),
         ({"lora_alpha": float("inf")}, "its lora_alpha is inf"),
-        ({"rank_pattern": {"(": 2}}, "its rank_pattern is no mapping of patterns"),
-        ({"alpha_pattern": ["x"]}, "its alpha_pattern is no mapping"),
+        ({"rank_pattern": {"(": 2}}, "its rank_pattern is not a mapping of patterns"),
+        ({"alpha_pattern": ["x"]}, "its alpha_pattern is not a mapping"),
         ({"r": 5}, "and rank 5"),
         ({"ensure_weight_tying": float("inf")}, "holds infinity or NaN"),
     ],
@@ -312,10 +312,10 @@ def test_what_is_not_plain_lora_is_refused_by_name(trained: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (("lora_A.weight", "lora_A.weird"), "which is not understood"),
-        (("layers.1.self_attn.q_proj.lora_A", "layers.1.self_attn.q_proj.lora_X"), "which is not understood"),
+        (("lora_A.weight", "lora_A.weird"), "an unknown kind of tensor"),
+        (("layers.1.self_attn.q_proj.lora_A", "layers.1.self_attn.q_proj.lora_X"), "an unknown kind of tensor"),
         (("layers.1.", "layers.7."), r"only, not in .*is this the model that the adapter was trained on\?"),
-        (("lora_B", None), "has one factor only"),
+        (("lora_B", None), "has only one factor"),
     ],
 )
 def test_factors_that_fit_nothing_are_refused(
@@ -334,7 +334,7 @@ def test_an_adapter_of_another_model_is_refused(trained: Path, tmp_path: Path) -
     state = read_model(trained / "base")
     wider = {n: torch.cat([t, t]) if "q_proj" in n else t for n, t in state.items()}
     write_model(tmp_path / "base", wider, config=json.loads((trained / "base" / "config.json").read_text()))
-    with pytest.raises(MismatchError, match=r"q_proj\.weight' is BF16 \[64, 32\], and .*is this the model"):
+    with pytest.raises(MismatchError, match=r"q_proj\.weight' is BF16 \[64, 32\], but .*is this the model"):
         merge_checkpoints(tmp_path / "base", trained / "adapter", tmp_path / "out")
 
 
@@ -367,7 +367,7 @@ def test_an_adapter_on_a_tied_model_that_trained_the_head_apart_unties_it(tmp_pa
 
 
 def test_an_embedding_trained_apart_from_its_tied_head_is_refused(tmp_path: Path) -> None:
-    """Its head would change with it; trained both, or tied, it can be merged."""
+    """The head would change with it; if both are trained, or stay tied, it can be merged."""
     train(tmp_path / "apart", "qwen2", {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"]})
     with pytest.raises(CheckpointError, match=r"trained apart from the head that base .* ties to it; train both"):
         merge_checkpoints(tmp_path / "apart" / "base", tmp_path / "apart" / "adapter", tmp_path / "out")
@@ -407,7 +407,7 @@ def test_values_that_are_not_finite_are_refused(trained: Path, tmp_path: Path) -
 
 
 def test_a_random_state_is_no_adapter(tmp_path: Path) -> None:
-    """A folder with a model in it is a model, whatever else lies there."""
+    """A folder with a model is a model, whatever else it has."""
     for role in ("base", "sft"):
         write_model(tmp_path / role, random_state({"a.weight": (4, 4)}, seed=len(role)))
     (tmp_path / "sft" / "adapter_config.json").write_text("{}")
@@ -418,6 +418,6 @@ def test_a_random_state_is_no_adapter(tmp_path: Path) -> None:
 def test_a_square_parameter_alone_is_refused_as_its_sides_cannot_be_told_apart(tmp_path: Path) -> None:
     train(tmp_path, "gpt_oss", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]})
     with pytest.raises(
-        CheckpointError, match=r"which way round '.*experts\.down_proj' is cannot be told; merge it first"
+        CheckpointError, match=r"the orientation of '.*experts\.down_proj' is unknown, as it is square; merge it first"
     ):
         merge_checkpoints(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

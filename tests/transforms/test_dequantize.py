@@ -1,4 +1,4 @@
-"""FP8 weights times their scales: as transformers has them, as the formulas have them, merged with any other input."""
+"""FP8 weights times their scales: equal to transformers and the formulas, merged with any other input."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_it_is_what_transformers_dequantises(tmp_path: Path, layout: str, block:
 def test_the_bits_are_those_of_the_formulas(
     tmp_path: Path, roles: str, parameters: dict[str, float], dtype: str
 ) -> None:
-    """Ragged edges, fused experts, any input FP8 or not; never rounded before the merge."""
+    """Ragged edges, fused experts, FP8 in any input; not rounded before the merge."""
     inputs: dict[str, State] = {}
     for seed, role in enumerate(("base", "sft", "start")):
         state = ragged_state(seed)
@@ -109,7 +109,7 @@ def test_fused_experts_are_as_transformers_has_them(tmp_path: Path, grid: tuple[
     assert same_bits(read_model(tmp_path / "out")[FUSED], expected)
 
 
-# What a config says, the shape and dtype of the weight, of its scales, and the end of their name.
+# The config, the shape and dtype of the weight and of its scales, and the suffix of their name.
 FORMS: dict[str, tuple[dict[str, Any], tuple[int, ...], torch.dtype, tuple[int, ...], torch.dtype, str]] = {
     "compressed-tensors, rows": (compressed(), (40, 24), torch.float8_e4m3fn, (40, 1), torch.bfloat16, "_scale"),
     "compressed-tensors, one": (compressed(), (40, 24), torch.float8_e4m3fn, (1,), torch.bfloat16, "_scale"),
@@ -125,7 +125,7 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[int, ...], torch.dtype, tuple[int, 
 }  # fmt: skip
 
 
-# How weights and scales are called elsewhere, and what lies beside them; as ComfyUI and DeepSeek's own code have it.
+# Names of weights and scales, and extra tensors, in ComfyUI and DeepSeek's own code.
 SPELLINGS: dict[str, tuple[str, tuple[int, ...], torch.dtype, dict[str, torch.Tensor]]] = {
     "ComfyUI": (".scale_weight", (), torch.float32, {
         "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), f"{UP}.scale_input": torch.ones(())}),
@@ -197,9 +197,9 @@ def fp8_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_adapter_on_an_fp8_base(fp8_llama: Path, tmp_path: Path) -> None:
-    """PEFT's merge into the model that transformers dequantises to, up to the order of sums."""
+    """PEFT's merge into the model as transformers dequantises it, up to the order of sums."""
     options = {"target_modules": "all-linear"}
-    # In float32, so that PEFT's base is what is merged here: the weights before they are rounded.
+    # In float32, so that PEFT too starts from unrounded weights.
     exact = float32_of(read_model(fp8_llama / "base"), SMALL)
     config = json.loads((fp8_llama / "base-bf16" / "config.json").read_text())
     write_model(tmp_path / "exact", {n: t.float() for n, t in exact.items()}, config={**config, "dtype": "float32"})
@@ -281,9 +281,9 @@ def test_scales_of_activations_are_left_out_with_a_note(models: Models) -> None:
     floats = {UP0: torch.ones(8, 8), **{name: state[name] for name in state if "other" in name}}
     write_model(models.sft, floats, config=CONFIG)
     report = models.merge(dequantize=True)
-    (note,) = [note for note in report.notes if "moves nothing" not in note]
+    (note,) = [note for note in report.notes if "changes nothing" not in note]
     assert re.search(
-        r"left out, as only FP8 needs them: 2 scales of activations or marks of base .*, such as '.*_scale'", note
+        r"left out 2 scales of activations or marks of base .*, which only FP8 needs, such as '.*_scale'", note
     )
     assert sorted(models.merged()) == sorted(floats)
     assert not (models.out / "hf_quant_config.json").exists()

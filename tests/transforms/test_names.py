@@ -1,4 +1,4 @@
-"""Models whose tensors have other names than the base's: written by transformers and torch, matched, and merged."""
+"""Models with other tensor names than the base, written by transformers and torch: matched and merged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mergekit_imm import ArgumentError, MismatchError, dare_merge, merge_checkpo
 from mergekit_imm.model.rename import by_prefix
 from models import fine_tuned, load, new_model, save
 
-IN_MEMORY = {"save_original_format": False}  # transformers 5 then writes the names that a model has in memory
+IN_MEMORY = {"save_original_format": False}  # makes transformers 5 write the names in memory
 
 
 def assert_same(one: State, other: State) -> None:
@@ -53,7 +53,7 @@ def test_names_in_memory_are_those_of_the_files(layout: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("layout", ["qwen3_moe", "deepseek_v3", "gemma3"])
 def test_a_base_may_have_the_names_in_memory(layout: str, tmp_path: Path) -> None:
-    """Single experts are joined: the result is that of the base as it is in files, told by transformers itself."""
+    """Single experts are fused: the result equals that of the same base in its file layout, saved by transformers."""
     model = new_model(layout)
     model.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "base in memory", **IN_MEMORY)
@@ -66,7 +66,7 @@ def test_a_base_may_have_the_names_in_memory(layout: str, tmp_path: Path) -> Non
 
 
 def test_names_that_differ_behind_the_number_of_a_layer(tmp_path: Path) -> None:
-    """`mlp` of Mixtral in memory is `block_sparse_moe` in its files, for its adapters, too."""
+    """Mixtral's `mlp` in memory is `block_sparse_moe` in files, for adapters too."""
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     config = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=3)
     model = transformers.MixtralForCausalLM(config).to(torch.bfloat16)
@@ -108,7 +108,7 @@ def test_a_start_with_other_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bare", ["base", "sft"])
 def test_a_model_saved_without_its_head_s_class(bare: str, tmp_path: Path) -> None:
-    """The names of GPT-2 on the hub lack `transformer.`, which its causal LM writes; its tied head may be stored."""
+    """GPT-2 on the hub lacks the `transformer.` that its causal LM writes; its tied head may be stored."""
     model = new_model("gpt2")
     state = {"base": model, "sft": fine_tuned(model, seed=2)}
     config = model.config.to_dict() | {"architectures": ["GPT2LMHeadModel"]}
@@ -132,7 +132,7 @@ def test_a_model_saved_without_its_head_s_class(bare: str, tmp_path: Path) -> No
 
 
 def test_the_text_part_of_a_wrapped_model(tmp_path: Path) -> None:
-    """Its language model was tuned alone, as another class; the rest is kept if asked, the config is the base's."""
+    """Its language model was tuned alone, as another class; --keep keeps the rest, the config is the base's."""
     model = new_model("gemma3")
     save(model, tmp_path / "base", "base")
     text = transformers.Gemma3ForCausalLM(model.config.text_config).to(torch.bfloat16)
@@ -174,7 +174,7 @@ def test_wrappers_are_no_part_of_a_name(tmp_path: Path) -> None:
 
 
 def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
-    """The names are those that messages have: of weights, not of factors, and without what PEFT puts in front."""
+    """Rules see the names in messages: of weights, not factors, without the prefix of PEFT."""
     model = new_model("llama")
     model.save_pretrained(tmp_path / "base")
     with warnings.catch_warnings():
@@ -189,7 +189,7 @@ def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
     save_file(state, path)
     given = tmp_path / "base", tmp_path / "adapter"
     with pytest.raises(
-        MismatchError, match=r"only, not in base .*'model\.layers\.\*\.self_attn\.seek.*'top\.weight'.*tell rename"
+        MismatchError, match=r"only, not in base .*'model\.layers\.\*\.self_attn\.seek.*'top\.weight'.*use rename"
     ):
         merge_checkpoints(*given, tmp_path / "out")
     head = r"^top\.weight$=lm_head.weight"
@@ -200,7 +200,7 @@ def test_rules_for_an_adapter_are_about_what_it_changes(tmp_path: Path) -> None:
     verify(tmp_path / "out")
     with pytest.raises(ArgumentError, match=r"changes none of the 3 tensor names .* such as '[mt]"):
         merge_checkpoints(*given, tmp_path / "no", rename=["lora_A=lora_B"])
-    with pytest.raises(MismatchError, match=r"layers\.0.* and '.*layers\.1.* would be '.*layers\.0.*change rename"):
+    with pytest.raises(MismatchError, match=r"layers\.0.* and '.*layers\.1.* would become '.*layers\.0.*change rename"):
         merge_checkpoints(*given, tmp_path / "no", rename=[r"layers\.\d+\.(.*)seek=layers.0.\1q_proj", head])
 
 
@@ -239,7 +239,7 @@ def test_rules_of_the_user_come_first(tmp_path: Path) -> None:
         (["(=x"], ArgumentError, "is not understood"),
         ([r"a=\2"], ArgumentError, "is not understood: invalid group reference"),
         ("a=b", ArgumentError, "rename is a string"),
-        ([r"layers\.\d=layers.0"], MismatchError, "two tensors of sft .* would be 'model.layers.0.a.w' of base"),
+        ([r"layers\.\d=layers.0"], MismatchError, "two tensors of sft .* would become 'model.layers.0.a.w' of base"),
         ([r"layers\.1=layers.2"], MismatchError, r"'model.layers.1.a.w' \(closest there: 'model.layers.2.a.w'\)"),
     ],
 )  # fmt: skip
@@ -251,7 +251,7 @@ def test_rules_that_lead_nowhere(tmp_path: Path, rename: Any, error: type[Except
 
 
 def test_names_that_have_nothing_in_common_may_be_of_one_tensor(tmp_path: Path) -> None:
-    """Both sides have one too many: --keep would leave out what was trained."""
+    """Each side has one extra tensor: --keep would drop what was trained."""
     for role, head in (("base", "read_out.weight"), ("sft", "lm_head.weight")):
         write_model(tmp_path / role, random_state({"embed_in.weight": (8, 4), head: (8, 4)}, seed=len(role)))
     given = tmp_path / "base", tmp_path / "sft"
@@ -275,7 +275,7 @@ def test_what_two_prefixes_could_mean_is_not_guessed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", ["both", "head", "embedding"])
 def test_a_tied_head_goes_where_its_embedding_does(tmp_path: Path, stored: str) -> None:
-    """A trainer put `wrapped.` before all names; the base stores the embedding alone."""
+    """A trainer prefixed all names with `wrapped.`; the base stores the embedding only."""
     config = {"tie_word_embeddings": True}
     shapes = {"model.embed_tokens.weight": (8, 4), "model.layers.0.a.w": (4, 4), "model.layers.1.a.w": (4, 4)}
     base, sft = random_state(shapes), random_state(shapes, seed=1)
@@ -293,7 +293,7 @@ def test_a_tied_head_goes_where_its_embedding_does(tmp_path: Path, stored: str) 
 
 
 def test_numbers_are_those_of_the_other_name() -> None:
-    """A layer more is no layer of another stack."""
+    """An extra layer is not matched to another stack."""
     lost = {"model.layers.2.w.x": (4,)}
     assert by_prefix(lost, {"mtp.layers.0.w.x": (4,)}) == {}
     assert by_prefix(lost, {"mtp.layers.2.w.x": (4,)}) == {"model.layers.2.w.x": "mtp.layers.2.w.x"}

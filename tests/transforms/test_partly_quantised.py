@@ -1,4 +1,4 @@
-"""A base that is quantised in part, all of which is kept: copied byte for byte, and described by the config of OUT."""
+"""A partly quantised base: what is quantised is kept byte for byte, and described by the config of OUT."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def models(tmp_path: Path) -> Models:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose MLPs transformers quantised to FP8, and one tuned from it in bfloat16."""
+    """A Llama with MLPs quantised to FP8 by transformers, and one tuned from it in bfloat16."""
     folder = tmp_path_factory.mktemp("partly")
     model = new_model("llama")
     model.save_pretrained(folder / "base-bf16")
@@ -49,7 +49,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merged_naively(base: State, sft: State, alpha: float, drop: float) -> State:
-    """The formula for what is not quantised, and the base for what is."""
+    """The formula for unquantised tensors, the base for quantised ones."""
     found: State = {}
     for name, tensor in base.items():
         quantised = ".mlp." in name
@@ -60,7 +60,7 @@ def merged_naively(base: State, sft: State, alpha: float, drop: float) -> State:
 
 @pytest.mark.parametrize("form", ["bfloat16", "FP8", "adapter"])
 def test_it_is_merged_and_loads(llama: Path, tmp_path: Path, form: str) -> None:
-    """The sft unquantised, quantised as the base is, or an adapter; transformers reads the config of what comes out."""
+    """The sft unquantised, quantised like the base, or an adapter; transformers reads the config of the result."""
     base = read_model(llama / "base")
     sft = llama / "sft"
     if form == "FP8":
@@ -99,11 +99,11 @@ def test_it_is_merged_and_loads(llama: Path, tmp_path: Path, form: str) -> None:
 
 
 def test_an_adapter_of_what_is_quantised_is_refused(llama: Path, tmp_path: Path) -> None:
-    """To keep the base's would throw away what it trained."""
+    """Keeping the base's would discard what it trained."""
     options = {"target_modules": ["q_proj", "up_proj"]}
     adapted(llama / "base-bf16", tmp_path / "sft", tmp_path / "merged", "llama", options, torch.bfloat16)
     with pytest.raises(
-        MismatchError, match=r"up_proj.weight' is F8_E4M3, quantised, and sft .* changes it.*dequantize=True"
+        MismatchError, match=r"sft .* changes tensor '.*up_proj.weight', which is quantised, F8_E4M3.*dequantize=True"
     ):
         merge_checkpoints(llama / "base", tmp_path / "sft", tmp_path / "out", keep=[r"\.mlp\."])
     merge_checkpoints(llama / "base", tmp_path / "sft", tmp_path / "out", dequantize=True)
@@ -123,7 +123,9 @@ def test_its_bytes_stay_whatever_the_dtype_of_the_output(llama: Path, tmp_path: 
 def test_what_is_kept_in_part_is_refused_with_a_pattern_for_all(llama: Path, tmp_path: Path) -> None:
     given = (llama / "base", llama / "sft", tmp_path / "out")
     for keep in ([r"layers\.0\.mlp"], [r"\.mlp\.\w+\.weight$"], [r"\.mlp\.\w+\.weight_scale_inv"], ["up_proj"]):
-        with pytest.raises(CheckpointError, match=r"not copied whole, first '.*': keep all of them, keep=") as caught:
+        with pytest.raises(
+            CheckpointError, match=r"copied in part only, first '.*': keep all of them: keep="
+        ) as caught:
             merge_checkpoints(*given, keep=keep)
         (option,) = shown_options(caught.value.args[0])
         assert "self_attn" not in option["keep"][0]
@@ -140,7 +142,7 @@ def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 UP = UP0.removesuffix(".weight")
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
-# What a quantised module has beside nothing else; what the config says; what an unquantised model has in its place.
+# The tensors of a quantised module; the config; the tensors of an unquantised model instead.
 FORMS: dict[str, tuple[State, dict[str, Any], str]] = {
     "GPTQ": ({f"{UP}.qweight": zeros(torch.int32, 1, 8), f"{UP}.qzeros": zeros(torch.int32, 1, 1),
               f"{UP}.scales": zeros(torch.float16, 1, 8), f"{UP}.g_idx": zeros(torch.int32, 8)},
@@ -174,7 +176,7 @@ FORMS: dict[str, tuple[State, dict[str, Any], str]] = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sft", ["plain", "same", "quantised otherwise"])
 def test_any_form_is_copied_as_it_is(models: Models, form: str, sft: str) -> None:
-    """With what the message offers; the sft unquantised, quantised alike, or elsewhere."""
+    """With the offered option; the sft unquantised, quantised alike, or quantised elsewhere."""
     parts, said, weight = FORMS[form]
     rest = {UP0: None} if weight == UP0 else {}
     same: dict[str, Any] = {**rest, "big.weight": torch.ones(60, 60), f"{UP}.bias": torch.ones(8)}
@@ -187,7 +189,7 @@ def test_any_form_is_copied_as_it_is(models: Models, form: str, sft: str) -> Non
         state |= {UP1: zeros(torch.int8, 8, 8), f"{UP1}_scale": torch.ones(1)}
     configs = {"plain": CONFIG, "same": config, "quantised otherwise": {**CONFIG, "quantization_config": {"a": 1}}}
     models.change("sft", {**same, **state, f"{UP}.bias": 3 * torch.ones(8)}, configs[sft])
-    message = models.refused(CheckpointError, "base .* is quantised .*; or leave its quantised tensors as they are")
+    message = models.refused(CheckpointError, "base .* is quantised .*; or keep the base's quantised tensors")
     (option,) = shown_options(message)
     keep = option["keep"]
     if sft == "quantised otherwise":
@@ -218,9 +220,7 @@ def test_what_a_message_offers_for_a_quantised_sft_keeps_the_base_s_weight(model
     models.change("base", large)
     config = {**CONFIG, "quantization_config": said}
     models.change("sft", {UP0: None, **large, **parts}, config)
-    message = models.refused(
-        CheckpointError, "sft .* is quantised .*; or leave its quantised tensors as they are in the"
-    )
+    message = models.refused(CheckpointError, "sft .* is quantised .*; or keep the base's quantised tensors")
     (option,) = shown_options(message)
     models.merge(drop=0, keep=option["keep"])
     assert sorted(models.merged()) == sorted({**SHAPES, **large})
@@ -241,7 +241,7 @@ def test_what_is_taken_whole_brings_its_config(models: Models) -> None:
     config = {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_size": None}}
     parts = {UP0: zeros(torch.float8_e4m3fn, 8, 8), f"{UP0}_scale": torch.full((1,), 0.3)}
     models.change("sft", parts, config)
-    models.refused(CheckpointError, "sft .*not copied whole, first '.*_scale'", take=[f"{UP0}$"])
+    models.refused(CheckpointError, "sft .*copied in part only, first '.*_scale'", take=[f"{UP0}$"])
     models.merge(take=[UP0], drop=0, dtype="float16")
     assert [name for name in parts if not same_bits(models.merged()[name], parts[name])] == []
     assert json.loads((models.out / "config.json").read_text())["quantization_config"] == config["quantization_config"]
@@ -250,7 +250,7 @@ def test_what_is_taken_whole_brings_its_config(models: Models) -> None:
 def test_another_form_of_a_weight_is_not_taken_beside_it(models: Models) -> None:
     parts, said, _ = FORMS["GPTQ"]
     models.change("sft", {UP0: None, **parts}, {**CONFIG, "quantization_config": said})
-    message = models.refused(CheckpointError, f"is taken, base .* has '{UP0}' in its place", take=[f"{UP}."])
+    message = models.refused(CheckpointError, f"is taken, but base .* has '{UP0}' instead", take=[f"{UP}."])
     (option,) = shown_options(message)
     models.merge(drop=0, keep=option["keep"])
     assert sorted(models.merged()) == sorted(SHAPES)
@@ -263,11 +263,11 @@ def test_kept_and_taken_parts_need_one_config(models: Models) -> None:
         models.change(role, {**eight, **scaled}, {**CONFIG, "quantization_config": said})
     options: dict[str, Any] = {"keep": [UP0], "take": [UP1]}
     models.refused(CheckpointError, "tensors of base .* are kept and of sft .* are taken, .* differ", **options)
-    models.refused(CheckpointError, "base .*not copied whole", keep=[f"{UP0}$"], take=[f"{UP0}_scale", UP1])
+    models.refused(CheckpointError, "base .*copied in part only", keep=[f"{UP0}$"], take=[f"{UP0}_scale", UP1])
 
 
 def test_with_dequantize_other_forms_beside_are_refused(models: Models) -> None:
-    """One quantization_config would describe both, and be wrong of one."""
+    """One quantization_config would describe both, and be wrong for one."""
     parts = {UP0: zeros(torch.float8_e4m3fn, 8, 8), f"{UP0}_scale": torch.ones(1),
              UP1: zeros(torch.int8, 8, 8), f"{UP1}_scale": torch.ones(1)}  # fmt: skip
     models.change("base", parts, FP8)

@@ -1,4 +1,4 @@
-"""Whether two models mean the same tokens: tokenizers as transformers and tokenizers write them."""
+"""Do two models have the same tokens? Tokenizers as transformers and tokenizers write them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from mergekit_imm import (
     iter_merged,
     merge_checkpoints,
 )
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.plan.describe import check
-from mergekit_imm.transforms.tokenizer_files import table_of
+from mergekit_imm.transforms.tokenizer_files import token_table
 from models import fine_tuned, load, new_model
 from refused import shown_options
 from thorough import examples
@@ -36,12 +36,12 @@ ENDS = (EMBED, HEAD)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of 96 rows and 90 tokens; an sft that has ten tokens more, and 100 rows."""
+    """A base of 96 rows and 90 tokens; an sft with ten more tokens and 100 rows."""
     return write_pair("llama", tmp_path_factory.mktemp("pair"))
 
 
 def forms(folder: Path) -> dict[str, tuple[Path, dict[str, int]]]:
-    """Tokenizers in every form that is read, and their vocabularies as their library tells them."""
+    """Tokenizers in every supported form, and their vocabularies according to their library."""
     bpe = models.BPE({"a": 0, "b": 1, "ab": 2, "<unk>": 3}, [("a", "b")])
     made: dict[str, Any] = {
         "BPE": Tokenizer(bpe),
@@ -71,14 +71,14 @@ def test_tokens_are_read_from_every_form(tmp_path: Path) -> None:
     for name, (folder, vocabulary) in forms(tmp_path).items():
         write_model(folder, {"w": torch.zeros(1)})
         assert ("tokenizer.json" in files_of(folder)) == name.isalpha()
-        table = table_of(open_checkpoint(folder, "base"))
+        table = token_table(open_checkpoint(folder, "base"))
         assert {token: number for number, token in table.items()} == vocabulary, name
         assert "<pad>" in vocabulary or "<call>" in vocabulary
 
 
 @pytest.mark.parametrize("vocab", ["base", "sft"])
 def test_different_tokens_are_refused_and_listed(tmp_path: Path, vocab: str) -> None:
-    """Also where the sizes are the same, once a vocabulary is chosen; the cure that is shown works."""
+    """Also for equal sizes, once a vocabulary is chosen; the shown cure works."""
     model = new_model("llama")
     save(model, tmp_path / "base", tokenizer_of(WORDS))
     others = [*WORDS[:40], *(f"v{n}" for n in range(40, 44)), *WORDS[44:]]
@@ -86,7 +86,7 @@ def test_different_tokens_are_refused_and_listed(tmp_path: Path, vocab: str) -> 
         save(resize(fine_tuned(model, seed=2), rows), tmp_path / "sft", tokenizer_of(others))
         with pytest.raises(
             MismatchError,
-            match=r"4 of the first 96 ids are different tokens to base .* and sft .*: 40 \('w37' and 'v40'\), 41"
+            match=r"4 of the first 96 ids are different tokens in base .* and sft .*: 40 \('w37' and 'v40'\), 41"
             r" \('w38' and 'v41'\), 42 \('w39' and 'v42'\) and 1 more; rows of different tokens are not merged",
         ) as caught:
             merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", vocab=vocab)
@@ -99,7 +99,7 @@ def test_different_tokens_are_refused_and_listed(tmp_path: Path, vocab: str) -> 
 
 
 def test_tokens_that_only_one_has_are_no_difference(tmp_path: Path) -> None:
-    """Rows that were padding in the base, and tokens in the sft."""
+    """Rows that are padding in the base and tokens in the sft."""
     model = new_model("llama")
     save(model, tmp_path / "base", tokenizer_of(WORDS))
     save(resize(fine_tuned(model, seed=2), 100), tmp_path / "sft", tokenizer_of(WORDS, EXTRA[:3]))
@@ -136,7 +136,7 @@ def test_without_a_tokenizer_it_is_said_that_nothing_was_compared(tmp_path: Path
     for role, rows in (("base", 8), ("sft", 9)):
         write_model(tmp_path / role, random_state({EMBED: (rows, 4)}))
     report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", vocab="sft")
-    assert "base has no tokenizer; whether the models' tokens are the same was not compared" in report.notes[0].replace(
+    assert "base has no tokenizer, so the models' tokens were not compared" in report.notes[0].replace(
         str(tmp_path / "base"), ""
     ).replace("  ", " ")
 
@@ -152,7 +152,7 @@ def test_sentencepiece_models_are_compared_byte_by_byte(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"1 of the first 8 ids .*: 7 \('<bos>' and '<pad>'\)"):
         merge_checkpoints(*given, tmp_path / "other", vocab="sft")
     (tmp_path / "sft" / "tokenizer.model").write_text("others")
-    with pytest.raises(CheckpointError, match=r"cannot be compared: base .* has them in tokenizer\.model alone"):
+    with pytest.raises(CheckpointError, match=r"cannot be compared: base .* has only tokenizer\.model"):
         merge_checkpoints(*given, tmp_path / "other", vocab="sft")
 
 
@@ -168,7 +168,7 @@ def test_added_tokens_are_also_found_in_the_tokenizer_s_config(tmp_path: Path) -
     folder, vocabulary = forms(tmp_path)["vocab.txt"]
     write_model(folder, {"w": torch.zeros(1)})
     (folder / "added_tokens.json").unlink()
-    assert {token: number for number, token in table_of(open_checkpoint(folder, "sft")).items()} == vocabulary
+    assert {token: number for number, token in token_table(open_checkpoint(folder, "sft")).items()} == vocabulary
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_what_is_no_table_of_tokens_is_refused(tmp_path: Path, name: str, conten
     write_model(tmp_path, {"w": torch.zeros(1)})
     (tmp_path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(CheckpointError, match=rf"sft .*: {name} is not understood as a table of tokens and their ids"):
-        table_of(open_checkpoint(tmp_path, "sft"))
+        token_table(open_checkpoint(tmp_path, "sft"))
 
 
 @given(data=st.data())

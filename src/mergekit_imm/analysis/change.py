@@ -254,7 +254,7 @@ def reported_change(merged: str | Path) -> WeightChange:
     >>> len(reported_change(out_folder).layers) > 0
     True
     """
-    from ..checkpoint.checkpoint import open_checkpoint
+    from ..checkpoint.open_checkpoint import open_checkpoint
     from ..common.json_files import parse_json, without_duplicates
     from ..options.recipe import REPORT_FILE, read_recipe
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.open_checkpoint import open_checkpoint
 from ..common.json_files import parse_json, read_small
 from ..common.messages import shown
 from ..errors import (

@@ -1,1 +1,1 @@
-"""What is on disk: safetensors files, the side files around them, the folder that is written."""
+"""Open checkpoints in every supported form, and read their tensors by range."""

@@ -1,6 +1,6 @@
-"""Folders that torch.distributed.checkpoint wrote: `.metadata`, and files of pieces, each as torch.save writes it.
+"""torch.distributed.checkpoint folders: a `.metadata` pickle, and files of pieces, each in torch.save format.
 
-The metadata is a pickle; of the objects in it only what tells where the tensors are is looked at.
+From the pickle only the locations of tensors are read.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ..model.tensor_names import unwrapped
 from .lazy_tensor import Tensor
 from .safe_pickle import AGAIN, DTYPES, Stub, load_pickle, mapping, numbers
 from .safetensors_file import TensorFile, TensorInfo, is_plain_name, open_to_read, stamp
-from .sharded import Part, joined
+from .sharded import PlacedTensor, joined_pieces
 from .torch_file import tensor_at
 
 METADATA = ".metadata"
-# What trainers store beside a model.
-_BESIDE = (
-    "optimizer", "optimizers", "optim", "optimizer_states", "lr_scheduler", "lr_schedulers", "scheduler",
-    "dataloader", "train_state", "rng_state", "rng_states", "extra_state",
-)  # fmt: skip
+# Training state that is stored with a model.
+_TRAINING_STATE = (
+    "optimizer optimizers optim optimizer_states lr_scheduler lr_schedulers scheduler dataloader train_state rng_state"
+    " rng_states extra_state"
+).split()
 
 
 class _Tensors(Stub):
@@ -36,13 +36,13 @@ class _Tensors(Stub):
 
 
 class _Index(Stub):
-    """Stands for MetadataIndex: which piece of what."""
+    """Stands for MetadataIndex: a tensor's name and a piece's offsets."""
 
     __slots__ = ()
 
 
 class _Place(Stub):
-    """Stands for _StorageInfo: where a piece is."""
+    """Stands for _StorageInfo: the file and bytes of a piece."""
 
     __slots__ = ()
 
@@ -64,7 +64,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     (_BEFORE, "TensorProperties"): Stub,  # until torch 2.3
     (_BEFORE, "MEM_FORMAT_ENCODING"): _ignored,
     ("torch.serialization", "_get_layout"): _ignored,
-    ("builtins", "getattr"): _ignored,  # Python 3.11.0 to 3.11.3 asks for the member of an enumeration by it
+    ("builtins", "getattr"): _ignored,  # Python 3.11.0 to 3.11.3 pickles enum members with it
     ("collections", "OrderedDict"): mapping,
     ("torch", "Size"): numbers,
     **{("torch", name): dtype for name, dtype in DTYPES.items()},
@@ -79,10 +79,10 @@ _KNOWN: dict[tuple[str, str], Any] = {
 def open_dcp(
     folder: Path, prefix: str, role: str, where: str
 ) -> tuple[dict[str, TensorFile], dict[str, Tensor], tuple[str, ...]]:
-    """Read what a folder of torch.distributed.checkpoint holds. No byte of a tensor is read.
+    """Read the metadata of a torch.distributed checkpoint. Reads no tensor.
 
-    `prefix` is where in the folder it is, "" or "name/". Returns the files by name, the model's tensors by name, and
-    what else is stored. Raises CheckpointError for pieces that are missing or cut off, and for all that is not known.
+    `prefix` is its place in the folder, "" or "name/". Returns its files by name, the model's tensors by name, and
+    what else it stores. Raises CheckpointError for pieces that are missing or cut off, and for anything unknown.
     """
     path = folder / prefix / METADATA
     try:
@@ -92,19 +92,20 @@ def open_dcp(
         raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror}; {AGAIN}") from error
     found = load_pickle(content, _KNOWN, shown(path))
     try:
-        stored, paths, places = _told(found)
+        stored, paths, places = _sections(found)
         names, left = _names(stored, paths, where)
         wanted = [piece for name, key in names.items() for piece in _pieces(name, key, stored[key], places)]
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(
-            f"{shown(path)} is damaged, or not of a known kind: {shown(error, 200)}; {AGAIN}"
+            f"{shown(path)} is damaged or of an unknown version: {shown(error, 200)}; {AGAIN}"
         ) from error
     parts, files = _located(wanted, folder, prefix)
     tensors = {
-        name: joined(name, numbers(stored[key].get("size")), parts[name], role, where) for name, key in names.items()
+        name: joined_pieces(name, numbers(stored[key].get("size")), parts[name], role, where)
+        for name, key in names.items()
     }
     if not tensors:
-        raise CheckpointError(f"{where} holds no tensor of a model, but {', '.join(left) or 'nothing'}")
+        raise CheckpointError(f"{where} holds no tensors of a model, only {', '.join(left) or 'an empty state'}")
     return (
         {f"{prefix}{METADATA}": TensorFile(f"{prefix}{METADATA}", path, size, {}, (), written), **files},
         tensors,
@@ -112,37 +113,37 @@ def open_dcp(
     )
 
 
-def _told(found: Any) -> tuple[dict[str, _Tensors], Mapping[str, Any], dict[tuple[str, Any], _Place]]:
-    """What metadata holds: what is stored, the path of each name, and where the pieces are."""
+def _sections(found: Any) -> tuple[dict[str, _Tensors], Mapping[str, Any], dict[tuple[str, Any], _Place]]:
+    """Split metadata into what is stored, the path of each name, and the place of each piece."""
     stored = found.get("state_dict_metadata")
     paths = found.get("planner_data")
     places: dict[tuple[str, Any], _Place] = {}
     for index, place in found.get("storage_data").items():
         if not isinstance(index, _Index) or not isinstance(place, _Place):
-            raise ValueError("where a piece is stored is not told as torch does")
+            raise ValueError("storage_data has an unknown form")
         offset = index.get("offset")
         places.setdefault((str(index.get("fqn")), None if offset is None else numbers(offset)), place)
     if not isinstance(stored, dict) or not all(isinstance(key, str) for key in stored):
-        raise ValueError("what is stored is not told as torch does")
+        raise ValueError("state_dict_metadata has an unknown form")
     return stored, paths if isinstance(paths, dict) else {}, places
 
 
 def _names(stored: Mapping[str, Any], paths: Mapping[str, Any], where: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return under which name in the metadata each tensor of the model is stored, and what else is."""
+    """Return the key in the metadata of each of the model's tensors, and what else is stored."""
 
     def path_of(key: str) -> tuple[str, ...]:
         path = paths.get(key, (key,))
         if not isinstance(path, tuple) or not path or not all(isinstance(part, str | int) for part in path):
-            raise ValueError(f"the path of {key!r} is not told as torch does")
+            raise ValueError(f"the path of {key!r} has an unknown form")
         return tuple(map(str, path))
 
     split = {key: path_of(key) for key in stored}
-    # {"model": …}, or {"app": {"model": …}}; a model by itself has its names as they are, in one part.
+    # {"model": …} or {"app": {"model": …}}; a model stored alone has no such prefix.
     heads = {
         path[: at + 1]
         for path in split.values()
         for at in (0, 1)
-        if len(path) > at + 1 and path[at] == "model" and path[0] not in _BESIDE
+        if len(path) > at + 1 and path[at] == "model" and path[0] not in _TRAINING_STATE
     }
     head = min(heads, key=len, default=())
     if sum(len(each) == len(head) for each in heads) > 1:
@@ -150,7 +151,7 @@ def _names(stored: Mapping[str, Any], paths: Mapping[str, Any], where: str) -> t
     names: dict[str, str] = {}
     left: Counter[str] = Counter()
     for key, path in split.items():
-        if path[: len(head)] != head or (not head and path[0] in _BESIDE):
+        if path[: len(head)] != head or (not head and path[0] in _TRAINING_STATE):
             left[f"{path[0]}.*" if len(path) > 1 else path[0]] += 1
             continue
         if not isinstance(stored[key], _Tensors):
@@ -160,7 +161,7 @@ def _names(stored: Mapping[str, Any], paths: Mapping[str, Any], where: str) -> t
         if name in names:
             raise CheckpointError(
                 f"{where} holds tensor '{shown(name)}' twice, as '{shown(names[name])}' and as '{shown(key)}'; save the"
-                " model without what wraps its modules"
+                " model without wrappers around its modules"
             )
         names[name] = key
     return names, tuple(f"{name} ({count} entries)" if count > 1 else name for name, count in sorted(left.items()))
@@ -176,18 +177,20 @@ def _pieces(name: str, key: str, stored: _Tensors, places: Mapping[tuple[str, An
     for chunk in stored.get("chunks"):
         offsets, sizes = numbers(chunk.get("offsets")), numbers(chunk.get("sizes"))
         if len(offsets) != len(shape) or len(sizes) != len(shape):
-            raise ValueError(f"a piece of {key!r} has not its dimensions")
+            raise ValueError(f"a piece of {key!r} has another number of dimensions")
         place = places.get((key, offsets))
         if place is None:
-            raise ValueError(f"the piece of {key!r} at {list(offsets)} is nowhere")
+            raise ValueError(f"the piece of {key!r} at {list(offsets)} is in no file")
         found.append((name, offsets, sizes, dtype, place))
     if not found:
-        raise ValueError(f"{key!r} has no piece")
+        raise ValueError(f"{key!r} has no pieces")
     return found
 
 
-def _located(wanted: list[_Wanted], folder: Path, prefix: str) -> tuple[dict[str, list[Part]], dict[str, TensorFile]]:
-    """Find the bytes of pieces: the pieces of each tensor, and the files that hold them."""
+def _located(
+    wanted: list[_Wanted], folder: Path, prefix: str
+) -> tuple[dict[str, list[PlacedTensor]], dict[str, TensorFile]]:
+    """Locate pieces on disk: the pieces of each tensor, and the files that hold them."""
     by_file: dict[str, list[_Wanted]] = {}
     for piece in wanted:
         file = piece[-1].get("relative_path")
@@ -197,13 +200,13 @@ def _located(wanted: list[_Wanted], folder: Path, prefix: str) -> tuple[dict[str
                 " allowed"
             )
         by_file.setdefault(file, []).append(piece)
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[PlacedTensor]] = {}
     files = {}
     for file, pieces in sorted(by_file.items()):
         path = folder / prefix / file
         if not path.is_file():
             raise CheckpointError(
-                f"{shown(path)} is missing, or no plain file, though its {METADATA} names it; {AGAIN}"
+                f"{shown(path)} is missing or not a plain file, though its {METADATA} names it; {AGAIN}"
             )
         descriptor = open_to_read(path)
         try:
@@ -224,16 +227,16 @@ def _located_one(descriptor: int, size: int, piece: _Wanted, file: str, path: Pa
     begin, length = place.get("offset"), place.get("length")
     if place.get("transform_descriptors"):
         raise CheckpointError(
-            f"{where} is compressed, or changed otherwise, as it was stored; save it without extensions"
+            f"{where} was compressed or transformed by an extension when it was saved; save it without extensions"
         )
     if type(begin) is not int or type(length) is not int or not 0 <= begin <= begin + length <= size:
         raise CheckpointError(
-            f"{where} is said to be at bytes {shown(begin)} and {shown(length)} further, and the file has {size}; it"
-            f" was cut off or still being written: {AGAIN}"
+            f"{where} should begin at byte {shown(begin)} and have {shown(length)} bytes, but the file has {size}; it"
+            f" was cut off or is still being written: {AGAIN}"
         )
     info = tensor_at(descriptor, begin, length, name, file, where)
     if (info.dtype, info.shape) != (dtype, sizes):
         raise CheckpointError(
-            f"{where} is {info.dtype} {list(info.shape)}, and {METADATA} says {shown(dtype)} {list(sizes)}; {AGAIN}"
+            f"{where} is {info.dtype} {list(info.shape)}, but {METADATA} says {shown(dtype)} {list(sizes)}; {AGAIN}"
         )
     return info

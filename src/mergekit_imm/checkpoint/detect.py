@@ -1,4 +1,4 @@
-"""Forms of a model other than safetensors files: which files they are, and what to do about those that are not read."""
+"""Which files of a folder hold the model, and the cure for formats that are not read."""
 
 from __future__ import annotations
 
@@ -7,53 +7,91 @@ import shlex
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePath, PurePosixPath
+from typing import Any
 
 from ..common.messages import shown
+from ..errors import CheckpointError
 from .dcp import METADATA
 from .hub import ADAPTER, ADAPTER_CONFIG
+from .parts import holds_parts, index_files
 from .safetensors_file import INDEX, MODEL
+from .sharded import are_shards
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-FSDP_BIN = "pytorch_model_fsdp.bin"  # what accelerate calls a whole model that FSDP trained
+FSDP_BIN = "pytorch_model_fsdp.bin"  # accelerate's name for a whole model that FSDP trained
 ADAPTER_BIN = "adapter_model.bin"
-FSDP_FOLDER = "pytorch_model_fsdp_0/"  # where accelerate has a trainer's checkpoint in pieces
+FSDP_FOLDER = "pytorch_model_fsdp_0/"  # where accelerate keeps a sharded checkpoint
 
-# Forms that are recognised and not read: names of files and folders, what they are, and what to do about it. {here}
-# is the folder, as it was typed; the first that is found is told.
+# Formats that are recognised but not read: file and folder patterns, what they are, the cure. {here} is the folder as
+# typed; the first match is reported.
 _OTHERS = (
-    ((ADAPTER_CONFIG, ADAPTER, ADAPTER_BIN), "an adapter",
-     f"give the model it was trained on; an adapter is given as SFT, in a folder with its {ADAPTER_CONFIG} and its"
-     f" {ADAPTER}"),
-    (("latest_checkpointed_iteration.txt", "iter_*/", "mp_rank_*/", "common.pt"), "a Megatron checkpoint",
-     "convert it to the Hugging Face form, as Megatron Bridge's `AutoBridge.export_ckpt` does; or, of"
-     " verl, `python -m verl.model_merger merge --backend megatron --local_dir ACTOR --target_dir OUT`, ACTOR being"
-     " the folder that its dist_ckpt is in (with --tie-word-embedding if the head is tied)"),
-    # Without --safe_serialization, which fails on tied models.
-    (("zero_to_fp32.py", "latest", "global_step*/"), "a DeepSpeed checkpoint",
-     "convert: `cd {here} && python zero_to_fp32.py . OUT`, and give {here}/OUT"),
-    (("*_model_states.pt", "*_optim_states.pt"), "a part of a DeepSpeed checkpoint", "give the folder that it is in"),
-    (("model_world_size_*_rank_*.pt",), "what each rank of verl stored",
-     "convert: `python -m verl.model_merger merge --backend fsdp --local_dir {here} --target_dir OUT`"),
-    (("pytorch_model_fsdp*_rank*.bin",), "what each rank of FSDP stored",
-     "load it in accelerate and save it with the state dict type SHARDED_STATE_DICT or FULL_STATE_DICT"),
-    (("lit_model.pth", "lit_model.pth.lora", "lit_model.pth.adapter*"), "a LitGPT checkpoint",
-     "convert: `litgpt convert_from_litgpt {here} OUT && mv OUT/model.pth OUT/pytorch_model.bin`, and give OUT (of"
-     " LoRA, run `litgpt merge_lora {here}` first)"),
-    (("model.pth",), "a file of torch.save under a name that is not looked for",
-     "if it holds the model under the names of transformers, as LitGPT converts it, `mv {here}/model.pth"
-     " {here}/pytorch_model.bin`"),
+    (
+        (ADAPTER_CONFIG, ADAPTER, ADAPTER_BIN),
+        "an adapter",
+        f"give the model it was trained on; an adapter is given as SFT, in a folder with its {ADAPTER_CONFIG} and its"
+        f" {ADAPTER}",
+    ),
+    (
+        ("latest_checkpointed_iteration.txt", "iter_*/", "mp_rank_*/", "common.pt"),
+        "a Megatron checkpoint",
+        "convert it to the Hugging Face format, for example with Megatron Bridge's `AutoBridge.export_ckpt`; from verl:"
+        " `python -m verl.model_merger merge --backend megatron --local_dir ACTOR --target_dir OUT`, where ACTOR is the"
+        " folder that contains dist_ckpt (add --tie-word-embedding if the head is tied)",
+    ),
+    (
+        ("zero_to_fp32.py", "latest", "global_step*/"),
+        "a DeepSpeed checkpoint",
+        # Without --safe_serialization, which fails on tied models.
+        "convert: `cd {here} && python zero_to_fp32.py . OUT`, and give {here}/OUT",
+    ),
+    (
+        ("*_model_states.pt", "*_optim_states.pt"),
+        "a part of a DeepSpeed checkpoint",
+        "give the folder that contains it",
+    ),
+    (
+        ("model_world_size_*_rank_*.pt",),
+        "shards of verl ranks",
+        "convert: `python -m verl.model_merger merge --backend fsdp --local_dir {here} --target_dir OUT`",
+    ),
+    (
+        ("pytorch_model_fsdp*_rank*.bin",),
+        "shards of FSDP ranks",
+        "load it in accelerate and save it with the state dict type SHARDED_STATE_DICT or FULL_STATE_DICT",
+    ),
+    (
+        ("lit_model.pth", "lit_model.pth.lora", "lit_model.pth.adapter*"),
+        "a LitGPT checkpoint",
+        "convert: `litgpt convert_from_litgpt {here} OUT && mv OUT/model.pth OUT/pytorch_model.bin`, and give OUT (for"
+        " LoRA, run `litgpt merge_lora {here}` first)",
+    ),
+    (
+        ("model.pth",),
+        "a torch.save file under an unknown name",
+        "if it holds the model under transformers' names, as LitGPT converts it, `mv {here}/model.pth"
+        " {here}/pytorch_model.bin`",
+    ),
     (("*.gguf",), "GGUF weights", "use the original safetensors checkpoint"),
-    (("*.bin", "*.pt", "*.pth", "*.ckpt"), "PyTorch pickles",
-     "load with transformers and `save_pretrained` (it writes safetensors)"),
-    (("*.distcp",), "a torch.distributed checkpoint without its .metadata",
-     "it was not finished, or not copied whole; use another"),
-    (("*.h5", "*.msgpack", "*.onnx", "*.tflite", "*.ot"), "TensorFlow, Flax or ONNX weights",
-     "use the safetensors checkpoint of this model"),
-)  # fmt: skip
+    (
+        ("*.bin", "*.pt", "*.pth", "*.ckpt"),
+        "PyTorch pickles",
+        "load it with transformers and `save_pretrained` (it writes safetensors)",
+    ),
+    (
+        ("*.distcp",),
+        "a torch.distributed checkpoint without its .metadata",
+        "it was not finished, or not copied completely; use another",
+    ),
+    (
+        ("*.h5", "*.msgpack", "*.onnx", "*.tflite", "*.ot"),
+        "TensorFlow, Flax or ONNX weights",
+        "use the safetensors checkpoint of this model",
+    ),
+)
 
 
 def bin_files(top: Sequence[str]) -> list[str]:
-    """Return the file of torch.save that a folder holds in place of safetensors files, or the index of several.
+    """Return the torch.save file, or the index of several, that a folder holds instead of safetensors files.
 
     >>> bin_files(["config.json", "pytorch_model.bin"]), bin_files(["model.safetensors", "pytorch_model.bin"])
     (['pytorch_model.bin'], [])
@@ -64,45 +102,45 @@ def bin_files(top: Sequence[str]) -> list[str]:
 
 
 def _is_model(name: str) -> bool:
-    """Whether a name is of a model in safetensors files; any other file of that kind may lie beside a model."""
+    """Whether a file name is that of a model in safetensors form; others may merely lie beside one."""
     return name in (MODEL, INDEX) or re.fullmatch(r"(model|shard)-\d+-.*\.safetensors", name) is not None
 
 
 def dcp_prefix(files: Sequence[str]) -> str | None:
-    """Return where in a folder a torch.distributed checkpoint is that is all it holds of a model: "" or "name/".
+    """Return where the only model of a folder is as a torch.distributed checkpoint ("" or "name/"); None if it is not.
 
     >>> dcp_prefix(["config.json", "pytorch_model_fsdp_0/.metadata"]), dcp_prefix(["config.json"])
     ('pytorch_model_fsdp_0/', None)
     """
     top = [name for name in files if "/" not in name]
-    if any(map(_is_model, top)) or bin_files(top) or "common.pt" in top:  # the latter is Megatron's
+    if any(map(_is_model, top)) or bin_files(top) or "common.pt" in top:  # common.pt: Megatron
         return None
     return next((prefix for prefix in ("", FSDP_FOLDER) if f"{prefix}{METADATA}" in files), None)
 
 
 def other_form(files: Sequence[str], folders: Sequence[str], ref: str) -> str | None:
-    """Say which form that is not read a folder holds, and what to do about it; None if none is found.
+    """Name the unsupported format that a folder holds, and the cure; None if there is none.
 
     >>> other_form(["model_world_size_1_rank_0.pt"], [], "run/actor")[:48]
-    'what each rank of verl stored; it is not read: c'
+    'shards of verl ranks; not supported: convert: `p'
     """
     names = [*files, *(f"{name}/" for name in folders)]
     for patterns, form, cure in _OTHERS:
         if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
-            return f"{form}; it is not read: {cure.format(here=shown(shlex.quote(ref), 400))}"
+            return f"{form}; not supported: {cure.format(here=shown(shlex.quote(ref), 400))}"
     return None
 
 
 _MODELS = ("*.safetensors", BIN, "pytorch_model-*-of-*.bin", FSDP_BIN, ADAPTER_BIN)
-_NO_MODELS = ("original", "onnx", "optimizer*", "global_step*", "wandb", "runs")  # folders of other files
-_TO_CONVERT = ("model_world_size_*_rank_*.pt", "zero_to_fp32.py", "lit_model.pth*")  # in folders of other forms
+_NO_MODELS = ("original", "onnx", "optimizer*", "global_step*", "wandb", "runs")  # folders that hold no model
+_TO_CONVERT = ("model_world_size_*_rank_*.pt", "zero_to_fp32.py", "lit_model.pth*")
 _NEWEST = ("final", "last", "latest")
 
 
 def models_below(files: Sequence[str]) -> list[str]:
-    """Return the folders of models and adapters below one that holds none itself, the latest first.
+    """Return the sub-folders that hold models or adapters, latest first.
 
-    `files` are the paths of all files below it. Numbers in names of folders say which is later; `final` is the last.
+    `files` are relative paths. Numbers in folder names give the order; `final`, `last` and `latest` come last.
 
     >>> models_below(["v0-2025/checkpoint-9/model.safetensors", "v0-2025/checkpoint-10/adapter_model.safetensors"])
     ['v0-2025/checkpoint-10', 'v0-2025/checkpoint-9']
@@ -121,15 +159,15 @@ def models_below(files: Sequence[str]) -> list[str]:
 
 
 def _age(folder: PurePosixPath) -> list[tuple[bool, list[int], str]]:
-    """What folders are sorted by, the latest last."""
+    """Sort key: the latest folder last."""
     return [(part in _NEWEST, [int(number) for number in re.findall(r"\d+", part)], part) for part in folder.parts]
 
 
 def no_model(files: Sequence[str], ref: str) -> str:
-    """Say where below a folder that holds no model there is one, or what else it holds, and what to do about it.
+    """Say what a folder without a model holds instead: a model in a sub-folder, or another format.
 
     >>> no_model(["final/model.safetensors"], "run")
-    "holds no model at its top; there is one in 'run/final': give that"
+    "holds no model at its top level; there is one in 'run/final': give that"
     """
     top = [name for name in files if "/" not in name]
     folders = list(dict.fromkeys(name.partition("/")[0] for name in files if "/" in name))
@@ -137,16 +175,54 @@ def no_model(files: Sequence[str], ref: str) -> str:
     if below:
         latest = f"'{shown(str(PurePath(ref) / below[0]), 400)}'"
         if len(below) == 1:
-            return f"holds no model at its top; there is one in {latest}: give that"
+            return f"holds no model at its top level; there is one in {latest}: give that"
         others = ", ".join(f"'{shown(place)}'" for place in below[1:4]) + (", …" if len(below) > 4 else "")
-        return f"holds no model at its top, and {len(below)} below it; the latest is {latest}: give that (or {others})"
-    told = {
+        return (
+            f"holds no model at its top level, but {len(below)} in sub-folders; the latest is {latest}: give that"
+            f" (or {others})"
+        )
+    convertible = {
         path.parent: path.name
         for path in map(PurePosixPath, files)
         if path.parent.parts and any(fnmatchcase(path.name, pattern) for pattern in _TO_CONVERT)
     }
-    if told:
-        newest = max(told, key=_age)
-        return f"holds in '{shown(str(newest))}' {other_form([told[newest]], [], str(PurePath(ref) / newest))}"
+    if convertible:
+        newest = max(convertible, key=_age)
+        form = other_form([convertible[newest]], [], str(PurePath(ref) / newest))
+        return f"holds in '{shown(str(newest))}' {form}"
     form = other_form(top, folders, ref)
     return f"holds {form}" if form else "holds no *.safetensors file; is it a model folder?"
+
+
+def adapter_file(top: list[str]) -> str | None:
+    """Return the weights file of an adapter folder; None if it is not one."""
+    if ADAPTER_CONFIG not in top or MODEL in top or INDEX in top:
+        return None
+    return ADAPTER if ADAPTER in top else ADAPTER_BIN if ADAPTER_BIN in top and not bin_files(top) else None
+
+
+def model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, everything: list[str]) -> list[str]:
+    """Return the files that are the model, in the order they are read and written.
+
+    Raises CheckpointError if there are none, or several candidates.
+    """
+    bins = bin_files(top)
+    if bins and bins != [BIN_INDEX]:
+        return bins
+    if index is not None:
+        named = index_files(index, f"{ref}/{BIN_INDEX if bins else INDEX}", ".bin" if bins else ".safetensors")
+        if MODEL not in top:
+            return named
+    if MODEL in top:
+        return [MODEL]
+    if holds_parts(top):
+        return []  # all weights are in parts
+    found = [n for n in top if n.endswith(".safetensors") and n != ADAPTER]
+    if len(found) == 1 or are_shards(found):
+        return found
+    if found:
+        raise CheckpointError(
+            f"{role} {shown(ref)} holds neither {MODEL} nor {INDEX}, but {len(found)} other safetensors files"
+            f" ({', '.join(map(shown, found[:4]))}{', …' if len(found) > 4 else ''}); give the one to use by its path"
+        )
+    raise CheckpointError(f"{role} {shown(ref)} {no_model(everything, ref)}")

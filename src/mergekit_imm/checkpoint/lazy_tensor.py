@@ -1,6 +1,6 @@
-"""Tensors that are computed while they are read, and never on disk: slices of others, and pieces put together.
+"""Tensors computed on read: slices of other tensors, transposed ones, and ones assembled from pieces.
 
-Each fills any range of its elements from what it reads, so that nothing is ever in memory whole.
+Each fills any range of its elements, so that no tensor is ever in memory whole.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ import numpy.typing as npt
 
 from .safetensors_file import DTYPE_BITS, TensorInfo
 
-Read = Callable[["Tensor", int, npt.NDArray[np.uint8]], None]  # fill a buffer from a byte of a tensor
-Reads = Callable[[str], Read]  # of a role
+Read = Callable[["Tensor", int, npt.NDArray[np.uint8]], None]  # fills a buffer from byte `first` of a tensor
+Reads = Callable[[str], Read]  # the Read of an input, by its role
 Matrix = npt.NDArray[np.float32]
 Raw = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Computed:
-    """What all of them have in common: a name, a shape, and elements in float32 unless they say otherwise."""
+    """Base class: a name, a shape, and elements in float32 unless a subclass says otherwise."""
 
     name: str
     shape: tuple[int, ...]
 
     @property
     def dtype(self) -> str:
-        """As it is handed out."""
+        """The dtype its elements are read in."""
         return "F32"
 
     @property
     def output_dtype(self) -> str:
-        """The dtype of the output if this is the base."""
+        """The dtype of an output with this base."""
         return self.dtype
 
     @property
     def is_delta(self) -> bool:
-        """Whether it is a delta, which is added to the start."""
+        """Whether its elements are a delta, to be added to the start."""
         return False
 
     @property
@@ -50,21 +50,21 @@ class Computed:
 
     @property
     def columns(self) -> int:
-        """Elements of a row."""
+        """Elements in a row."""
         return math.prod(self.shape[1:])
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are handed out."""
+        """Bytes of its elements, as read."""
         return self.count * DTYPE_BITS[self.dtype] // 8
 
     @property
     def stored(self) -> int:
-        """Bytes on the disk that are read for it."""
+        """Bytes read from disk for it."""
         raise NotImplementedError
 
     def shared(self, reads: Reads) -> Any:  # noqa: ARG002
-        """Return what all rows need."""
+        """Return what every row needs, computed once."""
         return None
 
     def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:
@@ -76,11 +76,11 @@ class Computed:
         raise NotImplementedError
 
     def transposed(self, role: str) -> Computed:
-        """Return it with each of its matrices transposed, if it is a stack of them."""
+        """Return this stack of matrices with each matrix transposed."""
         return Transposed(self.name, (self.shape[0], self.shape[2], self.shape[1]), self, role)
 
     def rows(self, first: int, count: int) -> tuple[int, int]:
-        """Return the first row of some elements, and the one behind their last."""
+        """Return the range of rows, end exclusive, that elements first..first+count lie in."""
         return first // self.columns, (first + count - 1) // self.columns + 1
 
 
@@ -88,7 +88,7 @@ Tensor = TensorInfo | Computed
 
 
 def sliced(tensor: Tensor, role: str, name: str, first: int, shape: tuple[int, ...]) -> Tensor:
-    """Return consecutive elements of a model's tensor, in row-major order from `first` on, as a tensor of their own."""
+    """Return consecutive elements of a tensor, row-major from `first` on, as a tensor of their own."""
     if isinstance(tensor, TensorInfo):
         begin, nbytes = (count * DTYPE_BITS[tensor.dtype] // 8 for count in (first, math.prod(shape)))
         return replace(tensor, name=name, shape=shape, begin=tensor.begin + begin, nbytes=nbytes)
@@ -96,47 +96,47 @@ def sliced(tensor: Tensor, role: str, name: str, first: int, shape: tuple[int, .
 
 
 def renamed(tensor: Tensor, name: str) -> Tensor:
-    """Return the same tensor by another name."""
+    """Return the same tensor under another name."""
     return tensor if tensor.name == name else replace(tensor, name=name)
 
 
 def transposed(tensor: Tensor, role: str) -> Tensor:
-    """Return a model's stack of matrices with each of them transposed."""
+    """Return a stack of matrices with each matrix transposed."""
     if isinstance(tensor, TensorInfo):
         return Transposed(tensor.name, (tensor.shape[0], tensor.shape[2], tensor.shape[1]), tensor, role)
     return tensor.transposed(role)
 
 
 @dataclass(frozen=True)
-class _Of(Computed):
-    """What is made of the elements of one tensor of a model, as they are."""
+class _View(Computed):
+    """A rearrangement of the elements of one tensor, values unchanged."""
 
     whole: Tensor
-    role: str  # of the model that it is in
+    role: str  # of the input it is in
 
     @property
     def dtype(self) -> str:
-        """That of the whole."""
+        """As of the whole."""
         return self.whole.dtype
 
     @property
     def output_dtype(self) -> str:
-        """That of the whole."""
+        """As of the whole."""
         return self.whole.output_dtype
 
     @property
     def is_delta(self) -> bool:
-        """That of the whole."""
+        """As of the whole."""
         return is_delta(self.whole)
 
     @property
     def stored(self) -> int:
-        """Its share of the bytes of the whole."""
+        """Its share of the whole's bytes."""
         return self.whole.stored * self.count // max(1, self.whole.count)
 
 
 @dataclass(frozen=True)
-class Slice(_Of):
+class Slice(_View):
     """Consecutive elements of a computed tensor, in row-major order."""
 
     first: int
@@ -148,28 +148,28 @@ class Slice(_Of):
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor that is a box of a larger one, beginning at `place`."""
+    """A tensor that is a box in a larger one, with its first corner at `place`."""
 
-    role: str  # of the model that it is in
+    role: str  # of the input it is in
     tensor: Tensor
     place: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Pieces(Computed):
-    """A tensor that is stored in boxes, which fill it and do not overlap."""
+    """A tensor stored in boxes that fill it without overlap."""
 
     pieces: tuple[Piece, ...]
 
     @property
     def dtype(self) -> str:
-        """That of the pieces; if they differ, the one that holds all their values."""
+        """The pieces' dtype; if they differ, one that holds all their values."""
         dtypes = {piece.tensor.dtype for piece in self.pieces}
         return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
 
     @property
     def output_dtype(self) -> str:
-        """That of the first piece."""
+        """As of the first piece."""
         return self.pieces[0].tensor.output_dtype
 
     @property
@@ -188,11 +188,11 @@ class Pieces(Computed):
 
 
 @dataclass(frozen=True)
-class Transposed(_Of):
-    """A stack of matrices [n, rows, columns] that is stored as [n, columns, rows]."""
+class Transposed(_View):
+    """A stack of matrices [n, rows, columns], stored as [n, columns, rows]."""
 
     def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
-        """Fill a buffer with the elements from `first` on: of each matrix some rows, which are stored as columns."""
+        """Fill a buffer with the elements from `first` on: rows of each matrix, which are stored as columns."""
         width = DTYPE_BITS[self.dtype] // 8
         values, read = out.view(f"u{width}"), reads(self.role)
         _, rows, columns = self.shape
@@ -213,32 +213,32 @@ class Transposed(_Of):
 
 @dataclass(frozen=True)
 class Extended(Pieces):
-    """A model's tensor with rows of another model behind its own; both are pieces, its own the first."""
+    """A tensor followed by rows of another model's: two pieces, its own first."""
 
     @property
     def own(self) -> Tensor:
-        """What is the model's own."""
+        """The tensor's own rows."""
         return self.pieces[0].tensor
 
     @property
     def is_delta(self) -> bool:
-        """That of its own rows; the others are never read as a delta."""
+        """As of its own rows; the added ones are never read as a delta."""
         return is_delta(self.own)
 
     @property
     def stored(self) -> int:
-        """Bytes of its own rows; the others are the other model's."""
+        """Bytes of its own rows; the added ones count for the other model."""
         return self.own.stored
 
 
-Leaf = tuple[str, TensorInfo]  # the role of a model, and bytes of one of its files
+Leaf = tuple[str, TensorInfo]  # an input's role, and bytes in one of its files
 
-# Which field of a computed tensor lies in which model, where that is not the one that the tensor is of.
+# For tensor fields that may belong to another input: the field with that input's role.
 _ROLES = {"whole": "role", "weight": "role", "start": "origin"}
 
 
 def leaves(tensor: Tensor, role: str) -> Iterator[Leaf]:
-    """Yield what a tensor of a model is read from."""
+    """Yield the stored tensors that an input's tensor is read from."""
     if isinstance(tensor, TensorInfo):
         yield role, tensor
         return
@@ -253,25 +253,25 @@ def leaves(tensor: Tensor, role: str) -> Iterator[Leaf]:
 
 
 def is_delta(tensor: Tensor | None) -> bool:
-    """Whether a tensor holds what is added to the start."""
+    """Whether a tensor is a delta, to be added to the start."""
     return isinstance(tensor, Computed) and tensor.is_delta
 
 
 def is_stored(tensor: Tensor) -> bool:
-    """Whether the values of a tensor are on the disk as they are, as far as they are its model's own."""
+    """Whether a tensor's own values are stored on disk, not computed."""
     return isinstance(tensor.own if isinstance(tensor, Extended) else tensor, TensorInfo)
 
 
 def runs(
     whole: tuple[int, ...], place: tuple[int, ...], sizes: tuple[int, ...], first: int, end: int
 ) -> list[tuple[int, int, int]]:
-    """Return which elements first..end of a tensor lie in a box of it: runs of (place in the whole, in the box, count).
+    """Return which of elements first..end of a tensor lie in a box: runs of (offset in the tensor, in the box, count).
 
-    Both are flat, row-major.
+    Offsets are flat, row-major.
     """
     if not whole:
         return [(0, 0, 1)]
-    split = len(whole) - 1  # the last dimension in which the box is not the whole; what is behind it is contiguous
+    split = len(whole) - 1  # the last dimension that the box does not span; those after it are contiguous
     while split > 0 and sizes[split] == whole[split]:
         split -= 1
     inner = math.prod(whole[split + 1 :])
@@ -310,7 +310,7 @@ def fill_as(tensor: Tensor, dtype: str, read: Read, first: int, out: Raw) -> Non
 
 
 def matrix(tensor: Tensor, read: Read, first: int, shape: tuple[int, ...]) -> Matrix:
-    """Return elements first.. of a tensor in float32, which holds each of BF16, F16 and F32 exactly."""
+    """Return elements of a BF16, F16 or F32 tensor from `first` on, decoded exactly to float32, in a shape."""
     width = DTYPE_BITS[tensor.dtype] // 8
     raw = np.empty(math.prod(shape) * width, np.uint8)
     read(tensor, first * width, raw)
@@ -318,7 +318,7 @@ def matrix(tensor: Tensor, read: Read, first: int, shape: tuple[int, ...]) -> Ma
 
 
 def decoded(raw: npt.NDArray[np.uint8], dtype: str) -> Matrix:
-    """Return BF16, F16 or F32 elements in float32, which holds each exactly."""
+    """Decode BF16, F16 or F32 elements to float32, exactly."""
     if dtype == "BF16":
         return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     return raw.view({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)

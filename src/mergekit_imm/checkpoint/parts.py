@@ -1,13 +1,14 @@
-"""The parts of a model: which files of a folder and its sub-folders hold weights, and which of them belong together.
+"""The parts of a model: which files of a folder and its sub-folders hold weights, and how they group.
 
-A model may be several: sentence-transformers keep modules in sub-folders (`2_Dense/`), diffusers the components of a
-pipeline, trainers put what they trained beside a model or an adapter (`value_head.safetensors`). All of it is the
-model. Left out are copies of the same weights in another form, the state of a training, and what is named for it.
+sentence-transformers keeps modules in sub-folders (`2_Dense/`), diffusers the components of a pipeline, and trainers
+write extra weights beside a model or an adapter (`value_head.safetensors`). All of these are the model. Copies of the
+weights in other formats, training state and files that match `--leave-out` are not.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,23 +20,22 @@ from ..errors import CheckpointError
 from .safetensors_file import INDEX, MODEL, is_plain_name
 from .side_files import FOLDERS
 
-READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # how names of weight files end
-# Files at the top of a model of several parts, which say that it is one.
-SPLIT = ("modules.json", "model_index.json")
+READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # suffixes of weight files
+SPLIT = ("modules.json", "model_index.json")  # either marks a model of several parts
 
-MAIN = ("model", "diffusion_pytorch_model")  # what loaders open in a folder, without the ending
+MAIN = ("model", "diffusion_pytorch_model")  # stems of the files that loaders open in a folder
 _MAIN_BIN = {"pytorch_model": "model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
 
-# Not the weights of a model: what a training needs to go on, and copies in another form.
+# Not weights of the model: training state, and copies in other formats.
 _TRAINING = (
-    "training_args.*", "optimizer*", "optim_*", "*scheduler*", "rng_state*", "random_states*", "scaler.*", "sampler*",
-    "dataloader*", "dl_state*", "*_optim_states.pt", "*_model_states.pt", "trainer_state*", "custom_checkpoint_*",
-)  # fmt: skip
+    "training_args.* optimizer* optim_* *scheduler* rng_state* random_states* scaler.* sampler* dataloader* dl_state* "
+    "*_optim_states.pt *_model_states.pt trainer_state* custom_checkpoint_*"
+).split()
 _COPIES = (
-    "consolidated*", "lit_model.pth", "shard-*-model-*-of-*.safetensors", "pytorch_model_fsdp.bin", "tf_model*",
-    "flax_model*", "rust_model*", "openvino_*",
-)  # fmt: skip
-_TWIN = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin")  # of a safetensors file
+    "consolidated* lit_model.pth shard-*-model-*-of-*.safetensors pytorch_model_fsdp.bin tf_model* flax_model* "
+    "rust_model* openvino_*"
+).split()
+_TWIN = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin")  # the same weights
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _VARIANT = re.compile(  # `model.fp16.safetensors`, whole or in shards
     r"(pytorch_model|diffusion_pytorch_model|model)(-\d+-of-\d+)?\.[A-Za-z]\w*(-\d+-of-\d+)?\.(safetensors|bin)"
@@ -43,61 +43,61 @@ _VARIANT = re.compile(  # `model.fp16.safetensors`, whole or in shards
 _INDEX_OF_VARIANT = re.compile(r"([a-z_]+)\.(?:safetensors|bin)\.index\.(\w+)\.json")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
-Json = Callable[[str], dict[str, Any]]  # read a JSON file of the model, by its path
+ReadJson = Callable[[str], dict[str, Any]]  # reads a JSON file of the model, by its path
 
 
 @dataclass(frozen=True)
 class Part:
-    """Weight files that are one thing to a loader."""
+    """Weight files that a loader opens together."""
 
-    files: tuple[str, ...]  # by their path in the model, in the order in which they are read and written
-    stem: str = "model"  # what an output calls them, without the ending
-    index: str | None = None  # the index that names them, by its path
-    beside: bool = False  # a file of its own beside others, which no index names
+    files: tuple[str, ...]  # paths in the model, in the order they are read and written
+    stem: str = "model"  # their name in an output, without suffix
+    index: str | None = None  # path of the index that names them
+    beside: bool = False  # a single extra file, in no index
 
     @property
     def folder(self) -> str:
-        """The folder that they lie in, which begins the names of their tensors: "" or "2_Dense/"."""
-        if self.files[0].endswith("/.metadata"):  # of torch.distributed, whose tensors are named without it
+        """Their folder, the prefix of their tensors' names: "" or "2_Dense/"."""
+        if self.files[0].endswith("/.metadata"):  # torch.distributed names tensors without the folder
             return ""
         return self.files[0][: self.files[0].rfind("/") + 1]
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
-    """Whether a file, or a folder that it lies in, is named by one of some patterns (`vit.safetensors`, `2_Dense`).
+    """Whether a pattern names a file or one of its parent folders (`vit.safetensors`, `2_Dense`).
 
     >>> matches("2_Dense/model.safetensors", ["2_Dense"]), matches("a/vit.pt", ["*.pt"]), matches("vit.pt", ["vit"])
     (True, True, False)
     """
     places = [str(PurePosixPath(path)), *map(str, PurePosixPath(path).parents)]
     named = [pattern.rstrip("/") for pattern in patterns]
-    # A name with brackets or a star in it is, as a pattern, another.
+    # Compare literally too: brackets or a star in a name mean something else in a pattern.
     return any(place == pattern or fnmatchcase(place, pattern) for place in places for pattern in named)
 
 
 def holds_parts(top: Iterable[str]) -> bool:
-    """Whether a folder is a model of several parts, of which none need lie at its top."""
+    """Whether a folder is a model of several parts, none of which need be at the top level."""
     return any(name in SPLIT for name in top)
 
 
-def component(top: Sequence[str], read: Json) -> Part | None:
-    """Return the weights of a component of a pipeline that was saved alone, which diffusers call otherwise; or None."""
+def component(top: Sequence[str], read: ReadJson) -> Part | None:
+    """Return the weights of a diffusers component that was saved alone; None for other folders."""
     if holds_parts(top) or MODEL in top or INDEX in top or any(name.startswith("pytorch_model") for name in top):
         return None
     return _main("", [name for name in top if name.startswith(MAIN[1])], read)
 
 
 def parts_beside(top: Sequence[str], own: Sequence[str]) -> list[Part]:
-    """Return the weight files at the top of a model beside its own, each a part."""
-    if MODEL in own and INDEX in top:  # it is of shards of the same tensors
+    """Return the extra weight files at the top level of a model, each a part."""
+    if MODEL in own and INDEX in top:  # the shards repeat its tensors
         top = [name for name in top if not _SHARD.fullmatch(name)]
     return [Part((name,), stem_of(name), beside=True) for name in top if name not in own and _holds_weights(name, own)]
 
 
-def parts_below(paths: Sequence[str], read: Json) -> tuple[list[Part], list[str]]:
-    """Return the parts in the sub-folders of a model, and the sub-folders that hold an adapter, which is none.
+def parts_below(paths: Sequence[str], read: ReadJson) -> tuple[list[Part], list[str]]:
+    """Return the parts in sub-folders of a model, and the sub-folders that hold an adapter, which is not a part.
 
-    `read` returns what an index holds. Raises CheckpointError for an index that cannot be.
+    `read` parses an index. Raises CheckpointError for an invalid one.
     """
     below: dict[str, list[str]] = {}
     for path in paths:
@@ -122,23 +122,23 @@ def parts_below(paths: Sequence[str], read: Json) -> tuple[list[Part], list[str]
 
 
 def is_aside(folder: str) -> bool:
-    """Whether a folder of a model holds copies in other forms, or what is left of a training."""
+    """Whether a folder of a model holds copies in other formats or training leftovers."""
     parts = folder.split("/")
     return any(part.startswith(".") or fnmatchcase(part, pattern) for part in parts for pattern in FOLDERS)
 
 
 def _holds_weights(name: str, own: Sequence[str]) -> bool:
-    """Whether a file is one of weights that are not also in a folder's own files."""
+    """Whether a file holds weights that are not a copy of those in `own`."""
     if not name.endswith(READ) or name.startswith(".") or name in ADAPTERS:
         return False
     if any(fnmatchcase(name, pattern) for pattern in (*_TRAINING, *_COPIES)):
         return False
     is_copy = _TWIN.fullmatch(name) or _VARIANT.fullmatch(name)
-    return not (is_copy and any(each not in ADAPTERS for each in own))  # beside an adapter, a model's name is no copy
+    return not (is_copy and any(each not in ADAPTERS for each in own))  # beside an adapter, a model is not a copy
 
 
-def _main(folder: str, names: Sequence[str], read: Json) -> Part | None:
-    """What a loader opens in a sub-folder."""
+def _main(folder: str, names: Sequence[str], read: ReadJson) -> Part | None:
+    """Return the files that a loader opens in a folder; None if there are none."""
     for stems, ending in ((dict(zip(MAIN, MAIN, strict=True)), ".safetensors"), (_MAIN_BIN, ".bin")):
         for stem, written in stems.items():
             if f"{stem}{ending}" in names:
@@ -155,25 +155,25 @@ def _main(folder: str, names: Sequence[str], read: Json) -> Part | None:
     return None
 
 
-def _indexed(folder: str, index: str, stem: str, ending: str, read: Json) -> Part:
+def _indexed(folder: str, index: str, stem: str, ending: str, read: ReadJson) -> Part:
     files = index_files(read(folder + index), folder + index, ending)
     return Part(tuple(folder + name for name in files), stem, folder + index)
 
 
 def stem_of(name: str) -> str:
-    """Return what an output calls a file of weights, without folder and ending."""
+    """Return the name of a weight file in an output, without folder and suffix."""
     stem, dot, variant = PurePosixPath(name).stem.partition(".")
     return (_MAIN_BIN.get(stem, stem) if name.endswith(".bin") else stem) + dot + variant
 
 
 def index_of(folder: str, stem: str) -> str:
-    """Return what the index of the files of a part is called, `model.safetensors.index.json`."""
+    """Return the path of a part's index, `model.safetensors.index.json`."""
     stem, dot, variant = stem.partition(".")
     return f"{folder}{stem}.safetensors.index{dot}{variant}.json"
 
 
 def index_files(index: Mapping[str, Any], where: str, suffix: str) -> list[str]:
-    """Return the files that an index names. Raises CheckpointError for any but plain names of files of that kind."""
+    """Return the files that an index names. Raises CheckpointError unless they are plain names with that suffix."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{shown(where)} has no weight_map; download it again, or delete it if it is stale")
@@ -188,3 +188,14 @@ def index_files(index: Mapping[str, Any], where: str, suffix: str) -> list[str]:
             kind = "safetensors" if suffix == ".safetensors" else suffix
             raise CheckpointError(f"{shown(where)} names '{shown(name)}', which is not a {kind} file")
     return names
+
+
+def leave_out_option(*paths: str) -> str:
+    """Return the options that leave files out, ready to paste into a shell."""
+    return " ".join(f"--leave-out {quoted(path)}" for path in paths)
+
+
+def quoted(path: str) -> str:
+    """Return a path as a quoted shell word; for Python callers messages turn it into a list item."""
+    word = shlex.quote(path)
+    return word if word.startswith("'") else f"'{word}'"

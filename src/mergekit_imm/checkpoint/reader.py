@@ -1,4 +1,4 @@
-"""The tensors of a plan's inputs: read by range from their files, or computed from what is read; and compared."""
+"""Read ranges of the inputs' tensors, stored or computed, and compare tensors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .lazy_tensor import Computed, Raw, Read, Reads, Tensor, decoded
 from .safetensors_file import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into
 
 COMPARED = 1 << 20  # elements at a time
-AHEAD = 8  # pieces between what is read and what is announced: two for each worker
-ANNOUNCED = 64 << 10  # bytes of a piece that is worth it
-SHARED = 4  # tensors of which what all rows need is held: workers are at the end of one and in the next
+AHEAD = 8  # pieces of read-ahead: two for each worker
+ANNOUNCED = 64 << 10  # bytes; read-ahead does not pay for smaller pieces
+SHARED = 4  # tensors to keep shared values of: workers finish one while others begin the next
 
 
 class _Once:
-    """What all rows of a tensor need, computed by the first worker that needs it; the others wait."""
+    """The shared value of a computed tensor: the first worker computes it, the others wait."""
 
     def __init__(self, tensor: Computed) -> None:
         self._tensor, self._lock, self._value = tensor, threading.Lock(), None
@@ -36,12 +36,12 @@ class _Once:
 
 
 class Files:
-    """Read-only handles of the files of some inputs, opened when first needed."""
+    """Read-only handles on the inputs' files, opened on first use."""
 
     def __init__(self, inputs: Mapping[str, Checkpoint]) -> None:
         self._inputs = inputs
         self._open: dict[Path, int] = {}
-        self._shared: dict[int, _Once] = {}  # by id: to hash a tensor of many pieces takes long
+        self._shared: dict[int, _Once] = {}  # by id: hashing a tensor of many pieces is slow
         self._lock = threading.Lock()
 
     def __enter__(self) -> Files:  # noqa: D105
@@ -63,7 +63,7 @@ class Files:
             return None
         with self._lock:
             once = self._shared.pop(id(tensor), None) or _Once(tensor)
-            self._shared[id(tensor)] = once  # the last to be let go
+            self._shared[id(tensor)] = once  # now the most recent
             while len(self._shared) > SHARED:
                 del self._shared[next(iter(self._shared))]
         return once.value(self._reads)
@@ -82,9 +82,9 @@ class Files:
 
 
 def _announce(descriptor: int, offset: int, count: int) -> None:
-    """Tell the system what will be read soon, so that the disk works while the workers compute."""
+    """Ask the system to read ahead, so that the disk works while the workers compute."""
     if count >= ANNOUNCED and hasattr(os, "posix_fadvise"):
-        with suppress(OSError):  # it is a hint
+        with suppress(OSError):  # only a hint
             os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
 
 
@@ -98,18 +98,18 @@ def check_inputs(inputs: Mapping[str, Checkpoint]) -> None:
             check_unchanged(path, before)
 
 
-Side = tuple[str, Tensor]  # the role of a model, and a tensor of it
+Operand = tuple[str, Tensor]  # an input's role, and one of its tensors
 
 
-def same_bytes(inputs: Mapping[str, Checkpoint], one: Side, other: Side) -> bool:
-    """Compare two tensors on disk; stops at the first difference."""
+def same_bytes(inputs: Mapping[str, Checkpoint], one: Operand, other: Operand) -> bool:
+    """Whether two tensors have equal bytes, dtype and shape; stops at the first difference."""
     if (one[1].dtype, one[1].shape) != (other[1].dtype, other[1].shape):
         return False
     return all(np.array_equal(a, b) for a, b in _side_by_side(inputs, one, other))
 
 
-def same_values(inputs: Mapping[str, Checkpoint], one: Side, other: Side) -> bool:
-    """Compare the values of two tensors of BF16, F16 or F32; stops at the first difference."""
+def same_values(inputs: Mapping[str, Checkpoint], one: Operand, other: Operand) -> bool:
+    """Whether two tensors of BF16, F16 or F32 have equal values; stops at the first difference."""
     dtypes = one[1].dtype, other[1].dtype
     if one[1].shape != other[1].shape or not {*dtypes} <= {"BF16", "F16", "F32"}:
         return False
@@ -117,13 +117,13 @@ def same_values(inputs: Mapping[str, Checkpoint], one: Side, other: Side) -> boo
     return all(np.array_equal(decoded(a, dtypes[0]), decoded(b, dtypes[1])) for a, b in pieces)
 
 
-def _side_by_side(inputs: Mapping[str, Checkpoint], *sides: Side) -> Iterator[tuple[Raw, ...]]:
-    """The bytes of the same elements of two tensors, piece by piece."""
+def _side_by_side(inputs: Mapping[str, Checkpoint], *operands: Operand) -> Iterator[tuple[Raw, ...]]:
+    """Yield the bytes of the same elements of each tensor, piece by piece."""
     with Files(inputs) as files:
-        count = sides[0][1].count
+        count = operands[0][1].count
         for first in range(0, count, COMPARED):
             raws = []
-            for role, tensor in sides:
+            for role, tensor in operands:
                 begin, end = (min(at, count) * DTYPE_BITS[tensor.dtype] // 8 for at in (first, first + COMPARED))
                 raws.append(np.empty(end - begin, np.uint8))
                 files.read(role, tensor, begin, raws[-1])

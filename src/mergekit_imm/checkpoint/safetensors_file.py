@@ -1,4 +1,4 @@
-"""One safetensors file: its header, its bytes by range, its fingerprint."""
+"""One safetensors file: header, ranges of bytes, fingerprint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..common.json_files import parse_json, plain_size, without_duplicates
 from ..common.messages import shown
 from ..errors import ChangedError, CheckpointError
 
-# Bits per element of every dtype a header may name. Float kinds that are merged; the rest is copied or refused.
+# Bits per element of every dtype a header may name. MERGED are merged, WHOLE are copied, the rest is refused.
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -48,32 +48,32 @@ class TensorInfo:
 
     @property
     def stored(self) -> int:
-        """Bytes on the disk."""
+        """Bytes on disk."""
         return self.nbytes
 
     @property
     def output_dtype(self) -> str:
-        """The dtype of the output if this is the base."""
+        """The dtype of an output with this base."""
         return self.dtype
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file as its header describes it, tensors in the order of their bytes."""
+    """A file as its header describes it, tensors in file order."""
 
     name: str
-    path: Path | None  # None: on a hub, not downloaded
+    path: Path | None  # None if it is on a hub, not downloaded
     size: int
     metadata: dict[str, str]
     tensors: tuple[TensorInfo, ...]
-    written: int = 0  # when, in ns, as the filesystem says
-    notes: tuple[str, ...] = ()  # what else is in it
+    written: int = 0  # mtime in ns
+    notes: tuple[str, ...] = ()  # what was found in it besides tensors
 
 
 def open_tensorfile(path: Path, name: str) -> TensorFile:
-    """Read the header of a safetensors file, validated by the safetensors library. No tensor is read.
+    """Read the header of a safetensors file, validated by the safetensors library. Reads no tensor.
 
-    Raises CheckpointError for a file that is missing, truncated or malformed.
+    Raises CheckpointError if the file is missing, truncated or malformed.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -97,7 +97,7 @@ def open_tensorfile(path: Path, name: str) -> TensorFile:
 def parse_header(header: bytes, name: str, size: int, path: Path | None) -> TensorFile:
     """Build a TensorFile from the JSON header of a file of `size` bytes.
 
-    Raises CheckpointError for what the safetensors format forbids, duplicate names among it.
+    Raises CheckpointError for anything the safetensors format forbids, including duplicate names.
     """
     where = shown(path or name)
     try:
@@ -111,13 +111,13 @@ def parse_header(header: bytes, name: str, size: int, path: Path | None) -> Tens
     for tensor in tensors:
         if tensor.begin != end:
             raise CheckpointError(
-                f"{where}: tensor '{shown(tensor.name)}' begins at byte {tensor.begin}, where the one before it"
-                f" ends at {end}; the file is malformed"
+                f"{where}: tensor '{shown(tensor.name)}' begins at byte {tensor.begin}, but the one before it ends at"
+                f" {end}; the file is malformed"
             )
         end += tensor.nbytes
     if end != size:
         raise CheckpointError(
-            f"{where} has {size} bytes, its header describes {end}; it was cut off or still being written:"
+            f"{where} has {size} bytes, but its header describes {end}; it was cut off or is still being written:"
             " copy or download it again"
         )
     return TensorFile(name, path, size, metadata, tuple(tensors))
@@ -143,7 +143,7 @@ def build_header(
 ) -> tuple[bytes, list[int], int]:
     """Lay out a file from (name, dtype, shape, nbytes), in this order.
 
-    Returns its first bytes (length and header), the offset of each tensor in the file, and the file's size.
+    Returns the file's first bytes (length and header), the offset of each tensor, and the file's size.
     """
     content: dict[str, Any] = {"__metadata__": metadata}
     begins, end = [], 0
@@ -156,16 +156,16 @@ def build_header(
     head = len(header).to_bytes(8, "little") + header
     if len(header) > HEADER_LIMIT:
         raise CheckpointError(
-            f"an output file would need a header of {len(header)} bytes, and safetensors allows {HEADER_LIMIT};"
+            f"an output file would need a header of {len(header)} bytes, but safetensors allows {HEADER_LIMIT};"
             " use a smaller --max-shard-size"
         )
     return head, [len(head) + begin for begin in begins], len(head) + end
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a file of others may name a file beside it by this.
+    """Whether a name is a file name alone, so that it cannot point outside its folder.
 
-    A lexical check: links, as in a hub's cache, are followed.
+    The check is lexical: links, as in a hub cache, are followed.
 
     >>> is_plain_name("model.bin"), is_plain_name("../model.bin")
     (True, False)
@@ -176,7 +176,7 @@ def is_plain_name(name: object) -> bool:
 
 
 def open_to_read(path: Path) -> int:
-    """Return a descriptor of an input file. Raises CheckpointError if it cannot be opened."""
+    """Open an input file and return its descriptor. Raises CheckpointError."""
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -187,51 +187,50 @@ def open_to_read(path: Path) -> int:
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int, where: object) -> None:
-    """Fill a buffer from a file's bytes at offset. Raises CheckpointError if the file ends or fails."""
+    """Fill a buffer from a file at `offset`. Raises CheckpointError if the file ends or the read fails."""
     done = 0
     while done < len(buffer):
         try:
             got = os.preadv(descriptor, [buffer[done:]], offset + done)
         except OSError as error:
             raise CheckpointError(
-                f"{where}: reading at byte {offset + done} failed: {error.strerror}; check the disk, and run the same"
+                f"{where}: reading at byte {offset + done} failed: {error.strerror}; check the disk and run the same"
                 " command again"
             ) from error
         if got == 0:
             raise ChangedError(
                 f"{where} ended at byte {offset + done}: it was changed or cut off during the merge; wait until the"
-                " model is complete, and merge again"
+                " model is complete and merge again"
             )
         done += got
 
 
-Stamp = tuple[int, int]  # size, and when it was written, in ns
+Stamp = tuple[int, int]  # size, mtime in ns
 
 
 def stamp(path: Path) -> Stamp:
-    """Return what tells whether a file was written meanwhile. Raises OSError."""
+    """Return the size and mtime of a file, to notice later writes. Raises OSError."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def check_unchanged(path: Path, before: Stamp) -> None:
-    """Raise ChangedError if a file is not the one that was opened, as far as its stamp tells."""
+    """Raise ChangedError if a file's stamp is no longer `before`."""
     try:
         same = stamp(path) == before
     except OSError:
         same = False
     if not same:
         raise ChangedError(
-            f"{shown(path)} was written, or removed, while it was merged; wait until the model is complete, and merge"
-            " again"
+            f"{shown(path)} was written or removed during the merge; wait until the model is complete and merge again"
         )
 
 
 def fingerprint(file: TensorFile) -> str:
     """Return fingerprint v1: a blake2b of the header bytes, the size, and a page every 16 MiB and at the end.
 
-    Of a file of another form, the first and the last 64 KiB are in place of the header.
-    It neither sees the path nor the time; it does not see a change that spares all those pages.
+    For other formats the first and last 64 KiB stand in for the header. Path and mtime do not count, and a change
+    that spares all these pages goes unnoticed.
     """
     assert file.path is not None
     digest = blake2b(digest_size=16)

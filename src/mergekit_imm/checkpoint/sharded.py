@@ -1,4 +1,4 @@
-"""Tensors that the ranks of a training run stored in pieces: put together again."""
+"""Tensors that training ranks stored in pieces, assembled into whole ones."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from ..errors import CheckpointError
 from .lazy_tensor import Piece, Pieces, Tensor, renamed
 from .safetensors_file import DTYPE_BITS, TensorFile, TensorInfo
 
-_SHARDING = "DCP_SHARDING_INFO"  # metadata of files that torch.distributed.checkpoint's HuggingFaceStorageWriter wrote
+_SHARDING = "DCP_SHARDING_INFO"  # metadata key of torch.distributed.checkpoint's HuggingFaceStorageWriter
 _OWN = (_SHARDING, "DCP_VERSION")
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
-Part = tuple[TensorInfo, tuple[int, ...]]  # a piece, and where in the tensor it begins
+PlacedTensor = tuple[TensorInfo, tuple[int, ...]]  # a piece, and where in the tensor it begins
 _Box = tuple[tuple[int, ...], tuple[int, ...]]  # begin and end
 
 
 def are_shards(names: Sequence[str]) -> bool:
-    """Whether safetensors files are what each rank wrote, of one model."""
+    """Whether safetensors files are one model's, written rank by rank."""
     return bool(names) and all(map(_SHARD.fullmatch, names))
 
 
 def is_sharded(files: Mapping[str, TensorFile]) -> bool:
-    """Whether files tell of their tensors which piece of a larger one each is."""
+    """Whether the files' metadata says which piece of a larger tensor each tensor is."""
     return any(_SHARDING in file.metadata for file in files.values())
 
 
 def from_shards(
     files: Mapping[str, TensorFile], role: str, where: str
 ) -> tuple[dict[str, TensorFile], dict[str, Tensor]]:
-    """Return the files without their metadata about pieces, and the tensors that the pieces make, by name.
+    """Return the files without their sharding metadata, and the whole tensors by name.
 
-    Raises CheckpointError for pieces that do not fill a tensor.
+    Raises CheckpointError if the pieces of a tensor do not fill it.
     """
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[PlacedTensor]] = {}
     for file in files.values():
         places = _places(file, f"{where}: {shown(file.name)}")
         for tensor in file.tensors:
@@ -48,11 +48,11 @@ def from_shards(
         dimensions = {len(place) for part, at in found for place in (part.shape, at)}
         if len(dimensions) > 1 or len({at for _, at in found}) < len(found):
             raise CheckpointError(
-                f"{where}: the pieces of tensor '{shown(name)}' have different numbers of dimensions, or one place;"
-                " copy it again"
+                f"{where}: the pieces of tensor '{shown(name)}' differ in number of dimensions, or two begin at one"
+                " place; copy it again"
             )
         ends = [map(sum, zip(part.shape, place, strict=True)) for part, place in found]
-        tensors[name] = joined(name, tuple(map(max, zip(*ends, strict=True))), found, role, where)
+        tensors[name] = joined_pieces(name, tuple(map(max, zip(*ends, strict=True))), found, role, where)
     kept = {
         name: replace(file, metadata={key: value for key, value in file.metadata.items() if key not in _OWN})
         for name, file in files.items()
@@ -62,23 +62,23 @@ def from_shards(
 
 def _places(file: TensorFile, where: str) -> dict[str, tuple[int, ...]]:
     try:
-        told: Any = parse_json(file.metadata[_SHARDING].encode())
-        places = {name: tuple(entry["saved_offsets"]) for name, entry in told.items()}
+        entries: Any = parse_json(file.metadata[_SHARDING].encode())
+        places = {name: tuple(entry["saved_offsets"]) for name, entry in entries.items()}
         if not all(type(number) is int and number >= 0 for place in places.values() for number in place):
-            raise ValueError("an offset is no number")
+            raise ValueError("an offset is not a number")
         if set(places) != {tensor.name for tensor in file.tensors}:
-            raise ValueError("it is not about the tensors of this file")
+            raise ValueError("it does not match the tensors of this file")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{where} has no {_SHARDING}, or a damaged one: {shown(error, 200)}; copy it again"
+            f"{where} has no {_SHARDING} or a damaged one: {shown(error, 200)}; copy it again"
         ) from error
     return places
 
 
-def joined(name: str, shape: tuple[int, ...], parts: Sequence[Part], role: str, where: str) -> Tensor:
-    """Return the tensor that pieces make. Raises CheckpointError unless they fill it and do not overlap.
+def joined_pieces(name: str, shape: tuple[int, ...], parts: Sequence[PlacedTensor], role: str, where: str) -> Tensor:
+    """Return the tensor that pieces make up. Raises CheckpointError unless they fill it without overlap.
 
-    Equal pieces at one place are copies, of which one is taken, and empty ones are left out.
+    Pieces of one size at one place are copies: one is read. Empty pieces are skipped.
     """
     if len({part.dtype for part, _ in parts}) > 1:
         raise CheckpointError(f"{where}: the pieces of tensor '{shown(name)}' have different dtypes; copy it again")
@@ -87,24 +87,24 @@ def joined(name: str, shape: tuple[int, ...], parts: Sequence[Part], role: str, 
         if part.count or len(parts) == 1:
             boxes.setdefault((place, tuple(map(sum, zip(place, part.shape, strict=True)))), part)
     whole = (0,) * len(shape), shape
-    if not boxes and 0 in shape:  # all of it is nothing
+    if not boxes and 0 in shape:  # an empty tensor
         return replace(parts[0][0], name=name, shape=shape)
     if not boxes or not _fill(*whole, list(boxes)):
         raise CheckpointError(
-            f"{where}: tensor '{shown(name)}', {list(shape)}, is stored in {len(boxes)} pieces that do not fill it, or"
-            " overlap; was a file of a rank lost? copy it again"
+            f"{where}: tensor '{shown(name)}', {list(shape)}, is stored in {len(boxes)} pieces that do not fill it or"
+            " overlap; is the file of a rank missing? copy it again"
         )
     if whole in boxes:
         return renamed(boxes[whole], name)
     if DTYPE_BITS[parts[0][0].dtype] % 8:
         raise CheckpointError(
-            f"{where}: tensor '{shown(name)}' is {parts[0][0].dtype} in pieces, which is not read; save it whole"
+            f"{where}: tensor '{shown(name)}' is {parts[0][0].dtype} in pieces, which is not supported; save it whole"
         )
     return Pieces(name, shape, tuple(Piece(role, part, place) for (place, _), part in boxes.items()))
 
 
 def _fill(begin: tuple[int, ...], end: tuple[int, ...], boxes: list[_Box], depth: int = 64) -> bool:
-    """Whether boxes fill a larger one exactly, which is cut through, again and again, until each is by itself."""
+    """Whether boxes tile a larger one exactly: cut it between them, recursively, until each is alone."""
     if len(boxes) == 1:
         return boxes[0] == (begin, end)
     if depth == 0:

@@ -1,4 +1,4 @@
-"""Which files of a model travel into a merged one, beside its weights."""
+"""Which files of a model, other than weights, are copied into the merged one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 OWN = ("README.md", "imm_recipe.json", "imm_report.json")
 
-# Folders of copies of the weights in other forms, and of a training run.
+# Folders that hold copies of the weights in other formats, or the state of a training run.
 FOLDERS = (
     "original onnx openvino coreml runs wandb swanlog mlruns lightning_logs tensorboard logs checkpoint-* global_step*"
     " optimizer_* pytorch_model_fsdp_* __pycache__"
@@ -16,8 +16,8 @@ _WEIGHTS = (
     ".bin .ckpt .distcp .engine .ggml .gguf .h5 .mlmodel .msgpack .nemo .npy .npz .onnx .onnx_data .ot "
     ".pdparams .pickle .pkl .pt .pth .safetensors .tflite"
 ).split()
-# What training leaves beside a model: its arguments, which hold local paths, its states, logs and plots. Optimizers and
-# schedulers are weights or pickles, told by their ends; the `scheduler_config.json` of a pipeline belongs to the model.
+# What training leaves beside a model: arguments (with local paths), states, logs and plots. Optimizer and scheduler
+# states are caught by their suffix; a pipeline's `scheduler_config.json` belongs to the model.
 _LEFTOVERS = (
     "*.index.json adapter_config.json *.partial *.lock *.log *.out events.out.tfevents.* "
     "args.json args.yaml *_args.json *_args.yaml *_args.yml training_params.json training_config.* train_config.* "
@@ -32,16 +32,16 @@ _LEFTOVERS = (
 def is_side_file(path: str, *, copy_code: bool = False) -> bool:
     """Whether a file of a model folder is copied into a merged one.
 
-    `path` is relative to the folder, with forward slashes. Copied is everything (tokenizer, chat template,
-    generation config, processors, sub-folders) but weights of any format, training leftovers, pickles,
-    hidden files, code (unless `copy_code`: it would run on the machine of whoever loads the model), and the
-    three files that a merge writes itself.
+    `path` is relative to the folder, with forward slashes. Everything is copied (tokenizer, chat template,
+    generation config, processors, sub-folders) except weights of any format, training leftovers, pickles,
+    hidden files, code (unless `copy_code`: it would run on the machine of whoever loads the model), links to
+    folders (which end in a slash), and the three files that a merge writes itself.
 
     >>> is_side_file("tokenizer.json"), is_side_file("model.safetensors"), is_side_file("modeling_x.py")
     (True, False, False)
     """
     *folders, name = PurePosixPath(path).parts
-    if path in OWN or any(part.startswith(".") for part in (*folders, name)):
+    if path.endswith("/") or path in OWN or any(part.startswith(".") for part in (*folders, name)):
         return False
     if any(fnmatchcase(folder, pattern) for folder in folders for pattern in FOLDERS):
         return False

@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint.checkpoint import Checkpoint, is_hub_id
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import split_ref
+from ..checkpoint.open_checkpoint import is_hub_id
 from ..options.options import MergeOptions, as_arguments, is_default, names_of
 from ..options.recipe import RECIPE_FILE, REPORT_FILE
 from ..plan.plan import Plan

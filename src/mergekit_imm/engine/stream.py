@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.checkpoint import in_part
+from ..checkpoint.assemble import in_part
 from ..checkpoint.safetensors_file import TensorInfo, open_tensorfile
 from ..common.messages import shown
 from ..errors import OutputError

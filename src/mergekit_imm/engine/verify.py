@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.open_checkpoint import open_checkpoint
 from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo, fingerprint, read_into
 from ..common.checks import as_path, is_number
 from ..common.messages import shown

@@ -28,7 +28,7 @@ from ..numerics.statistics import KEPT, RECORD, Record, is_finite, new_tally, to
 from ..output.direct_io import PAGE, place
 from ..plan.advice import Advice
 from ..plan.plan import Item, Plan, Segment
-from ..transforms.sparsified_delta import Sparsified, kept
+from ..transforms.sparsified_delta import Sparsified, count_kept
 
 BUFFERS = 64 << 20  # of all workers together
 BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its output fits, wherever a page begins
@@ -232,7 +232,7 @@ def _merge(
                 base, start, sft, out, count, first, each.key, _CONVERT if converted else each.constants, tally
             )
             if isinstance(sides.get("sft"), Sparsified):  # dropped before it was read: here nothing was
-                tally[KEPT] += kept(*raws["sft"]) - count
+                tally[KEPT] += count_kept(*raws["sft"]) - count
             if not is_finite(tally):
                 p = plans[number].options
                 merge = f" (alpha {p.alpha}, drop {p.drop}, seed {p.seed})" if len(plans) > 1 else ""

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..checkpoint.checkpoint import Checkpoint, is_hub_id, open_checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor as Side
+from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
 from ..checkpoint.safetensors_file import MERGED, fingerprint
 from ..common.json_files import parse_json, read_small
 from ..common.messages import for_caller, shown

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.open_checkpoint import open_checkpoint
 from ..common.messages import shown
 from ..errors import ArgumentError
 from ..model.rename import parse_rename

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import open_checkpoint
+from ..checkpoint.open_checkpoint import open_checkpoint
 from ..common.json_files import is_utf8, parse_json, read_small
 from ..common.messages import shown
 from ..engine.merge import merge_checkpoints

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.checkpoint import open_checkpoint
+from ..checkpoint.open_checkpoint import open_checkpoint
 from ..common.messages import bytes_text, shown
 from ..errors import OutputError
 from ..model.tensor_names import tied_key, unwrapped

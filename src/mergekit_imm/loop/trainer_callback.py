@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
         raise
     raise extra_error("IMMCallback", "transformers", "analyze") from error
 
-from ..checkpoint.checkpoint import open_checkpoint
+from ..checkpoint.open_checkpoint import open_checkpoint
 from ..live.local_shards import check_tensor
 from ..live.merge_into import merge_into
 from ..options.options import check_keywords

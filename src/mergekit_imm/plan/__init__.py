@@ -1,1 +1,1 @@
-"""From headers alone: what happens to every tensor, and where every byte goes."""
+"""Plan a merge from headers alone: what happens to every tensor, and where its bytes go."""

@@ -1,7 +1,7 @@
-"""Is every tensor accounted for? A plan held against what was found in the files, before a byte is written.
+"""Check a plan against the inputs' files before a byte is written: is every tensor accounted for?
 
-It trusts nothing that decided: it starts from the headers of the inputs' files, and follows the bytes that the plan
-reads. What it finds is an error of this program, not of the inputs.
+The check is independent of the planner: it starts from the headers and follows the bytes that the plan reads. A
+finding is a bug in this program, not a fault of the inputs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .tied_embeddings import SameBytes, Ties
 
 
 def check_tensors(decided: Decided, same_bytes: SameBytes) -> None:
-    """Check that every tensor in the files of the inputs is merged, kept, taken or copied. Raises PlanError."""
+    """Check that every tensor in the inputs' files is merged, kept, taken or copied. Raises PlanError."""
     for role, each in decided.used.items():
         _check_files(role, each)
     _check_items(decided, same_bytes)
 
 
 def check_plan(plan: Plan, ties: Ties) -> None:
-    """Check that every name that the base stores is written, once, and that configs say what is. Raises PlanError."""
+    """Check that every name the base stores is written exactly once, and that configs match. Raises PlanError."""
     base = plan.inputs["base"]
     written: dict[str, Item] = {}
     for item in plan.items:
@@ -46,31 +46,33 @@ def check_plan(plan: Plan, ties: Ties) -> None:
         _check_tie(plan, folder, tied, ties, written)
 
 
-def _check_files(role: str, each: Checkpoint) -> None:
-    """Check that what a model's tensors are read from is all that its files hold."""
+def _check_files(role: str, checkpoint: Checkpoint) -> None:
+    """Check that a model's tensors are read from every byte its files hold."""
     ranges: dict[str, list[tuple[int, int]]] = {}
-    for tensor in each.tensors.values():
+    for tensor in checkpoint.tensors.values():
         for owner, leaf in leaves(tensor, role):
             if owner == role:
                 ranges.setdefault(leaf.file, []).append((leaf.begin, leaf.begin + leaf.nbytes))
-    unread = {(tensor.file, tensor.begin) for tensor in each.unread}
-    # Of a vocabulary that is resized, rows are cut off; and a model whose adapter is merged has all of its tensors.
+    unread = {(tensor.file, tensor.begin) for tensor in checkpoint.unread}
+    # A resized vocabulary may lose rows; of copies under one name, one is read.
     joined = {name: _joined(found) for name, found in ranges.items()}
-    copies = {(tensor.name, tensor.shape) for tensor in _stored(each) if _covered(tensor, joined, whole=True)}
-    for tensor in _stored(each):
+    copies = {(tensor.name, tensor.shape) for tensor in _stored(checkpoint) if _covered(tensor, joined, whole=True)}
+    for tensor in _stored(checkpoint):
         if not tensor.nbytes or (tensor.file, tensor.begin) in unread or (tensor.name, tensor.shape) in copies:
             continue
-        if not _covered(tensor, joined, whole=each.rows is None):
-            raise _fault(f"tensor '{shown(tensor.name)}' in {shown(tensor.file)} of {each.label} is not looked at")
+        if not _covered(tensor, joined, whole=checkpoint.rows is None):
+            raise _fault(
+                f"tensor '{shown(tensor.name)}' in {shown(tensor.file)} of {checkpoint.label} would not be read"
+            )
 
 
-def _stored(each: Checkpoint) -> Iterator[TensorInfo]:
-    for file in each.files.values():
+def _stored(checkpoint: Checkpoint) -> Iterator[TensorInfo]:
+    for file in checkpoint.files.values():
         yield from file.tensors
 
 
 def _joined(ranges: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Ranges in order, those that touch as one: where each begins, where it ends."""
+    """Return begins and ends of ranges in order, touching ones joined."""
     begins: list[int] = []
     ends: list[int] = []
     for begin, end in sorted(ranges):
@@ -89,19 +91,19 @@ def _covered(tensor: TensorInfo, joined: Mapping[str, tuple[list[int], list[int]
 
 
 def _check_items(decided: Decided, same_bytes: SameBytes) -> None:
-    """Check that of every tensor of every model something is made."""
+    """Check that every tensor of every input is used."""
     items = {out.name: item for item in decided.items for out in item.outs}
     items |= {name: items[group.written[0]] for name, group in decided.ties.groups.items() if group.written[0] in items}
     for role, each in decided.used.items():
         for name, tensor in each.tensors.items():
             item = items.get(name)
             if item is None:
-                raise _fault(f"nothing is made of tensor '{shown(name)}' of {each.label}")
+                raise _fault(f"tensor '{shown(name)}' of {each.label} would not be used")
             if item.action == ("take" if role == "base" else "keep") or (role == "start" and item.action == "take"):
                 continue
             side = item.sides.get(role)
             if side is None:
-                raise _fault(f"tensor '{shown(name)}' of {each.label} takes no part in '{shown(item.name)}'")
+                raise _fault(f"tensor '{shown(name)}' of {each.label} would not enter '{shown(item.name)}'")
             if side is tensor or _same_leaves(side, tensor, role):
                 continue
             other = each.tensors.get(side.name, side)
@@ -115,7 +117,7 @@ def _same_leaves(side: Tensor, tensor: Tensor, role: str) -> bool:
 
 
 def _check_tie(plan: Plan, folder: str, tied: bool | None, ties: Ties, written: Mapping[str, Item]) -> None:
-    """Check that what a config says about a tie is what is written."""
+    """Check that the config of a folder agrees with the tied tensors written there."""
     path = f"{folder}config.json"
     if path in plan.configs:
         says = stated_tie(parse_json(plan.configs[path]))
@@ -138,7 +140,7 @@ def _check_tie(plan: Plan, folder: str, tied: bool | None, ties: Ties, written: 
 
 
 def _heads(groups: Iterable[Any]) -> list[tuple[str, str]]:
-    """Pairs of a head and the tensor that the base ties it to."""
+    """Return pairs of a head and the tensor that the base ties it to."""
     pairs: Sequence[tuple[str, str]] = [
         (name, group.siblings[0]) for group in groups for name in group.names if is_output_head(name)
     ]
@@ -147,6 +149,6 @@ def _heads(groups: Iterable[Any]) -> list[tuple[str, str]]:
 
 def _fault(what: str) -> PlanError:
     return PlanError(
-        f"this is an error of mergekit_imm: {what}; nothing was written: please report this line, with what"
-        " `imm-merge --check` prints"
+        f"this is a bug in mergekit_imm: {what}; nothing was written: please report this line with the output of"
+        " `imm-merge --check`"
     )

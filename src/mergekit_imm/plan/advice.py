@@ -1,7 +1,7 @@
-"""Which option a message may offer: one that leads to a model that loads, or none, and what to do instead.
+"""Decide which option a message may offer: one that leads to a model that loads, or what to do instead.
 
-Never half of what belongs together (a tie, a pair of experts), layers that the config of the result does not count,
-or a pattern that keeps or takes most of the model.
+Never offered: half of what belongs together (a tie, the tensors of an expert), layers that the result's config does
+not count, or a pattern that keeps or takes most of the model.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ..model.config import Config, differences, is_other_class, says_tied, setti
 from ..model.tensor_names import is_input_embedding, layer_key, matcher, ready_option, stacks
 from ..options.options import MergeOptions
 
-_EXPERTS = re.compile(r".*\bexperts\.(\d+\.)?")  # of one expert, or of all of a layer
+_EXPERTS = re.compile(r".*\bexperts\.(\d+\.)?")  # the prefix of one expert, or of all in a layer
 _COUNTS_LAYERS = re.compile(r"layer|depth|block")
-_COUNTS_MORE_LAYERS = re.compile(r"nextn|mtp")  # beyond those that other models of the kind have
-_MOST = 0.5  # of the elements
+_COUNTS_MORE_LAYERS = re.compile(r"nextn|mtp")  # multi-token prediction layers, on top of the usual ones
+_MOST = 0.5  # share of the elements
 
 TRAINED_FROM = "give the base that this sft was trained from"
-SAVE_ALIKE = "save both in one way: load each with one version of transformers, and `save_pretrained`"
+SAVE_ALIKE = "save both alike: load each with the same version of transformers and `save_pretrained`"
 
 
 @dataclass(frozen=True)
 class Offer:
-    """An option ready to paste, or "" and why there is none."""
+    """An option ready to paste, or "" and what to do instead."""
 
     option: str
     instead: str = ""
@@ -38,7 +38,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Advice:
-    """What messages about the tensors of a merge may offer."""
+    """The options that messages about a merge's tensors may offer."""
 
     used: Mapping[str, Checkpoint]
     options: MergeOptions
@@ -49,7 +49,7 @@ class Advice:
 
     @cached_property
     def _rows(self) -> set[int]:
-        """How many tokens the embeddings have a row for."""
+        """Numbers of rows of the input embeddings."""
         return {
             tensor.shape[0]
             for each in self.used.values()
@@ -58,7 +58,7 @@ class Advice:
         }
 
     def offer(self, option: str, names: Collection[str], extra: str = "") -> Offer:
-        """Return `--keep` or `--take` for tensors, and all that belongs to them; `extra`: the model that has more."""
+        """Return `--keep` or `--take` for tensors and what belongs to them; `extra`: the role that has more tensors."""
         side = self.used["base" if option == "--keep" else "sft"]
         whole = self._whole(names)
         instead = (
@@ -69,26 +69,26 @@ class Advice:
         )
         ready = "" if instead else ready_option(option, *sorted(whole), every=self._every)
         if not ready and not instead:
-            instead = f"no short pattern finds these tensors and no other; write one for {option}"
+            instead = f"no short pattern matches exactly these tensors; write one for {option}"
         return Offer(ready, instead)
 
     def either(self, *options: str, names: Collection[str]) -> str:
-        """Return those of several options that may be offered, as one text; "" if none may."""
+        """Return the options of several that may be offered, joined by "or"; "" if none."""
         return " or ".join(offer.option for each in options if (offer := self.offer(each, names)).option)
 
     def of_other_config(self, *, shapes: bool) -> str:
-        """Say what in the config of the result the base's tensors do not fit, by number or by shape; "" if they fit."""
+        """Say how the result's config disagrees with the base's tensors in number or shape; "" if it does not."""
         base, sft = self.used["base"], self.used["sft"]
         found = [
             f"{shown(place)} {shown(here)} and {shown(there)}"
             for place, here, there in differences(base.config, result_config(base, sft, self.options))
-            if shapes or "position" not in place  # there may be more positions, of as many tensors
+            if shapes or "position" not in place  # the number of positions does not change that of tensors
         ]
-        told = f"{'; '.join(found[:3])}{'; …' if len(found) > 3 else ''}"
-        return f"the configs of {base.label} and {sft.label} differ ({told}): {TRAINED_FROM}" if found else ""
+        listed = f"{'; '.join(found[:3])}{'; …' if len(found) > 3 else ''}"
+        return f"the configs of {base.label} and {sft.label} differ ({listed}): {TRAINED_FROM}" if found else ""
 
     def _whole(self, names: Iterable[str]) -> set[str]:
-        """Tensors and what belongs to them: the other names of a tie, the other tensors of an expert."""
+        """Add what belongs to tensors: the other names of a tie, the other tensors of an expert."""
         found = set(names)
         experts = {match[0] for name in found if (match := _EXPERTS.match(name))}
         if experts:
@@ -98,7 +98,7 @@ class Advice:
         return found
 
     def _tied_to(self, name: str) -> set[str]:
-        """Names that may be one tensor with this one, where a config ties: of its shape, with a row for each token."""
+        """Names that a config may tie to this one: of the same shape, with a row for each token."""
         shapes = {each.tensors[name].shape for each in self.used.values() if name in each.tensors}
         if layer_key(name) is not None or not any(shape and shape[0] in self._rows for shape in shapes):
             return set()
@@ -112,13 +112,13 @@ class Advice:
 
     def _not_in(self, side: Checkpoint, names: Collection[str]) -> str:
         if side.adapter is not None and not all(n in side.tensors and is_stored(side.tensors[n]) for n in names):
-            return f"{side.label} is an adapter, of which they cannot be taken"
+            return f"{side.label} is an adapter, so they cannot be taken from it"
         return ""
 
     def of_other_depth(self, option: str, names: Collection[str], extra: str, *, known: bool = False) -> str:
-        """Say that tensors that one model has alone are layers that the result does not count; "" if they are not.
+        """Say that tensors of one model only are layers that the result does not count; "" if they are not.
 
-        What configs do not tell is a reason not to advise, and none to refuse what was asked for: `known`.
+        With `known`, only if configs prove it: doubt is a reason not to advise, but not to refuse a request.
         """
         one = self.used[extra]
         result = result_config(self.used["base"], self.used["sft"], self.options)
@@ -134,22 +134,22 @@ class Advice:
                 if not known and _counted_alike(option, one, other, result, len(there[stack])):
                     continue
                 both = _counts(one.config, other.config)
-                told = f" (config.json: {shown(both[0])} {both[1]} and {both[2]})" if both else ""
+                counts = f" (config.json: {shown(both[0])} {both[1]} and {both[2]})" if both else ""
                 return (
                     f"models of different depth are not merged: {shown(stack) or 'the model'} has"
-                    f" {len(here[stack])} layers in {one.label} and {len(there[stack])} in {other.label}{told};"
+                    f" {len(here[stack])} layers in {one.label} and {len(there[stack])} in {other.label}{counts};"
                     f" {TRAINED_FROM}"
                 )
         return ""
 
     def _not_counted(self, option: str, names: Collection[str], extra: str) -> str:
-        """Say that the config of the result does not count tensors that one model has alone."""
+        """Say that the result's config does not count tensors of one model only; "" if it does."""
         base, sft = self.used["base"], self.used["sft"]
         deeper = self.of_other_depth(option, names, extra)
         if deeper or option == "--keep" or any(map(_EXPERTS.match, names)):
             return deeper or self.of_other_config(shapes=False)
         if sft.config is not None and differences(sft.config, result_config(base, sft, self.options)):
-            return "the config of the result is the base's, which does not count them; leave them out of the sft"
+            return "the result has the base's config, which does not count them; remove them from the sft"
         return ""
 
     def _half_of_a_tie(self, names: Collection[str], extra: str) -> str:
@@ -159,8 +159,8 @@ class Advice:
             half = next((n for n in self._tied_to(name) if lacking and n in lacking.tensors), None)
             if half is not None:
                 return (
-                    f"a config ties '{shown(name)}' and '{shown(half)}' to be one tensor (tie_word_embeddings), and"
-                    f" half of a tie is not kept or taken: {SAVE_ALIKE}; or save both with a head of its own, untied"
+                    f"a config ties '{shown(name)}' and '{shown(half)}' (tie_word_embeddings), and half of a tie cannot"
+                    f" be kept or taken: {SAVE_ALIKE}; or save both untied, each with its own head"
                 )
         return ""
 
@@ -168,16 +168,16 @@ class Advice:
         named = matcher(self.options.keep if option == "--keep" else self.options.take)
         counts = {name: tensor.count for name, tensor in side.tensors.items()}
         share = sum(n for name, n in counts.items() if name in names or named(name)) / (sum(counts.values()) or 1)
-        # The text part of a larger model may well be the smaller.
+        # The text part of a multimodal model may be the smaller one.
         if share > _MOST and not is_other_class(self.used["sft"].config, self.used["base"].config):
             return f"these are most of {side.label}, {share:.0%} of its elements: {TRAINED_FROM}"
         return ""
 
 
 def result_config(base: Checkpoint, sft: Checkpoint, options: MergeOptions, folder: str = "") -> dict[str, Any] | None:
-    """Return the config that the result, or a part of it, is written with: the sft's, or the base's.
+    """Return the config of the result, or of the part in `folder`: the sft's, or the base's.
 
-    Of a model with other names or of another class, or with another vocabulary than the result, it need not fit.
+    It is the base's if names were mapped, the class differs, or the base's vocabulary is used: the sft's may not fit.
     """
     is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
     chosen = None if is_other or options.vocab == "base" else sft.config_of(folder)
@@ -185,7 +185,7 @@ def result_config(base: Checkpoint, sft: Checkpoint, options: MergeOptions, fold
 
 
 def _counts(one: Config | None, other: Config | None) -> tuple[str, int, int] | None:
-    """The number of layers that two configs differ in: its key, and both."""
+    """Return the first layer count in which two configs differ: its key and both values."""
     for key in _layer_keys(one):
         here, there = setting(one, key), setting(other, key)
         if isinstance(there, int) and here != there:
@@ -194,7 +194,7 @@ def _counts(one: Config | None, other: Config | None) -> tuple[str, int, int] | 
 
 
 def _layer_keys(config: Config | None) -> list[str]:
-    """The keys of a config that may count layers, the most common first."""
+    """Return the keys of a config that may count layers, the usual one first."""
     keys = [
         key
         for level in (config, (config or {}).get("text_config"))
@@ -206,9 +206,9 @@ def _layer_keys(config: Config | None) -> list[str]:
 
 
 def _counted_alike(option: str, extra: Checkpoint, other: Checkpoint, result: Config | None, there: int) -> bool:
-    """Whether layers that one model has alone are right in the result: by the configs, both models have as many.
+    """Whether extra layers of one model are right in the result, as both configs count the same number.
 
-    Those of the base may be beyond its own count, as layers that predict more tokens are; the sft's must be counted.
+    Extra layers of the base may exceed its count, as multi-token prediction layers do; the sft's must be counted.
     """
     if result is None or extra.config is None:
         return False

@@ -1,4 +1,4 @@
-"""Do the models of a merge hold the same tensors? From names, shapes and dtypes alone; and what the options choose."""
+"""Check from names, shapes and dtypes that the models of a merge have the same tensors, or options that decide."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from ..checkpoint.checkpoint import Checkpoint, leave_out_option
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
-from ..checkpoint.parts import SPLIT
+from ..checkpoint.parts import SPLIT, leave_out_option
 from ..checkpoint.safetensors_file import MERGED, WHOLE
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
@@ -16,51 +16,49 @@ from ..model.tensor_names import blanked, folder_of, is_embedding_or_head, match
 from ..options.options import MergeOptions
 from ..transforms.experts import is_fused
 from ..transforms.quantised_units import Chosen
-from ..transforms.tokenizer_files import added_tokens
+from ..transforms.tokenizer_files import token_differences
 from .advice import SAVE_ALIKE, Advice
 from .tied_embeddings import Group
 
 Choose = Callable[[str, list[str], str], bool]  # option, names, key
-Sides = tuple[str, Mapping[str, Tensor]]  # a tensor's key, and what it is in each model
-Complain = Callable[[MergeError, Collection[str]], None]  # what is wrong, and with which tensors
+Sides = tuple[str, Mapping[str, Tensor]]  # a tensor's key, and the tensor in each input by role
+Complain = Callable[[MergeError, Collection[str]], None]  # called with an error and the tensors it is about
 
 
 def refuse(error: MergeError, _: Collection[str] = ()) -> None:
-    """Complain by raising."""
+    """Complain by raising the error."""
     raise error
 
 
-def side_of(each: Checkpoint, name: str, group: Group | None) -> Tensor | None:
-    """The tensor that a name means in a checkpoint."""
-    if name in each.tensors or group is None:
-        return each.tensors.get(name)
-    # Who stores the tied tensor under another of its names means it by this one, too; an adapter, while it is tied.
-    names = group.siblings if each.adapter is None else group.names
-    return next((found for n in names if (found := each.tensors.get(n))), None)
+def side_of(checkpoint: Checkpoint, name: str, group: Group | None) -> Tensor | None:
+    """Return the tensor that a name stands for in a checkpoint; None if it has none."""
+    if name in checkpoint.tensors or group is None:
+        return checkpoint.tensors.get(name)
+    # A tied tensor may be stored under another of its names; in an adapter only while the tie holds.
+    names = group.siblings if checkpoint.adapter is None else group.names
+    return next((found for n in names if (found := checkpoint.tensors.get(n))), None)
 
 
 def check_names(
     used: Mapping[str, Checkpoint], options: MergeOptions, groups: Mapping[str, Group], complain: Complain = refuse
 ) -> None:
-    """Complain of tensors that only one of the models has, and no option permits."""
+    """Complain about tensors that only one model has and no option permits."""
     base, sft = used["base"], used["sft"]
     advice = Advice(used, options)
     kept, taken = matcher(options.keep), matcher(options.take)
     kept_names = {n for n in base.tensors if kept(n)} | set(groups)
     taken_names = {n for n in sft.tensors if taken(n)} | set(groups)
     for role, each in used.items():
-        if role == "base" or each.adapter is not None:  # whose names were looked up in the base's
+        if role == "base" or each.adapter is not None:  # an adapter's names were matched to the model's
             continue
         lacking = set(base.tensors) - kept_names - set(each.tensors)
         surplus = set(each.tensors) - taken_names - set(base.tensors)
-        if any(
-            here != there for here, there in _vocabularies(used, role)
-        ):  # reported for the embeddings and heads of both
+        if any(here != there for here, there in _vocabularies(used, role)):  # reported for those that both have
             lacking, surplus = ({n for n in names if not is_embedding_or_head(n)} for names in (lacking, surplus))
         kept_layers = set(base.tensors) - lacking - set(each.tensors)
         deeper = kept_layers and advice.of_other_depth("--keep", kept_layers, "base", known=True)
         if deeper:
-            complain(MismatchError(f"--keep does not make two depths one: {deeper}"), kept_layers)
+            complain(MismatchError(f"--keep cannot reconcile two depths: {deeper}"), kept_layers)
         renamed = _alike(base, lacking, each, surplus)
         for file, found in _by_file(base, lacking):
             cure = _cure(advice, "--keep", found, "base", renamed and not file)
@@ -68,22 +66,22 @@ def check_names(
         for file, found in _by_file(each, surplus):
             folder = folder_of(file)
             if folder and all(name.removeprefix(folder) in each.tensors for name in found):
-                cure = "by their names they are another state of the model"
+                cure = "their names suggest another checkpoint of the same model"
             elif role == "sft":
                 cure = _cure(advice, "--take", found, "sft", renamed and not file)
             else:
-                cure = "a start holds the base's tensors: save it again"
+                cure = "a start must have the base's tensors: save it again"
                 if sft.adapter is None:
                     cure += ", or take the delta from the base instead (--reference base)"
             _complain_of(found, each, base, file, cure, complain)
 
 
-def _by_file(each: Checkpoint, names: Collection[str]) -> list[tuple[str, set[str]]]:
-    """Sort tensors into those of files beside a model's own, or below them, and, by "", all others."""
-    beside = {file for part in each.parts if part.beside or part.folder for file in part.files}
+def _by_file(checkpoint: Checkpoint, names: Collection[str]) -> list[tuple[str, set[str]]]:
+    """Group tensors by file, those of the model's own files under ""."""
+    beside = {file for part in checkpoint.parts if part.beside or part.folder for file in part.files}
     files: dict[str, set[str]] = {}
     for name in names:
-        file = each.homes.get(each.original_names.get(name, name), "")
+        file = checkpoint.file_of.get(checkpoint.original_names.get(name, name), "")
         files.setdefault(file if file in beside else "", set()).add(name)
     return sorted(files.items())
 
@@ -92,7 +90,7 @@ def _complain_of(
     names: Collection[str], one: Checkpoint, other: Checkpoint, file: str, cure: str, complain: Complain
 ) -> None:
     label = f"{one.label} ({shown(file)})" if file else one.label
-    # What says where a model has its parts travels, and names the folder: without its weights it would not load.
+    # The base's modules.json or model_index.json is copied and names the folder: without weights it would not load.
     needed = (
         "/" in file and one.role == "base" and not {*SPLIT}.isdisjoint(one.side) and {*SPLIT}.isdisjoint(other.side)
     )
@@ -101,27 +99,27 @@ def _complain_of(
 
 
 def _alike(one: Checkpoint, names: Collection[str], other: Checkpoint, others: Collection[str]) -> bool:
-    """Whether tensors that each of two models has alone may be the same ones by other names."""
+    """Whether unmatched tensors of two models may be the same ones under other names."""
     return not {one.tensors[n].shape for n in names}.isdisjoint(other.tensors[n].shape for n in others)
 
 
 def _cure(advice: Advice, option: str, names: Collection[str], extra: str, renamed: bool) -> str:
     if renamed:
         return (
-            "the other has tensors of these shapes by other names: if they are the same, --rename REGEX=REPLACEMENT; if"
-            " not, --keep REGEX and --take REGEX"
+            "the other has tensors of these shapes under other names: if they are the same, --rename REGEX=REPLACEMENT;"
+            " if not, --keep REGEX and --take REGEX"
         )
     offer = advice.offer(option, names, extra)
     return f"to let them through: {offer.option}" if offer.option else offer.instead
 
 
 def chosen(options: MergeOptions) -> Chosen:
-    """Return what --keep and --take say of names, without asking whether there are such."""
+    """Return which tensors --keep and --take name, without checking that there are any."""
     return Chosen(matcher(options.keep), matcher(options.take))
 
 
 def selection(options: MergeOptions, base: Checkpoint, sft: Checkpoint) -> Choose:
-    """Check the patterns against the names, and return a test: does an option name one of these tensors?"""
+    """Check the patterns against the names; return a predicate: does an option name one of these tensors?"""
     every = [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]
     for option in ("keep", "take", "no_drop"):
         names = every if option == "take" else list(base.tensors)
@@ -141,9 +139,9 @@ def selection(options: MergeOptions, base: Checkpoint, sft: Checkpoint) -> Choos
 def check_alike(
     tensors: Sequence[Sides], used: Mapping[str, Checkpoint], options: MergeOptions, complain: Complain
 ) -> None:
-    """Complain of tensors that are not of one shape and one mergeable kind of dtype, each kind of tensors once."""
+    """Complain about tensors that differ in shape or kind of dtype, once for each kind of tensor."""
     advice = Advice(used, options)
-    unlike: dict[tuple[str, str, str], list[str]] = {}
+    faulty: dict[tuple[str, str, str], list[str]] = {}
     sides_of = {}
     for name, sides in tensors:
         for role, side in sides.items():
@@ -155,10 +153,10 @@ def check_alike(
                 fault = f"{base.dtype} {list(base.shape)} {side.dtype} {list(side.shape)}"
             else:
                 continue
-            unlike.setdefault((role, blanked(name), fault or side.dtype), []).append(name)
+            faulty.setdefault((role, blanked(name), fault or side.dtype), []).append(name)
             sides_of[name] = sides
             break
-    for (role, kind, _), names in unlike.items():
+    for (role, kind, _), names in faulty.items():
         sides = sides_of[names[0]]
         named = f"tensor '{shown(names[0])}' is" if len(names) == 1 else f"{len(names)} tensors '{shown(kind)}' are"
         complain(_unlike(named, names, role, sides, used, advice), names)
@@ -188,51 +186,50 @@ def _unlike(
     if side.shape == base.shape:
         offer = advice.offer(_of_one(used), names)
         cure = f"use {offer.option}" if offer.option else offer.instead
-        return MismatchError(f"{both}; integers are merged with neither floats nor other integers: {cure}")
+        return MismatchError(f"{both}; integers can be merged neither with floats nor with other integers: {cure}")
     return MismatchError(f"{both}; shapes must be equal: {_of_shapes(names, role, sides, used, advice)}")
 
 
 def _of_shapes(
     names: Sequence[str], role: str, sides: Mapping[str, Tensor], used: Mapping[str, Checkpoint], advice: Advice
 ) -> str:
-    """Say what to do about tensors of other shapes."""
+    """Return the cure for tensors of different shapes."""
     base, side = sides["base"], sides[role]
     if 0 in (side.count, base.count):
-        return "the empty one was saved without gathering its parts (ZeRO-3?): save that model again"
+        return "the empty one was saved without gathering its shards (ZeRO-3?): save that model again"
     rows = any(map(is_embedding_or_head, names)) or (base.shape[:1], side.shape[:1]) in _vocabularies(used, role)
     if rows and side.shape[1:] == base.shape[1:]:
-        told = added_tokens(used["base"], used[role])
+        differences = token_differences(used["base"], used[role])
         return (
-            f"the vocabularies differ{f' ({told})' if told else ''}; say whose the result has, --vocab base or"
+            f"the vocabularies differ{f' ({differences})' if differences else ''}; choose one, --vocab base or"
             " --vocab sft, which merge the rows that both have"
         )
     if sorted(side.shape) == sorted(base.shape):
-        return f"they hold as many elements, in another order; {SAVE_ALIKE}"
+        return f"they have the same dimensions in another order; {SAVE_ALIKE}"
     if any(map(is_fused, names)):
-        return "their experts differ in number or size, so the models are not one architecture"
+        return "their experts differ in number or size: these are different architectures"
     other = advice.of_other_config(shapes=True)
     if other:
         return other
     option = _of_one(used)
     offer = advice.offer(option, names)
-    return (
-        f"use {offer.option} for the {'base' if option == '--keep' else 'model'}'s" if offer.option else offer.instead
-    )
+    kept = "base" if option == "--keep" else "model"
+    return f"use {offer.option} for the {kept}'s" if offer.option else offer.instead
 
 
 def _of_one(used: Mapping[str, Checkpoint]) -> str:
-    """The option that leaves tensors as the base has them; in a model in memory, which cannot hold those, as it has."""
+    """The option that copies tensors: the base's or, for a live model, which cannot hold those, its own."""
     return "--keep" if used["sft"].files else "--take"
 
 
 def _vocabularies(used: Mapping[str, Checkpoint], role: str) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The rows that an embedding or a head has in the base, and in another model."""
+    """Return pairs of row counts of embeddings and heads, in the base and in another model."""
     base, other = used["base"].tensors, used[role].tensors
     return {(base[n].shape[:1], other[n].shape[:1]) for n in base if n in other and is_embedding_or_head(n)}
 
 
 def main_dtype(base: Checkpoint) -> str:
-    """The dtype of most float elements; for tensors that only the sft has."""
+    """Return the dtype of most float elements, used for tensors that only the sft has."""
     floats = Counter[str]()
     for tensor in base.tensors.values():
         if tensor.dtype in MERGED:

@@ -176,7 +176,7 @@ def _item(
 def _home(key: str, own: Tensor | None, source: Tensor, used: Mapping[str, Checkpoint]) -> str:
     """The file that a tensor goes to: the base's, or what corresponds to the sft's."""
     base, folder = used["base"], folder_of(key)
-    home = base.homes.get(own.name) if own is not None else None
+    home = base.file_of.get(own.name) if own is not None else None
     if home is not None:
         return home
     there = [part for part in base.parts if part.folder == folder]

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint.checkpoint import Checkpoint, is_hub_id, open_checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import is_offline
 from ..checkpoint.lazy_tensor import Tensor
+from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
 from ..checkpoint.parts import matches
 from ..checkpoint.reader import same_values
 from ..common.checks import as_path

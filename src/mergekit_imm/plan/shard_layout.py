@@ -1,4 +1,4 @@
-"""Where the bytes go: the files of an output, the offset of every tensor in them, and the index."""
+"""Lay out an output: its files, the offset of every tensor, and the indexes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..checkpoint.parts import Part, index_of, stem_of
 from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo, build_header
 from ..checkpoint.sharded import are_shards
 
-SHARD_SIZE = 5_000_000_000  # bytes of a file, where the base has none to go by: what transformers long had
-Shard = tuple[dict[str, str], list[TensorInfo]]  # metadata, tensors in order
+SHARD_SIZE = 5_000_000_000  # bytes per file when the base has no layout to follow; long the default of transformers
+FileContent = tuple[dict[str, str], list[TensorInfo]]  # metadata, tensors in order
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A safetensors file to be written: its first bytes and its size."""
+    """A safetensors file to write: its first bytes (length and header) and its size."""
 
     name: str
     head: bytes
@@ -27,11 +27,10 @@ class OutputFile:
 def lay_out(
     outs: Sequence[TensorInfo], base: Checkpoint, max_shard_size: int | None
 ) -> tuple[dict[str, TensorInfo], tuple[OutputFile, ...], dict[str, bytes]]:
-    """Give every output tensor its file and offset: name -> tensor, the files, and the indexes by their path.
+    """Give every output tensor its file and offset. Returns tensors by name, the files, and the indexes by path.
 
-    A tensor's `file` is the one of the base that it goes to, at the end if the base does not store it, or one that the
-    base does not have. Without `max_shard_size` the base's own files and order; what it has in another form than
-    safetensors files is laid out anew.
+    Each tensor names the file to go to, one of the base's or a new one; tensors that the base lacks come last in it.
+    Without `max_shard_size` files and order are the base's; what the base stores in another format gets a new layout.
     """
     placed: dict[str, TensorInfo] = {}
     files = []
@@ -43,18 +42,18 @@ def lay_out(
         own = [out for out in outs if out.file in of_part]
         if not own and part.beside:
             continue
-        as_it_is = max_shard_size is None and all(file.endswith(".safetensors") for file in part.files)
-        as_it_is = as_it_is and not are_shards(part.files) and part.files[0] in known
-        if as_it_is:
+        keeps_layout = max_shard_size is None and all(file.endswith(".safetensors") for file in part.files)
+        keeps_layout = keeps_layout and not are_shards(part.files) and part.files[0] in known
+        if keeps_layout:
             shards = _as_in_base(own, base, part)
-            # A single file at the top is the model, whatever it was called, or a component of a pipeline.
-            alone = not (part.index or part.beside or part.folder)
-            names = [f"{part.stem}.safetensors"] if alone else list(part.files)
+            # A single file at the top level is the model or a component, whatever its name.
+            is_single = not (part.index or part.beside or part.folder)
+            names = [f"{part.stem}.safetensors"] if is_single else list(part.files)
             index = part.index
         else:
             first = base.files.get(part.files[0])
             limit = None if part.beside else max_shard_size or SHARD_SIZE
-            shards = _anew(own, limit, {} if first is None else first.metadata)
+            shards = _new_shards(own, limit, {} if first is None else first.metadata)
             stem, total = f"{part.folder}{part.stem}", len(shards)
             several = [f"{stem}-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
             names = several if total > 1 else [f"{stem}.safetensors"]
@@ -82,19 +81,19 @@ def _index(placed: dict[str, TensorInfo], folder: str) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _as_in_base(outs: Sequence[TensorInfo], base: Checkpoint, part: Part) -> list[Shard]:
+def _as_in_base(outs: Sequence[TensorInfo], base: Checkpoint, part: Part) -> list[FileContent]:
     left = {out.name: out for out in outs}
-    homes = {
+    by_file = {
         name: [left.pop(tensor.name) for tensor in base.files[name].tensors if tensor.name in left]
         for name in part.files
     }
     for out in left.values():
-        homes[out.file].append(out)
-    return [(base.files[name].metadata, tensors) for name, tensors in homes.items()]
+        by_file[out.file].append(out)
+    return [(base.files[name].metadata, tensors) for name, tensors in by_file.items()]
 
 
-def _anew(outs: Sequence[TensorInfo], limit: int | None, metadata: dict[str, str]) -> list[Shard]:
-    shards: list[Shard] = [(metadata, [])]
+def _new_shards(outs: Sequence[TensorInfo], limit: int | None, metadata: dict[str, str]) -> list[FileContent]:
+    shards: list[FileContent] = [(metadata, [])]
     size = 0
     for out in outs:
         if limit is not None and shards[-1][1] and size + out.nbytes > limit:
@@ -106,7 +105,7 @@ def _anew(outs: Sequence[TensorInfo], limit: int | None, metadata: dict[str, str
 
 
 def _aligned(tensors: list[TensorInfo]) -> list[TensorInfo]:
-    """Keep the order, unless it would put a tensor where its dtype cannot be read in place: then widest first."""
+    """Keep the order unless it would misalign a tensor for its dtype; then sort by width, widest first."""
     end = 0
     for tensor in tensors:
         if end % max(1, DTYPE_BITS[tensor.dtype] // 8):

@@ -1,8 +1,8 @@
-"""Tied tensors: which names of the inputs mean one tensor, and what breaks a tie.
+"""Tied tensors: which names stand for one tensor, and what breaks a tie.
 
-The base says which they are: tensors of one shape with the bytes of its input embedding, whatever they are called,
-unless its config says untied. An input may store any of the names; one that stores two different tensors breaks the
-tie, and each of them is merged under its own name.
+The base decides: tensors of any name with the shape and bytes of its input embedding are tied, unless its config says
+untied. An input may store any of the names; if it stores two different tensors it breaks the tie, and each is merged
+under its own name.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..model.tensor_names import (
     outer_bias,
     tied_key,
 )
+from ..transforms.lora_config import MERGE_FIRST
 from ..transforms.lora_tensor import WithRows
 
 _SHARED, _OF_SHARED = "shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -35,25 +36,25 @@ Used = Mapping[str, Checkpoint]
 
 @dataclass(frozen=True)
 class Group:
-    """Names that mean one tensor in all inputs."""
+    """Names that stand for one tensor in all inputs."""
 
     names: tuple[str, ...]  # merged as one, under `key`
     key: str
     written: tuple[str, ...]
-    siblings: tuple[str, ...]  # all names that the base ties, the first one first that stands for a name not stored
+    siblings: tuple[str, ...]  # all names that the base ties; the first stored one stands in for a missing name
 
 
 @dataclass(frozen=True)
 class Ties:
-    """What is tied in a merge."""
+    """The ties of a merge."""
 
-    groups: Mapping[str, Group] = field(default_factory=dict)  # by each of their names
+    groups: Mapping[str, Group] = field(default_factory=dict)  # by each name
     broken: str = ""  # what breaks the base's tie
-    tied: Mapping[str, bool | None] = field(default_factory=dict)  # of each folder, what its config must say
+    tied: Mapping[str, bool | None] = field(default_factory=dict)  # folder -> what its config must say
 
 
 def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
-    """Find the names that mean one tensor, in each part of the model by its own config."""
+    """Find the names that stand for one tensor, in each folder of the model by its own config."""
     base = used["base"]
     groups: dict[str, Group] = {}
     broken = ""
@@ -64,9 +65,9 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
         said = stated_tie(config)
         embeddings = _embeddings(base, folder, config)
         sizes = {base.tensors[name].shape for name in embeddings}
-        if said is None and any(_stores_another_head(base, shapes[folder, size], embeddings, same_bytes)
-                                for size in sizes):  # fmt: skip
-            said = False  # what its config does not say, its tensors do
+        own_heads = (_stores_another_head(base, shapes[folder, size], embeddings, same_bytes) for size in sizes)
+        if said is None and any(own_heads):
+            said = False  # the config is silent, the tensors are not
         tied[folder] = None if config is None or (stated_tie(config) is None and said is False) else said is not False
         found, breaker = _biases(used, folder, shapes, {size[0] for size in sizes}, same_bytes)
         groups |= found
@@ -90,7 +91,7 @@ Shapes = dict[tuple[str, tuple[int, ...]], list[str]]
 
 
 def _candidates(used: Used) -> Shapes:
-    """The vectors and matrices outside the layers, of all inputs, by their folder and shape."""
+    """Return the vectors and matrices outside the layers, of all inputs, by folder and shape."""
     found: dict[tuple[str, tuple[int, ...]], dict[str, None]] = {}
     for each in used.values():
         for name, tensor in each.tensors.items():
@@ -100,7 +101,7 @@ def _candidates(used: Used) -> Shapes:
 
 
 def _embeddings(base: Checkpoint, folder: str, config: Config | None) -> list[str]:
-    """The input embeddings of the base in a folder: by name, else by their row for each token, else its heads."""
+    """Return the base's input embeddings in a folder: by name, else by their rows, else its heads."""
     sizes = vocabulary_sizes(config)
     matrices = sorted(
         name
@@ -119,13 +120,13 @@ def _embeddings(base: Checkpoint, folder: str, config: Config | None) -> list[st
 
 
 def _stores_another_head(base: Checkpoint, names: Sequence[str], embeddings: list[str], same: SameBytes) -> bool:
-    """Whether the base holds a head of an embedding's model that none of its embeddings equals."""
+    """Whether the base stores a head that equals none of its embeddings."""
     heads = [name for name in names if name in base.tensors and is_output_head(name) and _owner(name, embeddings)]
     return any(not any(same(base, base.tensors[e], base.tensors[head]) for e in embeddings) for head in heads)
 
 
 def _owner(name: str, embeddings: Sequence[str]) -> str:
-    """The embedding of the sub-model that a head is of: that of `expert.lm_head` is below `expert.`; "" if none is."""
+    """Return the embedding of a head's sub-model: for `expert.lm_head` one under `expert.`; "" if there is none."""
     above = name[: name.rfind(".", 0, -len(".weight")) + 1] or folder_of(name)
     return next((each for each in embeddings if each.startswith(above)), "")
 
@@ -133,7 +134,7 @@ def _owner(name: str, embeddings: Sequence[str]) -> str:
 def _classes_of_base(
     used: Used, embeddings: list[str], names: Sequence[str], said: bool | None, same_bytes: SameBytes
 ) -> list[list[str]]:
-    """Names of one shape that the base means as one tensor, and those of other inputs that belong to them."""
+    """Return the classes of tied names of one shape: those of the base, with the other inputs' names for them."""
     base = used["base"]
     named = [name for name in names if said is not False or is_input_embedding(name)]
     classes = _equal_classes(base, _ordered(name for name in named if name in base.tensors), same_bytes)
@@ -141,7 +142,7 @@ def _classes_of_base(
     rest = [name for name in named if not any(name in members for members in tied)]
     models = [each for each in used.values() if each.adapter is None]
     for name in rest:
-        # A config that does not say untied ties heads by their names, too, stored in the base or not.
+        # Unless the config says untied, heads are tied by name too, whether or not the base stores them.
         is_head = is_output_head(name) and base.config_of(folder_of(name)) is not None
         owner = _owner(name, embeddings) if is_head else ""
         if name not in base.tensors and len(tied) == 1 and (is_head or is_input_embedding(name)):
@@ -155,18 +156,18 @@ def _classes_of_base(
     return [_ordered(members) for members in tied if len(members) > 1]
 
 
-def _equals(each: Checkpoint, name: str, members: Sequence[str], same_bytes: SameBytes) -> bool:
-    """Whether a model stores under a name what it stores under one that is tied."""
-    own = each.tensors.get(name)
-    held = next((each.tensors[member] for member in members if member in each.tensors), None)
-    return own is not None and held is not None and same_bytes(each, held, own)
+def _equals(checkpoint: Checkpoint, name: str, members: Sequence[str], same_bytes: SameBytes) -> bool:
+    """Whether a model stores the same bytes under a name as under a tied one."""
+    own = checkpoint.tensors.get(name)
+    held = next((checkpoint.tensors[member] for member in members if member in checkpoint.tensors), None)
+    return own is not None and held is not None and same_bytes(checkpoint, held, own)
 
 
 def _with_all_names(found: Mapping[str, Group], sft: Checkpoint) -> dict[str, Group]:
-    """Let tied tensors be written under all their names: a config that says untied ties none of them any more.
+    """Write tied tensors under all their names, since an untied config ties none of them any more.
 
-    So does the embedding that an encoder and a decoder share, whose names no file need store. Raises CheckpointError
-    for an adapter that trained a copy of it, which neither of them reads.
+    The same holds for an embedding that encoder and decoder share, under names that no file need store. Raises
+    CheckpointError for an adapter that trained a copy of it, which neither reads.
     """
     groups = {
         name: replace(group, written=(*group.written, *(n for n in group.names if n not in group.written)))
@@ -178,7 +179,7 @@ def _with_all_names(found: Mapping[str, Group], sft: Checkpoint) -> dict[str, Gr
     if sft.adapter is not None and shared in sft.tensors:
         raise CheckpointError(
             f"{sft.label} holds '{shown(shared)}', trained apart from the embeddings of encoder and decoder, which are"
-            " tied to it; merge it first: peft's `merge_and_unload()`, then `save_pretrained`"
+            f" tied to it; {MERGE_FIRST}"
         )
     prefix, group = shared.removesuffix(_SHARED), groups[shared]
     more = tuple(name for end in _OF_SHARED if (name := prefix + end) not in groups)
@@ -188,7 +189,7 @@ def _with_all_names(found: Mapping[str, Group], sft: Checkpoint) -> dict[str, Gr
 def _biases(
     used: Used, folder: str, shapes: Shapes, rows: Collection[int], same_bytes: SameBytes
 ) -> tuple[dict[str, Group], str]:
-    """The biases of heads that the base stores by two names, and what sets them apart."""
+    """Return the groups of head biases that the base stores under two names, and what breaks their tie."""
     base = used["base"]
     groups: dict[str, Group] = {}
     broken = ""
@@ -201,7 +202,7 @@ def _biases(
 
 
 def _bias_pairs(base: Checkpoint, folder: str, shapes: Shapes, rows: Collection[int]) -> list[list[str]]:
-    """Biases of heads by two names, `lm_head.bias` and `lm_head.decoder.bias`: BERT and its kin store both."""
+    """Return pairs of names of one head bias, `lm_head.bias` and `lm_head.decoder.bias`, as in BERT."""
     pairs = []
     for size in sorted(rows):
         names = shapes.get((folder, (size,)), [])
@@ -213,9 +214,9 @@ def _bias_pairs(base: Checkpoint, folder: str, shapes: Shapes, rows: Collection[
 
 
 def _split(used: Used, members: list[str], same_bytes: SameBytes) -> tuple[dict[str, Group], str, bool]:
-    """Return the groups of names that are one tensor in every input, what splits them, and whether heads are apart."""
+    """Return the groups of names tied in every input, what splits them, and whether a head is split off."""
     if not all(any(name in each.tensors for name in members) for each in used.values() if each.adapter is None):
-        return {}, "", False  # a name is missing altogether: an error, but not about ties
+        return {}, "", False  # an input has none of the names: an error, but not about ties
     partition, breaker = [list(members)], ""
     model = used.get("start", used["base"])  # what an adapter was trained on
     for each in sorted(used.values(), key=lambda each: each.adapter is not None):
@@ -236,22 +237,24 @@ def _split(used: Used, members: list[str], same_bytes: SameBytes) -> tuple[dict[
     return groups, breaker, len(with_embedding) < len(partition)
 
 
-def _classes_of(each: Checkpoint, names: list[str], members: Sequence[str], same_bytes: SameBytes) -> list[list[str]]:
-    """Sort names into those that are one tensor to an input; a tied one that it does not store is the first it has."""
-    if each.adapter is not None:
-        return _classes_of_adapter(each, names, same_bytes)
-    first = next(name for name in members if name in each.tensors)
-    held = [name for name in names if name in each.tensors]
-    classes = _equal_classes(each, [first, *(name for name in held if name != first)], same_bytes)
-    classes[0] = [name for name in names if name in classes[0] or name not in each.tensors]
+def _classes_of(
+    checkpoint: Checkpoint, names: list[str], members: Sequence[str], same_bytes: SameBytes
+) -> list[list[str]]:
+    """Split names into classes of one tensor in an input; a name it does not store belongs to the first it has."""
+    if checkpoint.adapter is not None:
+        return _classes_of_adapter(checkpoint, names, same_bytes)
+    first = next(name for name in members if name in checkpoint.tensors)
+    held = [name for name in names if name in checkpoint.tensors]
+    classes = _equal_classes(checkpoint, [first, *(name for name in held if name != first)], same_bytes)
+    classes[0] = [name for name in names if name in classes[0] or name not in checkpoint.tensors]
     return [found for found in classes if found]
 
 
 def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: SameBytes) -> list[list[str]]:
-    """Sort tied names into those that an adapter trained as one.
+    """Split tied names into classes that an adapter trained as one tensor.
 
-    Factors and rows for either name change the one tensor, as PEFT merges them, and the same rows for both, too. A
-    module trained whole is a copy; what the adapter does not hold is as it was.
+    Factors or rows for either name change the one tensor, as in PEFT; so do equal rows for both. A module trained
+    whole is a copy; names that the adapter lacks are unchanged.
     """
     held = {name: adapter.tensors[name] for name in members if name in adapter.tensors}
     whole = [name for name, tensor in held.items() if is_stored(tensor)]
@@ -261,39 +264,35 @@ def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: Sam
             any(map(is_delta, held.values())) or not all(same_bytes(adapter, one, other) for other in others)
         ):
             both = " and ".join(f"'{shown(name)}'" for name in sorted(held))
-            raise CheckpointError(
-                f"{adapter.label} changes {both}, which are one tensor; merge it first: peft's `merge_and_unload()`,"
-                " then `save_pretrained`"
-            )
+            raise CheckpointError(f"{adapter.label} changes {both}, which are one tensor; {MERGE_FIRST}")
         return [members]
     left = [name for name in members if name not in held]
     classes = _equal_classes(adapter, whole, same_bytes)
     tied = next(
         (each for each in classes if any(map(is_input_embedding, each)) and any(map(is_output_head, each))), None
     )
-    if tied is not None:  # it trained, or resized, the one tensor: the other names are of it, too
+    if tied is not None:  # it trained or resized the tied tensor: the other names go with it
         tied += left
         return classes
     return [each for each in (*classes, left) if each]
 
 
 def _check_rows(adapter: Checkpoint, model: Checkpoint, members: Sequence[str]) -> None:
-    """Refuse trained rows of what a config ties and the model stores apart: PEFT changes both, by the config's word."""
+    """Refuse trained rows of a tensor that the config ties but the model stores apart: PEFT may change both."""
     rows = next((name for name in members if isinstance(adapter.tensors.get(name), WithRows)), None)
     if rows is not None and stated_tie(model.config_of(folder_of(rows))) is not False:
         raise CheckpointError(
-            f"{adapter.label} changes rows of '{shown(rows)}', which the config of {model.label} ties to what it stores"
-            " apart: whether both change is not stored; merge it first: peft's `merge_and_unload()`, then"
-            " `save_pretrained`"
+            f"{adapter.label} changes rows of '{shown(rows)}', which the config of {model.label} ties to a tensor"
+            f" stored apart: whether both change is not stored; {MERGE_FIRST}"
         )
 
 
-def _equal_classes(each: Checkpoint, names: Sequence[str], same_bytes: SameBytes) -> list[list[str]]:
-    """Sort names of a checkpoint into those that hold the same bytes."""
+def _equal_classes(checkpoint: Checkpoint, names: Sequence[str], same_bytes: SameBytes) -> list[list[str]]:
+    """Split names into classes with equal bytes."""
     classes: list[list[str]] = []
     for name in names:
         for known in classes:
-            if same_bytes(each, each.tensors[known[0]], each.tensors[name]):
+            if same_bytes(checkpoint, checkpoint.tensors[known[0]], checkpoint.tensors[name]):
                 known.append(name)
                 break
         else:
@@ -302,12 +301,12 @@ def _equal_classes(each: Checkpoint, names: Sequence[str], same_bytes: SameBytes
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
-    """Embeddings first: a head that is not stored is the embedding."""
+    """Sort names, embeddings first: a head that is not stored means the embedding."""
     return sorted(names, key=lambda name: (not is_input_embedding(name), name))
 
 
-def _broken_by(each: Checkpoint, one: str, other: str, though: str) -> str:
-    if each.adapter is not None:
-        held = one if one in each.tensors else other
-        return f"{each.label} holds '{shown(held)}', trained apart, though the base ties it"
-    return f"{each.label} holds '{shown(one)}' and '{shown(other)}' with different values, though {though}"
+def _broken_by(checkpoint: Checkpoint, one: str, other: str, though: str) -> str:
+    if checkpoint.adapter is not None:
+        held = one if one in checkpoint.tensors else other
+        return f"{checkpoint.label} holds '{shown(held)}', trained apart, though the base ties it"
+    return f"{checkpoint.label} holds '{shown(one)}' and '{shown(other)}' with different values, though {though}"

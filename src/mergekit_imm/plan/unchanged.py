@@ -1,4 +1,4 @@
-"""An sft that is its start: a training that changed nothing, or whose result lies elsewhere."""
+"""Detect an sft that equals its start: training changed nothing, or its result is elsewhere."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
 from .plan import Item, Plan, same_place
 
-COMPARED = 1024  # elements in the middle of each tensor
+SAMPLED = 1024  # elements in the middle of each tensor
 
 
 def looks_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -> bool:
-    """Whether the sft equals its start in the middle of every tensor that is merged; stops at the first difference.
+    """Whether sft and start agree in the middle of every merged tensor; stops at the first difference.
 
-    False where no file is there to be read, as in a dry run on a hub id.
+    False if files cannot be read, as in a dry run on a hub id.
     """
     merged = [item for item in items if item.action == "merge" and "sft" in item.sides]
     if not merged or any(each.folder is None for each in inputs.values()):
@@ -31,7 +31,7 @@ def looks_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -> 
 
 def _differs(item: Item, files: Files) -> bool:
     sft, role = item.sides["sft"], "start" if "start" in item.sides else "base"
-    count = min(COMPARED, sft.count)
+    count = min(SAMPLED, sft.count)
     first = (sft.count - count) // 2
     if is_delta(sft):
         return bool(_values(sft, "sft", first, count, files).any())
@@ -48,22 +48,22 @@ def _values(tensor: Tensor, role: str, first: int, count: int, files: Files) -> 
 
 
 def note_if_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -> list[str]:
-    """Say in advance that the sft looks like its start; nothing if it does not."""
+    """Return a note if the sft looks like its start, before a merge."""
     if same_place(inputs["base"], inputs["sft"]) or not looks_unchanged(inputs, items):
-        return []  # of the same folder it is said already
-    return [note_of(inputs, f"as far as {COMPARED} elements of each tensor tell")]
+        return []  # one folder given twice has its own note
+    return [note_of(inputs, f"judging by {SAMPLED} elements of each tensor")]
 
 
 def is_unchanged(plan: Plan, records: npt.NDArray[np.float64]) -> bool:
-    """Whether every delta that a merge added up is zero; `records` are those of all its segments."""
+    """Whether every delta of a merge was zero, by the statistics `records` of all its segments."""
     merged = any(item.action == "merge" for item in plan.items)
     return merged and not records[:, 0].any() and not same_place(plan.inputs["base"], plan.inputs["sft"])
 
 
 def note_of(inputs: Mapping[str, Checkpoint], how: str) -> str:
-    """Say that an sft is its start, and where what was trained may be; `how` says what was compared."""
+    """Return the note that sft equals start, and where the trained weights may be; `how` says what was compared."""
     sft, start = inputs["sft"], inputs.get("start", inputs["base"])
     cure = "was it trained, and saved?"
     if sft.adapters:
-        cure = f"what was trained may be the adapter in {shown(sft.adapters[0])}: give that folder as SFT"
-    return f"note: {sft.label} equals {start.label}, {how}; the merge moves nothing: {cure}"
+        cure = f"the trained weights may be the adapter in {shown(sft.adapters[0])}: give that folder as SFT"
+    return f"note: {sft.label} equals {start.label}, {how}; the merge changes nothing: {cure}"

@@ -1,1 +1,1 @@
-"""Inputs made comparable: names matched, LoRA applied, FP8 dequantized, experts and vocabularies aligned."""
+"""Make inputs comparable: match names, apply LoRA, dequantize FP8, align experts and vocabularies."""

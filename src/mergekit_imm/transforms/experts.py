@@ -1,4 +1,4 @@
-"""Experts of a mixture: stored one by one, or in one tensor, as transformers 5 has them in memory; either way round."""
+"""Experts of a mixture: stored one by one or fused in one tensor (as transformers 5 holds them), maybe transposed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from ..checkpoint.lazy_tensor import Piece, Pieces, Tensor, sliced
 
-# The tensors that hold all experts -> what they are made of, one below the other, in experts that are stored singly.
+# Fused tensor -> the tensors of a single expert that it stacks, row-wise.
 Layout = Mapping[str, tuple[str, ...]]
 _LAYOUTS: tuple[Layout, ...] = (
     {"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)},
@@ -20,24 +20,18 @@ _FUSED = re.compile(r"(.*\bexperts)\.(gate_up_proj|up_proj|down_proj)(\.weight)?
 
 
 def is_fused(name: str) -> bool:
-    """Whether a name is that of a tensor of all experts."""
+    """Whether a name is that of a fused tensor of all experts."""
     return _FUSED.fullmatch(name) is not None
 
 
 def fused_path(name: str) -> str | None:
-    """Return the module that a tensor of all experts is in; None for other names."""
+    """Return the module of a fused tensor of all experts; None for other names."""
     found = _FUSED.fullmatch(name)
     return found[1] if found else None
 
 
-def fused_kind(name: str) -> str:
-    """Return which tensor of all experts a name is, `down_proj`; nothing for other names."""
-    found = _FUSED.fullmatch(name)
-    return found[2] if found else ""
-
-
 def single_layout(names: Iterable[str]) -> Layout | None:
-    """Return how a model that stores its experts one by one calls their tensors; None if it does not."""
+    """Return the naming of a model that stores its experts one by one; None for other models."""
     ends = {found[3] for found in map(_EXPERT.fullmatch, names) if found}
     return next((layout for layout in _LAYOUTS if {*_ends(layout)} <= ends), None)
 
@@ -47,7 +41,7 @@ def _ends(layout: Layout) -> list[str]:
 
 
 def fused_shape(path: str, which: str, layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Return the shape that the single experts below a path would have as one tensor; () if they do not fit."""
+    """Return the shape of the single experts in a module, fused into tensor `which`; () if they do not fit."""
     ends = layout.get(which, ())
     members = (_EXPERT.fullmatch(name) for name in tensors if name.startswith(f"{path}."))
     count = len({found[2] for found in members if found and found[1] == path})
@@ -59,7 +53,7 @@ def fused_shape(path: str, which: str, layout: Layout, tensors: Mapping[str, Ten
 
 
 def fused_shapes(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, set[tuple[int, ...]]]:
-    """Return the shapes that a model's single experts would have as tensors of all, by the names of those."""
+    """Return, for each fused tensor, the shapes that a model's single experts would have in it."""
     stacks: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         found = _EXPERT.fullmatch(name)
@@ -70,8 +64,8 @@ def fused_shapes(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, set
     }
 
 
-def cut_experts(role: str, name: str, tensor: Tensor, layout: Layout) -> list[tuple[str, Tensor, str]]:
-    """Cut a tensor of all experts into (name of a part, the part, which it is); nothing if it is none.
+def split_experts(role: str, name: str, tensor: Tensor, layout: Layout) -> list[tuple[str, Tensor, str]]:
+    """Split a fused tensor of all experts into (name, tensor, place in the fused one); [] for other tensors.
 
         gate_up_proj[e] = [gate_proj of expert e; up_proj of expert e],  down_proj[e] = down_proj of expert e
 
@@ -79,7 +73,7 @@ def cut_experts(role: str, name: str, tensor: Tensor, layout: Layout) -> list[tu
     """
     found = _FUSED.fullmatch(name)
     if found is None or len(tensor.shape) != 3 or found[2] not in layout:
-        return []  # of other tensors of that name the names are not found, and they are refused
+        return []  # the name will not be found in the base, and is refused there
     path, ends = found[1], layout[found[2]]
     experts, rows, columns = tensor.shape
     if rows % len(ends):
@@ -95,12 +89,15 @@ def cut_experts(role: str, name: str, tensor: Tensor, layout: Layout) -> list[tu
     return parts
 
 
-def joined(
-    role: str, tensors: Mapping[str, Tensor], lost: Iterable[str], original_names: Mapping[str, str]
+def fuse_experts(
+    role: str, tensors: Mapping[str, Tensor], unmatched: Iterable[str], original_names: Mapping[str, str]
 ) -> tuple[dict[str, tuple[Tensor, str]], set[str]]:
-    """Put single experts together where all are there: name -> (tensor, what it was), and the names it was made of."""
+    """Fuse single experts where all are there.
+
+    Returns fused name -> (tensor, its original names in short), and the names that were fused.
+    """
     stacks: dict[str, dict[tuple[int, str], str]] = defaultdict(dict)
-    for name in lost:
+    for name in unmatched:
         found = _EXPERT.fullmatch(name)
         if found is not None:
             stacks[found[1]][int(found[2]), found[3]] = name
@@ -127,18 +124,19 @@ def joined(
     return made, gone
 
 
-def across(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a tensor of all experts with each matrix transposed."""
+def transposed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a stack of matrices with each matrix transposed."""
     return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
 
 
-def turned_round(
+def find_transposed(
     tensors: Mapping[str, Tensor], expected: Callable[[str], Collection[tuple[int, ...]]]
 ) -> tuple[set[str], str | None]:
-    """Return which tensors of all experts are stored the other way round than expected, [in, out] for [out, in].
+    """Return the fused tensors that are stored transposed, [in, out] for [out, in], or the reverse.
 
-    Both of a module are the same way round, and not both can be square; so one tells of the other. `expected` returns
-    the shapes that one may have, none if unknown. Also returned is one that is square and alone, which cannot be told.
+    Both tensors of a module have one orientation, and at most one is square, so each settles the other. `expected`
+    returns the shapes a tensor may have, none if unknown. Also returned: a square tensor without its partner, whose
+    orientation is unknown.
     """
     modules: dict[str, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
@@ -148,7 +146,7 @@ def turned_round(
     turned: set[str] = set()
     for path, names in modules.items():
         straight = [tensors[name].shape in expected(name) for name in names]
-        other = [across(tensors[name].shape) in expected(name) for name in names]
+        other = [transposed_shape(tensors[name].shape) in expected(name) for name in names]
         if all(other) and not all(straight):
             turned |= {*names}
         elif all(other) and len(names) == 1 and fused_path(names[0]) == path and _has_partner(names[0], expected):
@@ -157,12 +155,6 @@ def turned_round(
 
 
 def _has_partner(name: str, expected: Callable[[str], Collection[tuple[int, ...]]]) -> bool:
-    """Whether the other tensor of a gated module is expected, too."""
+    """Whether the other tensor of a gated module is expected too."""
     end = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
     return any(bool(expected(name.replace(one, other))) for one, other in end.items() if one in name)
-
-
-def _experts_of(name: str) -> str | None:
-    """The module of all experts that a tensor belongs to."""
-    single = _EXPERT.fullmatch(name)
-    return single[1] if single else fused_path(name)

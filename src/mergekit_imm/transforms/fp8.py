@@ -1,4 +1,4 @@
-"""Quantised models: told by config, names and dtypes, and refused with the cure; or FP8 weights times their scales."""
+"""Quantised models: dequantize FP8 weights, refuse the others with the cure."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from ..model.config import quantisation
 from ..model.tensor_names import ready_option
 from .quantised_units import FP8, Chosen, Unit, pattern_of, scales_of, units_of
 
-_BLOCK = (128, 128)  # where a config does not say
-_WIDEST = 1 << 20  # scales of a row of blocks, which are read at once
+_BLOCK = (128, 128)  # if the config does not say
+_WIDEST = 1 << 20  # scales in a row of blocks, which are read at once
 
 _MADE_FROM = "merge the unquantised checkpoint it was made from, and quantise the result"
 _CURES = {
-    "bitsandbytes": f"{_MADE_FROM}; of a QLoRA run, BASE is the unquantised model and SFT the adapter",
+    "bitsandbytes": f"{_MADE_FROM}; for a QLoRA run, BASE is the unquantised model and SFT the adapter",
     "MXFP4": "load it with transformers' `Mxfp4Config(dequantize=True)`, then `save_pretrained`, and merge that",
     "FP8": "--dequantize multiplies its weights by their scales",
 }
 _ORPHAN = re.compile(r"(_scale_inv|\.weight_scale|\.scale_weight)$")
 _OF_ACTIVATIONS = re.compile(r"(.+)([._])(input_scale|input_scale_ub|activation_scale|act_scale|scale_input)")
 _OF_CACHE = re.compile(r"\.([qkv]|output)_scale$")
-_MARKER = re.compile(r"(^|\.)scaled_fp8$")  # ComfyUI's: says that weights are scaled, and holds nothing
-_FORMAT = re.compile(r"(.+\.)comfy_quant")  # its later one: a text that says in which form a module is
-_NOTES_OF_QUANTISERS = ("hf_quant_config.json",)  # side files that say how a model is quantised
+_MARKER = re.compile(r"(^|\.)scaled_fp8$")  # ComfyUI's mark for scaled weights, an empty tensor
+_FORMAT = re.compile(r"(.+\.)comfy_quant")  # its successor: a text with the format of a module
+_QUANTISER_FILES = ("hf_quant_config.json",)  # side files that describe the quantisation
 
 
 _NOTHING = Chosen(lambda _: False, lambda _: False)
 
 
 def check_unquantised(checkpoint: Checkpoint, chosen: Chosen) -> None:
-    """Raise CheckpointError for a quantised model, with its method and the cure, unless all of it is copied as it is.
+    """Raise CheckpointError for a quantised model unless all its quantised tensors are copied unchanged.
 
-    Its config tells; where that does not, names and dtypes of tensors.
+    The config decides; without it, names and dtypes of tensors.
     """
-    said = said_of(checkpoint)
+    said = stated_quantisation(checkpoint)
     units = units_of(checkpoint.tensors, said=said is not None)
     if said is not None and not units:
         raise CheckpointError(_refused(checkpoint, *said))
     _check_units(checkpoint, units, chosen, said)
 
 
-def said_of(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]] | None:
-    """Return what a model's config says of its quantisation, and where; beside an adapter it says so of its base."""
+def stated_quantisation(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]] | None:
+    """Return a model's quantisation config and its place; None for an adapter, where it describes the base."""
     return quantisation(checkpoint.config) if checkpoint.adapter is None else None
 
 
@@ -64,7 +64,7 @@ def _refused(checkpoint: Checkpoint, place: str, settings: Mapping[str, Any]) ->
     known = {"mxfp4": "MXFP4", "bitsandbytes": "bitsandbytes"}.get(method, "")
     cure = _CURES.get(known, _MADE_FROM)
     if method in ("fp8", "fbgemm_fp8") and not _has_fp8(checkpoint):
-        cure = "but none of its tensors is FP8: if they were saved unquantised, remove that entry of config.json"
+        cure = "but none of its tensors is FP8: if they were saved unquantised, remove that entry from config.json"
     elif _has_fp8(checkpoint) and not _unread(settings):
         cure = _CURES["FP8"]
     return f"{checkpoint.label} is quantised (config.json has {what}); {cure}"
@@ -83,41 +83,40 @@ def _has_fp8(checkpoint: Checkpoint) -> bool:
 def _check_units(
     checkpoint: Checkpoint, units: Sequence[Unit], chosen: Chosen, said: tuple[str, Mapping[str, Any]] | None
 ) -> None:
-    """Raise CheckpointError unless each quantised weight is copied whole, from one side."""
-    left = [unit for unit in units if not chosen.spare(unit)]
+    """Raise CheckpointError unless each quantised weight is copied completely, from one side."""
+    left = [unit for unit in units if not chosen.copies(unit)]
     if not left:
         return
     tensors = checkpoint.tensors
     names, every = ([name for unit in some for name in unit.names] for some in (left, units))
-    # Of another model than the base, what these weights are there is kept.
+    # For another model than the base, the pattern also names what the base has instead.
     kept = every if checkpoint.role == "base" else [*dict.fromkeys((*every, *(unit.weight for unit in units)))]
     pattern = pattern_of(kept, tensors.keys() - {*kept})
     keep = f"--keep {shlex.quote(pattern)}" if pattern.isprintable() else ready_option("--keep", *kept)
-    if any(map(chosen.either, every)):
-        name = next((name for name in names if not chosen.either(name)), names[0])
+    if any(map(chosen.is_copied, every)):
+        name = next((name for name in names if not chosen.is_copied(name)), names[0])
         raise CheckpointError(
             f"{checkpoint.label} is quantised, and {len(names)} of its {len(every)} quantised tensors belong to weights"
-            f" that are not copied whole, first '{shown(name)}': keep all of them, {keep}"
+            f" that are copied in part only, first '{shown(name)}': keep all of them: {keep}"
         )
     if said is not None:
         message = _refused(checkpoint, *said)
     else:
         unit, cure = left[0], _CURES.get(left[0].method, _MADE_FROM)
-        seen = f"'{shown(unit.told)}' {unit.what}, as {unit.method} models have it"
+        seen = f"'{shown(unit.evidence)}' {unit.reason}, as in {unit.method} models"
         message = f"{checkpoint.label} is quantised ({seen}); {cure}"
-    # Never of most of a model, of which little would be merged: two bytes that are not quantised are one weight.
+    # Do not offer it for most of a model: little would be merged.
     size = sum(tensors[name].stored for name in names)
     if chosen is not _NOTHING and 3 * size < sum(tensor.stored for tensor in tensors.values()):
-        message += f"; or leave its quantised tensors as they are in the base, {keep}"
+        message += f"; or keep the base's quantised tensors: {keep}"
     raise CheckpointError(message)
 
 
 def dequantized(checkpoint: Checkpoint, chosen: Chosen) -> Checkpoint:
-    """Return a checkpoint with each FP8 weight multiplied by the scales stored beside it; itself, if it has none.
+    """Return a checkpoint with FP8 weights multiplied by their scales; unchanged if it has none.
 
-    The scales are no tensors of it any more, nor are those of activations, which are told in a note. Raises
-    CheckpointError for methods, weights without scales and scales without weights that are not read, MismatchError
-    for scales that do not fit.
+    The scales are removed, and so are those of activations, with a note. Raises CheckpointError for methods that are
+    not supported and for weights or scales without a counterpart, MismatchError for scales that do not fit.
     """
     if not _has_fp8(checkpoint):
         check_unquantised(checkpoint, chosen)
@@ -126,10 +125,10 @@ def dequantized(checkpoint: Checkpoint, chosen: Chosen) -> Checkpoint:
     reason = _unread(settings)
     if reason:
         raise CheckpointError(
-            f"{checkpoint.label} is quantised by {reason}, which --dequantize does not read; {_MADE_FROM}"
+            f"{checkpoint.label} is quantised by {reason}, which --dequantize does not support; {_MADE_FROM}"
         )
     others = [unit for unit in units_of(checkpoint.tensors) if unit.method != "FP8"]
-    # A config that describes them describes the FP8 weights, too: it would be wrong of one or the other.
+    # With a config they cannot be kept: it describes the FP8 weights too, and would be wrong for one or the other.
     _check_units(checkpoint, others, chosen if quantisation(checkpoint.config) is None else _NOTHING, None)
     block = _block_of(settings, checkpoint.label)
     tensors = checkpoint.tensors
@@ -143,37 +142,37 @@ def dequantized(checkpoint: Checkpoint, chosen: Chosen) -> Checkpoint:
         if len(scales) == 1:
             weights[name] = _dequantized(tensors[name], tensors[scales[0]], block, checkpoint)
             gone.add(scales[0])
-        elif not chosen.either(name):
-            beside = f"{len(scales)} tensors of scales beside it" if scales else "no scales beside it"
+        elif not chosen.is_copied(name):
+            beside = f"{len(scales)} tensors of scales" if scales else "no scales"
             raise CheckpointError(
                 f"tensor '{shown(name)}' is {tensors[name].dtype} in {checkpoint.label}, with {beside}"
-                f" ({', '.join(map(shown, scales)) or f'{shown(name)}_scale'}): what it stands for is not known;"
+                f" ({', '.join(map(shown, scales)) or f'{shown(name)}_scale'}), so its values are unknown;"
                 f" use an unquantised checkpoint, or {ready_option('--keep', name)} or {ready_option('--take', name)}"
             )
     unused = tuple(name for name in tensors if name not in gone and _is_only_for_fp8(name, tensors[name], fp8))
     gone |= {*unused}
     orphan = next(
-        (name for name in tensors if name not in gone and _ORPHAN.search(name) and not chosen.either(name)), None
+        (name for name in tensors if name not in gone and _ORPHAN.search(name) and not chosen.is_copied(name)), None
     )
     if orphan is not None:
         raise CheckpointError(
-            f"{checkpoint.label} stores '{shown(orphan)}', scales of a weight that is not FP8 or not there; use a whole"
-            " FP8 checkpoint, or an unquantised one"
+            f"{checkpoint.label} stores '{shown(orphan)}', scales of a weight that is missing or not FP8; use a"
+            " complete FP8 checkpoint, or an unquantised one"
         )
-    note = f"note: left out, as only FP8 needs them: {len(unused)} scales of activations or marks of {checkpoint.label}"
+    note = f"note: left out {len(unused)} scales of activations or marks of {checkpoint.label}, which only FP8 needs"
     note += f", such as '{shown(unused[0])}'" if unused else ""
     return replace(
         checkpoint,
         tensors={name: weights.get(name, tensor) for name, tensor in tensors.items() if name not in gone},
-        side={path: file for path, file in checkpoint.side.items() if path not in _NOTES_OF_QUANTISERS},
-        left_out=(*checkpoint.left_out, *(path for path in checkpoint.side if path in _NOTES_OF_QUANTISERS)),
+        side={path: file for path, file in checkpoint.side.items() if path not in _QUANTISER_FILES},
+        left_out=(*checkpoint.left_out, *(path for path in checkpoint.side if path in _QUANTISER_FILES)),
         notes=(*checkpoint.notes, note) if unused else checkpoint.notes,
         unread=(*checkpoint.unread, *(tensor for name in unused if isinstance(tensor := tensors[name], TensorInfo))),
     )
 
 
 def _unread(settings: Mapping[str, Any]) -> str:
-    """Say what about a quantisation is no FP8 weights times scales; nothing if it is that."""
+    """Return why a quantisation is not plain FP8 weights with scales; "" if it is."""
     method, algorithm, form = (settings.get(key) for key in ("quant_method", "quant_algo", "format"))
     if method in ("fp8", "fbgemm_fp8"):
         return ""
@@ -190,7 +189,7 @@ def _unread(settings: Mapping[str, Any]) -> str:
 
 
 def _block_of(settings: Mapping[str, Any], label: str) -> tuple[int, int] | None:
-    """The rows and columns that share a scale; None: scales are of rows, or of the whole."""
+    """Return rows and columns of a block that shares a scale; None if scales are per row or per tensor."""
     found = settings.get("weight_block_size", _BLOCK if settings["quant_method"] == "fp8" else None)
     groups = settings.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
@@ -201,7 +200,7 @@ def _block_of(settings: Mapping[str, Any], label: str) -> tuple[int, int] | None
     if isinstance(found, (list, tuple)) and len(found) == 2 and all(type(n) is int and n > 0 for n in found):
         return found[0], found[1]
     raise CheckpointError(
-        f"{label}: its config.json says that {shown(found)} elements share a scale, which are no two positive numbers;"
+        f"{label}: its config.json gives {shown(found)} as block size of scales, not two positive numbers;"
         " download it again"
     )
 
@@ -220,14 +219,14 @@ def _is_only_for_fp8(name: str, tensor: Tensor, fp8: set[str]) -> bool:
 def _dequantized(weight: Tensor, scale: Tensor, block: tuple[int, int] | None, checkpoint: Checkpoint) -> Dequantized:
     if scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0"):
         raise CheckpointError(
-            f"{checkpoint.label} stores the scales '{shown(scale.name)}' as {scale.dtype}; F32, BF16, F16 and F8_E8M0"
-            " are read: use an unquantised checkpoint"
+            f"{checkpoint.label} stores the scales '{shown(scale.name)}' as {scale.dtype}; only F32, BF16, F16 and"
+            " F8_E8M0 are supported: use an unquantised checkpoint"
         )
     fit = _fit(weight, scale, block)
     if fit is None:
         blocks = f"one for each {block[0]} x {block[1]}, " if block else ""
         raise MismatchError(
-            f"tensor '{shown(weight.name)}' is {weight.dtype} {list(weight.shape)} in {checkpoint.label}, and its"
+            f"tensor '{shown(weight.name)}' is {weight.dtype} {list(weight.shape)} in {checkpoint.label}, but its"
             f" scales '{shown(scale.name)}' are {list(scale.shape)}; they must be {blocks}one for each row, or one:"
             " download it again"
         )
@@ -238,7 +237,7 @@ Pair = tuple[int, int]
 
 
 def _fit(weight: Tensor, scale: Tensor, block: Pair | None) -> tuple[Pair, Pair, Pair] | None:
-    """Return the rows and columns of each matrix of a weight, of its scales, and of a block; None if nothing fits."""
+    """Return rows and columns of a weight's matrices, of its grid of scales, and of a block; None if nothing fits."""
     rows, columns = (1, 1, *weight.shape)[-2:]
     if scale.count == 1:
         rows *= math.prod(weight.shape[:-2])
@@ -249,7 +248,7 @@ def _fit(weight: Tensor, scale: Tensor, block: Pair | None) -> tuple[Pair, Pair,
     down, across = (1, 1, *shape)[-2:]
     if across > _WIDEST:
         return None
-    # Two matrices in one: each was quantised by itself.
+    # Two fused matrices: each was quantised separately.
     if len(shape) == 3 and weight.name.endswith("gate_up_proj") and not rows % 2 and not down % 2:
         halves = _size(rows // 2, down // 2, block and block[0]), _size(columns, across, block and block[1])
         if all(halves):
@@ -259,7 +258,7 @@ def _fit(weight: Tensor, scale: Tensor, block: Pair | None) -> tuple[Pair, Pair,
 
 
 def _size(count: int, scales: int, block: int | None) -> int:
-    """How many of `count` elements share one of the scales; 0 if these are not as many as they must be."""
+    """How many of `count` elements share one scale; 0 if the number of scales does not fit."""
     if scales == 1:
         return max(1, count)
     if scales == count:
@@ -269,26 +268,26 @@ def _size(count: int, scales: int, block: int | None) -> int:
 
 @dataclass(frozen=True)
 class Dequantized(Computed):
-    """An FP8 weight, each block multiplied by its scale; its last two dimensions are matrices of blocks.
+    """An FP8 weight times its scales; the last two dimensions are matrices, divided into blocks.
 
     value[i, j] = float32(weight[i, j]) * float32(scale[i // block[0], j // block[1]])
     """
 
     weight: Tensor
     scale: Tensor
-    role: str  # of the model that both are in
+    role: str  # of the input that holds both
     matrix: Pair  # rows and columns
-    grid: Pair  # of the scales of a matrix
-    block: Pair
+    grid: Pair  # rows and columns of a matrix's scales
+    block: Pair  # rows and columns that share a scale
 
     @property
     def output_dtype(self) -> str:
-        """What such weights were trained in."""
+        """The usual training dtype of such weights."""
         return "BF16"
 
     @property
     def stored(self) -> int:
-        """Bytes of the weight and of its scales."""
+        """Bytes of the weight and its scales."""
         return self.weight.stored + self.scale.stored
 
     def compute(self, reads: Reads, shared: Any, first: int, out: Matrix) -> None:  # noqa: ARG002
@@ -324,7 +323,7 @@ def _table(dtype: str) -> Matrix:
     bits, bias = {"F8_E4M3": (3, 7), "F8_E5M2": (2, 15)}[dtype]
     exponent, fraction = code % 128 >> bits, code % (1 << bits) / (1 << bits)
     size = np.where(exponent > 0, 1 + fraction, 2 * fraction) * np.exp2(exponent - float(bias))
-    if dtype == "F8_E4M3":  # no infinity
+    if dtype == "F8_E4M3":  # has no infinity
         size[code % 128 == 127] = np.nan
     else:
         size[exponent == 31] = np.where(fraction[exponent == 31] > 0, np.nan, np.inf)

@@ -1,4 +1,4 @@
-"""Quantised weights that are copied as they are: what other models have in their place, and what a config says."""
+"""Quantised weights that are copied unchanged: drop their counterparts in other inputs, and keep their config."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ..checkpoint.lazy_tensor import leaves
 from ..common.messages import shown
 from ..errors import CheckpointError
 from ..model.tensor_names import ready_option
-from .fp8 import Dequantized, said_of
+from .fp8 import Dequantized, stated_quantisation
 from .quantised_units import Chosen, units_of
 
 
 def without_kept(inputs: Mapping[str, Checkpoint], chosen: Chosen) -> dict[str, Checkpoint]:
-    """Return the inputs without what stands, in another, for a quantised weight that is the base's as it is.
+    """Return the inputs without the counterparts of quantised weights that are kept from the base.
 
     An unquantised model has `X.weight` where the base has `X.qweight`, `X.qzeros` and `X.scales`. Raises
-    CheckpointError for weights that are taken from the sft and are such in the base.
+    CheckpointError for quantised weights that are taken from the sft but unquantised in the base.
     """
     base, sft = inputs["base"], inputs["sft"]
     for unit in units_of(sft.tensors, said=True) if sft.adapter is None else ():
         if unit.weight in base.tensors.keys() - {*unit.names} and all(map(chosen.taken, unit.names)):
             raise CheckpointError(
-                f"'{shown(unit.told)}' of {sft.label} is taken, {base.label} has '{shown(unit.weight)}' in its place,"
-                f" which would stay beside it; keep that, {ready_option('--keep', unit.weight, *unit.names)}"
+                f"'{shown(unit.evidence)}' of {sft.label} is taken, but {base.label} has '{shown(unit.weight)}'"
+                f" instead, which would remain beside it; keep that: {ready_option('--keep', unit.weight, *unit.names)}"
             )
     own = {unit.weight for unit in units_of(base.tensors, said=True) if all(map(chosen.kept, unit.names))}
     found = dict(inputs)
@@ -40,8 +40,8 @@ def without_kept(inputs: Mapping[str, Checkpoint], chosen: Chosen) -> dict[str, 
         gone = [name for name in each.tensors if name not in base.tensors and (name in own or name in parts)]
         if gone:
             note = (
-                f"note: not merged, as {base.label} has them in another form, which is kept: {len(gone)} tensors of"
-                f" {each.label}, such as '{shown(gone[0])}'"
+                f"note: {len(gone)} tensors of {each.label}, such as '{shown(gone[0])}', are not merged: {base.label}"
+                " has them in another form, which is kept"
             )
             tensors = {name: tensor for name, tensor in each.tensors.items() if name not in {*gone}}
             unread = tuple(leaf for name in gone for _, leaf in leaves(each.tensors[name], role))
@@ -51,23 +51,23 @@ def without_kept(inputs: Mapping[str, Checkpoint], chosen: Chosen) -> dict[str, 
 
 @dataclass(frozen=True)
 class Intact:
-    """What a merged model has of quantised weights."""
+    """The quantised weights of a merged model."""
 
-    names: frozenset[str]  # tensors that are copied byte for byte
-    settings: tuple[str, Any] | None  # where in config.json they are described, and how
+    names: frozenset[str]  # tensors copied byte for byte
+    settings: tuple[str, Any] | None  # their place in config.json, and its content
 
 
 def intact(base: Checkpoint, sft: Checkpoint, chosen: Chosen) -> Intact:
-    """Say which tensors of a merged model are quantised, and what its config says of them.
+    """Return which tensors of a merged model are quantised, and the config that describes them.
 
-    Raises CheckpointError if base's are kept and others of sft's are taken, and their configs differ.
+    Raises CheckpointError if some are kept from base, others taken from sft, and the two configs differ.
     """
     names: set[str] = set()
     settings: dict[str, tuple[str, Any] | None] = {}
     for each, copied in ((base, chosen.kept), (sft, chosen.taken)):
         if each.adapter is not None:
             continue
-        said = None if any(isinstance(t, Dequantized) for t in each.tensors.values()) else said_of(each)
+        said = None if any(isinstance(t, Dequantized) for t in each.tensors.values()) else stated_quantisation(each)
         units = [unit for unit in units_of(each.tensors, said=said is not None) if all(map(copied, unit.names))]
         names.update(name for unit in units for name in unit.names)
         if units:
@@ -75,7 +75,7 @@ def intact(base: Checkpoint, sft: Checkpoint, chosen: Chosen) -> Intact:
     if len(settings) == 2 and len({json.dumps(said, sort_keys=True) for said in settings.values()}) > 1:
         one, other = settings
         raise CheckpointError(
-            f"quantised tensors of {one} are kept and of {other} are taken, and their quantization_config differ; keep"
+            f"quantised tensors of {one} are kept and of {other} are taken, but their quantization_config differ; keep"
             " or take all of them"
         )
     return Intact(frozenset(names), next(iter(settings.values()), None))

@@ -1,4 +1,4 @@
-"""What an adapter makes of a tensor: the product of two small matrices, rescaled rows, rows that are others."""
+"""Tensors that an adapter changes, computed on read: low-rank products, rescaled rows, replaced rows."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from ..checkpoint.lazy_tensor import Computed, Matrix, Reads, Tensor, matrix
 
 @dataclass(frozen=True)
 class LowRank(Computed):
-    """A delta that is a product of two small matrices (LoRA).
+    """A delta that is the product of two small matrices (LoRA).
 
         delta[i, j] = float32(scaling) * sum over k of left[i, k] * right[k, j]
 
-    The sum runs over k in order, from zero, each operation rounded. Factors that are `turned` are stored transposed.
-    Without `right` the delta is a vector, scaling * left.
+    The sum starts from zero and runs over k in order, each operation rounded. With `is_transposed` both factors are
+    stored transposed. Without `right` the delta is a vector, scaling * left.
     """
 
     left: Tensor
     right: Tensor | None
     scaling: float
-    turned: bool = False
+    is_transposed: bool = False
 
     @property
     def is_delta(self) -> bool:
-        """It is."""
+        """Always."""
         return True
 
     @property
     def rank(self) -> int:
-        """Number of products that are added."""
-        return 1 if self.right is None else self.left.shape[0 if self.turned else 1]
+        """The length of the sum."""
+        return 1 if self.right is None else self.left.shape[0 if self.is_transposed else 1]
 
     @property
     def stored(self) -> int:
-        """Bytes of an adapter that are read for it."""
+        """Bytes read from the adapter."""
         return self.left.stored + (self.right.stored if self.right else 0)
 
     def shared(self, reads: Reads) -> Matrix:
@@ -44,7 +44,7 @@ class LowRank(Computed):
         if self.right is None:
             return np.ones((1, 1), np.float32)
         whole = matrix(self.right, reads("sft"), 0, self.right.shape)
-        return np.ascontiguousarray(whole.T) if self.turned else whole
+        return np.ascontiguousarray(whole.T) if self.is_transposed else whole
 
     def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
         """Compute the elements from `first` on."""
@@ -52,7 +52,7 @@ class LowRank(Computed):
 
         row, end = self.rows(first, len(out))
         read = reads("sft")
-        if self.turned:
+        if self.is_transposed:
             lines = [matrix(self.left, read, k * self.shape[0] + row, (end - row, 1)) for k in range(self.rank)]
             left = np.hstack(lines)
         else:
@@ -66,17 +66,17 @@ class Rescaled(Computed):
 
         v = weight + delta;  sft[i, j] = float32(magnitude[i] / float32(sqrt(sum over j of v[i, j]^2))) * v[i, j]
 
-    The squares are added in float64, in the order of the row.
+    The squares are summed in float64, in row order.
     """
 
     change: LowRank
     magnitude: Tensor
     weight: Tensor
-    role: str  # of the model that the weight is in
+    role: str  # of the input that holds the weight
 
     @property
     def stored(self) -> int:
-        """Bytes of an adapter that are read for it."""
+        """Bytes read from the adapter."""
         return self.change.stored + self.magnitude.stored
 
     def shared(self, reads: Reads) -> Matrix:
@@ -84,7 +84,7 @@ class Rescaled(Computed):
         return self.change.shared(reads)
 
     def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
-        """Compute the elements from `first` on; norms are those of whole rows."""
+        """Compute the elements from `first` on; norms need whole rows."""
         from .numba_loops import rescale
 
         row, end = self.rows(first, len(out))
@@ -98,20 +98,20 @@ class Rescaled(Computed):
 
 @dataclass(frozen=True)
 class WithRows(Computed):
-    """A weight of which some rows are others (PEFT's trainable tokens): sft[places[n]] = rows[n]."""
+    """A weight with some rows replaced (PEFT's trainable tokens): sft[places[n]] = rows[n]."""
 
     weight: Tensor
-    role: str  # of the model that the weight is in
+    role: str  # of the input that holds the weight
     trained: Tensor
     places: tuple[int, ...]
 
     @property
     def stored(self) -> int:
-        """Bytes of an adapter that are read for it."""
+        """Bytes read from the adapter."""
         return self.trained.stored
 
     def shared(self, reads: Reads) -> Matrix:
-        """Return the rows."""
+        """Return the new rows."""
         return matrix(self.trained, reads("sft"), 0, self.trained.shape)
 
     def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
@@ -127,37 +127,37 @@ class WithRows(Computed):
 
 @dataclass(frozen=True)
 class OfExperts(Computed):
-    """A delta of experts in one tensor, for each a product of two small matrices (PEFT's target_parameters).
+    """A delta of fused experts, a low-rank product for each (PEFT's target_parameters).
 
         delta[e, i, j] = float32(scaling) * sum over k of B[i, k * experts + e] * A[e * rank + k, j]
 
-    The sum runs over k in order, from zero, each operation rounded. Of a tensor that is `turned`, stored as
-    [experts, in, out], it is delta[e, j, i]: A[e * rank + k, i] * B[j, k * experts + e].
+    The sum starts from zero and runs over k in order, each operation rounded. With `is_transposed` the weight is
+    stored as [experts, in, out], and this is delta[e, j, i].
     """
 
     a: Tensor
     b: Tensor
     scaling: float
-    turned: bool
+    is_transposed: bool
 
     @property
     def is_delta(self) -> bool:
-        """It is."""
+        """Always."""
         return True
 
     @property
     def stored(self) -> int:
-        """Bytes of an adapter that are read for it."""
+        """Bytes read from the adapter."""
         return self.a.stored + self.b.stored
 
     def shared(self, reads: Reads) -> tuple[Matrix, Matrix]:
-        """Return the left and the right factor of each expert."""
+        """Return left and right factors, stacked by expert."""
         experts = self.shape[0]
         rank = self.a.shape[0] // experts
         read = reads("sft")
         a = matrix(self.a, read, 0, (experts, rank, self.a.shape[1]))
         b = matrix(self.b, read, 0, (self.b.shape[0], rank, experts)).transpose(2, 0, 1)
-        factors = (a.transpose(0, 2, 1), b.transpose(0, 2, 1)) if self.turned else (b, a)
+        factors = (a.transpose(0, 2, 1), b.transpose(0, 2, 1)) if self.is_transposed else (b, a)
         return np.ascontiguousarray(factors[0]), np.ascontiguousarray(factors[1])
 
     def compute(self, reads: Reads, shared: tuple[Matrix, Matrix], first: int, out: Matrix) -> None:  # noqa: ARG002

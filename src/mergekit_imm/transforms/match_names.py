@@ -1,8 +1,8 @@
-"""Names that differ between models: which tensor of one is which of the base.
+"""Match the tensor names of sft and start to the base's.
 
-A name that is the base's is never mapped. For the others are tried, in this order: the user's rules, wrappers left
-out, fused experts and other joint tensors cut or joined as the base has them, and other spellings and prefixes. Last,
-tensors of all experts that are stored transposed are turned round.
+A name the base has is never mapped. For the others, in order: the user's rules; wrappers removed; experts and fused
+projections split or fused as in the base; other folders, prefixes and spellings. Last, experts stored transposed are
+transposed back.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from ..model.rename import Shape, apply_rules, by_folder, by_name, by_prefix, ca
 from ..model.spellings import canonical
 from ..model.tensor_names import is_embedding_or_head, is_output_head, unwrapped
 from .experts import (
-    across,
-    cut_experts,
+    find_transposed,
+    fuse_experts,
     fused_shapes,
     is_fused,
-    joined,
     single_layout,
-    turned_round,
+    split_experts,
+    transposed_shape,
 )
-from .joined_tensors import cut_or_joined
-from .lora_adapter import names_of
+from .fused_projections import split_or_fuse
+from .lora_names import names_of
 
 
 def matched(inputs: Mapping[str, Checkpoint], rules: Sequence[str]) -> dict[str, Checkpoint]:
-    """Return the inputs with the tensors of sft and start under the base's names, as far as they are found there.
+    """Return the inputs with the tensors of sft and start under the base's names, where a match is found.
 
-    Raises ArgumentError for a rule that changes no name, MismatchError for two tensors that become one.
+    Raises ArgumentError for a rule that changes no name, MismatchError if two tensors get one name.
     """
     base = inputs["base"]
     others = {role: each for role, each in inputs.items() if role != "base"}
     if rules:
         _check_rules(rules, base, others.values())
     return {"base": base} | {
-        role: each if each.adapter is not None else _named(each, base, rules) for role, each in others.items()
+        role: each if each.adapter is not None else _with_base_names(each, base, rules) for role, each in others.items()
     }
 
 
@@ -57,52 +57,54 @@ def _check_rules(rules: Sequence[str], base: Checkpoint, others: Iterable[Checkp
             )
 
 
-def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoint:
-    original_names = {name: name for name in each.tensors}  # what each name was in the file
-    tensors: dict[str, Tensor] = dict(each.tensors)
+def _with_base_names(checkpoint: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoint:
+    original_names = {name: name for name in checkpoint.tensors}  # new name -> name in the file
+    tensors: dict[str, Tensor] = dict(checkpoint.tensors)
 
     def move(pairs: Mapping[str, str]) -> None:
-        """Give tensors new names, in their places."""
+        """Rename tensors, keeping their order."""
         nonlocal tensors, original_names
         new = [pairs.get(name, name) for name in tensors]
         if len({*new}) < len(new):
             twice = next(name for name, count in Counter(new).items() if count > 1)
             both = [original_names[name] for name in tensors if pairs.get(name, name) == twice]
             raise MismatchError(
-                f"two tensors of {each.label} would be '{shown(twice)}' of {base.label}: '{shown(both[0])}' and"
-                f" '{shown(both[1])}'; change --rename, or leave one of them out"
+                f"two tensors of {checkpoint.label} would become '{shown(twice)}' of {base.label}:"
+                f" '{shown(both[0])}' and '{shown(both[1])}'; change --rename, or leave one of them out"
             )
         tensors = dict(zip(new, tensors.values(), strict=True))
         original_names = dict(zip(new, original_names.values(), strict=True))
 
     move(dict(zip(tensors, apply_rules(tensors, rules), strict=True)))
-    notes = each.notes
+    notes = checkpoint.notes
     if any(name not in base.tensors for name in tensors):
         move({name: unwrapped(name) for name in tensors if name not in base.tensors})
-        tensors, original_names, notes = _experts(each, base, tensors, original_names)
+        tensors, original_names, notes = _match_experts(checkpoint, base, tensors, original_names)
         found: dict[str, str] = {}
         for match in (by_folder, by_prefix, by_name):
             free = {name: _shape(name, tensor) for name, tensor in base.tensors.items() if name not in tensors}
-            lost = [name for name in tensors if name not in base.tensors]
-            # A tied head need not be stored in the base; if one is, it is looked for there.
-            tied = {name for name in lost if is_output_head(name) and says_tied(base.config)}
+            unmatched = [name for name in tensors if name not in base.tensors]
+            # The base may not store a tied head; match one only if it does.
+            tied = {name for name in unmatched if is_output_head(name) and says_tied(base.config)}
             tied = set() if any(map(is_output_head, free)) else tied
-            # Vocabularies of different sizes are not told here.
-            embeddings = set(filter(is_embedding_or_head, lost))
-            pairs = match({n: None if n in embeddings else _shape(n, tensors[n]) for n in lost if n not in tied}, free)
+            # Differing vocabulary sizes are reported later, so shapes do not count here.
+            ends = set(filter(is_embedding_or_head, unmatched))
+            pairs = match({n: None if n in ends else _shape(n, tensors[n]) for n in unmatched if n not in tied}, free)
             move(pairs)
             found |= pairs
             if match is by_prefix:
-                tensors, original_names = cut_or_joined(each.role, tensors, original_names, base.tensors)
+                tensors, original_names = split_or_fuse(checkpoint.role, tensors, original_names, base.tensors)
         move({name: new for name in tied if (new := carried(name, found)) is not None})
     changed = {name: old for name, old in original_names.items() if name != old}
     if changed:
-        notes = (*notes, mapping_note(changed, each.label, base.label))
-    tensors, more = _turned(each, tensors, lambda name: {base.tensors[name].shape} if name in base.tensors else set())
+        notes = (*notes, mapping_note(changed, checkpoint.label, base.label))
+    tensors, more = _transpose_experts(
+        checkpoint, tensors, lambda name: {base.tensors[name].shape} if name in base.tensors else set()
+    )
     if not changed and not more:
-        return each
+        return checkpoint
     return replace(
-        each,
+        checkpoint,
         tensors={name: renamed(t, name) for name, t in tensors.items()},
         original_names=changed,
         notes=(*notes, *more),
@@ -110,30 +112,30 @@ def _named(each: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoi
 
 
 def _shape(name: str, tensor: Tensor) -> Shape:
-    """The shape that a name is matched by: of a tensor of all experts, whichever way round it is stored."""
+    """The shape to match by; for fused experts, the same in either orientation."""
     return (*tensor.shape[:1], *sorted(tensor.shape[1:])) if is_fused(canonical(name)) else tensor.shape
 
 
-def _experts(
-    each: Checkpoint, base: Checkpoint, tensors: dict[str, Tensor], original_names: dict[str, str]
+def _match_experts(
+    checkpoint: Checkpoint, base: Checkpoint, tensors: dict[str, Tensor], original_names: dict[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
-    """Cut fused experts into those of the base, or join single ones, as the base stores them."""
-    lost = [name for name in tensors if name not in base.tensors]
+    """Split fused experts or fuse single ones, as the base stores them."""
+    unmatched = [name for name in tensors if name not in base.tensors]
     layout = single_layout(base.tensors)
-    notes = each.notes
-    if layout is not None and any(map(is_fused, lost)):
+    notes = checkpoint.notes
+    if layout is not None and any(map(is_fused, unmatched)):
         shapes = fused_shapes(layout, base.tensors)
-        tensors, more = _turned(
-            each, tensors, lambda name: shapes.get(name.split(".experts.")[-1].split(".")[0], set())
+        tensors, more = _transpose_experts(
+            checkpoint, tensors, lambda name: shapes.get(name.split(".experts.")[-1].split(".")[0], set())
         )
         notes = (*notes, *more)
-        cut = {name: cut_experts(each.role, name, tensors[name], layout) for name in lost}
+        cut = {name: split_experts(checkpoint.role, name, tensors[name], layout) for name in unmatched}
         made = {
             new: (tensor, f"{original_names[old]}{place}") for old, parts in cut.items() for new, tensor, place in parts
         }
         gone = {old for old, parts in cut.items() if parts}
     elif any(map(is_fused, base.tensors)) or any(map(is_fused, map(canonical, base.tensors))):
-        made, gone = joined(each.role, tensors, lost, original_names)
+        made, gone = fuse_experts(checkpoint.role, tensors, unmatched, original_names)
     else:
         return tensors, original_names, notes
     tensors = {name: tensor for name, tensor in tensors.items() if name not in gone}
@@ -145,22 +147,22 @@ def _experts(
     )
 
 
-def _turned(
-    each: Checkpoint, tensors: dict[str, Tensor], expected: Callable[[str], Collection[tuple[int, ...]]]
+def _transpose_experts(
+    checkpoint: Checkpoint, tensors: dict[str, Tensor], expected: Callable[[str], Collection[tuple[int, ...]]]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Turn the tensors of all experts round that are stored as [in, out] and expected as [out, in], or the reverse."""
-    found, unknown = turned_round(tensors, expected)
+    """Transpose the fused experts that are stored as [in, out] and expected as [out, in], or the reverse."""
+    found, unknown = find_transposed(tensors, expected)
     if unknown is not None:
         raise MismatchError(
-            f"tensor '{shown(unknown)}' of {each.label} is square, and the other tensor of its experts is not there to"
-            " tell which way round it is; save both"
+            f"tensor '{shown(unknown)}' of {checkpoint.label} is square, and without the other tensor of its"
+            " experts its orientation is unknown; save both"
         )
     if not found:
         return tensors, ()
     first = next(name for name in tensors if name in found)
     shape = tensors[first].shape
     note = (
-        f"note: {len(found)} tensors of experts of {each.label} are stored transposed, '{shown(first)}'"
-        f" {list(shape)} for {list(across(shape))}; they are read the base's way round"
+        f"note: {len(found)} tensors of experts of {checkpoint.label} are stored transposed, '{shown(first)}'"
+        f" {list(shape)} for {list(transposed_shape(shape))}; they are transposed to match the base"
     )
-    return {name: transposed(t, each.role) if name in found else t for name, t in tensors.items()}, (note,)
+    return {name: transposed(t, checkpoint.role) if name in found else t for name, t in tensors.items()}, (note,)

@@ -1,7 +1,6 @@
-"""What computed tensors are made of, element by element, compiled by numba.
+"""Inner loops of computed tensors, compiled by numba: low-rank products, dequantization, sparsifiers by magnitude.
 
-Products of matrices, codes times scales, and what sparsifiers do that look at magnitudes. BLAS is not used: its order
-of additions, and so its bits, depends on the shape of the block and on the machine.
+BLAS is not used: its order of additions, and so its bits, depends on block shape and machine.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
@@ -12,7 +11,7 @@ import numpy as np
 from ..numerics.mask import BLOCK, COUNTERS, PHILOX_BUMPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
 from ..numerics.numba_jit import jit
 
-_TILE = 1024  # columns at a time: they stay in the L1 cache while k runs
+_TILE = 1024  # columns at a time, to stay in the L1 cache over k
 _M0, _M1 = (np.uint64(x) for x in PHILOX_MULTIPLIERS)
 _B0, _B1 = (np.uint32(x) for x in PHILOX_BUMPS)
 _32 = np.uint64(32)
@@ -20,7 +19,7 @@ _32 = np.uint64(32)
 
 @jit
 def product(left, right, scaling, first, out):
-    """Elements first.. of scaling * (left @ right), row by row: each a float32 sum over k, in order, from zero."""
+    """Fill `out` with elements of scaling * (left @ right) from `first` on, each a float32 sum from zero in k order."""
     columns, count = right.shape[1], len(out)
     at = 0
     while at < count:
@@ -39,7 +38,7 @@ def product(left, right, scaling, first, out):
 
 @jit
 def rescale(weight, delta, magnitude):
-    """Turn a delta into the weight with it, each row rescaled to its magnitude; norms are added up in float64."""
+    """Replace delta by weight + delta, each row rescaled to its magnitude; norms are summed in float64."""
     for i in range(len(weight)):
         total = np.float64(0)
         for j in range(weight.shape[1]):
@@ -52,9 +51,9 @@ def rescale(weight, delta, magnitude):
 
 @jit
 def dequantize(codes, table, scales, begin, matrix, grid, block, first, out):
-    """Elements first.. of matrices of codes, each the code's value times the scale of its block.
+    """Fill `out` with elements of code matrices from `first` on: the code's value times the scale of its block.
 
-    `scales` are rows of scales, of which the first is row `begin` of all; each matrix has grid[0] of them.
+    `scales` holds rows of scales from row `begin` on; each matrix has grid[0] rows.
     """
     rows, columns = matrix
     at = 0
@@ -75,7 +74,7 @@ def dequantize(codes, table, scales, begin, matrix, grid, block, first, out):
 
 @jit
 def count_digits(bits, prefix, shift, counts):
-    """Count by their sixteen bits above `shift` the numbers whose bits above those are `prefix`."""
+    """Histogram the sixteen bits above `shift` of the numbers whose higher bits equal `prefix`."""
     for i in range(len(bits)):
         high = np.uint64(bits[i]) >> np.uint64(shift)
         if high >> np.uint64(16) == np.uint64(prefix):
@@ -84,7 +83,7 @@ def count_digits(bits, prefix, shift, counts):
 
 @jit
 def random_bits(first, key0, key1, out):
-    """Fill `out` with the sixteen random bits of elements first.. of the mask (see `mask`)."""
+    """Fill `out` with the sixteen random bits of elements `first` on (see `numerics.mask`)."""
     e = 0
     while e < len(out):
         at = first + e
@@ -108,9 +107,9 @@ def random_bits(first, key0, key1, out):
 
 @jit
 def drop_ranked(delta, order, bits, keep16, scale):
-    """Drop elements of one row: `order` names them by rank, the smallest first; what is dropped becomes -0.0.
+    """Drop elements of one row, ranked by `order`, smallest first; dropped ones become -0.0.
 
-    NaN and infinity stay. A delta of -0.0 becomes 0.0, so that -0.0 says what was dropped: x + -0.0 is x.
+    NaN and infinity are kept. A delta of -0.0 becomes 0.0, so that -0.0 marks what was dropped.
     """
     for rank in range(len(order)):
         i = order[rank]

@@ -1,4 +1,4 @@
-"""Which tensors of a quantised model belong together: packed weights, their scales, and what else they need."""
+"""Group the tensors of a quantised model: packed weights with their scales and whatever else they need."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from ..checkpoint.lazy_tensor import Tensor
 from ..checkpoint.safetensors_file import MERGED
 from ..common.messages import shown
 
-Spared = Callable[[str], bool]  # whether a tensor is copied as it is
+IsCopied = Callable[[str], bool]  # whether a tensor is copied unchanged
 
 FP8 = ("F8_E4M3", "F8_E5M2")
-_PLAIN = (*MERGED, "I64", "BOOL")  # dtypes that models have which are not quantised
+_PLAIN = (*MERGED, "I64", "BOOL")  # dtypes of unquantised models
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What --keep and --take say of names."""
+    """Which tensors --keep and --take name."""
 
-    kept: Spared
-    taken: Spared
+    kept: IsCopied
+    taken: IsCopied
 
-    def spare(self, unit: Unit) -> bool:
-        """Whether a quantised weight is copied with all that belongs to it, from one side."""
+    def copies(self, unit: Unit) -> bool:
+        """Whether all tensors of a unit are copied, from one side."""
         return all(map(self.kept, unit.names)) or all(map(self.taken, unit.names))
 
-    def either(self, name: str) -> bool:
-        """Whether a tensor is copied as it is."""
+    def is_copied(self, name: str) -> bool:
+        """Whether a tensor is copied unchanged."""
         return self.kept(name) or self.taken(name)
 
 
-# What only quantised models store, by how its name ends.
+# Names that only quantised models store.
 _STORED = (
     ("bitsandbytes", re.compile(r"\.((nested_)?(absmax|quant_map)|quant_state\.\w+|SCB|weight_format)$")),
     ("GPTQ or AWQ", re.compile(r"\.(qweight|qzeros|g_idx)$")),
@@ -42,35 +42,35 @@ _STORED = (
     ("torchao", re.compile(r"\._weight_qdata$")),
     ("HQQ", re.compile(r"\.W_q$")),
 )
-# Scales of a weight: behind its name, or in the place of its last part.
-_BEHIND, _BESIDE = ("_scale_inv", "_scale"), ("scale_weight", "scale")
+# Names of scales: appended to the weight's name, or replacing its last component.
+_APPENDED, _REPLACING = ("_scale_inv", "_scale"), ("scale_weight", "scale")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A quantised weight and all that is needed to read it."""
+    """A quantised weight and every tensor needed to read it."""
 
     method: str
     names: tuple[str, ...]
-    told: str  # the tensor that tells
-    what: str  # how it does
-    weight: str  # what an unquantised model calls it
+    evidence: str  # the tensor that shows it
+    reason: str  # how it shows it
+    weight: str  # the weight's name in an unquantised model
 
 
 def scales_of(weight: str, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of scales that lie beside a weight, in any of the spellings in use.
+    """Return the names of the scales stored with a weight, in any of the spellings in use.
 
     `X.weight_scale_inv` (DeepSeek), `X.weight_scale` (compressed-tensors, fbgemm, modelopt), `X.scale_weight`
-    (ComfyUI), `X.scale` (DeepSeek's own form). Whatever the name says, each is what a weight is multiplied by.
+    (ComfyUI), `X.scale` (DeepSeek's own format). In spite of `_inv` all of them multiply the weight.
     """
-    found = [weight + ending for ending in _BEHIND]
+    found = [weight + ending for ending in _APPENDED]
     if weight.endswith(".weight"):
-        found += [weight.removesuffix("weight") + name for name in _BESIDE]
+        found += [weight.removesuffix("weight") + name for name in _REPLACING]
     return [name for name in found if name in tensors]
 
 
 def units_of(tensors: Mapping[str, Tensor], *, said: bool = False) -> list[Unit]:
-    """Return what is quantised in a model; if config says that it is (`said`), by dtype alone, too.
+    """Return the quantised weights of a model; if its config says that it is quantised (`said`), judge by dtype too.
 
     >>> from mergekit_imm.checkpoint.safetensors_file import TensorInfo
     >>> names = {"a.weight": "F8_E4M3", "a.weight_scale": "F32", "a.bias": "BF16", "b.weight": "BF16"}
@@ -80,10 +80,10 @@ def units_of(tensors: Mapping[str, Tensor], *, said: bool = False) -> list[Unit]
     """
     if all(tensor.dtype in MERGED for tensor in tensors.values()):
         return []
-    found: dict[str, tuple[str, str, str, str]] = {}  # by what the names of all parts begin with
+    found: dict[str, tuple[str, str, str, str]] = {}  # by the common prefix of a unit's names
     for name, tensor in tensors.items():
-        for method, stem, what, weight in _told(name, tensor, tensors):
-            found.setdefault(stem, (method, name, what, weight))
+        for method, stem, reason, weight in _signs(name, tensor, tensors):
+            found.setdefault(stem, (method, name, reason, weight))
     if said:
         for name, tensor in tensors.items():
             if tensor.dtype not in _PLAIN and next(_stems(name, found), None) is None:
@@ -96,8 +96,8 @@ def units_of(tensors: Mapping[str, Tensor], *, said: bool = False) -> list[Unit]
     return [Unit(method, tuple(parts[stem]), *rest) for stem, (method, *rest) in found.items()]
 
 
-def _told(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield what a tensor tells: the method, what names of parts begin with, what was seen, the weight's plain name."""
+def _signs(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield what a tensor reveals: the method, the prefix of the unit's names, the reason, the weight's plain name."""
     for method, pattern in _STORED:
         if pattern.search(name):
             stem = _module(name)
@@ -117,12 +117,12 @@ def _told(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Iterator[
 
 
 def _module(name: str) -> str:
-    """What the names of a module's own tensors begin with; those of its weight have parts behind that name."""
+    """The prefix of a module's tensors; those of its weight may have further components."""
     return name[: found.start() + 1] if (found := re.search(r"\.weight\.", name)) else name.rpartition(".")[0] + "."
 
 
 def _stems(name: str, known: Mapping[str, object]) -> Iterator[str]:
-    """Yield the known beginnings of a name: of its module, or of a parameter `X` that has an `X_scale`."""
+    """Yield the known prefixes of a name: of its module, or of a parameter `X` that has an `X_scale`."""
     last = name.rpartition(".")[2]
     if last != "bias" and not last.endswith("_bias"):
         candidates = [name, f"{name}_", f"{name}.", _module(name)]
@@ -131,7 +131,7 @@ def _stems(name: str, known: Mapping[str, object]) -> Iterator[str]:
 
 
 def pattern_of(names: Iterable[str], others: Iterable[str]) -> str:
-    r"""Return a pattern that finds these names and none of the others: one for all of a kind, numbers blanked out.
+    r"""Return a pattern that matches these names and none of the others, with numbers generalised where possible.
 
     >>> pattern_of([f"h.{n}.up.{part}" for n in (0, 1) for part in ("weight", "weight_scale")], ["h.0.up.bias"])
     '^h\\.\\d+\\.up\\.(weight|weight_scale)$'
@@ -139,7 +139,7 @@ def pattern_of(names: Iterable[str], others: Iterable[str]) -> str:
     '^h\\.(1|2)\\.up\\.weight$'
     """
     names, free = list(names), [*others]
-    kinds: dict[tuple[str, ...], list[str]] = {}  # with numbers blanked out, without the last part
+    kinds: dict[tuple[str, ...], list[str]] = {}  # module, numbers blanked out
     for name in names:
         module = name.split(".")[:-1]
         kinds.setdefault(tuple("*" if part.isdigit() else part for part in module), []).append(name)

@@ -1,6 +1,6 @@
-"""The delta of a fine-tuning without its smaller elements: computed while it is read, as `merge` takes it.
+"""Deltas sparsified by magnitude (trim, DELLA), computed on read.
 
-What is dropped is -0.0: x + -0.0 is x, whatever x; and so it can be told from a delta of 0.
+A dropped element is -0.0: adding it changes no value, and it differs from a delta of 0.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ Wide = npt.NDArray[Any]  # float32 or float64
 
 @dataclass(frozen=True)
 class Sparsified(Computed):
-    """The difference sft - start, or the sft itself where it is a delta."""
+    """Base class: the difference sft - start, or the sft itself if it is a delta."""
 
     sft: Tensor
     start: Tensor
     origin: str  # the role of the start: start or base
-    exact: bool  # in float64, as an input of the merge is
+    exact: bool  # computed in float64, as some input is
     drop: float
 
     @property
     def dtype(self) -> str:
-        """That of the arithmetic."""
+        """The dtype of the arithmetic."""
         return "F64" if self.exact else "F32"
 
     @property
     def is_delta(self) -> bool:
-        """It is."""
+        """Always."""
         return True
 
     @property
     def stored(self) -> int:
-        """Bytes of the sft; those of the start are counted where it is read for itself."""
+        """Bytes of the sft; those of the start count where the merge reads it."""
         return self.sft.stored
 
     def delta(self, reads: Reads, first: int, count: int) -> Wide:
@@ -61,7 +61,7 @@ class Sparsified(Computed):
 
 
 def magnitudes(delta: Wide) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """Return integers in the order of the magnitudes of floats, NaN the largest: their bits without the sign."""
+    """Return the bits of floats without the sign: integers that order them by magnitude, NaN last."""
     if delta.dtype == np.float64:
         return delta.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF)
     return delta.view(np.uint32) & np.uint32(0x7FFFFFFF)
@@ -69,13 +69,13 @@ def magnitudes(delta: Wide) -> npt.NDArray[np.unsignedinteger[Any]]:
 
 @dataclass(frozen=True)
 class Trimmed(Sparsified):
-    """The largest elements by magnitude, as they are: those at least as large as the K-th, K = (1 - drop) * count."""
+    """The K largest elements by magnitude, K = (1 - drop) * count, and ties with the K-th; not rescaled."""
 
     def shared(self, reads: Reads) -> int:
-        """Return the magnitude of the K-th largest element, sixteen of its bits in each pass over the tensor."""
+        """Return the magnitude bits of the K-th largest element, found sixteen at a time per pass over the tensor."""
         from .numba_loops import count_digits
 
-        wanted = self.count - trim_count(self.drop, self.count)  # elements below it, if no two are equal
+        wanted = self.count - trim_count(self.drop, self.count)  # its rank, from the smallest
         prefix = 0
         for shift in range(DTYPE_BITS[self.dtype] - 16, -1, -16):
             counts = np.zeros(1 << 16, np.int64)
@@ -87,7 +87,7 @@ class Trimmed(Sparsified):
             wanted -= int(below[digit - 1]) if digit else 0
             prefix = prefix << 16 | digit
         infinity = np.array([np.inf], np.float64 if self.exact else np.float32)
-        return min(prefix, int(magnitudes(infinity)[0]))  # of NaN there may be as many as are kept
+        return min(prefix, int(magnitudes(infinity)[0]))  # if more than K are NaN, keep infinities too
 
     def fill(self, reads: Reads, shared: int, first: int, out: Raw) -> None:
         """Fill a buffer with the elements from `first` on."""
@@ -96,15 +96,15 @@ class Trimmed(Sparsified):
             piece = filled[begin : begin + PIECE]
             delta = self.delta(reads, first + begin, len(piece))
             kept = magnitudes(delta) >= shared
-            delta += 0.0  # -0.0 is what was dropped
+            delta += 0.0  # -0.0 marks dropped elements
             piece[:] = np.where(kept, delta, delta.dtype.type(-0.0))
 
 
 @dataclass(frozen=True)
 class Ranked(Sparsified):
-    """Elements dropped at random, the smaller of a row the likelier, survivors divided by their own keep rate (DELLA).
+    """Elements dropped at random, smaller ones of a row more often, the rest divided by their keep rate (DELLA).
 
-    A row runs along the last dimension. Elements of one magnitude are ranked by their index.
+    A row is along the last dimension. Elements of equal magnitude are ranked by index.
     """
 
     epsilon: float
@@ -137,25 +137,25 @@ class Ranked(Sparsified):
 
 
 def _orders(rows: Wide) -> npt.NDArray[Any]:
-    """Return for each row the indices of its elements, the smallest magnitude first, those of one by index."""
+    """Return the indices of each row's elements by magnitude, smallest first, ties by index."""
     sizes = magnitudes(rows)
     if sizes.dtype == np.uint64:
         return np.argsort(sizes, axis=1, kind="stable")
-    # Sorted with their indices below them: faster than a stable argsort, and the same.
+    # Sort keys of magnitude and index: the same as a stable argsort, but faster.
     keys = (sizes.astype(np.uint64) << np.uint64(32)) | np.arange(rows.shape[1], dtype=np.uint64)
     keys.sort(axis=1)
-    return keys.view(np.uint32)[:, 0::2]  # of each 64 bits the lower half
+    return keys.view(np.uint32)[:, 0::2]  # the lower half of each 64 bits
 
 
 @cache
 def _by_rank(row: int, drop: float, epsilon: float, dtype: str) -> tuple[npt.NDArray[np.uint32], Wide]:
-    """Return keep16 and the divisor's inverse for each rank of a row."""
+    """Return keep16 and the rescale factor for each rank in a row."""
     keep16 = keep_thresholds(row, drop, epsilon).astype(np.uint32)
     scale = KEEP_ALL / keep16.astype(np.float64)
     return keep16, scale if dtype == "F64" else scale.astype(np.float32)
 
 
-def kept(raw: Raw, dtype: str) -> int:
-    """Count the elements of a sparsified delta that were not dropped."""
+def count_kept(raw: Raw, dtype: str) -> int:
+    """Count the elements of a sparsified delta that were kept."""
     bits, dropped = (np.uint64, 1 << 63) if dtype == "F64" else (np.uint32, 1 << 31)
     return int(np.count_nonzero(raw.view(bits) != bits(dropped)))

@@ -1,4 +1,4 @@
-"""Models with vocabularies of different sizes: the rows that all have, and the rest of one of them."""
+"""Resize vocabularies: merge the rows that all inputs have, take the others from one of them."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from ..errors import CheckpointError, MismatchError
 from ..model.config import says_tied
 from ..model.tensor_names import is_embedding_or_head, layer_key, ready_option
 from ..options.options import MergeOptions
+from .lora_config import MERGE_FIRST
 from .tokenizer_files import check_tokens
 
 Inputs = Mapping[str, Checkpoint]
 
 
 def resized(inputs: Inputs, options: MergeOptions) -> dict[str, Checkpoint]:
-    """Return the inputs with one vocabulary, whose the options say: base's or sft's; as they are if neither.
+    """Return the inputs with one vocabulary: base's or sft's as `vocab` says; unchanged if it is "strict".
 
-    A tensor with a row for each token gets that model's number of rows: what is too much is cut off; where rows lack,
-    those of that model follow, as an `Extended` with the rows that all have as its own. With the base's vocabulary
-    the sft's side files are left out. Raises MismatchError if an id means different tokens, if tensors do not follow
-    one vocabulary, CheckpointError if the tokens cannot be compared.
+    Tensors with a row for each token get the owner's number of rows: extra rows are cut off; missing ones are appended
+    from the owner, as an `Extended`. With the base's vocabulary the sft's side files are left out. Raises MismatchError
+    if an id means different tokens or tensors disagree on the number of rows, CheckpointError if tokens cannot be
+    compared.
     """
     if options.vocab == "strict":
         return dict(inputs)
     used = {role: each for role, each in inputs.items() if role != "start" or options.reference == "start"}
     base, sft = used["base"], used["sft"]
-    rows = _rows(used)
-    of_base = _embeddings_and_heads(base)
+    rows = _row_counts(used)
+    ends = _embeddings_and_heads(base)
     notes = []
-    if of_base:
-        whole = ready_option("--take", *of_base)
-        cure = f"rows of different tokens are not merged: leave out --vocab, and take them whole from the sft: {whole}"
-        most = max(tensor.shape[0] for tensor in of_base.values())
+    if ends:
+        whole = ready_option("--take", *ends)
+        cure = f"rows of different tokens are not merged: omit --vocab and take the tensors from the sft: {whole}"
+        most = max(tensor.shape[0] for tensor in ends.values())
         for each in (used[role] for role in ("sft", "start") if role in used):
             common = min(rows[each.role], rows["base"]) if rows else most
             notes.append(check_tokens(base, each, common, cure))
     else:
-        notes.append(f"note: {base.label} has no embedding by a name that is known; --vocab chooses other files only")
+        notes.append(f"note: {base.label} has no embedding under a known name; --vocab only chooses the other files")
     found = dict(inputs)
     if rows:
         found |= _with_rows(used, rows, options.vocab)
@@ -60,22 +61,22 @@ def _notes(used: Inputs, rows: Mapping[str, int], owner: str) -> list[str]:
         lacking = next(used[role].label for role in rows if rows[role] == common)
         notes.append(
             f"note: the vocabulary is that of {used[owner].label}, {size} rows; {common} are merged, and the"
-            f" {size - common} that {lacking} lacks are taken from there"
+            f" {size - common} that {lacking} lacks are copied"
         )
     notes += [
-        f"note: {rows[role] - size} rows that {used[role].label} has beyond the {size} of {used[owner].label} are not"
-        f" in the result (--vocab {owner})"
+        f"note: {rows[role] - size} rows of {used[role].label} beyond the {size} of {used[owner].label} are left out"
+        f" (--vocab {owner})"
         for role in ("base", "sft")
         if rows[role] > size
     ]
     return notes
 
 
-def _embeddings_and_heads(each: Checkpoint) -> dict[str, Tensor]:
-    """The embeddings and heads of a model, which have a row for each token."""
+def _embeddings_and_heads(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the embeddings and heads of a model, which have a row for each token."""
     return {
         name: tensor
-        for name, tensor in each.tensors.items()
+        for name, tensor in checkpoint.tensors.items()
         if is_embedding_or_head(name)
         and layer_key(name) is None
         and tensor.dtype in MERGED
@@ -84,16 +85,16 @@ def _embeddings_and_heads(each: Checkpoint) -> dict[str, Tensor]:
     }
 
 
-def _rows(used: Inputs) -> dict[str, int]:
-    """Return how many rows each model has, by its role; nothing if all have as many."""
+def _row_counts(used: Inputs) -> dict[str, int]:
+    """Return the number of rows of each model, by role; empty if all are equal."""
     base = used["base"]
     pairs: dict[str, set[tuple[int, int]]] = {}
     for role, each in used.items():
-        of_model = _embeddings_and_heads(each)
+        ends = _embeddings_and_heads(each)
         for name, own in _embeddings_and_heads(base).items():
-            tensor = of_model.get(name)
+            tensor = ends.get(name)
             if tensor is None and says_tied(base.config):
-                tensor = next((t for t in of_model.values() if t.shape[1:] == own.shape[1:]), None)
+                tensor = next((t for t in ends.values() if t.shape[1:] == own.shape[1:]), None)
             if tensor is not None and tensor.shape[1:] == own.shape[1:]:
                 pairs.setdefault(role, set()).add((own.shape[0], tensor.shape[0]))
     differing = {pair[0] for found in pairs.values() for pair in found if pair[0] != pair[1]}
@@ -104,16 +105,16 @@ def _rows(used: Inputs) -> dict[str, int]:
         if len(found) > 1 or len(differing) > 1:
             raise MismatchError(
                 f"the embeddings and heads of {base.label} and {used[role].label} have {sorted(differing)} and"
-                f" {sorted(found)} rows; --vocab needs one number of rows in each model: resize them alike"
+                f" {sorted(found)} rows; --vocab needs the same number in all tensors of a model: resize them alike"
             )
     rows = {role: found.pop() for role, found in counts.items() if found}
-    # What an adapter does not hold is as in the model it was trained on.
+    # An adapter without them leaves those of the model it was trained on.
     return {role: rows.get(role, rows.get("start", rows["base"])) for role in used}
 
 
 def _with_rows(used: Inputs, rows: Mapping[str, int], owner: str) -> dict[str, Checkpoint]:
     """Return the models with the owner's number of rows in every tensor that has a row for each token."""
-    names = _names(used, rows)
+    names = _vocabulary_tensors(used, rows)
     found = {}
     for role, each in used.items():
         tensors = dict(each.tensors)
@@ -123,15 +124,15 @@ def _with_rows(used: Inputs, rows: Mapping[str, int], owner: str) -> dict[str, C
     return found
 
 
-def _names(used: Inputs, rows: Mapping[str, int]) -> set[str]:
-    """The names of the tensors that have a row for each token: embeddings, heads, and what differs just as they do."""
+def _vocabulary_tensors(used: Inputs, rows: Mapping[str, int]) -> set[str]:
+    """Return the tensors with a row for each token: embeddings, heads, and those that differ in the same way."""
     base = used["base"]
     names = {name for name, tensor in _embeddings_and_heads(base).items() if tensor.shape[0] == rows["base"]}
     if used["sft"].adapter is not None and rows["sft"] != rows["base"]:
-        # An adapter holds no bias of logits, which its model was given another of.
+        # An adapter does not store the bias of logits that was resized with its model.
         names |= {name for name, tensor in base.tensors.items() if tensor.shape == (1, rows["base"])}
     for role, each in used.items():
-        if says_tied(base.config):  # each may store its own of the tied names
+        if says_tied(base.config):  # each model may store another of the tied names
             names |= {
                 name for name, tensor in _embeddings_and_heads(each).items() if tensor.shape[0] == rows[role]
             } - set(base.tensors)
@@ -150,9 +151,9 @@ def _names(used: Inputs, rows: Mapping[str, int]) -> set[str]:
 
 def _with_rows_of(name: str, role: str, used: Inputs, rows: Mapping[str, int], owner: str) -> Tensor:
     tensor = used[role].tensors[name]
-    origin, whole = _whole(name, used, owner)
+    origin, whole = _owners_tensor(name, used, owner)
     size, common = rows[owner], min(rows.values())
-    # A single row of columns is a bias of logits, as BART has it, unless the rows of the two models differ in number.
+    # A single row with a column for each token is a bias of logits, as in BART.
     axis = 1 if whole.shape == (1, size) and tensor.shape == (1, rows[role]) else 0
 
     def shaped(count: int) -> tuple[int, ...]:
@@ -161,9 +162,8 @@ def _with_rows_of(name: str, role: str, used: Inputs, rows: Mapping[str, int], o
     for each, there in ((role, tensor), (owner, whole)):
         if there.shape != shaped(rows[each]) or there.dtype not in MERGED:
             raise MismatchError(
-                f"tensor '{shown(name)}' is {there.dtype} {list(there.shape)} in {used[each].label}, whose vocabulary"
-                f" has {rows[each]} rows; with --vocab all tensors of a vocabulary are resized: resize it too, or merge"
-                " without --vocab"
+                f"tensor '{shown(name)}' is {there.dtype} {list(there.shape)} in {used[each].label}, but its vocabulary"
+                f" has {rows[each]} rows; --vocab needs all of them resized: resize it too, or merge without --vocab"
             )
     if role == owner:
         return tensor
@@ -173,24 +173,24 @@ def _with_rows_of(name: str, role: str, used: Inputs, rows: Mapping[str, int], o
         return own
     if is_delta(whole):
         raise CheckpointError(
-            f"{used[owner].label} changes tensor '{shown(name)}' by factors, also rows that"
-            f" {used['base'].label} lacks; merge it first: peft's `merge_and_unload()`, then `save_pretrained`"
+            f"{used[owner].label} has factors for tensor '{shown(name)}', which also change rows that"
+            f" {used['base'].label} lacks; {MERGE_FIRST}"
         )
     rest = sliced(whole, origin, name, common * columns, shaped(size - common))
     corner = [0] * len(whole.shape)
-    behind = [*corner[:axis], common, *corner[axis + 1 :]]
-    return Extended(name, whole.shape, (Piece(role, own, tuple(corner)), Piece(origin, rest, tuple(behind))))
+    after = [*corner[:axis], common, *corner[axis + 1 :]]
+    return Extended(name, whole.shape, (Piece(role, own, tuple(corner)), Piece(origin, rest, tuple(after))))
 
 
 def _resized(shape: tuple[int, ...], before: int, after: int, axis: int) -> tuple[int, ...] | None:
-    """A shape with another number of rows, or of columns of a single row; None if it has not as many."""
+    """A shape with `before` rows, or one row of `before` columns, resized to `after`; None for other shapes."""
     if axis:
         return (1, after) if shape == (1, before) else None
     return (after, *shape[1:]) if shape[:1] == (before,) else None
 
 
-def _whole(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
-    """The tensor whose rows a result has, and the model it is in: a tied one by any of its names."""
+def _owners_tensor(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
+    """Return the owner's tensor and the role of the input it is in; a tied tensor matches by any of its names."""
     roles = [owner]
     if used[owner].adapter is not None:
         roles.append("start" if "start" in used else "base")
@@ -205,8 +205,8 @@ def _whole(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
         if found is not None:
             return role, found
     raise MismatchError(
-        f"tensor '{shown(name)}' has a row for each token, and {used[owner].label}, whose vocabulary the result is to"
-        " have, lacks it; give --vocab the other model"
+        f"tensor '{shown(name)}' has a row for each token, but {used[owner].label}, the owner of the vocabulary, lacks"
+        " it; give --vocab the other model"
     )
 
 

@@ -1,1 +1,1 @@
-"""Merges of real models, small ones built with transformers, loaded back with transformers."""
+"""Merges of real, small models, built and loaded back with transformers."""

@@ -1,4 +1,4 @@
-"""Merges of real models, small ones built with transformers, loaded back with transformers."""
+"""Merges of real, small models, built and loaded back with transformers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A bfloat16 base and a float32 sft, whose nested configs say so too."""
+    """A bfloat16 base and a float32 sft, also in their nested configs."""
     folder, model = tmp_path_factory.mktemp("wide"), new_model(request.param)
     base = save(model, folder / "base", "base")
     sft = save(fine_tuned(model, seed=2, dtype=torch.float32), folder / "sft", "sft")

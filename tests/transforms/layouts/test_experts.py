@@ -1,4 +1,4 @@
-"""Tensors of experts: either way round, with and without gates, in one tensor or one by one."""
+"""Experts: transposed or not, with and without gates, fused or single."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from checkpoints import State, random_state, read_model, same_bits, write_model
 from mergekit_imm import MismatchError, dare_merge, merge_checkpoints, merge_into, verify
-from mergekit_imm.checkpoint.checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.lazy_tensor import sliced, transposed
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.reader import Files
 from mergekit_imm.live.local_shards import Live, Part, lines, origins
 from models import fine_tuned
@@ -39,7 +39,7 @@ def turned(state: State) -> State:
 
 
 def vl_moe(inner: int) -> Any:
-    """A small Qwen3-VL-MoE; of its experts' tensors one is square if `inner` is 16 or 32."""
+    """A small Qwen3-VL-MoE; one of the experts' tensors is square if `inner` is 16 or 32."""
     config = transformers.AutoConfig.for_model(
         "qwen3_vl_moe",
         text_config={
@@ -60,7 +60,7 @@ def vl_moe(inner: int) -> Any:
 @pytest.mark.parametrize("inner", [24, 16, 32])
 @pytest.mark.parametrize("role", ["base", "sft", "start"])
 def test_one_of_the_models_has_them_the_other_way_round(inner: int, role: str, tmp_path: Path) -> None:
-    """The hub has [experts, in, out], transformers 5 saves [experts, out, in]; the base's way round is the result's."""
+    """The hub has [experts, in, out], transformers 5 saves [experts, out, in]; the result follows the base."""
     model = vl_moe(inner)
     states: dict[str, State] = {}
     for seed, name in enumerate(("base", "start", "sft")):
@@ -112,7 +112,7 @@ PATH = "model.layers.0.mlp.experts"
 @pytest.mark.parametrize("inner", [12, 4, 8])
 @pytest.mark.parametrize("way", ["base one by one", "sft one by one"])
 def test_they_are_cut_and_joined_the_right_way_round(inner: int, way: str, tmp_path: Path) -> None:
-    """One model has single experts [out, in], the other all of them as [experts, in, out]."""
+    """One model has single experts [out, in], the other fused ones [experts, in, out]."""
     fused = {f"{PATH}.gate_up_proj": (4, 2 * inner, 8), f"{PATH}.down_proj": (4, 8, inner)}
     one, other = random_state(fused, seed=1), random_state(fused, seed=2)
 
@@ -135,7 +135,7 @@ def test_they_are_cut_and_joined_the_right_way_round(inner: int, way: str, tmp_p
 
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
-    """A square tensor without the other one of its experts, which would tell."""
+    """A square tensor without its partner, which would settle the orientation."""
     shapes = {f"{PATH}.gate_up_proj": (4, 16, 16), f"{PATH}.down_proj": (4, 16, 8), "model.norm.weight": (16,)}
     base, sft = random_state(shapes), random_state(shapes, seed=1)
     write_model(tmp_path / "base", base)
@@ -150,7 +150,7 @@ def test_half_of_the_experts_is_never_advised(tmp_path: Path) -> None:
     write_model(tmp_path / "base", base)
     half = {n: t for n, t in random_state(shapes, seed=1).items() if "down" not in n}
     larger = random_state(shapes | {f"{PATH}.down_proj": (5, 8, 12), f"{PATH}.gate_up_proj": (5, 24, 8)}, seed=2)
-    for state, match in ((half, "1 tensor is in base"), (larger, "not one architecture")):
+    for state, match in ((half, "1 tensor is in base"), (larger, "different architectures")):
         write_model(tmp_path / "sft", state)
         with pytest.raises(MismatchError, match=match) as caught:
             merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
@@ -243,7 +243,7 @@ ADAPTED = {
 @pytest.mark.parametrize("base_in_memory", [False, True])
 @pytest.mark.parametrize("kind", ADAPTED)
 def test_an_adapter_of_experts_is_what_peft_merges(kind: str, base_in_memory: bool, tmp_path: Path) -> None:
-    """Its factors are those of the tensors in memory, whatever the base's files call and store them."""
+    """Its factors are for the tensors in memory, whatever their names and layout in the base's files."""
     make, targets = ADAPTED[kind]
     model = make()
     model.save_pretrained(tmp_path / "base", save_original_format=not base_in_memory)
@@ -264,7 +264,7 @@ def test_an_adapter_of_experts_is_what_peft_merges(kind: str, base_in_memory: bo
 
 
 def test_a_part_of_a_tensor_in_memory_is_a_part_of_the_transposed() -> None:
-    """A rank holds some rows of each matrix, which are columns of the base's."""
+    """A rank holds some rows of each matrix, which are columns in the base."""
     whole = torch.arange(120).reshape(4, 6, 5).float()
     parts = (Part(whole[:, 1:3].clone(), (0, 1, 0)), Part(whole[2:, 4:].clone(), (2, 4, 0)))
     live = transposed(Live("w", (4, 6, 5), "F32", parts, "somewhere"), "sft")

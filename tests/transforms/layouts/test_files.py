@@ -1,4 +1,4 @@
-"""Side files, files of other shapes, rounds, tensors with a rule of their own."""
+"""Side files, files of other shapes, rounds, tensors with special rules."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HIDDEN_AS_LISTED = [".git/", ".gitattributes", ".cache/"]
 
 @pytest.fixture(scope="module")
 def cluttered(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A pair amid all that lies about in model folders; each file says whose it is."""
+    """A pair among the usual clutter of model folders; each file names its owner."""
     folder = tmp_path_factory.mktemp("cluttered")
     state = random_state({EMBED: (8, 4), "model.layers.0.w": (4, 4)})
     clutter = [*FROM_SFT, *LEFT_OUT, *HIDDEN]
@@ -103,7 +103,7 @@ def test_a_new_layout_holds_the_same_tensors(pair: Pair, plain: Path, tmp_path: 
     assert len(files) > 2
     assert_index_is_right(out)
     state = read_model(out)
-    for file in files:  # a tensor larger than a shard has one of its own
+    for file in files:  # a tensor larger than a shard gets its own
         sizes = [state[name].nbytes for name, _, _ in header(file)[0]]
         assert sum(sizes) <= 20_000 or len(sizes) == 1
     load(out, pair.layout)
@@ -205,7 +205,7 @@ BUFFERS = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in ra
 
 @pytest.mark.parametrize(("owner", "option"), [("base", "keep"), ("sft", "take")])
 def test_tensors_that_one_side_has_alone_need_a_rule(llama: Pair, tmp_path: Path, owner: str, option: str) -> None:
-    """Old Llama files hold the rotary frequencies, new ones do not; transformers reads both."""
+    """Old Llama files have rotary frequencies, new ones do not; transformers reads both."""
     states = {"base": read_model(llama.base), "sft": read_model(llama.sft)}
     buffers = random_state(dict.fromkeys(BUFFERS, (4,)), dtype=torch.float32)
     folders = {

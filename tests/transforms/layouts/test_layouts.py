@@ -1,4 +1,4 @@
-"""Every layout, loaded back: no tensor lost, each what it must be."""
+"""Every layout, loaded back: all tensors present and right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_files_hold_the_names_a_layout_is_known_by(pair: Pair) -> None:
 def test_a_merged_model_loads_with_no_key_missing_or_left_over(pair: Pair, plain: Path) -> None:
     model = load(plain, pair.layout)
     in_float32 = {name for name, tensor in model.state_dict().items() if tensor.dtype != torch.bfloat16}
-    assert all("e_score_correction" in name for name in in_float32)  # transformers keeps it so
+    assert all("e_score_correction" in name for name in in_float32)  # as in transformers
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (embedding is head) == LAYOUTS[pair.layout].tied == config_of(plain)["tie_word_embeddings"]
 

@@ -1,4 +1,4 @@
-"""Architectures whose names differ between the hub's files and a model in memory, as transformers saves both."""
+"""Architectures with different names on the hub and in memory, as transformers saves both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mergekit_imm.model.spellings import canonical
 from models import fine_tuned
 
 SCRIPTS = Path(__file__).parents[3] / "docs" / "scripts"
-# Names, tensors joined or cut, experts; of text, of several parts, of images.
+# Names, fused or split tensors, experts; text, several parts, images.
 CLASSES = {
     "kimi_linear": "KimiLinearForCausalLM",
     "deepseek_v4": "DeepseekV4ForCausalLM",
@@ -56,7 +56,7 @@ def assert_same(one: State, other: State) -> None:
 
 @pytest.mark.parametrize("model_type", CLASSES)
 def test_any_layout_gives_the_same_result(model_type: str, architectures: Any, tmp_path: Path) -> None:
-    """Masks and outputs are the base's; what transformers loads of them is the mean where nothing is dropped."""
+    """Masks and output follow the base; without dropping transformers loads the mean."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         model = architectures.build(transformers, torch, model_type, CLASSES[model_type])
@@ -102,7 +102,7 @@ def test_a_spelling_of_another_shape_is_not_taken() -> None:
 
 
 def test_norms_of_old_checkpoints(tmp_path: Path) -> None:
-    """Checkpoints of the first BERTs call weight and bias gamma and beta; transformers reads both."""
+    """Early BERT checkpoints name weight and bias gamma and beta; transformers reads both."""
     config = transformers.BertConfig(
         vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )

@@ -1,4 +1,4 @@
-"""The text part of a model that sees, saved alone under the names that it has in the whole (Qwen3.5)."""
+"""The text part of a vision model, saved alone under its names in the whole (Qwen3.5)."""
 
 from __future__ import annotations
 

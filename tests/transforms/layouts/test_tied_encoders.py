@@ -1,4 +1,4 @@
-"""Heads of encoders and of encoder-decoders, tied to the embedding under names of their own; loaded by transformers."""
+"""Heads of encoders and encoder-decoders, tied to the embedding under various names; loaded by transformers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 
 def new(kind: str, seed: int = 0) -> Any:
-    """A model; with a seed, one that was fine-tuned from it."""
+    """A model, or with a seed one fine-tuned from it."""
     torch.manual_seed(0)
     model = KINDS[kind]().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +62,7 @@ def new(kind: str, seed: int = 0) -> Any:
 
 
 def write(model: Any, folder: Path, form: str) -> Path:
-    """Save a model with each tied tensor once, as transformers does, or under every name, as torch.save does."""
+    """Save a model with each tied tensor once, like transformers, or under every name, like torch.save."""
     model.save_pretrained(folder)
     if form == "every name":
         (folder / "model.safetensors").unlink()
@@ -71,7 +71,7 @@ def write(model: Any, folder: Path, form: str) -> Path:
 
 
 def ties(model: Any) -> list[list[str]]:
-    """The names of a model in memory that are one tensor."""
+    """The names of a live model that share one tensor."""
     found: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         found.setdefault(tensor.data_ptr(), []).append(name)
@@ -99,7 +99,7 @@ def test_heads_by_any_name_are_one_tensor_with_the_embedding(
     report = merge_checkpoints(base, sft, tmp_path / "out", drop=0)
     assert [note for note in report.notes if "position_ids" not in note] == []
     assert_is_the_average(tmp_path / "out", kind)
-    # One mask: the names of a tie are the same after dropping, too.
+    # One mask: tied names stay equal after dropping.
     merge_checkpoints(base, sft, tmp_path / "dropped", drop=0.5)
     written = read_model(tmp_path / "dropped")
     for names in ties(new(kind)):
@@ -148,7 +148,7 @@ def test_a_head_that_was_trained_apart_is_written_and_said(tmp_path: Path) -> No
 
 
 def test_equal_tensors_of_an_untied_model_are_two(tmp_path: Path) -> None:
-    """A head that begins as a copy of the embedding, in a model whose config says untied."""
+    """A head initialised as a copy of the embedding, in a model with an untied config."""
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**{**SMALL, "num_key_value_heads": 2}, tie_word_embeddings=False)
     )

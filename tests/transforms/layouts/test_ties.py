@@ -137,7 +137,7 @@ def test_the_mask_of_a_tied_tensor_does_not_depend_on_the_names_in_the_sft(tied:
 def test_an_encoder_s_and_a_decoder_s_embedding_are_two_tensors_and_break_no_tie(
     tmp_path: Path, head: list[str]
 ) -> None:
-    """As in Marian without shared embeddings: its head is tied to the decoder's."""
+    """As in Marian without shared embeddings: the head is tied to the decoder's."""
     encoder, decoder = (f"model.{part}.embed_tokens.weight" for part in ("encoder", "decoder"))
     base = random_state({encoder: (8, 64), decoder: (8, 64)})
     sft = {name: tensor + torch.ones_like(tensor) for name, tensor in base.items()}

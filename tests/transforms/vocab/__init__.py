@@ -1,1 +1,1 @@
-"""Vocabularies of different sizes: resized by transformers, merged, loaded back, and compared with the formulas."""
+"""Vocabularies of different sizes: resized by transformers, merged, loaded, and compared with the formulas."""

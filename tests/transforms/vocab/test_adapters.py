@@ -1,4 +1,4 @@
-"""Adapters whose embeddings were resized, or that stand on a start of another size."""
+"""Adapters with resized embeddings, or trained on a start of another size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESIZED: dict[str, tuple[str, Options]] = {
 
 
 def adapt(base: Path, adapter: Path, merged: Path, layout: str, rows: int, options: Options) -> None:
-    """Train an adapter on a model whose embeddings were resized, and merge it as PEFT does."""
+    """Train an adapter on a model with resized embeddings, and merge it with PEFT."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(5)
@@ -46,7 +46,7 @@ def adapt(base: Path, adapter: Path, merged: Path, layout: str, rows: int, optio
 @pytest.mark.parametrize("kind", RESIZED)
 @pytest.mark.parametrize("rows", [90, 100])
 def test_adapters_with_resized_embeddings(tmp_path: Path, kind: str, rows: int) -> None:
-    """With alpha 0 and no drop the result is PEFT's own merge; with the base's vocabulary, that cut or filled up."""
+    """With alpha 0 and no drop the result is PEFT's own merge, resized if the base's vocabulary is chosen."""
     layout, options = RESIZED[kind]
     if rows == 100 and "trainable_token_indices" in options:
         options = {**options, "trainable_token_indices": [97, 3, 99]}
@@ -74,7 +74,7 @@ def test_adapters_with_resized_embeddings(tmp_path: Path, kind: str, rows: int) 
 
 @pytest.mark.parametrize("vocab", ["base", "sft"])
 def test_an_adapter_on_a_start_that_was_resized(resized: tuple[str, Path], tmp_path: Path, vocab: str) -> None:
-    """The second round of a loop: what the adapter leaves alone is as in the start, its rows too."""
+    """The second round of a loop: what the adapter does not change is that of the start, rows included."""
     layout, folder = resized
     begin = tmp_path / "start"
     merge_checkpoints(folder / "base", folder / "sft", begin, vocab="sft", drop=0.5)
@@ -94,7 +94,7 @@ def test_an_adapter_on_a_start_that_was_resized(resized: tuple[str, Path], tmp_p
 
 @pytest.mark.parametrize("vocab", ["base", "sft"])
 def test_factors_of_fewer_rows_than_the_base_has(tmp_path: Path, vocab: str) -> None:
-    """An adapter on a start whose embedding was cut; the base's rows behind it are not a delta."""
+    """An adapter on a start with fewer rows; the base's further rows are not a delta."""
     model = new_model("llama")
     base = save(model, tmp_path / "base")
     begin = save(resize(fine_tuned(model, seed=4), 90), tmp_path / "start")
@@ -118,7 +118,9 @@ def test_factors_of_rows_that_the_base_lacks_are_refused(resized: tuple[str, Pat
     save_file({name: tensor for name, tensor in load_file(path).items() if "lora_" in name}, path)
     given = (folder / "base", tmp_path / "adapter")
     both: Options = {"start": folder / "sft", "iteration": 1}
-    with pytest.raises(CheckpointError, match=r"changes tensor .* by factors, also rows that base .*merge it first"):
+    with pytest.raises(
+        CheckpointError, match=r"has factors for tensor .*, which also change rows that base .*merge it first"
+    ):
         merge_checkpoints(*given, tmp_path / "out", vocab="sft", **both)
     merge_checkpoints(*given, tmp_path / "out", vocab="base", **both, alpha=0, drop=0, dtype="float32")
     merged, theirs = read_model(tmp_path / "out")[EMBED], read_model(tmp_path / "merged")[EMBED]

@@ -1,4 +1,4 @@
-"""Every bit of every row: any numbers, dtypes and sizes; pieces, workers, sweeps."""
+"""Every bit of every row: any values, dtypes and sizes; pieces, workers, sweeps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vocabularies import Options
     out=st.sampled_from([None, "float32", "bfloat16"]), vocab=st.sampled_from(["base", "sft"]), started=st.booleans(),
     seed=st.integers(0, 2**16),
 )  # fmt: skip
-@example(  # one row of one column is no bias of logits
+@example(  # one row of one column is not a bias of logits
     rows=(1, 2, 1),
     columns=1,
     alpha=0.0,
@@ -43,7 +43,7 @@ def test_common_rows_are_merged_as_without_the_others_which_keep_every_bit(
     tmp_path_factory: pytest.TempPathFactory, rows: tuple[int, ...], columns: int, alpha: float, drop: float,
     dtypes: tuple[torch.dtype, ...], out: str | None, vocab: str, started: bool, seed: int,
 ) -> None:  # fmt: skip
-    """Minus zeros, subnormals, and what is not finite among the rest; for any numbers, dtypes and sizes."""
+    """Minus zeros, subnormals and non-finite values included; for any values, dtypes and sizes."""
     folder = tmp_path_factory.mktemp("bits")
     roles = ("base", "sft", "start") if started else ("base", "sft")
     sides: dict[str, Tensor] = {}
@@ -79,7 +79,7 @@ def test_common_rows_are_merged_as_without_the_others_which_keep_every_bit(
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models of several pieces, of which none ends where the rows do."""
+    """Two models of several pieces, none of which ends where the rows do."""
     folder = tmp_path_factory.mktemp("wide")
     write_model(folder / "base", random_state({EMBED: (301, 50), "w": (70, 50)}, seed=1))
     write_model(folder / "sft", random_state({EMBED: (333, 50), "w": (70, 50)}, seed=2, dtype=torch.float32))

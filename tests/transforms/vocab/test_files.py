@@ -1,4 +1,4 @@
-"""The files beside the weights."""
+"""Side files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that all have are merged, the rest is the owner's: any sizes, starts, ties, heads; what does not fit."""
+"""Common rows are merged, the rest is the owner's: any sizes, starts, ties, heads; misfits."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_rows_that_both_have_are_merged_and_the_rest_is_the_owner_s(
     assert len(tokenizer) == {"base": 90, "sft": 100}[vocab]
     assert config_of(tmp_path / "out")["pad_token_id"] == (90 if vocab == "sft" else None)
     assert report.notes == {
-        "base": [f"note: 4 rows that sft {folder / 'sft'} has beyond the 96 of base {folder / 'base'} are not in the"
-                 ' result (vocab="base")'],
+        "base": [f"note: 4 rows of sft {folder / 'sft'} beyond the 96 of base {folder / 'base'} are left out"
+                 ' (vocab="base")'],
         "sft": [f"note: the vocabulary is that of sft {folder / 'sft'}, 100 rows; 96 are merged, and the 4 that base"
-                f" {folder / 'base'} lacks are taken from there"],
+                f" {folder / 'base'} lacks are copied"],
     }[vocab]  # fmt: skip
     verify(tmp_path / "out")
 
@@ -46,7 +46,7 @@ def test_rows_that_both_have_are_merged_and_the_rest_is_the_owner_s(
 
 
 def test_a_base_with_padded_rows_and_an_sft_without(tmp_path: Path) -> None:
-    """As Qwen2.5: more rows than tokens in the base, and as many as tokens once they were resized."""
+    """As in Qwen2.5: more rows than tokens in the base, equally many after resizing."""
     model = new_model("llama")
     given = (
         save(model, tmp_path / "base", tokenizer_of(WORDS)),
@@ -63,7 +63,7 @@ def test_a_base_with_padded_rows_and_an_sft_without(tmp_path: Path) -> None:
 @pytest.mark.parametrize("vocab", ["base", "sft"])
 @pytest.mark.parametrize("rows", [90, 96, 100, 104])
 def test_a_start_of_any_size(resized: tuple[str, Path], tmp_path: Path, vocab: str, rows: int) -> None:
-    """Rows that are not in all three are the owner's."""
+    """Rows that not all three have are the owner's."""
     layout, folder = resized
     model = LAYOUTS[layout].auto.from_pretrained(folder / "base", dtype=torch.bfloat16)
     begin = save(resize(fine_tuned(model, seed=4), rows), tmp_path / "start")
@@ -164,7 +164,7 @@ def test_a_model_without_a_known_embedding_says_so(tmp_path: Path) -> None:
     for role in ("base", "sft"):
         write_model(tmp_path / role, random_state({"w": (4, 4)}))
     report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", vocab="sft")
-    assert "has no embedding by a name that is known" in report.notes[0]
+    assert "has no embedding under a known name" in report.notes[0]
 
 
 def test_embeddings_that_were_not_resized_alike_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tensors that one model stores one by one and another as one, one below the other: q, k, v; gate and up."""
+"""Projections that one model stores singly and another fused, concatenated: q, k, v; gate and up."""
 
 from __future__ import annotations
 
@@ -9,48 +9,45 @@ from collections.abc import Mapping, Sequence
 from ..checkpoint.lazy_tensor import Piece, Pieces, Tensor, sliced
 from ..model.spellings import JOINTS, canonical
 
-Named = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and what each name was in the file
+Named = tuple[dict[str, Tensor], dict[str, str]]  # tensors by name, and their original names
 
 
-def cut_or_joined(
+def split_or_fuse(
     role: str, tensors: Mapping[str, Tensor], original_names: Mapping[str, str], base: Mapping[str, Tensor]
 ) -> Named:
-    """Return a model's tensors with those cut or joined that the base stores the other way.
+    """Split or fuse a model's projections to match the base; returns all its tensors and their original names.
 
-        whole = [part 0; part 1; ...] along one dimension, the sizes of the parts being the base's
+        whole = [part 0; part 1; ...]    # along one dimension, with the base's sizes
 
-    A module is that of the base with the same name, in one spelling, or else with the same last name and numbers.
+    Modules match by canonical name, else by their numbers and last component.
     """
     found, names = dict(tensors), dict(original_names)
-    lost = {name: canonical(name) for name in tensors if name not in base}
-    free = {canonical(name): tensor for name, tensor in base.items() if name not in tensors} if lost else {}
+    unmatched = {name: canonical(name) for name in tensors if name not in base}
+    free = {canonical(name): tensor for name, tensor in base.items() if name not in tensors} if unmatched else {}
     for parts, whole, dim, ends in JOINTS:
         for end in ends:
             each = [f"{part}{end}" for part in parts]
             there = _modules(free, [*each, whole + end])
             if not there[0]:
                 continue
-            made = _joined(role, found, names, lost, there, each, whole + end, dim)
-            made += _cut(role, found, names, lost, there, each, whole + end, dim)
+            made = _fused(role, found, names, unmatched, there, each, whole + end, dim)
+            made += _split(role, found, names, unmatched, there, each, whole + end, dim)
             gone = {name for olds, _ in made for name in olds}
             found = {name: tensor for name, tensor in found.items() if name not in gone}
             names = {name: old for name, old in names.items() if name not in gone}
             for _, news in made:
                 for name, tensor, old in news:
                     found[name], names[name] = tensor, old
-            lost = {name: spelling for name, spelling in lost.items() if name not in gone}
+            unmatched = {name: spelling for name, spelling in unmatched.items() if name not in gone}
     return found, names
 
 
-Module = dict[str, Tensor]  # what a module of the base's has: end of a name -> tensor
+Module = dict[str, Tensor]  # tensors of a module of the base, by name suffix
 Modules = tuple[dict[str, Module], dict[tuple[str, ...], Module]]
 
 
 def _modules(free: Mapping[str, Tensor], ends: Sequence[str]) -> Modules:
-    """Return the modules of the base that have tensors with these ends of names.
-
-    By what is before the end; and by what is left of that in other models, where one module alone has it.
-    """
+    """Return the base's modules with tensors of these suffixes, by path, and by short key where it is unique."""
     found: dict[str, Module] = defaultdict(dict)
     for name, tensor in free.items():
         for end in ends:
@@ -64,31 +61,37 @@ def _modules(free: Mapping[str, Tensor], ends: Sequence[str]) -> Modules:
 
 
 def _module(stem: str, there: Modules) -> Module:
-    """The module of the base that one of another model is; an empty one if that cannot be told."""
+    """The base's module that matches a path; empty if there is none."""
     return there[0].get(stem) or there[1].get(_alike(stem)) or {}
 
 
 def _alike(stem: str) -> tuple[str, ...]:
-    """What modules of two models have in common that are one: numbers, and the last name."""
+    """The short key of a path: its numbers and last component, the same across models."""
     parts = stem.rstrip(".").split(".")
     return (*(part for part in parts if part.isdigit()), parts[-1])
 
 
-# What was cut or joined, and what of it became: names of tensors; (name, tensor, what it was).
+# What was split or fused, and the result: old names; (new name, tensor, original name).
 Made = list[tuple[list[str], list[tuple[str, Tensor, str]]]]
 
 
 def _stem(name: str, end: str) -> str | None:
-    """What is before an end of a name, that begins after a dot; None for another name."""
+    """The part of a name before a suffix; None if it does not end in it."""
     return name.removesuffix(end) if name == end or name.endswith(f".{end}") else None
 
 
-def _joined(
-    role: str, tensors: Mapping[str, Tensor], original_names: Mapping[str, str], lost: Mapping[str, str],
-    there: Modules, parts: Sequence[str], whole: str, dim: int,
-) -> Made:  # fmt: skip
+def _fused(
+    role: str,
+    tensors: Mapping[str, Tensor],
+    original_names: Mapping[str, str],
+    unmatched: Mapping[str, str],
+    there: Modules,
+    parts: Sequence[str],
+    whole: str,
+    dim: int,
+) -> Made:
     stems: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, spelling in sorted(lost.items()):
+    for name, spelling in sorted(unmatched.items()):
         for part in parts:
             stem = _stem(spelling, part)
             if stem is not None:
@@ -112,12 +115,18 @@ def _joined(
     return made
 
 
-def _cut(
-    role: str, tensors: Mapping[str, Tensor], original_names: Mapping[str, str], lost: Mapping[str, str],
-    there: Modules, parts: Sequence[str], whole: str, dim: int,
-) -> Made:  # fmt: skip
+def _split(
+    role: str,
+    tensors: Mapping[str, Tensor],
+    original_names: Mapping[str, str],
+    unmatched: Mapping[str, str],
+    there: Modules,
+    parts: Sequence[str],
+    whole: str,
+    dim: int,
+) -> Made:
     made: Made = []
-    for name, spelling in sorted(lost.items()):
+    for name, spelling in sorted(unmatched.items()):
         stem = _stem(spelling, whole)
         if stem is None:
             continue
@@ -139,7 +148,7 @@ def _cut(
 
 
 def _box(role: str, tensor: Tensor, name: str, dim: int, at: int, size: int) -> Tensor:
-    """Indices at..at + size of a tensor along a dimension, as a tensor of its own."""
+    """Indices at..at + size of a tensor along a dimension, as a tensor of their own."""
     shape = tensor.shape
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
     run = (size, *shape[dim + 1 :])
