@@ -8,7 +8,7 @@ def _begin(name: str) -> None:
     if sys.stdin is None or sys.stdout is None or sys.stderr is None:
         _open_standard_streams()
     try:
-        from .cli import merge as cli
+        from .cli import main as cli
     except KeyboardInterrupt:  # while modules are loaded; from there on the commands see to it themselves
         sys.stderr.write("error: interrupted; nothing was begun\n")
         sys.exit(130)

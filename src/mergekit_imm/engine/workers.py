@@ -33,7 +33,7 @@ from ..transforms.sparsified_delta import Sparsified, kept
 
 BUFFERS = 64 << 20  # of all workers together
 BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its output fits, wherever a page begins
-LEAST = 16 * PAGE  # of one, however many there are: a block of any dtypes fits
+LEAST = (64 << 10) + PAGE  # of one, however many there are: a block of any dtypes fits
 
 Sink = Callable[[int, TensorInfo, int, memoryview], None]  # number of the plan, where, first byte of the tensor, bytes
 Progress = Callable[[int, int], None]  # bytes of the output done, and of all

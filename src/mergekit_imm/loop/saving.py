@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -61,7 +60,7 @@ def saving(
         for path in partial.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                    direct_io.sync(file.fileno())
         (partial / _MARK).unlink()
         direct_io.sync_folder(partial)
         partial.rename(out)
