@@ -59,8 +59,7 @@ def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def measure(here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Measure:
-    monkeypatch.setattr(console, "_listen", lambda: None)  # signals stay the test's
-    monkeypatch.setattr(console, "_ignore_signals", lambda: None)
+    monkeypatch.setattr(console, "_on_signals", lambda *_: None)  # signals stay the test's
 
     def run(*arguments: object) -> Ended:
         with pytest.raises(SystemExit) as ended:

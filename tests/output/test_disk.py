@@ -67,7 +67,7 @@ def write_in_pieces(path: Path, content: bytes, cuts: list[int], aligned: bool, 
             thread.join()
         direct_io.sync(handle.descriptor)
     finally:
-        os.close(handle.descriptor)
+        handle.close()
     return path.read_bytes()
 
 
@@ -116,7 +116,7 @@ def test_pages_bypass_the_cache_where_they_can(tmp_path: Path) -> None:
         page = direct_io.PAGE
         assert sorted(written) == [(False, 100, page - 100), (False, 3 * page, 100), (True, page, 2 * page)]
     finally:
-        os.close(handle.descriptor)
+        handle.close()
 
 
 def test_a_place_is_where_the_file_has_it() -> None:
@@ -161,7 +161,7 @@ def test_pages_of_other_sizes_give_the_same_bytes(tmp_path: Path, size: int) -> 
     same = files_of(tmp_path / "plain"), files_of(tmp_path / "out")
     assert same[0]["model.safetensors"] == same[1]["model.safetensors"]
     handle = direct_io.open_output(tmp_path / "file", 1)
-    os.close(handle.descriptor)
+    handle.close()
     assert handle.direct == (int(ended.out) > 0)
 
 
@@ -174,7 +174,7 @@ def test_a_filesystem_says_what_direct_writes_it_takes(
     tmp_path: Path, mask: int, memory: int, offset: int, direct: bool
 ) -> None:
     handle = direct_io.open_output(tmp_path / "before", 1)
-    os.close(handle.descriptor)
+    handle.close()
     if not handle.direct:
         pytest.skip("not a filesystem that is written past the cache")
 
@@ -184,7 +184,7 @@ def test_a_filesystem_says_what_direct_writes_it_takes(
 
     with patch.object(direct_io.libc, "statx", statx, create=True):
         handle = direct_io.open_output(tmp_path / "file", 1)
-    os.close(handle.descriptor)
+    handle.close()
     assert handle.direct == direct
 
 

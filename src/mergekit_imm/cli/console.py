@@ -78,14 +78,16 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
     merging = command.name == "imm-merge" and not {"--dry-run", "--check"} & set(arguments)
     merging |= command.name == "imm-loop"
     kept = "; what was written is kept, and the same command goes on where it stopped" if merging else ""
+    numbers: list[int] = []
     try:
-        _listen()
+        numbers += _signals()
+        _listen(numbers, kept)
         if isinstance(command, click.Group) and not arguments:
             tell(command.get_help(click.Context(command, info_name=command.name)))
             sys.exit(2)
         status = command.main(arguments, prog_name=command.name, standalone_mode=False)
         sys.stdout.flush()
-        _ignore_signals()  # it is done
+        _on_signals(numbers, signal.SIG_IGN)  # it is done
         sys.exit(status if isinstance(status, int) else 0)
     except click.UsageError as error:
         usage = error.ctx.get_usage() if error.ctx else f"Usage: {command.name} --help"
@@ -97,8 +99,8 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         _fail(f"interrupted{kept}", 130)
     except _Stopped as stopped:
-        number = stopped.args[0]
-        _fail(f"{'interrupted' if number == signal.SIGINT else 'terminated'}{kept}", 128 + number)
+        _on_signals(numbers, signal.SIG_IGN)  # it ends in a moment, with one line
+        _fail(f"{_word(stopped.args[0])}{kept}", 128 + stopped.args[0])
     except BrokenPipeError:
         _let_go_of_stdout()
         sys.exit(1)
@@ -178,40 +180,52 @@ def _let_go_of_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _listen() -> None:
-    """Let SIGTERM, SIGINT and SIGHUP raise _Stopped, once."""
-    numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+def _signals() -> list[int]:
+    """The signals that end a command, but for those that a shell, nohup or a caller handles in its own way."""
+    numbers: list[int] = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
-    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         numbers.append(signal.SIGHUP)
+    return numbers
+
+
+def _on_signals(numbers: Sequence[int], handler: Callable[[int, Any], Any] | signal.Handlers) -> None:
+    for number in numbers:
+        signal.signal(number, handler)
+
+
+def _word(number: int) -> str:
+    return "interrupted" if number == signal.SIGINT else "terminated"
+
+
+def _listen(numbers: Sequence[int], kept: str) -> None:
+    """Let a first signal raise _Stopped, and a second one end the process at once: a worker may hang in a read."""
 
     def stop(number: int, _: object) -> NoReturn:
-        _ignore_signals()  # what is being written comes to its end, in a moment, before the files are closed
+        _on_signals(numbers, end)
         raise _Stopped(number)
 
-    def listen() -> None:
-        for number in numbers:
-            signal.signal(number, stop)
+    def end(number: int, _: object) -> NoReturn:
+        bar = "\n\x1b[?25h" if sys.stderr.isatty() else ""  # a bar hides the cursor
+        line = f"{bar}error: {_word(number)} twice; ended without waiting for what was under way{kept}\n"
+        with suppress(Exception):
+            sys.stderr.flush()
+        with suppress(OSError):
+            os.write(2, line.encode())  # not by Python's stream, which this handler may have interrupted
+        os._exit(128 + number)  # nothing is closed: a worker's late write must not land in another file
 
     def swallowed(about: sys.UnraisableHookArgs) -> None:
         if not isinstance(about.exc_value, _Stopped):
             sys.__unraisablehook__(about)
             return
-        # It was raised where nothing can be: in a callback of a library, as when the kernel is loaded. Once more, soon.
-        listen()
+        # It was raised in a callback of a library, as when the kernel is loaded, and went no further. Send it again.
+        _on_signals(numbers, stop)
         threading.Timer(0.02, os.kill, (os.getpid(), about.exc_value.args[0])).start()
 
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = swallowed
-    listen()
-
-
-def _ignore_signals() -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    if sys.platform != "win32":
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _on_signals(numbers, stop)
 
 
 def _fail(message: str, status: int, before: str = "") -> NoReturn:

@@ -21,6 +21,7 @@ import numpy as np
 from ..checkpoint.lazy_tensor import Computed, Raw, Tensor
 from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
+from ..common.abandoned import abandon
 from ..common.checks import is_integer
 from ..common.messages import shown
 from ..errors import ArgumentError, MismatchError, NonFiniteError
@@ -141,7 +142,11 @@ def run(
 def in_threads(
     todo: Iterable[T], worker: Callable[[], Callable[[T], R]], workers: int
 ) -> Generator[R | None, None, None]:
-    """Work on tasks in threads, each with what `worker` makes for it, and yield the results; see `run`."""
+    """Work on tasks in threads, each with what `worker` makes for it, and yield the results; see `run`.
+
+    Whatever ends it, it waits for the workers first. Interrupted again while it waits, it abandons them: so what they
+    use must be closed by `when_unused`.
+    """
     source = enumerate(todo)
     turn = threading.Lock()
     stop = threading.Event()
@@ -167,8 +172,8 @@ def in_threads(
     try:
         for i in range(workers):
             thread = threading.Thread(target=work, name=f"merge-{i}", daemon=True)
-            thread.start()
             threads.append(thread)
+            thread.start()
         running = workers
         while running:
             try:
@@ -183,9 +188,14 @@ def in_threads(
             else:
                 yield result[1]
     finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+        try:
+            stop.set()
+            for thread in threads:
+                if thread.is_alive():
+                    thread.join()
+        except BaseException:  # interrupted while it waits: a worker may hang in a read
+            abandon(threads)
+            raise
     if failures:
         raise min(failures, key=lambda failure: failure[0])[1]
 

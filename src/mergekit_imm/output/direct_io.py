@@ -47,6 +47,10 @@ class Handle:
     descriptor: int
     direct: bool  # the descriptor takes whole pages only, and they bypass the cache
 
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.descriptor)
+
 
 def open_output(path: Path, size: int | None) -> Handle:
     """Open a file to write, new or existing, and reserve `size` bytes. Raises OSError if there is no room.

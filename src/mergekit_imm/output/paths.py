@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..common.abandoned import when_unused
 from ..common.checks import as_path
 from ..common.messages import shown
 from ..errors import OutputError
@@ -179,4 +180,4 @@ def locked(
             raise busy  # which has just finished, and moved it
         yield descriptor if held else None
     finally:
-        os.close(descriptor)
+        when_unused(lambda: os.close(descriptor))
