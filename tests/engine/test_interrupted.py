@@ -47,7 +47,7 @@ def test_a_second_interrupt_closes_nothing_that_a_hung_worker_may_use(
 
     def hanging(*arguments: Any) -> int:
         done = preadv(*arguments)
-        if threading.current_thread() is not MAIN and not goes_on.is_set():
+        if threading.current_thread() is not MAIN and interrupter.is_alive():
             hangs.set()
             goes_on.wait()
         return done
@@ -57,9 +57,9 @@ def test_a_second_interrupt_closes_nothing_that_a_hung_worker_may_use(
             until(ready)
             signal.pthread_kill(MAIN.ident or 0, signal.SIGINT)
 
+    interrupter = threading.Thread(target=interrupt)
     monkeypatch.setattr(os, "preadv", hanging)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    interrupter = threading.Thread(target=interrupt)
     interrupter.start()
     try:
         with pytest.raises(KeyboardInterrupt):
