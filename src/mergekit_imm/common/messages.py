@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _LISTS = ("keep", "leave-out", "no-drop", "rename", "take")
@@ -74,6 +74,15 @@ def bytes_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.{digits}f} {unit}"
     return f"{count} bytes"
+
+
+def first_few(texts: Sequence[str], between: str = "; ") -> str:
+    """Return the first three of some texts, and a sign where there are more.
+
+    >>> first_few(["alpha", "drop"]), first_few(["a", "b", "c", "d"], ", ")
+    ('alpha; drop', 'a, b, c, …')
+    """
+    return between.join([*texts[:3], *(["…"] if len(texts) > 3 else [])])
 
 
 def shown(name: object, limit: int = 120) -> str:

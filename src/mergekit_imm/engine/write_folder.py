@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.reader import check_inputs
-from ..common.messages import shown
+from ..common.messages import first_few, shown
 from ..errors import (
     ChangedError,
     CheckpointError,
@@ -209,8 +209,8 @@ def check_unfinished(partial: Path, recipe: Mapping[str, Any]) -> None:
     changes = differences(without_places(found), without_places(recipe))
     if changes:
         raise OutputError(
-            f"{shown(partial)} is an unfinished merge of another recipe ({'; '.join(changes[:3])}"
-            f"{'; …' if len(changes) > 3 else ''}); finish that one, or --restart to begin anew"
+            f"{shown(partial)} is an unfinished merge of another recipe ({first_few(changes)});"
+            " finish that one, or --restart to begin anew"
         )
 
 

@@ -18,7 +18,7 @@ from ..checkpoint.reader import same_bytes, same_values
 from ..checkpoint.safetensors_file import fingerprint
 from ..common.checks import as_path
 from ..common.json_files import is_utf8
-from ..common.messages import bytes_text, shown
+from ..common.messages import bytes_text, first_few, shown
 from ..errors import ArgumentError, CheckpointError
 from ..model.tensor_names import is_end, matcher
 from ..options.layer_factors import read_importance, read_layer_factors
@@ -328,5 +328,5 @@ def what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
         found = None
     changes = differences(without_places(found), without_places(recipe)) if found else []
     if changes:
-        return f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})"
+        return f"holds another merge ({first_few(changes)})"
     return "lacks files of this very merge" if found else "not empty"
