@@ -76,7 +76,7 @@ def test_answers_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("{", "a.jsonl, line 2: not JSON"),
         ("[1]", "a.jsonl, line 2: not an object"),
-        ('{"problem": "p", "problem": "p"}', "stands there twice"),
+        ('{"problem": "p", "problem": "p"}', "appears twice"),
         ({"response": "r", "correct": True}, "line 2: there is no problem"),
         ({"problem": "p", "correct": True}, "line 2: there is no response"),
         ({"problem": "p", "response": "r"}, 'line 2: there is no "correct": true or false, nor an "answer"'),
@@ -119,7 +119,7 @@ def test_files_that_are_refused() -> None:
     Path("empty.jsonl").write_text("\n")
     cases: list[tuple[list[str], type[MergeError], str]] = [
         ([], ArgumentError, "no files"), (["none.jsonl"], CheckpointError, "none.jsonl cannot be read: No such file"),
-        (["one"], CheckpointError, "one cannot be read: it is no plain file"),
+        (["one"], CheckpointError, "one cannot be read: it is not a plain file"),
         (["empty.jsonl"], CheckpointError, "hold nothing"),
         (["a.jsonl", "./a.jsonl"], ArgumentError, "given twice"),
         (["a.jsonl", "one/a.jsonl"], MismatchError, "both be the model 'a'"),
@@ -242,9 +242,9 @@ def test_the_command() -> None:
     assert json.loads(run(*files, "--json", "--reference", "b"))["reference"] == "b"
     Path("other").mkdir()
     Path("other/differences.png").write_text("mine")
-    with pytest.raises(MergeError, match=r"other/differences.png is there, and not of this command"):
+    with pytest.raises(MergeError, match=r"other/differences.png exists and is not of this command"):
         run(*files, "-o", "other")
-    with pytest.raises(MergeError, match=r"f.jsonl is no folder"):
+    with pytest.raises(MergeError, match=r"f.jsonl is not a folder"):
         run(*files, "-o", "f.jsonl")
 
 

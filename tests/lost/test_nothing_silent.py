@@ -221,7 +221,9 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(pair: Path) -> None:
         (pair / "out").mkdir(exist_ok=True)
         (pair / "out" / "notes.txt").write_text("mine")
 
-    with pytest.raises(OutputError, match=r"was not there when the merge began, and now it is; the merge is whole, in"):
+    with pytest.raises(
+        OutputError, match=r"was not there when the merge began, and now it is; the merge is complete in"
+    ):
         merge_checkpoints("base", "sft", "out", progress=appear)
     assert files_of(pair / "out") == {"notes.txt": b"mine"}
     assert merge_checkpoints("base", "sft", "out", overwrite=True).bytes_written == 0
@@ -307,7 +309,7 @@ def test_an_old_folder_that_cannot_be_removed_is_told(pair: Path, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", fail)
-        with pytest.raises(OutputError, match=r"out is in its place, but what was there before, now out\.partial"):
+        with pytest.raises(OutputError, match=r"out is in place, but the folder it replaced, now out\.partial"):
             merge_checkpoints("base", "sft", "out", overwrite=True)
     assert merge_checkpoints("base", "sft", "out").status == "already merged"
     assert sorted(path.name for path in pair.iterdir()) == ["base", "out", "sft"]

@@ -1,4 +1,4 @@
-"""What every command does alike: errors of one line, exit statuses, signals, progress, printing."""
+"""What all commands share: one-line errors, exit statuses, signals, progress, printing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 class DtypeChoice(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 only
-    """A choice of dtypes, which have short names too."""
+    """A choice of dtypes, by long or short name."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the long name of a dtype."""
@@ -54,18 +54,18 @@ _DELTA_OPTIONS = [
 
 
 def delta_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say what becomes of a delta."""
+    """Add the options that shape the delta."""
     for option in reversed(_DELTA_OPTIONS):
         command = option(command)
     return command
 
 
 class _Stopped(BaseException):
-    """The process was asked to end, by this signal. Not a KeyboardInterrupt, of which click makes its own."""
+    """A signal asked the process to end. Not a KeyboardInterrupt, which click turns into its own exception."""
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command; exit 0 done, 1 refused or failed, 2 wrong usage, 128 + the number on signals."""
+    """Run a command and exit: 0 done, 1 refused or failed, 2 wrong usage, 128 + its number for a signal."""
     with speaking_of_options():
         _run(command, arguments)
 
@@ -106,7 +106,7 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
         sys.exit(1)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EIO):
-            _let_go_of_stdout()  # of what click prints by itself
+            _let_go_of_stdout()  # click itself was printing, its help for example
             _fail(f"standard output cannot be written: {error.strerror}", 1)
         if debug:
             raise
@@ -114,9 +114,9 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
 
 
 def unread(*, importance: str | None, layer_factors: str | None) -> dict[str, Any]:
-    """Return the factors that options name, to check the values beside them: one layer for a file, which is read later.
+    """Return the factors that the options name, for a check of values before any file is read: one layer for a file.
 
-    Raises ArgumentError for a rule that is none.
+    Raises ArgumentError for a malformed rule.
     """
     from ..options.layer_factors import is_rule, read_layer_factors
 
@@ -130,7 +130,7 @@ def unread(*, importance: str | None, layer_factors: str | None) -> dict[str, An
 
 @contextmanager
 def values_checked() -> Iterator[None]:
-    """Turn an ArgumentError into wrong usage: what is within looks at values alone, and opens no file."""
+    """Turn an ArgumentError into wrong usage. The block must check values only, and open no file."""
     try:
         yield
     except ArgumentError as error:
@@ -138,7 +138,7 @@ def values_checked() -> Iterator[None]:
 
 
 def pictures_or_note(draw: Callable[[], T], *, quiet: bool) -> T | None:
-    """Return what is drawn, or None and a note where matplotlib is missing: everything else is done all the same."""
+    """Return the pictures; without matplotlib print a note and return None, so that the command goes on."""
     try:
         return draw()
     except ModuleNotFoundError as error:
@@ -150,7 +150,7 @@ def pictures_or_note(draw: Callable[[], T], *, quiet: bool) -> T | None:
 
 
 def _allow_open_files() -> None:
-    """As many as the system permits: models have hundreds of files, and sweeps as many for each output."""
+    """Raise the limit of open files as far as permitted: models have hundreds, and sweeps as many for each output."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -170,18 +170,18 @@ def say(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Print on standard error, if that can be."""
+    """Print on standard error; ignore an error there."""
     with suppress(OSError):
         click.echo(text, err=True)
 
 
 def _let_go_of_stdout() -> None:
-    """See to it that Python does not try again when it ends."""
+    """Keep Python from flushing standard output again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _signals() -> list[int]:
-    """The signals that end a command, but for those that a shell, nohup or a caller handles in its own way."""
+    """Return the signals to handle: not those that a shell or nohup ignores, nor those that a caller handles."""
     numbers: list[int] = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
@@ -241,7 +241,7 @@ def _written(per_second: float) -> str:
 def progress_bar(
     label: str, *, shown: bool, rate: Callable[[float], str] = _written
 ) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with time left, and what `rate` makes of steps in a second, on a terminal; nothing on a pipe."""
+    """Yield a function that draws a bar with the time left and `rate` of the steps in a second; None off a terminal."""
     if not shown or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads
         yield None
