@@ -63,7 +63,7 @@ def measure(here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
     def run(*arguments: object) -> Ended:
         with pytest.raises(SystemExit) as ended:
-            console.run(importance_command, list(map(str, arguments)))
+            console.run_and_exit(importance_command, list(map(str, arguments)))
         out, err = capfd.readouterr()
         assert isinstance(ended.value.code, int)
         return Ended(ended.value.code, out, err)

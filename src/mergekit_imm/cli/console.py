@@ -64,7 +64,7 @@ class _Stopped(BaseException):
     """A signal asked the process to end. Not a KeyboardInterrupt, which click turns into its own exception."""
 
 
-def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
+def run_and_exit(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 done, 1 refused or failed, 2 wrong usage, 128 + its number for a signal."""
     with speaking_of_options():
         _run(command, arguments)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import open_checkpoint
+from ..checkpoint.safetensors_file import MODEL
 from ..common.messages import bytes_text, shown
 from ..errors import OutputError
 from ..model.tensor_names import tied_key, unwrapped
@@ -56,7 +57,7 @@ def saving(
         if state is None:
             sft.save_pretrained(partial)
         else:
-            _save_tensors(tensors, partial / "model.safetensors")
+            _save_tensors(tensors, partial / MODEL)
         for path in partial.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
