@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,17 @@ def test_a_second_interrupt_closes_nothing_that_a_hung_worker_may_use(
     interrupter.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            merge_checkpoints(base, sft, out, workers=2)
+            merge_checkpoints(base, sft, out, workers=1)
     finally:
         signal.signal(signal.SIGINT, handler)
         interrupter.join()
-    others = [(tmp_path / f"other{i}").open("wb") for i in range(40)]  # with the next descriptors that are free
-    with pytest.raises(OutputError, match="being written by another merge"):
-        merge_checkpoints(base, sft, out, restart=True)
-    goes_on.set()
-    until(lambda: not any(thread.name.startswith("merge-") for thread in threading.enumerate()))
-    for each in others:
-        each.close()
+    with ExitStack() as stack:
+        stack.callback(goes_on.set)
+        others = [stack.enter_context((tmp_path / f"other{i}").open("wb")) for i in range(40)]  # next descriptors
+        with pytest.raises(OutputError, match="being written by another merge"):
+            merge_checkpoints(base, sft, out, restart=True)
+        goes_on.set()
+        until(lambda: not any(thread.name.startswith("merge-") for thread in threading.enumerate()))
     assert {Path(each.name).stat().st_size for each in others} == {0}
     assert not [name for name in open_files() if name.startswith((partial, str(base), str(sft)))]
     assert merge_checkpoints(base, sft, out).status == "merged"

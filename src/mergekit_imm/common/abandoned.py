@@ -6,32 +6,34 @@ The number of a closed descriptor goes to the next file that is opened, and a la
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
-_abandoned: set[threading.Thread] = set()
+_abandoned: set[threading.Event] = set()
 _later: list[Callable[[], object]] = []
 _lock = threading.Lock()
 
 
-def abandon(threads: Sequence[threading.Thread]) -> None:
-    """Stop waiting for threads; one of their own does, and then calls what `when_unused` was given meanwhile."""
-    alive = [thread for thread in threads if thread.is_alive()]
+def abandon(ends: Collection[threading.Event]) -> None:
+    """Stop waiting for workers, each of which sets an event when it ends; then what `when_unused` was given is called.
+
+    Not the threads themselves: one whose `join` was interrupted may say that it has ended when it has not.
+    """
     with _lock:
-        _abandoned.update(alive)
-    threading.Thread(target=_wait, args=(alive,), name="merge-wait", daemon=True).start()
+        _abandoned.update(ends)
+    threading.Thread(target=_wait, args=(ends,), name="merge-wait", daemon=True).start()
 
 
-def _wait(threads: Sequence[threading.Thread]) -> None:
-    for thread in threads:
-        thread.join()
+def _wait(ends: Collection[threading.Event]) -> None:
+    for end in ends:
+        end.wait()
     with _lock:
-        _abandoned.difference_update(threads)
+        _abandoned.difference_update(ends)
         while _later and not _abandoned:
             _later.pop()()
 
 
 def when_unused(close: Callable[[], object]) -> None:
-    """Call this now, or when all abandoned threads have ended."""
+    """Call this now, or when all abandoned workers have ended."""
     with _lock:
         if _abandoned:
             _later.append(close)

@@ -151,7 +151,10 @@ def in_threads(
     stop = threading.Event()
     results: queue.SimpleQueue[tuple[int, R | None, BaseException | None] | None] = queue.SimpleQueue()
 
+    ends: list[threading.Event] = []
+
     def work() -> None:
+        ends.append(end := threading.Event())
         index = -1
         try:
             process = worker()
@@ -164,6 +167,7 @@ def in_threads(
         except BaseException as error:
             stop.set()
             results.put((index, None, error))
+        end.set()
         results.put(None)
 
     threads: list[threading.Thread] = []
@@ -193,7 +197,7 @@ def in_threads(
                 if thread.is_alive():
                     thread.join()
         except BaseException:  # interrupted while it waits: a worker may hang in a read
-            abandon(threads)
+            abandon(tuple(ends))
             raise
     if failures:
         raise min(failures, key=lambda failure: failure[0])[1]
