@@ -129,12 +129,12 @@ def test_every_kind_of_path_is_one(here: Path, kind: Callable[[str], Any]) -> No
 
 PLACES: list[tuple[Any, str]] = [
     (None, "is None; give a folder"),
-    (b"base", "is bytes, of which os.fsdecode makes a text; give a folder"),
+    (b"base", "is bytes, which os.fsdecode turns into a string; give a folder"),
     (Place(b"base"), "is .*, a Place; give a folder"),
     (["base", "sft"], "is a list of 2; give a folder"),
     ({"w": torch.ones(1)}, "is a dict of 1 names; dare_merge merges tensors by name; give a folder"),
     (torch.ones(1), "is a tensor, which dare_merge merges; give a folder"),
-    (Model(), "is a model in memory .Model., which merge_into merges, as the sft"),
+    (Model(), "is a model in memory .Model., which merge_into merges as the sft"),
     (7, "is 7, a int; give a folder"),
 ]
 
@@ -173,8 +173,8 @@ def test_states_hold_tensors(here: Path) -> None:
     state = {NAME: torch.ones(4)}
     with safe_open(here / "base" / "model.safetensors", "pt") as file:
         wrong: list[tuple[Any, str]] = [
-            (np.ones(4, np.float32), r"is a ndarray, not a tensor; torch\.from_numpy makes"),
-            (file.get_slice(NAME), r"is a PySafeSlice, not a tensor; read it as a whole"),
+            (np.ones(4, np.float32), r"is a ndarray, not a tensor; convert it with torch\.from_numpy"),
+            (file.get_slice(NAME), r"is a PySafeSlice, not a tensor; read all of it"),
             (None, r"is a NoneType, not a tensor$"),
             ([1.0], r"is a list, not a tensor$"),
         ]
@@ -186,7 +186,7 @@ def test_states_hold_tensors(here: Path) -> None:
                 dare_merge(state, state, start={NAME: value})
             with pytest.raises(ArgumentError, match=f"of after {match}"):
                 weight_change(state, {NAME: value})
-    with pytest.raises(ArgumentError, match=r"^base has the key 0; names of tensors are texts"):
+    with pytest.raises(ArgumentError, match=r"^base has the key 0; tensor names are strings"):
         dare_merge({0: torch.ones(1)}, state)
     with pytest.raises(ArgumentError, match="base is a ndarray"):
         dare_merge(np.ones(4), np.ones(4))

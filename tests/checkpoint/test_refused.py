@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a name that is none": (of({3: torch.ones(3)}), "holds something under 3, which is no name"),
     "a tensor": (of(torch.ones(3)), "no mapping of names to tensors"),
     "another zip": (lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"), "no whole file of torch.save: .*no data.pkl"),
-    "a pipe": (os.mkfifo, "cannot be read: it is no plain file"),
+    "a pipe": (os.mkfifo, "cannot be read: it is not a plain file"),
     "cut off": (cut_off, "no whole file of torch.save"),
     "bytes before it": (lambda p: surrounded(p, before=b"x" * 64), "torch.save: it does not begin as a zip archive"),
     "bytes after it": (lambda p: surrounded(p, after=b"x"), "torch.save: it does not end as a zip archive"),

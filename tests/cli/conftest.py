@@ -39,7 +39,7 @@ def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
 
     def run(which: click.Command, *arguments: object) -> Ended:
         with pytest.raises(SystemExit) as ended:
-            console.run(which, list(map(str, arguments)))
+            console.run_and_exit(which, list(map(str, arguments)))
         out, err = capfd.readouterr()
         assert isinstance(ended.value.code, int)
         return Ended(ended.value.code, out, err)

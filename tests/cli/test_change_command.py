@@ -134,7 +134,7 @@ def test_a_merged_folder_alone_is_read(folder: Path) -> None:
         (["base", "--take", "x"], "are of two models"),
         (["base", "gone"], "gone"),
         (["base", "sft", "-o", "sft"], "is the folder of a model that is measured"),
-        (["base", "sft", "-o", "importance.json"], "is no folder; give another"),
+        (["base", "sft", "-o", "importance.json"], "is not a folder; give another"),
         (["base", "sft", "--importance", "none.json"], "importance file none.json cannot be read"),
         (["base", "sft", "--importance", "short.json"], "for 1 of 7: missing"),
     ],
@@ -155,7 +155,7 @@ def test_a_sparsifier_other_than_dare_is_refused(folder: Path) -> None:
 def test_a_folder_of_others_is_left_alone(folder: Path) -> None:
     (folder / "out").mkdir()
     (folder / "out" / "report.html").write_text("mine")
-    with pytest.raises(MergeError, match=r"out/report.html is there, and not of this command"):
+    with pytest.raises(MergeError, match=r"out/report.html exists and is not of this command"):
         call("base", "sft", "-o", "out")
     assert (folder / "out" / "report.html").read_text() == "mine"
 

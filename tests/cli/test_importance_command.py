@@ -59,12 +59,11 @@ def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def measure(here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Measure:
-    monkeypatch.setattr(console, "_listen", lambda: None)  # signals stay the test's
-    monkeypatch.setattr(console, "_ignore_signals", lambda: None)
+    monkeypatch.setattr(console, "_on_signals", lambda *_: None)  # signals stay the test's
 
     def run(*arguments: object) -> Ended:
         with pytest.raises(SystemExit) as ended:
-            console.run(importance_command, list(map(str, arguments)))
+            console.run_and_exit(importance_command, list(map(str, arguments)))
         out, err = capfd.readouterr()
         assert isinstance(ended.value.code, int)
         return Ended(ended.value.code, out, err)
@@ -174,7 +173,7 @@ def test_what_is_cut_is_told(here: Path, measure: Measure) -> None:
         ("[1]\n", "line 1 is not an object; write an object"),
         ('\n\n{"text": ""}\n', "line 3: text is ''; it must be a non-empty string"),
         ('{"text": 3}\n', "line 1: text is 3; it must be a non-empty string"),
-        ('{"text": "a", "text": "b"}\n', "line 1 is not JSON: the name 'text' stands there twice"),
+        ('{"text": "a", "text": "b"}\n', "line 1 is not JSON: the name 'text' appears twice"),
         ('{"text": "merge"}\n', "line 1 has 1 tokens, 0 of them in the prompt, and none of the first 1024"),
         ('{"prompt": "merge back merge", "response": "back"}\n', "line 1 has 5 tokens, 3 of them in the prompt"),
     ],
@@ -195,7 +194,7 @@ def test_bad_lines_are_named(lines: str, message: str, here: Path, measure: Meas
         (("nothing/", "--data", "texts.jsonl", "-o", "o"), "model nothing does not exist; give a folder"),
         (("llama", "--data", "nothing", "-o", "o"), "data file nothing cannot be read: No such file or directory"),
         (("llama", "--data", "~nobody-here/x", "-o", "o"), "data file ~nobody-here/x cannot be read: Could not"),
-        (("llama", "--data", "llama", "-o", "o"), "data file llama cannot be read: it is no plain file"),
+        (("llama", "--data", "llama", "-o", "o"), "data file llama cannot be read: it is not a plain file"),
         (("llama", "--data", "texts.jsonl", "-o", "llama"), "output llama is a folder; give a file name"),
         (("llama", "--data", "texts.jsonl", "-o", "no/o"), "its folder no does not exist; create it"),
         (("llama", "--data", "texts.jsonl", "-o", "texts.jsonl"), "texts.jsonl exists and is not an importance file"),

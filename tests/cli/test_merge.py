@@ -363,7 +363,7 @@ def test_a_read_only_install_without_a_home_works_with_one_notice(here: Path) ->
     package = Path(mergekit_imm.__file__).parent
     install = here / "install" / "mergekit_imm"
     shutil.copytree(package, install, ignore=shutil.ignore_patterns("__pycache__"))
-    for folder in (install, install / "checkpoint"):
+    for folder in (install, install / "numerics", install / "transforms"):
         (folder / "__pycache__").write_text("a file, so that nothing can be cached, whoever runs this")
     (here / "home").write_text("a file, too")
     environment = {**os.environ, "HOME": str(here / "home"), "PYTHONPATH": str(install.parent)}

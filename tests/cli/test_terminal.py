@@ -13,6 +13,7 @@ import pytest
 from checkpoints import files_of
 from commands import (
     HUNG,
+    HUNG_READ,
     SLOW,
     Ended,
     held_until,
@@ -31,7 +32,7 @@ def test_a_signal_ends_a_merge_that_the_same_command_finishes(
     out, partial = large / f"out{number}", large / f"out{number}.partial"
     arguments = ["merge", "base", "sft", "-o", out.name, "--workers", "1"]
     with subprocess.Popen(
-        [sys.executable, "-c", held_until("told.is_set() or stopping()"), *arguments],
+        [sys.executable, "-c", held_until("closed.is_set() or stopping()"), *arguments],
         cwd=large, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         while not (partial / "model.safetensors").exists():
@@ -49,6 +50,43 @@ def test_a_signal_ends_a_merge_that_the_same_command_finishes(
     assert files_of(out) == files_of(large / "whole")
     assert not partial.exists()
     assert {role: files_of(large / role) for role in ("base", "sft")} == inputs
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status", "word"),
+    [
+        (signal.SIGTERM, signal.SIGTERM, 143, "terminated"),
+        (signal.SIGINT, signal.SIGINT, 130, "interrupted"),
+        (signal.SIGINT, signal.SIGTERM, 143, "terminated"),
+    ],
+)
+def test_a_second_signal_ends_a_merge_whose_read_hangs(
+    large: Path, first: signal.Signals, second: signal.Signals, status: int, word: str
+) -> None:
+    """As on a network filesystem whose server is gone: a worker can be waited for without end."""
+    out = f"hung{first}{second}"
+    arguments = ["merge", "base", "sft", "-o", out, "--workers", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-c", HUNG_READ, *arguments],
+        cwd=large,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for number in (first, second):
+            assert process.stdout.readline() == "now\n"
+            process.send_signal(number)
+        ended = Ended(process.wait(HUNG), *process.communicate())
+    assert ended.status == status
+    assert ended.err == (
+        f"error: {word} twice; ended without waiting for what was under way; what was written is kept, and the same"
+        " command goes on where it stopped\n"
+    )
+    assert not (large / out).exists()
+    assert (large / f"{out}.partial").is_dir()
+    assert subprocess_of(*arguments, cwd=large).status == 0
+    assert files_of(large / out) == files_of(large / "whole")
 
 
 IN_A_CALLBACK = """

@@ -76,7 +76,7 @@ def test_answers_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("{", "a.jsonl, line 2: not JSON"),
         ("[1]", "a.jsonl, line 2: not an object"),
-        ('{"problem": "p", "problem": "p"}', "stands there twice"),
+        ('{"problem": "p", "problem": "p"}', "appears twice"),
         ({"response": "r", "correct": True}, "line 2: problem is missing"),
         ({"problem": "p", "correct": True}, "line 2: response is missing"),
         ({"problem": "p", "response": "r"}, 'line 2: no verdict; give "correct", true or false, or "answer"'),
@@ -120,7 +120,7 @@ def test_invalid_files_are_refused() -> None:
     cases: list[tuple[list[str], type[MergeError], str]] = [
         ([], ArgumentError, "paths is empty"),
         (["none.jsonl"], CheckpointError, "none.jsonl cannot be read: No such file"),
-        (["one"], CheckpointError, "one cannot be read: it is no plain file"),
+        (["one"], CheckpointError, "one cannot be read: it is not a plain file"),
         (["empty.jsonl"], CheckpointError, "are empty"),
         (["a.jsonl", "./a.jsonl"], ArgumentError, "given twice"),
         (["a.jsonl", "one/a.jsonl"], MismatchError, "both be the model 'a'"),
@@ -254,9 +254,9 @@ def test_the_command() -> None:
     assert json.loads(run(*files, "--json", "--reference", "b"))["reference"] == "b"
     Path("other").mkdir()
     Path("other/differences.png").write_text("mine")
-    with pytest.raises(MergeError, match=r"other/differences.png is there, and not of this command"):
+    with pytest.raises(MergeError, match=r"other/differences.png exists and is not of this command"):
         run(*files, "-o", "other")
-    with pytest.raises(MergeError, match=r"f.jsonl is no folder"):
+    with pytest.raises(MergeError, match=r"f.jsonl is not a folder"):
         run(*files, "-o", "f.jsonl")
 
 

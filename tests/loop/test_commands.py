@@ -133,6 +133,26 @@ def test_a_signal_ends_the_command_too(base: str, number: signal.Signals, status
     assert not Path(f"/proc/{int(Path('pid').read_text())}").exists()
 
 
+def test_a_second_signal_leaves_the_command_its_time_to_end(base: str) -> None:
+    """It may write a checkpoint; only then the loop ends, at once."""
+    train = (
+        "trap 'touch asked; sleep 1; touch saved; exit 1' INT; echo $$ > pid; while :; do sleep 0.1; done # {output}"
+    )
+    loop = subprocess.Popen(
+        imm_loop("base", "-o", "run", "--train", train), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    until(lambda: Path("pid").exists() and Path("pid").read_text().strip() != "")
+    loop.send_signal(signal.SIGINT)
+    until(Path("asked").exists)
+    loop.send_signal(signal.SIGINT)
+    _, told = loop.communicate(timeout=HUNG)
+    assert loop.returncode == 130
+    assert told.splitlines()[-1].startswith("error: interrupted twice; ")
+    assert Path("saved").exists()
+    assert not Path(f"/proc/{int(Path('pid').read_text())}").exists()
+
+
 def test_a_signal_that_comes_while_a_command_is_started_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

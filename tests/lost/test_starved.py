@@ -262,7 +262,7 @@ def test_files_that_may_not_be_as_large(pair: Path) -> None:
     code = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n" + NO_CHECK + BEGIN
     ended = subprocess_of("merge", "base", "sft", "-o", "out", cwd=pair, code=code)
     assert ended.status == 1
-    assert "File too large; files may not be as large there: use a smaller --max-shard-size" in ended.error
+    assert "File too large; the filesystem allows no file that large: use a smaller --max-shard-size" in ended.error
     assert subprocess_of("merge", "base", "sft", "-o", "out", cwd=pair).status == 0
 
 

@@ -133,7 +133,7 @@ def test_a_folder_of_others_in_the_place_of_the_old_one_stays(
         base = "out.old"
     monkeypatch.setattr(swap, "_exchange", lambda *_: False)
     with pytest.raises(
-        OutputError, match=r"out\.old is in the way: .*the merge is whole, in out\.partial: move it away"
+        OutputError, match=r"out\.old is in the way: .*the merge is complete in out\.partial: move out\.old away"
     ):
         merge_checkpoints(base, "sft", "out", overwrite=True)
     assert (pair / "out.old").exists()

@@ -250,7 +250,7 @@ def test_wrong_sweeps_are_wrong_usage(
 
 def test_a_killed_sweep_is_finished_by_the_same_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     arguments = ["merge", *map(str, pair), "--alpha", "0.3,0.5", "--drop", "0.9", "--workers", "1", "-o", "o-{alpha}"]
-    command = [sys.executable, "-c", held_until("told.is_set()"), *arguments]
+    command = [sys.executable, "-c", held_until("closed.is_set()"), *arguments]
     with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE) as process:
         while not (tmp_path / "o-0.5.partial" / ".imm_journal").exists():
             assert process.poll() is None

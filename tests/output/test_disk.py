@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import tempfile
 import threading
@@ -23,7 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import files_of, random_state, write_model
-from mergekit_imm import merge_checkpoints
+from commands import subprocess_of
+from mergekit_imm import OutputError, merge_checkpoints
 from mergekit_imm.output import direct_io
 
 # A block of odd tensors, so that pieces share pages, and one that spans several segments.
@@ -64,28 +67,33 @@ def write_in_pieces(path: Path, content: bytes, cuts: list[int], aligned: bool, 
             thread.join()
         direct_io.sync(handle.descriptor)
     finally:
-        os.close(handle.descriptor)
+        handle.close()
     return path.read_bytes()
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    size=st.integers(0, 40_000),
-    cuts=st.lists(st.integers(0, 40_000), max_size=12),
+    page=st.sampled_from([4096, 16384, 65536]),
+    size=st.integers(0, 10),
+    cuts=st.lists(st.integers(0, 10), max_size=12),
+    odd=st.integers(-3, 4095),
     aligned=st.booleans(),
     direct=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_any_pieces_in_any_order_make_the_file(
-    size: int, cuts: list[int], aligned: bool, direct: bool, seed: int
+    page: int, size: int, cuts: list[int], odd: int, aligned: bool, direct: bool, seed: int
 ) -> None:
+    """Whatever the size of a page, where it is no smaller than this system's."""
+    size = max(0, size * page + odd)
     content = random.Random(seed).randbytes(size)
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.object(direct_io, "_is_local", (lambda _: False) if not direct else direct_io._is_local),
+        patch.object(direct_io, "PAGE", max(page, direct_io.PAGE)),
     ):
         path = Path(folder) / "file"
-        cuts = [min(cut, size) for cut in cuts]
+        cuts = [min(max(0, cut * page + odd // 2), size) for cut in cuts]
         assert write_in_pieces(path, content, cuts, aligned, seed) == content
 
 
@@ -108,7 +116,7 @@ def test_pages_bypass_the_cache_where_they_can(tmp_path: Path) -> None:
         page = direct_io.PAGE
         assert sorted(written) == [(False, 100, page - 100), (False, 3 * page, 100), (True, page, 2 * page)]
     finally:
-        os.close(handle.descriptor)
+        handle.close()
 
 
 def test_a_place_is_where_the_file_has_it() -> None:
@@ -117,6 +125,121 @@ def test_a_place_is_where_the_file_has_it() -> None:
         found = direct_io.place(buffer, at, offset)
         assert at <= found < at + direct_io.PAGE
         assert (buffer.ctypes.data + found - offset) % direct_io.PAGE == 0
+
+
+# Python as on a machine with pages of another size. Counts what bypasses the cache, which must be whole pages.
+OTHER_PAGES = """
+import fcntl, os, sys
+size, sysconf, pwrite, direct = int(sys.argv.pop(1)), os.sysconf, os.pwrite, 0
+os.sysconf = lambda name: size if name == "SC_PAGE_SIZE" else sysconf(name)
+import numpy
+def watched(descriptor, content, offset):
+    global direct
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+        address = numpy.frombuffer(content, numpy.uint8).ctypes.data
+        assert address % size == offset % size == len(content) % size == 0, (address, offset, len(content))
+        direct += 1
+    return pwrite(descriptor, content, offset)
+os.pwrite = watched
+from mergekit_imm import merge_checkpoints
+merge_checkpoints("base", "sft", sys.argv[1], drop=0.9, workers=3)
+print(direct)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="Linux")
+@pytest.mark.parametrize("size", [16384, 65536])
+def test_pages_of_other_sizes_give_the_same_bytes(tmp_path: Path, size: int) -> None:
+    """As arm64 has them: what shares a page of the cache must not be written past it."""
+    if size < direct_io.PAGE:
+        pytest.skip("this system has larger pages")
+    for i, role in enumerate(("base", "sft")):
+        write_model(tmp_path / role, random_state(SHAPES, seed=i))
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "plain", drop=0.9, workers=1)
+    ended = subprocess_of(size, "out", cwd=tmp_path, code=OTHER_PAGES)
+    assert (ended.status, ended.err) == (0, "")
+    same = files_of(tmp_path / "plain"), files_of(tmp_path / "out")
+    assert same[0]["model.safetensors"] == same[1]["model.safetensors"]
+    handle = direct_io.open_output(tmp_path / "file", 1)
+    handle.close()
+    assert handle.direct == (int(ended.out) > 0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "memory", "offset", "direct"),
+    [(0x2000, 4, 512, True), (0x2000, 512, 2 * direct_io.PAGE, False), (0x2000, 0, 0, False), (0, 0, 0, True)],
+    ids=["smaller blocks", "larger blocks", "never direct", "not said"],
+)
+def test_a_filesystem_says_what_direct_writes_it_takes(
+    tmp_path: Path, mask: int, memory: int, offset: int, direct: bool
+) -> None:
+    handle = direct_io.open_output(tmp_path / "before", 1)
+    handle.close()
+    if not handle.direct:
+        pytest.skip("not a filesystem that is written past the cache")
+
+    def statx(_folder: int, _path: bytes, _flags: int, _mask: int, found: Any) -> int:
+        found.raw = struct.pack("I148xII", mask, memory, offset).ljust(256, b"\0")
+        return 0
+
+    with patch.object(direct_io.libc, "statx", statx, create=True):
+        handle = direct_io.open_output(tmp_path / "file", 1)
+    handle.close()
+    assert handle.direct == direct
+
+
+# --- forced to the disk
+
+
+FULL = 51  # F_FULLFSYNC of macOS
+
+
+@contextlib.contextmanager
+def full_syncs(number: int = 0) -> Iterator[dict[str, set[str]]]:
+    """A system that has F_FULLFSYNC, which fails with an error number if one is given; yields what was synced how."""
+    found: dict[str, set[str]] = {"full": set(), "plain": set()}
+    fcntl_, fsync, fdatasync = fcntl.fcntl, os.fsync, os.fdatasync
+
+    def name(descriptor: int) -> str:
+        return Path(f"/proc/self/fd/{descriptor}").readlink().name.removesuffix(".new")
+
+    def full(descriptor: int, command: int, *rest: Any) -> Any:
+        if command != FULL:
+            return fcntl_(descriptor, command, *rest)
+        if number:
+            raise OSError(number, os.strerror(number))
+        return found["full"].add(name(descriptor))
+
+    def plain(sync: Callable[[int], None]) -> Callable[[int], None]:
+        def watched(descriptor: int) -> None:
+            found["plain"].add(name(descriptor))
+            sync(descriptor)
+
+        return watched
+
+    with (
+        patch.object(fcntl, "F_FULLFSYNC", FULL, create=True),
+        patch.object(fcntl, "fcntl", full),
+        patch.object(os, "fsync", plain(fsync)),
+        patch.object(os, "fdatasync", plain(fdatasync)),
+    ):
+        yield found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux")
+def test_the_cache_of_the_drive_is_emptied_where_the_system_offers_it(tmp_path: Path) -> None:
+    """On macOS fsync leaves bytes in the drive's cache, which a power cut loses."""
+    base, sft = (write_model(tmp_path / f"in{i}", random_state(SHAPES, seed=i)) for i in range(2))
+    everything = {"out.partial", ".imm_journal", "model.safetensors", "imm_recipe.json", "imm_report.json", "README.md"}
+    with full_syncs() as synced:
+        merge_checkpoints(base, sft, tmp_path / "out")
+    assert synced["full"] >= everything | {tmp_path.name}
+    assert not synced["plain"]
+    with full_syncs(errno.ENOTSUP) as synced:
+        merge_checkpoints(base, sft, tmp_path / "out", alpha=0.25, overwrite=True)
+    assert synced["plain"] >= everything
+    with full_syncs(errno.EIO), pytest.raises(OutputError, match="cannot be written: Input/output error; check the d"):
+        merge_checkpoints(base, sft, tmp_path / "out", alpha=0.75, overwrite=True)
 
 
 # --- what systems do to reads and writes
@@ -163,8 +286,6 @@ def no_direct_writes() -> Iterator[None]:
     pwrite = os.pwrite
 
     def refused(descriptor: int, content: Any, offset: int) -> int:
-        import fcntl
-
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return pwrite(descriptor, content, offset)

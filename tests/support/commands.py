@@ -52,20 +52,23 @@ main()
 """
 
 
-HELD = """
+STOPPING = """
 import os, signal, sys, threading, time
 from mergekit_imm.cli.main import main
-from mergekit_imm.numerics import cpu
 signal.signal(signal.SIGINT, signal.default_int_handler)
-merge_span, told = cpu.merge_span, threading.Event()
-def listen():
-    os.read(0, 1)  # standard input is closed
-    told.set()
 def stopping():  # the main thread waits for its workers
     frame = sys._current_frames()[threading.main_thread().ident]
     while frame is not None and frame.f_code is not threading.Thread.join.__code__:
         frame = frame.f_back
     return frame is not None
+"""
+
+HELD = """
+from mergekit_imm.numerics import cpu
+merge_span, closed = cpu.merge_span, threading.Event()
+def listen():
+    os.read(0, 1)  # standard input is closed
+    closed.set()
 def held(*arguments):
     merge_span(*arguments)
     while threading.current_thread() is not threading.main_thread() and not (UNTIL):
@@ -77,8 +80,31 @@ main()
 
 
 def held_until(what: str) -> str:
-    """A command whose workers wait: until `told.is_set()`, its standard input is closed; or `stopping()`, it ends."""
-    return HELD.replace("UNTIL", what)
+    """A command whose workers wait: until `closed.is_set()`, its standard input; or `stopping()`, it ends."""
+    return STOPPING + HELD.replace("UNTIL", what)
+
+
+# A command whose workers hang in a read, after some. It says when they do, and when it waits for them.
+HUNG_READ = (
+    STOPPING
+    + """
+preadv, reads = os.preadv, []
+def hanging(*arguments):
+    if threading.current_thread() is not threading.main_thread():
+        reads.append(1)
+        if len(reads) > 12:
+            threading.Event().wait()
+    return preadv(*arguments)
+def watch():
+    for what in (lambda: len(reads) > 13, stopping):
+        while not what():
+            time.sleep(0.01)
+        print("now", flush=True)
+threading.Thread(target=watch, daemon=True).start()
+os.preadv = hanging
+main()
+"""
+)
 
 
 LATE = """

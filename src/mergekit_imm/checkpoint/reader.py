@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.abandoned import when_unused
 from .checkpoint import Checkpoint
 from .lazy_tensor import Computed, Raw, Read, Reads, Tensor, decoded
 from .safetensors_file import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into
@@ -48,6 +49,9 @@ class Files:
         return self
 
     def __exit__(self, *_: object) -> None:  # noqa: D105
+        when_unused(self._close)
+
+    def _close(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
 

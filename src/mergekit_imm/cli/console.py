@@ -1,4 +1,4 @@
-"""What every command does alike: errors of one line, exit statuses, signals, progress, printing."""
+"""What all commands share: one-line errors, exit statuses, signals, progress, printing."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 class _Stopped(BaseException):
-    """The process was asked to end, by this signal. Not a KeyboardInterrupt, of which click makes its own."""
+    """A signal asked the process to end. Not a KeyboardInterrupt, which click turns into its own exception."""
 
 
-def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command; exit 0 done, 1 refused or failed, 2 wrong usage, 128 + the number on signals."""
+def run_and_exit(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 done, 1 refused or failed, 2 wrong usage, 128 + its number for a signal."""
     with speaking_of_options():
         _run(command, arguments)
 
@@ -40,14 +40,16 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
     merging = command.name == "imm-merge" and not {"--dry-run", "--check"} & set(arguments)
     merging |= command.name == "imm-loop"
     kept = "; what was written is kept, and the same command goes on where it stopped" if merging else ""
+    numbers: list[int] = []
     try:
-        _listen()
+        numbers += _signals()
+        _listen(numbers, kept)
         if isinstance(command, click.Group) and not arguments:
             tell(command.get_help(click.Context(command, info_name=command.name)))
             sys.exit(2)
         status = command.main(arguments, prog_name=command.name, standalone_mode=False)
         sys.stdout.flush()
-        _ignore_signals()  # it is done
+        _on_signals(numbers, signal.SIG_IGN)  # it is done
         sys.exit(status if isinstance(status, int) else 0)
     except click.UsageError as error:
         usage = error.ctx.get_usage() if error.ctx else f"Usage: {command.name} --help"
@@ -59,14 +61,14 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         _fail(f"interrupted{kept}", 130)
     except _Stopped as stopped:
-        number = stopped.args[0]
-        _fail(f"{'interrupted' if number == signal.SIGINT else 'terminated'}{kept}", 128 + number)
+        _on_signals(numbers, signal.SIG_IGN)  # it ends in a moment, with one line
+        _fail(f"{_word(stopped.args[0])}{kept}", 128 + stopped.args[0])
     except BrokenPipeError:
         _let_go_of_stdout()
         sys.exit(1)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EIO):
-            _let_go_of_stdout()  # of what click prints by itself
+            _let_go_of_stdout()  # click itself was printing, its help for example
             _fail(f"standard output cannot be written: {error.strerror}", 1)
         if debug:
             raise
@@ -75,7 +77,7 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
 
 @contextmanager
 def values_checked() -> Iterator[None]:
-    """Turn an ArgumentError into wrong usage: what is within looks at values alone, and opens no file."""
+    """Turn an ArgumentError into wrong usage. The block must check values only, and open no file."""
     try:
         yield
     except ArgumentError as error:
@@ -83,7 +85,7 @@ def values_checked() -> Iterator[None]:
 
 
 def pictures_or_note(draw: Callable[[], T], *, quiet: bool) -> T | None:
-    """Return what is drawn, or None and a note where matplotlib is missing: everything else is done all the same."""
+    """Return the pictures; without matplotlib print a note and return None, so that the command goes on."""
     try:
         return draw()
     except ModuleNotFoundError as error:
@@ -95,7 +97,7 @@ def pictures_or_note(draw: Callable[[], T], *, quiet: bool) -> T | None:
 
 
 def _allow_open_files() -> None:
-    """As many as the system permits: models have hundreds of files, and sweeps as many for each output."""
+    """Raise the limit of open files as far as permitted: models have hundreds, and sweeps as many for each output."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -115,50 +117,62 @@ def say(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Print on standard error, if that can be."""
+    """Print on standard error; ignore an error there."""
     with suppress(OSError):
         click.echo(text, err=True)
 
 
 def _let_go_of_stdout() -> None:
-    """See to it that Python does not try again when it ends."""
+    """Keep Python from flushing standard output again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _listen() -> None:
-    """Let SIGTERM, SIGINT and SIGHUP raise _Stopped, once."""
-    numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+def _signals() -> list[int]:
+    """Return the signals to handle: not those that a shell or nohup ignores, nor those that a caller handles."""
+    numbers: list[int] = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
-    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         numbers.append(signal.SIGHUP)
+    return numbers
+
+
+def _on_signals(numbers: Sequence[int], handler: Callable[[int, Any], Any] | signal.Handlers) -> None:
+    for number in numbers:
+        signal.signal(number, handler)
+
+
+def _word(number: int) -> str:
+    return "interrupted" if number == signal.SIGINT else "terminated"
+
+
+def _listen(numbers: Sequence[int], kept: str) -> None:
+    """Let a first signal raise _Stopped, and a second one end the process at once: a worker may hang in a read."""
 
     def stop(number: int, _: object) -> NoReturn:
-        _ignore_signals()  # what is being written comes to its end, in a moment, before the files are closed
+        _on_signals(numbers, end)
         raise _Stopped(number)
 
-    def listen() -> None:
-        for number in numbers:
-            signal.signal(number, stop)
+    def end(number: int, _: object) -> NoReturn:
+        bar = "\n\x1b[?25h" if sys.stderr.isatty() else ""  # a bar hides the cursor
+        line = f"{bar}error: {_word(number)} twice; ended without waiting for what was under way{kept}\n"
+        with suppress(Exception):
+            sys.stderr.flush()
+        with suppress(OSError):
+            os.write(2, line.encode())  # not by Python's stream, which this handler may have interrupted
+        os._exit(128 + number)  # nothing is closed: a worker's late write must not land in another file
 
     def swallowed(about: sys.UnraisableHookArgs) -> None:
         if not isinstance(about.exc_value, _Stopped):
             sys.__unraisablehook__(about)
             return
-        # It was raised where nothing can be: in a callback of a library, as when the kernel is loaded. Once more, soon.
-        listen()
+        # It was raised in a callback of a library, as when the kernel is loaded, and went no further. Send it again.
+        _on_signals(numbers, stop)
         threading.Timer(0.02, os.kill, (os.getpid(), about.exc_value.args[0])).start()
 
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = swallowed
-    listen()
-
-
-def _ignore_signals() -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    if sys.platform != "win32":
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _on_signals(numbers, stop)
 
 
 def _fail(message: str, status: int, before: str = "") -> NoReturn:
@@ -174,7 +188,7 @@ def _written(per_second: float) -> str:
 def progress_bar(
     label: str, *, shown: bool, rate: Callable[[float], str] = _written
 ) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with time left, and what `rate` makes of steps in a second, on a terminal; nothing on a pipe."""
+    """Yield a function that draws a bar with the time left and `rate` of the steps in a second; None off a terminal."""
     if not shown or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads
         yield None

@@ -9,7 +9,7 @@ import click
 
 from ..common.version import __version__
 from .analyze import analyze_command
-from .console import run
+from .console import run_and_exit
 from .loop import loop_command
 from .merge import merge_command
 from .verify import verify_command
@@ -17,22 +17,22 @@ from .verify import verify_command
 
 def imm_merge() -> NoReturn:
     """Run `imm-merge`."""
-    run(merge_command)
+    run_and_exit(merge_command)
 
 
 def imm_verify() -> NoReturn:
     """Run `imm-verify`."""
-    run(verify_command)
+    run_and_exit(verify_command)
 
 
 def imm_loop() -> NoReturn:
     """Run `imm-loop`."""
-    run(loop_command)
+    run_and_exit(loop_command)
 
 
 def imm_analyze() -> NoReturn:
     """Run `imm-analyze`."""
-    run(analyze_command)
+    run_and_exit(analyze_command)
 
 
 def main() -> NoReturn:
@@ -43,7 +43,7 @@ def main() -> NoReturn:
     arguments = sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:]  # `torchrun -m mergekit_imm -- merge`
     name = arguments[0] if arguments else ""
     if name in commands:
-        run(commands[name], arguments[1:])
+        run_and_exit(commands[name], arguments[1:])
     if name == "--version":
         click.echo(f"mergekit_imm, version {__version__}")
         sys.exit(0)

@@ -1,1 +1,1 @@
-"""What every room uses: JSON from strangers, texts of messages, checks of values, the version."""
+"""What every package uses: untrusted JSON, texts of messages, checks of values, abandoned workers, the version."""

@@ -1,4 +1,4 @@
-"""What callers give in the place of a path, a text, a number or tensors: taken as it is, or refused in one line."""
+"""Check arguments that should be paths, strings, numbers or tensors; each error says in one line what was given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODEL_PLACE = "a folder, a .safetensors file or a hub id org/name[@revision]"
 
 
 def as_path(name: str, value: Any, wanted: str = MODEL_PLACE) -> str | Path:
-    """Return a path, of any kind that Python has. Raises ArgumentError, which says what was given instead."""
+    """Return a str or Path of anything path-like. Raises ArgumentError, which says what was given instead."""
     if isinstance(value, str | Path):
         return value
     if isinstance(value, os.PathLike):
@@ -27,7 +27,7 @@ def as_path(name: str, value: Any, wanted: str = MODEL_PLACE) -> str | Path:
 
 
 def described(value: Any) -> str:
-    """Say what a value is, and where it could be given instead.
+    """Describe a value for a message, with the function that takes such a value if there is one.
 
     >>> described([1, 2]), described(None)
     ('a list of 2', 'None')
@@ -36,58 +36,58 @@ def described(value: Any) -> str:
     if value is None:
         return "None"
     if is_module(value):
-        return f"a model in memory ({kind}), which merge_into merges, as the sft, and save_pretrained makes a folder of"
+        return f"a model in memory ({kind}), which merge_into merges as the sft and save_pretrained saves to a folder"
     if is_tensor(value):
         return "a tensor, which dare_merge merges"
     if isinstance(value, Mapping):
         return f"a {kind} of {len(value)} names; dare_merge merges tensors by name"
     if isinstance(value, bytes | bytearray):
-        return f"{kind}, of which os.fsdecode makes a text"
+        return f"{kind}, which os.fsdecode turns into a string"
     if isinstance(value, list | tuple | set | frozenset):
         return f"a {kind} of {len(value)}"
     return f"{shown(repr(value), 60)}, a {kind}"
 
 
 def is_module(value: Any) -> bool:
-    """Whether a value is a model of torch, which need not be imported."""
+    """Return whether a value is a torch module, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.nn.Module)
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value is a tensor of torch, which need not be imported."""
+    """Return whether a value is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def check_state(label: str, state: Any) -> None:
-    """Raise ArgumentError unless this is a mapping of tensors by name."""
+    """Raise ArgumentError unless `state` maps names to tensors."""
     if not isinstance(state, Mapping):
         raise ArgumentError(f"{label} is {described(state)}; give a mapping of tensors by name, such as a state dict")
     for name, value in state.items():
         if not isinstance(name, str):
-            raise ArgumentError(f"{label} has the key {shown(repr(name), 60)}; names of tensors are texts")
+            raise ArgumentError(f"{label} has the key {shown(repr(name), 60)}; tensor names are strings")
         if not is_tensor(value):
-            how = "; torch.from_numpy makes a tensor of it" if type(value).__module__ == "numpy" else ""
-            how = "; read it as a whole, with [:]" if type(value).__name__ == "PySafeSlice" else how
+            how = "; convert it with torch.from_numpy" if type(value).__module__ == "numpy" else ""
+            how = "; read all of it, with [:]" if type(value).__name__ == "PySafeSlice" else how
             raise ArgumentError(f"tensor '{shown(name)}' of {label} is a {type(value).__name__}, not a tensor{how}")
 
 
 def check_name(name: Any) -> None:
-    """Raise ArgumentError unless this is a name of a tensor."""
+    """Raise ArgumentError unless `name` is a string."""
     if not isinstance(name, str):
-        raise ArgumentError(f"name is {shown(repr(name), 60)}; give the tensor's name in the base's file, a text")
+        raise ArgumentError(f"name is {shown(repr(name), 60)}; give the tensor's name in the base's file, a string")
 
 
 def as_text(name: str, value: Any) -> str:
-    """Return a text. Raises ArgumentError for anything else."""
+    """Return `value` if it is a string. Raises ArgumentError."""
     if not isinstance(value, str):
         raise ArgumentError(f"{name} is {described(value)}; give a text")
     return value
 
 
 def as_texts(name: str, texts: Sequence[str], *, empty: bool = False) -> list[str]:
-    """Return texts as a list; refuse a bare text, other things than texts, and empty ones."""
+    """Return texts as a list. Raises ArgumentError for a bare string, other types and, unless `empty`, empty texts."""
     if isinstance(texts, (str, bytes)):
         raise ArgumentError(f"{name}: one text '{shown(texts, 60)}'; give a list of texts")
     try:
@@ -103,23 +103,23 @@ def as_texts(name: str, texts: Sequence[str], *, empty: bool = False) -> list[st
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number, or too small."""
+    """Raise ArgumentError unless `value` is an integer of at least `least`."""
     if not is_integer(value) or value < least:
         raise ArgumentError(f"{name} is {shown(repr(value), 60)}; it must be a whole number, {least} or more")
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value is an integer, numpy's among them; True and False are not."""
+    """Return whether a value is an integer, of numpy too; bools are not."""
     return isinstance(value, int | Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a number, numpy's among them; True and False are not."""
+    """Return whether a value is a real number, of numpy too; bools are not."""
     return isinstance(value, int | float | Real) and not isinstance(value, bool)
 
 
 def as_number(value: Any) -> Any:
-    """Return a number as one of Python's, of the same value, so that it can be written; anything else as it is.
+    """Return a number as a Python int or float, which JSON can hold; anything else unchanged.
 
     >>> import numpy as np
     >>> as_number(np.float32(0.5)), as_number(np.int64(3)), as_number("x")

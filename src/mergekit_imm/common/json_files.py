@@ -1,4 +1,4 @@
-"""JSON from files of others: whatever is wrong with it is a ValueError."""
+"""Parse untrusted JSON; every defect raises ValueError."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-DEPTH = 64  # no config is nested as deep; Python ends at a thousand
-SIZE = 256 << 20  # bytes; the index of a million tensors has half of that
+DEPTH = 64  # far deeper than any config; Python's own limit is about a thousand
+SIZE = 256 << 20  # bytes; the index of a million tensors takes half of it
 
 Pairs = Callable[[Iterable[tuple[str, Any]]], dict[str, Any]]
 
 
 def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
-    """Parse JSON; `pairs` makes the objects. Raises ValueError, also for text no file can hold and endless nesting."""
+    """Parse JSON; `pairs` builds the objects. Raises ValueError, also for lone surrogates and deep nesting."""
     try:
         parsed = json.loads(content, object_pairs_hook=pairs)
     except RecursionError:
@@ -28,22 +28,22 @@ def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
     if level:
         raise ValueError(f"it is nested more than {DEPTH} levels deep")
     if rb"\u" in content:
-        json.dumps(parsed, ensure_ascii=False).encode()  # half a pair of surrogates is a UnicodeEncodeError
+        json.dumps(parsed, ensure_ascii=False).encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
     return parsed
 
 
 def without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a mapping; a name that stands there twice is a ValueError."""
+    """Return a mapping of the pairs. Raises ValueError for a name that appears twice."""
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise ValueError(f"the name {key!r} stands there twice")
+            raise ValueError(f"the name {key!r} appears twice")
         content[key] = value
     return content
 
 
 def read_small(path: Path) -> bytes:
-    """Return the bytes of a file that is small by its nature. Raises OSError, also for one that is not."""
+    """Return the content of a file. Raises OSError, also for one of more than SIZE bytes or not a plain file."""
     size = plain_size(path)
     if size > SIZE:
         raise OSError(errno.EFBIG, f"it has {size} bytes, more than {SIZE}")
@@ -51,15 +51,15 @@ def read_small(path: Path) -> bytes:
 
 
 def plain_size(path: Path) -> int:
-    """Return the size of a plain file. Raises OSError, also for what is none: whoever opened a pipe would wait."""
+    """Return the size of a plain file. Raises OSError, also for a pipe, which would block whoever opens it."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "it is no plain file")
+        raise OSError(errno.EINVAL, "it is not a plain file")
     return status.st_size
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written: of a name whose bytes are no UTF-8, Python makes half characters.
+    """Return whether a string can be encoded; Python decodes file names that are not UTF-8 with lone surrogates.
 
     >>> is_utf8("modèle"), is_utf8(b"\\xff".decode(errors="surrogateescape"))
     (True, False)

@@ -1,10 +1,10 @@
-"""Texts of messages: names that may stand in them, sizes, and whom they speak to."""
+"""Pieces of messages: escaped names, sizes, options of the command line as parameters of Python."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _LISTS = ("keep", "leave-out", "no-drop", "rename", "take")
@@ -29,7 +29,7 @@ _in_command = False
 
 @contextmanager
 def speaking_of_options() -> Iterator[None]:
-    """Let messages speak of options, as long as a command runs in this process."""
+    """Keep the options in messages as they are, while a command runs in this process."""
     global _in_command
     before, _in_command = _in_command, True
     try:
@@ -39,7 +39,7 @@ def speaking_of_options() -> Iterator[None]:
 
 
 def for_caller(text: str) -> str:
-    """Return a message as whoever called reads it: a command's user as it is written, others with parameters.
+    """Return a message unchanged for a user of a command, and with parameters for a caller in Python.
 
     >>> for_caller("take it with --take '^h[.]1$', or give --iteration N, --vocab sft or --overwrite")
     'take it with take=[r"^h[.]1$"], or give iteration=N, vocab="sft" or overwrite=True'
@@ -65,7 +65,7 @@ def _parameter(found: re.Match[str]) -> str:
 
 
 def bytes_text(count: int) -> str:
-    """Return a number of bytes as it may stand in a message.
+    """Return a number of bytes in short.
 
     >>> bytes_text(3_090_000_000), bytes_text(512)
     ('3.09 GB', '512 bytes')
@@ -76,8 +76,17 @@ def bytes_text(count: int) -> str:
     return f"{count} bytes"
 
 
+def first_few(texts: Sequence[str], between: str = "; ") -> str:
+    """Return the first three of some texts, and an ellipsis if there are more.
+
+    >>> first_few(["alpha", "drop"]), first_few(["a", "b", "c", "d"], ", ")
+    ('alpha; drop', 'a, b, c, …')
+    """
+    return between.join([*texts[:3], *(["…"] if len(texts) > 3 else [])])
+
+
 def shown(name: object, limit: int = 120) -> str:
-    """Return a name from a file as it may stand in a message: escaped, and cut when long.
+    """Return an untrusted name for a message: escaped, and cut at `limit` characters.
 
     >>> shown("a\\nb")
     'a\\\\nb'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from ..checkpoint.assemble import in_part
 from ..checkpoint.safetensors_file import TensorInfo, open_tensorfile
+from ..common.abandoned import when_unused
 from ..common.messages import shown
 from ..errors import OutputError
 from ..numerics.statistics import RECORD
@@ -103,7 +103,7 @@ def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Written:
     for file in plan.files:
         direct_io.make_folder((partial / file.name).parent)
         handle = handles[file.name] = direct_io.open_output(partial / file.name, file.size)
-        stack.callback(os.close, handle.descriptor)
+        stack.callback(when_unused, handle.close)
         direct_io.write_at(handle, memoryview(file.head), 0)
         job.written += len(file.head)
         if size > 1:
@@ -124,7 +124,7 @@ def _joined(job: Job, recipe: bytes, rank: int, finished: Finished, stack: ExitS
     handles = {}
     for file in job.plan.files:
         handle = handles[file.name] = direct_io.open_output(job.partial / file.name, None)
-        stack.callback(os.close, handle.descriptor)
+        stack.callback(when_unused, handle.close)
     return _Written(job, own, finished, handles)
 
 

@@ -263,7 +263,7 @@ def _opened(path: Path, cure: str) -> Iterator[int]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # whoever opened a pipe would wait
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise OSError(errno.EINVAL, "it is no plain file")
+            raise OSError(errno.EINVAL, "it is not a plain file")
     except OSError as error:
         raise VerifyError(f"{shown(path)} cannot be read: {error.strerror}; {cure}") from error
     try:

@@ -21,18 +21,20 @@ import numpy as np
 from ..checkpoint.lazy_tensor import Computed, Raw, Tensor
 from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
+from ..common.abandoned import abandon
 from ..common.messages import shown
-from ..errors import MismatchError, NonFiniteError
+from ..errors import NonFiniteError
 from ..numerics.mask import BLOCK, Arithmetic, arithmetic
 from ..numerics.statistics import KEPT, RECORD, Record, is_finite, new_tally, to_record
 from ..output.direct_io import PAGE, place
 from ..plan.advice import Advice
 from ..plan.plan import Item, Plan, Segment
 from ..transforms.sparsified_delta import Sparsified, count_kept
+from .bad_values import check_equal, find_bad_values, names_of, or_other
 
 BUFFERS = 64 << 20  # of all workers together
 BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its output fits, wherever a page begins
-LEAST = 16 * PAGE  # of one, however many there are: a block of any dtypes fits
+LEAST = (64 << 10) + PAGE  # of one, however many there are: a block of any dtypes fits
 
 Sink = Callable[[int, TensorInfo, int, memoryview], None]  # number of the plan, where, first byte of the tensor, bytes
 Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
@@ -88,7 +90,7 @@ def warm_up(plans: Sequence[Plan], device: Device) -> None:
     items = [(item, item.is_merged(0)) for plan in plans for item in plan.items if not item.raw]
     items += [(item, False) for item, merged in items if merged and item.common is not None]
     for item, merged in items:
-        roles, constants = (tuple(item.sides), item.constants) if merged else (("base",), _CONVERT)
+        roles, constants = (tuple(item.sides), item.constants) if merged else (("base",), CONVERT)
         read = item.sides if merged else _converted(item)
         dtypes = (*(side.dtype for side in read.values()), item.outs[0].dtype)
         kind = (roles, dtypes, constants.is_identity, constants.is_delta, constants.alpha in (0, 1))
@@ -96,9 +98,7 @@ def warm_up(plans: Sequence[Plan], device: Device) -> None:
             seen.add(kind)
             *inputs, out = ((np.zeros(BLOCK * DTYPE_BITS[dtype] // 8, np.uint8), dtype) for dtype in dtypes)
             raws = dict(zip(roles, inputs, strict=True))
-            base = raws["base"]
-            start = raws.get("start", base)
-            sft = raws.get("sft", start)
+            base, start, sft = base_start_sft(raws)
             device.merge(base, start, sft, out, BLOCK, 0, item.key, constants, new_tally())
 
 
@@ -130,13 +130,20 @@ def run(
 def in_threads(
     todo: Iterable[T], worker: Callable[[], Callable[[T], R]], workers: int, stop: threading.Event | None = None
 ) -> Generator[R | None, None, None]:
-    """Work on tasks in threads, each with what `worker` makes for it, and yield the results; see `run`."""
+    """Work on tasks in threads, each with what `worker` makes for it, and yield the results; see `run`.
+
+    Whatever ends it, it waits for the workers first. Interrupted again while it waits, it abandons them: so what they
+    use must be closed by `when_unused`.
+    """
     source = enumerate(todo)
     turn = threading.Lock()
     stop = stop or threading.Event()
     results: queue.SimpleQueue[tuple[int, R | None, BaseException | None] | None] = queue.SimpleQueue()
 
+    ends: list[threading.Event] = []
+
     def work() -> None:
+        ends.append(end := threading.Event())
         index = -1
         try:
             process = worker()
@@ -149,6 +156,7 @@ def in_threads(
         except BaseException as error:
             stop.set()
             results.put((index, None, error))
+        end.set()
         results.put(None)
 
     threads: list[threading.Thread] = []
@@ -156,8 +164,8 @@ def in_threads(
     try:
         for i in range(workers):
             thread = threading.Thread(target=work, name=f"merge-{i}", daemon=True)
-            thread.start()
             threads.append(thread)
+            thread.start()
         running = workers
         while running:
             try:
@@ -172,9 +180,14 @@ def in_threads(
             else:
                 yield result[1]
     finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+        try:
+            stop.set()
+            for thread in threads:
+                if thread.is_alive():
+                    thread.join()
+        except BaseException:  # interrupted while it waits: a worker may hang in a read
+            abandon(tuple(ends))
+            raise
     if failures:
         raise min(failures, key=lambda failure: failure[0])[1]
 
@@ -223,31 +236,34 @@ def _merge(
             at += step * widths[role]
         at = place(buffer, at, out_begin + first * out_width)
         out = (buffer[at : at + count * out_width], out_dtype)
-        base = raws["base"]
-        start = raws.get("start", base)
-        sft = raws.get("sft", start)  # an adapter leaves the rest as it was
+        base, start, sft = base_start_sft(raws)
         for number, tally in tallies.items():
             each = plans[number].items[segment.item]
-            device.merge(
-                base, start, sft, out, count, first, each.key, _CONVERT if converted else each.constants, tally
-            )
+            device.merge(base, start, sft, out, count, first, each.key, CONVERT if converted else each.constants, tally)
             if isinstance(sides.get("sft"), Sparsified):  # dropped before it was read: here nothing was
                 tally[KEPT] += count_kept(*raws["sft"]) - count
             if not is_finite(tally):
                 p = plans[number].options
                 merge = f" (alpha {p.alpha}, drop {p.drop}, seed {p.seed})" if len(plans) > 1 else ""
-                _look_closer(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
+                _check_values(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
             for target in each.outs:
                 sink(number, target, first * out_width, memoryview(out[0]))  # type: ignore[arg-type]
     return {number: to_record(tally) for number, tally in tallies.items()}
 
 
-_CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)
+CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)  # the base, in the output's dtype
 
 
 def _converted(item: Item) -> Mapping[str, Tensor]:
     """What is kept or taken in another dtype, or of an item that is merged the rows of one model alone."""
     return {item.owner: item.sides[item.owner]} if item.action == "merge" else item.sides
+
+
+def base_start_sft(raws: Mapping[str, T]) -> tuple[T, T, T]:
+    """Return what stands for each model: without a start it is the base; without an sft, as an adapter, the start."""
+    base = raws["base"]
+    start = raws.get("start", base)
+    return base, start, raws.get("sft", start)
 
 
 def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: Sink) -> None:
@@ -262,21 +278,13 @@ def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: S
         for other, side in others:
             mirror = buffer[step + PAGE : step + PAGE + count]
             files.read(other, side, first, mirror)
-            if not np.array_equal(content, mirror):
-                width = DTYPE_BITS[side.dtype] // 8
-                element = (first + int(np.flatnonzero(content != mirror)[0])) // width
-                cure = Advice(plan.inputs, plan.options).either("--keep", "--take", names=names_of(item))
-                raise MismatchError(
-                    f"tensor '{shown(item.name)}' is {side.dtype} and not merged, but it differs at element {element}"
-                    f" between {plan.inputs[role].label} and {plan.inputs[other].label};"
-                    f" {f'choose one with {cure}' if cure else 'make them equal'}"
-                )
+            check_equal(item, first, (role, content), (other, mirror), Advice(plan.inputs, plan.options))
         for number in wanted:
             for target in item.outs:
                 sink(number, target, first, memoryview(content))  # type: ignore[arg-type]
 
 
-def _look_closer(
+def _check_values(
     plan: Plan,
     item: Item,
     raws: dict[str, tuple[Raw, str]],
@@ -285,37 +293,24 @@ def _look_closer(
     files: Files,
     merge: str,
 ) -> None:
-    """Find out whether a sum that is not finite means that the merge must stop; raise if it does."""
-    from ..numerics.cpu import finite_elements
-
+    """Raise NonFiniteError if a sum that is not finite must end the merge."""
+    found = find_bad_values(item, raws, out, allow_nonfinite=plan.options.allow_nonfinite)
+    if found is None:
+        return
     advice = Advice(plan.inputs, plan.options)
-    finite = {role: finite_elements(*raw) for role, raw in raws.items()}
-    bad_inputs = [role for role, good in finite.items() if not good.all()]
-    if bad_inputs and item.action == "merge" and not plan.options.allow_nonfinite:
-        role = bad_inputs[0]
-        other, option = ("sft", "--take") if role == "base" else ("base", "--keep")
-        bad, element = _count_nonfinite(item.sides[role], role, files)
-        cure = advice.either(option, names=names_of(item))
-        instead = f", or use the {other}'s with {cure}" if cure else ""
+    if found.role is not None:
+        bad, element = _count_nonfinite(item.sides[found.role], found.role, files)
         raise NonFiniteError(
-            f"tensor '{shown(item.name)}' of {plan.inputs[role].label} has {bad} NaN or infinite of"
+            f"tensor '{shown(item.name)}' of {plan.inputs[found.role].label} has {bad} NaN or infinite of"
             f" {item.source.count} elements, the first at index {element}; train or save it again, let them through"
-            f" with --allow-nonfinite{instead}"
+            f" with --allow-nonfinite{or_other(item, found.role, advice)}"
         )
-    overflown = ~finite_elements(*out) & np.logical_and.reduce(list(finite.values()))
-    if overflown.any():
-        wider = {"F16": "--dtype bfloat16", "BF16": "--dtype float32"}.get(out[1])
-        wider = wider or advice.either("--keep", names=names_of(item)) or "a larger --alpha"
-        element = first + int(np.argmax(overflown))
-        raise NonFiniteError(
-            f"tensor '{shown(item.name)}': the merged value of element {element}{merge} is too large for the output"
-            f" dtype {out[1]}; use {wider}"
-        )
-
-
-def names_of(item: Item) -> set[str]:
-    """The names that an item has in the files."""
-    return {item.name, *(out.name for out in item.outs)}
+    wider = {"F16": "--dtype bfloat16", "BF16": "--dtype float32"}.get(out[1])
+    wider = wider or advice.either("--keep", names=names_of(item)) or "a larger --alpha"
+    raise NonFiniteError(
+        f"tensor '{shown(item.name)}': the merged value of element {first + found.first}{merge} is too large for the"
+        f" output dtype {out[1]}; use {wider}"
+    )
 
 
 def _count_nonfinite(tensor: Tensor, role: str, files: Files) -> tuple[int, int]:

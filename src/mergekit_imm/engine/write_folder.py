@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.reader import check_inputs
-from ..common.messages import shown
+from ..common.messages import first_few, shown
 from ..errors import ArgumentError, ChangedError, CheckpointError, MismatchError, NonFiniteError, OutputError
 from ..options.options import Progress, RunOptions
 from ..options.recipe import differences, read_recipe, to_json, without_places
@@ -117,7 +117,7 @@ def _what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
         found = None
     changes = differences(without_places(found), without_places(recipe)) if found else []
     if changes:
-        return f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})"
+        return f"holds another merge ({first_few(changes)})"
     return "lacks files of this very merge" if found else "not empty"
 
 
@@ -289,8 +289,8 @@ def check_unfinished(partial: Path, recipe: Mapping[str, Any]) -> None:
     changes = differences(without_places(found), without_places(recipe))
     if changes:
         raise OutputError(
-            f"{shown(partial)} is an unfinished merge of another recipe ({'; '.join(changes[:3])}"
-            f"{'; …' if len(changes) > 3 else ''}); finish that one, or --restart to begin anew"
+            f"{shown(partial)} is an unfinished merge of another recipe ({first_few(changes)});"
+            " finish that one, or --restart to begin anew"
         )
 
 

@@ -14,9 +14,10 @@ from ..checkpoint.lazy_tensor import Raw, Tensor
 from ..checkpoint.reader import Files, check_inputs
 from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
-from ..engine.workers import in_threads, names_of
-from ..errors import MismatchError, NonFiniteError
-from ..numerics.mask import BLOCK, arithmetic
+from ..engine.bad_values import check_equal, find_bad_values, or_other
+from ..engine.workers import CONVERT, base_start_sft, in_threads
+from ..errors import NonFiniteError
+from ..numerics.mask import BLOCK
 from ..numerics.statistics import is_finite, new_tally
 from ..options.options import MergeOptions, Progress
 from ..plan.advice import Advice
@@ -78,9 +79,6 @@ def _spans(jobs: Sequence[Job]) -> Iterator[_Span]:
                 yield _Span(job, tuple(span))
 
 
-_CONVERT = arithmetic(alpha=1.0, drop=0.0)
-
-
 class Work:
     """All that is to be computed here, once to see that it can be written, and once to write it."""
 
@@ -94,6 +92,7 @@ class Work:
     ) -> None:
         self.inputs, self.options, self.jobs, self.workers = inputs, options, jobs, workers
         self.progress, self.done = progress, 0
+        self.advice = Advice(inputs, options)
         self.total = 2 * sum(_bytes(span) for span in _spans(jobs)) if progress is not None else 0
 
     def run(self, *, write: bool) -> None:
@@ -149,55 +148,39 @@ class Work:
             role: (self._read(role, side, span, buffer, files), side.dtype)
             for (role, side), buffer in zip(sides.items(), buffers, strict=False)
         }
-        base = raws["base"]
-        start = raws.get("start", base)
-        sft = raws.get("sft", start)
+        base, start, sft = base_start_sft(raws)
         out: tuple[Raw, str] = (buffers[3][: span.count * DTYPE_BITS[target.dtype] // 8], target.dtype)
-        constants = item.constants if item.action == "merge" else _CONVERT
+        constants = item.constants if item.action == "merge" else CONVERT
         tally = new_tally()
         merge_span(base, start, sft, out, span.count, span.low, item.key, constants, tally)
         if not is_finite(tally):
-            self._look_closer(span, raws, out)
+            self._check_values(span, raws, out)
         return out[0]
 
-    def _look_closer(self, span: _Span, raws: Mapping[str, tuple[Raw, str]], out: tuple[Raw, str]) -> None:
-        from ..numerics.cpu import finite_elements
-
+    def _check_values(self, span: _Span, raws: Mapping[str, tuple[Raw, str]], out: tuple[Raw, str]) -> None:
         item = span.job.item
-        finite = {role: finite_elements(*raw) for role, raw in raws.items()}
-        for role, good in finite.items():
-            if good.all() or item.action != "merge" or self.options.allow_nonfinite:
-                continue
-            other, option = ("model", "--take") if role == "base" else ("base", "--keep")
-            cure = Advice(self.inputs, self.options).either(option, names=names_of(item))
-            instead = f", or use the {other}'s with {cure}" if cure else ""
+        found = find_bad_values(item, raws, out, allow_nonfinite=self.options.allow_nonfinite)
+        if found is None:
+            return
+        element = span.low + found.first
+        if found.role is not None:
             raise NonFiniteError(
-                f"tensor '{shown(item.name)}' of {self.inputs[role].label} is NaN or infinite at index"
-                f" {span.low + int(np.argmin(good))} ({int((~good).sum())} such elements near it); go back to a model"
-                f" without, or let them through with allow_nonfinite{instead}"
+                f"tensor '{shown(item.name)}' of {self.inputs[found.role].label} is NaN or infinite at index {element}"
+                f" ({found.count} such elements near it); go back to a model without, or let them through with"
+                f" allow_nonfinite{or_other(item, found.role, self.advice, sft='model')}"
             )
-        overflown = ~finite_elements(*out) & np.logical_and.reduce(list(finite.values()))
-        if overflown.any():
-            element = span.low + int(np.argmax(overflown))
-            raise NonFiniteError(
-                f"tensor '{shown(item.name)}': the merged value of element {element} is too large for the model's"
-                f" dtype {out[1]}; use a model of a wider one"
-            )
+        raise NonFiniteError(
+            f"tensor '{shown(item.name)}': the merged value of element {element} is too large for the model's"
+            f" dtype {out[1]}; use a model of a wider one"
+        )
 
     def _check_equal(self, span: _Span, base: Raw, buffer: Raw, files: Files) -> None:
         item = span.job.item
         for role, side in item.sides.items():
-            if role == "base":
-                continue
-            other = self._read(role, side, span, buffer, files)
-            if not np.array_equal(base, other):
-                element = span.low + int(np.flatnonzero(base != other)[0]) * 8 // DTYPE_BITS[side.dtype]
-                cure = Advice(self.inputs, self.options).either("--keep", "--take", names=names_of(item))
-                raise MismatchError(
-                    f"tensor '{shown(item.name)}' is {side.dtype} and not merged, but it differs at element {element}"
-                    f" between {self.inputs['base'].label} and {self.inputs[role].label};"
-                    f" {f'choose one with {cure}' if cure else 'make them equal'}"
-                )
+            if role != "base":
+                other = self._read(role, side, span, buffer, files)
+                first = span.low * DTYPE_BITS[side.dtype] // 8
+                check_equal(item, first, ("base", base), (role, other), self.advice)
 
 
 def _bytes(span: _Span) -> int:

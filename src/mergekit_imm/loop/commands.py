@@ -124,7 +124,9 @@ def run_command(what: str, command: str, log: Path, *, held: int | None, echo: E
             _pass_on(process, file.write, last, echo)
         except BaseException as error:
             if process is not None:
-                _end(process, error)
+                with _signals_wait():
+                    _end(process, error)
+                    file.flush()
             raise
         finally:
             if process is not None and process.stdout is not None:

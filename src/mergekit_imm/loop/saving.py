@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.open_checkpoint import open_checkpoint
+from ..checkpoint.safetensors_file import MODEL
 from ..common.messages import bytes_text, shown
 from ..errors import OutputError
 from ..model.tensor_names import tied_key, unwrapped
@@ -57,11 +57,11 @@ def saving(
         if state is None:
             sft.save_pretrained(partial)
         else:
-            _save_tensors(tensors, partial / "model.safetensors")
+            _save_tensors(tensors, partial / MODEL)
         for path in partial.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                    direct_io.sync(file.fileno())
         (partial / _MARK).unlink()
         direct_io.sync_folder(partial)
         partial.rename(out)

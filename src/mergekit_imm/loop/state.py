@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.json_files import is_utf8, parse_json, read_small
-from ..common.messages import shown
+from ..common.messages import first_few, shown
 from ..errors import ArgumentError, CheckpointError, OutputError
 from ..options.options import MergeOptions, check_keywords, default_of, names_of
 from ..options.recipe import differences, to_json
@@ -241,7 +241,6 @@ def begin(run: Path, settings: Settings) -> State:
             changes.append(f"{name} of the rounds before, as there are more rounds now")
     if changes:
         raise OutputError(
-            f"{shown(run)} holds another loop ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''}); give"
-            " another folder, or the command that began it"
+            f"{shown(run)} holds another loop ({first_few(changes)}); give another folder, or the command that began it"
         )
     return replace(found, settings=settings)

@@ -1,1 +1,1 @@
-"""Files that are whole or absent: direct writes, places and locks, the journal, the exchange of folders."""
+"""Output folders that are whole or absent: direct writes, paths and locks, the journal, publishing, results."""

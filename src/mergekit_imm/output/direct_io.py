@@ -1,8 +1,8 @@
-"""Bytes of output files, on their way to the disk.
+"""Write the bytes of output files and force them to the disk.
 
-Where the filesystem is known to sit on a local disk, whole pages bypass the page cache (O_DIRECT): the system neither
-copies them nor makes the writer wait until others are written back, and what was cached (the inputs) stays. The rest
-(pages that two pieces share, other filesystems) goes through the cache, and is sent on to the disk at once.
+On a local disk whole pages bypass the page cache (O_DIRECT): the system neither copies them nor makes the writer wait
+for other pages, and cached inputs stay cached. The rest (pages that two pieces share, other filesystems) goes through
+the cache, and its writing starts at once.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ import numpy as np
 from ..common.messages import shown
 from ..errors import CheckpointError
 
-# Windows has none, and is told so where a merge begins.
+# Windows has neither; what needs them is refused there first.
+if sys.platform != "win32":
+    import fcntl
 libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else None
 
-PAGE = 4096  # no disk has larger blocks
+# The unit of direct writes. At least a page of this system's cache: if a part of a page bypassed the cache, the rest,
+# written through it, could put back old bytes. At least 4096, which suits the blocks of every usual disk.
+PAGE = max(4096, os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0)
 # f_type of statfs(2): ext2 to 4, xfs, f2fs, overlayfs (which passes on what is below)
 _LOCAL = (0xEF53, 0x58465342, 0xF2F52010, 0x794C7630)
-_NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
+_AT_FDCWD = -100
+_STATX_DIOALIGN = 0x2000
 _SYNC_FILE_RANGE_WRITE = 2
-_SENT_ON = 16 * PAGE
+_SEND_AT = 64 << 10  # bytes; fewer may wait for others to follow
 
 
 @dataclass(frozen=True)
@@ -41,18 +47,22 @@ class Handle:
     descriptor: int
     direct: bool  # the descriptor takes whole pages only, and they bypass the cache
 
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.descriptor)
+
 
 def open_output(path: Path, size: int | None) -> Handle:
-    """Open a file to be written, as it is or new, with room for `size` bytes. Raises OSError if there is none.
+    """Open a file to write, new or existing, and reserve `size` bytes. Raises OSError if there is no room.
 
-    Without a size the file must be there, and keeps what it has.
+    Without a size the file must exist, and keeps its content.
     """
     new = 0 if size is None else os.O_CREAT
     descriptor = os.open(path, os.O_RDWR | new | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         if size is not None:
             allocate(descriptor, size)
-        if _is_local(path):
+        if _is_local(path) and _takes_pages(path):
             try:
                 direct = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
             except OSError as error:
@@ -76,10 +86,21 @@ def _is_local(path: Path) -> bool:
     return int.from_bytes(status.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) & 0xFFFFFFFF in _LOCAL
 
 
-def allocate(descriptor: int, size: int) -> None:
-    """Give a file its size, with its blocks where the filesystem can; raises OSError if there is no room.
+def _takes_pages(path: Path) -> bool:
+    """Whether direct writes of PAGE bytes suit a file; where the system does not say, `write_at` finds out."""
+    status = ctypes.create_string_buffer(256)  # struct statx
+    if not hasattr(libc, "statx") or libc.statx(_AT_FDCWD, os.fsencode(path), 0, _STATX_DIOALIGN, status) != 0:
+        return True
+    mask, memory, offset = (int.from_bytes(status.raw[at : at + 4], sys.byteorder) for at in (0, 152, 156))
+    if not mask & _STATX_DIOALIGN:
+        return True
+    return memory > 0 and offset > 0 and PAGE % memory == PAGE % offset == 0  # zeros: never direct
 
-    By fallocate(2) itself: os.posix_fallocate touches every block where the filesystem lacks it.
+
+def allocate(descriptor: int, size: int) -> None:
+    """Give a file its size, and reserve its blocks where the filesystem can. Raises OSError if there is no room.
+
+    Calls fallocate(2) itself: os.posix_fallocate touches every block where the filesystem lacks it.
     """
     os.ftruncate(descriptor, size)
     if sys.platform == "linux" and size:
@@ -91,9 +112,9 @@ def allocate(descriptor: int, size: int) -> None:
 
 
 def write_at(handle: Handle, content: memoryview, offset: int) -> None:
-    """Write all of a buffer at an offset of a file, and see to it that it is on its way to the disk.
+    """Write all of a buffer at an offset of a file, and start its way to the disk.
 
-    Pages go to the disk itself if the buffer lies in memory as it will in the file, modulo a page: see `place`.
+    Pages bypass the cache if address and offset agree modulo PAGE: see `place`.
     """
     if not handle.direct:
         _write_through_cache(handle.descriptor, content, offset)
@@ -114,7 +135,7 @@ def write_at(handle: Handle, content: memoryview, offset: int) -> None:
 
 
 def place(buffer: np.ndarray[tuple[int], np.dtype[np.uint8]], at: int, offset: int) -> int:
-    """Return the first index >= at of a buffer where bytes for `offset` of a file can be written as pages."""
+    """Return the first index >= at of a buffer whose address agrees with `offset` of a file modulo PAGE."""
     return at + (offset - buffer.ctypes.data - at) % PAGE
 
 
@@ -123,14 +144,14 @@ def _address(content: memoryview) -> int:
 
 
 def _write_pages(descriptor: int, pages: memoryview, offset: int) -> int:
-    """Write whole pages, as far as the disk takes them; returns the offset behind the last byte written."""
+    """Write pages for as long as the disk accepts them; return the offset after the last byte written."""
     while pages:
         try:
             done = os.pwrite(descriptor, pages, offset)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            break  # larger blocks than a page, or another rule: it goes through the cache
+            break  # larger blocks than a page, or another rule: the cache takes it
         pages, offset = pages[done:], offset + done
         if done % PAGE:
             break
@@ -142,27 +163,43 @@ def _write_through_cache(descriptor: int, content: memoryview, offset: int) -> N
     while content:
         done = os.pwrite(descriptor, content, offset)
         content, offset = content[done:], offset + done
-    # Else it would wait, and at last make a writer wait for all of it; a few bytes, of which others follow, may wait.
-    if sys.platform == "linux" and length >= _SENT_ON:
+    # Otherwise dirty pages pile up until a writer has to wait for all of them.
+    if sys.platform == "linux" and length >= _SEND_AT:
         libc.sync_file_range(descriptor, ctypes.c_int64(begin), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
 def sync(descriptor: int) -> None:
-    """Wait until a file's bytes are on the disk."""
-    getattr(os, "fdatasync", os.fsync)(descriptor)
+    """Force a file's bytes to the disk."""
+    if not _full_sync(descriptor):
+        getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Force the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        if not _full_sync(descriptor):
+            os.fsync(descriptor)  # fdatasync may leave out names
     finally:
         os.close(descriptor)
 
 
+def _full_sync(descriptor: int) -> bool:
+    """Empty the drive's own cache too, where fsync does not (macOS); False where that is not offered."""
+    command = getattr(fcntl, "F_FULLFSYNC", None)
+    if command is None:
+        return False
+    try:
+        fcntl.fcntl(descriptor, command)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+        return False
+    return True
+
+
 def make_folder(path: Path) -> list[Path]:
-    """Make a folder and the parents it lacks, see to it that the disk knows them, and return them, deepest first."""
+    """Make a folder and its missing parents, force their names to the disk, and return them, deepest first."""
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in new:
@@ -171,15 +208,15 @@ def make_folder(path: Path) -> list[Path]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a small file and sync it."""
+    """Write a small file and force it to the disk."""
     with _new(path) as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file and sync it and its name: at any instant the old one is there, or the new one whole."""
+    """Replace a small file at once: after a crash the old one is there, or the new one, whole."""
     new = path.with_name(path.name + ".new")
     write_file(new, content)
     new.rename(path)
@@ -188,7 +225,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _new(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that is new, whatever was there: never one that others know by another name."""
+    """Open a new file in place of any old one: writing into the old one would change its hard links too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with path.open("xb") as file:
@@ -196,25 +233,25 @@ def _new(path: Path) -> Iterator[BinaryIO]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a side file's bytes and sync it; the permissions are those of a new file.
+    """Copy the bytes of a side file, with the permissions of a new file, and force them to the disk.
 
     Raises CheckpointError if the source cannot be read.
     """
-    with _reading(source):
-        reading = source.open("rb")
-    with reading, _new(target) as file:
+    with _read_errors(source):
+        opened = source.open("rb")
+    with opened, _new(target) as file:
         while True:
-            with _reading(source):
-                piece = reading.read(1 << 20)
+            with _read_errors(source):
+                piece = opened.read(1 << 20)
             if not piece:
                 break
             file.write(piece)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 @contextmanager
-def _reading(source: Path) -> Iterator[None]:
+def _read_errors(source: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""The journal of a merge under way: which segments are on the disk, as far as it is certain.
+"""The journal of a merge under way: which segments are certain to be on the disk.
 
-OUT.partial/.imm_journal     first line: the recipe; then batches of finished segments, each recorded only after
-                             its bytes were synced. Removed when the folder is whole.
-OUT.partial/.imm_journal-N   the same, of rank N where several write one folder; whoever goes on takes them in.
+OUT.partial/.imm_journal     First line: the recipe. Then batches of finished segments, each recorded only after its
+                             bytes were synced. Removed when the folder is complete.
+OUT.partial/.imm_journal-N   The same of rank N, where several ranks write one folder. The next run takes them in.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import numpy.typing as npt
 from .direct_io import replace_file, sync, sync_folder
 
 JOURNAL = ".imm_journal"
-VERSION = 2  # of what is recorded of a segment, too
-# One finished segment: its index, and its record of the statistics (zeros for a copied one).
+VERSION = 2  # of the format, records of the statistics included
+# One finished segment: its index and its record of the statistics (zeros if it was copied).
 ENTRY = np.dtype([("segment", "<u8"), ("record", "<f8", 5)])
 Entries = npt.NDArray[Any]
 
 
 class Journal:
-    """Which segments are on disk, as far as it is certain."""
+    """The segments that are certain to be on the disk."""
 
     def __init__(self, folder: Path, recipe: bytes, segments: int, rank: int = 0) -> None:
-        """Begin a new journal for a recipe cut into so many segments, or take up the one that is there."""
+        """Open the journal of a recipe that is cut into so many segments, or begin one."""
         self.path = folder / name_of(rank)
         self.entries: Entries = np.empty(0, ENTRY)
         head = json.dumps({"version": VERSION, "segments": segments, "recipe": json.loads(recipe)}).encode() + b"\n"
@@ -47,7 +47,7 @@ class Journal:
             self._file.seek(0, os.SEEK_END)
 
     def _open(self) -> FileIO:
-        # Without a buffer: what a full disk refused would be written again, and refused again, when the file is closed.
+        # Unbuffered: closing would write again what a full disk refused, and fail again.
         return self.path.open("r+b", buffering=0)
 
     def _load(self) -> int:
@@ -58,7 +58,7 @@ class Journal:
             count, check = np.frombuffer(content, "<u4", 2, good)
             end = good + 8 + int(count) * ENTRY.itemsize
             if end > len(content) or zlib.crc32(content[good + 8 : end]) != check:
-                break  # cut off while it was written; what it would have said is done again
+                break  # cut off while it was written: its segments are written again
             batches.append(np.frombuffer(content, ENTRY, int(count), good + 8))
             good = end
         if batches:
@@ -66,15 +66,15 @@ class Journal:
         return good
 
     def append(self, entries: Entries) -> None:
-        """Record segments whose bytes have been synced."""
+        """Record segments after their bytes were synced."""
         payload = entries.tobytes()
         rest = memoryview(np.array([len(entries), zlib.crc32(payload)], "<u4").tobytes() + payload)
-        while rest:  # a disk that is nearly full takes a part
+        while rest:  # a nearly full disk takes a part
             rest = rest[self._file.write(rest) :]
         sync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; it stays. All that counts was synced before, so nothing can be wrong any more."""
+        """Close the file. Everything was synced before, so an error here loses nothing."""
         with suppress(OSError):
             self._file.close()
 
@@ -85,7 +85,7 @@ def name_of(rank: int) -> str:
 
 
 def take_in(folder: Path, journal: Journal, recipe: bytes, segments: int) -> Entries:
-    """Record what other ranks' journals in a folder say in this one, and remove them; returns what they said."""
+    """Move the entries of other ranks' journals in a folder into this one, and return them."""
     found = [np.empty(0, ENTRY)]
     others = sorted(path for path in folder.glob(f"{JOURNAL}-*") if path.suffix != ".new")
     for path in others:
@@ -104,19 +104,19 @@ def take_in(folder: Path, journal: Journal, recipe: bytes, segments: int) -> Ent
 
 
 def unfinished(folder: Path) -> dict[str, Any] | None:
-    """Return the recipe of the merge that a folder was being built for; None if it is no such folder."""
+    """Return the recipe of the unfinished merge in a folder, or None."""
     recipe = _head(folder).get("recipe")
     return recipe if isinstance(recipe, dict) else None
 
 
 def journal_format(folder: Path) -> tuple[Any, Any]:
-    """Return the version of the journal in a folder, and into how many segments its merge was cut."""
+    """Return the version of the journal in a folder, and how many segments its merge has."""
     head = _head(folder)
     return head.get("version"), head.get("segments")
 
 
 def has_records(folder: Path) -> bool:
-    """Whether a journal in a folder holds more than its first line."""
+    """Return whether a journal in a folder has entries."""
     for name in (JOURNAL, *(path.name for path in folder.glob(f"{JOURNAL}-*"))):
         if _head(folder, name):
             with (folder / name).open("rb") as file:
@@ -140,7 +140,7 @@ def _head(folder: Path, name: str = JOURNAL) -> dict[str, Any]:
 
 
 def empty(folder: Path) -> None:
-    """Remove everything in a folder, the journal last: cut off between, it is still known for what it is."""
+    """Remove everything in a folder, the journal last: if that is cut off, the folder is still recognised."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

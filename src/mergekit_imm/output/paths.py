@@ -1,6 +1,6 @@
-"""Where a merge writes: the names beside an output, what must not be written, who holds it.
+"""Where a merge writes: the names beside OUT, the outputs that are refused, the lock of a folder.
 
-OUT is built as OUT.partial (see `journal`), and takes its place when it is whole (see `swap`).
+OUT is built as OUT.partial (see `journal`) and renamed when it is complete (see `publish`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..common.abandoned import when_unused
 from ..common.checks import as_path
 from ..common.messages import shown
 from ..errors import OutputError
+from ..options.recipe import RECIPE_FILE
 
 _CURES = {
     errno.ENOSPC: "free some space",
@@ -27,7 +29,7 @@ _CURES = {
     errno.EROFS: "choose another OUT",
     errno.ENAMETOOLONG: "choose a shorter OUT; it is built as OUT.partial",
     errno.EBUSY: "something is mounted there: choose another OUT",
-    errno.EFBIG: "files may not be as large there: use a smaller --max-shard-size, or choose another OUT",
+    errno.EFBIG: "the filesystem allows no file that large: use a smaller --max-shard-size, or choose another OUT",
     errno.EMFILE: "allow more open files (ulimit -n), or give fewer values at a time",
     errno.ENFILE: "the whole system has too many files open: close some",
 }
@@ -35,7 +37,7 @@ _CURES = {
 
 @contextmanager
 def output_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Turn an OSError at the output into an OutputError of one line, which says if `partial` is there to go on with."""
+    """Turn an OSError into an OutputError of one line, which names `partial` if the merge can go on there."""
     try:
         yield
     except OSError as error:
@@ -47,30 +49,30 @@ def output_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
 
 
 def expanded(out: str | Path) -> Path:
-    """Return an output's path with ~ expanded. Raises OutputError where there is no such home."""
+    """Return an output's path with ~ expanded. Raises OutputError if there is no such home."""
     try:
         return Path(as_path("out", out, "a folder to make")).expanduser()
     except RuntimeError as error:
-        raise OutputError(f"output {shown(out)} cannot be: {error}") from error
+        raise OutputError(f"output {shown(out)} has no home folder: {error}; give a whole path") from error
 
 
 def partial_of(out: Path) -> Path:
-    """Return the folder that `out` is built in."""
+    """Return OUT.partial, the folder that `out` is built in."""
     return out.with_name(out.name + ".partial")
 
 
 def marker_of(out: Path) -> Path:
-    """Return the file that is there while `out` is exchanged."""
+    """Return OUT.replacing, the file that exists while `out` is exchanged."""
     return out.with_name(out.name + ".replacing")
 
 
 def old_of(out: Path) -> Path:
-    """Return where the folder that `out` replaces may be meanwhile."""
+    """Return OUT.old, where the folder that `out` replaces may be meanwhile."""
     return out.with_name(out.name + ".old")
 
 
 def check_name(out: Path) -> None:
-    """Refuse an output that cannot be made or exchanged, whatever the inputs are. Raises OutputError."""
+    """Raise OutputError for an output that cannot be made or exchanged, whatever the inputs."""
     with output_errors(out):
         _check_name(out)
 
@@ -79,12 +81,12 @@ def _check_name(out: Path) -> None:
     if out.name in ("", ".", ".."):
         raise OutputError(f"output {shown(out)} has no name of its own; give a folder that can be created")
     if out.suffix in (".partial", ".replacing"):
-        raise OutputError(f"output {shown(out)} has a name that stands for a merge under way; choose another")
+        raise OutputError(f"output {shown(out)} ends like the name of a merge under way; choose another name")
     for path in (out, partial_of(out), marker_of(out)):
         with suppress(FileNotFoundError, NotADirectoryError):
-            path.lstat()  # too long a name, or a folder that must not be entered, shows here
+            path.lstat()  # fails for a name that is too long, and in a folder that we may not enter
     if ".." in out.parts and not out.parent.exists():
-        raise OutputError(f"output {shown(out)} leads through a folder that is not there; write it without '..'")
+        raise OutputError(f"output {shown(out)} leads through a folder that does not exist; write it without '..'")
     if out.is_symlink():
         raise OutputError(f"output {shown(out)} is a link; give the folder it points to")
     if out.exists() and not out.is_dir():
@@ -103,7 +105,7 @@ def _check_name(out: Path) -> None:
 
 
 def check_place(out: Path, inputs: Mapping[str, Path]) -> None:
-    """Refuse an output that would touch an input; label -> file or folder of each. Raises OutputError."""
+    """Raise OutputError for an output that would touch an input. `inputs`: label -> file or folder."""
     with output_errors(out):
         for label, path in inputs.items():
             place = path.resolve()
@@ -115,13 +117,13 @@ def check_place(out: Path, inputs: Mapping[str, Path]) -> None:
 
 
 def free_space(out: Path) -> int:
-    """Return the bytes free where `out` would be written; more than there can be if the filesystem does not say."""
+    """Return the free bytes where `out` will be written; sys.maxsize if the filesystem does not say."""
     usage = shutil.disk_usage(_parent_of(out))
     return usage.free if usage.total else sys.maxsize  # ramfs
 
 
 def device_of(out: Path) -> int:
-    """Return the number of the device where `out` would be written."""
+    """Return the number of the device where `out` will be written."""
     return _parent_of(out).stat().st_dev
 
 
@@ -130,9 +132,9 @@ def _parent_of(out: Path) -> Path:
 
 
 def is_whole(out: Path, recipe: bytes, sizes: Mapping[str, int | None]) -> bool:
-    """Whether `out` already holds this very merge: its recipe, and every file, with its size where one is given."""
+    """Return whether `out` already holds this merge: its recipe and every file, of this size unless it is None."""
     try:
-        path = out / "imm_recipe.json"
+        path = out / RECIPE_FILE
         return (
             path.is_file()
             and path.read_bytes() == recipe
@@ -143,7 +145,7 @@ def is_whole(out: Path, recipe: bytes, sizes: Mapping[str, int | None]) -> bool:
 
 
 def is_occupied(out: Path) -> bool:
-    """Whether `out` is there and not empty."""
+    """Return whether `out` is a folder that is not empty."""
     return out.is_dir() and any(out.iterdir())
 
 
@@ -154,10 +156,10 @@ _NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EI
 def locked(
     path: Path, by: str = "is being written by another merge; wait for it, or give another output"
 ) -> Iterator[int | None]:
-    """Hold a folder, or a file, for this process alone, and for those that inherit the descriptor it yields.
+    """Lock a folder or a file for this process and those that inherit the descriptor that it yields.
 
-    None where the filesystem has no such locks: NFS has none for folders, Lustre often none at all. Raises OutputError,
-    that says `by` what, if it is held.
+    Yields None where the filesystem has no such locks: NFS has none for folders, Lustre often none at all. Raises
+    OutputError, with `by` as its reason, if another process holds it.
     """
     busy = OutputError(f"{shown(path)} {by}")
     try:
@@ -176,7 +178,7 @@ def locked(
                 raise
             held = False
         if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
-            raise busy  # which has just finished, and moved it
+            raise busy  # the other merge has just finished, and moved it
         yield descriptor if held else None
     finally:
-        os.close(descriptor)
+        when_unused(lambda: os.close(descriptor))

@@ -1,7 +1,7 @@
-"""A folder that is whole takes its place: OUT.partial becomes OUT, at once.
+"""Publish a complete folder: OUT.partial becomes OUT in one step.
 
-OUT.replacing   exists while --overwrite exchanges the folders, and says by what the old one is known.
-OUT.old         the old one meanwhile, where the filesystem cannot exchange two names at once.
+OUT.replacing   Exists while --overwrite exchanges the folders, and identifies the old one.
+OUT.old         The old folder meanwhile, where the filesystem cannot exchange two names in one step.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _FORMAT = "mergekit_imm exchange"
 
 
 def publish(out: Path, *, replace: bool) -> None:
-    """Make OUT.partial, which is whole, OUT; one that is there is exchanged with it and removed, if it may be.
+    """Rename OUT.partial, which is complete, to OUT. With `replace` an old OUT is exchanged with it and removed.
 
-    Raises OutputError where OUT holds something and must not be replaced: it came while the merge ran.
+    Raises OutputError if OUT appeared while the merge ran and must not be replaced.
     """
     partial = partial_of(out)
     for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir() and not p.is_symlink())]:
@@ -36,17 +36,17 @@ def publish(out: Path, *, replace: bool) -> None:
     (partial / JOURNAL).unlink(missing_ok=True)
     sync_folder(partial)
     if replace and is_occupied(out):
-        with locked(out):  # wherever it is moved: no other merge takes it for its own before it is gone
+        with locked(out):  # it becomes OUT.partial for a moment, and no other merge may go on there
             _replace(out)
         return
     try:
-        partial.rename(out)  # an empty folder may be there
+        partial.rename(out)  # replaces an empty folder
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise OutputError(
-            f"output {shown(out)} was not there when the merge began, and now it is; the merge is whole, in"
-            f" {shown(partial)}: run the same command with --overwrite, and it takes the place"
+            f"output {shown(out)} was not there when the merge began, and now it is; the merge is complete in"
+            f" {shown(partial)}: run the same command with --overwrite to put it in place"
         ) from None
     sync_folder(out.parent)
 
@@ -54,7 +54,7 @@ def publish(out: Path, *, replace: bool) -> None:
 def _replace(out: Path) -> None:
     partial, old, marker = partial_of(out), old_of(out), marker_of(out)
     about = {"format": _FORMAT, "inode": out.stat().st_ino, "names": sorted(each.name for each in out.iterdir())}
-    # Made where all is ours, and moved: it is there as a whole or not at all.
+    # Written in our own folder and renamed: it exists whole or not at all.
     write_file(partial / marker.name, (json.dumps(about) + "\n").encode())
     (partial / marker.name).rename(marker)
     sync_folder(out.parent)
@@ -63,8 +63,8 @@ def _replace(out: Path) -> None:
         if os.path.lexists(old):
             marker.unlink()
             raise OutputError(
-                f"{shown(old)} is in the way: {shown(out)} goes there while it is replaced; the merge is whole, in"
-                f" {shown(partial)}: move it away and run the same command again"
+                f"{shown(old)} is in the way: {shown(out)} goes there while it is replaced; the merge is complete in"
+                f" {shown(partial)}: move {shown(old)} away and run the same command again"
             )
         out.rename(old)
         sync_folder(out.parent)
@@ -74,15 +74,15 @@ def _replace(out: Path) -> None:
 
 
 def check_marker(out: Path) -> None:
-    """Refuse an output whose OUT.replacing is another's. Raises OutputError."""
+    """Raise OutputError if OUT.replacing is a file of somebody else."""
     with output_errors(out):
         _read_marker(out)
 
 
 def repair(out: Path) -> None:
-    """Finish an exchange of folders that was cut off: the old folder goes where it stood, or goes away.
+    """Finish an exchange of folders that was cut off: put the old folder back, or remove it.
 
-    Raises OutputError if another process is at it.
+    Raises OutputError if another process is doing that.
     """
     if marker_of(out).exists():
         with ExitStack() as stack:
@@ -93,7 +93,7 @@ def repair(out: Path) -> None:
 
 
 def _read_marker(out: Path) -> dict[str, Any] | None:
-    """Return what a marker says, or None if there is none."""
+    """Return the content of OUT.replacing, or None if there is none."""
     marker = marker_of(out)
     if not os.path.lexists(marker):
         return None
@@ -105,8 +105,8 @@ def _read_marker(out: Path) -> dict[str, Any] | None:
         about = None
     if not isinstance(about, dict) or about.get("format") != _FORMAT:
         raise OutputError(
-            f"{shown(marker)} is in the way: this program has a file of that name while it replaces {shown(out)};"
-            " move it away, or choose another OUT"
+            f"{shown(marker)} is in the way: a merge writes a file of that name while it replaces {shown(out)}; move it"
+            " away, or choose another OUT"
         )
     return about
 
@@ -118,7 +118,7 @@ def _repair(out: Path) -> None:
         return
 
     def is_old(folder: Path) -> bool:
-        # By its inode, as all are on one filesystem; and lest that has become another's, by what it can hold.
+        # The inode identifies it, as all are on one filesystem; the names, in case the inode was reused.
         return (
             folder.is_dir()
             and not folder.is_symlink()
@@ -134,7 +134,7 @@ def _repair(out: Path) -> None:
                 shutil.rmtree(folder)
             except OSError as error:
                 raise OutputError(
-                    f"output {shown(out)} is in its place, but what was there before, now {shown(folder)}, cannot be"
+                    f"output {shown(out)} is in place, but the folder it replaced, now {shown(folder)}, cannot be"
                     f" removed: {shown(error.filename or folder)}: {error.strerror}; remove it, then {shown(marker)}"
                 ) from error
     sync_folder(out.parent)  # the marker goes last
@@ -143,7 +143,7 @@ def _repair(out: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names at once; False where the system or the filesystem cannot."""
+    """Exchange two names in one step; return False where the system or the filesystem cannot."""
     if sys.platform != "linux" or not hasattr(libc, "renameat2"):
         return False
     return bool(libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)

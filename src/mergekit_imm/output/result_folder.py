@@ -1,4 +1,4 @@
-"""Folders and files of results: written whole or not at all, and only over earlier ones of the same kind."""
+"""Folders of results, for commands other than a merge: each file is whole or absent, and replaces only its own kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .paths import expanded, output_errors
 
 
 def is_result(path: Path, form: str) -> bool:
-    """Whether a file is JSON that says it is of this format."""
+    """Return whether a file is a JSON object with this `format`."""
     try:
         plain_size(path)
         content = parse_json(read_small(path))
@@ -23,25 +23,25 @@ def is_result(path: Path, form: str) -> bool:
 
 
 def check_folder(typed: str, names: Sequence[str], form: str) -> Path:
-    """Return the folder that results go to, the first of the names JSON that says its format.
+    """Return the folder for results. The first of the names is JSON that states its format.
 
-    Raises OutputError for what is no folder, and for files of these names that are not of earlier results.
+    Raises OutputError for anything but a folder, and for files of these names that are not earlier results.
     """
     folder = expanded(typed)
     with output_errors(folder):
         if folder.exists() and not folder.is_dir():
-            raise OutputError(f"output {shown(typed)} is no folder; give another")
+            raise OutputError(f"output {shown(typed)} is not a folder; give another")
         there = [name for name in names if (folder / name).exists()]
         other = next((name for name in there if not (folder / name).is_file()), None)
         if there and (other or not is_result(folder / names[0], form)):
             raise OutputError(
-                f"{shown(folder / (other or there[0]))} is there, and not of this command; give another folder with -o"
+                f"{shown(folder / (other or there[0]))} exists and is not of this command; give another folder with -o"
             )
     return folder
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], names: Sequence[str]) -> list[Path]:
-    """Write results, and remove those of earlier ones that these have not; return the files' paths."""
+    """Write results, remove earlier files of these names that they lack, and return the paths of what was written."""
     with output_errors(folder):
         make_folder(folder)
         for name, content in files.items():

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import is_stored
-from ..common.messages import shown
+from ..common.messages import first_few, shown
 from ..model.config import Config, differences, is_other_class, says_tied, setting
 from ..model.tensor_names import is_input_embedding, layer_key, matcher, ready_option, stacks
 from ..options.options import MergeOptions
@@ -84,8 +84,8 @@ class Advice:
             for place, here, there in differences(base.config, result_config(base, sft, self.options))
             if shapes or "position" not in place  # the number of positions does not change that of tensors
         ]
-        listed = f"{'; '.join(found[:3])}{'; …' if len(found) > 3 else ''}"
-        return f"the configs of {base.label} and {sft.label} differ ({listed}): {TRAINED_FROM}" if found else ""
+        told = first_few(found)
+        return f"the configs of {base.label} and {sft.label} differ ({told}): {TRAINED_FROM}" if found else ""
 
     def _whole(self, names: Iterable[str]) -> set[str]:
         """Add what belongs to tensors: the other names of a tie, the other tensors of an expert."""

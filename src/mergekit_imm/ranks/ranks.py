@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..common.messages import shown
+from ..common.messages import first_few, shown
 from ..common.version import __version__
 from ..errors import MergeError, MismatchError, RankError
 from ..options.recipe import differences, to_json, without_places
@@ -106,6 +106,6 @@ def check_same(ranks: Ranks, recipes: Sequence[Mapping[str, Any]]) -> None:
     for one, another in zip(theirs, its, strict=False):
         changes += differences(one, another)
     raise MismatchError(
-        f"rank {other} of {ranks.size} would make another merge than rank 0 ({'; '.join(changes[:3])}"
-        f"{'; …' if len(changes) > 3 else ''}); give all ranks the same command, inputs and version"
+        f"rank {other} of {ranks.size} would make another merge than rank 0 ({first_few(changes)});"
+        " give all ranks the same command, inputs and version"
     )

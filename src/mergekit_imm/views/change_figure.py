@@ -1,4 +1,4 @@
-"""The change of layers as pictures: per layer, against importance, and per kind of module."""
+"""Figures of the change of layers: per layer, per kind of module, and against importance."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"early": "#3b76af", "middle": "#c98a1b", "late": "#b0413e"}
-HEAT_MAPS = 4  # checkpoints of which one is drawn: the last ones
+HEAT_MAPS = 4  # are drawn, of the last checkpoints
 
 
 def change_picture(found: Sequence[Comparison], importance: Mapping[str, float] | None) -> dict[str, bytes]:
-    """Draw importance (figure 3), change, share (figures 4, 12) and kinds of modules, layer by layer.
+    """Draw importance (figure 3), change, share (figures 4 and 12) and kinds of modules, layer by layer.
 
-    Returns the files, as PNG and as SVG. Raises ImportError without matplotlib.
+    Returns file name -> content, PNG and SVG. Raises ImportError without matplotlib.
     """
     import matplotlib as mpl
 
@@ -28,9 +28,9 @@ def change_picture(found: Sequence[Comparison], importance: Mapping[str, float] 
 
 
 def mismatch_picture(found: Sequence[Comparison], importance: Mapping[str, float]) -> dict[str, bytes]:
-    """Draw importance against change, a panel for each checkpoint, the thirds of the layers in colours.
+    """Draw importance against change in a panel for each checkpoint, with a colour for each third of the layers.
 
-    Returns the files, as PNG and as SVG. Raises ImportError without matplotlib.
+    Returns file name -> content, PNG and SVG. Raises ImportError without matplotlib.
     """
     import matplotlib as mpl
 
@@ -94,7 +94,7 @@ def _change_figure(found: Sequence[Comparison], importance: Mapping[str, float] 
 
 
 def _mark_stacks(panels: Sequence[Any], keys: Sequence[str]) -> None:
-    """Part the stacks of layers, and name them, where there are several."""
+    """Draw a line between stacks of layers, and name each, if there are several."""
     prefixes = [key.rpartition(".")[0] for key in keys]
     begins = [i for i, prefix in enumerate(prefixes) if i == 0 or prefix != prefixes[i - 1]]
     if len(begins) < 2:
@@ -129,8 +129,8 @@ def _mismatch_figure(found: Sequence[Comparison], importance: Mapping[str, float
                     axes.annotate(number, point, (3, 3), textcoords="offset points", fontsize=6, color="0.3")
         rho = one.mismatch.rho
         interval = f" [{rho.low:+.2f}, {rho.high:+.2f}]" if rho.low == rho.low else ""
-        told = f"rho {rho.value:+.2f}{interval}" if rho.value == rho.value else "rho is not defined"
-        title = f"{_label(i, one, 40)}\n{told}" if len(found) > 1 else told
+        value = f"rho {rho.value:+.2f}{interval}" if rho.value == rho.value else "rho is not defined"
+        title = f"{_label(i, one, 40)}\n{value}" if len(found) > 1 else value
         axes.set_title(title, fontsize=8, parse_math=False)
         axes.set_xlabel("importance")
         axes.set_ylabel("change (sum of norms)")
@@ -142,6 +142,6 @@ def _mismatch_figure(found: Sequence[Comparison], importance: Mapping[str, float
 
 
 def _label(number: int, one: Comparison, limit: int = 60) -> str:
-    """Return a label with its number: labels may be equal, and a first '_' would hide one from the legend."""
+    """Return a numbered label: labels may be equal, and a first `_` would hide one from the legend."""
     text = shown(one.label, 400)
     return f"{number}: {text if len(text) <= limit else '…' + text[-limit:]}"

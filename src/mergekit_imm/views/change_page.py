@@ -1,4 +1,4 @@
-"""The report of a change as one HTML file that opens anywhere: no script, nothing fetched, light and dark."""
+"""The report of a change as one HTML file: no script, nothing fetched, light and dark."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def html_page(
     pictures: Sequence[bytes],
     provenance: Mapping[str, str],
 ) -> str:
-    """Return the report as HTML. `pictures` are SVG files; `provenance` is what was measured, from where."""
+    """Return the report as HTML. `pictures` are SVG files, `provenance` says what was measured, and from where."""
     several = len(found) > 1
     parts = ["<h1>Weight change</h1>"]
     for i, one in enumerate(found, 1):
@@ -82,7 +82,7 @@ def html_page(
 
 
 def inline_svg(svg: bytes) -> str:
-    """Return an SVG file of matplotlib as it may stand in HTML: without its prologue and metadata."""
+    """Return an SVG file of matplotlib for use in HTML: without prologue and metadata."""
     text = svg.decode()
     return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 

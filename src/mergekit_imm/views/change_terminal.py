@@ -1,4 +1,4 @@
-"""Importance and change of layers as a terminal shows them: a line for each with a bar, kinds of modules, verdicts."""
+"""Importance and change of layers as text: a line with a bar for each layer, kinds of modules, verdicts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..options.layer_factors import Importance, importance_factors
 from .tables import aligned
 
 MEASURES = ("change", "relative", "share")
-BARS = 3  # checkpoints side by side that leave room for bars
+BARS = 3  # with more checkpoints side by side there is no room for bars
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def bar(part: float, width: int) -> str:
-    """Return a bar of part of a width, to an eighth of a character.
+    """Return a bar that fills part of a width, to an eighth of a character.
 
     >>> bar(0.5, 5)
     '██▌'
@@ -26,7 +26,7 @@ def bar(part: float, width: int) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Return a share as it is shown: four digits where it is small, and a dash where there is none.
+    """Return a share in three significant digits; a dash for None.
 
     >>> percent(0.1234), percent(0.000123), percent(None)
     ('12.3%', '0.0123%', '-')
@@ -35,7 +35,7 @@ def percent(value: float | None) -> str:
 
 
 def number(value: float) -> str:
-    """Return a norm or an importance in four digits.
+    """Return a norm or an importance in four significant digits.
 
     >>> number(1.32456), number(0.0000123)
     ('1.325', '1.230e-05')
@@ -44,7 +44,7 @@ def number(value: float) -> str:
 
 
 def importance_table(found: Importance) -> str:
-    """Return the layers as lines, each with its importance, the factor a merge would make of it, and a bar."""
+    """Return a line for each layer: its importance, the factor that a merge would use, a bar."""
     factors = importance_factors(found.layers)
     rows = [[shown(key, 40), number(value), f"{factors[key]:.3f}"] for key, value in found.layers.items()]
     head, *lines = aligned([["layer", "importance", "factor"], *rows])
@@ -58,7 +58,7 @@ def importance_table(found: Importance) -> str:
 
 
 def kind_cells(one: Comparison) -> dict[str, tuple[str, str, str]]:
-    """Return change, relative and share of each kind of module over all layers, and of what is in no layer's sum."""
+    """Return change, relative and share of each kind of module, over all layers; in brackets what no layer counts."""
     cells = {
         kind: (number(each.change), percent(each.relative), percent(each.share))
         for kind, each in one.change.modules.items()
@@ -67,7 +67,7 @@ def kind_cells(one: Comparison) -> dict[str, tuple[str, str, str]]:
 
 
 def render(found: Sequence[Comparison], importance: Mapping[str, float] | None, width: int = 100) -> str:
-    """Return tables of all checkpoints, side by side, then the verdicts. `importance` has full layer keys."""
+    """Return the tables of all checkpoints, side by side, then the verdicts. `importance` is by full layer key."""
     lines = (
         [f"{i}  {shown(one.label)}" for i, one in enumerate(found, 1)] if len(found) > 1 else [shown(found[0].label)]
     )
@@ -108,7 +108,7 @@ def _kinds(found: Sequence[Comparison]) -> list[str]:
 
 
 def ends(found: Sequence[Comparison]) -> list[str]:
-    """What columns of several checkpoints end in."""
+    """Return what the column titles of each checkpoint end in: its number, if there are several."""
     return [f" {i}" for i in range(1, len(found) + 1)] if len(found) > 1 else [""]
 
 
@@ -124,7 +124,7 @@ def _verdict(one: Comparison, label: str) -> list[str]:
 
 
 def relative_line(one: Comparison) -> str:
-    """Return the correlation with the relative change, in a line; nothing of too few layers, or undefined."""
+    """Return a line with the correlation of importance and relative change; "" if undefined, or of too few layers."""
     if one.mismatch is None or math.isnan(one.mismatch.relative.value) or one.mismatch.relative.n < LEAST:
         return ""
     rho = one.mismatch.relative

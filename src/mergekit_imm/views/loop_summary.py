@@ -1,4 +1,4 @@
-"""What a loop measured: a table, and a picture of each number over the rounds."""
+"""The metrics of a loop: a table, and a figure with a panel for each metric."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..output.paths import output_errors
 from .tables import aligned, saved
 
 KINDS = (("sft", "SFT"), ("merged", "Merge"), ("baseline", "SFT without merges"))
-PANELS = 60  # numbers that are drawn: more take minutes, and a picture that no one reads
+PANELS = 60  # more take minutes to draw, and nobody reads them
 _STYLES = {"sft": "^-", "merged": "o-", "baseline": "s--"}
 
 
 def rows(state: State) -> list[dict[str, Any]]:
-    """Return a row for each model that was measured: round, kind, alpha of a merge, and its metrics."""
+    """Return a row for each evaluated model: round, kind, alpha if it is a merge, metrics."""
     found: list[dict[str, Any]] = []
     if "base" in state.metrics:
         found.append({"round": None, "kind": "base", "alpha": None, "metrics": state.metrics["base"]})
@@ -25,7 +25,7 @@ def rows(state: State) -> list[dict[str, Any]]:
         for kind, _ in KINDS:
             metrics = state.metrics.get(f"{number}/{kind}")
             if metrics is None and (kind, number) == ("baseline", 0) and state.settings.baseline:
-                metrics = state.metrics.get("0/sft")  # it is the same model
+                metrics = state.metrics.get("0/sft")  # round 0 has one sft
             if metrics is not None:
                 alpha = state.alphas.get(str(number)) if kind == "merged" else None
                 found.append({"round": number, "kind": kind, "alpha": alpha, "metrics": metrics})
@@ -33,7 +33,7 @@ def rows(state: State) -> list[dict[str, Any]]:
 
 
 def table(state: State) -> str:
-    """Return a table of all that was measured, a line for each model: SFT n, Merge n, of round n, from 0 on."""
+    """Return a table of all metrics, a line for each model: SFT n and Merge n are those of round n, from 0."""
     found = rows(state)
     if not found:
         alphas = (f"  round {number}: alpha {alpha:g}" for number, alpha in state.alphas.items())
@@ -51,10 +51,9 @@ def table(state: State) -> str:
 
 
 def plot(state: State, folder: Path) -> list[Path]:
-    """Draw each number over the rounds, as the paper's figures 6 and 7 do, into metrics.png and metrics.svg.
+    """Draw the first PANELS metrics over the rounds, as in figures 6 and 7 of the paper, into metrics.png and .svg.
 
-    Of many numbers the first are drawn. Returns the files; none if nothing was measured. Raises ImportError
-    without matplotlib.
+    Returns the paths of the files, none without metrics. Raises ImportError without matplotlib.
     """
     found = rows(state)
     names = list(dict.fromkeys(name for row in found for name in row["metrics"]))[:PANELS]

@@ -1,4 +1,4 @@
-"""What the commands print of a report."""
+"""The text that `imm-merge` prints: of a merge, a dry run, a check."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..common.messages import bytes_text, shown
+from ..common.messages import bytes_text, first_few, shown
 from ..engine.report import MergeReport
 from ..plan.describe import CheckReport
+from .tables import aligned
 
 _WHAT = {"keep": "keep the base's", "take": "take the sft's", "copy": "copy, must be equal"}
 
 
 def finished(report: MergeReport, several: bool) -> str:
-    """What a merge says at its end."""
+    """Return the line that ends a merge."""
     if report.status == "already merged":
         compared = ", every byte compared" if report.verified else ""
         return f"{shown(report.out)} already merged: it holds this very recipe{compared}"
@@ -27,8 +28,10 @@ def finished(report: MergeReport, several: bool) -> str:
 
 
 def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
-    """What a dry run prints."""
+    """Return the text of a dry run."""
     p = report.parameters
+    given = p["layer_factors"]
+    factors = shown(given) if isinstance(given, str) else f"of {len(given or ())} layers"
     counts = ", ".join(f"{count} {action}" for action, count in report.tensors.items() if count)
     inputs = [f"  base   {shown(base)}", f"  sft    {shown(sft)}", *([f"  start  {shown(start)}"] if start else [])]
     lines = [
@@ -40,14 +43,13 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
         + (f", importance of {len(p['importance'])} layers" if p["importance"] is not None else "")
         + (f", shrink {p['shrink']:g}" if p["shrink"] != 1 else "")
         + (f", clip {p['clip'][0]:g} to {p['clip'][1]:g}" if p["clip"] else "")
-        + (f", layer factors {_factors_text(p['layer_factors'])}" if p["layer_factors"] is not None else "")
+        + (f", layer factors {factors}" if p["layer_factors"] is not None else "")
         + (f", sparsify {p['sparsify']}" if p["sparsify"] != "dare" else ""),
         "",
         *table(report.kinds, start is not None),
         "",
         f"  reads {bytes_text(report.bytes_read)}, writes {bytes_text(report.bytes_written)} to"
-        f" {', '.join(report.files[:3])}"
-        + (f", … ({len(report.files)} files)" if len(report.files) > 3 else ""),
+        f" {_files_text(report.files)}",
         *_renamed(report),
         *_beside(report),
         f"  memory about {bytes_text(report.memory)} at its peak, with {report.workers} workers on {report.device}",
@@ -58,14 +60,13 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
 
 
 def checked(report: CheckReport) -> str:
-    """What a check prints."""
+    """Return the text of a check: the verdict, then what it rests on."""
     lines = []
     for each in report.inputs:
-        files = each["files"]
-        told = f"{', '.join(map(shown, files[:3]))}{f', … ({len(files)} files)' if len(files) > 3 else ''}"
         counts = f"{each['tensors']} tensors, {count_text(each['parameters'])} parameters"
-        lines.append(f"  {each['role'].ljust(5)}  {shown(each['path'])}: {each['form']}, {counts}, in {told}")
-    kinds = [{**kind, "drop": None} for kind in report.kinds]  # how much is dropped is no matter here
+        files = _files_text(each["files"])
+        lines.append(f"  {each['role'].ljust(5)}  {shown(each['path'])}: {each['form']}, {counts}, in {files}")
+    kinds = [{**kind, "drop": None} for kind in report.kinds]  # a check does not depend on the drop rate
     lines += ["", *table(kinds, any(each["role"] == "start" for each in report.inputs)), ""] if lines else []
     lines += _renamed(report)
     lines += _beside(report)
@@ -77,6 +78,10 @@ def checked(report: CheckReport) -> str:
     return "\n".join([verdict, *lines])
 
 
+def _files_text(files: Sequence[str]) -> str:
+    return first_few([*map(shown, files)], ", ") + (f" ({len(files)} files)" if len(files) > 3 else "")
+
+
 def _renamed(report: MergeReport | CheckReport) -> list[str]:
     return [
         f"  {each['tensors']} tensors '{shown(each['name'])}' of {each['role']} are '{shown(each['in_base'])}' in base"
@@ -84,12 +89,8 @@ def _renamed(report: MergeReport | CheckReport) -> list[str]:
     ]
 
 
-def _factors_text(factors: Mapping[str, float] | str) -> str:
-    return shown(factors) if isinstance(factors, str) else f"of {len(factors)} layers"
-
-
 def _beside(report: MergeReport | CheckReport) -> list[str]:
-    """The files beside the weights, and what is changed or left out of them."""
+    """Return lines on the files beside the weights: which travel, what changes in them, what stays behind."""
     return [
         *(f"  {len(names)} other files from {role}: {', '.join(map(shown, names))}"
           for role, names in report.side_files.items()),
@@ -99,7 +100,7 @@ def _beside(report: MergeReport | CheckReport) -> list[str]:
 
 
 def table(kinds: Sequence[Mapping[str, Any]], with_start: bool) -> list[str]:
-    """Return the lines of a table of tensors, a row for each kind of them."""
+    """Return the lines of a table with a row for each kind of tensor."""
     roles = ("base", "start", "sft") if with_start else ("base", "sft")
     rows: list[tuple[str, ...]] = [("kind of tensor", "tensors", "parameters", *roles, "out", "what")]
     for kind in kinds:
@@ -107,16 +108,15 @@ def table(kinds: Sequence[Mapping[str, Any]], with_start: bool) -> list[str]:
         read = [kind["read"].get(role, "-") for role in roles]
         counts = str(kind["tensors"]), count_text(kind["elements"])
         rows.append((shown(kind["name"]), *counts, *read, kind["write"], what))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [c.rjust(w) if i in (1, 2) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append(f"  {'  '.join(cells)}".rstrip())
-    return lines
+    return [f"  {line}" for line in aligned(rows, right=(1, 2))]
 
 
 def count_text(count: int) -> str:
-    """Return a number of parameters as people say it: 1.54 B."""
+    """Return a number of parameters in short.
+
+    >>> count_text(1_540_000_000), count_text(512)
+    ('1.54 B', '512')
+    """
     for unit, size in ((" B", 1e9), (" M", 1e6), (" k", 1e3)):
         if count >= size:
             return f"{count / size:.2f}{unit}"

@@ -1,4 +1,4 @@
-"""A comparison of samples as people see it: tables, and two pictures."""
+"""A comparison of samples: tables, and two figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILES = ("samples.json", "pass-at-k.png", "pass-at-k.svg", "differences.png", "d
 
 
 def table(report: Report) -> str:
-    """Return the tables of a report: one for each model against the reference, or pass@k of a single model."""
+    """Return a table for each model against the reference, or of pass@k if there is one model."""
     if not report.comparisons:
         rows = [["measure", shown(report.reference, 24), "95 % interval", "n"]]
         for k, each in report.curves[report.reference].items():
@@ -23,7 +23,7 @@ def table(report: Report) -> str:
 
 
 def verdicts(report: Report) -> str:
-    """Return the verdict of each model, a line each."""
+    """Return a line for each model with its verdict."""
     return "\n".join(f"{shown(each.model)}: {each.verdict.sentence}" for each in report.comparisons)
 
 
@@ -58,7 +58,7 @@ def _range(each: Interval, sign: str = "") -> str:
 def pictures(report: Report) -> dict[str, bytes]:
     """Draw pass@k with bands, and the differences to the reference, as PNG and SVG.
 
-    Returns the files' contents by name; none of what was not measured. Raises ImportError without matplotlib.
+    Returns file name -> content, only for what was measured. Raises ImportError without matplotlib.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ def pictures(report: Report) -> dict[str, bytes]:
         rows = [
             name
             for name in dict.fromkeys(m.name for each in report.comparisons for m in each.measures)
-            if not name.startswith("tokens")  # of another unit
+            if not name.startswith("tokens")  # in another unit
         ]
         if rows:
             count = len(report.comparisons)
@@ -104,7 +104,7 @@ def pictures(report: Report) -> dict[str, bytes]:
             axes.set_yticks(range(len(rows)), rows)
             axes.set_ylim(len(rows) - 0.4, -0.6)
             axes.set_xlabel(f"difference to {shown(report.reference, 40)}".replace("$", r"\$"))
-            left, right = axes.get_xlim()  # shares differ by at most 1; a disparity may differ by more
+            left, right = axes.get_xlim()  # rates differ by at most 1, a disparity may differ by more
             axes.set_xlim(max(left, -1.05), min(right, 1.05))
             cut = "; ends beyond 1 are not shown" if left < -1.05 or right > 1.05 else ""
             axes.set_title(f"95 % paired bootstrap intervals over problems{cut}", fontsize=8)
@@ -115,6 +115,6 @@ def pictures(report: Report) -> dict[str, bytes]:
 
 
 def _label(name: str) -> str:
-    """Return a name as a legend takes it: no formula, and shown also where it begins with _."""
+    """Return a label for a legend: `$` starts no formula, and a first `_` does not hide it."""
     text = shown(name, 40).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

@@ -1,33 +1,35 @@
-"""What tables on a terminal and pictures have in common."""
+"""Tables of aligned text, and figures as files."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table: the first column to the left, the others to the right.
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] | None = None) -> list[str]:
+    """Return the lines of a table, these columns aligned to the right; by default all but the first.
 
     >>> aligned([["layer", "change"], ["h.0", "1.5"]])
     ['layer  change', 'h.0       1.5']
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = list(zip(*rows, strict=True))
+    right = range(1, len(columns)) if right is None else right
+    widths = [max(map(len, column)) for column in columns]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        "  ".join(f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
         for row in rows
     ]
 
 
 def saved(figure: Any, name: str) -> dict[str, bytes]:
-    """Return a picture as the files NAME.png and NAME.svg, of the same bytes for the same data."""
+    """Return a figure as the files NAME.png and NAME.svg; the same data give the same bytes."""
     import matplotlib as mpl
 
     files = {}
     for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         content = io.BytesIO()
-        with mpl.rc_context({"svg.hashsalt": f"mergekit_imm {name}"}):  # ids of its own, in a page of several
+        with mpl.rc_context({"svg.hashsalt": f"mergekit_imm {name}"}):  # distinct ids for several on one page
             figure.savefig(content, format=form, dpi=150, metadata=metadata)
         files[f"{name}.{form}"] = content.getvalue()
     return files
