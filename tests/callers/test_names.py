@@ -100,17 +100,18 @@ def test_pages_import_and_describe_public_names_only() -> None:
             (page.name, module, name)
             for module, names in (*described, *imported, *linked)
             for name in names.split(", ")
-        ]  # fmt: skip
+        ]
     assert len(found) > 60
     assert not [each for each in found if each[2] not in PUBLIC.get(each[1], [])]
 
 
-GOOD = "\n".join(f"from {module} import {', '.join(names)}" for module, names in PUBLIC.items()) + """
+IMPORTS = "\n".join(f"from {module} import {', '.join(names)}" for module, names in PUBLIC.items())
+GOOD = f"""{IMPORTS}
 from mergekit_imm import __version__
 import mergekit_imm
 status: str = mergekit_imm.verify("out").out
 version: str = __version__
-"""  # fmt: skip
+"""
 BAD = (
     "\n".join(f"from {module} import nothing" for module in PACKAGES)
     + """
@@ -129,8 +130,11 @@ def test_type_checkers_know_the_public_names_and_no_others(tmp_path: Path) -> No
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nfollow_imports = silent\n[mypy-{others}]\nfollow_imports = skip\n")
     ended = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "good.py", "bad.py"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
     lines = [line for line in ended.stdout.splitlines() if ": error: " in line]
     assert len(lines) == len(PACKAGES) + 3, ended.stdout + ended.stderr
     assert all(line.startswith("bad.py") for line in lines)

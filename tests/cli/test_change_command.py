@@ -193,9 +193,12 @@ def test_kinds_of_modules_have_all_three_numbers(folder: Path) -> None:
 def test_hostile_names_are_text() -> None:
     keys = [f"a<b>&.{i}" for i in range(80)]
     change = WeightChange(
-        {key: 1.0 + i for i, key in enumerate(keys)}, dict.fromkeys(keys, 1.0), {key: {HOSTILE: 1.0} for key in keys},
-        {HOSTILE: 1.0}, (f"note: {HOSTILE}",),
-    )  # fmt: skip
+        {key: 1.0 + i for i, key in enumerate(keys)},
+        dict.fromkeys(keys, 1.0),
+        {key: {HOSTILE: 1.0} for key in keys},
+        {HOSTILE: 1.0},
+        (f"note: {HOSTILE}",),
+    )
     importance = {key: 80.0 - i for i, key in enumerate(keys)}
     found = [
         Comparison(HOSTILE, change, mismatch(importance, change)),

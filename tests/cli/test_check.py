@@ -94,8 +94,9 @@ def test_every_tensor_whose_shape_differs_is_told(
     ended = merge("--check", "base", "sft")
     assert ended.status == 1
     assert [line[:34] for line in ended.out.splitlines() if "refused: " in line] == [
-        "  refused: tensor 'a.w' is BF16 [4", "  refused: tensor 'c.w' is BF16 [4"
-    ]  # fmt: skip
+        "  refused: tensor 'a.w' is BF16 [4",
+        "  refused: tensor 'c.w' is BF16 [4",
+    ]
     ended = merge("--check", "base", "sft", "--keep", "^[ac]")
     assert ended.status == 0
 

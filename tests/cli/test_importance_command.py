@@ -112,8 +112,13 @@ def test_the_file_and_what_is_shown(
     assert bars[largest] == max(bars.values()) == 30
     assert shown[-1] == "written to out.json"
     assert sorted(path.name for path in here.iterdir()) == [
-        "gemma3", "llama", "out.json", "pairs.jsonl", "qwen2", "texts.jsonl",
-    ]  # fmt: skip
+        "gemma3",
+        "llama",
+        "out.json",
+        "pairs.jsonl",
+        "qwen2",
+        "texts.jsonl",
+    ]
 
 
 def test_the_same_command_writes_the_same_bytes_and_json_prints_them(here: Path, measure: Measure) -> None:
@@ -304,7 +309,7 @@ def tokenizer(before: str = "", after: str = "", words: Any = Whitespace) -> Any
         ({"prompt": "", "response": "merge back"}, "<s>", "", [1, 3, 4, 2], 1),
         ({"prompt": "mer", "response": "ge back"}, "<s>", "", [1, 0, 0, 4, 2], 2),  # of `merge`, which is one word
     ],
-)  # fmt: skip
+)
 def test_tokens_of_an_example(
     row: dict[str, str], before: str, after: str, found: list[int], prompt: int, tmp_path: Path
 ) -> None:

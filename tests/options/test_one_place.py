@@ -61,11 +61,28 @@ def test_so_do_the_types_of_keywords_and_the_commands() -> None:
 
 
 USED: dict[str, Any] = {
-    "alpha": 0.25, "drop": 0.5, "seed": 3, "iteration": 2, "importance": {"0": 1.0}, "shrink": 0.5, "clip": (0.5, 2.0),
-    "layer_factors": "lines:0.5,1", "sparsify": "trim", "reference": "base", "dtype": "float32",
-    "max_shard_size": 5_000, "keep": ("norm",), "take": ("a b",), "no_drop": ("bias",), "rename": ("^x=y",),
-    "vocab": "sft", "dequantize": True, "allow_nonfinite": True, "copy_code": True, "leave_out": ("v.safetensors",),
-}  # fmt: skip
+    "alpha": 0.25,
+    "drop": 0.5,
+    "seed": 3,
+    "iteration": 2,
+    "importance": {"0": 1.0},
+    "shrink": 0.5,
+    "clip": (0.5, 2.0),
+    "layer_factors": "lines:0.5,1",
+    "sparsify": "trim",
+    "reference": "base",
+    "dtype": "float32",
+    "max_shard_size": 5_000,
+    "keep": ("norm",),
+    "take": ("a b",),
+    "no_drop": ("bias",),
+    "rename": ("^x=y",),
+    "vocab": "sft",
+    "dequantize": True,
+    "allow_nonfinite": True,
+    "copy_code": True,
+    "leave_out": ("v.safetensors",),
+}
 
 
 def test_a_recipe_holds_each_of_them_and_gives_it_back() -> None:

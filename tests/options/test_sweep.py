@@ -47,7 +47,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
         ("{x}-{}-{seed}", {"seed": [3]}, ["{x}-{}-3"]),
         ("{drop}{drop}", {"drop": [0.1, 0.2]}, ["0.10.1", "0.20.2"]),
     ],
-)  # fmt: skip
+)
 def test_outputs_are_named_by_the_values_as_given(out: str, values: dict[str, Any], expected: list[str]) -> None:
     found = points(out, {"alpha": 0.5, "drop": 0.9, "seed": 0, **values})
     assert [point.out for point in found] == expected

@@ -77,9 +77,15 @@ def test_it_runs_from_the_base_to_the_report(example: Any, tmp_path: Path) -> No
 def test_answers_of_the_toy_are_right(example: Any) -> None:
     toy, rng = example("toy"), random.Random(1)
     solve: dict[str, Callable[[str], object]] = {
-        "A": eval, "S": eval, "D": eval, "T": eval, "R": lambda t: t[::-1], "O": lambda t: "".join(sorted(t)),
-        "C": lambda t: t + t[-1], "M": lambda t: max(t.split(",")),
-    }  # fmt: skip
+        "A": eval,
+        "S": eval,
+        "D": eval,
+        "T": eval,
+        "R": lambda t: t[::-1],
+        "O": lambda t: "".join(sorted(t)),
+        "C": lambda t: t + t[-1],
+        "M": lambda t: max(t.split(",")),
+    }
     for skill in toy.SKILLS:
         for _ in range(50):
             prompt, answer = toy.draw(skill, rng)

@@ -136,9 +136,10 @@ def test_plain_indices_need_a_single_stack_of_layers(models: Models) -> None:
     for role in ("base", "sft"):
         models.change(role, {"vision.blocks.0.weight": torch.zeros(2)})
     models.refused(
-        ArgumentError, r"plain indices, .*2 stacks of layers \(model\.layers, vision\.blocks\); use full keys",
+        ArgumentError,
+        r"plain indices, .*2 stacks of layers \(model\.layers, vision\.blocks\); use full keys",
         importance={"0": 1.0, "1": 2.0},
-    )  # fmt: skip
+    )
 
 
 def test_a_start_without_a_recipe_needs_the_round(models: Models) -> None:

@@ -41,9 +41,12 @@ def write_fp8(source: Path, folder: Path, block: Block, **said: Any) -> Path:
     state = fp8_state(read_model(source), block)
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {
-        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block,
-        "modules_to_not_convert": ["lm_head"], **said,
-    }  # fmt: skip
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": block,
+        "modules_to_not_convert": ["lm_head"],
+        **said,
+    }
     names = list(state)
     return write_model(folder, state, config=config, shards=[names[0::2], names[1::2]])
 
@@ -80,9 +83,11 @@ def float32_of(state: State, block: tuple[int, int] = (128, 128)) -> State:
 RAGGED = {
     "model.layers.0.self_attn.kv_a_proj_with_mqa.weight": (576, 200),
     "model.layers.0.self_attn.q_a_proj.weight": (7, 300),
-    "model.layers.0.mlp.experts.gate_up_proj": (3, 2 * 160, 130), "model.layers.0.mlp.experts.down_proj": (3, 130, 96),
-    "model.layers.1.self_attn.o_proj.weight": (128, 1), "model.norm.weight": (40,),
-}  # fmt: skip
+    "model.layers.0.mlp.experts.gate_up_proj": (3, 2 * 160, 130),
+    "model.layers.0.mlp.experts.down_proj": (3, 130, 96),
+    "model.layers.1.self_attn.o_proj.weight": (128, 1),
+    "model.norm.weight": (40,),
+}
 
 
 def ragged_state(seed: int, *, scales: torch.dtype = torch.float32, fp8: torch.dtype = torch.float8_e4m3fn) -> State:
@@ -107,8 +112,13 @@ FP8 = {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_si
 def compressed(form: str = "float-quantized", **more: Any) -> dict[str, Any]:
     weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
     groups = {"group_0": {"weights": weights, "input_activations": None, "targets": ["Linear"]}}
-    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups,
-            "sparsity_config": {"format": "dense"}, **more}  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": groups,
+        "sparsity_config": {"format": "dense"},
+        **more,
+    }
 
 
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "producer": {"name": "modelopt"}}

@@ -39,9 +39,18 @@ def compare(dtypes: tuple[torch.dtype, ...], case: int, with_start: bool = True)
     key = mask_key(NAME, case, 2)
     merge_flat_fused(base, start, sft, out, arithmetic(alpha=alpha, drop=drop, factor=factor), *key, first)
     expected = reference.merge_tensors(
-        base, sft, start, out.dtype, alpha=alpha, drop=drop, factor=factor, name=NAME, seed=case, iteration=2,
+        base,
+        sft,
+        start,
+        out.dtype,
+        alpha=alpha,
+        drop=drop,
+        factor=factor,
+        name=NAME,
+        seed=case,
+        iteration=2,
         first=first,
-    )  # fmt: skip
+    )
     assert same_bits(out, expected), (dtypes, alpha, drop, factor, first, count)
 
 

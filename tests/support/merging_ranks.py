@@ -21,8 +21,10 @@ from mergekit_imm.errors import RankError
 SHAPES = {
     "model.embed_tokens.weight": (1000, 900),
     **{f"model.layers.{i}.w": (700, 1500 + 100 * i) for i in range(7)},
-    "model.norm": (17,), "empty": (0, 3), "lm_head.weight": (1000, 900),
-}  # fmt: skip
+    "model.norm": (17,),
+    "empty": (0, 3),
+    "lm_head.weight": (1000, 900),
+}
 SHARDS = [list(SHAPES)[:3], list(SHAPES)[3:]]
 CONFIG = {"architectures": ["Tiny"], "model_type": "tiny"}
 

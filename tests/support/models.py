@@ -18,9 +18,14 @@ from torch import Tensor
 transformers.utils.logging.disable_progress_bar()
 
 _SIZES: dict[str, int] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -38,26 +43,43 @@ def _gemma3() -> Any:
     return transformers.Gemma3Config(
         text_config={**_SIZES, "head_dim": 8, "sliding_window": 16},
         vision_config={
-            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "image_size": 28, "patch_size": 14,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
         },
-        mm_tokens_per_image=4, boi_token_index=90, eoi_token_index=91, image_token_index=92,
-    )  # fmt: skip
+        mm_tokens_per_image=4,
+        boi_token_index=90,
+        eoi_token_index=91,
+        image_token_index=92,
+    )
 
 
 def _qwen2_5_vl() -> Any:
     return transformers.Qwen2_5_VLConfig(
         text_config={
-            **_SIZES, "tie_word_embeddings": True,
+            **_SIZES,
+            "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
         },
         vision_config={
-            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
-            "patch_size": 14, "fullatt_block_indexes": [1], "window_size": 56,
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 14,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
         },
-        image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
 
 
 LAYOUTS = {

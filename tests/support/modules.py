@@ -56,9 +56,12 @@ def assert_is(model: nn.Module, expected: State) -> None:
 
 SHAPES = {"embed_tokens.weight": (7, 44), "h.0.w": (70, 45), "h.0.b": (2,), "h.1.w": (4, 30, 20), "norm.w": (8,)}
 DTYPES = {
-    "embed_tokens.weight": torch.bfloat16, "h.0.w": torch.float32, "h.0.b": torch.float16, "h.1.w": torch.bfloat16,
+    "embed_tokens.weight": torch.bfloat16,
+    "h.0.w": torch.float32,
+    "h.0.b": torch.float16,
+    "h.1.w": torch.bfloat16,
     "norm.w": torch.float32,
-}  # fmt: skip
+}
 
 
 def states() -> tuple[State, State, State]:

@@ -22,9 +22,12 @@ UP0, UP1 = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weig
 NORM, HEAD, STEPS = "model.norm.weight", "lm_head.weight", "model.steps"
 SHAPES = {"model.embed_tokens.weight": (32, 8), UP0: (8, 8), UP1: (8, 8), NORM: (8,), HEAD: (32, 8)}
 CONFIG = {
-    "architectures": ["TinyForCausalLM"], "dtype": "bfloat16", "model_type": "tiny", "tie_word_embeddings": False,
+    "architectures": ["TinyForCausalLM"],
+    "dtype": "bfloat16",
+    "model_type": "tiny",
+    "tie_word_embeddings": False,
     "vocab_size": 32,
-}  # fmt: skip
+}
 SIDE = {"tokenizer.json": '{"a": 1}\n', "templates/chat.jinja": "{{ x }}"}
 MODEL, INDEX, PARTIAL = "model.safetensors", "model.safetensors.index.json", "out.partial"
 

@@ -68,9 +68,11 @@ def main(rank: int, folder: Path) -> None:
                 key: piece for key, piece in split(dim).items() if not whole or key in floats
             }  # which it can join
             writer = HuggingFaceStorageWriter(
-                str(folder / f"{name}{dim}"), save_distributed=True, enable_consolidation=whole,
+                str(folder / f"{name}{dim}"),
+                save_distributed=True,
+                enable_consolidation=whole,
                 fqn_to_index_mapping={key: 1 + number % 2 for number, key in enumerate(pieces)},
-            )  # fmt: skip
+            )
             save(pieces, storage_writer=writer)
     dist.barrier()
     dist.destroy_process_group()

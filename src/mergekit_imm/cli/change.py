@@ -43,9 +43,12 @@ Examples:
 @click.option("--leave-out", metavar="FILE", multiple=True, help="File or folder of a model to leave out; repeatable.")
 @click.option("--dequantize", is_flag=True, help="Multiply FP8 weights by their scales.")
 @click.option(
-    "--vocab", type=click.Choice(["strict", "base", "sft"]), default="base", show_default=True,
+    "--vocab",
+    type=click.Choice(["strict", "base", "sft"]),
+    default="base",
+    show_default=True,
     help="Vocabularies of different sizes: refuse, or (base, sft) compare the rows that both have.",
-)  # fmt: skip
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and --json).")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; min(4, 2 x CPUs) if not given.")

@@ -26,34 +26,53 @@ Examples:
 )
 @click.argument("model")
 @click.option(
-    "--data", required=True, metavar="FILE",
+    "--data",
+    required=True,
+    metavar="FILE",
     help='JSONL: {"text": ...} or {"prompt": ..., "response": ...} a line; of the latter only responses count.',
-)  # fmt: skip
+)
 @click.option(
     "-o", "--out", required=True, metavar="FILE", help="Importance file to write, for imm-merge --importance."
 )
 @click.option(
-    "--order", type=click.Choice(["first", "second", "mix", "per-sample"]), default="first", show_default=True,
+    "--order",
+    type=click.Choice(["first", "second", "mix", "per-sample"]),
+    default="first",
+    show_default=True,
     help="What is summed: |G W| (the paper's Eq. 3), |W F W|, |G W - W F W / 2|, or |g W| of each sample.",
-)  # fmt: skip
+)
 @click.option("--samples", type=click.IntRange(1), metavar="N", help="Use the first N examples.  [default: all]")
 @click.option(
-    "--max-length", type=click.IntRange(2), default=1024, show_default=True, metavar="N",
+    "--max-length",
+    type=click.IntRange(2),
+    default=1024,
+    show_default=True,
+    metavar="N",
     help="Tokens of a sequence; what is beyond is cut off, and told.",
-)  # fmt: skip
+)
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+    "--batch-size",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
     help="Sequences at a time; the result is the same.",
-)  # fmt: skip
+)
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute.")
 @click.option(
-    "--dtype", type=DtypeChoice(["float32", "bfloat16", "auto"]), default="float32", show_default=True,
+    "--dtype",
+    type=DtypeChoice(["float32", "bfloat16", "auto"]),
+    default="float32",
+    show_default=True,
     help="Of weights and gradients; auto: as the model is stored.",
-)  # fmt: skip
+)
 @click.option(
-    "--accumulate", type=click.Choice(["memory", "disk"]), default="memory", show_default=True,
+    "--accumulate",
+    type=click.Choice(["memory", "disk"]),
+    default="memory",
+    show_default=True,
     help="Where gradients are summed: 4 bytes for each parameter; disk: in the folder of -o.",
-)  # fmt: skip
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar, no notes.")
 @click.option("--json", "as_json", is_flag=True, help="Print what the file holds.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")

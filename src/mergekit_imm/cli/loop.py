@@ -43,15 +43,21 @@ Example:
 @click.option("--generate", metavar="COMMAND", help="Makes the data of a round, {output}, with {model}.")
 @click.option("--evaluate", metavar="COMMAND", help="Measures {model}: writes numbers to {json}.")
 @click.option(
-    "--alpha", default="0.5", show_default=True, metavar="SCHEDULE",
+    "--alpha",
+    default="0.5",
+    show_default=True,
+    metavar="SCHEDULE",
     help="Weight of the anchor: 0.5; a value for each round, 0.3,0.5,0.7; linear:0.3,0.7; cosine:0.3,0.7.",
-)  # fmt: skip
+)
 @click.option("--drop", default="0.2", show_default=True, metavar="SCHEDULE", help="Share that DARE drops; likewise.")
 @options_of("seed", seed={"help": "Fixes the masks, with the round."})
 @click.option(
-    "--anchor", default="base", show_default=True, metavar="WHAT",
+    "--anchor",
+    default="base",
+    show_default=True,
+    metavar="WHAT",
     help="What merges pull to: base (the paper), previous, or ema:DECAY of the merged models.",
-)  # fmt: skip
+)
 @options_of(
     "importance",
     "shrink",
@@ -75,9 +81,10 @@ Example:
 )
 @click.option("--keep-rounds", type=click.IntRange(1), metavar="N", help="Models of older rounds are removed.")
 @click.option(
-    "--gate", metavar="METRIC",
+    "--gate",
+    metavar="METRIC",
     help="Accept a round only if this number did not fall; -METRIC where less is better.",
-)  # fmt: skip
+)
 @click.option("--tolerance", type=click.FloatRange(0), default=0.0, show_default=True, metavar="X", help="Of the gate.")
 @click.option("--retry", metavar="A[,A...]", help="Larger alphas to try, in turn, where the gate is closed.")
 @click.option("--baseline", is_flag=True, help="Also run the same rounds without merges, to compare.")

@@ -80,13 +80,16 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
     seed={"type": _Several(click.INT), "default": "0", "metavar": "N[,N...]"},
 )
 @click.option(
-    "--ranks", type=click.Choice(["torchrun", "slurm"]),
+    "--ranks",
+    type=click.Choice(["torchrun", "slurm"]),
     help="One merge by many processes.  [default: torchrun's, if it started `-m mergekit_imm -- merge`]",
-)  # fmt: skip
+)
 @options_of("allow_nonfinite", "copy_code", "dry_run")
 @click.option(
-    "--check", is_flag=True, help="Say what fits and what does not, with no OUT; of several SFTs, of each.",
-)  # fmt: skip
+    "--check",
+    is_flag=True,
+    help="Say what fits and what does not, with no OUT; of several SFTs, of each.",
+)
 @options_of("overwrite", "restart", "verify")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar, no notes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

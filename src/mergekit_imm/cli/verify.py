@@ -18,9 +18,12 @@ from .console import CONTEXT, progress_bar, say, values_checked
 @click.option("--start", metavar="DIR", help="Where START is now.")
 @click.option("--sft", metavar="DIR", help="Where SFT is now.")
 @click.option(
-    "--sample", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+    "--sample",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
     help="Share of the tensors' bytes to recompute.",
-)  # fmt: skip
+)
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute; same bits.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, 2 x CPUs)]")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")

@@ -144,18 +144,26 @@ class MergeOptions:
     """Everything that decides the bytes of a merge, beside its inputs. Raises ArgumentError for a wrong value."""
 
     alpha: float = _option(
-        0.5, "Weight of BASE, 0 to 1. Several values, of this and the next two: a sweep; OUT names them.", metavar="A",
+        0.5,
+        "Weight of BASE, 0 to 1. Several values, of this and the next two: a sweep; OUT names them.",
+        metavar="A",
         range=(0, 1),
-    )  # fmt: skip
+    )
     drop: float = _option(
-        0.2, "Share of the delta's elements to drop (see --sparsify), from 0 to below 1.", metavar="P", range=(0, 1),
+        0.2,
+        "Share of the delta's elements to drop (see --sparsify), from 0 to below 1.",
+        metavar="P",
+        range=(0, 1),
         below=True,
-    )  # fmt: skip
+    )
     seed: int = _option(0, "Fixes the mask, with --iteration.", _number, metavar="N")
     iteration: int | None = _option(
-        None, "Round, from 0.  [default: one more than in START's recipe; 0 without]", _number, metavar="N",
+        None,
+        "Round, from 0.  [default: one more than in START's recipe; 0 without]",
+        _number,
+        metavar="N",
         range=(0, None),
-    )  # fmt: skip
+    )
     importance: Mapping[str, float] | str | Path | None = _option(
         None, "JSON: layer -> importance; weights the delta (IIMM).", _importance, metavar="FILE"
     )
@@ -166,20 +174,27 @@ class MergeOptions:
         None, "Bounds of the factors of --importance.", _clip, metavar="LOW HIGH", late=True
     )
     layer_factors: Mapping[str, float] | str | Path | None = _option(
-        None, "Factors of the delta by layer: lines:FIRST,LAST, groups:EARLY,MIDDLE,LATE, or a JSON FILE.",
-        _layer_factors, metavar="WHAT", late=True,
-    )  # fmt: skip
+        None,
+        "Factors of the delta by layer: lines:FIRST,LAST, groups:EARLY,MIDDLE,LATE, or a JSON FILE.",
+        _layer_factors,
+        metavar="WHAT",
+        late=True,
+    )
     sparsify: str = _option(
-        "dare", "What --drop drops: dare, at random; trim, all but the largest; della[:EPS], the smaller more often.",
-        metavar="HOW", late=True,
-    )  # fmt: skip
+        "dare",
+        "What --drop drops: dare, at random; trim, all but the largest; della[:EPS], the smaller more often.",
+        metavar="HOW",
+        late=True,
+    )
     reference: str = _option(
         "start", "What the delta is taken from.", _one_of("start", "base"), choices=("start", "base")
     )
     dtype: str = _option(
-        "base", "Of the output's float tensors; base, start: as that model has them, tensor by tensor.", _dtype,
+        "base",
+        "Of the output's float tensors; base, start: as that model has them, tensor by tensor.",
+        _dtype,
         choices=("base", "start", *DTYPES),
-    )  # fmt: skip
+    )
     max_shard_size: int | None = _option(
         None, "Lay the files anew, e.g. 5GB.  [default: as in BASE]", _size, metavar="SIZE"
     )
@@ -190,16 +205,21 @@ class MergeOptions:
         (), "What names of SFT and START are in BASE; repeatable.", _renames, metavar="REGEX=REPL", late=True
     )
     vocab: str = _option(
-        "strict", "Whose vocabulary the output has; strict: different sizes are an error.",
-        _one_of("strict", "base", "sft"), choices=("strict", "base", "sft"),
-    )  # fmt: skip
+        "strict",
+        "Whose vocabulary the output has; strict: different sizes are an error.",
+        _one_of("strict", "base", "sft"),
+        choices=("strict", "base", "sft"),
+    )
     dequantize: bool = _option(False, "Multiply FP8 weights by their scales; the output is bfloat16.", late=True)
     allow_nonfinite: bool = _option(False, "Let NaN and infinity in the inputs through.")
     copy_code: bool = _option(False, "Copy *.py files of the model too.")
     leave_out: tuple[str, ...] = _option(
-        (), "File or folder of an input that is no weights of the model, by its path there; repeatable.", _files,
-        metavar="FILE", late=True,
-    )  # fmt: skip
+        (),
+        "File or folder of an input that is no weights of the model, by its path there; repeatable.",
+        _files,
+        metavar="FILE",
+        late=True,
+    )
 
     def __post_init__(self) -> None:
         """Check each value, and those that go together; keep numbers, lists and dtypes in one form."""

@@ -125,9 +125,12 @@ def _described(each: Checkpoint) -> dict[str, Any]:
     else:
         suffixes = {Path(name).suffix for name in each.files}
         form = (
-            "torch.distributed checkpoint" if ".distcp" in suffixes
-            else "PyTorch files" if ".bin" in suffixes else "safetensors"
-        )  # fmt: skip
+            "torch.distributed checkpoint"
+            if ".distcp" in suffixes
+            else "PyTorch files"
+            if ".bin" in suffixes
+            else "safetensors"
+        )
     return {
         "role": each.role,
         "path": each.ref,
@@ -147,11 +150,16 @@ def _refused(names: Collection[str], models: Sequence[Checkpoint]) -> list[dict[
         groups.setdefault((blanked(name), dtypes), []).append(next(iter(held.values())).count if held else 0)
     return [
         {
-            "name": name, "action": "refused", "tensors": len(counts), "elements": sum(counts), "read": dict(dtypes),
-            "write": "-", "drop": None,
+            "name": name,
+            "action": "refused",
+            "tensors": len(counts),
+            "elements": sum(counts),
+            "read": dict(dtypes),
+            "write": "-",
+            "drop": None,
         }
         for (name, dtypes), counts in groups.items()
-    ]  # fmt: skip
+    ]
 
 
 def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:

@@ -44,9 +44,12 @@ def plan_of(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: De
     check_tensors(decided, equal)
     check_plan(plan, decided.ties)
     linked = [
-        f"{each.label}/{name}" for each in inputs.values() if each.role != "start" for name in each.left_out
+        f"{each.label}/{name}"
+        for each in inputs.values()
+        if each.role != "start"
+        for name in each.left_out
         if name.endswith("/") and not Path(name).name.startswith(".")
-    ]  # fmt: skip
+    ]
     notes = list(plan.notes)
     if linked:
         more = ", …" if len(linked) > 4 else ""
@@ -165,8 +168,9 @@ def _side_files(
             side[path] = ("sft", file)
     notes = [
         f"note: {sft.label} holds an adapter in {shown(folder)}, which is not merged; to merge it, give that folder as"
-        " SFT" for folder in alone
-    ]  # fmt: skip
+        " SFT"
+        for folder in alone
+    ]
     return {path: found for path, found in side.items() if path not in configs}, notes
 
 

@@ -112,9 +112,15 @@ def check_device(merge_span: Callable[..., None], dtypes: Sequence[str] = ("BF16
 
 
 def _compare(
-    merge_span: Callable[..., None], sides: list[Array], dtypes: tuple[str, ...], first: int,
-    numbers: Mapping[str, float], constants: object, is_delta: bool, what: str,
-) -> None:  # fmt: skip
+    merge_span: Callable[..., None],
+    sides: list[Array],
+    dtypes: tuple[str, ...],
+    first: int,
+    numbers: Mapping[str, float],
+    constants: object,
+    is_delta: bool,
+    what: str,
+) -> None:
     base, start, sft = sides
     from ..numerics.statistics import to_record
 
