@@ -18,7 +18,7 @@ from mergekit_imm.cli.loop import loop_command
 from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.engine.merge import _Keywords
 from mergekit_imm.loop.state import OPTIONS
-from mergekit_imm.options.options import MergeOptions, RunOptions, as_arguments, chosen_from, names_of
+from mergekit_imm.options.options import MergeOptions, RunOptions, as_arguments, options_from, names_of
 from mergekit_imm.options.recipe import make_recipe, options_in, parse_recipe, to_json
 
 DECLARED = {each.name: each for each in (*fields(MergeOptions), *fields(RunOptions))}
@@ -106,7 +106,7 @@ def test_the_words_of_a_command_mean_the_same_options() -> None:
     words = as_arguments(options)
     parsed = merge_command.make_context("imm-merge", ["base", "sft", *shlex.split(shlex.join(words))]).params
     numbers = {name: type(USED[name])(parsed[name][0]) for name in SWEPT}
-    assert chosen_from({**parsed, **numbers}, MergeOptions) == options
+    assert options_from({**parsed, **numbers}, MergeOptions) == options
 
 
 def test_options_stay_what_they_are_when_one_is_replaced() -> None:
@@ -116,7 +116,7 @@ def test_options_stay_what_they_are_when_one_is_replaced() -> None:
 
 def test_a_bare_size_of_a_caller_is_refused_and_one_in_a_recipe_is_bytes(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="in bytes"):
-        chosen_from({"max_shard_size": 5_000}, MergeOptions)
+        options_from({"max_shard_size": 5_000}, MergeOptions)
     state = random_state({"a": (64, 64), "b": (64, 64)})
     for seed, role in enumerate(("base", "sft")):
         write_model(tmp_path / role, random_state({n: tuple(t.shape) for n, t in state.items()}, seed=seed))

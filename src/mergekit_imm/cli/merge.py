@@ -128,21 +128,21 @@ def merge_command(
 
 def _check_values(out: str | None, check: bool, options: dict[str, Any]) -> None:
     """Refuse as wrong usage what is wrong whatever the files hold."""
-    from ..options.options import RunOptions, chosen_from
+    from ..options.options import RunOptions, options_from
     from ..options.sweep import sweep
 
     with values_checked():
-        chosen_from(options, RunOptions)
+        options_from(options, RunOptions)
         sweep("{alpha}{drop}{seed}" if check or out is None else out, options)
 
 
 def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json: bool) -> None:
-    from ..options.options import MergeOptions, chosen_from
+    from ..options.options import MergeOptions, options_from
     from ..plan.describe import check
     from ..views.merge_summary import checked
 
     first = {name: float(options[name][0]) for name in ("alpha", "drop")}  # of a sweep
-    chosen = chosen_from({**options, **first, "seed": 0}, MergeOptions)
+    chosen = options_from({**options, **first, "seed": 0}, MergeOptions)
     reports = [check(base, sft, chosen, start=options["start"]) for sft in sfts]
     if as_json:
         content = [report.to_dict() for report in reports]

@@ -14,7 +14,7 @@ from ..common.messages import shown
 from ..errors import ArgumentError
 from ..model.rename import parse_rename
 from ..numerics.mask import arithmetic
-from ..options.options import MergeOptions, RunOptions, chosen_from, layer_factors_of, with_files_read
+from ..options.options import MergeOptions, RunOptions, options_from, layer_factors_of, with_files_read
 from ..plan.compatibility import selection
 from ..plan.open_inputs import without_quantisation
 
@@ -33,8 +33,8 @@ def check_options(
     with. Values are checked first, then the headers of the base are read: patterns and layers must be its own. What
     only a trained model can tell (patterns of `take` for tensors of its own) is left to the merge.
     """
-    chosen_from(options, RunOptions)
-    several = [with_files_read(chosen_from({**options, **point}, MergeOptions)) for point in points]
+    options_from(options, RunOptions)
+    several = [with_files_read(options_from({**options, **point}, MergeOptions)) for point in points]
     p = several[0]
     opened = open_checkpoint(base, "base", dry_run=True, leave_out=p.leave_out)
     if not p.dequantize:  # it may be the trained model alone that is FP8

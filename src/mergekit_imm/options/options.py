@@ -104,7 +104,7 @@ def _dtype(name: str, value: Any) -> str:
 
 
 def _size(_: str, value: Any) -> int | None:
-    """Return bytes: a number of them as it is, once it is checked (`chosen_from`)."""
+    """Return bytes: a number of them as it is, once it is checked (`options_from`)."""
     return value if value is None or type(value) is int else parse_size(value)
 
 
@@ -308,7 +308,7 @@ def names_of(options: type[MergeOptions | RunOptions]) -> tuple[str, ...]:
     return tuple(each.name for each in fields(options))
 
 
-def chosen_from(given: Mapping[str, Any], options: type[Any]) -> Any:
+def options_from(given: Mapping[str, Any], options: type[Any]) -> Any:
     """Return options of a class made from the values among `given` that it knows; the rest is left to others."""
     values = {name: given[name] for name in names_of(options) if name in given}
     if values.get("max_shard_size") is not None:

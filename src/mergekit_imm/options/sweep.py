@@ -10,7 +10,7 @@ from typing import Any
 
 from ..common.messages import shown
 from ..errors import ArgumentError
-from .options import MergeOptions, chosen_from
+from .options import MergeOptions, options_from
 
 SWEPT = ("alpha", "drop", "seed")
 
@@ -68,7 +68,7 @@ def sweep(out: str, given: Mapping[str, Any]) -> list[tuple[str, MergeOptions]]:
     Raises ArgumentError as `points` and `MergeOptions` do, and where the merges could not read their inputs once.
     """
     found = [
-        (point.out, chosen_from({**given, **point.values}, MergeOptions))
+        (point.out, options_from({**given, **point.values}, MergeOptions))
         for point in points(out, {name: given[name] for name in SWEPT})
     ]
     sparsify = found[0][1].sparsify
