@@ -14,7 +14,7 @@ from ..checkpoint.safetensors_file import TensorInfo
 from ..common.checks import as_path
 from ..common.messages import shown
 from ..errors import CheckpointError
-from ..options.options import MergeOptions, Progress, RunOptions, options_from, files_of
+from ..options.options import MergeOptions, Progress, RunOptions, files_of, options_from
 from ..options.sweep import SWEPT, is_list, sweep
 from ..plan.make_plan import make_plans
 from ..plan.open_inputs import check_platform, open_inputs, places_of

@@ -14,8 +14,8 @@ from ..common.messages import shown
 from ..errors import ArgumentError
 from ..model.rename import parse_rename
 from ..numerics.mask import arithmetic
-from ..options.options import MergeOptions, RunOptions, options_from, layer_factors_of, with_files_read
-from ..plan.compatibility import selection
+from ..options.options import MergeOptions, RunOptions, layer_factors_of, options_from, with_files_read
+from ..plan.compatibility import selector
 from ..plan.open_inputs import without_quantisation
 
 
@@ -40,7 +40,7 @@ def check_options(
     if not p.dequantize:  # it may be the trained model alone that is FP8
         without_quantisation({"base": opened}, p)
     taken = tuple(each for each in p.take if any(re.search(each, name) for name in opened.tensors))
-    selection(replace(p, take=taken), opened, opened)
+    selector(replace(p, take=taken), opened, opened)
     _check_last_rename(p.rename, opened)
     factors = layer_factors_of(p, opened.tensors)
     for each in several:

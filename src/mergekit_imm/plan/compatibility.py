@@ -20,7 +20,7 @@ from ..transforms.tokenizer_files import added_tokens
 from .advice import SAVE_ALIKE, Advice
 from .tied_embeddings import Group
 
-Choose = Callable[[str, list[str], str], bool]  # option, names, key
+Selects = Callable[[str, list[str], str], bool]  # option, names, key
 Sides = tuple[str, Mapping[str, Tensor]]  # a tensor's key, and what it is in each model
 Complain = Callable[[MergeError, Collection[str]], None]  # what is wrong, and with which tensors
 
@@ -120,7 +120,7 @@ def chosen(options: MergeOptions) -> Chosen:
     return Chosen(matcher(options.keep), matcher(options.take))
 
 
-def selection(options: MergeOptions, base: Checkpoint, sft: Checkpoint) -> Choose:
+def selector(options: MergeOptions, base: Checkpoint, sft: Checkpoint) -> Selects:
     """Check the patterns against the names, and return a test: does an option name one of these tensors?"""
     every = [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]
     for option in ("keep", "take", "no_drop"):

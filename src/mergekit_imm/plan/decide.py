@@ -18,7 +18,7 @@ from ..numerics.sparsifiers import parse_sparsify
 from ..options.options import DTYPES, MergeOptions, layer_factors_of
 from ..transforms.kept_quantised import intact
 from ..transforms.sparsified_delta import LONGEST_ROW, Ranked, Trimmed
-from .compatibility import Choose, Complain, check_alike, check_names, chosen, main_dtype, refuse, selection, side_of
+from .compatibility import Complain, Selects, check_alike, check_names, chosen, main_dtype, refuse, selector, side_of
 from .plan import Action, Item
 from .tied_embeddings import SameBytes, Ties, tied_groups
 
@@ -66,7 +66,7 @@ def decide(
     ties = tied_groups(used, same_bytes)
     groups = ties.groups
     check_names(used, options, groups, note)
-    choose = selection(options, base, sft)
+    selects = selector(options, base, sft)
     p = options
     factors = layer_factors_of(options, base.tensors)
     typed = inputs.get("start", base) if p.dtype == "start" else base  # whose dtypes the output has
@@ -84,11 +84,13 @@ def decide(
         key = group.key if group else name
         done.update(group.names if group else [name])
         sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
-        if "base" not in sides and not choose("take", written, key):  # an adapter's, of another vocabulary
+        if "base" not in sides and not selects("take", written, key):  # an adapter's, of another vocabulary
             sides = _with_likeness(key, sides, base)
         like = side_of(typed, name, group)
         found.append((key, written, sides, like.output_dtype if like is not None else main))
-    compared = [(k, sides) for k, written, sides, _ in found if _action(k, written, sides, choose) in ("merge", "copy")]
+    compared = [
+        (k, sides) for k, written, sides, _ in found if _action(k, written, sides, selects) in ("merge", "copy")
+    ]
     check_alike(compared, used, options, note)
     items: list[Item] = []
     for key, written, sides, output_dtype in found:
@@ -96,7 +98,7 @@ def decide(
             continue
         try:
             same = not as_they_are.isdisjoint(written)
-            items.append(_item(key, written, sides, used, choose, factors, output_dtype, options, same_bytes=same))
+            items.append(_item(key, written, sides, used, selects, factors, output_dtype, options, same_bytes=same))
         except MergeError as error:
             note(error, [key])
     return Decided(items, used, ties)
@@ -119,11 +121,11 @@ def _with_likeness(key: str, sides: dict[str, Tensor], base: Checkpoint) -> dict
 _arithmetic = cache(arithmetic)  # one for all tensors that are merged alike
 
 
-def _action(key: str, written: list[str], sides: Mapping[str, Tensor], choose: Choose) -> Action:
+def _action(key: str, written: list[str], sides: Mapping[str, Tensor], selects: Selects) -> Action:
     """What happens to a tensor; what is merged has one shape in all models, and one kind of dtype (`check_alike`)."""
-    if choose("keep", written, key) and "base" in sides:
+    if selects("keep", written, key) and "base" in sides:
         return "keep"
-    if choose("take", written, key) and "sft" in sides:
+    if selects("take", written, key) and "sft" in sides:
         return "take"
     return "merge" if sides["base"].dtype in MERGED else "copy"
 
@@ -133,7 +135,7 @@ def _item(
     written: list[str],
     sides: dict[str, Tensor],
     used: Mapping[str, Checkpoint],
-    choose: Choose,
+    selects: Selects,
     factors: Mapping[str, float],
     output_dtype: str,
     options: MergeOptions,
@@ -141,7 +143,7 @@ def _item(
     same_bytes: bool = False,
 ) -> Item:
     p = options
-    action = _action(key, written, sides, choose)
+    action = _action(key, written, sides, selects)
     if action == "keep":
         sides = {"base": sides["base"]}
     source = sides["sft" if action == "take" else "base"]
@@ -154,7 +156,7 @@ def _item(
             " only; merge it first, or leave out --take"
         )
     factor = factors.get(layer_key(key) or "", 1.0)
-    constants = _arithmetic(alpha=p.alpha, drop=0.0 if choose("no_drop", written, key) else p.drop, factor=factor)
+    constants = _arithmetic(alpha=p.alpha, drop=0.0 if selects("no_drop", written, key) else p.drop, factor=factor)
     if action == "merge" and p.sparsify != "dare" and constants.uses_mask:
         constants = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
         sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter leaves the rest as it was
