@@ -15,7 +15,7 @@ from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
 from ..model.tensor_names import blanked, folder_of, is_embedding_or_head, matcher, only_in
 from ..options.options import MergeOptions
 from ..transforms.experts import is_fused
-from ..transforms.quantised_units import Chosen
+from ..transforms.quantised_units import Copied
 from ..transforms.tokenizer_files import added_tokens
 from .advice import SAVE_ALIKE, Advice
 from .tied_embeddings import Group
@@ -115,9 +115,9 @@ def _cure(advice: Advice, option: str, names: Collection[str], extra: str, renam
     return f"to let them through: {offer.option}" if offer.option else offer.instead
 
 
-def chosen(options: MergeOptions) -> Chosen:
+def copied_by(options: MergeOptions) -> Copied:
     """Return what --keep and --take say of names, without asking whether there are such."""
-    return Chosen(matcher(options.keep), matcher(options.take))
+    return Copied(matcher(options.keep), matcher(options.take))
 
 
 def selector(options: MergeOptions, base: Checkpoint, sft: Checkpoint) -> Selects:

@@ -18,7 +18,7 @@ from ..numerics.sparsifiers import parse_sparsify
 from ..options.options import DTYPES, MergeOptions, layer_factors_of
 from ..transforms.kept_quantised import intact
 from ..transforms.sparsified_delta import LONGEST_ROW, Ranked, Trimmed
-from .compatibility import Complain, Selects, check_alike, check_names, chosen, main_dtype, refuse, selector, side_of
+from .compatibility import Complain, Selects, check_alike, check_names, copied_by, main_dtype, refuse, selector, side_of
 from .plan import Action, Item
 from .tied_embeddings import SameBytes, Ties, tied_groups
 
@@ -71,7 +71,7 @@ def decide(
     factors = layer_factors_of(options, base.tensors)
     typed = inputs.get("start", base) if p.dtype == "start" else base  # whose dtypes the output has
     main = main_dtype(typed)
-    as_they_are = intact(base, sft, chosen(p)).names if p.keep or p.take else frozenset()
+    as_they_are = intact(base, sft, copied_by(p)).names if p.keep or p.take else frozenset()
 
     found: list[tuple[str, list[str], dict[str, Tensor], str]] = []  # key, names to write, each model's, dtype
     done: set[str] = set(wrong)

@@ -25,7 +25,7 @@ from ..options.recipe import history_of, make_recipe
 from ..transforms.kept_quantised import intact
 from .accounts import check_plan, check_tensors
 from .advice import result_config
-from .compatibility import chosen
+from .compatibility import copied_by
 from .decide import Decided, decide
 from .plan import Inputs, Item, Plan, same_place
 from .shard_layout import lay_out
@@ -146,7 +146,7 @@ def _config(
         tied=ties.tied.get(folder),
         rows={item.source.shape[0] for item in own if is_input_embedding(item.name) and item.source.shape},
         resized=dict(each.rows for each in used.values() if each.rows),
-        quantised=intact(base, sft, chosen(options)).settings if not folder and (p.keep or p.take) else None,
+        quantised=intact(base, sft, copied_by(options)).settings if not folder and (p.keep or p.take) else None,
     )
 
 

@@ -24,7 +24,7 @@ from ..transforms.kept_quantised import without_kept
 from ..transforms.lora_adapter import applied
 from ..transforms.match_names import matched
 from ..transforms.vocabulary import resized
-from .compatibility import chosen
+from .compatibility import copied_by
 from .make_plan import make_plans
 from .plan import Inputs, same_place
 
@@ -116,7 +116,7 @@ def round_of(inputs: Mapping[str, Checkpoint]) -> int:
 def prepared(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
     """Return the inputs as they are merged: under the base's names, each tensor as a whole."""
     inputs = matched(without_quantisation(inputs, options), options.rename)
-    inputs = without_kept(inputs, chosen(options)) if options.keep or options.take else inputs
+    inputs = without_kept(inputs, copied_by(options)) if options.keep or options.take else inputs
     return resized(with_adapter(inputs, options), options)
 
 
@@ -125,7 +125,7 @@ def without_quantisation(inputs: dict[str, Checkpoint], options: MergeOptions) -
 
     Raises CheckpointError for quantised ones, ArgumentError if there is nothing to do.
     """
-    copied = chosen(options)
+    copied = copied_by(options)
     if not options.dequantize:
         for each in inputs.values():
             check_unquantised(each, copied)

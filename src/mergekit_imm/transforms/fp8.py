@@ -19,7 +19,7 @@ from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError
 from ..model.config import quantisation
 from ..model.tensor_names import ready_option
-from .quantised_units import FP8, Chosen, Unit, pattern_of, scales_of, units_of
+from .quantised_units import FP8, Copied, Unit, pattern_of, scales_of, units_of
 
 _BLOCK = (128, 128)  # where a config does not say
 _WIDEST = 1 << 20  # scales of a row of blocks, which are read at once
@@ -38,10 +38,10 @@ _FORMAT = re.compile(r"(.+\.)comfy_quant")  # its later one: a text that says in
 _NOTES_OF_QUANTISERS = ("hf_quant_config.json",)  # side files that say how a model is quantised
 
 
-_NOTHING = Chosen(lambda _: False, lambda _: False)
+_NOTHING = Copied(lambda _: False, lambda _: False)
 
 
-def check_unquantised(checkpoint: Checkpoint, chosen: Chosen) -> None:
+def check_unquantised(checkpoint: Checkpoint, chosen: Copied) -> None:
     """Raise CheckpointError for a quantised model, with its method and the cure, unless all of it is copied as it is.
 
     Its config tells; where that does not, names and dtypes of tensors.
@@ -81,7 +81,7 @@ def _has_fp8(checkpoint: Checkpoint) -> bool:
 
 
 def _check_units(
-    checkpoint: Checkpoint, units: Sequence[Unit], chosen: Chosen, said: tuple[str, Mapping[str, Any]] | None
+    checkpoint: Checkpoint, units: Sequence[Unit], chosen: Copied, said: tuple[str, Mapping[str, Any]] | None
 ) -> None:
     """Raise CheckpointError unless each quantised weight is copied whole, from one side."""
     left = [unit for unit in units if not chosen.spare(unit)]
@@ -112,7 +112,7 @@ def _check_units(
     raise CheckpointError(message)
 
 
-def dequantized(checkpoint: Checkpoint, chosen: Chosen) -> Checkpoint:
+def dequantized(checkpoint: Checkpoint, chosen: Copied) -> Checkpoint:
     """Return a checkpoint with each FP8 weight multiplied by the scales stored beside it; itself, if it has none.
 
     The scales are no tensors of it any more, nor are those of activations, which are told in a note. Raises

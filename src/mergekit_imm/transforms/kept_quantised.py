@@ -13,10 +13,10 @@ from ..common.messages import shown
 from ..errors import CheckpointError
 from ..model.tensor_names import ready_option
 from .fp8 import Dequantized, said_of
-from .quantised_units import Chosen, units_of
+from .quantised_units import Copied, units_of
 
 
-def without_kept(inputs: Mapping[str, Checkpoint], chosen: Chosen) -> dict[str, Checkpoint]:
+def without_kept(inputs: Mapping[str, Checkpoint], chosen: Copied) -> dict[str, Checkpoint]:
     """Return the inputs without what stands, in another, for a quantised weight that is the base's as it is.
 
     An unquantised model has `X.weight` where the base has `X.qweight`, `X.qzeros` and `X.scales`. Raises
@@ -57,7 +57,7 @@ class Intact:
     settings: tuple[str, Any] | None  # where in config.json they are described, and how
 
 
-def intact(base: Checkpoint, sft: Checkpoint, chosen: Chosen) -> Intact:
+def intact(base: Checkpoint, sft: Checkpoint, chosen: Copied) -> Intact:
     """Say which tensors of a merged model are quantised, and what its config says of them.
 
     Raises CheckpointError if base's are kept and others of sft's are taken, and their configs differ.

@@ -17,7 +17,7 @@ _PLAIN = (*MERGED, "I64", "BOOL")  # dtypes that models have which are not quant
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Copied:
     """What --keep and --take say of names."""
 
     kept: Spared
