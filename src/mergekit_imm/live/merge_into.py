@@ -34,7 +34,7 @@ from ..plan.make_plan import comparer
 from ..plan.open_inputs import (
     check_left_out,
     check_platform,
-    checked_refs,
+    input_refs,
     prepared,
     round_of,
     without_same_start,
@@ -118,7 +118,7 @@ def merge_into(
 
     def checked() -> tuple[dict[str, str | Path], MergeOptions, int, dict[str, Live]]:
         check_platform()
-        refs = checked_refs({"base": base, "start": start})
+        refs = input_refs({"base": base, "start": start})
         options = with_files_read(options_from(given, MergeOptions))
         return refs, options, options_from(given, RunOptions).workers or default_workers(), live_tensors(model)
 

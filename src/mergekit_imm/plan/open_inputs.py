@@ -44,7 +44,7 @@ def open_inputs(
     check_platform()
     several = (options,) if isinstance(options, MergeOptions) else tuple(options)
     several = tuple(map(with_files_read, several))
-    places = checked_refs(refs)
+    places = input_refs(refs)
     first = several[0]
 
     def opened(dry_run: bool) -> Inputs:
@@ -64,7 +64,7 @@ def open_inputs(
     return opened(dry_run)
 
 
-def checked_refs(refs: Mapping[str, str | Path | None]) -> dict[str, str | Path]:
+def input_refs(refs: Mapping[str, str | Path | None]) -> dict[str, str | Path]:
     """Return the places of the inputs, without a start of None. Raises MergeError for what is no place."""
     places = {role: as_path(role, ref) for role, ref in refs.items() if not (role == "start" and ref is None)}
     for role, ref in places.items():
