@@ -159,7 +159,7 @@ def _side_files(
     alone = [folder for folder in sft.adapters if folder not in base.adapters]
     side = {path: ("base", base.side[path]) for path in base.side}
     for own, file in sft.side.items():
-        path = _place_of(own, sft, base)
+        path = _destination(own, sft, base)
         if path is None:
             continue
         of_model = path.rpartition("/")[2] == "config.json" and folder_of(path) in ("", *base.part_configs)
@@ -174,7 +174,7 @@ def _side_files(
     return {path: found for path, found in side.items() if path not in configs}, notes
 
 
-def _place_of(path: str, sft: Checkpoint, base: Checkpoint) -> str | None:
+def _destination(path: str, sft: Checkpoint, base: Checkpoint) -> str | None:
     """Where a file of the sft goes: with the tensors that lay beside it, where the base has those in another folder."""
     moves = {(folder_of(own), folder_of(new)) for new, own in sft.original_names.items()}
     moved = dict(each for each in moves if each[0] != each[1])
