@@ -26,7 +26,7 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--alpha", "2"], "2.0 is not in the range 0<=x<=1"),
             (["--alpha", "nan"], "is not a number"),
             (["--alpha", "half"], "'half' is not a valid float"),
-            (["--alpha", "0.1,0.2"], "does not say which is which"),
+            (["--alpha", "0.1,0.2"], "does not contain"),
             (["--drop", "1"], "1.0 is not in the range 0<=x<1"),
             (["--seed", "x"], "'x' is not a valid integer"),
             (["--iteration", "-1"], "-1 is not in the range"),

@@ -18,7 +18,7 @@ from mergekit_imm.cli.loop import loop_command
 from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.engine.merge import _Keywords
 from mergekit_imm.loop.state import OPTIONS
-from mergekit_imm.options.options import MergeOptions, RunOptions, as_arguments, options_from, names_of
+from mergekit_imm.options.options import MergeOptions, RunOptions, as_arguments, names_of, options_from
 from mergekit_imm.options.recipe import make_recipe, options_in, parse_recipe, to_json
 
 DECLARED = {each.name: each for each in (*fields(MergeOptions), *fields(RunOptions))}

@@ -231,7 +231,7 @@ def test_the_command_sweeps(pair: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--alpha", "0.3,0.5", "-o", "out"], "does not say which is which"),
+        (["--alpha", "0.3,0.5", "-o", "out"], "does not contain"),
         (["--alpha", "0.3,2", "-o", "o-{alpha}"], "2.0 is not in the range"),
         (["--alpha", "0.3,", "-o", "o-{alpha}"], "not a valid float"),
         (["--seed", "1,x", "-o", "o-{seed}"], "not a valid integer"),

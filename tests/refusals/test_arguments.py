@@ -156,7 +156,7 @@ def test_a_start_that_was_merged_tells_the_round(models: Models) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "match"),
     [
-        ('"version": 1', '"version": 2', r"imm_recipe\.json is of version 2, this program reads 1; upgrade"),
+        ('"version": 1', '"version": 2', r"imm_recipe\.json has version 2, this program reads 1; upgrade"),
         ('"format": "mergekit_imm recipe"', '"format": "other"', r"imm_recipe\.json is damaged: its format is"),
         ('"iteration": 0', '"iteration": -1', r"imm_recipe\.json is damaged: iteration is -1"),
         ('"iteration": 0', '"round": 0', r"imm_recipe\.json is damaged"),
