@@ -131,9 +131,9 @@ def test_a_merged_folder_alone_is_read(folder: Path) -> None:
     [
         (["base"], "holds no merge with imm_report.json"),
         (["gone"], "gone is not a folder"),
-        (["base", "--take", "x"], "are of two models"),
+        (["base", "--take", "x"], "apply to two models"),
         (["base", "gone"], "gone"),
-        (["base", "sft", "-o", "sft"], "is the folder of a model that is measured"),
+        (["base", "sft", "-o", "sft"], "is the folder of a measured model"),
         (["base", "sft", "-o", "importance.json"], "is no folder; give another"),
         (["base", "sft", "--importance", "none.json"], "importance file none.json cannot be read"),
         (["base", "sft", "--importance", "short.json"], "for 1 of 7: missing"),

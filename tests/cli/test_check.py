@@ -123,7 +123,7 @@ def test_without_check_there_is_one_sft_and_an_out(there: Path, merge: Command) 
     ended = merge("base", "sft")
     assert (ended.status, ended.err.splitlines()[-1]) == (2, "error: Missing option '-o' / '--out'.")
     ended = merge("base", "sft", "adapter", "-o", "out")
-    assert (ended.status, "Got 2 models, sft, adapter, to merge into base; give one, or --check." in ended.err) == (
+    assert (ended.status, "Got 2 models to merge into base: sft, adapter; give one, or --check." in ended.err) == (
         2,
         True,
     )

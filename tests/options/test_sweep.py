@@ -70,7 +70,7 @@ def test_values_given_as_text_are_numbers() -> None:
 @pytest.mark.parametrize(
     ("out", "values", "message"),
     [
-        ("o", {"alpha": [0.3, 0.5]}, r"alpha is a list of 2 values, and the output o does not say.*'o-\{alpha\}'"),
+        ("o", {"alpha": [0.3, 0.5]}, r"alpha is a list of 2 values, but the output o does not contain.*'o-\{alpha\}'"),
         ("o-{alpha}", {"alpha": [0.3, 0.5], "seed": [0, 1]}, "seed is a list of 2"),
         ("o-{alpha}", {"alpha": [0.3, 0.3]}, "two merges would go to the output o-0.3"),
         ("o-{alpha}", {"alpha": []}, "alpha is an empty list"),

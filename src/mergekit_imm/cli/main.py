@@ -1,4 +1,4 @@
-"""Where each command begins, and `python -m mergekit_imm merge|verify|loop|analyze`."""
+"""Run a command by its name: `imm-merge` and its siblings, `python -m mergekit_imm merge|verify|loop|analyze`."""
 
 from __future__ import annotations
 
