@@ -19,8 +19,8 @@ from ..numerics.mask import Arithmetic
 from ..options.options import MergeOptions
 from .shard_layout import OutputFile
 
-RECORD = 1 << 20  # elements of a segment, and of one record of the statistics
-COPIED = 4 << 20  # bytes of a segment that is copied as it is
+SEGMENT_ELEMENTS = 1 << 20  # elements of a segment, and of one record of the statistics
+SEGMENT_BYTES = 4 << 20  # bytes of a segment that is copied as it is
 
 Action = Literal["merge", "keep", "take", "copy"]
 
@@ -55,7 +55,7 @@ class Item:
 
     def _firsts(self) -> tuple[range, range]:
         """Where segments begin: elements (bytes, of a raw one) that are merged, and those behind them that are not."""
-        total, step = (self.source.nbytes, COPIED) if self.raw else (self.source.count, RECORD)
+        total, step = (self.source.nbytes, SEGMENT_BYTES) if self.raw else (self.source.count, SEGMENT_ELEMENTS)
         middle = total if self.common is None else self.common
         return range(0, middle, step), range(middle, total, step)
 
