@@ -51,7 +51,7 @@ class CheckReport:
         return asdict(self)
 
 
-def described(
+def description(
     inputs: Mapping[str, Checkpoint], items: Iterable[Item], plan: Plan | None, notes: Iterable[str]
 ) -> dict[str, Any]:
     """Return what headers say about a merge, as both reports hold it; without a plan, what is known."""
@@ -92,11 +92,11 @@ def check(
         *_other_tokens(models["base"], models["sft"], one.vocab),
         *note_if_unchanged(models, decided.items),
     ]
-    shared = described(models, plan.items if plan else decided.items, plan, notes)
+    shared = description(models, plan.items if plan else decided.items, plan, notes)
     shared["kinds"] += _refused({name for _, names in complaints for name in names}, list(decided.used.values()))
     return replace(
         found,
-        inputs=[_described(each) for each in models.values()],
+        inputs=[_input_description(each) for each in models.values()],
         problems=[str(error) for error, _ in complaints],
         **shared,
     )
@@ -117,7 +117,7 @@ def _other_tokens(base: Checkpoint, sft: Checkpoint, vocab: str) -> list[str]:
     return []
 
 
-def _described(each: Checkpoint) -> dict[str, Any]:
+def _input_description(each: Checkpoint) -> dict[str, Any]:
     stored: list[Tensor] = list(each.tensors.values())
     if each.adapter is not None:
         form = "LoRA adapter"
