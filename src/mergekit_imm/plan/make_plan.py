@@ -40,7 +40,7 @@ def make_plans(inputs: Inputs) -> list[Plan]:
 
 def plan_of(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided, equal: SameBytes) -> Plan:
     """Plan a merge from what is decided about its tensors, and check that nothing is lost."""
-    plan = placed(inputs, options, decided)
+    plan = assign_files(inputs, options, decided)
     check_tensors(decided, equal)
     check_plan(plan, decided.ties)
     linked = [
@@ -85,7 +85,7 @@ def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
     return equal
 
 
-def placed(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> Plan:
+def assign_files(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> Plan:
     """Say where every tensor goes, and what else is written. Raises MismatchError for files in each other's way."""
     items, used, broken = decided.items, decided.used, decided.ties.broken
     base = inputs["base"]
