@@ -162,7 +162,7 @@ def _item(
         sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter leaves the rest as it was
     if is_delta(sides.get("sft")):
         constants = replace(constants, is_delta=True)
-    home = _home(key, sides.get("base"), source, used)
+    home = _output_file(key, sides.get("base"), source, used)
     outs = tuple(
         TensorInfo(name, dtype, source.shape, home, 0, source.count * DTYPE_BITS[dtype] // 8) for name in written
     )
@@ -175,7 +175,7 @@ def _item(
     return replace(item, common=extended[0], owner=p.vocab if p.vocab in sides else "base")
 
 
-def _home(key: str, own: Tensor | None, source: Tensor, used: Mapping[str, Checkpoint]) -> str:
+def _output_file(key: str, own: Tensor | None, source: Tensor, used: Mapping[str, Checkpoint]) -> str:
     """The file that a tensor goes to: the base's, or what corresponds to the sft's."""
     base, folder = used["base"], folder_of(key)
     home = base.homes.get(own.name) if own is not None else None
