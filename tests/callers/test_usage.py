@@ -167,8 +167,8 @@ def test_tensors_larger_than_a_file_may_be_are_named(here: Path, command: Comman
     ended = command(merge_command, *MERGE, "--max-shard-size", "200B")
     assert ended.status == 0
     assert ended.err == (
-        "note: 'lm_head.weight' has 512 bytes, more than a file may have: 2 tensors have files of their own, as no"
-        " tensor is split\n"
+        "note: 'lm_head.weight' has 512 bytes, more than --max-shard-size: 2 tensors have files of their own,"
+        " because tensors are not split\n"
     )
     assert len(list((here / "out").glob("*.safetensors"))) == len(SHAPES) - 1  # the norm has 16 bytes
     assert command(merge_command, "base", "sft", "-o", "other", "--max-shard-size", "1KB").err == ""

@@ -219,7 +219,7 @@ FILE = "no-such-importance.json"
         ({"layer_factors": {"0": 1e38, "1": 1.0}, "drop": 0.99}, "does not fit in float32"),
         ({"workers": 0}, "workers is 0"),
         ({"start": "nowhere"}, "start nowhere does not exist"),
-        ({"start": "start"}, "has no imm_recipe.json that tells its round"),
+        ({"start": "start"}, "has no imm_recipe.json with its round"),
     ],
 )
 def test_what_the_base_tells_is_refused_when_a_callback_is_made(
