@@ -1,6 +1,6 @@
-"""What callers give: numbers of numpy are numbers, every kind of path is one, all else is refused in one line."""
+"""Argument types: numpy numbers and all kinds of paths are accepted, others refused in one line."""
 
-# Wrong types are what this is about.
+# These tests pass wrong types.
 # mypy: disable-error-code="arg-type,call-overload,dict-item,list-item,assignment,operator"
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Place:
-    """A path of a kind of its own."""
+    """A custom path type."""
 
     def __init__(self, path: str | bytes) -> None:
         self.path = path
@@ -89,7 +89,7 @@ def test_scalars_of_numpy_are_the_numbers_they_are(here: Path) -> None:
     merge_checkpoints("base", "sft", "one", **plain)
     merge_checkpoints("base", "sft", "other", **scalars)
     one, other = files_of(here / "one"), files_of(here / "other")
-    assert {name for name in one if one[name] != other[name]} <= {"imm_recipe.json", "README.md"}  # 2 for 2.0
+    assert {name for name in one if one[name] != other[name]} <= {"imm_recipe.json", "README.md"}  # write 2 for 2.0
     recipes = [json.loads(each["imm_recipe.json"]) for each in (one, other)]
     assert recipes[0] == recipes[1]
     verify("other")

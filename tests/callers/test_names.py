@@ -1,4 +1,4 @@
-"""The public names: one list has them, type checkers know them and no others, and a missing extra is named."""
+"""Public names: one list holds them, type checkers know exactly these, and a missing extra is named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WITHOUT = "import sys; sys.modules[{!r}] = None; "
 
 
 def listed() -> dict[str, list[str]]:
-    """What docs/python.md says may be imported: module -> names."""
+    """Read the public names from docs/python.md: module -> names."""
     table = (PAGES / "python.md").read_text(encoding="utf-8").split("## What may be imported")[1]
     rows = re.findall(r"^\| `(mergekit_imm[\w.]*)` \| [^|]+ \| ([^|]+) \|$", table.split("have moved")[0], re.MULTILINE)
     return {module: re.findall(r"`(\w+)`", names) for module, names in rows}
@@ -32,7 +32,7 @@ PACKAGES = [name for name in PUBLIC if hasattr(importlib.import_module(name), "_
 
 
 def of(name: str) -> Any:
-    """A module; `Any`, as its names are looked up by hand."""
+    """Import a module, typed `Any` for dynamic access."""
     return importlib.import_module(name)
 
 
@@ -57,7 +57,7 @@ def test_no_module_of_a_package_replaces_a_name_of_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_type_checkers_are_given_the_same_places(name: str) -> None:
-    """What is imported for them is what `lazy` imports."""
+    """Imports under TYPE_CHECKING match those of `lazy`."""
     tree = ast.parse(Path(of(name).__file__).read_text(encoding="utf-8"))
     (branch,) = (node for node in tree.body if isinstance(node, ast.If))
     told: dict[str, set[str]] = {}
@@ -91,7 +91,7 @@ def test_pages_import_and_describe_public_names_only() -> None:
     found = []
     for page in (*sorted(PAGES.glob("*.md")), ROOT / "README.md"):
         text = page.read_text(encoding="utf-8").split("These have moved")[0]
-        if page.name == "architecture.md":  # which is about all modules
+        if page.name == "architecture.md":  # describes private modules too
             text = text.replace("from mergekit_imm.numerics.cpu import merge_span", "")
         described = re.findall(r"^::: (mergekit_imm[\w.]*)\.(\w+)$", text, re.MULTILINE)
         imported = re.findall(r"^(?:>>> )?from (mergekit_imm[\w.]*) import ([\w, ]+)$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Exit statuses: 2 where the value alone is wrong, 1 where a file is; and what commands say without arguments."""
+"""Exit statuses: 2 for a wrong value, 1 for a wrong file; and commands without arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `imm-analyze change`: what it prints, writes and refuses, and that its page is safe and whole."""
+"""`imm-analyze change`: output, files, refusals; its page is self-contained and escapes names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 class Reader(HTMLParser):
-    """Follow the tags, and note what a browser would fetch or run."""
+    """Collect what a browser would fetch or run."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`imm-merge --check`: everything that fits and everything that does not, from headers."""
+"""`imm-merge --check` reports from headers what can and cannot be merged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from models import fine_tuned, new_model, save
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and what may be merged into it or not."""
+    """A base, with models that can and cannot be merged into it."""
     folder = tmp_path_factory.mktemp("models")
     model = new_model("qwen3_moe")
     save(model, folder / "base", "base", "20KB")

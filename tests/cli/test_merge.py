@@ -1,4 +1,4 @@
-"""`imm-merge` as a user runs it."""
+"""`imm-merge` as users run it."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_json_is_one_document_with_the_fields_of_the_report(here: Path, merge: C
 
 
 def test_quiet_prints_nothing(here: Path, merge: Command) -> None:
-    for _ in range(2):  # the second time it is already merged
+    for _ in range(2):  # the second run finds it merged
         assert merge("base", "base", "-o", "out", "--quiet") == Ended(0, "", "")
 
 
@@ -411,7 +411,7 @@ def test_a_read_only_install_without_a_home_works_with_one_notice(here: Path) ->
     assert ended.err.startswith("note: ")
     merge_checkpoints("base", "sft", "same")
     assert files_of(here / "out") == files_of(here / "same")
-    # Where it can be cached, there is nothing to say.
+    # No notice where the cache is writable.
     environment["NUMBA_CACHE_DIR"] = str(here / "cache")
     assert subprocess_of(code="import mergekit_imm.numerics.cpu", env=environment) == Ended(0, "", "")
 

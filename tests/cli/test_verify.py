@@ -1,4 +1,4 @@
-"""`imm-verify` as a user runs it."""
+"""`imm-verify` as users run it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer factors: lines, groups, files, shrink and clip, against their formulas, through every way to merge."""
+"""Layer factors (lines, groups, files, shrink, clip) against their formulas, in every way to merge."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def folders(tmp_path: Path) -> Path:
 
 
 def test_a_line_is_lines() -> None:
-    """LiNeS: alpha + beta * (l - 1) / (L - 1) for l = 1..L, and alpha for what is in no layer."""
+    """LiNeS: alpha + beta * (l - 1) / (L - 1) for l = 1..L, and alpha outside the layers."""
     alpha, beta = 0.3, 0.7
     found = lines_factors(NAMES, alpha, alpha + beta)
     for number, layer in enumerate(LAYERS, 1):
@@ -55,7 +55,7 @@ def test_each_stack_has_its_own_line() -> None:
     names = [f"{stack}.{n}.w" for stack, count in (("text.layers", 3), ("vision.blocks", 11)) for n in range(count)]
     found = lines_factors(names, 0, 1)
     assert [found[f"text.layers.{n}"] for n in range(3)] == [0, 0.5, 1]
-    assert found["vision.blocks.10"] == 1  # ten after nine, not after one
+    assert found["vision.blocks.10"] == 1  # layers are ordered by number, not as strings
 
 
 @given(st.integers(1, 200))
@@ -79,7 +79,7 @@ def test_shrink_and_clip_follow_their_formulas() -> None:
 
 
 def expected(folders: Path, factors: dict[str, float]) -> dict[str, torch.Tensor]:
-    """Each tensor merged by itself, with its factor."""
+    """Merge each tensor alone, with its factor."""
     base, sft = read_model(folders / "base"), read_model(folders / "sft")
     return {
         name: dare_merge(

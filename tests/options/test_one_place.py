@@ -1,4 +1,4 @@
-"""Every option is declared once; signatures, commands, recipes and the loop hold what is declared."""
+"""Every option is declared once; signatures, commands, recipes and loops agree with the declaration."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ USED: dict[str, Any] = {
 
 def test_a_recipe_holds_each_of_them_and_gives_it_back() -> None:
     assert set(USED) == set(names_of(MergeOptions))
-    for first in ("importance", "layer_factors"):  # one of them at a time
+    for first in ("importance", "layer_factors"):  # they exclude each other
         lacking = {"layer_factors"} if first == "importance" else {"importance", "shrink", "clip"}
         options = MergeOptions(**{name: value for name, value in USED.items() if name not in lacking})
         inputs: dict[str, dict[str, Any]] = {role: {"path": role, "files": {}} for role in ("base", "sft")}

@@ -1,4 +1,4 @@
-"""Arguments that cannot be."""
+"""Invalid arguments."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"workers": 1.5}, r"workers is 1\.5"),
     ({"dtype": "float8"}, r"dtype is 'float8'; it must be one of base, start, bfloat16, float16, float32"),
     ({"dtype": torch.float8_e4m3fn}, r"dtype is 'float8_e4m3fn'; it must be one of"),
-    ({"reference": "sft"}, r"reference is 'sft'; it must be 'start' or 'base'"),
+    ({"reference": "sft"}, r"reference is 'sft'; it must be one of start, base"),
     ({"vocab": "larger"}, r"vocab is 'larger'; it must be one of strict, base, sft"),
     ({"max_shard_size": "5 XB"}, r"size '5 XB' is not understood; write it as 5GB"),
     ({"max_shard_size": "5GB or so"}, r"size '5GB or so' is not understood"),

@@ -1,4 +1,4 @@
-"""Outputs that must not be written."""
+"""Outputs that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What names, shapes and dtypes of tensors refuse."""
+"""Refusals by tensor names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_quantised_and_complex_tensors_are_refused_unless_kept_or_taken(models: 
     write_zeros(getattr(models, role) / MODEL, {UP0: (dtype, (4,)), NORM: ("BF16", (8,))})
     match = rf"{re.escape(UP0)}' is {dtype} in {role} .*not merged.*unquantised.*"
     (option,) = shown_options(models.refused(CheckpointError, match))
-    assert list(option) == [{"base": "take", "sft": "keep"}[role]]  # the other's
+    assert list(option) == [{"base": "take", "sft": "keep"}[role]]  # the option for the other side
     assert models.merge(**option).tensors["merged"] == 1
 
 

@@ -1,4 +1,4 @@
-"""What only the tensors tell, and what a merge that is not refused leaves."""
+"""Refusals by tensor values: NaN, infinity, overflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pair of models, and ranks that are threads and merge it."""
+"""A pair of models, merged by ranks that run as threads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Run = Callable[..., Any]
 
 
 def write_pair(folder: Path, *, tied: bool = False) -> Path:
-    """Write base, of two files, and sft, of one: 21 MB each."""
+    """Write base (two files) and sft (one file), 21 MB each."""
     for seed, role in enumerate(("base", "sft")):
         state = random_state(SHAPES, seed=seed)
         state["steps"] = torch.arange(3)
@@ -45,7 +45,7 @@ def write_pair(folder: Path, *, tied: bool = False) -> Path:
 
 
 def by_threads(size: int, call: Callable[[Ranks], Any]) -> list[Any]:
-    """What a call returns, or raises, on each of some ranks."""
+    """Call a function on several ranks; return each result or exception."""
     rounds: defaultdict[int, dict[int, Any]] = defaultdict(dict)
     told, ended = Condition(), Event()
 
