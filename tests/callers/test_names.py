@@ -60,16 +60,16 @@ def test_type_checkers_are_given_the_same_places(name: str) -> None:
     """Imports under TYPE_CHECKING match those of `lazy`."""
     tree = ast.parse(Path(of(name).__file__).read_text(encoding="utf-8"))
     (branch,) = (node for node in tree.body if isinstance(node, ast.If))
-    told: dict[str, set[str]] = {}
+    declared: dict[str, set[str]] = {}
     for node in branch.body:
         assert isinstance(node, ast.ImportFrom)
-        told.setdefault("." * node.level + (node.module or ""), set()).update(alias.name for alias in node.names)
+        declared.setdefault("." * node.level + (node.module or ""), set()).update(alias.name for alias in node.names)
     (call,) = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
     done: dict[str, set[str]] = {}
     for names in map(ast.literal_eval, call.args[1:]):
         for module, each in names.items():
             done.setdefault(module, set()).update(each.split())
-    assert told == done
+    assert declared == done
 
 
 def test_errors_and_schedules_have_the_names_of_the_list() -> None:

@@ -92,12 +92,12 @@ def looks_right(inputs: Inputs, ending: Ending) -> None:
     """Check a merged folder: it loads, config and tensors are right, and every option was needed."""
     out = ending.out
     assert out is not None
-    model, told = _load(inputs.auto, out)
-    base_model, base_told = _load(inputs.auto, inputs.base)
+    model, info = _load(inputs.auto, out)
+    base_model, base_info = _load(inputs.auto, inputs.base)
     sft_state, sft_unexpected = _state_of_sft(inputs)
-    assert told["missing_keys"] <= base_told["missing_keys"], told
-    assert told["unexpected_keys"] <= base_told["unexpected_keys"] | sft_unexpected, told
-    assert not told["mismatched_keys"]
+    assert info["missing_keys"] <= base_info["missing_keys"], info
+    assert info["unexpected_keys"] <= base_info["unexpected_keys"] | sft_unexpected, info
+    assert not info["mismatched_keys"]
 
     files = {"base": _tensors(inputs.base), "sft": _tensors(inputs.sft), "out": _tensors(out)}
     keep, take = ([re.compile(o[1]) for o in ending.options if o[0] == option] for option in ("--keep", "--take"))
@@ -131,17 +131,17 @@ def told_in_advance(inputs: Inputs, first: str) -> list[str]:
 
 
 def _load(auto: Any, folder: Path) -> tuple[Any, dict[str, set[str]]]:
-    model, told = auto.from_pretrained(folder, output_loading_info=True, dtype="auto")
-    return model, {key: {each[0] if isinstance(each, tuple) else each for each in told[key]} for key in told}
+    model, info = auto.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    return model, {key: {each[0] if isinstance(each, tuple) else each for each in info[key]} for key in info}
 
 
 def _state_of_sft(inputs: Inputs) -> tuple[State, set[str]]:
     """Return which sft tensors transformers reads and which it ignores; nothing if it cannot load the sft."""
     try:
-        model, told = _load(inputs.auto, inputs.sft)
+        model, info = _load(inputs.auto, inputs.sft)
     except RuntimeError:
         return {}, set()
-    return model.state_dict(), told["unexpected_keys"]
+    return model.state_dict(), info["unexpected_keys"]
 
 
 def _tensors(folder: Path) -> State:

@@ -1,7 +1,7 @@
 """The ranks of training runs that merge their model in place: `python live_ranks.py FOLDER`, for each size of WORLDS.
 
 FOLDER holds `base`, `start` and `sft.pt`, a state dict of float tensors. For each layout of the model each rank stores
-what it became, as whole tensors, in WORLD-LAYOUT-RANK.pt, and what it was told where merges are refused.
+what it became, as whole tensors, in WORLD-LAYOUT-RANK.pt, and the errors of refused merges.
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ def refusals(rank: int, world: int, folder: Path, state: dict[str, Tensor]) -> d
         try:
             with patch.object(Files, "read", failing if case == "disk" else read):
                 merge_into(model, base, workers=1, **options)
-            told = "nothing"
+            message = "nothing"
         except MergeError as error:
-            told = f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}"
         same = all(torch.equal(tensor.nan_to_num(), before[name].nan_to_num()) for name, tensor in local.items())
-        found[case] = (told, same)
+        found[case] = (message, same)
     return found
 
 

@@ -47,17 +47,17 @@ def write_pair(folder: Path, *, tied: bool = False) -> Path:
 def by_threads(size: int, call: Callable[[Ranks], Any]) -> list[Any]:
     """Call a function on several ranks; return each result or exception."""
     rounds: defaultdict[int, dict[int, Any]] = defaultdict(dict)
-    told, ended = Condition(), Event()
+    changed, ended = Condition(), Event()
 
     def ranks(rank: int) -> Ranks:
         numbers = count()
 
         def gather(value: Any) -> list[Any]:
             given = rounds[next(numbers)]
-            with told:
+            with changed:
                 given[rank] = value
-                told.notify_all()
-                assert told.wait_for(lambda: len(given) == size or ended.is_set(), timeout=HUNG)
+                changed.notify_all()
+                assert changed.wait_for(lambda: len(given) == size or ended.is_set(), timeout=HUNG)
             if len(given) < size:
                 raise RankError("one has ended")
             return [given[each] for each in range(size)]
@@ -70,8 +70,8 @@ def by_threads(size: int, call: Callable[[Ranks], Any]) -> list[Any]:
             return call(ranks(rank))
         except BaseException as error:
             ended.set()
-            with told:
-                told.notify_all()
+            with changed:
+                changed.notify_all()
             return error
 
     with ThreadPoolExecutor(size) as pool:

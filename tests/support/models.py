@@ -234,8 +234,8 @@ def template(voice: str) -> str:
 
 def load(folder: Path, layout: str, **options: Any) -> Any:
     """Load a model as users do; check that no tensor is missing or unexpected."""
-    model, told = LAYOUTS[layout].auto.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(told.values()), told
+    model, info = LAYOUTS[layout].auto.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values()), info
     return model
 
 

@@ -145,10 +145,10 @@ def linked(models: Models, kind: str) -> tuple[Path | str, Path]:
         case "input is a link":
             link.symlink_to(inside)
             return link, models.out
-        case "input behind a link":
+        case "input through a link":
             link.symlink_to(models.out / "deep")
             return link / "sft", models.out
-        case "output behind a link":
+        case "output through a link":
             link.symlink_to(models.folder)
             return inside, link / "out"
         case "a file":

@@ -351,12 +351,12 @@ def layer_factors_of(options: MergeOptions, names: Iterable[str]) -> dict[str, f
 
 def files_of(options: MergeOptions) -> dict[str, Path]:
     """Return the files named by options, by a label for messages."""
-    found = {}
+    files = {}
     if isinstance(options.importance, str | Path):
-        found["the importance file"] = Path(options.importance)
+        files["the importance file"] = Path(options.importance)
     if isinstance(options.layer_factors, str | Path) and Path(options.layer_factors).is_file():
-        found["the file of layer factors"] = Path(options.layer_factors)
-    return found
+        files["the file of layer factors"] = Path(options.layer_factors)
+    return files
 
 
 def default_of(name: str) -> Any:
