@@ -10,7 +10,7 @@ def _begin(name: str) -> None:
     try:
         from .cli import main
     except KeyboardInterrupt:  # during imports; afterwards the commands handle it
-        sys.stderr.write("error: interrupted before the start\n")
+        sys.stderr.write("error: interrupted; nothing was started\n")
         sys.exit(130)
     getattr(main, name)()
 
