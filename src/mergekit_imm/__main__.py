@@ -1,16 +1,16 @@
-"""Where the commands begin: `imm-merge` and its siblings, and `python -m mergekit_imm merge|verify|loop|analyze`."""
+"""Entry points: `imm-merge` and its siblings, and `python -m mergekit_imm merge|verify|loop|analyze`."""
 
 import sys
 
 
 def _begin(name: str) -> None:
-    # What was closed by whoever began this would else be the next file that is opened, and be printed into.
+    # If the parent closed a standard stream, the next file opened would take its place and be printed into.
     if sys.stdin is None or sys.stdout is None or sys.stderr is None:
         _open_standard_streams()
     try:
         from .cli import main
-    except KeyboardInterrupt:  # while modules are loaded; from there on the commands see to it themselves
-        sys.stderr.write("error: interrupted; nothing was begun\n")
+    except KeyboardInterrupt:  # during imports; afterwards the commands handle it
+        sys.stderr.write("error: interrupted; nothing was started\n")
         sys.exit(130)
     getattr(main, name)()
 
@@ -22,7 +22,7 @@ def _open_standard_streams() -> None:
         pass
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - to the end
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - open until exit
 
 
 def imm_merge() -> None:

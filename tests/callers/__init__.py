@@ -1,1 +1,1 @@
-"""What Python callers and users of commands meet beside merges: messages, values, types, exit statuses, paths."""
+"""The interface to callers: messages, accepted values, types, exit statuses, paths."""

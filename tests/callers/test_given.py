@@ -1,6 +1,6 @@
-"""What callers give: numbers of numpy are numbers, every kind of path is one, all else is refused in one line."""
+"""Argument types: numpy numbers and all kinds of paths are accepted, others refused in one line."""
 
-# Wrong types are what this is about.
+# These tests pass wrong types.
 # mypy: disable-error-code="arg-type,call-overload,dict-item,list-item,assignment,operator"
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Place:
-    """A path of a kind of its own."""
+    """A custom path type."""
 
     def __init__(self, path: str | bytes) -> None:
         self.path = path
@@ -65,19 +65,31 @@ class Model(torch.nn.Module):
 
 def test_scalars_of_numpy_are_the_numbers_they_are(here: Path) -> None:
     plain: dict[str, Any] = {
-        "alpha": float(np.float32(0.3)), "drop": float(np.float16(0.6)), "seed": 3, "iteration": 2, "workers": 1,
-        "importance": {"0": 1.5, "1": float(np.float32(0.1))}, "shrink": 0.25, "clip": (0.5, 2.0),
+        "alpha": float(np.float32(0.3)),
+        "drop": float(np.float16(0.6)),
+        "seed": 3,
+        "iteration": 2,
+        "workers": 1,
+        "importance": {"0": 1.5, "1": float(np.float32(0.1))},
+        "shrink": 0.25,
+        "clip": (0.5, 2.0),
         "max_shard_size": 2_000_000,
-    }  # fmt: skip
+    }
     scalars: dict[str, Any] = {
-        "alpha": np.float32(0.3), "drop": np.float16(0.6), "seed": np.int64(3), "iteration": np.uint8(2),
-        "workers": np.int32(1), "importance": {"0": np.float64(1.5), "1": np.float32(0.1)}, "shrink": np.float32(0.25),
-        "clip": (np.float32(0.5), np.int64(2)), "max_shard_size": np.int64(2_000_000),
-    }  # fmt: skip
+        "alpha": np.float32(0.3),
+        "drop": np.float16(0.6),
+        "seed": np.int64(3),
+        "iteration": np.uint8(2),
+        "workers": np.int32(1),
+        "importance": {"0": np.float64(1.5), "1": np.float32(0.1)},
+        "shrink": np.float32(0.25),
+        "clip": (np.float32(0.5), np.int64(2)),
+        "max_shard_size": np.int64(2_000_000),
+    }
     merge_checkpoints("base", "sft", "one", **plain)
     merge_checkpoints("base", "sft", "other", **scalars)
     one, other = files_of(here / "one"), files_of(here / "other")
-    assert {name for name in one if one[name] != other[name]} <= {"imm_recipe.json", "README.md"}  # 2 for 2.0
+    assert {name for name in one if one[name] != other[name]} <= {"imm_recipe.json", "README.md"}  # write 2 for 2.0
     recipes = [json.loads(each["imm_recipe.json"]) for each in (one, other)]
     assert recipes[0] == recipes[1]
     verify("other")
@@ -89,8 +101,9 @@ def test_pure_functions_take_them_too() -> None:
     plain: dict[str, Any] = {"drop": 0.5, "seed": 3, "iteration": 1}
     assert same_bits(dare(tensor, name=NAME, **numbers), dare(tensor, name=NAME, **plain))
     assert same_bits(keep_mask(NAME, (8,), offset=np.int64(8), **numbers), keep_mask(NAME, (8,), offset=8, **plain))
-    assert same_bits(della(tensor, name=NAME, epsilon=np.float32(0.25), **numbers),
-                     della(tensor, name=NAME, epsilon=0.25, **plain))  # fmt: skip
+    assert same_bits(
+        della(tensor, name=NAME, epsilon=np.float32(0.25), **numbers), della(tensor, name=NAME, epsilon=0.25, **plain)
+    )
     assert same_bits(trim(tensor, drop=np.float32(0.5)), trim(tensor, drop=0.5))
     third = float(np.float32(1 / 3))
     assert lines_factors(["h.0", "h.1", "h.2"], np.float32(1 / 3), 1.0) == lines_factors(

@@ -1,4 +1,4 @@
-"""Messages speak of options to users of commands, of parameters to Python callers."""
+"""Messages name options for command users, parameters for Python callers."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_a_pattern_can_be_pasted_into_python(name: str) -> None:
 
 def test_an_error_keeps_what_was_written() -> None:
     error = ArgumentError("leave out --restart")
-    again = pickle.loads(pickle.dumps(error))  # as ranks send it
+    again = pickle.loads(pickle.dumps(error))  # as sent between ranks
     assert (str(again), again.args) == ("leave out restart=True", ("leave out --restart",))
     with speaking_of_options():
         assert str(again) == "leave out --restart"
 
 
 def test_every_option_that_a_message_names_is_known() -> None:
-    """In what libraries say; commands speak to their own users."""
+    """Messages of commands themselves always name options."""
     ours = {option for each in (merge_command, verify_command) for p in each.params for option in p.opts}
     for path in SOURCES.rglob("*.py"):
         if path.parent.name == "cli" or path.stem == "torchrun":
@@ -84,7 +84,7 @@ def test_every_option_that_a_message_names_is_known() -> None:
 
 @pytest.fixture
 def surplus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a base, and an sft with one tensor more."""
+    """A folder with a base, and an sft with an extra tensor."""
     import torch
     from safetensors.torch import load_file, save_file
 

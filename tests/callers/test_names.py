@@ -1,4 +1,4 @@
-"""The public names: one list has them, type checkers know them and no others, and a missing extra is named."""
+"""Public names: one list holds them, type checkers know exactly these, and a missing extra is named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WITHOUT = "import sys; sys.modules[{!r}] = None; "
 
 
 def listed() -> dict[str, list[str]]:
-    """What docs/python.md says may be imported: module -> names."""
+    """Read the public names from docs/python.md: module -> names."""
     table = (PAGES / "python.md").read_text(encoding="utf-8").split("## What may be imported")[1]
     rows = re.findall(r"^\| `(mergekit_imm[\w.]*)` \| [^|]+ \| ([^|]+) \|$", table.split("have moved")[0], re.MULTILINE)
     return {module: re.findall(r"`(\w+)`", names) for module, names in rows}
@@ -32,7 +32,7 @@ PACKAGES = [name for name in PUBLIC if hasattr(importlib.import_module(name), "_
 
 
 def of(name: str) -> Any:
-    """A module; `Any`, as its names are looked up by hand."""
+    """Import a module, typed `Any` for dynamic access."""
     return importlib.import_module(name)
 
 
@@ -57,19 +57,19 @@ def test_no_module_of_a_package_replaces_a_name_of_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_type_checkers_are_given_the_same_places(name: str) -> None:
-    """What is imported for them is what `lazy` imports."""
+    """Imports under TYPE_CHECKING match those of `lazy`."""
     tree = ast.parse(Path(of(name).__file__).read_text(encoding="utf-8"))
     (branch,) = (node for node in tree.body if isinstance(node, ast.If))
-    told: dict[str, set[str]] = {}
+    declared: dict[str, set[str]] = {}
     for node in branch.body:
         assert isinstance(node, ast.ImportFrom)
-        told.setdefault("." * node.level + (node.module or ""), set()).update(alias.name for alias in node.names)
+        declared.setdefault("." * node.level + (node.module or ""), set()).update(alias.name for alias in node.names)
     (call,) = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
     done: dict[str, set[str]] = {}
     for names in map(ast.literal_eval, call.args[1:]):
         for module, each in names.items():
             done.setdefault(module, set()).update(each.split())
-    assert told == done
+    assert declared == done
 
 
 def test_errors_and_schedules_have_the_names_of_the_list() -> None:
@@ -91,7 +91,7 @@ def test_pages_import_and_describe_public_names_only() -> None:
     found = []
     for page in (*sorted(PAGES.glob("*.md")), ROOT / "README.md"):
         text = page.read_text(encoding="utf-8").split("These have moved")[0]
-        if page.name == "architecture.md":  # which is about all modules
+        if page.name == "architecture.md":  # describes private modules too
             text = text.replace("from mergekit_imm.numerics.cpu import merge_span", "")
         described = re.findall(r"^::: (mergekit_imm[\w.]*)\.(\w+)$", text, re.MULTILINE)
         imported = re.findall(r"^(?:>>> )?from (mergekit_imm[\w.]*) import ([\w, ]+)$", text, re.MULTILINE)
@@ -100,17 +100,18 @@ def test_pages_import_and_describe_public_names_only() -> None:
             (page.name, module, name)
             for module, names in (*described, *imported, *linked)
             for name in names.split(", ")
-        ]  # fmt: skip
+        ]
     assert len(found) > 60
     assert not [each for each in found if each[2] not in PUBLIC.get(each[1], [])]
 
 
-GOOD = "\n".join(f"from {module} import {', '.join(names)}" for module, names in PUBLIC.items()) + """
+IMPORTS = "\n".join(f"from {module} import {', '.join(names)}" for module, names in PUBLIC.items())
+GOOD = f"""{IMPORTS}
 from mergekit_imm import __version__
 import mergekit_imm
 status: str = mergekit_imm.verify("out").out
 version: str = __version__
-"""  # fmt: skip
+"""
 BAD = (
     "\n".join(f"from {module} import nothing" for module in PACKAGES)
     + """
@@ -129,8 +130,11 @@ def test_type_checkers_know_the_public_names_and_no_others(tmp_path: Path) -> No
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nfollow_imports = silent\n[mypy-{others}]\nfollow_imports = skip\n")
     ended = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "good.py", "bad.py"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
     lines = [line for line in ended.stdout.splitlines() if ": error: " in line]
     assert len(lines) == len(PACKAGES) + 3, ended.stdout + ended.stderr
     assert all(line.startswith("bad.py") for line in lines)

@@ -1,4 +1,4 @@
-"""One input has many spellings of its path; and `imm-verify` is run from anywhere."""
+"""Different spellings of an input's path, and `imm-verify` from any folder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_merge_is_the_same_however_its_inputs_are_typed(here: Path, spelling: 
 
 
 def test_a_file_is_not_the_folder_that_it_lies_in(here: Path) -> None:
-    """The other files of a folder come with it."""
+    """A folder brings its side files, a single file does not."""
     (here / "sft" / "chat_template.jinja").write_text("the sft's")
     merge_checkpoints("base", "sft/model.safetensors", "out")
     with pytest.raises(OutputError, match=r"holds another merge \(inputs\.sft\.form: \S*one file"):
@@ -70,7 +70,7 @@ def test_a_merge_goes_on_however_its_inputs_are_typed(
     here: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge(str, "whole")
-    monkeypatch.setattr("mergekit_imm.engine.stream.SYNC_BYTES", 1)  # recorded piece by piece
+    monkeypatch.setattr("mergekit_imm.engine.stream.SYNC_BYTES", 1)  # journal every piece
 
     def stop(done: int, total: int) -> None:
         if done > total // 2:
@@ -81,7 +81,7 @@ def test_a_merge_goes_on_however_its_inputs_are_typed(
     report = merge(SPELLINGS[spelling])
     assert report.status == "merged"
     assert 0 < report.bytes_written < merge(str, "again").bytes_written
-    assert files_of(here / "out") == files_of(here / "whole")  # as the command that began it would have left it
+    assert files_of(here / "out") == files_of(here / "whole")  # the same bytes as an uninterrupted merge
     verify("out")
 
 
@@ -128,7 +128,7 @@ def test_inputs_are_found_from_another_folder(here: Path, monkeypatch: pytest.Mo
     assert verify("../runs/one/out").files_compared == expected
     monkeypatch.chdir(deep)
     assert verify(".").files_compared == expected
-    # Another model where the path leads from here, the right one where the merge ran.
+    # The path leads to another model from here, to the right one from where the merge ran.
     monkeypatch.chdir(elsewhere)
     write_model(elsewhere / "sft", random_state(SHAPES, seed=9), config=CONFIG, side=SIDE)
     assert verify(deep).files_compared == expected
@@ -147,7 +147,7 @@ def test_inputs_are_found_from_another_folder(here: Path, monkeypatch: pytest.Mo
 
 
 def test_a_name_like_a_hub_id_is_a_folder_that_is_gone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub was not asked when it was merged, and is not asked now."""
+    """The merge asked no hub, and neither does its verification."""
     (here / "org").mkdir()
     (here / "sft").rename(here / "org" / "sft")
     merge_checkpoints("base", "org/sft", "out")

@@ -1,4 +1,4 @@
-"""Exit statuses: 2 where the value alone is wrong, 1 where a file is; and what commands say without arguments."""
+"""Exit statuses: 2 for a wrong value, 1 for a wrong file; and commands without arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--alpha", "2"], "2.0 is not in the range 0<=x<=1"),
             (["--alpha", "nan"], "is not a number"),
             (["--alpha", "half"], "'half' is not a valid float"),
-            (["--alpha", "0.1,0.2"], "does not say which is which"),
+            (["--alpha", "0.1,0.2"], "does not contain"),
             (["--drop", "1"], "1.0 is not in the range 0<=x<1"),
             (["--seed", "x"], "'x' is not a valid integer"),
             (["--iteration", "-1"], "-1 is not in the range"),
@@ -76,7 +76,7 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--drop", "1"], "drop is 1.0"),
             (["--anchor", "mean"], "anchor is 'mean'"),
             (["--keep", "("], "--keep '(' is not a regular expression"),
-            (["--retry", "x"], "is no list of numbers"),
+            (["--retry", "x"], "is not a list of numbers"),
             (["--gate", "accuracy"], "there is no evaluate command"),
             (["--sparsify", "nonsense"], "sparsify is 'nonsense'"),
             (["--layer-factors", "lines:1"], "layer factors 'lines:1' are not understood"),
@@ -85,8 +85,8 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--rounds", "0"], "0 is not in the range"),
         ]
     ),
-    (analyze_command, ["samples", "a.jsonl", "--encoder", "encode"], "'encode' is no MODULE:FUNCTION"),
-    (analyze_command, ["change", "base", "--vocab", "sft"], "are of two models"),
+    (analyze_command, ["samples", "a.jsonl", "--encoder", "encode"], "'encode' is not MODULE:FUNCTION"),
+    (analyze_command, ["change", "base", "--vocab", "sft"], "apply to two models"),
     (analyze_command, ["change", "base", "sft", "--keep", "("], "--keep '(' is not a regular expression"),
     (analyze_command, ["importance", "base", "--data", "x", "-o", "y", "--max-length", "1"], "1 is not in the range"),
     (analyze_command, ["importance", "base", "--data", "x", "-o", "y", "--device", "tpu"], "device is 'tpu'"),
@@ -167,8 +167,8 @@ def test_tensors_larger_than_a_file_may_be_are_named(here: Path, command: Comman
     ended = command(merge_command, *MERGE, "--max-shard-size", "200B")
     assert ended.status == 0
     assert ended.err == (
-        "note: 'lm_head.weight' has 512 bytes, more than a file may have: 2 tensors have files of their own, as no"
-        " tensor is split\n"
+        "note: 'lm_head.weight' has 512 bytes, more than --max-shard-size: 2 tensors have files of their own,"
+        " because tensors are not split\n"
     )
     assert len(list((here / "out").glob("*.safetensors"))) == len(SHAPES) - 1  # the norm has 16 bytes
     assert command(merge_command, "base", "sft", "-o", "other", "--max-shard-size", "1KB").err == ""

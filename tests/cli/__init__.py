@@ -1,1 +1,1 @@
-"""The commands as a user runs them."""
+"""Commands as users run them."""

@@ -1,4 +1,4 @@
-"""The commands as a user runs them."""
+"""Commands as users run them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from mergekit_imm.cli.verify import verify_command
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with base and sft, and it is the current one."""
+    """The current folder, with base and sft."""
     monkeypatch.chdir(write_pair(tmp_path))
     return tmp_path
 
 
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """Run a command in this process, as its script does."""
+    """Run a command in this process, as its console script does."""
 
     def run(which: click.Command, *arguments: object) -> Ended:
         with pytest.raises(SystemExit) as ended:
@@ -62,7 +62,7 @@ def check(command: Command) -> Command:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with base and sft of 50 MB each, and the merge of them."""
+    """A folder with base and sft of 50 MB each, and their merge."""
     folder = tmp_path_factory.mktemp("large")
     for seed, role in enumerate(("base", "sft")):
         row = random_state({"": (1 << 20,)}, seed=seed)[""]
@@ -79,7 +79,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two rounds of merges, the second with a start, shards, a changed config and side files."""
+    """Merges of two rounds, the second with a start, shards, a changed config and side files."""
     folder = write_pair(tmp_path_factory.mktemp("rounds"))
     (folder / "base" / "model.safetensors").unlink()
     write_model(folder / "base", random_state(SHAPES, seed=5), shards=[NAMES[:2], NAMES[2:]])

@@ -1,4 +1,4 @@
-"""The command `imm-analyze change`: what it prints, writes and refuses, and that its page is safe and whole."""
+"""`imm-analyze change`: output, files, refusals; its page is self-contained and escapes names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 class Reader(HTMLParser):
-    """Follow the tags, and note what a browser would fetch or run."""
+    """Collect what a browser would fetch or run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,9 +131,9 @@ def test_a_merged_folder_alone_is_read(folder: Path) -> None:
     [
         (["base"], "holds no merge with imm_report.json"),
         (["gone"], "gone is not a folder"),
-        (["base", "--take", "x"], "are of two models"),
+        (["base", "--take", "x"], "apply to two models"),
         (["base", "gone"], "gone"),
-        (["base", "sft", "-o", "sft"], "is the folder of a model that is measured"),
+        (["base", "sft", "-o", "sft"], "is the folder of a measured model"),
         (["base", "sft", "-o", "importance.json"], "is not a folder; give another"),
         (["base", "sft", "--importance", "none.json"], "importance file none.json cannot be read"),
         (["base", "sft", "--importance", "short.json"], "for 1 of 7: missing"),
@@ -193,9 +193,12 @@ def test_kinds_of_modules_have_all_three_numbers(folder: Path) -> None:
 def test_hostile_names_are_text() -> None:
     keys = [f"a<b>&.{i}" for i in range(80)]
     change = WeightChange(
-        {key: 1.0 + i for i, key in enumerate(keys)}, dict.fromkeys(keys, 1.0), {key: {HOSTILE: 1.0} for key in keys},
-        {HOSTILE: 1.0}, (f"note: {HOSTILE}",),
-    )  # fmt: skip
+        {key: 1.0 + i for i, key in enumerate(keys)},
+        dict.fromkeys(keys, 1.0),
+        {key: {HOSTILE: 1.0} for key in keys},
+        {HOSTILE: 1.0},
+        (f"note: {HOSTILE}",),
+    )
     importance = {key: 80.0 - i for i, key in enumerate(keys)}
     found = [
         Comparison(HOSTILE, change, mismatch(importance, change)),

@@ -1,4 +1,4 @@
-"""`imm-merge --check`: everything that fits and everything that does not, from headers."""
+"""`imm-merge --check` reports from headers what can and cannot be merged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from models import fine_tuned, new_model, save
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and what may be merged into it or not."""
+    """A base, with models that can and cannot be merged into it."""
     folder = tmp_path_factory.mktemp("models")
     model = new_model("qwen3_moe")
     save(model, folder / "base", "base", "20KB")
@@ -58,14 +58,14 @@ def test_all_that_fits_is_in_a_table(there: Path, merge: Command) -> None:
 
 def test_what_it_says_is_what_a_merge_does(there: Path, merge: Command, tmp_path: Path) -> None:
     for sft in ("sft", "in memory", "adapter"):
-        told = json.loads(merge("--check", "base", sft, "--json").out)
+        checked = json.loads(merge("--check", "base", sft, "--json").out)
         report = merge_checkpoints(there / "base", there / sft, tmp_path / sft, dry_run=True).to_dict()
-        assert told["problems"] == []
+        assert checked["problems"] == []
         for key in ("kinds", "renamed", "config_changes", "side_files", "left_out"):
-            assert told[key] == report[key], key
+            assert checked[key] == report[key], key
 
 
-def test_all_that_stands_in_the_way_is_told_and_the_exit_status_is_1(there: Path, merge: Command) -> None:
+def test_every_problem_is_listed_and_the_exit_status_is_1(there: Path, merge: Command) -> None:
     ended = merge("--check", "base", "other")
     assert ended.status == 1
     assert ended.err == "error: other cannot be merged into base; 3 reasons are listed above\n"
@@ -76,10 +76,10 @@ def test_all_that_stands_in_the_way_is_told_and_the_exit_status_is_1(there: Path
     assert "  model.layers.*.mlp.gate_proj.weight                   2      4.10 k  -     BF16  -     refused" in (
         ended.out.splitlines()
     )
-    told = json.loads(merge("--check", "base", "other", "--json").out)
-    assert [problem[:4] for problem in told["problems"]] == ["base", "31 t", "12 t"]
+    checked = json.loads(merge("--check", "base", "other", "--json").out)
+    assert [problem[:4] for problem in checked["problems"]] == ["base", "31 t", "12 t"]
     counts = {False: 0, True: 0}
-    for kind in told["kinds"]:
+    for kind in checked["kinds"]:
         counts[kind["action"] == "refused"] += kind["tensors"]
     assert counts == {True: 31 + 12, False: 45 - 31}
 
@@ -94,8 +94,9 @@ def test_every_tensor_whose_shape_differs_is_told(
     ended = merge("--check", "base", "sft")
     assert ended.status == 1
     assert [line[:34] for line in ended.out.splitlines() if "refused: " in line] == [
-        "  refused: tensor 'a.w' is BF16 [4", "  refused: tensor 'c.w' is BF16 [4"
-    ]  # fmt: skip
+        "  refused: tensor 'a.w' is BF16 [4",
+        "  refused: tensor 'c.w' is BF16 [4",
+    ]
     ended = merge("--check", "base", "sft", "--keep", "^[ac]")
     assert ended.status == 0
 
@@ -122,7 +123,7 @@ def test_without_check_there_is_one_sft_and_an_out(there: Path, merge: Command) 
     ended = merge("base", "sft")
     assert (ended.status, ended.err.splitlines()[-1]) == (2, "error: Missing option '-o' / '--out'.")
     ended = merge("base", "sft", "adapter", "-o", "out")
-    assert (ended.status, "Got 2 models, sft, adapter, to merge into base; give one, or --check." in ended.err) == (
+    assert (ended.status, "Got 2 models to merge into base: sft, adapter; give one, or --check." in ended.err) == (
         2,
         True,
     )

@@ -1,4 +1,4 @@
-"""`imm-analyze importance`, end to end: texts to tokens, models to importance files, and what is refused."""
+"""`imm-analyze importance` end to end: tokens, importance files, refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mergekit_imm.cli import console
 from mergekit_imm.cli.importance import importance_command
 from models import fine_tuned, new_model, save
 
-WORDS = ["<unk>", "<s>", "</s>", "merge", "back", "base"]  # those of `models.save`
+WORDS = ["<unk>", "<s>", "</s>", "merge", "back", "base"]  # vocabulary of `models.save`
 RESPONSES = [("merge back", "base merge"), ("back", "merge base back base"), ("base base", "back")]
 
 Measure = Callable[..., Ended]
@@ -48,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with links to models, and texts; it is the current one."""
+    """The current folder, with links to models, and texts."""
     monkeypatch.chdir(tmp_path)
     for model in models.iterdir():
         (tmp_path / model.name).symlink_to(model)
@@ -76,7 +76,7 @@ def ids(text: str) -> list[int]:
 
 
 def expected(folder: Path, with_prompt: bool) -> Any:
-    """The same by transformers and `layer_importance`, a sequence at a time, with tokens written out."""
+    """Compute the same with transformers and `layer_importance`, one sequence at a time, from given token ids."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = []
     for prompt, response in RESPONSES:
@@ -111,8 +111,13 @@ def test_the_file_and_what_is_shown(
     assert bars[largest] == max(bars.values()) == 30
     assert shown[-1] == "written to out.json"
     assert sorted(path.name for path in here.iterdir()) == [
-        "gemma3", "llama", "out.json", "pairs.jsonl", "qwen2", "texts.jsonl",
-    ]  # fmt: skip
+        "gemma3",
+        "llama",
+        "out.json",
+        "pairs.jsonl",
+        "qwen2",
+        "texts.jsonl",
+    ]
 
 
 def test_the_same_command_writes_the_same_bytes_and_json_prints_them(here: Path, measure: Measure) -> None:
@@ -127,7 +132,7 @@ def test_the_same_command_writes_the_same_bytes_and_json_prints_them(here: Path,
 
 @pytest.mark.parametrize("layout", ["llama", "gemma3"])
 def test_a_merge_takes_the_file(layout: str, here: Path, measure: Measure) -> None:
-    """Also where layers are called otherwise in memory than in the files, as Gemma 3's are."""
+    """Also where layers have other names in memory than in files, as in Gemma 3."""
     assert measure(layout, "--data", "texts.jsonl", "-o", "out.json").status == 0
     save(fine_tuned(new_model(layout), seed=2), here / "sft", "base", "20KB")
     merge_checkpoints(layout, "sft", "merged", drop=0.0, importance="out.json")
@@ -140,7 +145,7 @@ def test_a_merge_takes_the_file(layout: str, here: Path, measure: Measure) -> No
 
 
 def test_the_tokenizer_is_that_of_the_files(here: Path, measure: Measure) -> None:
-    """For Qwen2, AutoTokenizer of transformers 5 builds one of its own, which finds none of these words."""
+    """For Qwen2, AutoTokenizer of transformers 5 builds its own tokenizer, which knows none of these words."""
     measure("qwen2", "--data", "texts.jsonl", "-o", "out.json")
     content = json.loads((here / "out.json").read_text())
     assert content["layers"] == pytest.approx(expected(here / "qwen2", with_prompt=True).layers, rel=1e-5)
@@ -232,10 +237,10 @@ def test_refusals_are_one_line(arguments: tuple[str, ...], message: str, here: P
 
 
 def broken(here: Path, name: str) -> None:
-    """Make a model that something is wrong with."""
+    """Make a faulty model."""
     if name not in ("strange", "lacking", "quantised", "bare", "small", "failing", "unknown"):
         return
-    model = new_model("deepseek_v3" if name == "failing" else "llama")  # heads of the former do not fit together
+    model = new_model("deepseek_v3" if name == "failing" else "llama")  # this deepseek_v3 has incompatible head sizes
     if name == "small":
         model.resize_token_embeddings(6)
     folder = save(model, here / name, "base")
@@ -301,9 +306,9 @@ def tokenizer(before: str = "", after: str = "", words: Any = Whitespace) -> Any
         ({"prompt": "merge", "response": " back </s>"}, "", "", [3, 4, 2], 1),  # no second eos
         ({"prompt": "merge", "response": " back"}, "<s>", "</s>", [1, 3, 4, 2], 2),  # no eos between
         ({"prompt": "", "response": "merge back"}, "<s>", "", [1, 3, 4, 2], 1),
-        ({"prompt": "mer", "response": "ge back"}, "<s>", "", [1, 0, 0, 4, 2], 2),  # of `merge`, which is one word
+        ({"prompt": "mer", "response": "ge back"}, "<s>", "", [1, 0, 0, 4, 2], 2),  # "merge", one word, is split
     ],
-)  # fmt: skip
+)
 def test_tokens_of_an_example(
     row: dict[str, str], before: str, after: str, found: list[int], prompt: int, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""`imm-merge` as a user runs it."""
+"""`imm-merge` as users run it."""
 
 from __future__ import annotations
 
@@ -46,20 +46,36 @@ def test_the_home_folder_is_expanded(here: Path, merge: Command, monkeypatch: py
 
 
 OPTIONS: list[tuple[list[str], dict[str, object]]] = [
-    ([], {
-        "alpha": 0.5, "drop": 0.2, "seed": 0, "iteration": 0, "importance": None, "reference": "start",
-        "dtype": "base", "max_shard_size": None, "keep": [], "take": [], "no_drop": [], "vocab": "strict",
-        "allow_nonfinite": False, "copy_code": False,
-    }),
-    (["--alpha", "0.3", "--drop", "0", "--seed", "-7", "--iteration", "3"],
-     {"alpha": 0.3, "drop": 0.0, "seed": -7, "iteration": 3}),
+    (
+        [],
+        {
+            "alpha": 0.5,
+            "drop": 0.2,
+            "seed": 0,
+            "iteration": 0,
+            "importance": None,
+            "reference": "start",
+            "dtype": "base",
+            "max_shard_size": None,
+            "keep": [],
+            "take": [],
+            "no_drop": [],
+            "vocab": "strict",
+            "allow_nonfinite": False,
+            "copy_code": False,
+        },
+    ),
+    (
+        ["--alpha", "0.3", "--drop", "0", "--seed", "-7", "--iteration", "3"],
+        {"alpha": 0.3, "drop": 0.0, "seed": -7, "iteration": 3},
+    ),
     (["--importance", "importance.json"], {"importance": {"0": 1.0, "1": 3.0}}),
     (["--reference", "base", "--dtype", "float16"], {"reference": "base", "dtype": "float16"}),
     (["--max-shard-size", "1.5KB"], {"max_shard_size": 1500}),
     (["--keep", "norm", "--keep", "lm_head", "--take", "embed"], {"keep": ["norm", "lm_head"], "take": ["embed"]}),
     (["--no-drop", "norm", "--no-drop", "embed"], {"no_drop": ["norm", "embed"]}),
     (["--allow-nonfinite", "--copy-code"], {"allow_nonfinite": True, "copy_code": True}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), OPTIONS, ids=[" ".join(options) for options, _ in OPTIONS])
@@ -117,7 +133,7 @@ def test_json_is_one_document_with_the_fields_of_the_report(here: Path, merge: C
 
 
 def test_quiet_prints_nothing(here: Path, merge: Command) -> None:
-    for _ in range(2):  # the second time it is already merged
+    for _ in range(2):  # the second run finds it merged
         assert merge("base", "base", "-o", "out", "--quiet") == Ended(0, "", "")
 
 
@@ -134,11 +150,27 @@ def test_a_dry_run_writes_nothing_and_prints_what_would_be_read_and_written(here
     assert files_of(here) == before
     assert sorted(path.name for path in here.iterdir()) == ["base", "sft"]
     expected = [
-        "would merge 648 parameters (4 merged, 1 kept) into out", "base   base", "sft    sft", "alpha 0.5", "drop 0.2",
-        "seed 0", "iteration 0", "model.layers.*.mlp.weight", "keep the base's", "BF16", "F16", "reads", "writes",
-        "to model.safetensors", "2 other files from sft: templates/chat.jinja, tokenizer.json",
-        'config.json: dtype = "float16"', "left out of base: optimizer.pt", "memory about", "disk needed", "free",
-    ]  # fmt: skip
+        "would merge 648 parameters (4 merged, 1 kept) into out",
+        "base   base",
+        "sft    sft",
+        "alpha 0.5",
+        "drop 0.2",
+        "seed 0",
+        "iteration 0",
+        "model.layers.*.mlp.weight",
+        "keep the base's",
+        "BF16",
+        "F16",
+        "reads",
+        "writes",
+        "to model.safetensors",
+        "2 other files from sft: templates/chat.jinja, tokenizer.json",
+        'config.json: dtype = "float16"',
+        "left out of base: optimizer.pt",
+        "memory about",
+        "disk needed",
+        "free",
+    ]
     assert [words for words in expected if words not in ended.out] == []
     assert ended.out.splitlines()[-1] == "nothing was written"
 
@@ -291,8 +323,11 @@ def test_a_reader_that_goes_away_is_no_traceback(here: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written_is_no_traceback(here: Path) -> None:
-    for arguments in (["merge", "base", "sft", "-o", "out", "--json"], ["merge", "base", "sft", "-o", "out"],
-                      ["verify", "out"]):  # fmt: skip
+    for arguments in (
+        ["merge", "base", "sft", "-o", "out", "--json"],
+        ["merge", "base", "sft", "-o", "out"],
+        ["verify", "out"],
+    ):
         with open("/dev/full", "w") as full:  # noqa: PTH123
             ended = subprocess.run(
                 [sys.executable, "-m", "mergekit_imm", *arguments], stdout=full, stderr=-1, text=True
@@ -376,7 +411,7 @@ def test_a_read_only_install_without_a_home_works_with_one_notice(here: Path) ->
     assert ended.err.startswith("note: ")
     merge_checkpoints("base", "sft", "same")
     assert files_of(here / "out") == files_of(here / "same")
-    # Where it can be cached, there is nothing to say.
+    # No notice where the cache is writable.
     environment["NUMBA_CACHE_DIR"] = str(here / "cache")
     assert subprocess_of(code="import mergekit_imm.numerics.cpu", env=environment) == Ended(0, "", "")
 

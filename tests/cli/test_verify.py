@@ -1,4 +1,4 @@
-"""`imm-verify` as a user runs it."""
+"""`imm-verify` as users run it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def test_a_merge_is_what_its_recipe_says(rounds: Path, check: Command) -> None:
     assert check(rounds / "second", "--quiet") == Ended(0, "", "")
     ended = check(rounds / "second", "--json")
     report = json.loads(ended.out, parse_constant=pytest.fail)
-    assert set(report) == {
-        "out", "segments", "of_segments", "bytes_compared", "files_compared", "not_of_the_merge"
-    }  # fmt: skip
+    assert set(report) == {"out", "segments", "of_segments", "bytes_compared", "files_compared", "not_of_the_merge"}
     assert sorted(report["files_compared"]) == sorted(files_of(rounds / "second"))
     assert (report["segments"], report["not_of_the_merge"]) == (report["of_segments"], [])
 
@@ -66,8 +64,20 @@ def test_a_flipped_bit_is_found_and_its_place_named(
     assert check(rounds / "second").status == 0
 
 
-@pytest.mark.parametrize("keys", [["formula"], ["version"], ["format"], ["parameters"], ["inputs"], ["history"],
-                                  ["history", "formula"], ["config_changes"]], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["formula"],
+        ["version"],
+        ["format"],
+        ["parameters"],
+        ["inputs"],
+        ["history"],
+        ["history", "formula"],
+        ["config_changes"],
+    ],
+    ids=str,
+)
 def test_a_flipped_bit_in_any_part_of_the_recipe_is_found(rounds: Path, check: Command, keys: list[str]) -> None:
     path = rounds / "second" / "imm_recipe.json"
     content = path.read_bytes()

@@ -130,7 +130,10 @@ def test_any_cut_of_the_work_gives_the_same_bytes(data: st.DataObject) -> None:
         def run() -> None:
             record = data.draw(st.sampled_from([1 << 20, BLOCK, 4 * BLOCK]))
             buffer = data.draw(st.sampled_from([1 << 23, 40 * BLOCK, 100_000]))
-            with patch("mergekit_imm.plan.plan.RECORD", record), patch("mergekit_imm.engine.workers.BUFFER", buffer):
+            with (
+                patch("mergekit_imm.plan.plan.SEGMENT_ELEMENTS", record),
+                patch("mergekit_imm.engine.workers.BUFFER", buffer),
+            ):
                 merge_checkpoints(
                     root / "base", root / "sft", root / "out", start=start, alpha=alpha, drop=drop, seed=seed,
                     iteration=3, dtype=out_dtype, workers=data.draw(st.integers(1, 5)),

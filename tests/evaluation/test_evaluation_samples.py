@@ -273,6 +273,6 @@ def test_encoders_of_the_command() -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             run(file, "--encoder", name)
-    with pytest.raises(click.UsageError, match="is no MODULE:FUNCTION"):
+    with pytest.raises(click.UsageError, match="is not MODULE:FUNCTION"):
         run(file, "--encoder", "encode")
     assert str(Path.cwd()) not in sys.path

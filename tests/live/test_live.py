@@ -137,7 +137,7 @@ def test_a_start_that_is_the_base_and_a_reference(folder: Path) -> None:
 
 
 def test_the_round_is_that_of_the_start(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"start .* has no imm_recipe.json that tells its round"):
+    with pytest.raises(ArgumentError, match=r"start .* has no imm_recipe.json with its round"):
         merge_into(fresh(), folder / "base", start=folder / "start")
     merge_checkpoints(folder / "base", folder / "start", tmp_path / "round", iteration=4)
     models = fresh(), fresh()

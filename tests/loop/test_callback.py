@@ -204,9 +204,9 @@ FILE = "no-such-importance.json"
     [
         ({"alpha": 2.0}, "alpha is 2.0"),
         ({"drop": 1.0}, "drop is 1.0"),
-        ({"aplha": 0.5}, "'aplha' is no option of IMMCallback; did you mean 'alpha'?"),
-        ({"vocab": "sft"}, "'vocab' is no option of IMMCallback; its options are allow_nonfinite, alpha, "),
-        ({"dry_run": True}, "'dry_run' is no option of IMMCallback"),
+        ({"aplha": 0.5}, "'aplha' is not an option of IMMCallback; did you mean 'alpha'?"),
+        ({"vocab": "sft"}, "'vocab' is not an option of IMMCallback; its options are allow_nonfinite, alpha, "),
+        ({"dry_run": True}, "'dry_run' is not an option of IMMCallback"),
         ({"keep": ["lm_haed"]}, r'"lm_haed"\] matches none of'),
         ({"no_drop": ["lm_haed"]}, r'"lm_haed"\] matches none of'),
         ({"keep": ["["]}, r'keep=\[r"\["\] is not a regular expression'),
@@ -219,7 +219,7 @@ FILE = "no-such-importance.json"
         ({"layer_factors": {"0": 1e38, "1": 1.0}, "drop": 0.99}, "does not fit in float32"),
         ({"workers": 0}, "workers is 0"),
         ({"start": "nowhere"}, "start nowhere does not exist"),
-        ({"start": "start"}, "has no imm_recipe.json that tells its round"),
+        ({"start": "start"}, "has no imm_recipe.json with its round"),
     ],
 )
 def test_what_the_base_tells_is_refused_when_a_callback_is_made(

@@ -91,7 +91,8 @@ def test_a_file_and_a_folder_of_one_name_are_refused_from_names_alone(pair: Path
         assert ended.status == 0
         return
     assert ended.status == 1
-    assert "lies in a folder of that name; rename or remove one of them" in ended.error
+    assert ", but a folder in '" in ended.error
+    assert ended.error.endswith("; rename or remove one of them")
 
 
 @pytest.mark.parametrize("content", [*others("", "20260101\n", "link", "folder"), "mine", "pipe"])
@@ -170,7 +171,7 @@ def test_a_linked_folder_that_is_left_out_is_told(pair: Path) -> None:
     (pair / "real" / "chat.jinja").write_text("x")
     (pair / "sft" / "more").symlink_to(pair / "real")
     ended = subprocess_of("merge", "base", "sft", "-o", "out")
-    assert ended.err == "note: left out, as they are links to folders: sft sft/more/\n"
+    assert ended.err == "note: left out, because they are links to folders: sft sft/more/\n"
 
 
 def test_a_journal_that_lost_its_end_of_line_is_no_traceback(large: Path) -> None:

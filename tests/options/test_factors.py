@@ -1,4 +1,4 @@
-"""Layer factors: lines, groups, files, shrink and clip, against their formulas, through every way to merge."""
+"""Layer factors (lines, groups, files, shrink, clip) against their formulas, in every way to merge."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mergekit_imm import (
     lines_factors,
     merge_checkpoints,
     merge_into,
-)  # fmt: skip
+)
 from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.errors import ArgumentError, MergeError
 from mergekit_imm.loop.run import run_loop
@@ -42,7 +42,7 @@ def folders(tmp_path: Path) -> Path:
 
 
 def test_a_line_is_lines() -> None:
-    """LiNeS: alpha + beta * (l - 1) / (L - 1) for l = 1..L, and alpha for what is in no layer."""
+    """LiNeS: alpha + beta * (l - 1) / (L - 1) for l = 1..L, and alpha outside the layers."""
     alpha, beta = 0.3, 0.7
     found = lines_factors(NAMES, alpha, alpha + beta)
     for number, layer in enumerate(LAYERS, 1):
@@ -55,7 +55,7 @@ def test_each_stack_has_its_own_line() -> None:
     names = [f"{stack}.{n}.w" for stack, count in (("text.layers", 3), ("vision.blocks", 11)) for n in range(count)]
     found = lines_factors(names, 0, 1)
     assert [found[f"text.layers.{n}"] for n in range(3)] == [0, 0.5, 1]
-    assert found["vision.blocks.10"] == 1  # ten after nine, not after one
+    assert found["vision.blocks.10"] == 1  # layers are ordered by number, not as strings
 
 
 @given(st.integers(1, 200))
@@ -79,15 +79,19 @@ def test_shrink_and_clip_follow_their_formulas() -> None:
 
 
 def expected(folders: Path, factors: dict[str, float]) -> dict[str, torch.Tensor]:
-    """Each tensor merged by itself, with its factor."""
+    """Merge each tensor alone, with its factor."""
     base, sft = read_model(folders / "base"), read_model(folders / "sft")
     return {
         name: dare_merge(
-            each, sft[name], alpha=0.4, drop=0.3, name=name,
+            each,
+            sft[name],
+            alpha=0.4,
+            drop=0.3,
+            name=name,
             factor=factors.get(name.removesuffix(".w"), factors.get("outside", 1.0)),
         )
         for name, each in base.items()
-    }  # fmt: skip
+    }
 
 
 RULES: list[tuple[Any, dict[str, float]]] = [
@@ -115,9 +119,11 @@ def test_every_way_to_merge_takes_them(folders: Path, given: Any, factors: dict[
         at.register_parameter(last, torch.nn.Parameter(each))
     merge_into(model, folders / "base", **options)
     live = {name: parameter.data for name, parameter in model.named_parameters()}
-    in_memory = {} if isinstance(given, str) else dare_merge(
-        read_model(folders / "base"), read_model(folders / "sft"), **options
-    )  # fmt: skip
+    in_memory = (
+        {}
+        if isinstance(given, str)
+        else dare_merge(read_model(folders / "base"), read_model(folders / "sft"), **options)
+    )
     for found in (read_model(folders / "out"), streamed, live, in_memory):
         assert all(same_bits(wanted[name], each) for name, each in found.items())
     recipe = json.loads((folders / "out" / "imm_recipe.json").read_text())
@@ -145,9 +151,12 @@ def test_an_importance_shrunk_and_clipped_is_its_factors(folders: Path) -> None:
     shaped: dict[str, Any] = {"shrink": 0.5, "clip": (0.7, 1.2)}
     merge_checkpoints(folders / "base", folders / "sft", folders / "one", importance=importance, **shaped, **options)
     merge_checkpoints(
-        folders / "base", folders / "sft", folders / "two", layer_factors=importance_factors(importance, **shaped),
+        folders / "base",
+        folders / "sft",
+        folders / "two",
+        layer_factors=importance_factors(importance, **shaped),
         **options,
-    )  # fmt: skip
+    )
     one, other = read_model(folders / "one"), read_model(folders / "two")
     assert all(same_bits(one[name], other[name]) for name in one)
     again = merge_checkpoints(
@@ -197,9 +206,14 @@ def test_a_rule_needs_layers() -> None:
 def test_a_loop_refuses_factors_of_another_model_before_it_trains(folders: Path) -> None:
     (folders / "wrong.json").write_text(json.dumps({"model.layers.0": 1.0}))
     train = f"touch {folders / 'trained'}; cp -r {{model}} {{output}}"
-    for options in ({"importance": str(folders / "wrong.json")}, {"layer_factors": str(folders / "wrong.json")},
-                    {"layer_factors": "lines:2"}, {"layer_factors": "lines:1e39,1"},
-                    {"sparsify": "della:0.5"}, {"shrink": 0.5}):  # fmt: skip
+    for options in (
+        {"importance": str(folders / "wrong.json")},
+        {"layer_factors": str(folders / "wrong.json")},
+        {"layer_factors": "lines:2"},
+        {"layer_factors": "lines:1e39,1"},
+        {"sparsify": "della:0.5"},
+        {"shrink": 0.5},
+    ):
         with pytest.raises(MergeError):
             run_loop(Settings(base=str(folders / "base"), train=train, options=options), folders / "run")
     assert not (folders / "trained").exists()
@@ -207,14 +221,23 @@ def test_a_loop_refuses_factors_of_another_model_before_it_trains(folders: Path)
 
 def test_a_loop_merges_with_them(folders: Path) -> None:
     settings = Settings(
-        base=str(folders / "base"), train=f"cp -r {folders / 'sft'} {{output}}", rounds=1, alpha="0.4", drop="0.3",
+        base=str(folders / "base"),
+        train=f"cp -r {folders / 'sft'} {{output}}",
+        rounds=1,
+        alpha="0.4",
+        drop="0.3",
         options={"layer_factors": "lines:0.2,1", "sparsify": "trim"},
-    )  # fmt: skip
+    )
     state = run_loop(settings, folders / "run")
     merge_checkpoints(
-        folders / "base", folders / "sft", folders / "out", alpha=0.4, drop=0.3, layer_factors="lines:0.2,1",
+        folders / "base",
+        folders / "sft",
+        folders / "out",
+        alpha=0.4,
+        drop=0.3,
+        layer_factors="lines:0.2,1",
         sparsify="trim",
-    )  # fmt: skip
+    )
     one, other = read_model(Path(state.model)), read_model(folders / "out")
     assert all(same_bits(one[name], other[name]) for name in one)
 

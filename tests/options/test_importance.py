@@ -1,4 +1,4 @@
-"""Layer factors: the formula with fractions, shrunk and cut off; files of importance."""
+"""IIMM factors against the formula in exact fractions, with shrink and clip; importance files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_factors_are_the_formula(values: list[float], shrink: float, clip: tuple
         assert sum(found.values()) == pytest.approx(len(values))
 
 
-def test_both_ends() -> None:
+def test_extreme_shrink_and_clip() -> None:
     importance = {"h.0": 1.0, "h.1": 2.0, "h.2": 5.0}
     assert importance_factors(importance, shrink=1.0) == importance_factors(importance)
     assert set(importance_factors(importance, shrink=0.0).values()) == {1.0}
@@ -55,7 +55,7 @@ def test_both_ends() -> None:
         ({"clip": ("0", "1")}, "clip is ('0', '1')"),
     ],
 )
-def test_what_is_no_shrinking_or_clipping(options: dict[str, Any], message: str) -> None:
+def test_invalid_shrink_and_clip_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=re.escape(message)):
         importance_factors({"h.0": 1.0}, **options)
 

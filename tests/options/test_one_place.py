@@ -1,4 +1,4 @@
-"""Every option is declared once; signatures, commands, recipes and the loop hold what is declared."""
+"""Every option is declared once; signatures, commands, recipes and loops agree with the declaration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mergekit_imm.cli.loop import loop_command
 from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.engine.merge import _Keywords
 from mergekit_imm.loop.state import OPTIONS
-from mergekit_imm.options.options import MergeOptions, RunOptions, as_arguments, chosen_from, names_of
+from mergekit_imm.options.options import MergeOptions, RunOptions, as_arguments, names_of, options_from
 from mergekit_imm.options.recipe import make_recipe, options_in, parse_recipe, to_json
 
 DECLARED = {each.name: each for each in (*fields(MergeOptions), *fields(RunOptions))}
@@ -61,16 +61,33 @@ def test_so_do_the_types_of_keywords_and_the_commands() -> None:
 
 
 USED: dict[str, Any] = {
-    "alpha": 0.25, "drop": 0.5, "seed": 3, "iteration": 2, "importance": {"0": 1.0}, "shrink": 0.5, "clip": (0.5, 2.0),
-    "layer_factors": "lines:0.5,1", "sparsify": "trim", "reference": "base", "dtype": "float32",
-    "max_shard_size": 5_000, "keep": ("norm",), "take": ("a b",), "no_drop": ("bias",), "rename": ("^x=y",),
-    "vocab": "sft", "dequantize": True, "allow_nonfinite": True, "copy_code": True, "leave_out": ("v.safetensors",),
-}  # fmt: skip
+    "alpha": 0.25,
+    "drop": 0.5,
+    "seed": 3,
+    "iteration": 2,
+    "importance": {"0": 1.0},
+    "shrink": 0.5,
+    "clip": (0.5, 2.0),
+    "layer_factors": "lines:0.5,1",
+    "sparsify": "trim",
+    "reference": "base",
+    "dtype": "float32",
+    "max_shard_size": 5_000,
+    "keep": ("norm",),
+    "take": ("a b",),
+    "no_drop": ("bias",),
+    "rename": ("^x=y",),
+    "vocab": "sft",
+    "dequantize": True,
+    "allow_nonfinite": True,
+    "copy_code": True,
+    "leave_out": ("v.safetensors",),
+}
 
 
 def test_a_recipe_holds_each_of_them_and_gives_it_back() -> None:
     assert set(USED) == set(names_of(MergeOptions))
-    for first in ("importance", "layer_factors"):  # one of them at a time
+    for first in ("importance", "layer_factors"):  # they exclude each other
         lacking = {"layer_factors"} if first == "importance" else {"importance", "shrink", "clip"}
         options = MergeOptions(**{name: value for name, value in USED.items() if name not in lacking})
         inputs: dict[str, dict[str, Any]] = {role: {"path": role, "files": {}} for role in ("base", "sft")}
@@ -89,7 +106,7 @@ def test_the_words_of_a_command_mean_the_same_options() -> None:
     words = as_arguments(options)
     parsed = merge_command.make_context("imm-merge", ["base", "sft", *shlex.split(shlex.join(words))]).params
     numbers = {name: type(USED[name])(parsed[name][0]) for name in SWEPT}
-    assert chosen_from({**parsed, **numbers}, MergeOptions) == options
+    assert options_from({**parsed, **numbers}, MergeOptions) == options
 
 
 def test_options_stay_what_they_are_when_one_is_replaced() -> None:
@@ -99,7 +116,7 @@ def test_options_stay_what_they_are_when_one_is_replaced() -> None:
 
 def test_a_bare_size_of_a_caller_is_refused_and_one_in_a_recipe_is_bytes(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="in bytes"):
-        chosen_from({"max_shard_size": 5_000}, MergeOptions)
+        options_from({"max_shard_size": 5_000}, MergeOptions)
     state = random_state({"a": (64, 64), "b": (64, 64)})
     for seed, role in enumerate(("base", "sft")):
         write_model(tmp_path / role, random_state({n: tuple(t.shape) for n, t in state.items()}, seed=seed))

@@ -1,4 +1,4 @@
-"""Sweeps: several merges from one reading, each as if it had been made alone."""
+"""Sweeps: several merges from one reading, each with the bytes of a merge made alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     )
 
 
-# --- which merges lists stand for
+# --- from lists to merges
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
         ("{x}-{}-{seed}", {"seed": [3]}, ["{x}-{}-3"]),
         ("{drop}{drop}", {"drop": [0.1, 0.2]}, ["0.10.1", "0.20.2"]),
     ],
-)  # fmt: skip
+)
 def test_outputs_are_named_by_the_values_as_given(out: str, values: dict[str, Any], expected: list[str]) -> None:
     found = points(out, {"alpha": 0.5, "drop": 0.9, "seed": 0, **values})
     assert [point.out for point in found] == expected
@@ -58,7 +58,9 @@ def test_any_list_of_numbers_will_do() -> None:
         0.25,
         0.5,
     ]
-    assert points("o", {"alpha": 0.5, "drop": 0, "seed": b"ab"})[0].values["seed"] == b"ab"  # refused as one value
+    assert (
+        points("o", {"alpha": 0.5, "drop": 0, "seed": b"ab"})[0].values["seed"] == b"ab"
+    )  # bytes are one value, refused later
 
 
 def test_values_given_as_text_are_numbers() -> None:
@@ -70,7 +72,7 @@ def test_values_given_as_text_are_numbers() -> None:
 @pytest.mark.parametrize(
     ("out", "values", "message"),
     [
-        ("o", {"alpha": [0.3, 0.5]}, r"alpha is a list of 2 values, and the output o does not say.*'o-\{alpha\}'"),
+        ("o", {"alpha": [0.3, 0.5]}, r"alpha is a list of 2 values, but the output o does not contain.*'o-\{alpha\}'"),
         ("o-{alpha}", {"alpha": [0.3, 0.5], "seed": [0, 1]}, "seed is a list of 2"),
         ("o-{alpha}", {"alpha": [0.3, 0.3]}, "two merges would go to the output o-0.3"),
         ("o-{alpha}", {"alpha": []}, "alpha is an empty list"),
@@ -104,7 +106,7 @@ def test_each_is_what_it_would_have_been_alone(pair: tuple[Path, Path], tmp_path
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts by the kernel need Linux")
 def test_the_inputs_are_read_once(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    merge_checkpoints(pair[0], pair[0], tmp_path / "warm", drop=0.9)  # loads what is loaded once
+    merge_checkpoints(pair[0], pair[0], tmp_path / "warm", drop=0.9)  # load libraries and the kernel
     sizes = [(folder / "model.safetensors").stat().st_size for folder in pair]
 
     def io() -> dict[str, int]:
@@ -186,7 +188,7 @@ def test_one_folder_by_two_names_is_refused(pair: tuple[Path, Path], tmp_path: P
 
 
 def test_a_sweep_goes_on_where_each_output_stopped(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """One merge has some segments on the disk, the other fewer: only what is missing is made."""
+    """The merges have different segments on disk: only missing ones are recomputed."""
     out, done = tmp_path / "o-{alpha}", workers.run
 
     def stopped_after(count: int) -> Any:
@@ -231,7 +233,7 @@ def test_the_command_sweeps(pair: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--alpha", "0.3,0.5", "-o", "out"], "does not say which is which"),
+        (["--alpha", "0.3,0.5", "-o", "out"], "does not contain"),
         (["--alpha", "0.3,2", "-o", "o-{alpha}"], "2.0 is not in the range"),
         (["--alpha", "0.3,", "-o", "o-{alpha}"], "not a valid float"),
         (["--seed", "1,x", "-o", "o-{seed}"], "not a valid integer"),

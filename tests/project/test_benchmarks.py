@@ -1,4 +1,4 @@
-"""The benchmarks do what they say. Nothing here measures time."""
+"""Benchmark scripts run and compute what they report. Nothing here measures time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks run o
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Base, start and sft of the smallest size."""
+    """Base, start and sft of the smallest benchmark."""
     return pair.make_pair("tiny", tmp_path_factory.mktemp("tiny"), start=True)
 
 
@@ -130,7 +130,7 @@ def test_kernel_is_measured(name: str) -> None:
 
 
 def results(floor_seconds: float) -> dict[str, Any]:
-    """What a run may give, with given seconds of the floor."""
+    """A benchmark result with given seconds for the floor."""
     ours = {"wall": 3.0, "stream": 2.0, "peak": 2e8, "read": 6e9, "written": 3e9}
     runs: run.Runs = {
         "imm-merge": {"warm": [ours] * 3, "cold": [ours] * 3},

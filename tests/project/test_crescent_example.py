@@ -1,4 +1,4 @@
-"""examples/crescent.py, once on almost nothing: it ends, and its numbers agree with each other."""
+"""examples/crescent.py runs on a tiny input, with consistent numbers."""
 
 from __future__ import annotations
 

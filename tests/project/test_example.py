@@ -1,4 +1,4 @@
-"""The example of self-improvement: its scripts, end to end on almost nothing, and what they compute."""
+"""The self-improvement example: its scripts end to end on a tiny input, and their functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "self_improvement"
-# One arm of two rounds, with six questions and two steps; the base is there.
+# Two arms of two rounds, with six questions and two steps, from an existing base.
 SMALL = """
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ experiment.collect(Path(sys.argv[1]))
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a module of the example, or of its folder `real`."""
+    """Import a module of the example or of its folder `real`."""
     monkeypatch.syspath_prepend(EXAMPLE / "real")
     monkeypatch.syspath_prepend(EXAMPLE)
     return importlib.import_module
@@ -45,7 +45,7 @@ def test_it_runs_from_the_base_to_the_report(example: Any, tmp_path: Path) -> No
     base = tmp_path / "seed-0" / "base"
     tokenizer = toy.build_tokenizer()
     model = toy.build_model(tokenizer, layers=1, seed=0)
-    learnt = toy.distinct("A", 6, random.Random(0), test=False)  # those that sample.py asks with this seed
+    learnt = toy.distinct("A", 6, random.Random(0), test=False)  # the questions of sample.py with this seed
     ids, labels = toy.encode(tokenizer, learnt)
     toy.train(model, ids, labels, steps=150, batch=6, lr=1e-2, seed=0)
     toy.save(model, tokenizer, str(base))
@@ -77,9 +77,15 @@ def test_it_runs_from_the_base_to_the_report(example: Any, tmp_path: Path) -> No
 def test_answers_of_the_toy_are_right(example: Any) -> None:
     toy, rng = example("toy"), random.Random(1)
     solve: dict[str, Callable[[str], object]] = {
-        "A": eval, "S": eval, "D": eval, "T": eval, "R": lambda t: t[::-1], "O": lambda t: "".join(sorted(t)),
-        "C": lambda t: t + t[-1], "M": lambda t: max(t.split(",")),
-    }  # fmt: skip
+        "A": eval,
+        "S": eval,
+        "D": eval,
+        "T": eval,
+        "R": lambda t: t[::-1],
+        "O": lambda t: "".join(sorted(t)),
+        "C": lambda t: t + t[-1],
+        "M": lambda t: max(t.split(",")),
+    }
     for skill in toy.SKILLS:
         for _ in range(50):
             prompt, answer = toy.draw(skill, rng)
@@ -93,7 +99,7 @@ def test_answers_of_the_toy_are_right(example: Any) -> None:
         ("11,10,6>601.", True),
         ("1,1>601.", True),  # only the result counts
         ("601.", True),
-        ("11,10,6>601", False),  # it did not end
+        ("11,10,6>601", False),  # no end mark
         ("11,10,6>602.", False),
         ("", False),
     ],

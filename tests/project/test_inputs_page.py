@@ -1,4 +1,4 @@
-"""The page of inputs names every form; each row of its table has a test."""
+"""Each row of the table of input forms in docs/inputs.md has a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for the project as a whole: one direction of imports, the public surface, examples and docs that run."""
+"""The project as a whole: import direction, light imports, examples and docs that run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_way_to_import_is_seen(tmp_path: Path, line: str, expected: set[st
 
 def test_circles_are_seen_within_a_package_and_without() -> None:
     assert wrong_way({"plan.a": {"plan.b"}, "plan.b": {"plan.a"}})
-    assert wrong_way({"plan": {"plan.a"}, "plan.a": {"plan"}})  # from . import what the package itself names
+    assert wrong_way({"plan": {"plan.a"}, "plan.a": {"plan"}})  # a package that imports from itself
     assert wrong_way({"errors": {"common.messages"}, "common.messages": {"errors"}})
     assert not wrong_way({"engine.merge": {"numerics.mask", "errors"}, "errors": {"common.messages"}, "": {"engine"}})
 

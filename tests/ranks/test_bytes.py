@@ -19,7 +19,7 @@ from checkpoints import files_of, random_state, write_model
 from mergekit_imm import merge_checkpoints
 from mergekit_imm.engine import stream, workers
 from mergekit_imm.output import direct_io
-from mergekit_imm.plan.plan import RECORD
+from mergekit_imm.plan.plan import SEGMENT_ELEMENTS
 from merging_ranks import CONFIG, by_threads, merged_by, write_pair
 from thorough import examples, others
 
@@ -33,7 +33,7 @@ def test_any_number_of_ranks_makes_the_same_bytes(pair: Path, case: Path, size: 
     total = sum(path.stat().st_size for path in (case / "out").glob("*.safetensors"))
     assert reports[0].bytes_written == total
     # What lies across a cut is read twice.
-    assert 2 * 0.99 * total < reports[0].bytes_read < 2 * total + size * 2 * 2 * 4 * RECORD
+    assert 2 * 0.99 * total < reports[0].bytes_read < 2 * total + size * 2 * 2 * 4 * SEGMENT_ELEMENTS
     assert [report.status for report in merged_by(size, verify=True)] == ["already merged"] * size
 
 

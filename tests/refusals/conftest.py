@@ -1,4 +1,4 @@
-"""What a merge refuses: one line with what was found, where, and the cure; and nothing is written."""
+"""Refusals: one line with what was found, where, and a cure; nothing is written."""
 
 from __future__ import annotations
 

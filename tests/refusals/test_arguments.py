@@ -1,4 +1,4 @@
-"""Arguments that cannot be."""
+"""Invalid arguments."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"workers": 1.5}, r"workers is 1\.5"),
     ({"dtype": "float8"}, r"dtype is 'float8'; it must be one of base, start, bfloat16, float16, float32"),
     ({"dtype": torch.float8_e4m3fn}, r"dtype is 'float8_e4m3fn'; it must be one of"),
-    ({"reference": "sft"}, r"reference is 'sft'; it must be 'start' or 'base'"),
+    ({"reference": "sft"}, r"reference is 'sft'; it must be one of start, base"),
     ({"vocab": "larger"}, r"vocab is 'larger'; it must be one of strict, base, sft"),
     ({"max_shard_size": "5 XB"}, r"size '5 XB' is not understood; write it as 5GB"),
     ({"max_shard_size": "5GB or so"}, r"size '5GB or so' is not understood"),
@@ -136,9 +136,10 @@ def test_plain_indices_need_a_single_stack_of_layers(models: Models) -> None:
     for role in ("base", "sft"):
         models.change(role, {"vision.blocks.0.weight": torch.zeros(2)})
     models.refused(
-        ArgumentError, r"plain indices, .*2 stacks of layers \(model\.layers, vision\.blocks\); use full keys",
+        ArgumentError,
+        r"plain indices, .*2 stacks of layers \(model\.layers, vision\.blocks\); use full keys",
         importance={"0": 1.0, "1": 2.0},
-    )  # fmt: skip
+    )
 
 
 def test_a_start_without_a_recipe_needs_the_round(models: Models) -> None:
@@ -155,7 +156,7 @@ def test_a_start_that_was_merged_tells_the_round(models: Models) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "match"),
     [
-        ('"version": 1', '"version": 2', r"imm_recipe\.json is of version 2, this program reads 1; upgrade"),
+        ('"version": 1', '"version": 2', r"imm_recipe\.json has version 2, this program reads 1; upgrade"),
         ('"format": "mergekit_imm recipe"', '"format": "other"', r"imm_recipe\.json is damaged: its format is"),
         ('"iteration": 0', '"iteration": -1', r"imm_recipe\.json is damaged: iteration is -1"),
         ('"iteration": 0', '"round": 0', r"imm_recipe\.json is damaged"),

@@ -1,4 +1,4 @@
-"""Outputs that must not be written."""
+"""Outputs that are refused."""
 
 from __future__ import annotations
 
@@ -60,16 +60,28 @@ def test_an_output_that_is_a_mount_point_is_refused(models: Models, monkeypatch:
 def test_an_output_that_is_an_input_is_refused(models: Models, role: str) -> None:
     start = write_model(models.folder / "start", random_state(SHAPES), config=CONFIG)
     models.refused(
-        OutputError, rf"output \S+{role} is, or contains, {role} .*give another output", out=models.folder / role,
-        start=start, iteration=1, overwrite=True,
-    )  # fmt: skip
+        OutputError,
+        rf"output \S+{role} is, or contains, {role} .*give another output",
+        out=models.folder / role,
+        start=start,
+        iteration=1,
+        overwrite=True,
+    )
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["plain", "relative", "input is a link", "input behind a link", "output behind a link", "a file",
-     "its file is a link", "its tokenizer is a link"],
-)  # fmt: skip
+    [
+        "plain",
+        "relative",
+        "input is a link",
+        "input through a link",
+        "output through a link",
+        "a file",
+        "its file is a link",
+        "its tokenizer is a link",
+    ],
+)
 def test_an_input_inside_the_output_is_refused(models: Models, kind: str) -> None:
     sft, out = linked(models, kind)
     models.refused(OutputError, r"output \S+out is, or contains, sft .*give another", sft=sft, out=out, overwrite=True)
@@ -148,9 +160,10 @@ def test_an_output_below_a_file_is_refused(models: Models) -> None:
 def test_an_unfinished_merge_of_another_recipe_is_refused(models: Models) -> None:
     interrupt(models, alpha=0.3)
     models.refused(
-        OutputError, r"out\.partial is an unfinished merge of another recipe \(parameters\.alpha: 0\.3, now 0\.5\)"
+        OutputError,
+        r"out\.partial is an unfinished merge of another recipe \(parameters\.alpha: 0\.3, now 0\.5\)"
         r"; finish that one, or --restart to begin anew",
-    )  # fmt: skip
+    )
     models.merge(out=models.folder / "fresh")
     models.merge(restart=True)
     assert files_of(models.out) == files_of(models.folder / "fresh")
@@ -195,9 +208,7 @@ def test_a_merge_that_was_cut_off_at_its_first_byte_goes_on(models: Models) -> N
     partial.mkdir()
     (partial / (journal.JOURNAL + ".new")).write_bytes(b'{"form')
     assert models.merge().status == "merged"
-    assert set(files_of(models.out)) == {
-        MODEL, "config.json", "imm_recipe.json", "imm_report.json", "README.md", *SIDE
-    }  # fmt: skip
+    assert set(files_of(models.out)) == {MODEL, "config.json", "imm_recipe.json", "imm_report.json", "README.md", *SIDE}
 
 
 def test_a_merge_that_another_process_writes_is_refused(models: Models) -> None:

@@ -1,4 +1,4 @@
-"""What names, shapes and dtypes of tensors refuse."""
+"""Refusals by tensor names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -37,9 +37,18 @@ def test_a_tensor_that_only_sft_has_is_refused_with_the_closest_name(models: Mod
 
 
 NAMES = [
-    "score.weight", "a.w(1)[2]+*?^$|{3}.weight", "it's", 'a "b"', "C:\\weights", "two words", "gewicht.ü.权重",
-    "line\nbreak", "\x1b[2Jescape", "-dash", "long." * 24 + "weight",
-]  # fmt: skip
+    "score.weight",
+    "a.w(1)[2]+*?^$|{3}.weight",
+    "it's",
+    'a "b"',
+    "C:\\weights",
+    "two words",
+    "gewicht.ü.权重",
+    "line\nbreak",
+    "\x1b[2Jescape",
+    "-dash",
+    "long." * 24 + "weight",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,7 +128,7 @@ def test_kinds_of_dtype_that_differ_are_refused_and_the_option_shown_works(
         write_zeros(getattr(models, role) / MODEL, {STEPS: (dtype, (3,)), NORM: ("BF16", (8,))})
     message = models.refused(
         MismatchError, rf"'{STEPS}' is {one} \[3\] in base .* and {other} \[3\] in sft .*integers.*--keep"
-    )  # fmt: skip
+    )
     assert models.merge(**shown_options(message)[0]).tensors["kept"] == 1
 
 
@@ -131,7 +140,7 @@ def test_quantised_and_complex_tensors_are_refused_unless_kept_or_taken(models: 
     write_zeros(getattr(models, role) / MODEL, {UP0: (dtype, (4,)), NORM: ("BF16", (8,))})
     match = rf"{re.escape(UP0)}' is {dtype} in {role} .*not merged.*unquantised.*"
     (option,) = shown_options(models.refused(CheckpointError, match))
-    assert list(option) == [{"base": "take", "sft": "keep"}[role]]  # the other's
+    assert list(option) == [{"base": "take", "sft": "keep"}[role]]  # the option for the other side
     assert models.merge(**option).tensors["merged"] == 1
 
 

@@ -1,4 +1,4 @@
-"""What only the tensors tell, and what a merge that is not refused leaves."""
+"""Refusals by tensor values: NaN, infinity, overflow."""
 
 from __future__ import annotations
 
@@ -67,9 +67,13 @@ def test_values_that_are_not_finite_are_refused(models: Models, role: str, value
         state = {UP0: bad if each == role else torch.ones(8, 8, dtype=dtype), UP1: torch.ones(8, 8, dtype=dtype)}
         write_model(models.folder / each, state)
     models.refused(
-        NonFiniteError, rf"'{re.escape(UP0)}' of {role} \S+{role} has 2 NaN or infinite of 64 elements, the first at"
-        r" index 5; .*--allow-nonfinite.*--(keep|take) '", streaming=True, start=start, iteration=1,
-    )  # fmt: skip
+        NonFiniteError,
+        rf"'{re.escape(UP0)}' of {role} \S+{role} has 2 NaN or infinite of 64 elements, the first at"
+        r" index 5; .*--allow-nonfinite.*--(keep|take) '",
+        streaming=True,
+        start=start,
+        iteration=1,
+    )
 
 
 @pytest.mark.parametrize(("alpha", "drop"), [(1.0, 0.5), (0.0, 0.5), (0.5, 0.99999), (0.5, 0.0)])
@@ -151,9 +155,12 @@ def test_a_value_too_large_for_the_output_dtype_is_refused(models: Models) -> No
     for role in ("base", "sft"):
         models.change(role, {UP0: torch.full((8, 8), 1e5, dtype=torch.bfloat16)})
     message = models.refused(
-        NonFiniteError, rf"'{re.escape(UP0)}': the merged value of element 0 is too large for the output dtype F16; use"
-        r" --dtype bfloat16", streaming=True, dtype="float16",
-    )  # fmt: skip
+        NonFiniteError,
+        rf"'{re.escape(UP0)}': the merged value of element 0 is too large for the output dtype F16; use"
+        r" --dtype bfloat16",
+        streaming=True,
+        dtype="float16",
+    )
     assert "--allow-nonfinite" not in message
     models.refused(NonFiniteError, r"too large", streaming=True, dtype="float16", allow_nonfinite=True)
     assert models.merge(dtype="bfloat16").status == "merged"
@@ -179,9 +186,12 @@ def test_a_kept_or_taken_value_too_large_for_the_output_dtype_is_refused(
 ) -> None:
     models.change(role, {UP0: torch.full((8, 8), 1e5, dtype=torch.bfloat16)})
     models.refused(
-        NonFiniteError, r"too large for the output dtype F16", streaming=True, dtype="float16",
+        NonFiniteError,
+        r"too large for the output dtype F16",
+        streaming=True,
+        dtype="float16",
         **{option: [re.escape(UP0)]},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
@@ -195,9 +205,13 @@ def test_integers_that_differ_are_refused_and_the_options_shown_work(
         steps[6:] = 0 if each == role else 1
         write_model(models.folder / each, {**random_state(SHAPES), STEPS: steps})
     message = models.refused(
-        MismatchError, rf"'{re.escape(STEPS)}' is \w+ and not merged, but it differs at element 6 between base \S+base"
-        rf" and {role} \S+{role}; .*--keep .*--take", streaming=True, start=start, iteration=1,
-    )  # fmt: skip
+        MismatchError,
+        rf"'{re.escape(STEPS)}' is \w+ and not merged, but it differs at element 6 between base \S+base"
+        rf" and {role} \S+{role}; .*--keep .*--take",
+        streaming=True,
+        start=start,
+        iteration=1,
+    )
     shown = shown_options(message)
     assert [list(option) for option in shown] == [["keep"], ["take"]]
     for option in shown:
@@ -208,9 +222,14 @@ def test_integers_that_differ_are_refused_and_the_options_shown_work(
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"alpha": 2}, ArgumentError), ({"sft": "a/b/c"}, CheckpointError), ({"keep": ["nrom"]}, ArgumentError),
-     ({"workers": 0}, ArgumentError), ({"device": "tpu"}, ArgumentError)],
-)  # fmt: skip
+    [
+        ({"alpha": 2}, ArgumentError),
+        ({"sft": "a/b/c"}, CheckpointError),
+        ({"keep": ["nrom"]}, ArgumentError),
+        ({"workers": 0}, ArgumentError),
+        ({"device": "tpu"}, ArgumentError),
+    ],
+)
 def test_iter_merged_refuses_with_the_same_words_before_the_first_tensor(
     models: Models, options: dict[str, Any], error: type[MergeError]
 ) -> None:

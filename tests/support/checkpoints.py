@@ -22,7 +22,7 @@ def write_model(
     config: Mapping[str, Any] | None = None,
     side: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a model folder: one model.safetensors, or the given names to each shard, with an index."""
+    """Write a model folder: one model.safetensors, or shards with the given names and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     if shards is None:
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
@@ -54,13 +54,13 @@ def read_model(folder: Path) -> State:
 def random_state(
     shapes: Mapping[str, Sequence[int]], *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, scale: float = 0.02
 ) -> State:
-    """Gaussian tensors of the given shapes."""
+    """Make Gaussian tensors of the given shapes."""
     generator = torch.Generator().manual_seed(seed)
     return {n: (torch.randn(list(s), generator=generator) * scale).to(dtype) for n, s in shapes.items()}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder and its bytes."""
+    """Read every file below a folder: path -> bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 

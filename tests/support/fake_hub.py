@@ -1,4 +1,4 @@
-"""A Hugging Face hub on a loopback port: as much of its HTTP interface as huggingface_hub uses to download."""
+"""A Hugging Face hub on a loopback port: the part of its HTTP interface that downloads use."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Repo:
 
     commits: dict[str, Files]
     refs: dict[str, str]
-    gated: bool = False  # readable by those who ask: the listing is public, files are not
+    gated: bool = False  # the listing is public, files are not
     private: bool = False
-    moves_to: str | None = None  # the commit that main moves to as soon as it has been looked up
+    moves_to: str | None = None  # commit that main moves to after the first look-up
 
 
 @dataclass
@@ -39,14 +39,14 @@ class Request:
 
 @dataclass
 class FakeHub:
-    """What the server serves, how it misbehaves, and what it was asked."""
+    """What the server serves, its faults, and its log of requests."""
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     log: list[Request] = field(default_factory=list)
-    status: dict[str, int] = field(default_factory=dict)  # pattern of a path -> the status it is answered with
+    status: dict[str, int] = field(default_factory=dict)  # path pattern -> status of the answer
     ranges: bool = True
-    page: bytes | None = None  # the answer to everything, as a captive portal gives it
+    page: bytes | None = None  # answer to every request, like a captive portal
 
     def add(self, name: str, files: Files, *, gated: bool = False, private: bool = False) -> str:
         """Add a repository with one commit on main; return the commit."""
@@ -55,12 +55,12 @@ class FakeHub:
         return commit
 
     def downloaded(self) -> list[str]:
-        """Names of the files of which a body was sent."""
+        """Names of the files sent."""
         paths = [r.path for r in self.log if r.method == "GET" and "/resolve/" in r.path and r.status in (200, 206)]
         return sorted({re.sub(r".*/resolve/[^/]*/", "", path) for path in paths})
 
     def sent(self) -> int:
-        """Bytes of files sent, of all requests."""
+        """Bytes of files sent, over all requests."""
         return sum(request.sent for request in self.log if "/resolve/" in request.path)
 
 
@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         request = Request(self.command, path, self.headers.get("Range"), status)
-        self.hub.log.append(request)  # first, for the client may be gone before the last write returns
+        self.hub.log.append(request)  # before writing: the client may leave before the last write returns
         try:
             self.end_headers()
             for begin in range(0, len(body) if self.command == "GET" else 0, 1 << 16):

@@ -1,4 +1,4 @@
-"""Follow the advice of a refusal, as a user does who pastes what it shows, to the end; and look at what came of it."""
+"""Follow the advice of a refusal until the merge succeeds or nothing is offered, and check the result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers")
 
 @dataclass(frozen=True)
 class Ending:
-    """What following advice led to: a merge, or a last message that offers nothing."""
+    """Where the advice led: to a merge, or to a message without an option."""
 
     options: Options
     out: Path | None
@@ -40,7 +40,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is merged, and the class that loads it."""
+    """Inputs of a merge, and the class that loads its result."""
 
     base: Path
     sft: Path
@@ -54,7 +54,7 @@ class Inputs:
 
 
 def offered(message: str) -> list[Options]:
-    """The options that a message shows ready to paste, each alternative by itself."""
+    """Parse the options that a message offers, one set for each alternative."""
     found: list[Options] = [(tuple(f"--{match[1]}".split(" ")),) for match in _VALUES.finditer(message)]
     found = [each for each in found if not re.search(f"leave out {each[0][0]}", message)]
     for match in _PATTERN.finditer(message):
@@ -66,7 +66,7 @@ def offered(message: str) -> list[Options]:
 
 
 def endings(inputs: Inputs, folder: Path, options: Options = (), messages: tuple[str, ...] = ()) -> Iterator[Ending]:
-    """Merge; if that is refused, with each option that the message offers, and so on."""
+    """Merge; if refused, retry with each option that the message offers, recursively."""
     assert len(messages) < 12, f"advice without end: {messages}"
     out = folder / f"out{len(list(folder.glob('out*')))}"
     arguments = [*inputs.arguments, *(word for option in options for word in option)]
@@ -89,15 +89,15 @@ def endings(inputs: Inputs, folder: Path, options: Options = (), messages: tuple
 
 
 def looks_right(inputs: Inputs, ending: Ending) -> None:
-    """Check a merged folder: it loads, its config fits, no option was too much, and its tensors are the naive ones."""
+    """Check a merged folder: it loads, config and tensors are right, and every option was needed."""
     out = ending.out
     assert out is not None
-    model, told = _load(inputs.auto, out)
-    base_model, base_told = _load(inputs.auto, inputs.base)
+    model, info = _load(inputs.auto, out)
+    base_model, base_info = _load(inputs.auto, inputs.base)
     sft_state, sft_unexpected = _state_of_sft(inputs)
-    assert told["missing_keys"] <= base_told["missing_keys"], told
-    assert told["unexpected_keys"] <= base_told["unexpected_keys"] | sft_unexpected, told
-    assert not told["mismatched_keys"]
+    assert info["missing_keys"] <= base_info["missing_keys"], info
+    assert info["unexpected_keys"] <= base_info["unexpected_keys"] | sft_unexpected, info
+    assert not info["mismatched_keys"]
 
     files = {"base": _tensors(inputs.base), "sft": _tensors(inputs.sft), "out": _tensors(out)}
     keep, take = ([re.compile(o[1]) for o in ending.options if o[0] == option] for option in ("--keep", "--take"))
@@ -123,7 +123,7 @@ def looks_right(inputs: Inputs, ending: Ending) -> None:
 
 
 def told_in_advance(inputs: Inputs, first: str) -> list[str]:
-    """The problems that `--check` lists; the first refusal is among them if headers tell."""
+    """Return the problems that `--check` lists; they include the first refusal if headers show it."""
     problems = check(inputs.base, inputs.sft, start=inputs.start).problems
     if "NaN" not in first and "differs at element" not in first:
         assert for_caller(first) in problems
@@ -131,21 +131,21 @@ def told_in_advance(inputs: Inputs, first: str) -> list[str]:
 
 
 def _load(auto: Any, folder: Path) -> tuple[Any, dict[str, set[str]]]:
-    model, told = auto.from_pretrained(folder, output_loading_info=True, dtype="auto")
-    return model, {key: {each[0] if isinstance(each, tuple) else each for each in told[key]} for key in told}
+    model, info = auto.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    return model, {key: {each[0] if isinstance(each, tuple) else each for each in info[key]} for key in info}
 
 
 def _state_of_sft(inputs: Inputs) -> tuple[State, set[str]]:
-    """What transformers reads of the sft, and what it does not know; nothing of one that it cannot load."""
+    """Return which sft tensors transformers reads and which it ignores; nothing if it cannot load the sft."""
     try:
-        model, told = _load(inputs.auto, inputs.sft)
+        model, info = _load(inputs.auto, inputs.sft)
     except RuntimeError:
         return {}, set()
-    return model.state_dict(), told["unexpected_keys"]
+    return model.state_dict(), info["unexpected_keys"]
 
 
 def _tensors(folder: Path) -> State:
-    """The tensors of a model's files, those in sub-folders by their path."""
+    """Read a model's tensors; names in sub-folders include the folder."""
     found: State = {}
     for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.bin")]):
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
@@ -169,7 +169,7 @@ def _average(base: torch.Tensor | None, sft: torch.Tensor | None, vocab: str) ->
 
 
 def _check_layers(base: Path, out: Path, files: Mapping[str, State]) -> None:
-    """As many layers as its config counts, or as many more as the base has beyond its own count."""
+    """Check that the files hold as many layers as the config says, plus any extra layers of the base."""
 
     def beyond(folder: Path, names: Mapping[str, Any]) -> int:
         config = json.loads((folder / "config.json").read_text())
@@ -186,7 +186,7 @@ def _ties(model: Any) -> bool:
 
 
 def _check_ties(inputs: Inputs, options: Options, out: Path) -> None:
-    """Merge again, with dropping, where two masks would break a tie that a config says is there."""
+    """Merge again with dropping, where different masks would break a tie declared by the config."""
     dropped = out.with_name(f"{out.name}-dropped")
     arguments = [*inputs.arguments, "--drop", "0.5", *(word for option in options for word in option)]
     merge_command.main([*arguments, "-o", str(dropped)], standalone_mode=False)
@@ -196,15 +196,15 @@ def _check_ties(inputs: Inputs, options: Options, out: Path) -> None:
     torch.testing.assert_close(head, embedding, rtol=0, atol=0, equal_nan=True, msg="a broken tie")
 
 
-def _check_experts(out: State, *chosen: set[str]) -> None:
-    for names in chosen:
+def _check_experts(out: State, *groups: set[str]) -> None:
+    for names in groups:
         for name in names:
             found = re.match(r".*\bexperts\.(\d+\.)?", name)
             assert found is None or {n for n in out if n.startswith(found[0])} <= names, "half of a pair of experts"
 
 
 def rewrite(folder: Path, change: Callable[[State], State]) -> None:
-    """Write the tensors of a model folder again, changed."""
+    """Rewrite a model folder with changed tensors."""
     from safetensors.torch import save_file
 
     path = folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Runs commands in processes of their own, forks of this one, which has loaded what they load: that takes a second.
+"""Run commands in forks of this process, which has already imported their modules: importing takes a second.
 
 python forked.py        reads requests from standard input, one JSON object a line, and answers with an exit status
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def run(arguments: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> int:
-    """Do what `python -m mergekit_imm` does, with standard output and error in files."""
+    """Run `python -m mergekit_imm` with standard output and error in files."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
@@ -31,18 +31,18 @@ def run(arguments: list[str], cwd: str, environment: dict[str, str], out: str, e
 
 
 def flushed(request: dict[str, Any]) -> int:
-    """Run a request, and bring out what it printed."""
+    """Run a request and flush its output."""
     status = run(**request)
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError:
-        status = 120  # as Python says it
+        status = 120  # as Python does
     return status
 
 
 if __name__ == "__main__":
-    os.environ["MERGEKIT_IMM_WIDE_VECTORS"] = "1"  # as the commands set it, before the kernel is loaded
+    os.environ["MERGEKIT_IMM_WIDE_VECTORS"] = "1"  # set by commands before they load the kernel
     from mergekit_imm import __main__
     from mergekit_imm.cli import main  # noqa: F401
     from mergekit_imm.engine import merge, verify  # noqa: F401

@@ -1,4 +1,4 @@
-"""FP8 models: quantised by transformers, dequantised by it, and naively."""
+"""FP8 models, quantised and dequantised by transformers, and dequantised naively."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LINEAR = re.compile(r"_proj\.weight$")
 
 
 class Quantiser:
-    """What transformers' operations need of a quantiser."""
+    """The part of a quantiser that transformers' operations need."""
 
     def __init__(self, block: Block) -> None:
         self.quantization_config = transformers.FineGrainedFP8Config(weight_block_size=block)
 
 
 def fp8_state(state: State, block: Block) -> State:
-    """A model's tensors with those of linear layers quantised by transformers."""
+    """Quantise a model's linear layers with transformers; return its tensors."""
     quantiser = Fp8Quantize(Quantiser(block))
     found: State = {}
     for name, tensor in state.items():
@@ -37,19 +37,22 @@ def fp8_state(state: State, block: Block) -> State:
 
 
 def write_fp8(source: Path, folder: Path, block: Block, **said: Any) -> Path:
-    """Quantise a model on disk, sharded as it is."""
+    """Quantise a model on disk, keeping its shards."""
     state = fp8_state(read_model(source), block)
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {
-        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block,
-        "modules_to_not_convert": ["lm_head"], **said,
-    }  # fmt: skip
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": block,
+        "modules_to_not_convert": ["lm_head"],
+        **said,
+    }
     names = list(state)
     return write_model(folder, state, config=config, shards=[names[0::2], names[1::2]])
 
 
 def theirs(folder: Path, layout: str, block: Block) -> State:
-    """What transformers makes of an FP8 model."""
+    """Dequantise an FP8 model with transformers."""
     config = transformers.FineGrainedFP8Config(weight_block_size=block, dequantize=True)
     model = load(folder, layout, dtype=torch.bfloat16, quantization_config=config)
     state: State = model.state_dict()
@@ -57,7 +60,7 @@ def theirs(folder: Path, layout: str, block: Block) -> State:
 
 
 def float32_of(state: State, block: tuple[int, int] = (128, 128)) -> State:
-    """The tensors of an FP8 model in float32, naively: for each element, the scale of its block."""
+    """Dequantise an FP8 model to float32 naively, multiplying each element by its block's scale."""
     found: State = {}
     for name, tensor in state.items():
         scale = next((state[name + end] for end in ("_scale_inv", "_scale") if name + end in state), None)
@@ -68,7 +71,7 @@ def float32_of(state: State, block: tuple[int, int] = (128, 128)) -> State:
         else:
             (rows, columns), (down, across) = tensor.shape[-2:], scale.shape[-2:]
             i, j = torch.arange(rows), torch.arange(columns)
-            if down % 2 == 0 and name.endswith("gate_up_proj"):  # each half has scales of its own
+            if down % 2 == 0 and name.endswith("gate_up_proj"):  # each half has its own scales
                 down_of = i % (rows // 2) // block[0] + i // (rows // 2) * (down // 2)
             else:
                 down_of = i // block[0] if down not in (1, rows) else i if down == rows else i * 0
@@ -80,13 +83,15 @@ def float32_of(state: State, block: tuple[int, int] = (128, 128)) -> State:
 RAGGED = {
     "model.layers.0.self_attn.kv_a_proj_with_mqa.weight": (576, 200),
     "model.layers.0.self_attn.q_a_proj.weight": (7, 300),
-    "model.layers.0.mlp.experts.gate_up_proj": (3, 2 * 160, 130), "model.layers.0.mlp.experts.down_proj": (3, 130, 96),
-    "model.layers.1.self_attn.o_proj.weight": (128, 1), "model.norm.weight": (40,),
-}  # fmt: skip
+    "model.layers.0.mlp.experts.gate_up_proj": (3, 2 * 160, 130),
+    "model.layers.0.mlp.experts.down_proj": (3, 130, 96),
+    "model.layers.1.self_attn.o_proj.weight": (128, 1),
+    "model.norm.weight": (40,),
+}
 
 
 def ragged_state(seed: int, *, scales: torch.dtype = torch.float32, fp8: torch.dtype = torch.float8_e4m3fn) -> State:
-    """FP8 tensors as DeepSeek has them: a grid of ceil(rows / 128) x ceil(columns / 128)."""
+    """FP8 tensors as in DeepSeek, with a grid of ceil(rows / 128) x ceil(columns / 128) scales."""
     draw = torch.Generator().manual_seed(seed)
     state: State = {}
     for name, shape in RAGGED.items():
@@ -107,8 +112,13 @@ FP8 = {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_si
 def compressed(form: str = "float-quantized", **more: Any) -> dict[str, Any]:
     weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
     groups = {"group_0": {"weights": weights, "input_activations": None, "targets": ["Linear"]}}
-    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups,
-            "sparsity_config": {"format": "dense"}, **more}  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": groups,
+        "sparsity_config": {"format": "dense"},
+        **more,
+    }
 
 
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "producer": {"name": "modelopt"}}

@@ -1,4 +1,4 @@
-"""Which module of the library imports which, read from the source: anywhere in a file, in functions too."""
+"""The import graph of the library, parsed from its source, including imports inside functions."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ ROWS = (
     "errors common schedules numerics model options functional checkpoint transforms plan output ranks engine live loop"
     " evaluation synthesis analysis testing views cli __main__"
 ).split()
-ONE_ROW = {"errors", "common"}  # what everything uses: errors word their messages, checks raise errors
-BY_NAME = {"common.lazy", "cli.samples"}  # import what a string names: public names, and the encoder of a user
+ONE_ROW = {"errors", "common"}  # they import each other: errors format messages, checks raise errors
+BY_NAME = {"common.lazy", "cli.samples"}  # import by string: public names, and a user's encoder
 
 
 def modules(source: Path = SOURCE) -> dict[str, Path]:
-    """Every module by its dotted name within the library; that of the library itself is ''."""
+    """Return the path of every module by its dotted name within the library; its root is ''."""
     parts = {path: path.relative_to(source).with_suffix("").parts for path in sorted(source.rglob("*.py"))}
     return {".".join(part for part in names if part != "__init__"): path for path, names in parts.items()}
 
 
 def imports_of(name: str, known: Mapping[str, Path]) -> set[str]:
-    """The modules of the library that a module imports; 'a string' where it imports what a string names."""
+    """Return the library modules that a module imports; 'a string' stands for an import by string."""
     package = name.split(".") if known[name].stem == "__init__" else name.split(".")[:-1]
     package = [part for part in package if part]
     found: set[str] = set()
@@ -37,17 +37,17 @@ def imports_of(name: str, known: Mapping[str, Path]) -> set[str]:
         if module.split(".")[0] != NAME:
             continue
         target = module.removeprefix(NAME).removeprefix(".")
-        while target not in known:  # import mergekit_imm.a.b names modules only; a name that is gone fails elsewhere
+        while target not in known:  # a missing module fails elsewhere
             target = target.rpartition(".")[0]
         inside = {f"{target}.{each}".removeprefix(".") for each in names}
         found |= (inside & known.keys()) or {target}
-        if inside - known.keys():  # a name of the module itself
+        if inside - known.keys():  # a name defined in the module itself
             found.add(target)
     return found - {name}
 
 
 def _imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[str | None, list[str]]]:
-    """Each import in a file: the absolute name of the module, and the names that are taken from it."""
+    """Yield each import in a file: the absolute module name, and the imported names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, []) for alias in node.names)
@@ -62,18 +62,18 @@ def _imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[str | None, li
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Every module, and those that it imports."""
+    """Map every module to its imports."""
     known = modules()
     return {name: imports_of(name, known) for name in known}
 
 
 def room(name: str) -> str:
-    """The package of a module."""
+    """Return the package of a module."""
     return name.partition(".")[0]
 
 
 def wrong_way(graph: Mapping[str, set[str]]) -> list[str]:
-    """Imports that go back, from a package to one after it; circles of modules; imports that cannot be followed."""
+    """Return imports from a later package, import cycles, and imports that cannot be followed."""
     row = {each: number for number, each in enumerate(ROWS)}
     found = []
     for name, others in graph.items():
@@ -81,7 +81,7 @@ def wrong_way(graph: Mapping[str, set[str]]) -> list[str]:
             one, two = room(name), room(other)
             if other == "a string":
                 back = name not in BY_NAME
-            elif one == two or {one, two} <= ONE_ROW or name == "":  # the library itself gives names of every package
+            elif one == two or {one, two} <= ONE_ROW or name == "":  # the root exports names of every package
                 back = False
             else:
                 back = other == "" or row[two] > row[one]

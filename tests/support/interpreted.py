@@ -1,4 +1,4 @@
-"""The Triton kernel run by Triton's interpreter, on a CPU, against the naive reference; test_gpu.py starts it.
+"""Compare the Triton kernel, run by Triton's interpreter on a CPU, with the naive reference; for test_gpu.py.
 
 TRITON_INTERPRET=1 python tests/interpreted.py EVERY     1: all combinations of dtypes; 3: a third of them
 """
@@ -28,7 +28,7 @@ SPANS = [(0, 1500), (777, 1), (1023, 2), (4096, 1600), (3000, 1111), (2**35 - 70
 
 
 def compare(dtypes: tuple[torch.dtype, ...], case: int, with_start: bool = True) -> None:
-    """One merge of the kernel and of the reference."""
+    """Run one merge with the kernel and with the reference."""
     (alpha, drop, factor), (first, count) = NUMBERS[case % len(NUMBERS)], SPANS[case % len(SPANS)]
     base, sft, start = (
         tensor(count, dtype, seed=10 * case + i, kind=kind, specials=True)
@@ -39,14 +39,23 @@ def compare(dtypes: tuple[torch.dtype, ...], case: int, with_start: bool = True)
     key = mask_key(NAME, case, 2)
     merge_flat_fused(base, start, sft, out, arithmetic(alpha=alpha, drop=drop, factor=factor), *key, first)
     expected = reference.merge_tensors(
-        base, sft, start, out.dtype, alpha=alpha, drop=drop, factor=factor, name=NAME, seed=case, iteration=2,
+        base,
+        sft,
+        start,
+        out.dtype,
+        alpha=alpha,
+        drop=drop,
+        factor=factor,
+        name=NAME,
+        seed=case,
+        iteration=2,
         first=first,
-    )  # fmt: skip
+    )
     assert same_bits(out, expected), (dtypes, alpha, drop, factor, first, count)
 
 
 def check_values() -> None:
-    """The random bits themselves: an element is kept when they are below the threshold, and not when they equal it."""
+    """Check the random bits: an element is kept if they are below the threshold, not if equal."""
     for first, values in CHECK_VALUES.items():
         count = len(values)
         base, sft, out = torch.zeros(count), torch.ones(count), torch.empty(count)
@@ -65,14 +74,16 @@ def check_masks() -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # numpy's, of infinities
+    warnings.simplefilter("ignore")  # numpy warns of infinities
     assert triton_kernel._agrees(torch.device("cpu"))
     with patch.object(triton_kernel, "merge_flat", lambda *args: merge_flat(*args).nextafter(torch.tensor(0.0))):
         assert not triton_kernel._agrees.__wrapped__(torch.device("cpu"))
     check_values()
     check_masks()
     for case, dtypes in enumerate(product(DTYPES, repeat=4)):
-        if sum(map(DTYPES.index, dtypes)) % int(sys.argv[1]) == 0:  # 3: each three of the four in every combination
+        if (
+            sum(map(DTYPES.index, dtypes)) % int(sys.argv[1]) == 0
+        ):  # with 3, any three of the four dtypes meet in every combination
             compare(dtypes, case)
     for case, (dtype, _) in enumerate(product(DTYPES, NUMBERS)):
         compare((dtype, dtype, dtype, dtype), case, with_start=False)

@@ -1,7 +1,7 @@
 """The ranks of training runs that merge their model in place: `python live_ranks.py FOLDER`, for each size of WORLDS.
 
 FOLDER holds `base`, `start` and `sft.pt`, a state dict of float tensors. For each layout of the model each rank stores
-what it became, as whole tensors, in WORLD-LAYOUT-RANK.pt, and what it was told where merges are refused.
+what it became, as whole tensors, in WORLD-LAYOUT-RANK.pt, and the errors of refused merges.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WORLDS = (2, 3, 4)
 
 
 def layouts(world: int, state: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
-    """Each way in which the ranks hold the model."""
+    """Yield each way of distributing the model over ranks."""
 
     def model() -> Model:
         return Model({name: tensor.clone() for name, tensor in state.items()})
@@ -39,8 +39,8 @@ def layouts(world: int, state: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
     mesh = init_device_mesh("cpu", (world,))
     yield "fsdp2", fully_shard(model(), mesh=mesh)
     gathered: Any = fully_shard(model(), mesh=mesh)
-    gathered.unshard()  # as it is after a forward pass without a reshard
-    assert is_distributed(gathered)  # though no parameter tells
+    gathered.unshard()  # as after a forward pass without resharding
+    assert is_distributed(gathered)  # though no parameter shows it
     yield "gathered", gathered
     for dim in (0, 1):
         yield f"shard{dim}", put(model(), partial(_cut, mesh, dim))
@@ -49,7 +49,7 @@ def layouts(world: int, state: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
     if world == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
         yield "hsdp", fully_shard(model(), mesh=square)
-        even = [name for name, t in state.items() if t.shape[0] % 4 == 0]  # as FSDP2 wants it of what is cut twice
+        even = [name for name, t in state.items() if t.shape[0] % 4 == 0]  # required by FSDP2 for tensors sharded twice
         tensor_parallel = put(
             model(), lambda n, t: distribute_tensor(t, square["tp"], [Shard(0) if n in even else Replicate()])
         )
@@ -62,7 +62,7 @@ def _cut(mesh: Any, dim: int, _: str, tensor: Tensor) -> Tensor:
 
 
 def merge_all(rank: int, world: int, folder: Path) -> None:
-    """Be one rank: merge a model in each layout, and try what is refused."""
+    """Act as one rank: merge a model in each layout, and try refused calls."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
@@ -79,14 +79,14 @@ def merge_all(rank: int, world: int, folder: Path) -> None:
 
 
 def refusals(rank: int, world: int, folder: Path, state: dict[str, Tensor]) -> dict[str, tuple[str, bool]]:
-    """What is told when one rank alone meets a difficulty: the message, and whether this rank's bits are unchanged."""
+    """Fail on one rank only; return the error message and whether this rank's bits are unchanged."""
     mesh = init_device_mesh("cpu", (world,))
     last = rank == world - 1
     read = Files.read
     seen: list[Any] = []
 
     def failing(files: Files, role: str, tensor: Any, first: int, buffer: Any) -> None:
-        if last and (tensor.name, first) in seen[1:]:  # all was read once, and the first piece is written
+        if last and (tensor.name, first) in seen[1:]:  # after the first reading, when a piece has been written
             raise OSError("the disk is gone")
         seen.append((tensor.name, first))
         read(files, role, tensor, first, buffer)
@@ -104,16 +104,16 @@ def refusals(rank: int, world: int, folder: Path, state: dict[str, Tensor]) -> d
         try:
             with patch.object(Files, "read", failing if case == "disk" else read):
                 merge_into(model, base, workers=1, **options)
-            told = "nothing"
+            message = "nothing"
         except MergeError as error:
-            told = f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}"
         same = all(torch.equal(tensor.nan_to_num(), before[name].nan_to_num()) for name, tensor in local.items())
-        found[case] = (told, same)
+        found[case] = (message, same)
     return found
 
 
 def main(folder: Path) -> int:
-    """Run all ranks of all worlds; they share what is imported."""
+    """Run all ranks of all world sizes, with shared imports."""
     import mergekit_imm.numerics.cpu  # noqa: F401
 
     fork = multiprocessing.get_context("fork")

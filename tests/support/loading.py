@@ -1,4 +1,4 @@
-"""Merges of real models, small ones built with transformers, loaded back with transformers."""
+"""Small real models, built and loaded with transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models import LAYOUTS, fine_tuned, new_model, save
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED = [name for name, layout in LAYOUTS.items() if layout.tied]
-SHARDED_BASE = ("llama", "qwen3_moe", "gemma3")  # the others have one file, and an sft in shards
+SHARDED_BASE = ("llama", "qwen3_moe", "gemma3")  # for the others, the sft is sharded
 
 
 class Pair(NamedTuple):
@@ -31,7 +31,7 @@ def write_pair(layout: str, folder: Path) -> Pair:
 
 
 def header(file: Path) -> tuple[list[tuple[str, str, list[int]]], dict[str, str]]:
-    """The tensors of a safetensors file in the order of their bytes, and its metadata."""
+    """Return the tensors of a safetensors file in file order, and its metadata."""
     content = file.read_bytes()
     entries = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     metadata = entries.pop("__metadata__")
@@ -57,7 +57,7 @@ def assert_index_is_right(folder: Path) -> None:
 
 
 def stored(state: State, form: str) -> State:
-    """A model's tensors as a file may hold them: its ends as one tensor under one name or both, or as two."""
+    """Return a model's tensors in one layout of embedding and head: under one name, under both, or untied."""
     rest = {name: tensor for name, tensor in state.items() if name not in (EMBED, HEAD)}
     ends = {
         "embedding": {EMBED: state[EMBED]},
@@ -69,7 +69,7 @@ def stored(state: State, form: str) -> State:
 
 
 class Tied(NamedTuple):
-    """A tied model and two that were tuned from it; each has a head of its own, with which to break the tie."""
+    """Make a tied model and two fine-tuned ones, each with an extra head that would break the tie."""
 
     config: dict[str, Any]
     states: dict[str, State]

@@ -1,4 +1,4 @@
-"""Loops over a small model, and what each of their rounds gives by the formulas."""
+"""Loops over a small model, and the expected result of each round by the formulas."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def tuned(state: State, number: int) -> State:
 
 
 def expected(base: State, alphas: list[float], drop: float, anchor: str = "base", seed: int = 0) -> list[State]:
-    """Every round's merged model, as the formulas say."""
+    """Compute every round's merged model by the formulas."""
     start, pulled, found = base, base, []
     for number, alpha in enumerate(alphas):
         if number and anchor == "previous":
             pulled = start
         elif number and anchor != "base":
             kept = float(anchor.removeprefix("ema:"))
-            pulled = dare_merge(pulled, start, alpha=kept, drop=0.0)  # in float32, as these models are
+            pulled = dare_merge(pulled, start, alpha=kept, drop=0.0)  # in float32, the dtype of these models
         sft = tuned(start, number)
         start = dare_merge(pulled, sft, start=start, alpha=alpha, drop=drop, iteration=number, seed=seed)
         found.append(start)

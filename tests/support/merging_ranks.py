@@ -1,4 +1,4 @@
-"""A pair of models, and ranks that are threads and merge it."""
+"""A pair of models, merged by ranks that run as threads."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from mergekit_imm.errors import RankError
 SHAPES = {
     "model.embed_tokens.weight": (1000, 900),
     **{f"model.layers.{i}.w": (700, 1500 + 100 * i) for i in range(7)},
-    "model.norm": (17,), "empty": (0, 3), "lm_head.weight": (1000, 900),
-}  # fmt: skip
+    "model.norm": (17,),
+    "empty": (0, 3),
+    "lm_head.weight": (1000, 900),
+}
 SHARDS = [list(SHAPES)[:3], list(SHAPES)[3:]]
 CONFIG = {"architectures": ["Tiny"], "model_type": "tiny"}
 
@@ -30,7 +32,7 @@ Run = Callable[..., Any]
 
 
 def write_pair(folder: Path, *, tied: bool = False) -> Path:
-    """Write base, of two files, and sft, of one: 21 MB each."""
+    """Write base (two files) and sft (one file), 21 MB each."""
     for seed, role in enumerate(("base", "sft")):
         state = random_state(SHAPES, seed=seed)
         state["steps"] = torch.arange(3)
@@ -43,19 +45,19 @@ def write_pair(folder: Path, *, tied: bool = False) -> Path:
 
 
 def by_threads(size: int, call: Callable[[Ranks], Any]) -> list[Any]:
-    """What a call returns, or raises, on each of some ranks."""
+    """Call a function on several ranks; return each result or exception."""
     rounds: defaultdict[int, dict[int, Any]] = defaultdict(dict)
-    told, ended = Condition(), Event()
+    changed, ended = Condition(), Event()
 
     def ranks(rank: int) -> Ranks:
         numbers = count()
 
         def gather(value: Any) -> list[Any]:
             given = rounds[next(numbers)]
-            with told:
+            with changed:
                 given[rank] = value
-                told.notify_all()
-                assert told.wait_for(lambda: len(given) == size or ended.is_set(), timeout=HUNG)
+                changed.notify_all()
+                assert changed.wait_for(lambda: len(given) == size or ended.is_set(), timeout=HUNG)
             if len(given) < size:
                 raise RankError("one has ended")
             return [given[each] for each in range(size)]
@@ -68,8 +70,8 @@ def by_threads(size: int, call: Callable[[Ranks], Any]) -> list[Any]:
             return call(ranks(rank))
         except BaseException as error:
             ended.set()
-            with told:
-                told.notify_all()
+            with changed:
+                changed.notify_all()
             return error
 
     with ThreadPoolExecutor(size) as pool:

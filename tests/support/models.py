@@ -18,14 +18,19 @@ from torch import Tensor
 transformers.utils.logging.disable_progress_bar()
 
 _SIZES: dict[str, int] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """An architecture: how to make its config, what loads it, a name its files are known by."""
+    """An architecture: its config, the class that loads it, and its embedding's name."""
 
     config: Callable[[], Any]
     known_by: str
@@ -38,26 +43,43 @@ def _gemma3() -> Any:
     return transformers.Gemma3Config(
         text_config={**_SIZES, "head_dim": 8, "sliding_window": 16},
         vision_config={
-            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "image_size": 28, "patch_size": 14,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
         },
-        mm_tokens_per_image=4, boi_token_index=90, eoi_token_index=91, image_token_index=92,
-    )  # fmt: skip
+        mm_tokens_per_image=4,
+        boi_token_index=90,
+        eoi_token_index=91,
+        image_token_index=92,
+    )
 
 
 def _qwen2_5_vl() -> Any:
     return transformers.Qwen2_5_VLConfig(
         text_config={
-            **_SIZES, "tie_word_embeddings": True,
+            **_SIZES,
+            "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
         },
         vision_config={
-            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
-            "patch_size": 14, "fullatt_block_indexes": [1], "window_size": 56,
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 14,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
         },
-        image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
 
 
 LAYOUTS = {
@@ -162,7 +184,7 @@ LAYOUTS = {
 
 
 def new_model(layout: str) -> Any:
-    """A bfloat16 model with every tensor random; Mamba's A_log and D in float32, as its trainers leave them."""
+    """Make a random bfloat16 model; Mamba's A_log and D stay float32, as in training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = LAYOUTS[layout].auto.from_config(LAYOUTS[layout].config())
@@ -175,13 +197,13 @@ def new_model(layout: str) -> Any:
 
 
 def fine_tuned(model: Any, seed: int, dtype: torch.dtype | None = None) -> Any:
-    """A copy of a model with every tensor a little different, all in `dtype` if one is given."""
+    """Copy a model with every tensor slightly changed, in `dtype` if given."""
     tuned = copy.deepcopy(model)
     return _noisy(tuned if dtype is None else tuned.to(dtype), seed)
 
 
 def untied(model: Any, seed: int) -> Any:
-    """A copy of a tied model whose head was trained on its own."""
+    """Copy a tied model and untie it, with a changed head."""
     copied = copy.deepcopy(model)
     for config in (copied.config, copied.config.get_text_config()):
         config.tie_word_embeddings = False
@@ -191,7 +213,7 @@ def untied(model: Any, seed: int) -> Any:
 
 
 def save(model: Any, folder: Path, voice: str, shard: str = "5GB") -> Path:
-    """Write a model with a tokenizer, a chat template and a generation config, each of which tells its `voice`."""
+    """Write a model with a tokenizer, chat template and generation config, each marked with `voice`."""
     model.generation_config = transformers.GenerationConfig(max_new_tokens=len(voice), stop_strings=[voice])
     model.save_pretrained(folder, max_shard_size=shard)
     words = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "merge", "back", voice])}
@@ -206,25 +228,25 @@ def save(model: Any, folder: Path, voice: str, shard: str = "5GB") -> Path:
 
 
 def template(voice: str) -> str:
-    """The chat template that `save` gives a model."""
+    """Return the chat template that `save` writes."""
     return "{% for message in messages %}" + voice + ": {{ message['content'] }}{% endfor %}"
 
 
 def load(folder: Path, layout: str, **options: Any) -> Any:
-    """Load a model as its users do, and check that its files gave every tensor it has and no other."""
-    model, told = LAYOUTS[layout].auto.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(told.values()), told
+    """Load a model as users do; check that no tensor is missing or unexpected."""
+    model, info = LAYOUTS[layout].auto.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values()), info
     return model
 
 
 def exact_state(folder: Path, layout: str) -> dict[str, Tensor]:
-    """The tensors of a loaded model, names and fusions its own, in float64."""
+    """Return the tensors of a loaded model in float64, named and fused as in memory."""
     model = load(folder, layout, dtype=torch.float32)
     return {name: tensor.double() for name, tensor in model.state_dict().items()}
 
 
 def dtypes_in(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a config and the configs nested in it say about dtypes: place -> dtype."""
+    """Return the dtypes in a config and its nested configs: place -> dtype."""
     found = {key: value for key, value in config.items() if key in ("dtype", "torch_dtype")}
     for key, value in config.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Models in memory that are nothing but their tensors, and what merges of them are to give."""
+"""Models in memory made only of tensors, and the expected results of their merges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS: dict[str, Any] = {"alpha": 0.3, "drop": 0.5, "seed": 3, "iteration": 2}
 
 
 class Model(torch.nn.Module):
-    """A module whose state dict is a given one: parameters under names with dots."""
+    """A module with a given state dict, whose names may contain dots."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -30,12 +30,12 @@ class Model(torch.nn.Module):
             module.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
 
     def total(self) -> Tensor:
-        """A number that all parameters have a part in."""
+        """Return a loss to which every parameter contributes."""
         return torch.stack([parameter.float().sum() for parameter in self.parameters()]).sum()
 
 
 def put(model: torch.nn.Module, change: Callable[[str, Tensor], Tensor]) -> torch.nn.Module:
-    """Put other tensors in the place of a model's parameters."""
+    """Replace a model's parameters by other tensors."""
     for name, parameter in list(model.named_parameters()):
         path, _, last = name.rpartition(".")
         changed = torch.nn.Parameter(change(name, parameter.detach()), requires_grad=parameter.requires_grad)
@@ -56,9 +56,12 @@ def assert_is(model: nn.Module, expected: State) -> None:
 
 SHAPES = {"embed_tokens.weight": (7, 44), "h.0.w": (70, 45), "h.0.b": (2,), "h.1.w": (4, 30, 20), "norm.w": (8,)}
 DTYPES = {
-    "embed_tokens.weight": torch.bfloat16, "h.0.w": torch.float32, "h.0.b": torch.float16, "h.1.w": torch.bfloat16,
+    "embed_tokens.weight": torch.bfloat16,
+    "h.0.w": torch.float32,
+    "h.0.b": torch.float16,
+    "h.1.w": torch.bfloat16,
     "norm.w": torch.float32,
-}  # fmt: skip
+}
 
 
 def states() -> tuple[State, State, State]:
@@ -71,7 +74,7 @@ BASE, START, SFT = states()
 
 
 def naive(state: State, start: bool = True) -> State:
-    """What the formulas say, element by element."""
+    """Merge by the formulas, element by element."""
     return {
         name: reference.merge_tensors(
             BASE[name], tensor, START[name] if start else None, tensor.dtype, **OPTIONS, name=name
@@ -85,7 +88,7 @@ def fresh(state: State = SFT) -> Model:
 
 
 def write_models(folder: Path) -> Path:
-    """Write base and start, and the state of an sft in float32."""
+    """Write base and start; return an sft's state in float32."""
     write_model(folder / "base", BASE, shards=[list(SHAPES)[:2], list(SHAPES)[2:]])
     write_model(folder / "start", START)
     torch.save({name: tensor.float() for name, tensor in SFT.items()}, folder / "sft.pt")

@@ -1,4 +1,4 @@
-"""A base and an sft, stored in other forms than safetensors files, and what is read of them."""
+"""A base and an sft in forms other than safetensors, and reading them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = "model.steps"
 
 
 def states() -> tuple[State, State]:
-    """The tensors of a base and of what was tuned from it, integers among them."""
+    """Make the tensors of a base and an sft, including integers."""
     base = random_state(SHAPES) | {STEPS: torch.arange(5)}
     tuned = random_state(SHAPES, seed=1, scale=0.001)
     return base, {name: tensor + tuned[name] if name in tuned else tensor for name, tensor in base.items()}
@@ -41,22 +41,22 @@ FLOATS = {name: tensor for name, tensor in SFT.items() if name != STEPS}
 
 
 def save_dcp(state: Any, folder: Path) -> Path:
-    """Store something by torch.distributed.checkpoint in this process."""
+    """Save with torch.distributed.checkpoint in this process."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process only
+        warnings.simplefilter("ignore")  # it warns about a single process
         state_dict_saver.save(state, checkpoint_id=folder)
     return folder
 
 
 def save_bin(state: Any, folder: Path, name: str = "pytorch_model.bin") -> Path:
-    """Store something by torch.save."""
+    """Save with torch.save."""
     folder.mkdir(exist_ok=True)
     torch.save(state, folder / name)
     return folder
 
 
 def save_shards(state: State, folder: Path) -> Path:
-    """Store a model as transformers did until its version 4: files of torch.save, and an index."""
+    """Save a model as transformers 4 did: torch.save shards and an index."""
     folder.mkdir()
     names = list(state)
     weight_map: dict[str, str] = {}
@@ -74,7 +74,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def held(found: Checkpoint) -> dict[str, bytes]:
-    """The bytes of all tensors of an input."""
+    """Read the bytes of all tensors of an input."""
     with Files({found.role: found}) as files:
 
         def content(tensor: Held) -> bytes:
@@ -86,12 +86,12 @@ def held(found: Checkpoint) -> dict[str, bytes]:
 
 
 def raw(state: State) -> dict[str, bytes]:
-    """The bytes of all tensors."""
+    """Return the bytes of all tensors."""
     return {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in state.items()}
 
 
 class Evil:
-    """What runs a command where it is unpickled."""
+    """An object that runs a command when unpickled."""
 
     def __init__(self, trap: Path) -> None:
         self.trap = trap

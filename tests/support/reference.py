@@ -1,4 +1,4 @@
-"""The naive reference of `mergekit_imm.testing` for tensors of torch, and what else is written down naively."""
+"""The naive reference of `mergekit_imm.testing` for torch tensors, and other naive formulas."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def merge_tensors(
 
 
 def product(left: Array, right: Array, scaling: float) -> Array:
-    """float32(scaling) * sum over k of left[i, k] * right[k, j], in float32, k in order, from zero."""
+    """Return float32(scaling) * sum over k of left[i, k] * right[k, j], in float32, adding in order of k from zero."""
     total = np.zeros((left.shape[0], right.shape[1]), np.float32)
     for k in range(left.shape[1]):
         total = total + left[:, k : k + 1] * right[k : k + 1]

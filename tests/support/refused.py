@@ -1,4 +1,4 @@
-"""What a merge refuses: one line with what was found, where, and the cure; and nothing is written."""
+"""Refusals: one line with what was found, where, and a cure; nothing is written."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ UP0, UP1 = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weig
 NORM, HEAD, STEPS = "model.norm.weight", "lm_head.weight", "model.steps"
 SHAPES = {"model.embed_tokens.weight": (32, 8), UP0: (8, 8), UP1: (8, 8), NORM: (8,), HEAD: (32, 8)}
 CONFIG = {
-    "architectures": ["TinyForCausalLM"], "dtype": "bfloat16", "model_type": "tiny", "tie_word_embeddings": False,
+    "architectures": ["TinyForCausalLM"],
+    "dtype": "bfloat16",
+    "model_type": "tiny",
+    "tie_word_embeddings": False,
     "vocab_size": 32,
-}  # fmt: skip
+}
 SIDE = {"tokenizer.json": '{"a": 1}\n', "templates/chat.jinja": "{{ x }}"}
 MODEL, INDEX, PARTIAL = "model.safetensors", "model.safetensors.index.json", "out.partial"
 
@@ -38,7 +41,7 @@ BITS = {
 
 
 def everything(folder: Path, *, times: bool = True) -> dict[str, object]:
-    """All that lies below a folder: contents, links, and when it was last changed."""
+    """Snapshot a folder: contents, links and modification times."""
     found: dict[str, object] = {}
     for path in [folder, *sorted(folder.rglob("*"))]:
         content = str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
@@ -48,7 +51,7 @@ def everything(folder: Path, *, times: bool = True) -> dict[str, object]:
 
 @dataclass
 class Models:
-    """Two small models that merge, and a place for the result."""
+    """Two small models that can be merged, and an output path."""
 
     folder: Path
     base: Path
@@ -61,9 +64,9 @@ class Models:
         return report
 
     def refused(self, error: type[MergeError], match: str, *, streaming: bool = False, **options: Any) -> str:
-        """Check that a merge is refused, and that nothing changes; return the message, as a command's user reads it.
+        """Check that a merge is refused and changes nothing; return the message as commands print it.
 
-        Unless it takes `streaming` to notice, a dry run refuses it with the same words.
+        A dry run must raise the same message, unless only `streaming` the tensors can find the fault.
         """
         before = everything(self.folder, times=not streaming)
         messages: set[str] = set()
@@ -80,7 +83,7 @@ class Models:
         return messages.pop()
 
     def change(self, role: str, changes: Mapping[str, torch.Tensor | None], config: Mapping[str, Any] = CONFIG) -> None:
-        """Write a role's model again with other tensors; None removes one."""
+        """Rewrite a model with changed tensors; None removes one."""
         state = {**random_state(SHAPES, seed=len(role)), **changes}
         write_model(getattr(self, role), {n: t for n, t in state.items() if t is not None}, config=config)
 
@@ -89,7 +92,7 @@ class Models:
 
 
 def write_file(path: Path, header: object, data: bytes | None = None, *, length: int | None = None) -> Path:
-    """Write a safetensors file from its header: bytes, or what is turned into JSON."""
+    """Write a safetensors file with a given header: bytes, or an object to encode as JSON."""
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
     body = b"" if data is None else data
     path.parent.mkdir(exist_ok=True)
@@ -98,7 +101,7 @@ def write_file(path: Path, header: object, data: bytes | None = None, *, length:
 
 
 def write_zeros(path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> Path:
-    """Write a safetensors file of zeros: name -> dtype as the header says it, shape."""
+    """Write a safetensors file of zeros: name -> (dtype in the header, shape)."""
     header: dict[str, object] = {}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -109,7 +112,7 @@ def write_zeros(path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]]) ->
 
 
 def shown_options(message: str) -> list[dict[str, list[str]]]:
-    """The options that a message shows ready to paste, as a shell takes them."""
+    """Parse the options that a message shows, as a shell would."""
     found: list[dict[str, list[str]]] = []
     for match in re.finditer(r"""--(keep|take) (?=['"^])""", message):
         lexer = shlex.shlex(message[match.end() :], posix=True)
@@ -120,7 +123,7 @@ def shown_options(message: str) -> list[dict[str, list[str]]]:
 
 
 def sharded(models: Models) -> dict[str, Any]:
-    """Make sft a sharded model, and return its index."""
+    """Shard the sft; return its index."""
     (models.sft / MODEL).unlink()
     names = list(SHAPES)
     write_model(models.sft, random_state(SHAPES, seed=3), shards=[names[:2], names[2:]], config=CONFIG)
@@ -129,7 +132,7 @@ def sharded(models: Models) -> dict[str, Any]:
 
 
 def linked(models: Models, kind: str) -> tuple[Path | str, Path]:
-    """Move sft into out; return a way to name it and one to name out."""
+    """Move sft into out; return a path to each."""
     inside = models.out / "deep" / "sft"
     inside.parent.mkdir(parents=True)
     models.sft.rename(inside)
@@ -142,10 +145,10 @@ def linked(models: Models, kind: str) -> tuple[Path | str, Path]:
         case "input is a link":
             link.symlink_to(inside)
             return link, models.out
-        case "input behind a link":
+        case "input through a link":
             link.symlink_to(models.out / "deep")
             return link / "sft", models.out
-        case "output behind a link":
+        case "output through a link":
             link.symlink_to(models.folder)
             return inside, link / "out"
         case "a file":
@@ -163,7 +166,7 @@ def linked(models: Models, kind: str) -> tuple[Path | str, Path]:
 
 
 def interrupt(models: Models, **options: Any) -> None:
-    """Begin a merge, and stop it."""
+    """Start a merge and interrupt it."""
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt

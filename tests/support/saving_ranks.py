@@ -1,4 +1,4 @@
-"""One of the two ranks of a training run that stores a model in pieces: `python saving_ranks.py RANK FOLDER`.
+"""One of two training ranks that save a sharded model: `python saving_ranks.py RANK FOLDER`.
 
 FOLDER holds `state.pt`, a state dict. Beside it both together write what torch.distributed.checkpoint makes of it, in
 some layouts.
@@ -29,7 +29,7 @@ from modules import Model
 
 
 def main(rank: int, folder: Path) -> None:
-    """Write all layouts."""
+    """Save the model in every layout."""
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
@@ -56,7 +56,7 @@ def main(rank: int, folder: Path) -> None:
     saved: dict[str, Any] = {"model": weights, "optimizer": moments, "step": 3, "rng_state": torch.get_rng_state()}
     save(saved, checkpoint_id=folder / "fsdp2")
 
-    PartialState(cpu=True)  # accelerate's loggers want it
+    PartialState(cpu=True)  # required by accelerate's loggers
     accelerator = SimpleNamespace(process_index=rank, num_processes=2)
     for kind in (StateDictType.SHARDED_STATE_DICT, StateDictType.FULL_STATE_DICT):
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
@@ -66,11 +66,13 @@ def main(rank: int, folder: Path) -> None:
         for name, whole in (("hf", False), ("consolidated", True)):
             pieces = {
                 key: piece for key, piece in split(dim).items() if not whole or key in floats
-            }  # which it can join
+            }  # it can consolidate these
             writer = HuggingFaceStorageWriter(
-                str(folder / f"{name}{dim}"), save_distributed=True, enable_consolidation=whole,
+                str(folder / f"{name}{dim}"),
+                save_distributed=True,
+                enable_consolidation=whole,
                 fqn_to_index_mapping={key: 1 + number % 2 for number, key in enumerate(pieces)},
-            )  # fmt: skip
+            )
             save(pieces, storage_writer=writer)
     dist.barrier()
     dist.destroy_process_group()
@@ -78,4 +80,4 @@ def main(rank: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]))
-    os._exit(0)  # gloo has threads that now and then are not done when the interpreter is
+    os._exit(0)  # threads of gloo may outlive the interpreter

@@ -1,4 +1,4 @@
-"""Repetitions: which cases and how many of them `make test` leaves to `make test-all`."""
+"""Reduce repetitions: `make test` runs part of the cases, `make test-all` all of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-FEWER = 1  # conftest.py sets it, before tests are imported
+FEWER = 1  # set by conftest.py before tests are imported
 
 
 def others(*cases: Any) -> list[Any]:
-    """Mark cases of a parametrised test as thorough: values, or tuples of several."""
+    """Mark cases of a parametrised test as thorough."""
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.thorough) for case in cases]
 
 
 def examples(count: int) -> int:
-    """Return how many examples a costly test draws: all, or fewer where thorough tests are left out."""
+    """Return how many examples a costly test draws: all, or fewer without thorough tests."""
     return max(1, count // FEWER)

@@ -1,4 +1,4 @@
-"""What a user's commands do in tests of the loop, `python trainer.py train|evaluate ...`: quick, without torch.
+"""User commands for loop tests, `python trainer.py train|evaluate ...`: fast, without torch.
 
 train MODEL OUTPUT ROUND      adds 0.01 * (ROUND + 1) to every weight
 evaluate MODEL BASE JSON      writes the largest distance from the base, and what is left of 1
@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 
 def main(what: str, *arguments: str) -> None:
-    """Do one of them."""
+    """Run one of the commands."""
     if what == "train":
         model, output, number = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
         output.mkdir(parents=True, exist_ok=True)

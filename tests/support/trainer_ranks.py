@@ -27,18 +27,18 @@ from mergekit_imm import IMMCallback
 
 
 class Seen(transformers.TrainerCallback):  # type: ignore[misc]
-    """Keeps what was trained before the merge."""
+    """Save the trained weights before the merge."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
-        """Write the weights."""
+        """Save the weights."""
         write(kwargs["model"], self.folder)
 
 
 def write(model: Any, folder: Path) -> None:
-    """Write a model's weights, those in pieces put together."""
+    """Save a model's weights, gathering sharded ones."""
     state = {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
         for name, tensor in model.named_parameters()
@@ -47,7 +47,7 @@ def write(model: Any, folder: Path) -> None:
 
 
 def by_hand(model: Any, folder: Path, *callbacks: Any) -> None:
-    """Train a model in shards for two steps, calling the callbacks as a Trainer does."""
+    """Train a sharded model for two steps, calling callbacks as a Trainer does."""
     arguments = trainer(torch.nn.Linear(1, 1), folder, num_train_epochs=1).args
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
@@ -67,7 +67,7 @@ def by_hand(model: Any, folder: Path, *callbacks: Any) -> None:
 
 
 def main(folder: Path, kind: str) -> None:
-    """Train, and let the callback merge."""
+    """Train, with a callback that merges."""
     warnings.simplefilter("ignore")
     rank = os.environ["RANK"]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
@@ -81,10 +81,10 @@ def main(folder: Path, kind: str) -> None:
     assert callback.merges == 1
     assert any(isinstance(tensor, DTensor) for tensor in callback.model.parameters()) == (kind == "fsdp2")
     write(callback.model, folder / f"{kind}-{rank}")
-    torch.distributed.barrier()  # none goes while another still needs it
+    torch.distributed.barrier()  # a rank must not exit while another needs it
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
-    os._exit(0)  # gloo has threads that now and then are not done when the interpreter is
+    os._exit(0)  # threads of gloo may outlive the interpreter

@@ -1,4 +1,4 @@
-"""Models whose embeddings were resized, with the tokenizers that tell why; made by transformers."""
+"""Models with resized embeddings and their tokenizers, made by transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tokenizer_of(words: list[str], added: list[str] = [], **special: str) -> Any
 
 
 def resize(model: Any, rows: int, seed: int = 7) -> Any:
-    """A copy of a model with more rows or fewer, those that are new random."""
+    """Copy a model with more or fewer embedding rows; new rows are random."""
     resized = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,7 +47,7 @@ def save(model: Any, folder: Path, tokenizer: Any = None, shard: str = "5GB") ->
 
 
 def write_pair(layout: str, folder: Path) -> Path:
-    """Write a base of 96 rows and 90 tokens, in shards, and an sft that has ten tokens more, and 100 rows."""
+    """Write a sharded base of 96 rows and 90 tokens, and an sft of 100 rows and 100 tokens."""
     model = new_model(layout)
     save(model, folder / "base", tokenizer_of(WORDS), shard="20KB")
     tokenizer = tokenizer_of(WORDS, EXTRA, pad_token="<pad>")
@@ -60,7 +60,7 @@ def write_pair(layout: str, folder: Path) -> Path:
 def expected_of(
     base: State, sft: State, owner: State, common: int, start: State | None = None, **numbers: Any
 ) -> State:
-    """The merge by the formulas: rows that all have are merged, the rest is the owner's, in the base's dtype."""
+    """Merge by the formulas: common rows are merged, the owner supplies the rest, in the base's dtype."""
     made = {}
     for name, tensor in base.items():
         rows = common if name in ENDS else len(tensor)

@@ -221,7 +221,7 @@ def test_an_adapter_on_an_fp8_base(fp8_llama: Path, tmp_path: Path) -> None:
 def test_workers_pieces_sweeps_and_the_path_of_gpus_give_the_same_bytes(fp8_llama: Path, tmp_path: Path) -> None:
     given = (fp8_llama / "base", fp8_llama / "sft")
     merge_checkpoints(*given, tmp_path / "one", drop=0.5, workers=1, dequantize=True)
-    with patch("mergekit_imm.engine.workers.BUFFER", 16 * 4096), patch("mergekit_imm.plan.plan.RECORD", 1024):
+    with patch("mergekit_imm.engine.workers.BUFFER", 16 * 4096), patch("mergekit_imm.plan.plan.SEGMENT_ELEMENTS", 1024):
         merge_checkpoints(*given, tmp_path / "two", drop=0.5, workers=5, dequantize=True)
     device = workers.Device(cuda.merge_span_on("cpu"), cuda.buffer)
     with patch("mergekit_imm.engine.write_folder.pick_device", lambda _: device):

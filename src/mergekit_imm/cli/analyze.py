@@ -1,4 +1,4 @@
-"""The command `imm-analyze`: the diagnosis, a sub-command for each question."""
+"""The command `imm-analyze`: diagnosis, one sub-command per question."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Examples:
 @click.group("imm-analyze", context_settings=CONTEXT, epilog=epilog)
 @click.version_option(__version__, prog_name="imm-analyze")
 def analyze_command() -> None:
-    """Where did the weights change, against where they matter, and was the improvement real?"""
+    """Diagnose self-improvement: where weights matter, where they changed, and whether the gain is real."""
 
 
 for _command in (importance_command, change_command, samples_command):

@@ -24,58 +24,63 @@ Examples:
   imm-analyze change base/ sft/
   imm-analyze change base/ sft/ --importance importance.json -o report/
   imm-analyze change base/ run/round-0/sft run/round-1/sft
-  imm-analyze change merged/         of the round that made it, from its report
+  imm-analyze change merged/         that round's change, from its report
 """
 
 
 @click.command(
     "change",
-    short_help="Where the weights changed, and if there they matter.",
+    short_help="Where the weights changed, and whether they matter there.",
     context_settings=CONTEXT,
     epilog=change_epilog,
 )
 @click.argument("models", nargs=-1, required=True, metavar="BASE SFT [MORE...] | MERGED")
-@click.option("--importance", metavar="FILE", help="JSON: layer -> importance; does the change look superficial?")
-@click.option("-o", "--out", metavar="DIR", help="Folder for report.html, change.json and the pictures.")
-@click.option("--rename", metavar="REGEX=REPL", multiple=True, help="What names of SFT are in BASE; repeatable.")
-@click.option("--keep", metavar="REGEX", multiple=True, help="Tensors of BASE to leave out; repeatable.")
-@click.option("--take", metavar="REGEX", multiple=True, help="Tensors of SFT to leave out; repeatable.")
-@click.option("--leave-out", metavar="FILE", multiple=True, help="File or folder of a model to leave out; repeatable.")
+@click.option("--importance", metavar="FILE", help="JSON file of layer importances, to compare the change with.")
+@click.option("-o", "--out", metavar="DIR", help="Write report.html, change.json and pictures to this folder.")
+@click.option(
+    "--rename", metavar="REGEX=REPL", multiple=True, help="Rename tensors of SFT to BASE's names; repeatable."
+)
+@click.option("--keep", metavar="REGEX", multiple=True, help="Ignore matching tensors of BASE; repeatable.")
+@click.option("--take", metavar="REGEX", multiple=True, help="Ignore matching tensors of SFT; repeatable.")
+@click.option("--leave-out", metavar="FILE", multiple=True, help="Ignore a file or folder of a model; repeatable.")
 @click.option("--dequantize", is_flag=True, help="Multiply FP8 weights by their scales.")
 @click.option(
-    "--vocab", type=click.Choice(["strict", "base", "sft"]), default="base", show_default=True,
-    help="Vocabularies of different sizes: refuse, or (base, sft) compare the rows that both have.",
-)  # fmt: skip
+    "--vocab",
+    type=click.Choice(["strict", "base", "sft"]),
+    default="base",
+    show_default=True,
+    help="Vocabularies of different sizes: strict refuses them; base and sft compare the common rows.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and --json).")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; min(4, 2 x CPUs) if not given.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only errors (and --json).")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Number of threads.  [default: min(4, 2 x CPUs)]")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def change_command(
     models: tuple[str, ...], importance: str | None, out: str | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """How far each layer moved from BASE to SFT: the sum of ||W - W'|| over its weight matrices (Eq. 4).
+    """Measure how far each layer moved from BASE to SFT: the sum of ||W - W'|| over its weight matrices (Eq. 4).
 
-    Several SFT are shown side by side, each against BASE. One folder alone, that imm-merge made: the change of that
-    round, from its imm_report.json, at no cost.
+    Several SFT are shown side by side, each against BASE. For a single folder made by imm-merge, shows the change of
+    that round from its imm_report.json, without reading weights.
     """
     from ..analysis.verdict import Comparison, mismatch, same_layers
     from ..options.options import MergeOptions
 
     if len(models) == 1 and (options["vocab"] != "base" or any(options[x] for x in TWO)):
-        raise click.UsageError(f"--{', --'.join(TWO)} and --vocab are of two models; give BASE and SFT")
+        raise click.UsageError(f"--{', --'.join(TWO)} and --vocab apply to two models; give BASE and SFT")
     with values_checked():
         MergeOptions(rename=options["rename"], keep=options["keep"], take=options["take"])
     folder = None if out is None else _checked(out, models)
     weights, about = _importance(importance)
-    found = []
+    comparisons = []
     for label, change in _changes(models, quiet=quiet, **options):
         compared = None if weights is None else mismatch(weights, change)
-        found.append(Comparison(label, change, compared))
+        comparisons.append(Comparison(label, change, compared))
         if not quiet:
             for note in change.notes:
                 tell(note)
     if weights is not None:
-        weights = same_layers(weights, found[0].change)
+        weights = same_layers(weights, comparisons[0].change)
     base = models[0] if len(models) > 1 else None
     content = {
         "format": FORMAT,
@@ -88,17 +93,19 @@ def change_command(
                 **one.change.to_dict(),
                 "mismatch": None if one.mismatch is None else one.mismatch.to_dict(),
             }
-            for one in found
+            for one in comparisons
         ],
     }
     text = json.dumps(content, indent=2) + "\n"
-    written = [] if folder is None else _write(folder, found, weights, text, _provenance(base, content), quiet=quiet)
+    written = (
+        [] if folder is None else _write(folder, comparisons, weights, text, _provenance(base, content), quiet=quiet)
+    )
     if as_json:
         say(text.rstrip("\n"))
     elif not quiet:
         from ..views.change_terminal import render
 
-        say(render(found, weights))
+        say(render(comparisons, weights))
     if not quiet:
         for path in written:
             tell(f"wrote {shown(path)}")
@@ -123,7 +130,7 @@ def _read(per_second: float) -> str:
 
 
 def _importance(path: str | None) -> tuple[dict[str, float] | None, dict[str, Any]]:
-    """Read an importance file: its values, and what else it says (of which model and data they are)."""
+    """Read an importance file: its values, and what it says about them (model, data)."""
     if path is None:
         return None, {}
     from ..options.layer_factors import importance_factors, read_layers
@@ -145,34 +152,36 @@ def _provenance(base: str | None, content: dict[str, Any]) -> dict[str, str]:
 
 
 def _checked(out: str, models: tuple[str, ...]) -> Path:
-    """Return the folder to write to; refuse what cannot be written, before anything is measured."""
+    """Return the output folder; refuse one that cannot be written before anything is measured."""
     from ..output.result_folder import check_folder
 
     folder = check_folder(out, FILES, FORMAT)
     if folder.resolve() in [Path(each).expanduser().resolve() for each in models]:
-        raise OutputError(f"output {shown(out)} is the folder of a model that is measured; give another")
+        raise OutputError(f"output {shown(out)} is the folder of a measured model; give another")
     return folder
 
 
 def _write(
     folder: Path,
-    found: list[Comparison],
+    comparisons: list[Comparison],
     weights: dict[str, float] | None,
     text: str,
     provenance: dict[str, str],
     *,
     quiet: bool,
 ) -> list[Path]:
-    """Write the numbers, the pictures and the page, each file whole or not at all."""
+    """Write the numbers, the pictures and the page, each file atomically."""
     from ..output.result_folder import write_folder
     from ..views.change_figure import change_picture, mismatch_picture
     from ..views.change_page import html_page
 
     def draw() -> dict[str, bytes]:
-        return change_picture(found, weights) | ({} if weights is None else mismatch_picture(found, weights))
+        return change_picture(comparisons, weights) | (
+            {} if weights is None else mismatch_picture(comparisons, weights)
+        )
 
     pictures = pictures_or_note(draw, quiet=quiet) or {}
     svgs = [content for name, content in pictures.items() if name.endswith(".svg")]
     files = {"change.json": text.encode(), **pictures}
-    files["report.html"] = html_page(found, weights, svgs, provenance).encode()
+    files["report.html"] = html_page(comparisons, weights, svgs, provenance).encode()
     return write_folder(folder, files, FILES)

@@ -20,50 +20,69 @@ Examples:
 
 @click.command(
     "importance",
-    short_help="How much each layer matters to the loss on texts.",
+    short_help="How much each layer matters to the loss.",
     context_settings=CONTEXT,
     epilog=importance_epilog,
 )
 @click.argument("model")
 @click.option(
-    "--data", required=True, metavar="FILE",
-    help='JSONL: {"text": ...} or {"prompt": ..., "response": ...} a line; of the latter only responses count.',
-)  # fmt: skip
+    "--data",
+    required=True,
+    metavar="FILE",
+    help='JSONL: one {"text": ...} or {"prompt": ..., "response": ...} per line; prompts do not count in the loss.',
+)
 @click.option(
     "-o", "--out", required=True, metavar="FILE", help="Importance file to write, for imm-merge --importance."
 )
 @click.option(
-    "--order", type=click.Choice(["first", "second", "mix", "per-sample"]), default="first", show_default=True,
-    help="What is summed: |G W| (the paper's Eq. 3), |W F W|, |G W - W F W / 2|, or |g W| of each sample.",
-)  # fmt: skip
+    "--order",
+    type=click.Choice(["first", "second", "mix", "per-sample"]),
+    default="first",
+    show_default=True,
+    help="Summand: |G W| (the paper's Eq. 3), |W F W|, |G W - W F W / 2|, or |g W| of each sample.",
+)
 @click.option("--samples", type=click.IntRange(1), metavar="N", help="Use the first N examples.  [default: all]")
 @click.option(
-    "--max-length", type=click.IntRange(2), default=1024, show_default=True, metavar="N",
-    help="Tokens of a sequence; what is beyond is cut off, and told.",
-)  # fmt: skip
+    "--max-length",
+    type=click.IntRange(2),
+    default=1024,
+    show_default=True,
+    metavar="N",
+    help="Truncate sequences to N tokens, with a note.",
+)
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-    help="Sequences at a time; the result is the same.",
-)  # fmt: skip
-@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute.")
+    "--batch-size",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Sequences per forward pass; the result is the same.",
+)
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Device to compute on.")
 @click.option(
-    "--dtype", type=DtypeChoice(["float32", "bfloat16", "auto"]), default="float32", show_default=True,
-    help="Of weights and gradients; auto: as the model is stored.",
-)  # fmt: skip
+    "--dtype",
+    type=DtypeChoice(["float32", "bfloat16", "auto"]),
+    default="float32",
+    show_default=True,
+    help="Dtype of weights and gradients; auto: as stored.",
+)
 @click.option(
-    "--accumulate", type=click.Choice(["memory", "disk"]), default="memory", show_default=True,
-    help="Where gradients are summed: 4 bytes for each parameter; disk: in the folder of -o.",
-)  # fmt: skip
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar, no notes.")
-@click.option("--json", "as_json", is_flag=True, help="Print what the file holds.")
+    "--accumulate",
+    type=click.Choice(["memory", "disk"]),
+    default="memory",
+    show_default=True,
+    help="Where to sum gradients, 4 bytes per parameter; disk: next to the file of -o.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Hide the progress bar, notes and the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print the content of the file.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def importance_command(model: str, data: str, out: str, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Measure how important each layer of MODEL is to its loss on texts.
+    """Measure how much each layer of MODEL matters to its loss on a data set.
 
     \b
       I_n = sum of |G * W| over the linear weights W of layer n, G the gradient of the mean loss
 
-    MODEL is a folder or a hub id (org/name[@revision]) that transformers loads.
+    MODEL is a folder or a hub id (org/name[@revision]) that transformers can load.
     """
     from ..options.options import check_device
 

@@ -21,9 +21,9 @@ from .console import (
 from .options import DtypeChoice, options_of
 
 loop_epilog = """\b
-Placeholders, each filled in as one word of the shell; a misspelt one is refused, other braces stay:
+Placeholders, each filled in as one shell word; a misspelt one is an error, other braces stay:
   --generate   {model} {output} {round} {base}
-  --train      {model} {output} {data} {round} {base}     {data}: what --generate made
+  --train      {model} {output} {data} {round} {base}     {data}: output of --generate
   --evaluate   {model} {json} {round} {base}
 
 \b
@@ -37,21 +37,35 @@ Example:
 
 @click.command("imm-loop", context_settings=CONTEXT, epilog=loop_epilog)
 @click.argument("base")
-@click.option("-o", "--out", "run", required=True, metavar="RUN", help="Folder of the loop; the same command goes on.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Rounds in all.")
-@click.option("--train", required=True, metavar="COMMAND", help="Fine-tunes {model} into {output}.")
-@click.option("--generate", metavar="COMMAND", help="Makes the data of a round, {output}, with {model}.")
-@click.option("--evaluate", metavar="COMMAND", help="Measures {model}: writes numbers to {json}.")
 @click.option(
-    "--alpha", default="0.5", show_default=True, metavar="SCHEDULE",
-    help="Weight of the anchor: 0.5; a value for each round, 0.3,0.5,0.7; linear:0.3,0.7; cosine:0.3,0.7.",
-)  # fmt: skip
-@click.option("--drop", default="0.2", show_default=True, metavar="SCHEDULE", help="Share that DARE drops; likewise.")
-@options_of("seed", seed={"help": "Fixes the masks, with the round."})
+    "-o", "--out", "run", required=True, metavar="RUN", help="Folder of the loop; run the same command again to resume."
+)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Number of rounds.")
+@click.option("--train", required=True, metavar="COMMAND", help="Fine-tune {model}; save the result in {output}.")
+@click.option("--generate", metavar="COMMAND", help="Generate the round's training data with {model}, in {output}.")
+@click.option("--evaluate", metavar="COMMAND", help="Measure {model}; write numbers to {json}.")
 @click.option(
-    "--anchor", default="base", show_default=True, metavar="WHAT",
-    help="What merges pull to: base (the paper), previous, or ema:DECAY of the merged models.",
-)  # fmt: skip
+    "--alpha",
+    default="0.5",
+    show_default=True,
+    metavar="SCHEDULE",
+    help="Weight of the anchor: 0.5; one value per round, 0.3,0.5,0.7; linear:0.3,0.7; cosine:0.3,0.7.",
+)
+@click.option(
+    "--drop",
+    default="0.2",
+    show_default=True,
+    metavar="SCHEDULE",
+    help="Fraction of the delta's elements to drop; a schedule like --alpha.",
+)
+@options_of("seed", seed={"help": "Seed of the drop masks, together with the round."})
+@click.option(
+    "--anchor",
+    default="base",
+    show_default=True,
+    metavar="WHAT",
+    help="Model that merges pull towards: base (the paper), previous, or ema:DECAY of the merged models.",
+)
 @options_of(
     "importance",
     "shrink",
@@ -66,34 +80,48 @@ Example:
     "rename",
     "leave_out",
     "vocab",
-    dtype={"type": DtypeChoice(["base", *DTYPES]), "help": "Of the merged models' float tensors."},
-    keep={"help": "Tensors to leave as in the anchor; repeatable."},
-    take={"help": "Tensors to take from trained models; repeatable."},
-    rename={"help": "What names of trained models are in BASE."},
-    leave_out={"help": "File or folder of a model that is no weights of it, by its path there; repeatable."},
-    vocab={"help": "Whose vocabulary merged models have."},
+    dtype={
+        "type": DtypeChoice(["base", *DTYPES]),
+        "help": "Dtype of float tensors; base: that of the same tensor in BASE.",
+    },
+    keep={"help": "Copy matching tensors from the anchor; repeatable."},
+    take={"help": "Copy matching tensors from the trained model; repeatable."},
+    rename={"help": "Rename tensors of trained models to BASE's names; repeatable."},
 )
-@click.option("--keep-rounds", type=click.IntRange(1), metavar="N", help="Models of older rounds are removed.")
 @click.option(
-    "--gate", metavar="METRIC",
-    help="Accept a round only if this number did not fall; -METRIC where less is better.",
-)  # fmt: skip
-@click.option("--tolerance", type=click.FloatRange(0), default=0.0, show_default=True, metavar="X", help="Of the gate.")
-@click.option("--retry", metavar="A[,A...]", help="Larger alphas to try, in turn, where the gate is closed.")
-@click.option("--baseline", is_flag=True, help="Also run the same rounds without merges, to compare.")
-@click.option("-q", "--quiet", is_flag=True, help="Do not show what commands say, nor the steps; logs keep it.")
-@click.option("--json", "as_json", is_flag=True, help="Print the state of the loop as JSON at its end.")
+    "--keep-rounds",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keep the models of the last N rounds; delete older ones.",
+)
+@click.option(
+    "--gate",
+    metavar="METRIC",
+    help="Accept a round only if METRIC did not fall; write -METRIC if lower is better.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    metavar="X",
+    help="How far METRIC may fall.",
+)
+@click.option("--retry", metavar="A[,A...]", help="Larger alphas to try, in order, when the gate rejects a round.")
+@click.option("--baseline", is_flag=True, help="Also run the same rounds without merging, for comparison.")
+@click.option("-q", "--quiet", is_flag=True, help="Hide steps and command output; logs keep the output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the final state of the loop as JSON.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 @click.version_option(__version__, prog_name="imm-loop")
 def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | None, **options: Any) -> None:
-    """Rounds of training and merging from BASE: your commands train, each round is merged back.
+    """Alternate training and merging, starting from BASE: your commands train, each round is merged back.
 
     \b
       start_0 = BASE; in each round: generate, train start into sft, then
       merged = alpha * anchor + (1 - alpha) * (start + DARE(sft - start)), the next start
 
-    Commands run under /bin/sh -c. Killed anywhere, the same command goes on with the step that was not finished. Ends
-    with the exit status of a command that fails.
+    Commands run under /bin/sh -c. If one fails, so does the loop, with the same exit status. Run the same command
+    again to resume an interrupted loop at its unfinished step.
     """
     from ..loop.commands import CommandError, to_stdout
     from ..loop.run import run_loop
@@ -103,14 +131,14 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
     try:
         alphas = tuple(float(part) for part in retry.split(",")) if retry else ()
     except ValueError as error:
-        raise click.UsageError(f"--retry '{shown(retry)}' is no list of numbers; write 0.6,0.7") from error
+        raise click.UsageError(f"--retry '{shown(retry)}' is not a list of numbers; write 0.6,0.7") from error
     with values_checked():
         settings = from_dict({**options, "base": base, "retry": alphas})
     speak = not (quiet or as_json)
     try:
         state = run_loop(settings, run, echo=to_stdout if speak else None, tell=tell if not quiet else None)
     except CommandError as error:
-        for line in () if speak else error.lines:  # which nobody has seen
+        for line in () if speak else error.lines:  # not shown yet
             tell(shown(line, 500))
         raise
     if as_json:

@@ -1,4 +1,4 @@
-"""Where each command begins, and `python -m mergekit_imm merge|verify|loop|analyze`."""
+"""Run a command by its name: `imm-merge` and its siblings, `python -m mergekit_imm merge|verify|loop|analyze`."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ def imm_analyze() -> NoReturn:
 def main() -> NoReturn:
     """Run `python -m mergekit_imm merge|verify|loop|analyze`."""
     commands: dict[str, click.Command] = {
-        "merge": merge_command, "verify": verify_command, "loop": loop_command, "analyze": analyze_command,
-    }  # fmt: skip
+        "merge": merge_command,
+        "verify": verify_command,
+        "loop": loop_command,
+        "analyze": analyze_command,
+    }
     arguments = sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:]  # `torchrun -m mergekit_imm -- merge`
     name = arguments[0] if arguments else ""
     if name in commands:

@@ -28,13 +28,13 @@ merge_epilog = """\b
 Examples:
   imm-merge base/ sft/ --alpha 0.5 --drop 0.2 -o merged/
   imm-merge base/ sft2/ --start merged/ -o merged2/        the next round
-  imm-merge org/base@main sft/ --dry-run -o merged/        what would happen
+  imm-merge org/base@main sft/ --dry-run -o merged/        print the plan
   imm-merge base/ sft/ --alpha 0.3,0.5,0.7 -o 'merged-{alpha}'     three merges, one reading
 """
 
 
 class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.2 only
-    """Values separated by commas, kept as they were typed: outputs are named by them."""
+    """Comma-separated values, kept as typed because outputs are named by them."""
 
     def __init__(self, each: click.ParamType[Any]) -> None:
         self.each, self.name = each, each.name
@@ -51,8 +51,8 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 @click.command("imm-merge", context_settings=CONTEXT, epilog=merge_epilog)
 @click.argument("base")
 @click.argument("sft", nargs=-1, required=True, metavar="SFT")
-@click.option("-o", "--out", metavar="OUT", help="Folder to make; it appears only when it is whole.  [required]")
-@click.option("--start", metavar="DIR", help="Model the fine-tuning started from.  [default: BASE]")
+@click.option("-o", "--out", metavar="OUT", help="Folder to create; it appears only when complete.  [required]")
+@click.option("--start", metavar="DIR", help="Model that SFT was trained from.  [default: BASE]")
 @options_of(
     "alpha",
     "drop",
@@ -80,15 +80,18 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
     seed={"type": _Several(click.INT), "default": "0", "metavar": "N[,N...]"},
 )
 @click.option(
-    "--ranks", type=click.Choice(["torchrun", "slurm"]),
-    help="One merge by many processes.  [default: torchrun's, if it started `-m mergekit_imm -- merge`]",
-)  # fmt: skip
+    "--ranks",
+    type=click.Choice(["torchrun", "slurm"]),
+    help="Share the merge among processes.  [default: torchrun, if it started `-m mergekit_imm -- merge`]",
+)
 @options_of("allow_nonfinite", "copy_code", "dry_run")
 @click.option(
-    "--check", is_flag=True, help="Say what fits and what does not, with no OUT; of several SFTs, of each.",
-)  # fmt: skip
+    "--check",
+    is_flag=True,
+    help="Report whether each SFT can be merged into BASE; needs no OUT.",
+)
 @options_of("overwrite", "restart", "verify")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar, no notes.")
+@click.option("-q", "--quiet", is_flag=True, help="Hide the progress bar, notes and the final line.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 @click.version_option(__version__, prog_name="imm-merge")
@@ -102,18 +105,18 @@ def merge_command(
       merged = alpha * BASE + (1 - alpha) * tuned
 
     BASE, SFT and --start are folders, .safetensors files or hub ids (org/name[@revision]); SFT may be a LoRA
-    adapter. An interrupted merge goes on where it stopped when the same command is run again.
+    adapter. Run the same command again to resume an interrupted merge.
     """
     _check_values(out, check, options)
     if check:
         if options["ranks"]:
-            raise click.UsageError("--check reads headers only, and is not for many ranks; leave --ranks out.")
+            raise click.UsageError("--check reads headers only and needs no ranks; leave --ranks out.")
         _check(base, sft, options, as_json=as_json)
         return None
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'.")
     if len(sft) > 1:
-        raise click.UsageError(f"Got {len(sft)} models, {', '.join(sft)}, to merge into {base}; give one, or --check.")
+        raise click.UsageError(f"Got {len(sft)} models to merge into {base}: {', '.join(sft)}; give one, or --check.")
     from ..ranks.torchrun import joined
 
     with joined(options.pop("ranks")) as ranks:
@@ -124,23 +127,23 @@ def merge_command(
 
 
 def _check_values(out: str | None, check: bool, options: dict[str, Any]) -> None:
-    """Refuse as wrong usage what is wrong whatever the files hold."""
-    from ..options.options import RunOptions, chosen_from
+    """Reject, as wrong usage, values that are wrong whatever the files hold."""
+    from ..options.options import RunOptions, options_from
     from ..options.sweep import sweep
 
     with values_checked():
-        chosen_from(options, RunOptions)
+        options_from(options, RunOptions)
         sweep("{alpha}{drop}{seed}" if check or out is None else out, options)
 
 
 def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json: bool) -> None:
-    from ..options.options import MergeOptions, chosen_from
+    from ..options.options import MergeOptions, options_from
     from ..plan.describe import check
     from ..views.merge_summary import checked
 
-    first = {name: float(options[name][0]) for name in ("alpha", "drop")}  # of a sweep
-    chosen = chosen_from({**options, **first, "seed": 0}, MergeOptions)
-    reports = [check(base, sft, chosen, start=options["start"]) for sft in sfts]
+    first = {name: float(options[name][0]) for name in ("alpha", "drop")}  # the first of a sweep
+    merge_options = options_from({**options, **first, "seed": 0}, MergeOptions)
+    reports = [check(base, sft, merge_options, start=options["start"]) for sft in sfts]
     if as_json:
         content = [report.to_dict() for report in reports]
         say(json.dumps(content if len(content) > 1 else content[0], indent=2))
@@ -155,7 +158,7 @@ def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json
 
 
 def _join(base: str, sft: str, out: str, options: dict[str, Any], ranks: Ranks) -> int:
-    """Do another rank's part, and leave to rank 0 what is to be said. Returns the exit status."""
+    """Do the part of a rank other than 0, which prints for all. Returns the exit status."""
     from ..engine.merge import merge_checkpoints
 
     try:
@@ -164,7 +167,9 @@ def _join(base: str, sft: str, out: str, options: dict[str, Any], ranks: Ranks) 
         raise
     except MergeError:
         with suppress(RankError):
-            ranks.gather(None)  # until rank 0 has said why, and ended: torchrun ends it when another ends first
+            ranks.gather(
+                None
+            )  # wait until rank 0 has printed the reason: when one rank ends, torchrun kills the others
         return 1
     return int(any(report.refused for report in reports))
 

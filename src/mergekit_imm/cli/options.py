@@ -1,4 +1,4 @@
-"""The options of commands, made from the options of merges: name, type, default and line of help stand there alone."""
+"""Make command-line options from merge options, which declare name, type, default and help."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Command = Callable[..., Any]
 
 
 class DtypeChoice(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 only
-    """A choice of dtypes, which have short names too."""
+    """A choice of dtypes, by long or short name."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the long name of a dtype."""
@@ -23,7 +23,7 @@ class DtypeChoice(click.Choice):  # type: ignore[type-arg]  # generic in click 8
 
 
 def options_of(*names: str, **changes: dict[str, Any]) -> Callable[[Command], Command]:
-    """Add the options with these names to a command, in this order; `changes` are for click, by name."""
+    """Add these options to a command, in this order; `changes` are arguments of click.option by option name."""
 
     def add(command: Command) -> Command:
         for name in reversed(names):
@@ -35,23 +35,23 @@ def options_of(*names: str, **changes: dict[str, Any]) -> Callable[[Command], Co
 
 def _option(name: str, changes: dict[str, Any]) -> Callable[[Command], Command]:
     declared = _FIELDS[name]
-    said = declared.metadata
-    how: dict[str, Any] = {"help": said["help"], "default": declared.default}
+    metadata = declared.metadata
+    settings: dict[str, Any] = {"help": metadata["help"], "default": declared.default}
     assert declared.default is not MISSING
     if declared.default is False:
-        return click.option(f"--{name.replace('_', '-')}", is_flag=True, help=said["help"])
-    how |= {"metavar": said["metavar"]} if "metavar" in said else {}
+        return click.option(f"--{name.replace('_', '-')}", is_flag=True, help=metadata["help"])
+    settings |= {"metavar": metadata["metavar"]} if "metavar" in metadata else {}
     if declared.default == ():
-        how |= {"multiple": True}
+        settings |= {"multiple": True}
     elif name == "clip":
-        how |= {"nargs": 2, "type": float}
-    elif "choices" in said:
-        how |= {"type": (DtypeChoice if name == "dtype" else click.Choice)(said["choices"])}
-    elif "range" in said:
-        low, high = said["range"]
+        settings |= {"nargs": 2, "type": float}
+    elif "choices" in metadata:
+        settings |= {"type": (DtypeChoice if name == "dtype" else click.Choice)(metadata["choices"])}
+    elif "range" in metadata:
+        low, high = metadata["range"]
         kind = click.FloatRange if isinstance(declared.default, float) else click.IntRange
-        how |= {"type": kind(low, high, max_open=said.get("below", False))}
+        settings |= {"type": kind(low, high, max_open=metadata.get("below", False))}
     elif isinstance(declared.default, int):
-        how |= {"type": int}
-    how |= {"show_default": True} if declared.default not in (None, ()) else {}
-    return click.option(f"--{name.replace('_', '-')}", **{**how, **changes})
+        settings |= {"type": int}
+    settings |= {"show_default": True} if declared.default not in (None, ()) else {}
+    return click.option(f"--{name.replace('_', '-')}", **{**settings, **changes})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..evaluation.comparison import Encoder
 
 samples_epilog = """\b
-A line of FILE, of which problem, response, and correct or answer are needed:
+A line of FILE; problem, response, and correct or answer are required:
   {"problem": "gsm8k-17", "response": "...", "correct": true, "model": "round 1",
    "greedy": false, "level": 3, "ood": false}
 
@@ -28,24 +28,28 @@ Example:
 
 @click.command(
     "samples",
-    short_help="Was it real? pass@k, diversity and a verdict from samples.",
+    short_help="Whether a gain is real: pass@k, diversity and a verdict.",
     context_settings=CONTEXT,
     epilog=samples_epilog,
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--reference", metavar="NAME", help="Model that others are compared with; by default the first.")
-@click.option("--encoder", metavar="MODULE:FUNCTION", help="From a list of texts to an array, for cosine diversity.")
-@click.option("-o", "--out", metavar="DIR", help="Write samples.json and pictures there.")
+@click.option("--reference", metavar="NAME", help="Model to compare the others with.  [default: the first]")
+@click.option(
+    "--encoder",
+    metavar="MODULE:FUNCTION",
+    help="Function from a list of texts to an array of vectors, for cosine diversity.",
+)
+@click.option("-o", "--out", metavar="DIR", help="Write samples.json and pictures to this folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the verdicts only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def samples_command(
     files: tuple[str, ...], reference: str | None, encoder: str | None, out: str | None, as_json: bool, quiet: bool
 ) -> None:
-    """Was it real? Compare models by their samples: pass@k, diversity, what was gained and lost, OOD.
+    """Compare models by their samples, to see whether a gain is real: pass@k, diversity, gains and losses, OOD.
 
-    Each number comes with its bootstrap interval over problems; the verdict says whether pass@1 rose while something
-    else got worse. Samples are JSON lines; the greedy answer of a problem is marked "greedy": true.
+    Each number has a bootstrap interval over problems. The verdict says whether pass@1 rose while something else got
+    worse. Samples are JSON lines; "greedy": true marks a problem's greedy answer.
     """
     from ..evaluation.comparison import FORMAT, compare
     from ..evaluation.samples import read_samples
@@ -53,8 +57,8 @@ def samples_command(
     from ..views.samples import FILES, table, verdicts
 
     if encoder and not all(encoder.partition(":")):
-        raise click.UsageError(f"--encoder '{shown(encoder)}' is no MODULE:FUNCTION; write my_encoder:encode")
-    folder = check_folder(out, FILES, FORMAT) if out else None  # now, and not after an hour of encoding
+        raise click.UsageError(f"--encoder '{shown(encoder)}' is not MODULE:FUNCTION; write my_encoder:encode")
+    folder = check_folder(out, FILES, FORMAT) if out else None  # fail before an hour of encoding
     encode = _load(encoder) if encoder else None
     report = compare(read_samples(files), reference=reference, encoder=encode)
     plain = report.to_dict()
@@ -76,7 +80,7 @@ def samples_command(
 
 
 def _load(name: str) -> Encoder:
-    """The function MODULE:FUNCTION; modules of the current folder are found too."""
+    """Load MODULE:FUNCTION, also from the current folder."""
     import importlib
     import sys
 
@@ -84,21 +88,21 @@ def _load(name: str) -> Encoder:
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:  # whatever the module does
+        loaded: Any = importlib.import_module(module)
+    except Exception as error:  # the module may do anything
         raise ArgumentError(
             f"--encoder: {shown(module)} cannot be imported: {type(error).__name__}: {shown(error, 200)}"
         ) from error
     finally:
         sys.path.remove(here)
-    encode = getattr(found, function, None)
+    encode = getattr(loaded, function, None)
     if not callable(encode):
         raise ArgumentError(f"--encoder: {shown(module)} has no function '{shown(function)}'")
 
     def checked(texts: list[str]) -> Any:
         try:
             return encode(texts)
-        except Exception as error:  # of others' code
+        except Exception as error:  # from the user's code
             raise ArgumentError(
                 f"--encoder {shown(name)} failed: {type(error).__name__}: {shown(error, 200)}; try it on a few texts"
             ) from error

@@ -14,24 +14,33 @@ from .console import CONTEXT, progress_bar, say, values_checked
 
 @click.command("imm-verify", context_settings=CONTEXT)
 @click.argument("out")
-@click.option("--base", metavar="DIR", help="Where BASE is now, if not where the recipe says.")
-@click.option("--start", metavar="DIR", help="Where START is now.")
-@click.option("--sft", metavar="DIR", help="Where SFT is now.")
+@click.option("--base", metavar="DIR", help="Place of BASE, if it has moved since the merge.")
+@click.option("--start", metavar="DIR", help="Place of START, likewise.")
+@click.option("--sft", metavar="DIR", help="Place of SFT, likewise.")
 @click.option(
-    "--sample", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
-    help="Share of the tensors' bytes to recompute.",
-)  # fmt: skip
-@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute; same bits.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: min(4, 2 x CPUs)]")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+    "--sample",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Fraction of the tensors' bytes to recompute.",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="cpu|cuda",
+    help="Device to compute on; the result is the same.",
+)
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Number of threads.  [default: min(4, 2 x CPUs)]")
+@click.option("-q", "--quiet", is_flag=True, help="Hide the progress bar and the result.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 @click.version_option(__version__, prog_name="imm-verify")
 def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None:
-    """Recompute a merge from the recipe in OUT, and compare bytes.
+    """Recompute a merge from the recipe in OUT and compare every byte.
 
-    Compared are all tensors (or a --sample of them), headers, config and every other file of the merge. Exit
-    status 0 if all are equal, 1 with the first difference if not.
+    Compares all tensors (or a --sample of them), headers, configs and every other file of the merge. Exit status 0
+    if all are equal; 1, with the first difference, if not.
     """
     from ..engine.verify import verify
     from ..options.options import check_device

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..common.messages import bytes_text, for_caller, shown
 from ..options.options import RunOptions
 from ..output import paths
-from ..plan.describe import described
+from ..plan.describe import description
 from ..plan.plan import Plan
 from .report import MergeReport, actions
 from .workers import BUFFER, BUFFERS, default_workers
@@ -64,7 +64,7 @@ class Job:
             workers=self.workers,
             device=self.options.device,
             seconds={key: round(value, 6) for key, value in seconds.items()},
-            **described(self.plan.inputs, self.plan.items, self.plan, self.notes),
+            **description(self.plan.inputs, self.plan.items, self.plan, self.notes),
             refused=for_caller(refused),
             verified=self.verified is not None,
         )

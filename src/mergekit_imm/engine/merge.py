@@ -14,7 +14,7 @@ from ..checkpoint.safetensors_file import TensorInfo
 from ..common.checks import as_path
 from ..common.messages import shown
 from ..errors import CheckpointError
-from ..options.options import MergeOptions, Progress, RunOptions, chosen_from, files_of
+from ..options.options import MergeOptions, Progress, RunOptions, files_of, options_from
 from ..options.sweep import SWEPT, is_list, sweep
 from ..plan.make_plan import make_plans
 from ..plan.open_inputs import check_platform, open_inputs, places_of
@@ -168,7 +168,7 @@ def merge_checkpoints(
     from .write_folder import check_apart, checked_outs, write  # not on every platform
 
     ranks = ranks or ALONE
-    run_options = chosen_from(given, RunOptions)
+    run_options = options_from(given, RunOptions)
 
     def planned() -> tuple[list[Plan], list[Path]]:
         name = str(as_path("out", out, "a folder to make"))
@@ -225,7 +225,7 @@ def iter_merged(
 
     from ..numerics.reference import DTYPES
 
-    options, run_options = chosen_from(given, MergeOptions), chosen_from(given, RunOptions)
+    options, run_options = options_from(given, MergeOptions), options_from(given, RunOptions)
     inputs = open_inputs({"base": base, "sft": sft, "start": start}, options)
     (plan,) = make_plans(inputs)
     computes = pick_device(run_options.device)

@@ -28,14 +28,14 @@ from ..common.messages import for_caller, shown
 from ..engine.workers import default_workers
 from ..errors import CheckpointError, MismatchError, PartialMergeError
 from ..model.tensor_names import is_embedding_or_head, ready_option, tied_key, unwrapped
-from ..options.options import MergeOptions, Progress, RunOptions, chosen_from, with_files_read
+from ..options.options import MergeOptions, Progress, RunOptions, options_from, with_files_read
 from ..plan.accounts import check_tensors
 from ..plan.decide import Decided, decide
 from ..plan.make_plan import comparer
 from ..plan.open_inputs import (
     check_left_out,
     check_platform,
-    checked_refs,
+    input_refs,
     prepared,
     round_of,
     without_same_start,
@@ -119,9 +119,9 @@ def merge_into(
 
     def checked() -> tuple[dict[str, str | Path], MergeOptions, int, dict[str, Live]]:
         check_platform()
-        refs = checked_refs({"base": base, "start": start})
-        options = with_files_read(chosen_from(given, MergeOptions))
-        return refs, options, chosen_from(given, RunOptions).workers or default_workers(), live_tensors(model)
+        refs = input_refs({"base": base, "start": start})
+        options = with_files_read(options_from(given, MergeOptions))
+        return refs, options, options_from(given, RunOptions).workers or default_workers(), live_tensors(model)
 
     refs, options, threads, state = together(ranks, checked)
     places = {id(live): number for number, live in enumerate(state.values())}

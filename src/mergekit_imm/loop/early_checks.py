@@ -15,8 +15,8 @@ from ..common.messages import shown
 from ..errors import ArgumentError
 from ..model.rename import parse_rename
 from ..numerics.mask import arithmetic
-from ..options.options import MergeOptions, RunOptions, chosen_from, layer_factors_of, with_files_read
-from ..plan.compatibility import selection
+from ..options.options import MergeOptions, RunOptions, layer_factors_of, options_from, with_files_read
+from ..plan.compatibility import selector
 from ..plan.open_inputs import without_quantisation
 
 
@@ -34,14 +34,14 @@ def check_options(
     with. Values are checked first, then the headers of the base are read: patterns and layers must be its own. What
     only a trained model can tell (patterns of `take` for tensors of its own) is left to the merge.
     """
-    chosen_from(options, RunOptions)
-    several = [with_files_read(chosen_from({**options, **point}, MergeOptions)) for point in points]
+    options_from(options, RunOptions)
+    several = [with_files_read(options_from({**options, **point}, MergeOptions)) for point in points]
     p = several[0]
     opened = open_checkpoint(base, "base", dry_run=True, leave_out=p.leave_out)
     if not p.dequantize:  # it may be the trained model alone that is FP8
         without_quantisation({"base": opened}, p)
     taken = tuple(each for each in p.take if any(re.search(each, name) for name in opened.tensors))
-    selection(replace(p, take=taken), opened, opened)
+    selector(replace(p, take=taken), opened, opened)
     _check_last_rename(p.rename, opened)
     factors = layer_factors_of(p, opened.tensors)
     for each in several:

@@ -1,1 +1,1 @@
-"""What can be asked of a merge: parameters, layer factors, sweeps, the recipe."""
+"""Options of a merge, layer factors, sweeps and the recipe."""

@@ -1,9 +1,9 @@
-"""Layer factors: by how much the delta of each layer is multiplied before it is merged.
+"""Layer factors: multipliers of each layer's delta.
 
     tuned = start + factor * DARE(sft - start)
 
-A mapping layer key -> factor, a rule that makes one of a model's layers ("lines:0.3,1", "groups:0.5,1,0.5"), or the
-factors that IIMM makes of a layer importance, which is measured by `layer_importance` and kept in a file.
+Given as a mapping layer key -> factor, as a rule ("lines:0.3,1", "groups:0.5,1,0.5"), or computed by IIMM from layer
+importances, which `layer_importance` measures.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from ..model.tensor_names import layer_order, resolve_layers, stacks, thirds
 from ..numerics.mask import check_factor
 
 IMPORTANCE_FORMAT, IMPORTANCE_VERSION = "mergekit_imm importance", 1
-OUTSIDE = "outside"  # embeddings, final norm, head: what lies in no layer
+OUTSIDE = "outside"  # key for tensors in no layer: embeddings, final norm, head
 _RULES = {"lines": 2, "groups": 3}
 _RULES_TEXT = "lines:FIRST,LAST and groups:EARLY,MIDDLE,LATE"
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What `layer_importance` measured. All importances are in nats: they estimate differences of the mean loss.
+    """Result of `layer_importance`. All importances are in nats: they estimate changes of the mean loss.
 
-    layers: layer key -> I_n, the sum over the layer's linear weights. outside: the same sums over all that is no
-    linear weight of a layer: "embeddings", "head", "norms", "biases", "other" (norms and biases of the layers too);
-    factors are not made of them. modules: kind of weight, its name without its numbers -> layer key -> its part of
-    I_n. unused: stacks of layers that took no part in the loss, as a vision tower that saw no picture; they are not
-    among `layers`. order: of `layer_importance`. sequences, tokens: of how many it is; only tokens that count in the
-    loss. loss: their mean loss, in nats per token.
+    layers: layer key -> I_n, the sum over the layer's linear weights. outside: sums over all other parameters:
+    "embeddings", "head", "norms", "biases", "other" (norms and biases inside layers too); they yield no factors.
+    modules: kind of weight (its name without numbers) -> layer key -> its part of I_n. unused: layer stacks that the
+    loss does not use, such as a vision tower without pictures; `layers` leaves them out. order: as given to
+    `layer_importance`. sequences, tokens: how many were used; tokens counts only those in the loss. loss: mean loss of
+    these tokens, in nats per token.
     """
 
     layers: dict[str, float]
@@ -50,7 +50,7 @@ class Importance:
     loss: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as files hold it; `read_importance` and `imm-merge --importance` take that."""
+        """Return the content of an importance file, which `imm-merge --importance` reads."""
         content = {"format": IMPORTANCE_FORMAT, "version": IMPORTANCE_VERSION, **asdict(self)}
         return content | {"unused": list(self.unused)}
 
@@ -58,18 +58,21 @@ class Importance:
 def importance_factors(
     importance: Mapping[str, float], *, shrink: float = 1.0, clip: tuple[float, float] | None = None
 ) -> dict[str, float]:
-    """Turn layer importances into IIMM layer factors of mean 1.
+    """Compute IIMM layer factors, of mean 1, from layer importances.
 
         c_n = N * I_n / sum(I);   c_n <- 1 + shrink * (c_n - 1);   c_n <- min(max(c_n, low), high)
 
-    Args: `importance`, layer key (`model.layers.3`, or `3`) -> I_n, finite and >= 0 with a positive sum. Any
-    unit: only ratios count. `shrink`, 0 to 1, pulls the factors towards 1: at 0 the merge is that of Eq. 6. `clip`,
-    (low, high) with 0 <= low <= high, cuts them off after that. Both are ours, not the paper's; the mean stays 1 when
-    factors shrink, and need no longer be 1 when some are cut off. Returns the factors under the same keys, as
-    doubles; N and the sum run over the layers given. Raises ArgumentError for an empty mapping or values out of
-    range.
+    Args:
+        importance: layer key (`model.layers.3`, or `3`) -> I_n, finite and >= 0, with a positive sum. The unit does
+            not matter: only ratios count.
+        shrink: 0 to 1, pulls the factors towards 1; at 0 the merge is that of Eq. 6. The mean stays 1.
+        clip: (low, high) with 0 <= low <= high, clamps the factors after shrinking. The mean may then differ from 1.
 
-    Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), Eq. 7.
+    Returns the factors as floats under the same keys; N and the sum run over the layers given. Raises ArgumentError
+    for an empty mapping or values out of range.
+
+    Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), Eq. 7; `shrink` and
+    `clip` are not in the paper.
 
     >>> importance_factors({"model.layers.0": 1.0, "model.layers.1": 3.0})
     {'model.layers.0': 0.5, 'model.layers.1': 1.5}
@@ -106,7 +109,7 @@ def importance_factors(
     shrink = as_number(shrink)
     factors = {key: len(values) * value / total for key, value in values.items()}
     if not all(map(math.isfinite, factors.values())):
-        raise ArgumentError("importances are too large to make factors of; only ratios count: divide all by one number")
+        raise ArgumentError("importances are too large to compute factors; only ratios count: divide all by one number")
     if shrink != 1:
         factors = {key: 1 + shrink * (factor - 1) for key, factor in factors.items()}
     if clip is not None:
@@ -118,13 +121,13 @@ def importance_factors(
 def read_importance(path: str | Path) -> dict[str, float]:
     """Read an importance file: a JSON mapping layer key -> importance, bare or under "layers".
 
-    Raises ArgumentError if it is not one.
+    Raises ArgumentError.
     """
     return read_layers(path, "importance")[0]
 
 
 def read_layers(path: str | Path, what: str) -> tuple[dict[str, float], dict[str, Any]]:
-    """Read a JSON file that maps layers to numbers, bare or under "layers"; return the mapping, and all it holds."""
+    """Read a JSON mapping of layers to numbers, bare or under "layers"; return it and the file's whole content."""
     try:
         content = parse_json(Path(path).expanduser().read_bytes(), without_duplicates)
     except OSError as error:
@@ -140,25 +143,29 @@ def read_layers(path: str | Path, what: str) -> tuple[dict[str, float], dict[str
 
 
 def lines_factors(layers: Iterable[str], first: float, last: float) -> dict[str, float]:
-    """Return factors that grow with depth, on a line from the first layer to the last: LiNeS.
+    """Return LiNeS factors, linear in depth from the first layer to the last.
 
         factor_l = first + (last - first) * l / (L - 1)      l = 0..L-1;   everything outside the layers: first
 
-    Args: `layers`, layer keys (`model.layers.3`) or names of tensors; each stack of layers has its own line; a single
-    layer is the last. The factors, >= 0, need no mean of 1. Returns them by layer key, and one for "outside".
+    Args:
+        layers: layer keys (`model.layers.3`) or tensor names. Each stack of layers has its own line; a single layer
+            counts as the last.
+        first, last: factors >= 0.
 
-    Source: LiNeS (arXiv 2410.17146), with first = alpha and last = alpha + beta; its authors' code multiplies what is
-    in no layer by alpha, as here.
+    Returns factors by layer key, and one for "outside". Raises ArgumentError for a factor out of range.
+
+    Source: LiNeS (arXiv 2410.17146), with first = alpha and last = alpha + beta; the authors' code also multiplies
+    tensors outside the layers by alpha.
 
     >>> lines_factors(["h.0", "h.1", "h.2"], 0.5, 1.0)
     {'h.0': 0.5, 'h.1': 0.75, 'h.2': 1.0, 'outside': 0.5}
     """
     first, last = check_factor(first), check_factor(last)
-    found: dict[str, float] = {}
+    factors: dict[str, float] = {}
     for keys in _stacks(layers):
         for number, key in enumerate(keys):
-            found[key] = first + (last - first) * (number / (len(keys) - 1)) if len(keys) > 1 else last
-    return {**found, OUTSIDE: first}
+            factors[key] = first + (last - first) * (number / (len(keys) - 1)) if len(keys) > 1 else last
+    return {**factors, OUTSIDE: first}
 
 
 def group_factors(layers: Iterable[str], early: float, middle: float, late: float) -> dict[str, float]:
@@ -166,8 +173,9 @@ def group_factors(layers: Iterable[str], early: float, middle: float, late: floa
 
         factor_l = early, middle or late, by the third of the L layers that l is in;   outside the layers: 1
 
-    Args as in `lines_factors`. The thirds are `layers.thirds`: early, middle and late layers, as the paper speaks of
-    them; where L is no multiple of three the cut is ours.
+    Args and errors as in `lines_factors`. Returns factors by layer key.
+
+    Source: the early, middle and late layers of arXiv 2503.02103; the cut where 3 does not divide L is ours.
 
     >>> group_factors(["h.0", "h.1", "h.2", "h.3"], 0.5, 1.0, 0.25)
     {'h.0': 0.5, 'h.1': 1.0, 'h.2': 0.25, 'h.3': 0.25}
@@ -182,13 +190,13 @@ def group_factors(layers: Iterable[str], early: float, middle: float, late: floa
 
 
 def _stacks(layers: Iterable[str]) -> list[list[str]]:
-    """Layer keys, stack by stack, each in the order of its numbers."""
-    found = stacks(f"{layer}.weight" if layer.rpartition(".")[2].isdigit() else layer for layer in layers)
-    return [sorted(keys, key=layer_order) for keys in found.values()]
+    """Return the layer keys of each stack, ordered by their numbers."""
+    keys_of = stacks(f"{layer}.weight" if layer.rpartition(".")[2].isdigit() else layer for layer in layers)
+    return [sorted(keys, key=layer_order) for keys in keys_of.values()]
 
 
 def is_rule(text: str) -> bool:
-    """Whether a text is meant as a rule, and not as a file.
+    """Whether a string is meant as a rule, not as a file.
 
     >>> is_rule("lines:0.3"), is_rule("factors.json")
     (True, False)
@@ -197,7 +205,7 @@ def is_rule(text: str) -> bool:
 
 
 def check_rule(text: str) -> tuple[str, list[float]]:
-    """Return the kind and the numbers of a rule. Raises ArgumentError for any other text.
+    """Parse a rule into its kind and numbers. Raises ArgumentError.
 
     >>> check_rule("groups:0.5,1,0.5")
     ('groups', [0.5, 1.0, 0.5])
@@ -215,9 +223,9 @@ def check_rule(text: str) -> tuple[str, list[float]]:
 
 
 def read_layer_factors(given: str | Path) -> dict[str, float] | str:
-    """Return what an option names: a rule as it is, or what stands in a JSON file, layer key -> factor.
+    """Return a rule unchanged, or read a JSON file: layer key -> factor, bare or under "layers" beside "outside".
 
-    A file may hold the mapping under "layers", with "outside" beside it. Raises ArgumentError.
+    Raises ArgumentError.
     """
     text = str(given)
     if not isinstance(given, Path) and is_rule(text):
@@ -233,13 +241,13 @@ def read_layer_factors(given: str | Path) -> dict[str, float] | str:
     other = sorted(set(content) - {"layers", OUTSIDE}) if "layers" in content else []
     if other:
         raise ArgumentError(
-            f"{shown(text)} has '{shown(other[0])}' beside its layers; it may have \"{OUTSIDE}\", and nothing else"
+            f"{shown(text)} has '{shown(other[0])}' beside its layers; only \"{OUTSIDE}\" may stand there"
         )
     return layers | ({OUTSIDE: content[OUTSIDE]} if OUTSIDE in content else {})
 
 
 def check_factors(factors: Mapping[str, float] | str) -> None:
-    """Raise ArgumentError unless these are layer factors: finite numbers >= 0, or a rule."""
+    """Raise ArgumentError unless the factors are a mapping of finite numbers >= 0, or a rule."""
     if isinstance(factors, str):
         check_rule(factors)
         return
@@ -253,7 +261,7 @@ def check_factors(factors: Mapping[str, float] | str) -> None:
 
 
 def resolve_factors(factors: Mapping[str, float] | str, names: Iterable[str]) -> dict[str, float]:
-    """Return the factors of a model's layers by full layer key; that of everything outside of them under ""."""
+    """Return a model's layer factors by full layer key, and that of tensors outside the layers under ""."""
     names = list(names)
     check_factors(factors)
     if isinstance(factors, str):

@@ -1,8 +1,7 @@
-"""Every option of a merge, once: its name, default, check, line of help, and whether it changes the bytes.
+"""All options of a merge, declared once: name, default, check, help, and whether they change the output bytes.
 
-The command's options, the recipe, the model card, the loop's settings and the table in the docs derive from the fields
-of `MergeOptions` (what changes the bytes; it stands in the recipe) and `RunOptions` (what does not). Both are checked
-when they are made: nothing below them takes loose values.
+Command options, recipes, model cards and loop settings derive from the fields of `MergeOptions` (change the bytes; go
+into the recipe) and `RunOptions` (do not). Both validate their values when constructed.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +33,30 @@ from .layer_factors import (
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-LEAST_BARE_SIZE = 1_000_000  # bytes; a smaller number without a unit is meant as GB
+LEAST_BARE_SIZE = 1_000_000  # bytes; a smaller number without a unit probably means GB
 
-Progress = Callable[[int, int], None]  # bytes of the output done, and of all
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 def _option(default: Any, text: str, check: Callable[[str, Any], Any] | None = None, **how: Any) -> Any:
-    """Declare an option: its default, its line of help, and a check that returns the value to keep.
+    """Declare an option: default, help text, and a check that returns the value to store.
 
-    how: `metavar`, `choices`, `range` (of numbers; with `below` its end is left out) for the command line; `late` for
-    an option that the first recipes lack, and later ones hold only where it is used.
+    how: `metavar`, `choices` and `range` (inclusive; `below` excludes the upper end) for the command line. `late` marks
+    options that the first recipes lack; recipes store them only when used.
     """
+    if check is None and "choices" in how:
+        check = partial(_one_of, how["choices"])
     return field(default=default, metadata={"help": text, "check": check, **how})
 
 
-def _one_of(*choices: str) -> Callable[[str, Any], Any]:
-    def check(name: str, value: Any) -> Any:
-        if value not in choices:
-            raise ArgumentError(f"{name} is {shown(repr(value), 60)}; it must be one of {', '.join(choices)}")
-        return value
-
-    return check
+def _one_of(choices: Collection[str], name: str, value: Any) -> Any:
+    if value not in choices:
+        raise ArgumentError(f"{name} is {shown(repr(value), 60)}; it must be one of {', '.join(choices)}")
+    return value
 
 
 def _patterns(name: str, values: Any) -> tuple[str, ...]:
-    """Return the values of a repeatable option as a tuple; refuse a bare text."""
+    """Return the values of a repeatable option as a tuple; reject a bare string."""
     if isinstance(values, str):
         raise ArgumentError(f"{name} is a string; give a list of patterns, [{values!r}]")
     try:
@@ -95,7 +94,7 @@ def _files(name: str, values: Any) -> tuple[str, ...]:
 
 
 def _dtype(name: str, value: Any) -> str:
-    """Return "base", "start", or the long name of a dtype: of None, a short name, or a torch.dtype."""
+    """Return "base", "start" or a long dtype name, given None, a long or short name, or a torch.dtype."""
     text = "base" if value is None else str(value).removeprefix("torch.")
     text = SHORT_DTYPES.get(text, text)
     if text not in ("base", "start", *DTYPES):
@@ -104,12 +103,12 @@ def _dtype(name: str, value: Any) -> str:
 
 
 def _size(_: str, value: Any) -> int | None:
-    """Return bytes: a number of them as it is, once it is checked (`chosen_from`)."""
+    """Return a size in bytes. Integers pass: `options_from` has checked them, and recipes may hold any."""
     return value if value is None or type(value) is int else parse_size(value)
 
 
 def _importance(name: str, value: Any) -> Any:
-    """Return a mapping of plain numbers, or the path of a file as it is."""
+    """Return a mapping with Python numbers, or the path of a file."""
     if value is None:
         return None
     if isinstance(value, str | os.PathLike):
@@ -120,7 +119,7 @@ def _importance(name: str, value: Any) -> Any:
 
 
 def _layer_factors(name: str, value: Any) -> Any:
-    """Return a mapping of plain numbers, a rule, or the path of a file as it is."""
+    """Return a mapping with Python numbers, a rule, or the path of a file."""
     if value is None:
         return None
     if isinstance(value, str | os.PathLike):
@@ -141,72 +140,96 @@ def _number(_: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Everything that decides the bytes of a merge, beside its inputs. Raises ArgumentError for a wrong value."""
+    """Every option that changes the bytes of a merge. Raises ArgumentError for an invalid value."""
 
     alpha: float = _option(
-        0.5, "Weight of BASE, 0 to 1. Several values, of this and the next two: a sweep; OUT names them.", metavar="A",
+        0.5,
+        "Weight of BASE, 0 to 1. Comma-separated values (also of --drop, --seed) run a sweep: put {alpha} in OUT.",
+        metavar="A",
         range=(0, 1),
-    )  # fmt: skip
+    )
     drop: float = _option(
-        0.2, "Share of the delta's elements to drop (see --sparsify), from 0 to below 1.", metavar="P", range=(0, 1),
+        0.2,
+        "Fraction of the delta's elements to drop, 0 <= P < 1; see --sparsify.",
+        metavar="P",
+        range=(0, 1),
         below=True,
-    )  # fmt: skip
-    seed: int = _option(0, "Fixes the mask, with --iteration.", _number, metavar="N")
+    )
+    seed: int = _option(0, "Seed of the drop mask, together with --iteration.", _number, metavar="N")
     iteration: int | None = _option(
-        None, "Round, from 0.  [default: one more than in START's recipe; 0 without]", _number, metavar="N",
+        None,
+        "Round, counted from 0.  [default: START's plus 1; 0 without --start]",
+        _number,
+        metavar="N",
         range=(0, None),
-    )  # fmt: skip
+    )
     importance: Mapping[str, float] | str | Path | None = _option(
-        None, "JSON: layer -> importance; weights the delta (IIMM).", _importance, metavar="FILE"
+        None, "JSON file of layer importances, which scale each layer's delta (IIMM).", _importance, metavar="FILE"
     )
     shrink: float = _option(
-        1.0, "Pull the factors of --importance towards 1.", _number, metavar="S", range=(0, 1), late=True
+        1.0,
+        "Strength of the --importance factors: 1 as computed, 0 all equal to 1.",
+        _number,
+        metavar="S",
+        range=(0, 1),
+        late=True,
     )
     clip: tuple[float, float] | None = _option(
-        None, "Bounds of the factors of --importance.", _clip, metavar="LOW HIGH", late=True
+        None, "Clamp the --importance factors to this range.", _clip, metavar="LOW HIGH", late=True
     )
     layer_factors: Mapping[str, float] | str | Path | None = _option(
-        None, "Factors of the delta by layer: lines:FIRST,LAST, groups:EARLY,MIDDLE,LATE, or a JSON FILE.",
-        _layer_factors, metavar="WHAT", late=True,
-    )  # fmt: skip
+        None,
+        "Scale each layer's delta: lines:FIRST,LAST, groups:EARLY,MIDDLE,LATE or a JSON file.",
+        _layer_factors,
+        metavar="WHAT",
+        late=True,
+    )
     sparsify: str = _option(
-        "dare", "What --drop drops: dare, at random; trim, all but the largest; della[:EPS], the smaller more often.",
-        metavar="HOW", late=True,
-    )  # fmt: skip
-    reference: str = _option(
-        "start", "What the delta is taken from.", _one_of("start", "base"), choices=("start", "base")
+        "dare",
+        "Which elements --drop removes: dare, random ones; trim, the smallest; della[:EPS], small ones more often.",
+        metavar="HOW",
+        late=True,
     )
+    reference: str = _option("start", "Model subtracted from SFT to get the delta.", choices=("start", "base"))
     dtype: str = _option(
-        "base", "Of the output's float tensors; base, start: as that model has them, tensor by tensor.", _dtype,
+        "base",
+        "Dtype of float tensors; base, start: that of the same tensor in BASE or START.",
+        _dtype,
         choices=("base", "start", *DTYPES),
-    )  # fmt: skip
-    max_shard_size: int | None = _option(
-        None, "Lay the files anew, e.g. 5GB.  [default: as in BASE]", _size, metavar="SIZE"
     )
-    keep: tuple[str, ...] = _option((), "Tensors to leave as in BASE; repeatable.", _regexes, metavar="REGEX")
-    take: tuple[str, ...] = _option((), "Tensors to take from SFT; repeatable.", _regexes, metavar="REGEX")
-    no_drop: tuple[str, ...] = _option((), "Tensors to merge without dropping; repeatable.", _regexes, metavar="REGEX")
+    max_shard_size: int | None = _option(
+        None, "Maximum size of an output file, e.g. 5GB.  [default: the files of BASE]", _size, metavar="SIZE"
+    )
+    keep: tuple[str, ...] = _option((), "Copy matching tensors from BASE; repeatable.", _regexes, metavar="REGEX")
+    take: tuple[str, ...] = _option((), "Copy matching tensors from SFT; repeatable.", _regexes, metavar="REGEX")
+    no_drop: tuple[str, ...] = _option(
+        (), "Merge matching tensors without dropping; repeatable.", _regexes, metavar="REGEX"
+    )
     rename: tuple[str, ...] = _option(
-        (), "What names of SFT and START are in BASE; repeatable.", _renames, metavar="REGEX=REPL", late=True
+        (), "Rename tensors of SFT and START to BASE's names; repeatable.", _renames, metavar="REGEX=REPL", late=True
     )
     vocab: str = _option(
-        "strict", "Whose vocabulary the output has; strict: different sizes are an error.",
-        _one_of("strict", "base", "sft"), choices=("strict", "base", "sft"),
-    )  # fmt: skip
-    dequantize: bool = _option(False, "Multiply FP8 weights by their scales; the output is bfloat16.", late=True)
-    allow_nonfinite: bool = _option(False, "Let NaN and infinity in the inputs through.")
-    copy_code: bool = _option(False, "Copy *.py files of the model too.")
+        "strict",
+        "Model that sets the vocabulary; strict refuses different sizes.",
+        choices=("strict", "base", "sft"),
+    )
+    dequantize: bool = _option(False, "Multiply FP8 weights by their scales; write bfloat16.", late=True)
+    allow_nonfinite: bool = _option(False, "Accept NaN and infinity in the inputs.")
+    copy_code: bool = _option(False, "Also copy the model's *.py files.")
     leave_out: tuple[str, ...] = _option(
-        (), "File or folder of an input that is no weights of the model, by its path there; repeatable.", _files,
-        metavar="FILE", late=True,
-    )  # fmt: skip
+        (),
+        "Ignore a file or folder that is not part of the model, by its path there; repeatable.",
+        _files,
+        metavar="FILE",
+        late=True,
+    )
 
     def __post_init__(self) -> None:
-        """Check each value, and those that go together; keep numbers, lists and dtypes in one form."""
+        """Validate the values and their combinations; normalise numbers, lists and dtypes."""
         arithmetic(alpha=self.alpha, drop=self.drop)
         check_round(self.seed, self.round)
         _check(self)
-        for name in ("alpha", "drop"):  # 1 and 1.0 are one recipe
+        for name in ("alpha", "drop"):  # 1 and 1.0 give the same recipe
             object.__setattr__(self, name, float(getattr(self, name)))
         how = parse_sparsify(self.sparsify, self.drop)
         object.__setattr__(self, "sparsify", how.kind + (f":{how.epsilon:g}" if how.kind == "della" else ""))
@@ -220,26 +243,32 @@ class MergeOptions:
 
     @property
     def round(self) -> int:
-        """The round that the mask is of: `iteration`, and 0 where that is not known yet."""
+        """The round that keys the mask: `iteration`, or 0 while that is unknown."""
         return 0 if self.iteration is None else self.iteration
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a merge is carried out; the bytes are the same whatever these are."""
+    """Options that do not change the output bytes."""
 
-    device: str = _option("cpu", "Where to compute; same bits.", lambda _, v: check_device(v), metavar="cpu|cuda")
-    workers: int | None = _option(
-        None, "Threads.  [default: min(4, 2 x CPUs)]", lambda _, v: check_workers(v), metavar="N", range=(1, None)
+    device: str = _option(
+        "cpu", "Device to compute on; the result is the same.", lambda _, v: check_device(v), metavar="cpu|cuda"
     )
-    dry_run: bool = _option(False, "Check everything, say what would happen, write nothing.")
-    overwrite: bool = _option(False, "Replace an OUT that holds something else.")
-    restart: bool = _option(False, "Begin anew instead of going on with an unfinished merge.")
-    verify: bool = _option(False, "Compute all again and compare every byte, before OUT appears.")
+    workers: int | None = _option(
+        None,
+        "Number of threads.  [default: min(4, 2 x CPUs)]",
+        lambda _, v: check_workers(v),
+        metavar="N",
+        range=(1, None),
+    )
+    dry_run: bool = _option(False, "Run all checks and print the plan; write nothing.")
+    overwrite: bool = _option(False, "Replace OUT if it holds something else.")
+    restart: bool = _option(False, "Discard an unfinished merge and start over.")
+    verify: bool = _option(False, "Recompute the merge and compare every byte before OUT appears.")
     progress: Progress | None = _option(None, "")
 
     def __post_init__(self) -> None:
-        """Check each value."""
+        """Validate the values."""
         _check(self)
 
 
@@ -251,21 +280,21 @@ def _check(options: MergeOptions | RunOptions) -> None:
 
 
 def check_device(device: Any) -> str:
-    """Return a device that merges run on, or raise ArgumentError; whether it is there is not looked up."""
+    """Return a valid device name, or raise ArgumentError. Does not check that the device exists."""
     if not isinstance(device, str) or (device not in ("cpu", "cuda") and not device.startswith("cuda:")):
         raise ArgumentError(f"device is {shown(repr(device), 60)}; it must be 'cpu' or 'cuda'")
     return device
 
 
 def check_workers(workers: Any) -> int | None:
-    """Return a number of threads, or None for the default. Raises ArgumentError unless it is >= 1."""
+    """Return a number of threads >= 1, or None for the default. Raises ArgumentError."""
     if workers is not None and (not is_integer(workers) or workers < 1):
         raise ArgumentError(f"workers is {shown(repr(workers), 60)}; it is a number of threads, at least 1")
     return None if workers is None else int(workers)
 
 
 def parse_size(size: int | str) -> int:
-    """Return a number of bytes from 5000000000, "5GB", "500MB" or "4GiB".
+    """Parse a size in bytes: 5000000000, "5GB", "500MB" or "4GiB". Raises ArgumentError.
 
     >>> parse_size("5GB"), parse_size("4GiB")
     (5000000000, 4294967296)
@@ -284,20 +313,20 @@ def parse_size(size: int | str) -> int:
 
 
 def names_of(options: type[MergeOptions | RunOptions]) -> tuple[str, ...]:
-    """Return the names of the options of a class, in order."""
+    """Return the option names of a class, in order."""
     return tuple(each.name for each in fields(options))
 
 
-def chosen_from(given: Mapping[str, Any], options: type[Any]) -> Any:
-    """Return options of a class made from the values among `given` that it knows; the rest is left to others."""
+def options_from(given: Mapping[str, Any], options: type[Any]) -> Any:
+    """Make options of a class from the values in `given` that it knows; ignore the rest."""
     values = {name: given[name] for name in names_of(options) if name in given}
     if values.get("max_shard_size") is not None:
-        values["max_shard_size"] = parse_size(values["max_shard_size"])  # a bare number too, which may be meant as GB
+        values["max_shard_size"] = parse_size(values["max_shard_size"])  # rejects small integers too
     return options(**values)
 
 
 def with_files_read(options: MergeOptions) -> MergeOptions:
-    """Return options whose importance and layer factors are read, where files were given. Raises ArgumentError."""
+    """Replace the paths of importance and layer factor files by their contents. Raises ArgumentError."""
     changes: dict[str, Any] = {}
     if isinstance(options.importance, str | Path):
         changes["importance"] = read_importance(options.importance)
@@ -307,9 +336,9 @@ def with_files_read(options: MergeOptions) -> MergeOptions:
 
 
 def layer_factors_of(options: MergeOptions, names: Iterable[str]) -> dict[str, float]:
-    """Return the factors of a merge, of an importance (IIMM) or as given, by full layer key; none if neither is given.
+    """Return layer factors by full layer key, from an importance (IIMM) or as given; empty without either.
 
-    `names` are the base's; the factor of everything outside the layers is under "". The files are read already.
+    `names` are the base's tensor names. Key "" holds the factor outside the layers. Files must have been read.
     """
     importance, factors = options.importance, options.layer_factors
     if isinstance(importance, Mapping):
@@ -321,44 +350,44 @@ def layer_factors_of(options: MergeOptions, names: Iterable[str]) -> dict[str, f
 
 
 def files_of(options: MergeOptions) -> dict[str, Path]:
-    """Return the files that options name, each under a label for messages."""
-    found = {}
+    """Return the files named by options, by a label for messages."""
+    files = {}
     if isinstance(options.importance, str | Path):
-        found["the importance file"] = Path(options.importance)
+        files["the importance file"] = Path(options.importance)
     if isinstance(options.layer_factors, str | Path) and Path(options.layer_factors).is_file():
-        found["the file of layer factors"] = Path(options.layer_factors)
-    return found
+        files["the file of layer factors"] = Path(options.layer_factors)
+    return files
 
 
 def default_of(name: str) -> Any:
-    """Return the default of an option that changes the bytes."""
+    """Return the default of a merge option."""
     return next(each.default for each in fields(MergeOptions) if each.name == name)
 
 
 def is_default(options: MergeOptions, name: str) -> bool:
-    """Whether an option has its default."""
+    """Whether a merge option has its default."""
     return bool(getattr(options, name) == default_of(name))
 
 
 def check_keywords(given: Iterable[str], known: Collection[str], what: str) -> None:
-    """Raise ArgumentError for a name that is none of the known ones; it says which is meant.
+    """Raise ArgumentError for an unknown name, suggesting the closest known one.
 
     >>> check_keywords(["aplha"], ["alpha", "drop"], "a merge")
     Traceback (most recent call last):
-    mergekit_imm.errors.ArgumentError: 'aplha' is no option of a merge; did you mean 'alpha'?
+    mergekit_imm.errors.ArgumentError: 'aplha' is not an option of a merge; did you mean 'alpha'?
     """
     for name in given:
         if name in known:
             continue
         near = get_close_matches(name, sorted(known), n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"its options are {', '.join(sorted(known))}"
-        raise ArgumentError(f"'{shown(name)}' is no option of {what}; {hint}")
+        raise ArgumentError(f"'{shown(name)}' is not an option of {what}; {hint}")
 
 
 def as_arguments(options: MergeOptions) -> list[str]:
-    """Return the words of a command that mean these options: the numbers always, the others where they differ.
+    """Return command-line arguments for these options: alpha, drop, seed and iteration, and all that are not default.
 
-    A mapping is not a word; its place is taken by the name of a file to be written.
+    A mapping becomes the name of a file, which the user must write.
     """
     always = ("alpha", "drop", "seed", "iteration")
     words: list[str] = []
@@ -376,7 +405,7 @@ def as_arguments(options: MergeOptions) -> list[str]:
             words += [option, *map(str, value)]
         elif isinstance(value, Mapping):
             words += [option, {"importance": "importance.json", "layer_factors": "factors.json"}[name]]
-        elif name == "max_shard_size":  # a smaller number without a unit is refused
+        elif name == "max_shard_size":  # a small number needs its unit
             words += [option, f"{value}{'B' if value < LEAST_BARE_SIZE else ''}"]
         else:
             words += [option, str(value)]

@@ -1,4 +1,4 @@
-"""What a merge was made of, as imm_recipe.json holds it: all that is needed to make the same bytes again."""
+"""The recipe of a merge, imm_recipe.json: everything needed to make the same bytes again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .options import MergeOptions, is_default
 RECIPE_FILE, REPORT_FILE, CARD_FILE = "imm_recipe.json", "imm_report.json", "README.md"
 RECIPE_FORMAT, RECIPE_VERSION = "mergekit_imm recipe", 1
 
-# Options that the first recipes lack, and those that are written only where they are used.
+# Options that the first recipes lack. Recipes store them only when used, except these two.
 _LATE = {each.name for each in fields(MergeOptions) if each.metadata.get("late")}
 _ALWAYS_WRITTEN = {"rename", "dequantize"}
 
 
 def _written(options: MergeOptions) -> dict[str, Any]:
-    """Options as a recipe holds them: late ones only where they are used, so that older recipes stay the same."""
+    """Return options as a recipe stores them; unused late ones are left out, so that recipes stay the same."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(options) | {"iteration": options.round}))
     unused = {name for name in _LATE - _ALWAYS_WRITTEN if is_default(options, name)}
     return {name: value for name, value in values.items() if name not in unused}
@@ -34,7 +34,7 @@ def make_recipe(
     config_changes: Mapping[str, Any],
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return the recipe of a merge as it is written: all that is needed to make the same bytes again."""
+    """Return the recipe of a merge as plain data."""
     return {
         "format": RECIPE_FORMAT,
         "version": RECIPE_VERSION,
@@ -47,12 +47,12 @@ def make_recipe(
 
 
 def options_in(recipe: Mapping[str, Any]) -> MergeOptions:
-    """Return the options of a recipe that `read_recipe` returned."""
+    """Return the options in a recipe that `read_recipe` returned."""
     return MergeOptions(**recipe["parameters"])
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
-    """Return the recipe in a folder, or None if it has none. Raises CheckpointError as `parse_recipe` does."""
+    """Read the recipe in a folder; None if there is none. Raises CheckpointError."""
     path = folder / RECIPE_FILE
     try:
         if not path.exists():
@@ -64,7 +64,7 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
-    """Return the recipe in a file's bytes. Raises CheckpointError for one that is damaged or of a later version."""
+    """Parse a recipe. Raises CheckpointError if it is damaged or of another version."""
     where = shown(where, 300)
     try:
         recipe: dict[str, Any] = parse_json(content)
@@ -74,16 +74,16 @@ def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
             missing = {each.name for each in fields(MergeOptions)} - set(recipe["parameters"]) - _LATE
             if missing:
                 raise ValueError(f"its parameters lack {', '.join(sorted(missing))}")
-            json.dumps(recipe, allow_nan=False)  # it goes into the recipe of the next round
+            json.dumps(recipe, allow_nan=False)  # the next round's recipe will include it
             if not isinstance(options_in(recipe).importance, dict | None):
-                raise ValueError("its importance is no mapping of layers")
+                raise ValueError("its importance is not a mapping of layers")
             if not isinstance(recipe["history"], list) or not all(isinstance(each, dict) for each in recipe["history"]):
-                raise ValueError("its history is no list of recipes")
+                raise ValueError("its history is not a list of recipes")
             if not {"base", "sft"} <= set(recipe["inputs"]) <= {"base", "sft", "start"}:
                 raise ValueError("its inputs are not base and sft")
             for entry in recipe["inputs"].values():
                 if not entry["path"] or not all(isinstance(entry.get(x, ""), str) for x in ("path", "repo", "commit")):
-                    raise ValueError("the place of an input is missing")
+                    raise ValueError("the path of an input is missing")
                 for file in entry["files"].values():
                     if not isinstance(file["size"], int) or not isinstance(file["fingerprint"], str):
                         raise ValueError("a size or fingerprint is missing")
@@ -93,36 +93,35 @@ def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where} is damaged: {shown(error, 200)}; merge again, or restore it") from error
     if recipe["version"] != RECIPE_VERSION:
         raise CheckpointError(
-            f"{where} is of version {shown(recipe['version'])}, this program reads {RECIPE_VERSION};"
-            " upgrade mergekit-imm"
+            f"{where} has version {shown(recipe['version'])}, this program reads {RECIPE_VERSION}; upgrade mergekit-imm"
         )
     return recipe
 
 
 def history_of(recipe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the history for a round that starts from the model with this recipe, oldest first."""
+    """Return the history for a round that starts from the model with this recipe: recipes, oldest first."""
     if recipe is None:
         return []
     return [*recipe["history"], {key: value for key, value in recipe.items() if key != "history"}]
 
 
 def without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides a merge: its recipe without the paths as typed, which may spell one place in many ways.
+    """Return a recipe without the paths of its inputs, to compare recipes: one place can be spelt in many ways.
 
-    That an input is a file remains: it comes without the other files of a folder.
+    An input that is a single file stays marked, since it comes without the side files of a folder.
 
     >>> one, other = ({"inputs": {"base": {"path": path, "files": {}}}} for path in ("base", "./base/"))
     >>> without_places(one) == without_places(other)
     True
     """
-    found = dict(recipe)
-    if isinstance(found.get("inputs"), dict):
-        found["inputs"] = {
-            role: _without_place(entry) if isinstance(entry, dict) else entry for role, entry in found["inputs"].items()
+    rest = dict(recipe)
+    if isinstance(rest.get("inputs"), dict):
+        rest["inputs"] = {
+            role: _without_place(entry) if isinstance(entry, dict) else entry for role, entry in rest["inputs"].items()
         }
-    if isinstance(found.get("history"), list):
-        found["history"] = [without_places(each) if isinstance(each, dict) else each for each in found["history"]]
-    return found
+    if isinstance(rest.get("history"), list):
+        rest["history"] = [without_places(each) if isinstance(each, dict) else each for each in rest["history"]]
+    return rest
 
 
 def _without_place(entry: dict[str, Any]) -> dict[str, Any]:
@@ -131,22 +130,22 @@ def _without_place(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> list[str]:
-    """Say where two recipes differ, `parameters.alpha: 0.3, now 0.5`."""
-    found = []
+    """List the differences between two recipes, such as `parameters.alpha: 0.3, now 0.5`."""
+    lines: list[str] = []
     for key in [*old, *(key for key in new if key not in old)]:
         one, other = old.get(key), new.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
-            found += differences(one, other, f"{place}{shown(key, 60)}.")
+            lines += differences(one, other, f"{place}{shown(key, 60)}.")
         elif one != other and key == "fingerprint":
-            found.append(f"{place.rstrip('.')} has changed")
+            lines.append(f"{place.rstrip('.')} has changed")
         elif one != other:
-            found.append(f"{place}{shown(key, 60)}: {shown(json.dumps(one), 60)}, now {shown(json.dumps(other), 60)}")
-    return found
+            lines.append(f"{place}{shown(key, 60)}: {shown(json.dumps(one), 60)}, now {shown(json.dumps(other), 60)}")
+    return lines
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
-    """Return the bytes a recipe or report is written as."""
-    written = bytearray()  # piece by piece: a report of ten thousands of tensors would be there several times
+    """Encode a recipe or report."""
+    written = bytearray()  # piece by piece: a report of 10,000 tensors would be in memory several times
     for piece in json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False).iterencode(content):
         written += piece.encode()
     return bytes(written) + b"\n"

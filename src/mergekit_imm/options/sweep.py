@@ -1,4 +1,4 @@
-"""Sweeps: lists of values in place of one, and an output for each."""
+"""Sweeps: several values of alpha, drop and seed, one output for each combination."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..common.messages import shown
 from ..errors import ArgumentError
-from .options import MergeOptions, chosen_from
+from .options import MergeOptions, options_from
 
 SWEPT = ("alpha", "drop", "seed")
 
@@ -20,21 +20,21 @@ class Point:
     """One merge of a sweep."""
 
     out: str
-    values: Mapping[str, Any]  # of alpha, drop and seed
+    values: Mapping[str, Any]  # alpha, drop and seed
 
 
 def is_list(value: object) -> bool:
-    """Whether a value stands for several."""
-    if getattr(value, "ndim", None) == 0:  # of numpy or torch
+    """Whether a value is a list of values."""
+    if getattr(value, "ndim", None) == 0:  # a scalar of numpy or torch
         return False
     return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
 
 
 def points(out: str, values: Mapping[str, Any]) -> list[Point]:
-    """Return the merges that values of alpha, drop and seed stand for: the product of those that are lists.
+    """Return the merges of a sweep: the product of the lists among alpha, drop and seed.
 
-    `out` names each by {alpha}, {drop} and {seed}, replaced by the values as they were given; other braces stay.
-    Raises ArgumentError for an empty list, and where two merges would go to one output.
+    {alpha}, {drop} and {seed} in `out` are replaced by the values as given; other braces stay. Raises ArgumentError
+    for an empty list, and for two merges with one output.
 
     >>> [point.out for point in points("out-{alpha}", {"alpha": [0.3, 0.5], "drop": 0.9, "seed": 0})]
     ['out-0.3', 'out-0.5']
@@ -48,40 +48,40 @@ def points(out: str, values: Mapping[str, Any]) -> list[Point]:
             raise ArgumentError(f"{name} is an empty list; give a value, or several")
         if len(several) > 1 and f"{{{name}}}" not in out:
             raise ArgumentError(
-                f"{name} is a list of {len(several)} values, and the output {shown(out)} does not say which is which;"
-                f" name it such as '{shown(out)}-{{{name}}}'"
+                f"{name} is a list of {len(several)} values, but the output {shown(out)} does not contain {{{name}}};"
+                f" use a name such as '{shown(out)}-{{{name}}}'"
             )
-    found = []
-    for chosen in itertools.product(*lists.values()):
-        given = dict(zip(lists, chosen, strict=True))
+    merges: list[Point] = []
+    for combination in itertools.product(*lists.values()):
+        given = dict(zip(lists, combination, strict=True))
         name = re.sub(r"\{(alpha|drop|seed)\}", lambda match, given=given: given[match[1]][0], out)  # type: ignore[misc]
-        found.append(Point(name, {key: value for key, (_, value) in given.items()}))
-    twice = [point.out for number, point in enumerate(found) if point.out in {p.out for p in found[:number]}]
+        merges.append(Point(name, {key: value for key, (_, value) in given.items()}))
+    twice = [point.out for number, point in enumerate(merges) if point.out in {p.out for p in merges[:number]}]
     if twice:
         raise ArgumentError(f"two merges would go to the output {shown(twice[0])}; give each value once")
-    return found
+    return merges
 
 
 def sweep(out: str, given: Mapping[str, Any]) -> list[tuple[str, MergeOptions]]:
-    """Return the output and the options of each merge that values stand for, where alpha, drop and seed may be lists.
+    """Return output and options of each merge of a sweep; alpha, drop and seed in `given` may be lists.
 
-    Raises ArgumentError as `points` and `MergeOptions` do, and where the merges could not read their inputs once.
+    Raises ArgumentError as `points` and `MergeOptions` do, and for merges that cannot share one reading of the inputs.
     """
-    found = [
-        (point.out, chosen_from({**given, **point.values}, MergeOptions))
+    merges = [
+        (point.out, options_from({**given, **point.values}, MergeOptions))
         for point in points(out, {name: given[name] for name in SWEPT})
     ]
-    sparsify = found[0][1].sparsify
-    if sparsify != "dare" and len({(each.drop, each.seed) for _, each in found}) > 1:
+    sparsify = merges[0][1].sparsify
+    if sparsify != "dare" and len({(each.drop, each.seed) for _, each in merges}) > 1:
         raise ArgumentError(
-            f"several drops or seeds with sparsify {shown(sparsify)}: what is dropped differs for each of them; merge"
-            " them one by one (several alphas are read once)"
+            f"several drops or seeds with sparsify {shown(sparsify)}: each drops other elements; merge them one by"
+            " one (several alphas can be merged together)"
         )
-    return found
+    return merges
 
 
 def _number(name: str, value: Any) -> Any:
-    """A value of a list as a number; a command gives it as typed, so that outputs can be named by it."""
+    """Parse a value of a list. Commands pass values as typed, because outputs are named by them."""
     if not isinstance(value, str):
         return value
     try:

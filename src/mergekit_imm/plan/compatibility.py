@@ -15,12 +15,12 @@ from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
 from ..model.tensor_names import blanked, folder_of, is_embedding_or_head, matcher, only_in
 from ..options.options import MergeOptions
 from ..transforms.experts import is_fused
-from ..transforms.quantised_units import Chosen
+from ..transforms.quantised_units import Copied
 from ..transforms.tokenizer_files import token_differences
 from .advice import SAVE_ALIKE, Advice
 from .tied_embeddings import Group
 
-Choose = Callable[[str, list[str], str], bool]  # option, names, key
+Selects = Callable[[str, list[str], str], bool]  # option, names, key
 Sides = tuple[str, Mapping[str, Tensor]]  # a tensor's key, and the tensor in each input by role
 Complain = Callable[[MergeError, Collection[str]], None]  # called with an error and the tensors it is about
 
@@ -113,12 +113,12 @@ def _cure(advice: Advice, option: str, names: Collection[str], extra: str, renam
     return f"to let them through: {offer.option}" if offer.option else offer.instead
 
 
-def chosen(options: MergeOptions) -> Chosen:
+def copied_by(options: MergeOptions) -> Copied:
     """Return which tensors --keep and --take name, without checking that there are any."""
-    return Chosen(matcher(options.keep), matcher(options.take))
+    return Copied(matcher(options.keep), matcher(options.take))
 
 
-def selection(options: MergeOptions, base: Checkpoint, sft: Checkpoint) -> Choose:
+def selector(options: MergeOptions, base: Checkpoint, sft: Checkpoint) -> Selects:
     """Check the patterns against the names; return a predicate: does an option name one of these tensors?"""
     every = [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]
     for option in ("keep", "take", "no_drop"):

@@ -1,4 +1,4 @@
-"""Decide, from names and headers alone, what happens to every tensor: merged, kept, taken, copied, or refused."""
+"""Decide, from names and headers, what happens to every tensor: merge, keep, take, copy or refuse."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..numerics.sparsifiers import parse_sparsify
 from ..options.options import DTYPES, MergeOptions, layer_factors_of
 from ..transforms.kept_quantised import intact
 from ..transforms.sparsified_delta import LONGEST_ROW, Ranked, Trimmed
-from .compatibility import Choose, Complain, check_alike, check_names, chosen, main_dtype, refuse, selection, side_of
+from .compatibility import Complain, Selects, check_alike, check_names, copied_by, main_dtype, refuse, selector, side_of
 from .plan import Action, Item
 from .tied_embeddings import SameBytes, Ties, tied_groups
 
 
 @dataclass(frozen=True)
 class Decided:
-    """What happens to every tensor, before it has its place."""
+    """What happens to every tensor; output files are not assigned yet."""
 
     items: list[Item]
     used: Mapping[str, Checkpoint]
@@ -37,9 +37,9 @@ def decide(
 ) -> Decided:
     """Decide what happens to every tensor of a merge of base, sft and maybe start.
 
-    `same_bytes` compares two tensors of one checkpoint; it is asked only where one stores a tied tensor under several
-    names. What does not fit is given to `complain`, and nothing decided about it; if that is `refuse`, raises
-    MismatchError, CheckpointError or ArgumentError: nothing is skipped in silence.
+    `same_bytes` compares two tensors of one checkpoint; it is called only if one stores a tied tensor under several
+    names. Every problem goes to `complain`, and its tensors are left undecided. With the default, `refuse`, the first
+    problem raises MismatchError, CheckpointError or ArgumentError.
     """
     used = {r: c for r, c in inputs.items() if r != "start" or options.reference == "start"}
     base, sft = inputs["base"], inputs["sft"]
@@ -66,16 +66,16 @@ def decide(
     ties = tied_groups(used, same_bytes)
     groups = ties.groups
     check_names(used, options, groups, note)
-    choose = selection(options, base, sft)
+    selects = selector(options, base, sft)
     p = options
     factors = layer_factors_of(options, base.tensors)
-    typed = inputs.get("start", base) if p.dtype == "start" else base  # whose dtypes the output has
+    typed = inputs.get("start", base) if p.dtype == "start" else base  # sets the output dtypes
     main = main_dtype(typed)
-    as_they_are = intact(base, sft, chosen(p)).names if p.keep or p.take else frozenset()
+    unconverted = intact(base, sft, copied_by(p)).names if p.keep or p.take else frozenset()
 
-    found: list[tuple[str, list[str], dict[str, Tensor], str]] = []  # key, names to write, each model's, dtype
+    tensors: list[tuple[str, list[str], dict[str, Tensor], str]] = []  # key, output names, tensors by role, dtype
     done: set[str] = set(wrong)
-    # A head that only the start or an adapter holds is in a group.
+    # Groups include heads that only the start or an adapter stores.
     for name in dict.fromkeys([*base.tensors, *groups, *sft.tensors]):
         if name in done:
             continue
@@ -84,46 +84,46 @@ def decide(
         key = group.key if group else name
         done.update(group.names if group else [name])
         sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
-        if "base" not in sides and not choose("take", written, key):  # an adapter's, of another vocabulary
+        if "base" not in sides and not selects("take", written, key):  # from an adapter with another vocabulary
             sides = _with_likeness(key, sides, base)
         like = side_of(typed, name, group)
-        found.append((key, written, sides, like.output_dtype if like is not None else main))
-    compared = [(k, sides) for k, written, sides, _ in found if _action(k, written, sides, choose) in ("merge", "copy")]
+        tensors.append((key, written, sides, like.output_dtype if like is not None else main))
+    compared = [
+        (k, sides) for k, written, sides, _ in tensors if _action(k, written, sides, selects) in ("merge", "copy")
+    ]
     check_alike(compared, used, options, note)
     items: list[Item] = []
-    for key, written, sides, output_dtype in found:
+    for key, written, sides, output_dtype in tensors:
         if key in wrong:
             continue
         try:
-            same = not as_they_are.isdisjoint(written)
-            items.append(_item(key, written, sides, used, choose, factors, output_dtype, options, same_bytes=same))
+            same = not unconverted.isdisjoint(written)
+            items.append(_item(key, written, sides, used, selects, factors, output_dtype, options, same_bytes=same))
         except MergeError as error:
             note(error, [key])
     return Decided(items, used, ties)
 
 
 def _with_likeness(key: str, sides: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
-    """Put the base's embedding beside a head that only an adapter holds: it is compared with that, and refused."""
+    """Pair a head that only an adapter stores with the base's embedding; their shapes differ, which is refused."""
     width = next(iter(sides.values())).shape[1:]
     alike = (
         tensor for name, tensor in base.tensors.items() if is_embedding_or_head(name) and tensor.shape[1:] == width
     )
-    found = next(alike, None)
-    if found is None:
-        raise MismatchError(
-            f"tensor '{shown(key)}' is in none of the tensors of {base.label}; is it the base of this sft?"
-        )
-    return {"base": found, **sides}
+    embedding = next(alike, None)
+    if embedding is None:
+        raise MismatchError(f"tensor '{shown(key)}' is not in {base.label}; is it the base of this sft?")
+    return {"base": embedding, **sides}
 
 
-_arithmetic = cache(arithmetic)  # one for all tensors that are merged alike
+_arithmetic = cache(arithmetic)  # shared by all tensors with the same numbers
 
 
-def _action(key: str, written: list[str], sides: Mapping[str, Tensor], choose: Choose) -> Action:
-    """What happens to a tensor; what is merged has one shape in all models, and one kind of dtype (`check_alike`)."""
-    if choose("keep", written, key) and "base" in sides:
+def _action(key: str, written: list[str], sides: Mapping[str, Tensor], selects: Selects) -> Action:
+    """Return what happens to a tensor. `check_alike` makes sure that it can be merged."""
+    if selects("keep", written, key) and "base" in sides:
         return "keep"
-    if choose("take", written, key) and "sft" in sides:
+    if selects("take", written, key) and "sft" in sides:
         return "take"
     return "merge" if sides["base"].dtype in MERGED else "copy"
 
@@ -133,7 +133,7 @@ def _item(
     written: list[str],
     sides: dict[str, Tensor],
     used: Mapping[str, Checkpoint],
-    choose: Choose,
+    selects: Selects,
     factors: Mapping[str, float],
     output_dtype: str,
     options: MergeOptions,
@@ -141,7 +141,7 @@ def _item(
     same_bytes: bool = False,
 ) -> Item:
     p = options
-    action = _action(key, written, sides, choose)
+    action = _action(key, written, sides, selects)
     if action == "keep":
         sides = {"base": sides["base"]}
     source = sides["sft" if action == "take" else "base"]
@@ -150,17 +150,17 @@ def _item(
         dtype = DTYPES.get(p.dtype, output_dtype if output_dtype in MERGED else dtype)
     if action == "take" and used["sft"].adapter is not None and not is_stored(source):
         raise ArgumentError(
-            f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, which is an adapter and holds its change"
-            " only; merge it first, or leave out --take"
+            f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, an adapter that stores only its"
+            " change; merge the adapter first, or leave out --take"
         )
     factor = factors.get(layer_key(key) or "", 1.0)
-    constants = _arithmetic(alpha=p.alpha, drop=0.0 if choose("no_drop", written, key) else p.drop, factor=factor)
+    constants = _arithmetic(alpha=p.alpha, drop=0.0 if selects("no_drop", written, key) else p.drop, factor=factor)
     if action == "merge" and p.sparsify != "dare" and constants.uses_mask:
         constants = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
-        sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter leaves the rest as it was
+        sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter does not change the others
     if is_delta(sides.get("sft")):
         constants = replace(constants, is_delta=True)
-    home = _home(key, sides.get("base"), source, used)
+    home = _output_file(key, sides.get("base"), source, used)
     outs = tuple(
         TensorInfo(name, dtype, source.shape, home, 0, source.count * DTYPE_BITS[dtype] // 8) for name in written
     )
@@ -173,14 +173,14 @@ def _item(
     return replace(item, common=extended[0], owner=p.vocab if p.vocab in sides else "base")
 
 
-def _home(key: str, own: Tensor | None, source: Tensor, used: Mapping[str, Checkpoint]) -> str:
-    """The file that a tensor goes to: the base's, or what corresponds to the sft's."""
+def _output_file(key: str, base_tensor: Tensor | None, source: Tensor, used: Mapping[str, Checkpoint]) -> str:
+    """Return the output file of a tensor: that of the base, or the counterpart of the sft's file."""
     base, folder = used["base"], folder_of(key)
-    home = base.file_of.get(own.name) if own is not None else None
+    home = base.file_of.get(base_tensor.name) if base_tensor is not None else None
     if home is not None:
         return home
     there = [part for part in base.parts if part.folder == folder]
-    if isinstance(source, TensorInfo) and own is None:
+    if isinstance(source, TensorInfo) and base_tensor is None:
         part = next((part for part in used["sft"].parts if source.file in part.files), None)
         if part is not None and (part.beside or not there):
             alike = (each.files[0] for each in there if each.stem == part.stem)
@@ -190,21 +190,21 @@ def _home(key: str, own: Tensor | None, source: Tensor, used: Mapping[str, Check
 
 
 def _sparsified(key: str, sides: Mapping[str, Tensor], p: MergeOptions) -> dict[str, Tensor]:
-    """Return the sides of a merge with the sft's delta in the place of the sft, its smaller elements dropped."""
+    """Replace the sft by its delta with elements dropped by trim or della."""
     how = parse_sparsify(p.sparsify, p.drop)
     sft, origin = sides["sft"], "start" if "start" in sides else "base"
     start, exact = sides[origin], any(side.dtype == "F64" for side in sides.values())
     cure = f"merge it without dropping, {ready_option('--no-drop', key)}, or use --sparsify dare"
     if any(isinstance(side, Extended) for side in sides.values()):
         raise ArgumentError(
-            f"tensor '{shown(key)}' has rows that only one of the models has, and {how.kind} looks at all of a tensor;"
+            f"tensor '{shown(key)}' has rows that only one of the models has, but {how.kind} needs the whole tensor;"
             f" {cure}"
         )
     if how.kind == "trim":
         return {**sides, "sft": Trimmed(key, sft.shape, sft, start, origin, exact, p.drop)}
     if (sft.shape[-1] if sft.shape else 1) > LONGEST_ROW:
         raise ArgumentError(
-            f"tensor '{shown(key)}' has rows of {sft.shape[-1]} elements, and della ranks at most {LONGEST_ROW}; {cure}"
+            f"tensor '{shown(key)}' has rows of {sft.shape[-1]} elements, but della ranks at most {LONGEST_ROW}; {cure}"
         )
     return {
         **sides,

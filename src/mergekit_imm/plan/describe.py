@@ -1,4 +1,4 @@
-"""Can models be merged? All that headers tell, and everything that stands in the way: not the first thing alone."""
+"""Check from headers whether models can be merged, and report every problem, not only the first."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ DEFAULTS = MergeOptions()
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found, and what `imm-merge --check --json` prints.
+    """Result of `check`, printed by `imm-merge --check --json`.
 
-    `inputs`: form, files, tensors and parameters of each, of an adapter its own. `kinds`: what happens to each kind of
-    tensor; `action` is "refused" for those that stand in the way, which `problems` tells, a line each. The rest is as
-    in `MergeReport`.
+    `inputs`: form, files, tensor and parameter counts of each input (of an adapter, its own). `kinds`: what happens to
+    each kind of tensor; `action` is "refused" for tensors that prevent the merge. `problems`: the reasons, one line
+    each. The other fields are those of `MergeReport`.
     """
 
     base: str
@@ -51,10 +51,10 @@ class CheckReport:
         return asdict(self)
 
 
-def described(
+def description(
     inputs: Mapping[str, Checkpoint], items: Iterable[Item], plan: Plan | None, notes: Iterable[str]
 ) -> dict[str, Any]:
-    """Return what headers say about a merge, as both reports hold it; without a plan, what is known."""
+    """Return the fields that both reports share; without a plan, those that are known."""
     return {
         "kinds": kinds(items),
         "renamed": renamed(inputs),
@@ -68,66 +68,69 @@ def described(
 def check(
     base: str | Path, sft: str | Path, options: MergeOptions = DEFAULTS, *, start: str | Path | None = None
 ) -> CheckReport:
-    """Say whether two models (three, with start) can be merged, and how, from headers.
+    """Report from headers whether and how base, sft and optionally start can be merged.
 
-    Values are not read, except those of tied tensors, which are compared; the merge finds NaN and infinity. What
-    cannot be merged is in the report.
+    Reads no values except to compare tied tensors, so it does not find NaN or infinity. Problems are in the report,
+    not raised.
     """
     refs = {"base": base, "sft": sft, "start": start}
-    found = CheckReport(str(base), str(sft))
+    report = CheckReport(str(base), str(sft))
     complaints: list[tuple[MergeError, Collection[str]]] = []
     try:
-        # The round decides nothing but the mask.
+        # Any round will do: it only changes the mask.
         inputs = open_inputs(refs, replace(options, iteration=options.round), dry_run=True)
         (one,) = inputs.options
         equal = comparer(inputs.models)
         decided = decide(inputs.models, one, equal, lambda *complaint: complaints.append(complaint))
         plan = None if complaints else plan_of(inputs.models, one, decided, equal)
     except MergeError as error:
-        found.problems.append(str(error))
-        return found
+        report.problems.append(str(error))
+        return report
     models = inputs.models
     notes = [
         *(plan.notes if plan else (note for each in models.values() for note in each.notes)),
         *_other_tokens(models["base"], models["sft"], one.vocab),
         *note_if_unchanged(models, decided.items),
     ]
-    shared = described(models, plan.items if plan else decided.items, plan, notes)
+    shared = description(models, plan.items if plan else decided.items, plan, notes)
     shared["kinds"] += _refused({name for _, names in complaints for name in names}, list(decided.used.values()))
     return replace(
-        found,
-        inputs=[_described(each) for each in models.values()],
+        report,
+        inputs=[_input_description(each) for each in models.values()],
         problems=[str(error) for error, _ in complaints],
         **shared,
     )
 
 
 def _other_tokens(base: Checkpoint, sft: Checkpoint, vocab: str) -> list[str]:
-    """Say that ids are other tokens to a model with a vocabulary of the same size, which a merge does not look at."""
+    """Note token ids that differ between vocabularies of the same size, which a merge does not compare."""
     if vocab != "strict":
-        return []  # it was looked at
+        return []  # already checked
     rows = max(
         (tensor.shape[0] for name, tensor in base.tensors.items() if is_embedding_or_head(name) and tensor.shape),
         default=0,
     )
     try:
-        check_tokens(base, sft, rows, "the rows of both are merged all the same; be sure that this is meant")
+        check_tokens(base, sft, rows, "their rows are merged anyway; make sure that this is intended")
     except MergeError as error:
         return [f"note: {error}"]
     return []
 
 
-def _described(each: Checkpoint) -> dict[str, Any]:
+def _input_description(each: Checkpoint) -> dict[str, Any]:
     stored: list[Tensor] = list(each.tensors.values())
     if each.adapter is not None:
         form = "LoRA adapter"
-        stored = [tensor for file in each.files.values() for tensor in file.tensors]  # not those that it changes
+        stored = [tensor for file in each.files.values() for tensor in file.tensors]  # not the tensors it changes
     else:
         suffixes = {Path(name).suffix for name in each.files}
         form = (
-            "torch.distributed checkpoint" if ".distcp" in suffixes
-            else "PyTorch files" if ".bin" in suffixes else "safetensors"
-        )  # fmt: skip
+            "torch.distributed checkpoint"
+            if ".distcp" in suffixes
+            else "PyTorch files"
+            if ".bin" in suffixes
+            else "safetensors"
+        )
     return {
         "role": each.role,
         "path": each.ref,
@@ -139,7 +142,7 @@ def _described(each: Checkpoint) -> dict[str, Any]:
 
 
 def _refused(names: Collection[str], models: Sequence[Checkpoint]) -> list[dict[str, Any]]:
-    """Group the tensors that stand in the way, as `kinds` groups the others."""
+    """Group refused tensors as `kinds` groups the others."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
     for name in sorted(names):
         held = {each.role: each.tensors[name] for each in models if name in each.tensors}
@@ -147,15 +150,20 @@ def _refused(names: Collection[str], models: Sequence[Checkpoint]) -> list[dict[
         groups.setdefault((blanked(name), dtypes), []).append(next(iter(held.values())).count if held else 0)
     return [
         {
-            "name": name, "action": "refused", "tensors": len(counts), "elements": sum(counts), "read": dict(dtypes),
-            "write": "-", "drop": None,
+            "name": name,
+            "action": "refused",
+            "tensors": len(counts),
+            "elements": sum(counts),
+            "read": dict(dtypes),
+            "write": "-",
+            "drop": None,
         }
         for (name, dtypes), counts in groups.items()
-    ]  # fmt: skip
+    ]
 
 
 def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
-    """Group tensors by kind: names with their numbers blanked out, and what happens to them."""
+    """Group tensors by kind: the name without its numbers, and what happens to them."""
     groups: dict[tuple[Any, ...], list[Item]] = defaultdict(list)
     for item in items:
         name = blanked(item.name)
@@ -180,13 +188,13 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
 
 
 def drop_of(item: Item) -> float:
-    """Return the share of a delta's elements that is dropped."""
+    """Return the fraction of a delta's elements that is dropped."""
     sft = item.sides.get("sft")
     return sft.drop if isinstance(sft, Sparsified) else round(1 - item.constants.keep16 / 65536, 6)
 
 
 def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
-    """Say which names of the inputs are others in the base, by rule."""
+    """Return the rules by which names of the inputs become the base's."""
     return [
         {"role": role, "name": old, "in_base": new, "tensors": count}
         for role, each in inputs.items()
@@ -195,13 +203,13 @@ def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
 
 
 def side_files(plan: Plan) -> dict[str, list[str]]:
-    """Say which other files come from which input."""
-    found: dict[str, list[str]] = {}
+    """Return the copied files by role."""
+    paths: dict[str, list[str]] = {}
     for path, (role, _) in plan.side.items():
-        found.setdefault(role, []).append(path)
-    return found
+        paths.setdefault(role, []).append(path)
+    return paths
 
 
 def left_out(inputs: Mapping[str, Checkpoint]) -> dict[str, list[str]]:
-    """Say which files of the inputs are neither weights nor copied; of a start only the weights are looked at."""
+    """Return the files that are neither weights nor copied, by role; only weights of a start are used."""
     return {role: list(each.left_out) for role, each in inputs.items() if each.left_out and role != "start"}

@@ -1,4 +1,4 @@
-"""From opened inputs to plans: what is decided gets its place, and is held against what was found in the files."""
+"""Plan merges of opened inputs: decide, assign output files, and check that no tensor is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..options.recipe import history_of, make_recipe
 from ..transforms.kept_quantised import intact
 from .accounts import check_plan, check_tensors
 from .advice import result_config
-from .compatibility import chosen
+from .compatibility import copied_by
 from .decide import Decided, decide
 from .plan import Inputs, Item, Plan, same_place
 from .shard_layout import lay_out
@@ -33,32 +33,35 @@ from .tied_embeddings import SameBytes, Ties
 
 
 def make_plans(inputs: Inputs) -> list[Plan]:
-    """Plan the merges of opened inputs, which differ in their options. Raises MergeError; see `decide`."""
+    """Plan one merge for each of the options. Raises MergeError; see `decide`."""
     equal = comparer(inputs.models)
     return [plan_of(inputs.models, each, decide(inputs.models, each, equal), equal) for each in inputs.options]
 
 
 def plan_of(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided, equal: SameBytes) -> Plan:
-    """Plan a merge from what is decided about its tensors, and check that nothing is lost."""
-    plan = placed(inputs, options, decided)
+    """Plan a merge whose tensors are decided, and check that nothing is lost."""
+    plan = assign_files(inputs, options, decided)
     check_tensors(decided, equal)
     check_plan(plan, decided.ties)
     linked = [
-        f"{each.label}/{name}" for each in inputs.values() if each.role != "start" for name in each.left_out
+        f"{each.label}/{name}"
+        for each in inputs.values()
+        if each.role != "start"
+        for name in each.left_out
         if name.endswith("/") and not Path(name).name.startswith(".")
-    ]  # fmt: skip
+    ]
     notes = list(plan.notes)
     if linked:
         more = ", …" if len(linked) > 4 else ""
-        notes.append(f"note: left out, as they are links to folders: {', '.join(map(shown, linked[:4]))}{more}")
+        notes.append(f"note: left out, because they are links to folders: {', '.join(map(shown, linked[:4]))}{more}")
     limit = options.max_shard_size
     larger = [out for item in plan.items for out in item.outs if limit is not None and out.nbytes > limit]
     if larger:
         first = max(larger, key=lambda out: out.nbytes)
         files = "it has a file of its own" if len(larger) == 1 else f"{len(larger)} tensors have files of their own"
         notes.append(
-            f"note: '{shown(first.name)}' has {bytes_text(first.nbytes)}, more than a file may have: {files}, as no"
-            " tensor is split"
+            f"note: '{shown(first.name)}' has {bytes_text(first.nbytes)}, more than --max-shard-size: {files}, because"
+            " tensors are not split"
         )
     if same_place(inputs["base"], inputs["sft"]):
         notes.append("note: BASE and SFT are the same model; the result is that model")
@@ -66,7 +69,7 @@ def plan_of(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: De
 
 
 def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
-    """Return what compares two tensors of one of the inputs, each pair once."""
+    """Return a function that compares two tensors of an input; results are cached."""
 
     @functools.cache
     def compare(role: str, one: str, other: str) -> bool:
@@ -74,7 +77,7 @@ def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
         return same_bytes(inputs, (role, tensors[one]), (role, tensors[other]))
 
     def equal(checkpoint: Checkpoint, one: Tensor, other: Tensor) -> bool:
-        # A dry run on a hub id downloads no tensors; it takes the config's word for the tie.
+        # A dry run on a hub id downloads no tensors; trust the config that they are tied.
         if checkpoint.folder is None:
             return is_embedding_or_head(one.name) and is_embedding_or_head(other.name)
         return compare(checkpoint.role, one.name, other.name)
@@ -82,8 +85,8 @@ def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
     return equal
 
 
-def placed(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> Plan:
-    """Say where every tensor goes, and what else is written. Raises MismatchError for files in each other's way."""
+def assign_files(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> Plan:
+    """Assign output files to tensors, and add all other files. Raises MismatchError if paths conflict."""
     items, used, broken = decided.items, decided.used, decided.ties.broken
     base = inputs["base"]
     placed, files, indexes = lay_out([out for item in items for out in item.outs], base, options.max_shard_size)
@@ -125,59 +128,60 @@ def _config(
     ties: Ties,
     options: MergeOptions,
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Return the config of a part of the result, and what was changed in it."""
+    """Return the config of a part of the result, and the changes made to it."""
     base, sft, p = inputs["base"], inputs["sft"], options
-    said = result_config(base, sft, options, folder)
-    if (folder and not (said or {}).get("model_type")) or "_class_name" in (said or {}):
-        return None, {}  # what a module of another kind is made of, or a component of diffusers
-    own = [item for item in items if folder_of(item.name) == folder]
+    config = result_config(base, sft, options, folder)
+    if (folder and not (config or {}).get("model_type")) or "_class_name" in (config or {}):
+        return None, {}  # not a transformers config: another module, or a diffusers component
+    members = [item for item in items if folder_of(item.name) == folder]
     floats = Counter[str]()
-    for item in own:
+    for item in members:
         if item.outs[0].dtype in MERGED:
             floats[item.outs[0].dtype] += item.source.count
     names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
     return merged_config(
-        said if said is sft.config_of(folder) else None,
+        config if config is sft.config_of(folder) else None,
         base.config_of(folder),
         dtype=names[floats.most_common(1)[0][0]] if floats else None,
         tied=ties.tied.get(folder),
-        rows={item.source.shape[0] for item in own if is_input_embedding(item.name) and item.source.shape},
+        rows={item.source.shape[0] for item in members if is_input_embedding(item.name) and item.source.shape},
         resized=dict(each.rows for each in used.values() if each.rows),
-        quantised=intact(base, sft, chosen(options)).settings if not folder and (p.keep or p.take) else None,
+        quantised=intact(base, sft, copied_by(options)).settings if not folder and (p.keep or p.take) else None,
     )
 
 
 def _side_files(
     inputs: Mapping[str, Checkpoint], configs: Collection[str]
 ) -> tuple[dict[str, tuple[str, Path | None]], list[str]]:
-    """Say which other files come from which input: sft's where it has them; and what of them does not."""
+    """Return which other files to copy from which input (sft's first), and notes on adapters left out."""
     base, sft = inputs["base"], inputs["sft"]
     is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
     alone = [folder for folder in sft.adapters if folder not in base.adapters]
     side = {path: ("base", base.side[path]) for path in base.side}
-    for own, file in sft.side.items():
-        path = _place_of(own, sft, base)
+    for name, file in sft.side.items():
+        path = _destination(name, sft, base)
         if path is None:
             continue
         of_model = path.rpartition("/")[2] == "config.json" and folder_of(path) in ("", *base.part_configs)
-        of_adapter = own.startswith(tuple(alone)) and not is_side_file(own, copy_code=True)
+        of_adapter = name.startswith(tuple(alone)) and not is_side_file(name, copy_code=True)
         if not of_adapter and not (of_model and is_other and path in base.side):
             side[path] = ("sft", file)
     notes = [
         f"note: {sft.label} holds an adapter in {shown(folder)}, which is not merged; to merge it, give that folder as"
-        " SFT" for folder in alone
-    ]  # fmt: skip
-    return {path: found for path, found in side.items() if path not in configs}, notes
+        " SFT"
+        for folder in alone
+    ]
+    return {path: source for path, source in side.items() if path not in configs}, notes
 
 
-def _place_of(path: str, sft: Checkpoint, base: Checkpoint) -> str | None:
-    """Where a file of the sft goes: with the tensors that lay beside it, where the base has those in another folder."""
-    moves = {(folder_of(own), folder_of(new)) for new, own in sft.original_names.items()}
+def _destination(path: str, sft: Checkpoint, base: Checkpoint) -> str | None:
+    """Return the output path of a side file of the sft: it follows the tensors of its folder, which may move."""
+    moves = {(folder_of(old), folder_of(new)) for new, old in sft.original_names.items()}
     moved = dict(each for each in moves if each[0] != each[1])
     if not moved:
         return path
     if path in SPLIT:
-        return None  # it says where the sft has its parts
+        return None  # it describes the folders of the sft
     folder = folder_of(path)
     if folder not in moved or (not folder and path in base.side):
         return path
@@ -185,7 +189,7 @@ def _place_of(path: str, sft: Checkpoint, base: Checkpoint) -> str | None:
 
 
 def _check_paths(plan: Plan) -> None:
-    """Refuse files of an output of which one would have to be the folder of another."""
+    """Raise MismatchError if one output path is both a file and a folder."""
     paths = {file.name for file in plan.files} | {*plan.beside}
 
     def origin(path: str) -> str:
@@ -195,13 +199,13 @@ def _check_paths(plan: Plan) -> None:
         for folder in map(str, PurePosixPath(path).parents):
             if folder in paths:
                 raise MismatchError(
-                    f"'{shown(folder)}' is a file of {origin(folder)}, and '{shown(path)}' of {origin(path)} lies in a"
-                    " folder of that name; rename or remove one of them"
+                    f"'{shown(folder)}' is a file of {origin(folder)}, but a folder in '{shown(path)}' of"
+                    f" {origin(path)}; rename or remove one of them"
                 )
 
 
 def recipes_of(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    """Return the recipe of each plan, with the fingerprints of the inputs, which all share."""
+    """Return the recipe of each plan, with the fingerprints of the shared inputs."""
     models = plans[0].inputs
     origins = {role: origin(each) for role, each in models.items()}
     history = history_of(models["start"].recipe if "start" in models else None)
@@ -209,7 +213,7 @@ def recipes_of(plans: Sequence[Plan]) -> list[dict[str, Any]]:
 
 
 def origin(each: Checkpoint) -> dict[str, Any]:
-    """Return where an input came from, and the fingerprints of its files, as recipes hold it."""
+    """Return the recipe entry of an input: its place, and the fingerprints of its files."""
     return {
         "path": each.ref,
         **({"repo": each.repo, "commit": each.commit} if each.repo else {}),

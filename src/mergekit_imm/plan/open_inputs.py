@@ -1,4 +1,4 @@
-"""Open the inputs of a merge and make them comparable: the base's names, whole tensors, one model for an adapter."""
+"""Open the inputs of a merge and make them comparable: same names, whole tensors, adapters applied."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..transforms.kept_quantised import without_kept
 from ..transforms.lora_adapter import applied
 from ..transforms.match_names import matched
 from ..transforms.vocabulary import resized
-from .compatibility import chosen
+from .compatibility import copied_by
 from .make_plan import make_plans
 from .plan import Inputs, same_place
 
@@ -37,55 +37,55 @@ def open_inputs(
     outs: Sequence[Path] = (),
     dry_run: bool = False,
 ) -> Inputs:
-    """Open base, sft and maybe start, from `refs`, for a merge or several that differ in alpha, drop and seed.
+    """Open base, sft and optionally start for one merge, or for several that differ in alpha, drop and seed.
 
-    A `start` of None, or one that is the base, is left out. With `dry_run` a hub is asked for headers alone. Raises
-    MergeError; of models on a hub all that headers tell is refused before they are downloaded.
+    refs: role -> folder, file or hub id. A `start` that is None or the base itself is left out. `dry_run` downloads
+    only headers from a hub; otherwise headers are checked before weights are downloaded. Raises MergeError.
     """
     check_platform()
     several = (options,) if isinstance(options, MergeOptions) else tuple(options)
     several = tuple(map(with_files_read, several))
-    places = checked_refs(refs)
+    refs = input_refs(refs)
     first = several[0]
 
     def opened(dry_run: bool) -> Inputs:
-        found = {
+        inputs = {
             role: open_checkpoint(
                 ref, role, copy_code=first.copy_code, dry_run=dry_run, outs=outs, leave_out=first.leave_out
             )
-            for role, ref in places.items()
+            for role, ref in refs.items()
         }
-        check_left_out(found, first.leave_out)
-        models = prepared(without_same_start(found), first)
+        check_left_out(inputs, first.leave_out)
+        models = prepared(without_same_start(inputs), first)
         known = first.iteration is not None
         return Inputs(models, several if known else tuple(replace(o, iteration=round_of(models)) for o in several))
 
-    if not dry_run and any(map(is_hub_id, places.values())):
-        make_plans(opened(dry_run=True))  # refuse before hours of downloading
+    if not dry_run and any(map(is_hub_id, refs.values())):
+        make_plans(opened(dry_run=True))  # refuse before downloading for hours
     return opened(dry_run)
 
 
-def checked_refs(refs: Mapping[str, str | Path | None]) -> dict[str, str | Path]:
-    """Return the places of the inputs, without a start of None. Raises MergeError for what is no place."""
-    places = {role: as_path(role, ref) for role, ref in refs.items() if not (role == "start" and ref is None)}
-    for role, ref in places.items():
+def input_refs(refs: Mapping[str, str | Path | None]) -> dict[str, str | Path]:
+    """Return the inputs' paths and hub ids, without a start of None. Raises MergeError for anything else."""
+    given = {role: as_path(role, ref) for role, ref in refs.items() if not (role == "start" and ref is None)}
+    for role, ref in given.items():
         if not is_utf8(str(ref)):  # a recipe is JSON
             raise CheckpointError(f"the path of {role}, {shown(ref)}, is not valid UTF-8; rename it, or link to it")
-    return places
+    return given
 
 
 def check_platform() -> None:
-    """Raise CheckpointError where files cannot be read as merges do."""
+    """Raise CheckpointError on Windows, where checkpoints cannot be merged."""
     if sys.platform == "win32":
         raise CheckpointError(
-            "merging checkpoints on disk needs Linux or macOS (use WSL); the functions of tensors work everywhere"
+            "merging checkpoints on disk needs Linux or macOS (use WSL); the tensor functions work everywhere"
         )
 
 
 def check_left_out(inputs: Mapping[str, Checkpoint], leave_out: Sequence[str]) -> None:
-    """Raise ArgumentError for a name to be left out by which no file of the inputs goes."""
+    """Raise ArgumentError for a --leave-out pattern that matches no file of the inputs."""
     if any(each.repo for each in inputs.values()) and is_offline():
-        return  # a cache lacks what was left out when it was downloaded
+        return  # files left out were never downloaded
     for pattern in leave_out:
         if not any(matches(path, [pattern]) for each in inputs.values() for path in each.left_out):
             labels = ", ".join(each.label for each in inputs.values())
@@ -96,70 +96,70 @@ def check_left_out(inputs: Mapping[str, Checkpoint], leave_out: Sequence[str]) -
 
 
 def without_same_start(inputs: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
-    """Return the inputs without a start that is the base itself."""
+    """Return the inputs, without the start if it is the base."""
     same = "start" in inputs and same_place(inputs["start"], inputs["base"])
     return {role: each for role, each in inputs.items() if role != "start" or not same}
 
 
 def round_of(inputs: Mapping[str, Checkpoint]) -> int:
-    """Return the round that a merge is: one more than in start's recipe, 0 without start. Raises ArgumentError."""
+    """Return the round of a merge: start's plus 1, or 0 without start. Raises ArgumentError."""
     if "start" not in inputs:
         return 0
-    found = inputs["start"].recipe
-    if found is None:
+    recipe = inputs["start"].recipe
+    if recipe is None:
         raise ArgumentError(
-            f"{inputs['start'].label} has no {RECIPE_FILE} that tells its round; say which round this one is"
-            " with --iteration N (counted from 0)"
+            f"{inputs['start'].label} has no {RECIPE_FILE} with its round; give the round of this merge with"
+            " --iteration N (counted from 0)"
         )
-    return int(found["parameters"]["iteration"]) + 1
+    return int(recipe["parameters"]["iteration"]) + 1
 
 
 def prepared(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
-    """Return the inputs as they are merged: under the base's names, each tensor as a whole."""
+    """Return the inputs ready to merge: dequantised, under the base's names, whole tensors, adapters applied."""
     inputs = matched(without_quantisation(inputs, options), options.rename)
-    inputs = without_kept(inputs, chosen(options)) if options.keep or options.take else inputs
+    inputs = without_kept(inputs, copied_by(options)) if options.keep or options.take else inputs
     return resized(with_adapter(inputs, options), options)
 
 
 def without_quantisation(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
-    """Return the inputs with FP8 weights multiplied by their scales, if that is asked for.
+    """Dequantise FP8 weights if --dequantize is given.
 
-    Raises CheckpointError for quantised ones, ArgumentError if there is nothing to do.
+    Raises CheckpointError for other quantised inputs, ArgumentError if no input is FP8.
     """
-    copied = chosen(options)
+    copied = copied_by(options)
     if not options.dequantize:
         for each in inputs.values():
             check_unquantised(each, copied)
         return inputs
-    found = {role: dequantized(each, copied) for role, each in inputs.items()}
-    if all(found[role] is each for role, each in inputs.items()):
+    unquantised = {role: dequantized(each, copied) for role, each in inputs.items()}
+    if all(unquantised[role] is each for role, each in inputs.items()):
         labels = ", ".join(each.label for each in inputs.values())
         raise ArgumentError(f"--dequantize is given, but no tensor is FP8 in {labels}; leave it out")
-    return found
+    return unquantised
 
 
 def with_adapter(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
-    """Return the inputs with an adapter given as sft applied to the start, which it was trained on."""
+    """Apply an sft that is an adapter to the start, which it was trained on."""
     adapter = inputs["sft"]
     if adapter.adapter is None:
         return inputs
     if "start" in inputs and options.reference == "base":
         raise ArgumentError(
-            f"{adapter.label} is an adapter: its delta is taken from the start it was trained on; leave out"
+            f"{adapter.label} is an adapter: its delta is relative to the start it was trained on; leave out"
             " --reference base"
         )
     model = inputs.get("start", inputs["base"])
 
     def equal(one: Tensor, other: Tensor) -> bool:
         if model.folder is None or adapter.folder is None:
-            return True  # a dry run on a hub id; compared when it is merged
+            return True  # a dry run on a hub id; the merge compares them
         return same_values(inputs, ("sft", one), (model.role, other))
 
     return {**inputs, "sft": applied(adapter, model, equal, options.rename, matcher(options.take))}
 
 
 def places_of(inputs: Mapping[str, Checkpoint]) -> dict[str, Path]:
-    """Return every file and folder of the inputs, each under a label for messages."""
+    """Return every file and folder of the inputs, by a label for messages."""
     return {
         f"{role} file {name}" if name else role: path
         for role, each in inputs.items()

@@ -1,6 +1,6 @@
 """The plan of a merge, as data: what happens to every tensor, and where every byte goes.
 
-It holds tensors; the segments that workers take are made on demand (`segments`).
+A plan lists tensors. `segments` cuts them into pieces for the workers.
 """
 
 from __future__ import annotations
@@ -19,65 +19,65 @@ from ..numerics.mask import Arithmetic
 from ..options.options import MergeOptions
 from .shard_layout import OutputFile
 
-RECORD = 1 << 20  # elements of a segment, and of one record of the statistics
-COPIED = 4 << 20  # bytes of a segment that is copied as it is
+SEGMENT_ELEMENTS = 1 << 20  # elements of a segment; statistics have one record for each
+SEGMENT_BYTES = 4 << 20  # bytes of a segment that is copied unchanged
 
 Action = Literal["merge", "keep", "take", "copy"]
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One tensor of the output: what it is made of, how, and where it goes."""
+    """One tensor of the output: its inputs, what happens to them, and where the result goes."""
 
-    name: str  # the name its mask is keyed by
+    name: str  # keys the mask
     action: Action
-    sides: Mapping[str, Tensor]  # base, start, sft: those that are read
-    outs: tuple[TensorInfo, ...]  # one, or each name of a tied tensor
+    sides: Mapping[str, Tensor]  # by role (base, start, sft): the tensors to read
+    outs: tuple[TensorInfo, ...]  # one, or one for each name of a tied tensor
     constants: Arithmetic
     key: tuple[int, int]
-    common: int | None = None  # elements that are merged, if not all; those behind them are those of
-    owner: str = "base"  # this side, as they are
+    common: int | None = None  # merge this many elements only
+    owner: str = "base"  # role that supplies the rest, unchanged
 
     @property
     def source(self) -> Tensor:
-        """The tensor whose shape and count the others share; the one that is copied, if any is."""
+        """The tensor that sets the shape; for a copied item, the tensor copied."""
         return self.sides["sft" if self.action == "take" else "base"]
 
     @property
     def raw(self) -> bool:
-        """Whether bytes are copied as they are."""
+        """Whether bytes are copied unchanged."""
         return self.action != "merge" and self.outs[0].dtype == self.source.dtype
 
     @property
     def segment_count(self) -> int:
-        """How many segments it is cut into."""
+        """Number of segments."""
         return sum(map(len, self._firsts()))
 
     def _firsts(self) -> tuple[range, range]:
-        """Where segments begin: elements (bytes, of a raw one) that are merged, and those behind them that are not."""
-        total, step = (self.source.nbytes, COPIED) if self.raw else (self.source.count, RECORD)
+        """Return the first element (byte, if raw) of each merged segment, then of each that `owner` supplies."""
+        total, step = (self.source.nbytes, SEGMENT_BYTES) if self.raw else (self.source.count, SEGMENT_ELEMENTS)
         middle = total if self.common is None else self.common
         return range(0, middle, step), range(middle, total, step)
 
     def cuts(self) -> Iterator[tuple[int, int]]:
-        """Return the first element (byte, of a raw one) of each segment, and their number."""
+        """Yield the first element (byte, if raw) of each segment, and their number."""
         for firsts in self._firsts():
             for first in firsts:
                 yield first, min(firsts.step, firsts.stop - first)
 
     def is_merged(self, first: int) -> bool:
-        """Whether the segment that begins there is merged; it is copied or converted otherwise."""
+        """Whether the segment that begins at `first` is merged, rather than copied or converted."""
         return self.action == "merge" and (self.common is None or first < self.common)
 
     def bytes_written(self, count: int) -> int:
-        """Bytes that a segment of `count` writes, under all names."""
+        """Return how many bytes a segment of `count` writes, under all names."""
         width = 1 if self.raw else DTYPE_BITS[self.outs[0].dtype] // 8
         return count * width * len(self.outs)
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of an item: elements (bytes, of a raw one) first..first+count."""
+    """A piece of an item: elements (bytes, if raw) first..first+count."""
 
     index: int
     item: int
@@ -87,49 +87,49 @@ class Segment:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The models of a merge as they are merged, under the base's names, and the options of each merge of them."""
+    """The opened models, under the base's names, and the options of each merge."""
 
-    models: Mapping[str, Checkpoint]  # base, sft, and start where it is not the base
+    models: Mapping[str, Checkpoint]  # by role: base, sft, and start unless it is the base
     options: tuple[MergeOptions, ...]  # files read, round known; several in a sweep
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a merge does."""
+    """Everything that a merge reads and writes."""
 
     options: MergeOptions
     inputs: Mapping[str, Checkpoint]
     items: tuple[Item, ...]
     files: tuple[OutputFile, ...]
-    indexes: Mapping[str, bytes]  # what says which file holds which tensor, by its path
-    configs: Mapping[str, bytes]  # each config.json that is not sft's as it stands, by its path
+    indexes: Mapping[str, bytes]  # index files by path
+    configs: Mapping[str, bytes]  # changed config.json files by path
     config_changes: Mapping[str, Any]
-    side: Mapping[str, tuple[str, Path | None]]  # path -> role it comes from, and the file
+    side: Mapping[str, tuple[str, Path | None]]  # path -> role and file to copy
     notes: tuple[str, ...] = field(default=())
 
     @cached_property
     def beside(self) -> tuple[str, ...]:
-        """Names of all files but the safetensors files."""
+        """Paths of all files except safetensors files."""
         return (*self.side, *self.configs, *self.indexes, *OWN)
 
     @cached_property
     def bytes_to_read(self) -> int:
-        """Bytes of all tensors that are read."""
+        """Bytes of all tensors to read."""
         return sum(side.stored for item in self.items for side in item.sides.values())
 
     @cached_property
     def bytes_to_write(self) -> int:
-        """Bytes of all safetensors files."""
+        """Bytes of all safetensors files to write."""
         return sum(file.size for file in self.files)
 
     @cached_property
     def parameter_count(self) -> int:
-        """Elements of all tensors of the output, a tied one counted once."""
+        """Elements of all output tensors; a tied tensor counts once."""
         return sum(item.source.count for item in self.items)
 
 
 def segments(plan: Plan) -> Iterator[Segment]:
-    """Cut a plan into the pieces that workers take, in the order of the output."""
+    """Yield the segments of a plan, in output order."""
     index = 0
     for number, item in enumerate(plan.items):
         for first, count in item.cuts():
@@ -138,7 +138,7 @@ def segments(plan: Plan) -> Iterator[Segment]:
 
 
 def same_place(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two inputs are one."""
+    """Whether two inputs are the same model."""
     if one.folder is None or other.folder is None:
         return (one.repo, one.commit) == (other.repo, other.commit) and one.repo is not None
     return one.folder.samefile(other.folder) and list(one.files) == list(other.files)

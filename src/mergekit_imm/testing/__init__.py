@@ -1,6 +1,6 @@
-"""What proves a new dtype, a new device or a new form of input, and the naive reference that judges them.
+"""Conformance checks for a new dtype, device or input form, and the naive reference they compare with.
 
-The checks are plain functions that raise AssertionError; no test runner is needed.
+The checks are functions that raise AssertionError; they need no test runner.
 """
 
 from __future__ import annotations

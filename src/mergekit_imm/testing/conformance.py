@@ -1,4 +1,4 @@
-"""Checks of what others add: a device that computes merges, a form that models are stored in."""
+"""Conformance checks: a device that computes merges, a form in which models are stored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "model.layers.0.mlp.up_proj.weight"
-SPANS = ((0, 1), (1024, 1023), (0, 1024), (1 << 40, 1025), (2048, 3000))  # first element, how many
+SPANS = ((0, 1), (1024, 1023), (0, 1024), (1 << 40, 1025), (2048, 3000))  # first element, count
 ROUNDS = (
     {"alpha": 0.5, "drop": 0.9},
     {"alpha": 0.3, "drop": 0.0},
@@ -31,7 +31,7 @@ ROUNDS = (
 
 _MEASURED = ("delta squared", "base squared", "change squared", "largest change", "kept")
 
-# Where rounding and decoding go wrong: zeros, subnormals, the largest, halves between neighbours, ones.
+# Hard cases of rounding and decoding: zeros, subnormals, the largest, midpoints between neighbours, ones.
 _EDGES = {
     "BF16": [0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x0080, 0x7F7F, 0xFF7F, 0x3F80, 0x3F81, 0xBF80],
     "F16": [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF, 0x3C00, 0x3C01, 0xBC00],
@@ -41,9 +41,9 @@ _EDGES = {
     ],
     "F64": [
         0, 1 << 63, 1, 0x7FEFFFFFFFFFFFFF, 0x3FF0000000000000,
-        0x3FF0100000000001, 0x3FF0100000000000, 0x3FF00FFFFFFFFFFF,  # about half a step of bfloat16
-        0x3FF0020000000001, 0x3FF0020000000000, 0x3FF001FFFFFFFFFF,  # of float16
-        0x3FF0000010000001, 0x3FF0000010000000, 0x3FF000000FFFFFFF,  # of float32
+        0x3FF0100000000001, 0x3FF0100000000000, 0x3FF00FFFFFFFFFFF,  # around half a bfloat16 step
+        0x3FF0020000000001, 0x3FF0020000000000, 0x3FF001FFFFFFFFFF,  # float16
+        0x3FF0000010000001, 0x3FF0000010000000, 0x3FF000000FFFFFFF,  # float32
     ],
 }  # fmt: skip
 _NOT_FINITE = {
@@ -55,7 +55,7 @@ _NOT_FINITE = {
 
 
 def elements(count: int, dtype: str, *, seed: int, kind: str, finite: bool) -> Array:
-    """Return elements to merge: "gauss" weights, "bits" any pattern at all, "edges" where rounding goes wrong."""
+    """Return elements to merge: "gauss" weights, "bits" any bit pattern, "edges" hard cases of rounding."""
     generator = np.random.default_rng(seed)
     if kind == "gauss":
         drawn = (generator.standard_normal(count) * 0.02).astype(np.float32 if dtype == "BF16" else HELD_AS[dtype])
@@ -66,22 +66,22 @@ def elements(count: int, dtype: str, *, seed: int, kind: str, finite: bool) -> A
     else:
         patterns = _EDGES[dtype] + ([] if finite else _NOT_FINITE[dtype])
         bits = generator.choice(np.array(patterns, f"u{width}"), count)
-    if finite:  # an exponent of all ones becomes one of none
+    if finite:  # clear an exponent of all ones
         exponent = bits.dtype.type(_NOT_FINITE[dtype][0])
         bits[(bits & exponent) == exponent] &= ~exponent
     return bits.view(HELD_AS[dtype])
 
 
 def check_device(merge_span: Callable[..., None], dtypes: Sequence[str] = ("BF16", "F16", "F32", "F64")) -> None:
-    """Check that a `merge_span` gives the bits and the statistics of the contract.
+    """Check that a device's `merge_span` returns the bits and statistics of the naive reference.
 
     Args:
-        merge_span: has the signature of `mergekit_imm.numerics.cpu.merge_span`.
-        dtypes: what base, start, sft and output may be. Each three of the four meet in every combination;
-            the output is F64 only where an input is.
+        merge_span: a function with the signature of `mergekit_imm.numerics.cpu.merge_span`.
+        dtypes: dtypes of base, start, sft and output, as in safetensors headers. Any three of the four take every
+            combination; the output is F64 only if an input is.
 
-    Lengths around a block of 1024, NaN, infinities, subnormals and ties are among what is merged. Raises
-    AssertionError that names the first element that differs, and what was merged.
+    Merges lengths around a block of 1024, NaN, infinities, subnormals and ties. Raises AssertionError with the first
+    differing element and the case.
 
     >>> from mergekit_imm.numerics.cpu import merge_span
     >>> check_device(merge_span, ["F32"])
@@ -112,9 +112,15 @@ def check_device(merge_span: Callable[..., None], dtypes: Sequence[str] = ("BF16
 
 
 def _compare(
-    merge_span: Callable[..., None], sides: list[Array], dtypes: tuple[str, ...], first: int,
-    numbers: Mapping[str, float], constants: object, is_delta: bool, what: str,
-) -> None:  # fmt: skip
+    merge_span: Callable[..., None],
+    sides: list[Array],
+    dtypes: tuple[str, ...],
+    first: int,
+    numbers: Mapping[str, float],
+    constants: object,
+    is_delta: bool,
+    what: str,
+) -> None:
     base, start, sft = sides
     from ..numerics.statistics import to_record
 
@@ -145,14 +151,14 @@ def _compare(
 
 
 def check_input(folder: str | Path, state: Mapping[str, Tensor]) -> None:
-    """Check that a model in some form merges to the same bits as the same tensors in a safetensors file.
+    """Check that a model stored in some form merges to the same bits as its tensors in a safetensors file.
 
     Args:
-        folder: the model in the form to be checked.
-        state: its tensors, by the names that a merge is to give them.
+        folder: the stored model.
+        state: its tensors, by their names in the merged model.
 
-    It is merged as sft, as base and as start, by one worker and by three, and the first merge is verified. Raises
-    AssertionError that names the role and the tensor, and whatever MergeError a merge raises.
+    Merges it as sft, base and start, with one worker and with three, and verifies a merge. Raises AssertionError with
+    the role and the tensor, and any MergeError of a merge.
 
     >>> import safetensors.torch, tempfile
     >>> state = {"model.layers.0.w": torch.ones(3, 5)}
@@ -181,8 +187,8 @@ def check_input(folder: str | Path, state: Mapping[str, Tensor]) -> None:
             (root / role).mkdir()
             copies = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
             save_file(copies, root / role / "model.safetensors", metadata={"format": "pt"})
-            says = json.loads(config.read_text()) if config.exists() else {}
-            (root / role / "config.json").write_text(json.dumps(says))
+            content = json.loads(config.read_text()) if config.exists() else {}
+            (root / role / "config.json").write_text(json.dumps(content))
         for role, workers in (("sft", 1), ("base", 3), ("start", 3)):
             merged: list[dict[str, Tensor]] = []
             for source in (root / "plain", folder):

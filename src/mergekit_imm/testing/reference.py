@@ -1,7 +1,7 @@
-"""The contract written down naively, from its formulas. It shares no code with the library, so that it can judge it.
+"""A naive reference of the merge, written from its formulas. It shares no code with the library, to test it.
 
-Arrays are flat and of numpy: bfloat16 as uint16 bit patterns, the other floats as they are. Dtypes are named as in
-safetensors headers: BF16, F16, F32, F64.
+Arrays are 1-D numpy arrays; bfloat16 is held as uint16 bit patterns. Dtypes are named as in safetensors headers:
+BF16, F16, F32, F64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ M32 = 0xFFFFFFFF
 
 
 def philox4x32_10(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
-    """Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); of numbers, or of arrays of uint64."""
+    """Return a Philox4x32-10 block (Salmon et al., 2011) of integers or uint64 arrays.
+
+    Source: "Parallel random numbers: as easy as 1, 2, 3".
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -33,7 +36,7 @@ def philox4x32_10(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> t
 
 
 def key_of(name: str, seed: int, iteration: int) -> tuple[int, int]:
-    """Return the key of a tensor in a round."""
+    """Return the Philox key of a tensor in an iteration."""
     digest = hashlib.blake2b(f"{seed}\0{iteration}\0{name}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little")
     return number & M32, number >> 32
@@ -46,19 +49,19 @@ def u16s(name: str, first: int, count: int, seed: int = 0, iteration: int = 0) -
     half, word, lane = r // 512, (r % 512) // 128, r % 128
     c = 128 * block + lane
     words = np.stack(philox4x32_10((c & M32, c >> 32, 0 * c, 0 * c), key_of(name, seed, iteration)))
-    found: Array = np.take_along_axis(words, word[None].astype(np.intp), 0)[0] >> (16 * half) & 0xFFFF
-    return found
+    bits: Array = np.take_along_axis(words, word[None].astype(np.intp), 0)[0] >> (16 * half) & 0xFFFF
+    return bits
 
 
 def keep16_of(drop: float) -> int:
-    """Return the threshold below which the bits of a kept element are."""
+    """Return keep16: an element is kept if its sixteen bits are below it."""
     return max(1, round((1 - drop) * 65536))
 
 
 def naive_mask(
     name: str, first: int, count: int, drop: float, seed: int = 0, iteration: int = 0
 ) -> npt.NDArray[np.bool_]:
-    """Return which of the elements first..first+count of a tensor are kept.
+    """Return which of the elements first..first+count of a tensor DARE keeps, bool of shape (count,).
 
     >>> naive_mask("model.layers.0.mlp.up_proj.weight", 0, 8, 0.5).astype(int)
     array([1, 0, 0, 0, 1, 1, 0, 1])
@@ -76,14 +79,14 @@ def widen(values: Array, wide: Any) -> Array:
     """Decode to float32 or float64, exactly."""
     if values.dtype == np.uint16:
         values = (values.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(invalid="ignore"):  # a signalling NaN
+    with np.errstate(invalid="ignore"):  # signalling NaN
         return values.astype(wide)
 
 
 def bfloat16_of(values: Array) -> Array:
-    """Round float32 or float64 to the nearest bfloat16, ties to even, by looking at both neighbours."""
+    """Round float32 or float64 to the nearest bfloat16, ties to even, by comparing both neighbours."""
     size: Array = np.abs(widen(values, np.float64))
-    # Every bfloat16 >= 0 in order, the infinity counted as the power of two it stands at.
+    # Every bfloat16 >= 0 in order; infinity counts as 2^128.
     grid = (np.arange(0x7F81, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
     grid[-1] = 2.0**128
     above = np.clip(np.searchsorted(grid, size, side="left"), 1, len(grid) - 1)
@@ -126,7 +129,7 @@ def naive_merge(
 ) -> Array:
     """Return alpha * base + (1 - alpha) * (start + factor * DARE(sft - start)), rounded once to the dtype `out`.
 
-    The arrays are the elements from `first` on of the tensor called `name`. With `is_delta`, `sft` is the delta itself.
+    The arrays hold the elements of tensor `name` from `first` on. With `is_delta`, `sft` is the delta itself.
 
     >>> ones = np.ones(4, np.float32)
     >>> naive_merge(ones, 3 * ones, ones, "F32", alpha=0.5, drop=0.5, name="model.layers.0.mlp.up_proj.weight")
@@ -154,7 +157,7 @@ def naive_merge(
 
 
 def add_to_tally(tally: Array, base: Array, start: Array, sft: Array, merged: Array, kept: Array) -> None:
-    """Add what `numerics.statistics` says to a tally of 50 numbers, addition by addition; `sft` may not be a delta."""
+    """Add the statistics of `numerics.statistics` to a tally of 50 numbers, in its order; `sft` is not a delta."""
     wide: Any = np.float64 if np.float64 in (base.dtype, start.dtype, sft.dtype) else np.float32
     base, start, sft, merged = (widen(each, wide) for each in (base, start, sft, merged))
     with np.errstate(all="ignore"):

@@ -19,7 +19,7 @@ from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError
 from ..model.config import quantisation
 from ..model.tensor_names import ready_option
-from .quantised_units import FP8, Chosen, Unit, pattern_of, scales_of, units_of
+from .quantised_units import FP8, Copied, Unit, pattern_of, scales_of, units_of
 
 _BLOCK = (128, 128)  # if the config does not say
 _WIDEST = 1 << 20  # scales in a row of blocks, which are read at once
@@ -38,10 +38,10 @@ _FORMAT = re.compile(r"(.+\.)comfy_quant")  # its successor: a text with the for
 _QUANTISER_FILES = ("hf_quant_config.json",)  # side files that describe the quantisation
 
 
-_NOTHING = Chosen(lambda _: False, lambda _: False)
+_NOTHING = Copied(lambda _: False, lambda _: False)
 
 
-def check_unquantised(checkpoint: Checkpoint, chosen: Chosen) -> None:
+def check_unquantised(checkpoint: Checkpoint, copied: Copied) -> None:
     """Raise CheckpointError for a quantised model unless all its quantised tensors are copied unchanged.
 
     The config decides; without it, names and dtypes of tensors.
@@ -50,7 +50,7 @@ def check_unquantised(checkpoint: Checkpoint, chosen: Chosen) -> None:
     units = units_of(checkpoint.tensors, said=said is not None)
     if said is not None and not units:
         raise CheckpointError(_refused(checkpoint, *said))
-    _check_units(checkpoint, units, chosen, said)
+    _check_units(checkpoint, units, copied, said)
 
 
 def stated_quantisation(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]] | None:
@@ -81,10 +81,10 @@ def _has_fp8(checkpoint: Checkpoint) -> bool:
 
 
 def _check_units(
-    checkpoint: Checkpoint, units: Sequence[Unit], chosen: Chosen, said: tuple[str, Mapping[str, Any]] | None
+    checkpoint: Checkpoint, units: Sequence[Unit], copied: Copied, said: tuple[str, Mapping[str, Any]] | None
 ) -> None:
     """Raise CheckpointError unless each quantised weight is copied completely, from one side."""
-    left = [unit for unit in units if not chosen.copies(unit)]
+    left = [unit for unit in units if not copied.copies(unit)]
     if not left:
         return
     tensors = checkpoint.tensors
@@ -93,8 +93,8 @@ def _check_units(
     kept = every if checkpoint.role == "base" else [*dict.fromkeys((*every, *(unit.weight for unit in units)))]
     pattern = pattern_of(kept, tensors.keys() - {*kept})
     keep = f"--keep {shlex.quote(pattern)}" if pattern.isprintable() else ready_option("--keep", *kept)
-    if any(map(chosen.is_copied, every)):
-        name = next((name for name in names if not chosen.is_copied(name)), names[0])
+    if any(map(copied.is_copied, every)):
+        name = next((name for name in names if not copied.is_copied(name)), names[0])
         raise CheckpointError(
             f"{checkpoint.label} is quantised, and {len(names)} of its {len(every)} quantised tensors belong to weights"
             f" that are copied in part only, first '{shown(name)}': keep all of them: {keep}"
@@ -107,19 +107,19 @@ def _check_units(
         message = f"{checkpoint.label} is quantised ({seen}); {cure}"
     # Do not offer it for most of a model: little would be merged.
     size = sum(tensors[name].stored for name in names)
-    if chosen is not _NOTHING and 3 * size < sum(tensor.stored for tensor in tensors.values()):
+    if copied is not _NOTHING and 3 * size < sum(tensor.stored for tensor in tensors.values()):
         message += f"; or keep the base's quantised tensors: {keep}"
     raise CheckpointError(message)
 
 
-def dequantized(checkpoint: Checkpoint, chosen: Chosen) -> Checkpoint:
+def dequantized(checkpoint: Checkpoint, copied: Copied) -> Checkpoint:
     """Return a checkpoint with FP8 weights multiplied by their scales; unchanged if it has none.
 
     The scales are removed, and so are those of activations, with a note. Raises CheckpointError for methods that are
     not supported and for weights or scales without a counterpart, MismatchError for scales that do not fit.
     """
     if not _has_fp8(checkpoint):
-        check_unquantised(checkpoint, chosen)
+        check_unquantised(checkpoint, copied)
         return checkpoint
     _, settings = quantisation(checkpoint.config) or ("", {"quant_method": "fp8"})
     reason = _unread(settings)
@@ -129,7 +129,7 @@ def dequantized(checkpoint: Checkpoint, chosen: Chosen) -> Checkpoint:
         )
     others = [unit for unit in units_of(checkpoint.tensors) if unit.method != "FP8"]
     # With a config they cannot be kept: it describes the FP8 weights too, and would be wrong for one or the other.
-    _check_units(checkpoint, others, chosen if quantisation(checkpoint.config) is None else _NOTHING, None)
+    _check_units(checkpoint, others, copied if quantisation(checkpoint.config) is None else _NOTHING, None)
     block = _block_of(settings, checkpoint.label)
     tensors = checkpoint.tensors
     fp8 = {name for name, tensor in tensors.items() if tensor.dtype in FP8 and not _MARKER.search(name)}
@@ -142,7 +142,7 @@ def dequantized(checkpoint: Checkpoint, chosen: Chosen) -> Checkpoint:
         if len(scales) == 1:
             weights[name] = _dequantized(tensors[name], tensors[scales[0]], block, checkpoint)
             gone.add(scales[0])
-        elif not chosen.is_copied(name):
+        elif not copied.is_copied(name):
             beside = f"{len(scales)} tensors of scales" if scales else "no scales"
             raise CheckpointError(
                 f"tensor '{shown(name)}' is {tensors[name].dtype} in {checkpoint.label}, with {beside}"
@@ -152,7 +152,7 @@ def dequantized(checkpoint: Checkpoint, chosen: Chosen) -> Checkpoint:
     unused = tuple(name for name in tensors if name not in gone and _is_only_for_fp8(name, tensors[name], fp8))
     gone |= {*unused}
     orphan = next(
-        (name for name in tensors if name not in gone and _ORPHAN.search(name) and not chosen.is_copied(name)), None
+        (name for name in tensors if name not in gone and _ORPHAN.search(name) and not copied.is_copied(name)), None
     )
     if orphan is not None:
         raise CheckpointError(

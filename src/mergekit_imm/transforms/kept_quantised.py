@@ -13,10 +13,10 @@ from ..common.messages import shown
 from ..errors import CheckpointError
 from ..model.tensor_names import ready_option
 from .fp8 import Dequantized, stated_quantisation
-from .quantised_units import Chosen, units_of
+from .quantised_units import Copied, units_of
 
 
-def without_kept(inputs: Mapping[str, Checkpoint], chosen: Chosen) -> dict[str, Checkpoint]:
+def without_kept(inputs: Mapping[str, Checkpoint], chosen: Copied) -> dict[str, Checkpoint]:
     """Return the inputs without the counterparts of quantised weights that are kept from the base.
 
     An unquantised model has `X.weight` where the base has `X.qweight`, `X.qzeros` and `X.scales`. Raises
@@ -57,7 +57,7 @@ class Intact:
     settings: tuple[str, Any] | None  # their place in config.json, and its content
 
 
-def intact(base: Checkpoint, sft: Checkpoint, chosen: Chosen) -> Intact:
+def intact(base: Checkpoint, sft: Checkpoint, chosen: Copied) -> Intact:
     """Return which tensors of a merged model are quantised, and the config that describes them.
 
     Raises CheckpointError if some are kept from base, others taken from sft, and the two configs differ.

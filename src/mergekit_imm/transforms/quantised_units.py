@@ -17,7 +17,7 @@ _PLAIN = (*MERGED, "I64", "BOOL")  # dtypes of unquantised models
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Copied:
     """Which tensors --keep and --take name."""
 
     kept: IsCopied
