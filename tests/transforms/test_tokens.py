@@ -120,7 +120,7 @@ def test_strict_says_which_tokens_are_more_and_what_can_be_done(pair: Path, tmp_
     shutil.copytree(pair / "sft", bare)
     for damage in ("", '{"model": 3}', None):
         (bare / "tokenizer.json").unlink() if damage is None else (bare / "tokenizer.json").write_text(damage)
-        with pytest.raises(MismatchError, match=r"the vocabularies differ; say whose"):
+        with pytest.raises(MismatchError, match=r"the vocabularies differ; choose one"):
             merge_checkpoints(pair / "base", bare, tmp_path / "out")
 
 
