@@ -151,7 +151,7 @@ class Bench:
         told = (self.folder / "log").read_text().strip()
         if status != self.scenario.status or "Traceback" in told:
             return f"the second run ended with {status}: {told[-300:]}"
-        if "beginning anew" in told and not self.anew:
+        if "starting over" in told and not self.anew:
             return "the second run began anew: what was recorded is lost"
         names = {path.name for path in self.case.iterdir()}
         if names != {"base", "sft", *self.scenario.outs}:

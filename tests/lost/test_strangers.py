@@ -52,7 +52,7 @@ def test_an_input_is_not_written_through_a_link(large: Path, how: str) -> None:
     before = target.read_bytes()
     path.symlink_to(target) if how == "symbolic" else path.hardlink_to(target)
     report = merge_checkpoints("base", "sft", "out")
-    assert any("beginning anew" in note for note in report.notes)
+    assert any("starting over" in note for note in report.notes)
     assert target.read_bytes() == before
     merge_checkpoints("base", "sft", "whole")
     assert files_of(large / "out") == files_of(large / "whole")
@@ -179,7 +179,7 @@ def test_a_journal_that_lost_its_end_of_line_is_no_traceback(large: Path) -> Non
     path.write_bytes(path.read_bytes().split(b"\n")[0])
     ended = subprocess_of("merge", "base", "sft", "-o", "out")
     assert ended.status == 1
-    assert "is not a merge under way; move it away, or --restart, which removes what is in it" in ended.error
+    assert "is not an unfinished merge; move it away, or --restart, which empties it" in ended.error
     assert subprocess_of("merge", "base", "sft", "-o", "out", "--restart").status == 0
 
 

@@ -135,7 +135,7 @@ def test_what_is_there_stays_and_what_is_missing_is_made(pair: tuple[Path, Path]
 def test_nothing_is_written_if_one_output_is_taken(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "o-0.5").mkdir()
     (tmp_path / "o-0.5" / "mine").write_text("x")
-    with pytest.raises(OutputError, match=r"o-0\.5 is there and not empty"):
+    with pytest.raises(OutputError, match=r"o-0\.5 exists and is not empty"):
         merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "o-0.5", "sft"]
     merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5], overwrite=True)

@@ -31,7 +31,7 @@ def test_a_refusal_is_that_of_all(case: Path) -> None:
     (case / "out").mkdir()
     (case / "out" / "file").touch()
     failed = merged_by(3)
-    assert {str(each) for each in failed} == {"output out is there and not empty; give another, or overwrite=True"}
+    assert {str(each) for each in failed} == {"output out exists and is not empty; give another, or overwrite=True"}
     assert all(isinstance(each, OutputError) for each in failed)
     assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft"]
 
@@ -95,5 +95,5 @@ def test_a_filesystem_without_locks(case: Path, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(fcntl, "flock", flock)
     report, other = merged_by(2)
-    assert report.notes == ["note: the filesystem of out has no locks: see to it that nothing else is merged there"]
+    assert report.notes == ["note: the filesystem of out has no locks: make sure that nothing else merges there"]
     assert not other.notes

@@ -1,4 +1,4 @@
-"""Write plans into folders: stream the tensors, write the files beside them, and let each folder appear when whole."""
+"""Write plans into folders: stream the tensors, write the side files, publish each folder once it is complete."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from .workers import Device, pick_device
 def write(
     plans: Sequence[Plan], outs: Sequence[Path], options: RunOptions, *, ranks: Ranks = ALONE, began: float
 ) -> list[MergeReport]:
-    """Carry out plans of the same inputs into folders, or say what would be done, and return a report for each.
+    """Execute plans with the same inputs, or only report what they would do (dry run); return a report for each.
 
-    What is there already is left; what an earlier process began is gone on with. Inputs are read once for all. `began`
-    is when planning did. Raises MergeError.
+    Complete outputs are left alone, unfinished ones resumed. Inputs are read once for all plans. `began` is when
+    planning began (time.perf_counter). Raises MergeError.
     """
     jobs, recipes = together(ranks, lambda: _jobs(plans, outs, options, began))
     check_same(ranks, recipes)
@@ -59,7 +59,7 @@ def write(
 
 
 def checked_outs(out: str, names: Sequence[str]) -> list[Path]:
-    """Return the folders that outputs name. Raises OutputError for what cannot be made, ArgumentError for two alike."""
+    """Return the output folders. Raises OutputError for one that cannot be created, ArgumentError for two alike."""
     outs = [paths.expanded(name) for name in names]
     for each in outs:
         paths.check_name(each)
@@ -70,7 +70,7 @@ def checked_outs(out: str, names: Sequence[str]) -> list[Path]:
 
 
 def check_apart(outs: Sequence[Path], inputs: Mapping[str, Path]) -> None:
-    """Refuse outputs that would touch an input; label -> file or folder of each. Raises OutputError."""
+    """Raise OutputError for an output that would touch an input; `inputs` maps labels to files or folders."""
     for each in outs:
         paths.check_place(each, inputs)
 
@@ -78,7 +78,7 @@ def check_apart(outs: Sequence[Path], inputs: Mapping[str, Path]) -> None:
 def _jobs(
     plans: Sequence[Plan], outs: Sequence[Path], options: RunOptions, began: float
 ) -> tuple[list[Job], list[dict[str, Any]]]:
-    """Return the plans as jobs, and their recipes; none where a dry run on a hub id has no files to fingerprint."""
+    """Return jobs and their recipes; no recipes in a dry run on a hub id, which has no files to fingerprint."""
     jobs = [Job(plan, out, options, began) for plan, out in zip(plans, outs, strict=True)]
     unread = any(each.folder is None for each in plans[0].inputs.values())
     return jobs, [] if unread else recipes_of(plans)
@@ -87,7 +87,7 @@ def _jobs(
 def _there(
     jobs: Sequence[Job], recipes: Sequence[dict[str, Any]], options: RunOptions, ranks: Ranks
 ) -> tuple[list[bool], str, list[dict[str, Any]]]:
-    """Say which outputs are whole already, what the others lack, and their recipes, with paths as they were begun."""
+    """Return which outputs are complete, the space the others lack, and all recipes, with paths as first given."""
     if ranks.rank:
         return [], "", []
     if not options.dry_run:
@@ -100,7 +100,7 @@ def _there(
     for job, each in left:
         if paths.is_occupied(job.out) and not options.overwrite:
             there = _what_is_there(job.out, each)
-            raise OutputError(f"output {shown(job.out)} is there and {there}; give another, or --overwrite")
+            raise OutputError(f"output {shown(job.out)} exists and {there}; give another, or --overwrite")
         if not options.restart:
             check_unfinished(job.partial, each)
     lacking = lack_of_space([job for job, _ in left])
@@ -110,7 +110,7 @@ def _there(
 
 
 def _what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
-    """Say what an output holds that is not this merge."""
+    """Describe an output that is not this merge."""
     try:
         found = read_recipe(out)
     except CheckpointError:
@@ -118,15 +118,15 @@ def _what_is_there(out: Path, recipe: Mapping[str, Any]) -> str:
     changes = differences(without_places(found), without_places(recipe)) if found else []
     if changes:
         return f"holds another merge ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''})"
-    return "lacks files of this very merge" if found else "not empty"
+    return "lacks files of this merge" if found else "is not empty"
 
 
 def _build(pairs: Sequence[tuple[Job, Recipe]], device: Device, options: RunOptions, ranks: Ranks) -> None:
-    """Make each job's folder from its plan, or go on with what an earlier process began.
+    """Create each job's folder from its plan, or resume an unfinished one.
 
-    With `verify` all of it is computed again and compared before a folder appears. Of several ranks, 0 makes, locks and
-    publishes the folders, and all write into them. Raises OutputError, VerifyError and what `run` raises. OUT.partial
-    stays for the next try, unless an input was refused.
+    With `verify`, everything is recomputed and compared before a folder appears. Rank 0 creates, locks and publishes
+    the folders; all ranks write into them. Raises OutputError, VerifyError and what `run` raises. OUT.partial stays for
+    the next attempt, unless an input was refused.
     """
     jobs, recipes = [job for job, _ in pairs], [recipe for _, recipe in pairs]
     progress = options.progress
@@ -141,14 +141,14 @@ def _build(pairs: Sequence[tuple[Job, Recipe]], device: Device, options: RunOpti
     with ExitStack() as stack:
 
         def take() -> list[int]:
-            # In one order, lest two sweeps of the same outputs wait for each other's.
+            # Sorted, so that two sweeps over the same outputs cannot deadlock.
             for job, recipe in sorted(pairs, key=lambda pair: str(pair[0].partial.absolute())) if leads else ():
                 with errors_of([job]):
                     made = direct_io.make_folder(job.partial)
                     if stack.enter_context(paths.locked(job.partial)) is None:
                         job.notes.append(
-                            f"note: the filesystem of {shown(job.out)} has no locks: see to it that nothing else is"
-                            " merged there"
+                            f"note: the filesystem of {shown(job.out)} has no locks: make sure that nothing else"
+                            " merges there"
                         )
                     stack.callback(_remove_empty, {job.partial, *made})
                     _take(job, recipe)
@@ -188,16 +188,16 @@ def _build(pairs: Sequence[tuple[Job, Recipe]], device: Device, options: RunOpti
 
 
 def _remove_empty(folders: set[Path]) -> None:
-    """Remove folders that were made and hold nothing in the end."""
+    """Remove those of the created folders that are still empty."""
     for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
         with suppress(OSError):
             folder.rmdir()
 
 
 def as_begun(job: Job, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a merge's recipe with the paths of its inputs as OUT or OUT.partial has them, if that is of this merge.
+    """Return the recipe of OUT or OUT.partial if it is this merge's, else the given one.
 
-    They may have been typed in another way; the bytes are to be those of the command that began it.
+    The two may spell the input paths differently; the bytes must be those of the command that began the merge.
     """
     for folder in (job.out, *(() if job.options.restart else (job.partial,))):
         try:
@@ -213,7 +213,7 @@ def as_begun(job: Job, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take(job: Job, recipe: Recipe) -> None:
-    """Decide again what OUT and OUT.partial are, now that no other process can change them."""
+    """Check OUT and OUT.partial again, now under the lock."""
     if paths.is_occupied(job.out) and not job.options.overwrite:
         raise OutputError(
             f"output {shown(job.out)} was not there when the merge began, and now it is; run the same command again"
@@ -224,13 +224,13 @@ def _take(job: Job, recipe: Recipe) -> None:
 
 
 def _remove_foreign(job: Job) -> None:
-    """Remove from a folder under way what is not of its merge: links, rests of files that an input no longer has."""
+    """Remove what is not part of this merge from OUT.partial: links, copies of files that the inputs no longer have."""
     own = {*job.whole, journal.JOURNAL}
     for path in sorted(job.partial.rglob("*"), reverse=True):
         name = str(path.relative_to(job.partial))
         if path.is_dir() and not path.is_symlink():
             with suppress(OSError):
-                path.rmdir()  # if it is empty
+                path.rmdir()  # if empty
         elif path.is_symlink() or name not in own:
             path.unlink()
 
@@ -240,7 +240,7 @@ def _is_unwritten(job: Job, recipe: Recipe) -> bool:
 
 
 def _check_all(pairs: Sequence[tuple[Job, Recipe]], device: Device, progress: Progress | None, ranks: Ranks) -> None:
-    """Compute whole folders again and compare every byte, those that are published and those that are not yet."""
+    """Recompute folders, published or not, and compare every byte."""
     total, before = sum(job.plan.bytes_to_write for job, _ in pairs), 0
     for job, recipe in pairs:
         began = time.perf_counter()
@@ -257,7 +257,7 @@ def _check_all(pairs: Sequence[tuple[Job, Recipe]], device: Device, progress: Pr
 
 
 def _check(job: Job, recipe: Recipe, device: Device, progress: Progress, ranks: Ranks) -> None:
-    folder, cure = job.partial, "memory or disk have failed; merge again with --restart"
+    folder, cure = job.partial, "memory or disk has failed; merge again with --restart"
     if not folder.is_dir():
         folder, cure = job.out, "remove it and merge again"
     found = compare(
@@ -267,35 +267,34 @@ def _check(job: Job, recipe: Recipe, device: Device, progress: Progress, ranks: 
     def refuse_foreign() -> None:
         foreign = [name for name in found.not_of_the_merge if name != journal.JOURNAL]
         if foreign and folder == job.partial:
-            raise OutputError(f"{shown(folder / foreign[0])} is none of the merge; {cure}")
+            raise OutputError(f"{shown(folder / foreign[0])} is not part of the merge; {cure}")
 
     together(ranks, refuse_foreign)
 
 
 def check_unfinished(partial: Path, recipe: Mapping[str, Any]) -> None:
-    """Refuse to build over something that is not this very merge."""
+    """Raise OutputError if OUT.partial holds anything but this merge."""
     if not paths.is_occupied(partial):
         return
     found = journal.unfinished(partial)
     if found is None:
         if [entry.name for entry in partial.iterdir()] == [journal.JOURNAL + ".new"]:
-            return  # cut off before anything else was written
+            return  # killed before anything else was written
         if paths.is_whole(partial, to_json(recipe), {}):
             return
         raise OutputError(
-            f"{shown(partial)} is there and is not a merge under way; move it away, or --restart, which removes what is"
-            " in it"
+            f"{shown(partial)} exists and is not an unfinished merge; move it away, or --restart, which empties it"
         )
     changes = differences(without_places(found), without_places(recipe))
     if changes:
         raise OutputError(
             f"{shown(partial)} is an unfinished merge of another recipe ({'; '.join(changes[:3])}"
-            f"{'; …' if len(changes) > 3 else ''}); finish that one, or --restart to begin anew"
+            f"{'; …' if len(changes) > 3 else ''}); finish that one, or --restart to start over"
         )
 
 
 def _write_side(plan: Plan, folder: Path, recipe: Mapping[str, Any], records: Records) -> None:
-    """Write everything beside the safetensors files; the recipe last, since its presence says: whole."""
+    """Write all files beside the safetensors files; the recipe last, as it marks a complete folder."""
     for path, (_, source) in plan.side.items():
         assert source is not None
         direct_io.copy_file(source, folder / path)
