@@ -81,7 +81,7 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--sparsify", "nonsense"], "sparsify is 'nonsense'"),
             (["--layer-factors", "lines:1"], "layer factors 'lines:1' are not understood"),
             (["--shrink", "0.5"], "and none is given"),
-            (["--train", "true"], "the training command has no {output}"),
+            (["--train", "true"], "the train command has no {output}"),
             (["--rounds", "0"], "0 is not in the range"),
         ]
     ),

@@ -290,12 +290,12 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "quantised": (quantised, "'norm.w' of the model is Params4bit; quantised"),
     "meta": (lambda: fresh().to("meta"), "'embed_tokens.weight' of the model is on the meta device"),
     "zero3": (lambda: marked("ds_id"), "parameter 'h.0.w' has `ds_id`: DeepSpeed ZeRO-3 keeps master weights"),
-    "zero2": (lambda: marked("_hp_mapping"), "`_hp_mapping`: DeepSpeed keeps master weights of its own"),
+    "zero2": (lambda: marked("_hp_mapping"), "`_hp_mapping`: DeepSpeed keeps master weights"),
     "megatron": (lambda: marked("main_param"), "Megatron's mixed-precision optimizer keeps master weights"),
     "deepspeed": (deepspeed, r"the model is DeepSpeed's \(DeepSpeedEngine\)"),
-    "shared": (sharing, "'h.0.b' and 'norm.w' of the model share a part of their memory"),
-    "expanded": (lambda: put(fresh(), lambda n, t: t[:1].expand(8) if n == "norm.w" else t), "holds some elements sev"),
-    "no tensor": (lambda: WithScales(SFT), "the model's state holds '_extra_state', a dict and no tensor"),
+    "shared": (sharing, "'h.0.b' and 'norm.w' of the model share part of their memory"),
+    "expanded": (lambda: put(fresh(), lambda n, t: t[:1].expand(8) if n == "norm.w" else t), "repeats elements"),
+    "no tensor": (lambda: WithScales(SFT), "the model's state holds '_extra_state', a dict, not a tensor"),
     "copies": (lambda: hooked(lambda s: s.update({"norm.w": s["norm.w"].clone()})), "'norm.w' is made by a hook of"),
     "hidden": (lambda: hooked(lambda s: s.pop("norm.w")), "'norm.w' is left out of the model's state_dict"),
     "inference": (inference, "'embed_tokens.weight' of the model was made in inference mode"),
@@ -372,7 +372,7 @@ def test_wrappers_of_distributed_training(folder: Path, expected: State) -> None
     replicated = nn.parallel.DistributedDataParallel(fresh())
     merge_into(replicated, folder / "base", start=folder / "start", **OPTIONS)
     assert_is(replicated, {f"module.{name}": tensor for name, tensor in expected.items()})
-    with pytest.raises(MismatchError, match=r"FullyShardedDataParallel \(FSDP1\), whose flat parameters are not"):
+    with pytest.raises(MismatchError, match=r"FullyShardedDataParallel \(FSDP1\): its flat parameters cannot"):
         merge_into(
             FullyShardedDataParallel(Model({"w": torch.ones(4)}), device_id=torch.device("cpu")), folder / "base"
         )
@@ -408,7 +408,7 @@ def test_a_base_that_is_cut_off_on_the_way(late: bool, tmp_path: Path) -> None:
     if not late:
         refused(model, base, "was changed or cut off|was written, or removed", CheckpointError, progress=cut)
         return
-    match = "failed when parts of the model had been written: .*; load the model again, from its last checkpoint"
+    match = "failed after parts of the model were written: .*; load the model again, from its last checkpoint"
     with pytest.raises(PartialMergeError, match=match) as told:
         merge_into(model, base, progress=cut)
     assert isinstance(told.value.__cause__, CheckpointError)

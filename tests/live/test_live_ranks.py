@@ -95,7 +95,7 @@ def test_shards_of_shards(mesh: tuple[int, ...], rest: list[Placement]) -> None:
 def test_placements_that_are_refused() -> None:
     for ranks in on_each_rank((2, 2)):
         strange: list[tuple[list[Placement], str]] = [
-            ([Partial(), Replicate()], "is partial: its ranks hold summands"),
+            ([Partial(), Replicate()], "is partial: ranks hold summands"),
             ([_StridedShard(0, split_factor=2), Shard(0)], "does not divide into 2 x 2 equal parts"),
         ]
         for placements, match in strange:
@@ -154,7 +154,7 @@ def test_what_one_rank_refuses_all_do(world: int, ranks: Path) -> None:
     *others, last = [torch.load(ranks / f"{world}-refused-{rank}.pt") for rank in range(world)]
     assert "NonFiniteError: tensor '" in last["nan"][0]
     assert "CheckpointError: base" in last["base"][0]
-    late = "PartialMergeError: the merge failed when parts of the model had been written"
+    late = "PartialMergeError: the merge failed after parts of the model were written"
     assert last["disk"][0].startswith(f"{late}: the disk is gone; load the model again")
     for each in others:
         for case in ("nan", "base"):

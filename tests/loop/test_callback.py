@@ -154,7 +154,7 @@ def test_adapters_are_merged_when_asked(base: Path, tmp_path: Path, caplog: pyte
     model = adapted(base)
     each = trainer(model, tmp_path, callback)
     train(each)
-    assert "trainer.save_model now saves the merged LlamaForCausalLM, and no adapter" in caplog.text
+    assert "trainer.save_model now saves the merged LlamaForCausalLM, not an adapter" in caplog.text
     callback.model.save_pretrained(tmp_path / "by-callback")
     each.save_model(str(tmp_path / "by-trainer"))
     each.accelerator.unwrap_model(each.model).save_pretrained(tmp_path / "unwrapped")
@@ -188,7 +188,7 @@ def test_adapters_that_cannot_be_merged_are_refused_before_the_first_step(base: 
         ({"every": 0}, "every is 0"),
         ({"every": True}, "every is True"),
         ({"every": "epoch"}, "give reference='base'"),
-        ({"every": 3, "reference": "base", "merge_adapter": True}, "an adapter can be merged at the end only"),
+        ({"every": 3, "reference": "base", "merge_adapter": True}, "an adapter can only be merged at the end"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(options: dict[str, Any], match: str) -> None:

@@ -74,7 +74,7 @@ def test_a_filesystem_without_locks(base: str, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(fcntl, "flock", flock)
     told: list[str] = []
     run_loop(asked(base, rounds=1), "run", tell=told.append)
-    assert told[0] == "note: the filesystem of run has no locks: see to it that no other loop runs there"
+    assert told[0] == "note: the filesystem of run has no locks: make sure that no other loop runs there"
 
 
 # --- the command itself

@@ -59,13 +59,13 @@ def test_a_loop_that_is_done_does_nothing_and_may_get_more_rounds(base: str) -> 
 
 def test_more_rounds_of_a_line_are_other_numbers(base: str) -> None:
     run_loop(asked(base, rounds=2, alpha="linear:0.2,0.8"), "run")
-    with pytest.raises(OutputError, match="alpha of the rounds before, as there are more rounds now"):
+    with pytest.raises(OutputError, match="alpha of earlier rounds, now that there are more"):
         run_loop(asked(base, rounds=3, alpha="linear:0.2,0.8"), "run")
 
 
 def test_more_rounds_of_a_list_are_the_same_numbers_and_more(base: str) -> None:
     run_loop(asked(base, rounds=2, alpha="0.3,0.5"), "run")
-    with pytest.raises(OutputError, match="alpha of the rounds before, as there are more rounds now"):
+    with pytest.raises(OutputError, match="alpha of earlier rounds, now that there are more"):
         run_loop(asked(base, rounds=3, alpha="0.3,0.6,0.7"), "run")
     assert run_loop(asked(base, rounds=3, alpha="0.3,0.5,0.7"), "run").alphas == {"0": 0.3, "1": 0.5, "2": 0.7}
 
@@ -189,8 +189,8 @@ def test_a_command_that_makes_no_model_is_told(base: str) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (None, "cannot be read: No such file"), ("{", "is not JSON"), ("[1]", "is no JSON object with numbers"),
-        ('{"a": "b"}', "is no JSON object with numbers"), ('{"a": NaN}', "'a' is nan"),
+        (None, "cannot be read: No such file"), ("{", "is not JSON"), ("[1]", "is not a JSON object with numbers"),
+        ('{"a": "b"}', "is not a JSON object with numbers"), ('{"a": NaN}', "'a' is nan"),
         ('{"a": 1' + "0" * 400 + "}", "'a' is inf"),
         ('{"other": 1}', "has no 'score', which the gate asks for, but other"),
     ],

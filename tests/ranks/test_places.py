@@ -50,8 +50,8 @@ def test_places() -> None:
 @pytest.mark.parametrize(
     ("kind", "environment", "message"),
     [
-        ("torchrun", {}, "--ranks torchrun is given, but RANK is not set; start this command by torchrun"),
-        ("slurm", {}, "--ranks slurm is given, but SLURM_PROCID is not set; start this command by srun"),
+        ("torchrun", {}, "--ranks torchrun is given, but RANK is not set; start this command with torchrun"),
+        ("slurm", {}, "--ranks slurm is given, but SLURM_PROCID is not set; start this command with srun"),
         ("slurm", SLURM | {"SLURM_NTASKS": "4(x2)"}, r"SLURM_NTASKS is '4\(x2\)', which is not a number"),
         ("slurm", SLURM | {"SLURM_JOB_NODELIST": ""}, "finds no SLURM_JOB_NODELIST"),
     ],

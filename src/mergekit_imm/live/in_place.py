@@ -1,4 +1,4 @@
-"""Merge tensors in the memory they are in, a span of elements at a time: read, computed, and written if asked."""
+"""Merge tensors in place, one span of elements at a time: read, compute and, if asked, write."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ from ..plan.advice import Advice
 from ..plan.plan import Item
 from .local_shards import Run, lines, origins
 
-STEP = 1 << 18  # elements at a time: of base, start, model and result at most 2 MiB each
-GAP = 4 * BLOCK  # more elements than these that are not here are not computed
+STEP = 1 << 18  # elements per span: at most 2 MiB each of base, start, model and result
+GAP = 4 * BLOCK  # elements; a larger gap splits a span
 
 
 @dataclass(frozen=True)
 class Job:
-    """What happens to a tensor of the base's, and the one of the model's that it becomes, in that one's dtype."""
+    """A planned item, and the model's tensor that receives the result, in its own dtype."""
 
     item: Item
     target: Tensor
 
     @property
     def raw(self) -> bool:
-        """Whether bytes are copied or compared as they are."""
+        """Whether bytes are copied or compared without conversion."""
         base = self.item.sides["base"]
         return self.item.action == "copy" or (self.item.action == "keep" and base.dtype == self.target.dtype)
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Consecutive elements of a tensor that are here, but for small gaps."""
+    """Elements of a tensor that this process holds, consecutive but for small gaps."""
 
     job: Job
     runs: tuple[Run, ...]
 
     @property
     def low(self) -> int:
-        """The first element that is computed."""
+        """The first element to compute."""
         return self.runs[0].first // BLOCK * BLOCK
 
     @property
     def count(self) -> int:
-        """How many are computed."""
+        """The number of elements to compute."""
         return self.runs[-1].first + self.runs[-1].count - self.low
 
     @property
     def here(self) -> int:
-        """How many of them are here."""
+        """How many of them this process holds."""
         return sum(run.count for run in self.runs)
 
 
@@ -82,7 +82,7 @@ _CONVERT = arithmetic(alpha=1.0, drop=0.0)
 
 
 class Work:
-    """All that is to be computed here, once to see that it can be written, and once to write it."""
+    """The work of this process, run twice: first to check every value, then to write."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Work:
         self.total = 2 * sum(_bytes(span) for span in _spans(jobs)) if progress is not None else 0
 
     def run(self, *, write: bool) -> None:
-        """Compute all, and write it if asked. Raises NonFiniteError, MismatchError, CheckpointError."""
+        """Compute everything; write it if `write`. Raises NonFiniteError, MismatchError, CheckpointError."""
         with Files(self.inputs) as files:
 
             def worker() -> Callable[[_Span], int]:
@@ -125,7 +125,7 @@ class Work:
         return _bytes(span)
 
     def _read(self, role: str, side: Tensor, span: _Span, buffer: Raw, files: Files) -> Raw:
-        """Fill a buffer with the elements of a span, the sft's from the target; those that are not here are zeros."""
+        """Read the elements of a span (the sft's from the model) into a buffer; zeros where this process holds none."""
         width = DTYPE_BITS[side.dtype] // 8
         raw = buffer[: span.count * width]
         if span.here < span.count:
@@ -173,15 +173,15 @@ class Work:
             instead = f", or use the {other}'s with {cure}" if cure else ""
             raise NonFiniteError(
                 f"tensor '{shown(item.name)}' of {self.inputs[role].label} is NaN or infinite at index"
-                f" {span.low + int(np.argmin(good))} ({int((~good).sum())} such elements near it); go back to a model"
-                f" without, or let them through with allow_nonfinite{instead}"
+                f" {span.low + int(np.argmin(good))} ({int((~good).sum())} such elements near it); use a model"
+                f" without, or accept them with allow_nonfinite{instead}"
             )
         overflown = ~finite_elements(*out) & np.logical_and.reduce(list(finite.values()))
         if overflown.any():
             element = span.low + int(np.argmax(overflown))
             raise NonFiniteError(
                 f"tensor '{shown(item.name)}': the merged value of element {element} is too large for the model's"
-                f" dtype {out[1]}; use a model of a wider one"
+                f" dtype {out[1]}; use a model with a wider dtype"
             )
 
     def _check_equal(self, span: _Span, base: Raw, buffer: Raw, files: Files) -> None:
@@ -205,7 +205,7 @@ def _bytes(span: _Span) -> int:
 
 
 def _elements(raw: Raw, at: int, like: torch.Tensor) -> torch.Tensor:
-    """Return those elements of a buffer, from `at` on, that are these of a tensor's, as a tensor of its dtype."""
+    """View the elements of a buffer from `at` on as a tensor of the length and dtype of `like`."""
     width = like.element_size()
     return torch.from_numpy(raw[at * width : (at + len(like)) * width]).view(like.dtype)
 

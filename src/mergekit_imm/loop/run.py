@@ -1,4 +1,4 @@
-"""Rounds of training and merging, by the user's commands, that go on where they stopped (IMM)."""
+"""Run rounds of training (the user's commands) and merging; resumable at every step (IMM)."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from .state import (
 
 Tell = Callable[[str], None]
 BASELINE = "baseline"  # the same rounds without merges
-_BUSY = "is in use: a loop runs there, or a command that one began and that lives on; wait for it, or end it"
+_BUSY = "is in use: a loop runs there, or a command that it started still does; wait for it, or end it"
 
 
 class _Run:
-    """A loop under way: where it is, how far it has come, how it speaks."""
+    """A loop in progress: its folder, its state, and its output callbacks."""
 
     def __init__(self, folder: Path, held: int | None, state: State, echo: Echo | None, tell: Tell | None) -> None:
         self.folder, self.held, self.state, self.echo = folder, held, state, echo
@@ -55,21 +55,21 @@ class _Run:
         return step in self.state.done
 
     def finish(self, step: str, **changes: Any) -> None:
-        """Record that a step is done, on the disk."""
+        """Record on disk that a step is done."""
         self.state = after(self.state, step, **changes)
         save(self.state, self.folder)
 
     def place(self, number: int, name: str = "", chain: str = "") -> Path:
-        """Where a round is, or something of it."""
+        """Return the folder of a round, or a path in it."""
         folder = self.folder / chain / f"round-{number}"
         return folder / name if name else folder
 
     def start(self, number: int) -> str:
-        """The model that a round starts from."""
+        """Return the model that a round starts from."""
         return str(self.place(number - 1, "merged")) if number else self.settings.base
 
     def anchor(self, number: int) -> str:
-        """The model that a round is pulled back to."""
+        """Return the model that a round is pulled back to."""
         kept = decay(self.settings.anchor)
         if kept == 1 or number == 0:
             return self.settings.base
@@ -77,24 +77,24 @@ class _Run:
 
 
 def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, tell: Tell | None = None) -> State:
-    """Run a loop to its end, from where it is: generate, train, merge and evaluate, round after round.
+    """Run or resume a loop to its end: generate, train, merge and evaluate, round after round.
 
         tuned_t  = start_t + DARE(sft_t - start_t)                            start_0 = base, start_t+1 = merged_t
         merged_t = alpha_t * anchor_t + (1 - alpha_t) * tuned_t               (Eq. 6, with anchor_t = base)
 
-    The anchor is the base in each round (the paper), `previous` (start_t), or `ema:d`: anchor_t+1 = d * anchor_t +
-    (1 - d) * merged_t. Each finished step is recorded in RUN/loop.json; called again with the same settings it goes on
-    with the step that was not finished. With a gate, a round is accepted if its metric is not more than `tolerance`
-    below that of the last accepted model (begin the name with - where less is better); else it is merged again with
-    each alpha of `retry`, and if none is accepted, the loop ends there. `echo` gets what the commands say, `tell` a
-    line for each step. Returns the state at its end. Raises CommandError if a command fails, and what merges raise.
+    The anchor is the base in every round (the paper), `previous` (start_t), or `ema:d`: anchor_t+1 = d * anchor_t +
+    (1 - d) * merged_t. Finished steps are recorded in RUN/loop.json; called again with the same settings, the loop
+    resumes at the first unfinished step. With a gate, a round is accepted if its metric is at most `tolerance` below
+    that of the last accepted model (prefix the name with - if less is better); else it is merged again with each alpha
+    of `retry`, and the loop stops if none is accepted. `echo` receives the commands' output, `tell` a line per step.
+    Returns the final state. Raises CommandError if a command fails, and whatever merges raise.
     """
     folder = expanded(run)
-    if settings.base.startswith("~"):  # commands get it in quotes
+    if settings.base.startswith("~"):  # commands get it quoted
         settings = replace(settings, base=str(Path(settings.base).expanduser()))
     if not is_utf8(str(folder)):
         raise OutputError(f"the path {shown(folder)} is not valid UTF-8; give another folder")
-    # Refuse now, and not after hours of training.
+    # Refuse now, not after hours of training.
     if load(folder) is None:
         check_commands(settings)
     _check_merges(settings)
@@ -106,21 +106,21 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
             under_way = _Run(folder, held, begin(folder, settings), echo, tell)
             if held is None:
                 under_way.tell(
-                    f"note: the filesystem of {shown(folder)} has no locks: see to it that no other loop runs there"
+                    f"note: the filesystem of {shown(folder)} has no locks: make sure that no other loop runs there"
                 )
             _go_on(under_way)
             return under_way.state
 
 
 def _go_on(run: _Run) -> None:
-    """Do what is left."""
+    """Run the remaining steps."""
     if run.settings.evaluate is not None and not run.has("base/evaluate"):
         _evaluate(run, "base/evaluate", "base", run.settings.base, 0, run.folder / "base.json")
     for number in range(run.settings.rounds):
         _round(run, number)
         if run.settings.baseline:
             _plain_round(run, number)
-        if run.has(f"{number}/stop"):  # the last accepted model is that of the round before: it stays
+        if run.has(f"{number}/stop"):  # keep the round before: it has the last accepted model
             return
         if run.settings.keep_rounds is not None and not run.has(f"{number}/remove"):
             _remove(run, number - run.settings.keep_rounds)
@@ -128,7 +128,7 @@ def _go_on(run: _Run) -> None:
 
 
 def _round(run: _Run, number: int) -> None:
-    """Generate, train, merge and evaluate, as far as it is not done; with a gate, until a merge is accepted."""
+    """Run the unfinished steps of a round: generate, train, merge, evaluate; with a gate, until a merge is accepted."""
     settings = run.settings
     if run.has(f"{number}/accept") or run.has(f"{number}/stop"):
         return
@@ -149,12 +149,14 @@ def _round(run: _Run, number: int) -> None:
             run.finish(f"{number}/accept", model=str(merged))
             return
         run.tell(f"round {number}: not accepted with alpha {alpha:g}: {closed}")
-    run.finish(f"{number}/stop", stopped=f"round {number} was not accepted: {closed}; the model before it is the last")
+    run.finish(
+        f"{number}/stop", stopped=f"round {number} was not accepted: {closed}; the model before it is the last"
+    )
 
 
 def _plain_round(run: _Run, number: int) -> None:
-    """The same round without merges, for comparison: it starts from the sft of the round before."""
-    if number == 0:  # with the same start: it is the same
+    """Run a round of the baseline, which has no merges: it starts from the sft of the round before."""
+    if number == 0:  # the same as the first round of the loop
         return
     start = run.place(0, "sft") if number == 1 else run.place(number - 1, "sft", BASELINE)
     _train(run, number, str(start), BASELINE)
@@ -164,7 +166,7 @@ def _plain_round(run: _Run, number: int) -> None:
 
 
 def _train(run: _Run, number: int, start: str, chain: str) -> None:
-    """Generate and train, from a model."""
+    """Generate data and train, starting from a model."""
     settings, of = run.settings, f" {chain}" if chain else ""
     data, sft = run.place(number, "data", chain), run.place(number, "sft", chain)
     direct_io.make_folder(run.place(number, chain=chain))
@@ -182,7 +184,7 @@ def _train(run: _Run, number: int, start: str, chain: str) -> None:
 
 
 def _check_merges(settings: Settings) -> None:
-    """Raise MergeError for a base, or for options of the merges, that would be refused after a training."""
+    """Raise MergeError for a base or merge options that the merges would refuse after training."""
     drop = parse_schedule(settings.drop, settings.rounds)
     points = [
         {"alpha": alpha, "drop": drop(number)}
@@ -193,45 +195,55 @@ def _check_merges(settings: Settings) -> None:
 
 
 def _command(run: _Run, template: str, values: Mapping[str, str], what: str, number: int, place: Path) -> None:
-    """Run one of the user's commands; its log is beside what it makes."""
+    """Run one of the user's commands; its log goes next to its output."""
     command = filled(template, values)
     run.tell(f"round {number}: {what}: {command}")
     kind, _, chain = what.partition(" ")
-    told = f"the {kind} command of round {number}{f' ({chain})' if chain else ''}"
+    name = f"the {kind} command of round {number}{f' ({chain})' if chain else ''}"
     log = place.with_name(f"{kind}.log")
-    run_command(told, command, log, held=run.held, echo=run.echo)
+    run_command(name, command, log, held=run.held, echo=run.echo)
 
 
 def _merge(run: _Run, number: int, alpha: float) -> None:
-    """Merge a round, and make its anchor if that moves."""
+    """Merge a round; first update a moving anchor."""
     settings = run.settings
     kept = decay(settings.anchor)
     if number and kept not in (0, 1):
         before, merged = run.anchor(number - 1), run.start(number)
         run.tell(f"round {number}: anchor: {kept:g} x {before} + {1 - kept:g} x {merged}")
         merge_checkpoints(
-            before, merged, run.place(number, "anchor"), alpha=kept, drop=0, iteration=number, overwrite=True,
+            before,
+            merged,
+            run.place(number, "anchor"),
+            alpha=kept,
+            drop=0,
+            iteration=number,
+            overwrite=True,
             vocab=settings.options.get("vocab", "strict"),
-            dtype="float32",  # what a round moves it by is below the steps of 16 bits
-        )  # fmt: skip
+            dtype="float32",  # a round may move it by less than the resolution of 16-bit floats
+        )
     anchor, start = run.anchor(number), run.start(number)
     drop = parse_schedule(settings.drop, settings.rounds)(number)
     run.tell(f"round {number}: merge: alpha {alpha:g}, drop {drop:g}, anchor {anchor}")
     dtype = settings.options.get("dtype", "base")
     if dtype == "base" and anchor not in (settings.base, start):
-        dtype = "start"  # the merged model before it, which has the base's
+        dtype = "start"  # the previous merged model, which has the base's dtypes
     report = merge_checkpoints(
-        anchor, run.place(number, "sft"), run.place(number, "merged"), start=start if start != anchor else None,
-        overwrite=True, **{**settings.options, "iteration": number, "alpha": alpha, "drop": drop, "dtype": dtype},
-    )  # fmt: skip
+        anchor,
+        run.place(number, "sft"),
+        run.place(number, "merged"),
+        start=start if start != anchor else None,
+        overwrite=True,
+        **{**settings.options, "iteration": number, "alpha": alpha, "drop": drop, "dtype": dtype},
+    )
     for note in report.notes:
         run.tell(note)
-    for name in (RECIPE_FILE, REPORT_FILE):  # they stay when the model is removed
+    for name in (RECIPE_FILE, REPORT_FILE):  # they outlive the model
         direct_io.write_file(run.place(number, name), (run.place(number, "merged") / name).read_bytes())
 
 
 def _evaluate(run: _Run, step: str, key: str, model: str, number: int, path: Path) -> None:
-    """Measure a model: the numbers that the evaluate command writes, nested ones by their path."""
+    """Evaluate a model and record the numbers that the command writes; nested ones under dotted names."""
     settings = run.settings
     assert settings.evaluate is not None
     path.unlink(missing_ok=True)
@@ -274,15 +286,17 @@ def _metrics(path: Path) -> dict[str, float]:
 
     collect(content, "")
     if not isinstance(content, dict) or not found:
-        raise CheckpointError(f"{shown(path)}, which the evaluate command wrote, is no JSON object with numbers in it")
+        raise CheckpointError(
+            f"{shown(path)}, which the evaluate command wrote, is not a JSON object with numbers in it"
+        )
     wrong = next((key for key, value in found.items() if not math.isfinite(value)), None)
     if wrong is not None:
-        raise CheckpointError(f"{shown(path)}: '{shown(wrong)}' is {found[wrong]}, no number to compare")
+        raise CheckpointError(f"{shown(path)}: '{shown(wrong)}' is {found[wrong]}, which cannot be compared")
     return found
 
 
 def _closed(state: State, number: int) -> str:
-    """Say why the gate does not let a round through; nothing if it does."""
+    """Return why the gate refuses a round; "" if it accepts."""
     gate = state.settings.gate
     if gate is None:
         return ""
@@ -296,7 +310,7 @@ def _closed(state: State, number: int) -> str:
 
 
 def _remove(run: _Run, last: int) -> None:
-    """Remove the models of a round and all before it; recipes, metrics and logs stay."""
+    """Remove the models of all rounds up to `last`; recipes, metrics and logs stay."""
     for number in range(last + 1):
         for chain in ("", BASELINE):
             for path in (run.place(number, name, chain) for name in ("data", "sft", "merged", "anchor")):
