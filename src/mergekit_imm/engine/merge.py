@@ -21,7 +21,7 @@ from ..plan.open_inputs import check_platform, open_inputs, places_of
 from ..plan.plan import Item, Plan, segments
 from ..ranks.ranks import ALONE, Ranks, together
 from .report import MergeReport
-from .workers import Device, Task, default_workers, pick_device, run
+from .workers import Device, Task, default_workers, pick_device, run_segments
 
 if TYPE_CHECKING:
     import torch
@@ -274,7 +274,7 @@ def _contents(plan: Plan, workers: int, device: Device) -> Iterator[tuple[Item, 
         if tensor.name in contents:  # not under its other names
             memoryview(contents[tensor.name])[first : first + len(piece)] = piece
 
-    with closing(run([plan], todo(), sink, workers=workers, device=device, stop=stop)) as results:
+    with closing(run_segments([plan], todo(), sink, workers=workers, device=device, stop=stop)) as results:
         for front, item in enumerate(plan.items):
             while left[front]:
                 done = next(results)

@@ -24,7 +24,7 @@ from ..plan.plan import Plan, segments
 from ..ranks.ranks import ALONE, Ranks, together
 from ..ranks.shares import Share, shares
 from .job import Job, errors_of
-from .workers import Device, Done, Task, run, warm_up
+from .workers import Device, Done, Task, run_segments, warm_up
 
 Recipe = Mapping[str, Any]
 Finished = npt.NDArray[np.bool_]  # one flag per segment of a plan
@@ -193,7 +193,7 @@ def _work(
 
     waiting, synced, looked = 0, time.perf_counter(), time.perf_counter()
     # Stop the workers before the files close: a descriptor may be reused.
-    with closing(run(plans, todo(), sink, workers=jobs[0].workers, device=device)) as results:
+    with closing(run_segments(plans, todo(), sink, workers=jobs[0].workers, device=device)) as results:
         total = sum(plan.bytes_to_write for plan in plans)
         before, own = _amounts(folders, share) if progress is not None else (0, 0)
         done = 0

@@ -36,7 +36,7 @@ from ..plan.open_inputs import prepared
 from ..plan.plan import Inputs, Plan, segments
 from ..ranks.ranks import ALONE, Ranks, together
 from .report import written_files
-from .workers import Device, default_workers, pick_device, run
+from .workers import Device, default_workers, pick_device, run_segments
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def compare(
 
             total = sum(file.size for file in plan.files)
             todo = ((segment, (0,)) for segment in chosen)
-            results = run([plan], todo, check, workers=workers, device=device)
+            results = run_segments([plan], todo, check, workers=workers, device=device)
             for done in stack.enter_context(closing(results)):
                 if done is not None:
                     records[done.segment.index] = done.records[0]

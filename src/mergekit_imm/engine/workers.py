@@ -102,7 +102,7 @@ def warm_up(plans: Sequence[Plan], device: Device) -> None:
             device.merge(base, start, sft, out, BLOCK, 0, item.key, constants, new_tally())
 
 
-def run(
+def run_segments(
     plans: Sequence[Plan],
     todo: Iterable[Task],
     sink: Sink,
@@ -129,7 +129,7 @@ def run(
 def in_threads(
     todo: Iterable[T], worker: Callable[[], Callable[[T], R]], workers: int, stop: threading.Event | None = None
 ) -> Generator[R | None, None, None]:
-    """Process tasks on threads and yield the results, as `run` does; `worker` makes each thread's function."""
+    """Process tasks on threads and yield the results, as `run_segments` does; `worker` makes each thread's function."""
     source = enumerate(todo)
     turn = threading.Lock()
     stop = stop or threading.Event()

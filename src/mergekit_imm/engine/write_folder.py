@@ -125,7 +125,7 @@ def _build(pairs: Sequence[tuple[Job, Recipe]], device: Device, options: RunOpti
     """Create each job's folder from its plan, or resume an unfinished one.
 
     With `verify`, everything is recomputed and compared before a folder appears. Rank 0 creates, locks and publishes
-    the folders; all ranks write into them. Raises OutputError, VerifyError and what `run` raises. OUT.partial stays for
+    the folders; all ranks write into them. Raises OutputError, VerifyError and what `run_segments` raises. OUT.partial stays for
     the next attempt, unless an input was refused.
     """
     jobs, recipes = [job for job, _ in pairs], [recipe for _, recipe in pairs]
