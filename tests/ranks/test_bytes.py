@@ -82,8 +82,8 @@ def test_no_two_ranks_write_into_one_mib(
 
         return run(plans, todo, named, **options)
 
-    run = workers.run
-    with patch.object(direct_io, "write_at", noted), patch.object(stream, "run", begin):
+    run = workers.run_segments
+    with patch.object(direct_io, "write_at", noted), patch.object(stream, "run_segments", begin):
         paths = folder / "base", folder / "sft", folder / "out"
         results = by_threads(size, lambda ranks: merge_checkpoints(*paths, ranks=ranks, workers=1))
     assert not [each for each in results if isinstance(each, BaseException)]

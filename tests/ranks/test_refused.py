@@ -67,7 +67,7 @@ def test_all_stop_when_one_meets_an_infinite_value(tmp_path: Path, monkeypatch: 
     state = random_state(SHAPES, seed=1) | {"steps": torch.arange(3)}
     state["lm_head.weight"][-1, -1] = torch.inf
     write_model(tmp_path / "sft", state, config=CONFIG)
-    run, seen = workers.run, []
+    run, seen = workers.run_segments, []
 
     def slowed(*arguments: Any, **options: Any) -> Iterator[Any]:
         for result in run(*arguments, **options):
@@ -78,7 +78,7 @@ def test_all_stop_when_one_meets_an_infinite_value(tmp_path: Path, monkeypatch: 
                 seen.append(result)
             yield result
 
-    with patch("mergekit_imm.engine.stream.run", slowed):
+    with patch("mergekit_imm.engine.stream.run_segments", slowed):
         failed = merged_by(3, workers=1)
     assert all(isinstance(each, NonFiniteError) for each in failed)
     # Two ranks may compute the piece, which lies across a cut.

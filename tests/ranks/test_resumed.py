@@ -22,7 +22,7 @@ from merging_ranks import Run, merged_by
 
 def stopped_after(count: int) -> Run:
     """`run`, which ends after so many segments, as if the process did."""
-    run = workers.run
+    run = workers.run_segments
 
     def stopped(*arguments: Any, **options: Any) -> Iterator[Any]:
         for number, result in enumerate(each for each in run(*arguments, **options) if each is not None):
@@ -36,7 +36,10 @@ def stopped_after(count: int) -> Run:
 @pytest.mark.parametrize("sizes", [(1, 3), (3, 1), (3, 2), (2, 5)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_another_number_of_ranks_goes_on(pair: Path, case: Path, sizes: tuple[int, int]) -> None:
-    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1), patch("mergekit_imm.engine.stream.run", stopped_after(2)):
+    with (
+        patch("mergekit_imm.engine.stream.SYNC_BYTES", 1),
+        patch("mergekit_imm.engine.stream.run_segments", stopped_after(2)),
+    ):
         stopped = merged_by(sizes[0], workers=1)
     assert all(isinstance(each, KeyboardInterrupt) for each in stopped)
     assert {path.name for path in (case / "out.partial").glob(".imm_journal*")} == {
@@ -60,14 +63,17 @@ def test_a_piece_is_recorded_only_when_all_ranks_have_written_their_part(pair: P
             raise KeyboardInterrupt
         yield from stopped(*arguments, **options)
 
-    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1), patch("mergekit_imm.engine.stream.run", run):
+    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1), patch("mergekit_imm.engine.stream.run_segments", run):
         merged_by(2, workers=1)
     merge_checkpoints("base", "sft", "out", drop=0.9)
     assert files_of(case / "out") == files_of(pair / "one")
 
 
 def test_journals_of_other_merges_are_not_believed(pair: Path, case: Path) -> None:
-    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1), patch("mergekit_imm.engine.stream.run", stopped_after(2)):
+    with (
+        patch("mergekit_imm.engine.stream.SYNC_BYTES", 1),
+        patch("mergekit_imm.engine.stream.run_segments", stopped_after(2)),
+    ):
         merged_by(2, workers=1, alpha=0.25)
         strange = (case / "out.partial" / ".imm_journal-1").read_bytes()
         merged_by(2, workers=1, restart=True)
