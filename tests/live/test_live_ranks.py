@@ -27,7 +27,7 @@ from checkpoints import State, random_state, same_bits, write_model
 from commands import HUNG
 from live_ranks import WORLDS
 from mergekit_imm import MismatchError, merge_into  # fmt: skip
-from mergekit_imm.live.in_place import Job, _spans
+from mergekit_imm.live.in_place import TensorUpdate, _spans
 from mergekit_imm.live.local_shards import lines, live_tensors
 from mergekit_imm.ranks.ranks import ALONE
 from modules import SHAPES, Model, fresh, naive, put, state_of, write_models
@@ -72,7 +72,7 @@ def assert_placed(mesh: tuple[int, ...], placements: list[Placement], shapes: di
         for name, live in live_tensors(model).items():
             assert live.shape == shapes[name]
             found: dict[int, float] = {}
-            for span in _spans([Job(None, live)]):  # type: ignore[arg-type]
+            for span in _spans([TensorUpdate(None, live)]):  # type: ignore[arg-type]
                 for run in span.runs:
                     for at, elements in lines(run):
                         found |= {run.first + at + i: value for i, value in enumerate(elements.tolist())}

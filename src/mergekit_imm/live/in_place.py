@@ -28,7 +28,7 @@ GAP = 4 * BLOCK  # elements; a larger gap splits a span
 
 
 @dataclass(frozen=True)
-class Job:
+class TensorUpdate:
     """A planned item, and the model's tensor that receives the result, in its own dtype."""
 
     item: Item
@@ -45,7 +45,7 @@ class Job:
 class _Span:
     """Elements of a tensor that this process holds, consecutive but for small gaps."""
 
-    job: Job
+    update: TensorUpdate
     runs: tuple[Run, ...]
 
     @property
@@ -64,18 +64,18 @@ class _Span:
         return sum(run.count for run in self.runs)
 
 
-def _spans(jobs: Sequence[Job]) -> Iterator[_Span]:
-    for job in jobs:
-        for first in range(0, job.target.count, STEP):
+def _spans(updates: Sequence[TensorUpdate]) -> Iterator[_Span]:
+    for update in updates:
+        for first in range(0, update.target.count, STEP):
             span: list[Run] = []
-            found = origins(job.target, first, min(first + STEP, job.target.count))
+            found = origins(update.target, first, min(first + STEP, update.target.count))
             for run in sorted(found, key=lambda run: run.first):
                 if span and run.first - span[-1].first - span[-1].count > GAP:
-                    yield _Span(job, tuple(span))
+                    yield _Span(update, tuple(span))
                     span = []
                 span.append(run)
             if span:
-                yield _Span(job, tuple(span))
+                yield _Span(update, tuple(span))
 
 
 _CONVERT = arithmetic(alpha=1.0, drop=0.0)
@@ -88,13 +88,13 @@ class Work:
         self,
         inputs: Mapping[str, Checkpoint],
         options: MergeOptions,
-        jobs: Sequence[Job],
+        updates: Sequence[TensorUpdate],
         workers: int,
         progress: Progress | None,
     ) -> None:
-        self.inputs, self.options, self.jobs, self.workers = inputs, options, jobs, workers
+        self.inputs, self.options, self.updates, self.workers = inputs, options, updates, workers
         self.progress, self.done = progress, 0
-        self.total = 2 * sum(_bytes(span) for span in _spans(jobs)) if progress is not None else 0
+        self.total = 2 * sum(_bytes(span) for span in _spans(updates)) if progress is not None else 0
 
     def run(self, *, write: bool) -> None:
         """Compute everything; write it if `write`. Raises NonFiniteError, MismatchError, CheckpointError."""
@@ -104,7 +104,7 @@ class Work:
                 buffers = np.empty((4, STEP + BLOCK, 8), np.uint8).reshape(4, -1)
                 return lambda span: self._process(span, buffers, files, write)
 
-            with closing(in_threads(_spans(self.jobs), worker, self.workers)) as results:
+            with closing(in_threads(_spans(self.updates), worker, self.workers)) as results:
                 for nbytes in results:
                     self.done += nbytes or 0
                     if self.progress is not None:
@@ -112,8 +112,8 @@ class Work:
         check_inputs(self.inputs)
 
     def _process(self, span: _Span, buffers: Raw, files: Files, write: bool) -> int:
-        item = span.job.item
-        if span.job.raw:
+        item = span.update.item
+        if span.update.raw:
             out = self._read("base", item.sides["base"], span, buffers[0], files)
             if item.action == "copy":
                 self._check_equal(span, out, buffers[1], files)
@@ -143,7 +143,7 @@ class Work:
     def _merge(self, span: _Span, buffers: Raw, files: Files) -> Raw:
         from ..numerics.cpu import merge_span
 
-        item, target = span.job.item, span.job.target
+        item, target = span.update.item, span.update.target
         sides = item.sides if item.action == "merge" else {"base": item.sides["base"]}
         raws = {
             role: (self._read(role, side, span, buffer, files), side.dtype)
@@ -163,7 +163,7 @@ class Work:
     def _look_closer(self, span: _Span, raws: Mapping[str, tuple[Raw, str]], out: tuple[Raw, str]) -> None:
         from ..numerics.cpu import finite_elements
 
-        item = span.job.item
+        item = span.update.item
         finite = {role: finite_elements(*raw) for role, raw in raws.items()}
         for role, good in finite.items():
             if good.all() or item.action != "merge" or self.options.allow_nonfinite:
@@ -185,7 +185,7 @@ class Work:
             )
 
     def _check_equal(self, span: _Span, base: Raw, buffer: Raw, files: Files) -> None:
-        item = span.job.item
+        item = span.update.item
         for role, side in item.sides.items():
             if role == "base":
                 continue
@@ -201,7 +201,7 @@ class Work:
 
 
 def _bytes(span: _Span) -> int:
-    return span.here * DTYPE_BITS[span.job.target.dtype] // 8
+    return span.here * DTYPE_BITS[span.update.target.dtype] // 8
 
 
 def _elements(raw: Raw, at: int, like: torch.Tensor) -> torch.Tensor:
@@ -211,7 +211,7 @@ def _elements(raw: Raw, at: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _put(span: _Span, out: Raw) -> None:
-    width = DTYPE_BITS[span.job.target.dtype] // 8
+    width = DTYPE_BITS[span.update.target.dtype] // 8
     for run in span.runs:
         begin = (run.first - span.low) * width
         for at, elements in lines(run):

@@ -41,7 +41,7 @@ from ..plan.open_inputs import (
 )
 from ..plan.plan import Item
 from ..ranks.ranks import ALONE, Ranks, together
-from .in_place import Job, Work
+from .in_place import TensorUpdate, Work
 from .local_shards import Live, Part, is_distributed, live_tensors
 
 COMPARED = 1 << 18  # elements per comparison
@@ -127,22 +127,22 @@ def merge_into(
     _check_same(ranks, lambda: [(name, live.shape, live.dtype, places[id(live)]) for name, live in state.items()])
     equal = _equal_embeddings(state, ranks)
 
-    def planned() -> tuple[dict[str, Checkpoint], MergeOptions, Decided, list[Job]]:
+    def planned() -> tuple[dict[str, Checkpoint], MergeOptions, Decided, list[TensorUpdate]]:
         if any(is_hub_id(ref) for ref in refs.values()):  # check the headers before hours of downloading
             there = _opened(refs, options, dry_run=True)
             _plan(there, model, state, equal, options)
         inputs = without_same_start(_opened(refs, options, dry_run=dry_run))
         here = replace(options, iteration=round_of(inputs)) if iteration is None else options
         inputs, decided = _plan(inputs, model, state, equal, here)
-        return inputs, here, decided, _jobs(decided, inputs["sft"])
+        return inputs, here, decided, _updates(decided, inputs["sft"])
 
-    inputs, here, decided, jobs = together(ranks, planned)
+    inputs, here, decided, updates = together(ranks, planned)
     if dry_run:
         return _report(inputs, here, decided)
     files = [file for each in inputs.values() for file in each.files.values()]
-    actions = [(job.item.name, job.item.action, job.item.constants) for job in jobs]
+    actions = [(update.item.name, update.item.action, update.item.constants) for update in updates]
     _check_same(ranks, lambda: (here, actions, [fingerprint(file) for file in files]))
-    work = Work(inputs, here, jobs, threads, progress)
+    work = Work(inputs, here, updates, threads, progress)
     together(ranks, lambda: work.run(write=False))
     try:
         together(ranks, lambda: work.run(write=True))
@@ -291,9 +291,9 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return all(torch.equal(a.view(torch.uint8), b.to(a.device).view(torch.uint8)) for a, b in pieces)
 
 
-def _jobs(decided: Decided, sft: Checkpoint) -> list[Job]:
+def _updates(decided: Decided, sft: Checkpoint) -> list[TensorUpdate]:
     """Pair each item with the model's tensors it updates, and check that they can hold the result."""
-    jobs = []
+    updates = []
     owners: dict[Hashable, str] = {}
     for item in decided.items:
         group = decided.ties.groups.get(item.name)
@@ -309,8 +309,8 @@ def _jobs(decided: Decided, sft: Checkpoint) -> list[Job]:
             if item.action == "take":
                 continue
             _check_fits(item, target, sft)
-            jobs.append(Job(item, target))
-    return jobs
+            updates.append(TensorUpdate(item, target))
+    return updates
 
 
 def _check_fits(item: Item, target: Side, sft: Checkpoint) -> None:
