@@ -81,7 +81,7 @@ def _spans(updates: Sequence[TensorUpdate]) -> Iterator[_Span]:
 _CONVERT = arithmetic(alpha=1.0, drop=0.0)
 
 
-class Work:
+class InPlaceMerge:
     """The work of this process, run twice: first to check every value, then to write."""
 
     def __init__(

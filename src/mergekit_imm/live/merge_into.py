@@ -41,7 +41,7 @@ from ..plan.open_inputs import (
 )
 from ..plan.plan import Item
 from ..ranks.ranks import ALONE, Ranks, together
-from .in_place import TensorUpdate, Work
+from .in_place import InPlaceMerge, TensorUpdate
 from .local_shards import Live, Part, is_distributed, live_tensors
 
 COMPARED = 1 << 18  # elements per comparison
@@ -142,10 +142,10 @@ def merge_into(
     files = [file for each in inputs.values() for file in each.files.values()]
     actions = [(update.item.name, update.item.action, update.item.constants) for update in updates]
     _check_same(ranks, lambda: (here, actions, [fingerprint(file) for file in files]))
-    work = Work(inputs, here, updates, threads, progress)
-    together(ranks, lambda: work.run(write=False))
+    merge = InPlaceMerge(inputs, here, updates, threads, progress)
+    together(ranks, lambda: merge.run(write=False))
     try:
-        together(ranks, lambda: work.run(write=True))
+        together(ranks, lambda: merge.run(write=True))
     except Exception as error:
         raise PartialMergeError(
             f"the merge failed after parts of the model were written: {error}; load the model again, from its last"
