@@ -35,7 +35,7 @@ SYNC_BYTES, SYNC_SECONDS = 512 << 20, 5.0
 STOP = journal.JOURNAL + ".stop"  # exists once one of several ranks has failed
 
 
-class _Written:
+class _OutputFolder:
     """An output folder in progress: its open files, its journal, and which segments are done."""
 
     def __init__(self, job: Job, own: journal.Journal, finished: Finished, handles: Handles) -> None:
@@ -84,7 +84,7 @@ class _Written:
                 self.pending.clear()
 
 
-def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Written:
+def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _OutputFolder:
     """Create or reopen the files of a folder, preallocated, with a journal for each rank."""
     plan, partial = job.plan, job.partial
     total = sum(item.segment_count for item in plan.items)
@@ -112,12 +112,12 @@ def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Written:
         journal.Journal(partial, recipe, total, rank).close()
     for folder in {(partial / name).parent for name in (*handles, journal.JOURNAL)}:
         direct_io.sync_folder(folder)  # a record is useless if its file is not in the folder after a crash
-    written = _Written(job, own, np.zeros(total, bool), handles)
-    written.record(others)
-    return written
+    folder = _OutputFolder(job, own, np.zeros(total, bool), handles)
+    folder.record(others)
+    return folder
 
 
-def _joined(job: Job, recipe: bytes, rank: int, finished: Finished, stack: ExitStack) -> _Written:
+def _joined(job: Job, recipe: bytes, rank: int, finished: Finished, stack: ExitStack) -> _OutputFolder:
     """Open the files that rank 0 created."""
     own = journal.Journal(job.partial, recipe, len(finished), rank)
     stack.callback(own.close)
@@ -125,7 +125,7 @@ def _joined(job: Job, recipe: bytes, rank: int, finished: Finished, stack: ExitS
     for file in job.plan.files:
         handle = handles[file.name] = direct_io.open_output(job.partial / file.name, None)
         stack.callback(os.close, handle.descriptor)
-    return _Written(job, own, finished, handles)
+    return _OutputFolder(job, own, finished, handles)
 
 
 def stream(
@@ -140,13 +140,13 @@ def stream(
     began = time.perf_counter()
     with ExitStack() as stack:
 
-        def begin() -> list[_Written]:
+        def begin() -> list[_OutputFolder]:
             if ranks.rank:
                 return []
             with errors_of(jobs):
                 return [_begun(job, recipe, ranks.size, stack) for job, recipe in zip(jobs, recipes, strict=True)]
 
-        def work() -> list[_Written]:
+        def work() -> list[_OutputFolder]:
             with errors_of(jobs):
                 folders = begun or [
                     _joined(job, recipe, ranks.rank, np.unpackbits(each, count=count).astype(bool), stack)
@@ -175,7 +175,7 @@ def stream(
 
 
 def _work(
-    folders: Sequence[_Written], share: Share, device: Device, progress: Progress | None, *, several: bool
+    folders: Sequence[_OutputFolder], share: Share, device: Device, progress: Progress | None, *, several: bool
 ) -> None:
     """Write a share. With `several` ranks, a failing one creates the STOP file and the others stop."""
     jobs = [each.job for each in folders]
@@ -227,7 +227,7 @@ def _work(
         progress(total, total)
 
 
-def _amounts(folders: Sequence[_Written], share: Share) -> tuple[int, int]:
+def _amounts(folders: Sequence[_OutputFolder], share: Share) -> tuple[int, int]:
     """Return the bytes that earlier processes finished, and the bytes this share has yet to write."""
     plan, before, own = share.plan, 0, 0
     for segment in segments(plan):
@@ -237,20 +237,20 @@ def _amounts(folders: Sequence[_Written], share: Share) -> tuple[int, int]:
     return before, own
 
 
-def _end(written: _Written, recipe: bytes, parts: Sequence[tuple[int, int, journal.Entries]]) -> None:
+def _end(folder: _OutputFolder, recipe: bytes, parts: Sequence[tuple[int, int, journal.Entries]]) -> None:
     """Collect the results of all ranks, and read the files back."""
-    job, partial = written.job, written.job.partial
+    job, partial = folder.job, folder.job.partial
     reads, writes, halves = zip(*parts, strict=True)
-    job.read, job.written = sum(reads), sum(writes)
+    job.read, job.folder = sum(reads), sum(writes)
     shared = np.concatenate(halves)
     if len(shared):  # all their parts are on the disk now
-        written.journal.append(shared)
-        written.record(shared)
-    written.record(journal.take_in(partial, written.journal, recipe, len(written.finished)))
-    lost = int(np.count_nonzero(~written.finished))
+        folder.journal.append(shared)
+        folder.record(shared)
+    folder.record(journal.take_in(partial, folder.journal, recipe, len(folder.finished)))
+    lost = int(np.count_nonzero(~folder.finished))
     if lost:
         raise OutputError(
-            f"{lost} of the {len(written.finished)} pieces of {shown(partial)} are in no rank's journal; run the same"
+            f"{lost} of the {len(folder.finished)} pieces of {shown(partial)} are in no rank's journal; run the same"
             " command again to write them"
         )
     for file in job.plan.files:
