@@ -84,7 +84,7 @@ class _OutputFolder:
                 self.pending.clear()
 
 
-def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _OutputFolder:
+def _create_folder(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _OutputFolder:
     """Create or reopen the files of a folder, preallocated, with a journal for each rank."""
     plan, partial = job.plan, job.partial
     total = sum(item.segment_count for item in plan.items)
@@ -117,7 +117,7 @@ def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _OutputFolde
     return folder
 
 
-def _joined(job: Job, recipe: bytes, rank: int, finished: Finished, stack: ExitStack) -> _OutputFolder:
+def _open_folder(job: Job, recipe: bytes, rank: int, finished: Finished, stack: ExitStack) -> _OutputFolder:
     """Open the files that rank 0 created."""
     own = journal.Journal(job.partial, recipe, len(finished), rank)
     stack.callback(own.close)
@@ -144,12 +144,14 @@ def stream(
             if ranks.rank:
                 return []
             with errors_of(jobs):
-                return [_begun(job, recipe, ranks.size, stack) for job, recipe in zip(jobs, recipes, strict=True)]
+                return [
+                    _create_folder(job, recipe, ranks.size, stack) for job, recipe in zip(jobs, recipes, strict=True)
+                ]
 
         def work() -> list[_OutputFolder]:
             with errors_of(jobs):
                 folders = begun or [
-                    _joined(job, recipe, ranks.rank, np.unpackbits(each, count=count).astype(bool), stack)
+                    _open_folder(job, recipe, ranks.rank, np.unpackbits(each, count=count).astype(bool), stack)
                     for job, recipe, (each, count) in zip(jobs, recipes, finished, strict=True)
                 ]
                 lacking = np.sum([~each.finished for each in folders], axis=0)
