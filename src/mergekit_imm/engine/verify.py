@@ -113,7 +113,7 @@ def verify(
         )
 
     return replace(
-        compare(
+        compare_folder(
             plan,
             recipe,
             folder,
@@ -126,7 +126,7 @@ def verify(
     )
 
 
-def compare(
+def compare_folder(
     plan: Plan,
     recipe: Mapping[str, Any],
     folder: Path,
@@ -159,7 +159,7 @@ def compare(
             for file in plan.files:
                 _compare_head(handles[file.name], file.head, file.size, folder / file.name, cure)
 
-            def check(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
+            def compare_piece(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
                 found = np.empty(len(piece), np.uint8)
                 read_into(handles[tensor.file], memoryview(found), tensor.begin + first, folder / tensor.file)  # type: ignore[arg-type]
                 expected = np.frombuffer(piece, np.uint8)
@@ -173,7 +173,7 @@ def compare(
 
             total = sum(file.size for file in plan.files)
             todo = ((segment, (0,)) for segment in chosen)
-            results = run_segments([plan], todo, check, workers=workers, device=device)
+            results = run_segments([plan], todo, compare_piece, workers=workers, device=device)
             for done in stack.enter_context(closing(results)):
                 if done is not None:
                     records[done.segment.index] = done.records[0]

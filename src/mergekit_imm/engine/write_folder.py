@@ -23,7 +23,7 @@ from ..ranks.ranks import ALONE, Ranks, check_same, together
 from .job import Job, errors_of, lack_of_space
 from .report import MergeReport, written_files
 from .stream import Recipe, Records, stream
-from .verify import compare
+from .verify import compare_folder
 from .workers import Device, pick_device
 
 
@@ -260,7 +260,7 @@ def _check(job: Job, recipe: Recipe, device: Device, progress: Progress, ranks: 
     folder, cure = job.partial, "memory or disk has failed; merge again with --restart"
     if not folder.is_dir():
         folder, cure = job.out, "remove it and merge again"
-    found = compare(
+    found = compare_folder(
         job.plan, recipe, folder, workers=job.workers, device=device, progress=progress, cure=cure, ranks=ranks
     )
 
