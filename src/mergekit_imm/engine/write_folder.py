@@ -51,7 +51,7 @@ def write(
         if left:
             _build(left, device, options, ranks)
         if options.verify:
-            _check_all(there, device, options.progress, ranks)
+            _verify_folders(there, device, options.progress, ranks)
     done = "dry run" if options.dry_run else "merged"
     return [
         job.report("already merged") if w else job.report(done, lacking) for job, w in zip(jobs, whole, strict=True)
@@ -183,7 +183,7 @@ def _build(pairs: Sequence[tuple[Job, Recipe]], device: Device, options: RunOpti
                         journal.empty(job.partial)
             raise
         if options.verify:
-            _check_all(pairs, device, lambda done, _: advance(bytes_to_write + done, 0), ranks)
+            _verify_folders(pairs, device, lambda done, _: advance(bytes_to_write + done, 0), ranks)
         together(ranks, publish)
 
 
@@ -239,7 +239,9 @@ def _is_unwritten(job: Job, recipe: Recipe) -> bool:
     return (job.partial / journal.JOURNAL).exists() or not paths.is_whole(job.partial, to_json(recipe), job.whole)
 
 
-def _check_all(pairs: Sequence[tuple[Job, Recipe]], device: Device, progress: Progress | None, ranks: Ranks) -> None:
+def _verify_folders(
+    pairs: Sequence[tuple[Job, Recipe]], device: Device, progress: Progress | None, ranks: Ranks
+) -> None:
     """Recompute folders, published or not, and compare every byte."""
     total, before = sum(job.plan.bytes_to_write for job, _ in pairs), 0
     for job, recipe in pairs:
@@ -249,14 +251,14 @@ def _check_all(pairs: Sequence[tuple[Job, Recipe]], device: Device, progress: Pr
             if progress is not None:
                 progress(before + done, total)
 
-        _check(job, recipe, device, advance, ranks)
+        _verify_folder(job, recipe, device, advance, ranks)
         job.verified = time.perf_counter() - began
         before += job.plan.bytes_to_write
         if progress is not None:
             progress(before, total)
 
 
-def _check(job: Job, recipe: Recipe, device: Device, progress: Progress, ranks: Ranks) -> None:
+def _verify_folder(job: Job, recipe: Recipe, device: Device, progress: Progress, ranks: Ranks) -> None:
     folder, cure = job.partial, "memory or disk has failed; merge again with --restart"
     if not folder.is_dir():
         folder, cure = job.out, "remove it and merge again"
