@@ -42,7 +42,7 @@ def write(
             job.notes += note_if_unchanged(job.plan.inputs, job.plan.items)
     if not recipes:
         return [job.report("dry run", lack_of_space(jobs)) for job in jobs]
-    whole, lacking, recipes = ranks.gather(together(ranks, lambda: _there(jobs, recipes, options, ranks)))[0]
+    whole, lacking, recipes = ranks.gather(together(ranks, lambda: _check_outputs(jobs, recipes, options, ranks)))[0]
     pairs = list(zip(jobs, recipes, strict=True))
     there = [pair for pair, done in zip(pairs, whole, strict=True) if done]
     left = [pair for pair, done in zip(pairs, whole, strict=True) if not done]
@@ -84,7 +84,7 @@ def _jobs(
     return jobs, [] if unread else recipes_of(plans)
 
 
-def _there(
+def _check_outputs(
     jobs: Sequence[Job], recipes: Sequence[dict[str, Any]], options: RunOptions, ranks: Ranks
 ) -> tuple[list[bool], str, list[dict[str, Any]]]:
     """Return which outputs are complete, the space the others lack, and all recipes, with paths as first given."""
@@ -94,7 +94,7 @@ def _there(
         for job in jobs:
             with paths.output_errors(job.out):
                 swap.repair(job.out)
-    begun = [as_begun(job, each) for job, each in zip(jobs, recipes, strict=True)]
+    begun = [recipe_as_begun(job, each) for job, each in zip(jobs, recipes, strict=True)]
     whole = [paths.is_whole(job.out, to_json(each), job.whole) for job, each in zip(jobs, begun, strict=True)]
     left = [(job, each) for job, each, done in zip(jobs, begun, whole, strict=True) if not done]
     for job, each in left:
@@ -151,7 +151,7 @@ def _build(pairs: Sequence[tuple[Job, Recipe]], device: Device, options: RunOpti
                             " merges there"
                         )
                     stack.callback(_remove_empty, {job.partial, *made})
-                    _take(job, recipe)
+                    _recheck(job, recipe)
             return [n for n, (job, recipe) in enumerate(pairs if leads else ()) if _is_unwritten(job, recipe)]
 
         def write_rest() -> None:
@@ -194,7 +194,7 @@ def _remove_empty(folders: set[Path]) -> None:
             folder.rmdir()
 
 
-def as_begun(job: Job, recipe: dict[str, Any]) -> dict[str, Any]:
+def recipe_as_begun(job: Job, recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe of OUT or OUT.partial if it is this merge's, else the given one.
 
     The two may spell the input paths differently; the bytes must be those of the command that began the merge.
@@ -212,7 +212,7 @@ def as_begun(job: Job, recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def _take(job: Job, recipe: Recipe) -> None:
+def _recheck(job: Job, recipe: Recipe) -> None:
     """Check OUT and OUT.partial again, now under the lock."""
     if paths.is_occupied(job.out) and not job.options.overwrite:
         raise OutputError(
