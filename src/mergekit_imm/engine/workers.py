@@ -236,7 +236,7 @@ def _merge(
             if not is_finite(tally):
                 p = plans[number].options
                 merge = f" (alpha {p.alpha}, drop {p.drop}, seed {p.seed})" if len(plans) > 1 else ""
-                _look_closer(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
+                _check_finite(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
             for target in each.outs:
                 sink(number, target, first * out_width, memoryview(out[0]))  # type: ignore[arg-type]
     return {number: to_record(tally) for number, tally in tallies.items()}
@@ -276,7 +276,7 @@ def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: S
                 sink(number, target, first, memoryview(content))  # type: ignore[arg-type]
 
 
-def _look_closer(
+def _check_finite(
     plan: Plan,
     item: Item,
     raws: dict[str, tuple[Raw, str]],
