@@ -46,7 +46,9 @@ def refused(template: str) -> str:
 )
 def test_a_word_that_may_be_meant_as_a_placeholder_is_refused(template: str, wrong: str, near: str | None) -> None:
     message = refused(template)
-    assert message.startswith(f"the train command has {wrong}, which is not one of its placeholders {{model}} {{output}}")
+    assert message.startswith(
+        f"the train command has {wrong}, which is not one of its placeholders {{model}} {{output}}"
+    )
     assert (f"did you mean {near}?" in message) == (near is not None)
 
 

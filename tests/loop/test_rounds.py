@@ -301,7 +301,10 @@ def test_a_full_disk_leaves_no_half_of_a_model(tmp_path: Path) -> None:
         ({"iteration": -1}, "iteration is -1"),
         ({"options": {"aplha": 0.5}}, "'aplha' is no option of Rounds"),
         ({"options": {"no_dorp": ["embed"]}}, "'no_dorp' is no option of Rounds; did you mean 'no_drop'?"),
-        ({"options": {"alpha": 0.5}}, r"options have 'alpha', which is a parameter of Rounds: Rounds\(..., alpha=...\)"),
+        (
+            {"options": {"alpha": 0.5}},
+            r"options have 'alpha', which is a parameter of Rounds: Rounds\(..., alpha=...\)",
+        ),
         ({"options": {"keep": ["typo"]}}, r'"typo"\] matches none of the 3 tensor names'),
         ({"options": {"importance": "nowhere.json"}}, "importance file nowhere.json cannot be read"),
         ({"options": {"layer_factors": "lines:1"}}, "layer factors"),

@@ -187,7 +187,7 @@ def test_one_folder_by_two_names_is_refused(pair: tuple[Path, Path], tmp_path: P
 
 def test_a_sweep_goes_on_where_each_output_stopped(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """One merge has some segments on the disk, the other fewer: only what is missing is made."""
-    out, done = tmp_path / "o-{alpha}", workers.run
+    out, done = tmp_path / "o-{alpha}", workers.run_segments
 
     def stopped_after(count: int) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:
@@ -200,7 +200,10 @@ def test_a_sweep_goes_on_where_each_output_stopped(pair: tuple[Path, Path], tmp_
 
     with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1):
         for alphas, count in (([0.3], 2), ([0.3, 0.5], 1)):
-            with patch("mergekit_imm.engine.stream.run", stopped_after(count)), pytest.raises(KeyboardInterrupt):
+            with (
+                patch("mergekit_imm.engine.stream.run_segments", stopped_after(count)),
+                pytest.raises(KeyboardInterrupt),
+            ):
                 merge_checkpoints(*pair, out, alpha=alphas, drop=0.9, workers=1)
     reports = merge_checkpoints(*pair, out, alpha=[0.3, 0.5], drop=0.9, workers=1)
     size = (pair[0] / "model.safetensors").stat().st_size

@@ -36,12 +36,12 @@ def slowly(*arguments):
 cpu.merge_span = slowly
 rank, moment = os.environ.get("KILL", ":").split(":")
 if rank == os.environ["RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-    begin = stream._work
+    begin = stream._write_share
     def doomed(*arguments, **options):
         threading.Timer(float(moment), os.kill, (os.getpid(), signal.SIGKILL)).start()
         begin(*arguments, **options)
         stay.wait(900)
-    stream._work = doomed
+    stream._write_share = doomed
 main()
 """
 MERGE = ["merge", "base", "sft", "--drop", "0.9", "-o", "out"]

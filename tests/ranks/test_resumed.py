@@ -90,13 +90,13 @@ def test_journals_of_other_merges_are_not_believed(pair: Path, case: Path) -> No
 
 
 def test_a_lost_journal_is_found(case: Path) -> None:
-    end = stream._end
+    end = stream._finish_folder
 
     def lost(written: Any, *arguments: Any) -> None:
         (case / "out.partial" / ".imm_journal-1").unlink()
         end(written, *arguments)
 
-    with patch("mergekit_imm.engine.stream._end", lost):
+    with patch("mergekit_imm.engine.stream._finish_folder", lost):
         failed = merged_by(2)
     assert all(isinstance(each, OutputError) for each in failed)
     assert re.search(r"\d+ of the \d+ pieces of out.partial are in no rank's journal; run the same", str(failed[0]))

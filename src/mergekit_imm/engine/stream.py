@@ -29,6 +29,7 @@ from .workers import Device, Done, Task, run_segments, warm_up
 Recipe = Mapping[str, Any]
 Finished = npt.NDArray[np.bool_]  # one flag per segment of a plan
 Handles = dict[str, direct_io.Handle]
+Part = tuple[int, int, journal.Entries]  # of one rank: bytes read, bytes written, shared segments
 Records = npt.NDArray[np.float64]  # one row per segment of a plan
 
 SYNC_BYTES, SYNC_SECONDS = 512 << 20, 5.0
@@ -110,8 +111,8 @@ def _create_folder(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Out
             direct_io.sync(handle.descriptor)  # before another machine writes after it
     for rank in range(1, size):
         journal.Journal(partial, recipe, total, rank).close()
-    for folder in {(partial / name).parent for name in (*handles, journal.JOURNAL)}:
-        direct_io.sync_folder(folder)  # a record is useless if its file is not in the folder after a crash
+    for parent in {(partial / name).parent for name in (*handles, journal.JOURNAL)}:
+        direct_io.sync_folder(parent)  # a record is useless if its file is not in the folder after a crash
     folder = _OutputFolder(job, own, np.zeros(total, bool), handles)
     folder.record(others)
     return folder
@@ -139,63 +140,51 @@ def stream(
         return []
     began = time.perf_counter()
     with ExitStack() as stack:
+        created = together(ranks, lambda: _create_folders(jobs, recipes, ranks, stack))
+        finished = ranks.gather([(np.packbits(each.finished), len(each.finished)) for each in created])[0]
 
-        def begin() -> list[_OutputFolder]:
-            if ranks.rank:
-                return []
+        def write() -> list[_OutputFolder]:
             with errors_of(jobs):
-                return [
-                    _create_folder(job, recipe, ranks.size, stack) for job, recipe in zip(jobs, recipes, strict=True)
-                ]
-
-        def work() -> list[_OutputFolder]:
-            with errors_of(jobs):
-                folders = begun or [
+                folders = created or [
                     _open_folder(job, recipe, ranks.rank, np.unpackbits(each, count=count).astype(bool), stack)
                     for job, recipe, (each, count) in zip(jobs, recipes, finished, strict=True)
                 ]
-                lacking = np.sum([~each.finished for each in folders], axis=0)
-                share = shares(jobs[0].plan, lacking, ranks.size)[ranks.rank]
-                _work(folders, share, device, progress, several=ranks.size > 1)
+                _write_share(folders, device, progress, ranks)
                 return folders
 
-        begun = together(ranks, begin)
-        finished = ranks.gather([(np.packbits(each.finished), len(each.finished)) for each in begun])[0]
-        folders = together(ranks, work)
+        folders = together(ranks, write)
         parts = ranks.gather([(each.job.read, each.job.written, each.entries(each.halves)) for each in folders])
-
-        def end() -> None:
-            if ranks.rank == 0:
-                with errors_of(jobs):
-                    for each, recipe, *of_ranks in zip(folders, recipes, *parts, strict=True):
-                        _end(each, recipe, of_ranks)
-
-        together(ranks, end)
+        together(ranks, lambda: _finish_folders(jobs, recipes, folders, parts, ranks))
     for job in jobs:
         job.streamed = time.perf_counter() - began
     return [each.records for each in folders]
 
 
-def _work(
-    folders: Sequence[_OutputFolder], share: Share, device: Device, progress: Progress | None, *, several: bool
-) -> None:
-    """Write a share. With `several` ranks, a failing one creates the STOP file and the others stop."""
+def _create_folders(
+    jobs: Sequence[Job], recipes: Sequence[bytes], ranks: Ranks, stack: ExitStack
+) -> list[_OutputFolder]:
+    """Create or reopen the folders of all jobs on rank 0; return none on others."""
+    if ranks.rank:
+        return []
+    with errors_of(jobs):
+        return [_create_folder(job, recipe, ranks.size, stack) for job, recipe in zip(jobs, recipes, strict=True)]
+
+
+def _write_share(folders: Sequence[_OutputFolder], device: Device, progress: Progress | None, ranks: Ranks) -> None:
+    """Write this rank's share. A rank that fails creates the STOP file, and the others stop."""
     jobs = [each.job for each in folders]
     plans = [job.plan for job in jobs]
+    lacking = np.sum([~each.finished for each in folders], axis=0)
+    share = shares(plans[0], lacking, ranks.size)[ranks.rank]
+    several = ranks.size > 1
     warm_up(plans, device)
-
-    def todo() -> Iterator[Task]:
-        for segment in segments(plans[0]):
-            lacking = [number for number, each in enumerate(folders) if not each.finished[segment.index]]
-            if lacking and share.held(segment):
-                yield segment, lacking
 
     def sink(number: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
         folders[number].write(share, tensor, first, piece)
 
     waiting, synced, looked = 0, time.perf_counter(), time.perf_counter()
     # Stop the workers before the files close: a descriptor may be reused.
-    with closing(run_segments(plans, todo(), sink, workers=jobs[0].workers, device=device)) as results:
+    with closing(run_segments(plans, _todo(folders, share), sink, workers=jobs[0].workers, device=device)) as results:
         total = sum(plan.bytes_to_write for plan in plans)
         before, own = _amounts(folders, share) if progress is not None else (0, 0)
         done = 0
@@ -229,6 +218,14 @@ def _work(
         progress(total, total)
 
 
+def _todo(folders: Sequence[_OutputFolder], share: Share) -> Iterator[Task]:
+    """Yield the segments of a share that some folders lack, and the indices of these folders."""
+    for segment in segments(share.plan):
+        lacking = [number for number, each in enumerate(folders) if not each.finished[segment.index]]
+        if lacking and share.held(segment):
+            yield segment, lacking
+
+
 def _amounts(folders: Sequence[_OutputFolder], share: Share) -> tuple[int, int]:
     """Return the bytes that earlier processes finished, and the bytes this share has yet to write."""
     plan, before, own = share.plan, 0, 0
@@ -239,11 +236,24 @@ def _amounts(folders: Sequence[_OutputFolder], share: Share) -> tuple[int, int]:
     return before, own
 
 
-def _end(folder: _OutputFolder, recipe: bytes, parts: Sequence[tuple[int, int, journal.Entries]]) -> None:
-    """Collect the results of all ranks, and read the files back."""
+def _finish_folders(
+    jobs: Sequence[Job],
+    recipes: Sequence[bytes],
+    folders: Sequence[_OutputFolder],
+    parts: Sequence[Sequence[Part]],
+    ranks: Ranks,
+) -> None:
+    """Collect the results of all ranks on rank 0, and read the files back."""
+    if ranks.rank == 0:
+        with errors_of(jobs):
+            for folder, recipe, *of_ranks in zip(folders, recipes, *parts, strict=True):
+                _finish_folder(folder, recipe, of_ranks)
+
+
+def _finish_folder(folder: _OutputFolder, recipe: bytes, parts: Sequence[Part]) -> None:
     job, partial = folder.job, folder.job.partial
     reads, writes, halves = zip(*parts, strict=True)
-    job.read, job.folder = sum(reads), sum(writes)
+    job.read, job.written = sum(reads), sum(writes)
     shared = np.concatenate(halves)
     if len(shared):  # all their parts are on the disk now
         folder.journal.append(shared)

@@ -125,66 +125,74 @@ def _build(pairs: Sequence[tuple[Job, Recipe]], device: Device, options: RunOpti
     """Create each job's folder from its plan, or resume an unfinished one.
 
     With `verify`, everything is recomputed and compared before a folder appears. Rank 0 creates, locks and publishes
-    the folders; all ranks write into them. Raises OutputError, VerifyError and what `run_segments` raises. OUT.partial stays for
-    the next attempt, unless an input was refused.
+    the folders; all ranks write into them. Raises OutputError, VerifyError, and what `stream`
+    raises. OUT.partial stays for the next attempt, unless an input was refused.
     """
     jobs, recipes = [job for job, _ in pairs], [recipe for _, recipe in pairs]
     progress = options.progress
     bytes_to_write = sum(job.plan.bytes_to_write for job in jobs)
     total = bytes_to_write * (2 if options.verify else 1)
-    leads = ranks.rank == 0
 
     def advance(done: int, _: int) -> None:
         if progress is not None:
             progress(done, total)
 
     with ExitStack() as stack:
-
-        def take() -> list[int]:
-            # Sorted, so that two sweeps over the same outputs cannot deadlock.
-            for job, recipe in sorted(pairs, key=lambda pair: str(pair[0].partial.absolute())) if leads else ():
-                with errors_of([job]):
-                    made = direct_io.make_folder(job.partial)
-                    if stack.enter_context(paths.locked(job.partial)) is None:
-                        job.notes.append(
-                            f"note: the filesystem of {shown(job.out)} has no locks: make sure that nothing else"
-                            " merges there"
-                        )
-                    stack.callback(_remove_empty, {job.partial, *made})
-                    _recheck(job, recipe)
-            return [n for n, (job, recipe) in enumerate(pairs if leads else ()) if _is_unwritten(job, recipe)]
-
-        def write_rest() -> None:
-            if leads:
-                with errors_of(jobs):
-                    for job in jobs:
-                        _remove_foreign(job)
-                    for number, each in zip(unwritten, records, strict=True):
-                        job = jobs[number]
-                        if is_unchanged(job.plan, each):
-                            job.notes.append(note_of(job.plan.inputs, "the norms of all deltas are 0"))
-                        _write_side(job.plan, job.partial, recipes[number], each)
-            check_inputs(jobs[0].plan.inputs)
-
-        def publish() -> None:
-            for job in jobs if leads else ():
-                with errors_of([job]):
-                    swap.publish(job.out, replace=job.options.overwrite)
-
-        unwritten = ranks.gather(together(ranks, take))[0]
+        unwritten = ranks.gather(together(ranks, lambda: _lock_folders(pairs, ranks, stack)))[0]
         try:
             recipes_left = [to_json(recipes[number]) for number in unwritten]
             records = stream([jobs[number] for number in unwritten], recipes_left, device, advance, ranks)
-            together(ranks, write_rest)
+            together(ranks, lambda: _complete_folders(pairs, unwritten, records, ranks))
         except (NonFiniteError, MismatchError, ChangedError):
-            if leads:
+            if ranks.rank == 0:
                 with errors_of(jobs):
                     for job in jobs:
                         journal.empty(job.partial)
             raise
         if options.verify:
             _verify_folders(pairs, device, lambda done, _: advance(bytes_to_write + done, 0), ranks)
-        together(ranks, publish)
+        together(ranks, lambda: _publish_folders(jobs, ranks))
+
+
+def _lock_folders(pairs: Sequence[tuple[Job, Recipe]], ranks: Ranks, stack: ExitStack) -> list[int]:
+    """Create and lock every OUT.partial on rank 0; return the indices of those to be written."""
+    if ranks.rank:
+        return []
+    # Sorted, so that two sweeps over the same outputs cannot deadlock.
+    for job, recipe in sorted(pairs, key=lambda pair: str(pair[0].partial.absolute())):
+        with errors_of([job]):
+            created = direct_io.make_folder(job.partial)
+            if stack.enter_context(paths.locked(job.partial)) is None:
+                job.notes.append(
+                    f"note: the filesystem of {shown(job.out)} has no locks: make sure that nothing else merges there"
+                )
+            stack.callback(_remove_empty, {job.partial, *created})
+            _recheck(job, recipe)
+    return [number for number, (job, recipe) in enumerate(pairs) if _is_unwritten(job, recipe)]
+
+
+def _complete_folders(
+    pairs: Sequence[tuple[Job, Recipe]], unwritten: Sequence[int], records: Sequence[Records], ranks: Ranks
+) -> None:
+    """Write the side files on rank 0; check on every rank that no input changed meanwhile."""
+    jobs = [job for job, _ in pairs]
+    if ranks.rank == 0:
+        with errors_of(jobs):
+            for job in jobs:
+                _remove_foreign(job)
+            for number, each in zip(unwritten, records, strict=True):
+                job, recipe = pairs[number]
+                if is_unchanged(job.plan, each):
+                    job.notes.append(note_of(job.plan.inputs, "the norms of all deltas are 0"))
+                _write_side(job.plan, job.partial, recipe, each)
+    check_inputs(jobs[0].plan.inputs)
+
+
+def _publish_folders(jobs: Sequence[Job], ranks: Ranks) -> None:
+    """Move each OUT.partial to OUT, on rank 0."""
+    for job in jobs if ranks.rank == 0 else ():
+        with errors_of([job]):
+            swap.publish(job.out, replace=job.options.overwrite)
 
 
 def _remove_empty(folders: set[Path]) -> None:

@@ -149,9 +149,7 @@ def _round(run: _Run, number: int) -> None:
             run.finish(f"{number}/accept", model=str(merged))
             return
         run.tell(f"round {number}: not accepted with alpha {alpha:g}: {closed}")
-    run.finish(
-        f"{number}/stop", stopped=f"round {number} was not accepted: {closed}; the model before it is the last"
-    )
+    run.finish(f"{number}/stop", stopped=f"round {number} was not accepted: {closed}; the model before it is the last")
 
 
 def _plain_round(run: _Run, number: int) -> None:
