@@ -37,6 +37,7 @@ LEAST = 16 * PAGE  # of one, at least: fits a block of any dtypes
 Sink = Callable[[int, TensorInfo, int, memoryview], None]  # index of the plan, tensor, first byte in it, bytes
 Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
 Task = tuple[Segment, Sequence[int]]  # a segment, and the indices of the plans that lack it
+CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)  # constants that only change the dtype
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -88,7 +89,7 @@ def warm_up(plans: Sequence[Plan], device: Device) -> None:
     items = [(item, item.is_merged(0)) for plan in plans for item in plan.items if not item.raw]
     items += [(item, False) for item, merged in items if merged and item.common is not None]
     for item, merged in items:
-        roles, constants = (tuple(item.sides), item.constants) if merged else (("base",), _CONVERT)
+        roles, constants = (tuple(item.sides), item.constants) if merged else (("base",), CONVERT)
         read = item.sides if merged else _converted(item)
         dtypes = (*(side.dtype for side in read.values()), item.outs[0].dtype)
         kind = (roles, dtypes, constants.is_identity, constants.is_delta, constants.alpha in (0, 1))
@@ -227,9 +228,7 @@ def _merge(
         sft = raws.get("sft", start)  # without an sft side, the tensor is the start's (an adapter)
         for number, tally in tallies.items():
             each = plans[number].items[segment.item]
-            device.merge(
-                base, start, sft, out, count, first, each.key, _CONVERT if converted else each.constants, tally
-            )
+            device.merge(base, start, sft, out, count, first, each.key, CONVERT if converted else each.constants, tally)
             if isinstance(sides.get("sft"), Sparsified):
                 # The sparsifier already dropped elements; correct the kernel's kept count.
                 tally[KEPT] += kept(*raws["sft"]) - count
@@ -240,9 +239,6 @@ def _merge(
             for target in each.outs:
                 sink(number, target, first * out_width, memoryview(out[0]))  # type: ignore[arg-type]
     return {number: to_record(tally) for number, tally in tallies.items()}
-
-
-_CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)
 
 
 def _converted(item: Item) -> Mapping[str, Tensor]:

@@ -14,9 +14,9 @@ from ..checkpoint.lazy_tensor import Raw, Tensor
 from ..checkpoint.reader import Files, check_inputs
 from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
-from ..engine.workers import in_threads, names_of
+from ..engine.workers import CONVERT, in_threads, names_of
 from ..errors import MismatchError, NonFiniteError
-from ..numerics.mask import BLOCK, arithmetic
+from ..numerics.mask import BLOCK
 from ..numerics.statistics import is_finite, new_tally
 from ..options.options import MergeOptions, Progress
 from ..plan.advice import Advice
@@ -76,9 +76,6 @@ def _spans(updates: Sequence[TensorUpdate]) -> Iterator[_Span]:
                 span.append(run)
             if span:
                 yield _Span(update, tuple(span))
-
-
-_CONVERT = arithmetic(alpha=1.0, drop=0.0)
 
 
 class InPlaceMerge:
@@ -153,7 +150,7 @@ class InPlaceMerge:
         start = raws.get("start", base)
         sft = raws.get("sft", start)
         out: tuple[Raw, str] = (buffers[3][: span.count * DTYPE_BITS[target.dtype] // 8], target.dtype)
-        constants = item.constants if item.action == "merge" else _CONVERT
+        constants = item.constants if item.action == "merge" else CONVERT
         tally = new_tally()
         merge_span(base, start, sft, out, span.count, span.low, item.key, constants, tally)
         if not is_finite(tally):
