@@ -20,16 +20,16 @@ def test_variables_alone_mean_nothing(case: Path, monkeypatch: pytest.MonkeyPatc
     for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.setenv(name, "4")
     assert not torchrun.is_started_by_torchrun()
-    with torchrun.joined(None) as ranks:
+    with torchrun.connected(None) as ranks:
         assert ranks is None
     assert merge_checkpoints("base", "sft", "out").status == "merged"
 
 
 def test_a_single_rank_needs_no_torch() -> None:
     code = (
-        "import os, sys; from mergekit_imm.ranks.torchrun import joined\n"
+        "import os, sys; from mergekit_imm.ranks.torchrun import connected\n"
         "os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='x', MASTER_PORT='1')\n"
-        "with joined('torchrun') as ranks: assert ranks is None and 'torch' not in sys.modules"
+        "with connected('torchrun') as ranks: assert ranks is None and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -67,5 +67,5 @@ def test_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(RankError, match=r"rank 1 of 2 does not meet the others at 127.0.0.1:\d+ \("):  # noqa: SIM117
-        with torchrun.joined("torchrun"):
+        with torchrun.connected("torchrun"):
             pass

@@ -110,7 +110,7 @@ _AGENTS = (b"torchrun", b"torch.distributed.run", b"torch.distributed.launch")
 
 
 @contextmanager
-def joined(kind: str | None) -> Iterator[Ranks | None]:
+def connected(kind: str | None) -> Iterator[Ranks | None]:
     """Connect to the other ranks, if any (see `place_of`). Raises ArgumentError; RankError if one is missing."""
     place = place_of(kind, os.environ, kind is None and is_started_by_torchrun())
     if place is None or place.size == 1:
