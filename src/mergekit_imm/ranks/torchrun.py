@@ -118,9 +118,9 @@ def connected(kind: str | None) -> Iterator[Ranks | None]:
         return
     import torch.distributed as dist
 
-    with _ended_by_signals():
+    with _default_signals():
         try:
-            store = _fresh(place)
+            store = _new_namespace(place)
             dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=COME)
             group = dist.new_group(timeout=WAIT)
         except (RuntimeError, ValueError) as error:
@@ -135,7 +135,7 @@ def connected(kind: str | None) -> Iterator[Ranks | None]:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _default_signals() -> Iterator[None]:
     """Let SIGTERM and SIGINT end the process at once: Python handlers do not run while torch blocks."""
     numbers = signal.SIGTERM, signal.SIGINT
     before = [signal.getsignal(number) for number in numbers]
@@ -149,7 +149,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _fresh(place: Place) -> Store:
+def _new_namespace(place: Place) -> Store:
     """Return an empty namespace of the store at a place, the same one for all ranks.
 
     torchrun's store outlives the ranks it restarts and keeps their keys. So each rank sends a random word, and rank 0
