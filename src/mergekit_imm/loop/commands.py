@@ -114,7 +114,7 @@ def run_command(what: str, command: str, log: Path, *, held: int | None, echo: E
         process: subprocess.Popen[bytes] | None = None
         last: deque[bytes] = deque(maxlen=LAST_LINES)
         try:
-            with _signals_wait():
+            with _deferred_signals():
                 process = subprocess.Popen(
                     ["/bin/sh", "-c", command],
                     stdin=subprocess.DEVNULL,
@@ -123,10 +123,10 @@ def run_command(what: str, command: str, log: Path, *, held: int | None, echo: E
                     pass_fds=() if held is None else (held,),
                     start_new_session=True,
                 )
-            _pass_on(process, file.write, last, echo)
+            _copy_output(process, file.write, last, echo)
         except BaseException as error:
             if process is not None:
-                _end(process, error)
+                _terminate(process, error)
             raise
         finally:
             if process is not None and process.stdout is not None:
@@ -145,7 +145,7 @@ def run_command(what: str, command: str, log: Path, *, held: int | None, echo: E
 
 
 @contextmanager
-def _signals_wait() -> Iterator[None]:
+def _deferred_signals() -> Iterator[None]:
     """Defer signals to the end of the block, so that a command just started is known to the code that ends it."""
     received: list[int] = []
     before: dict[int, Any] = {}
@@ -163,7 +163,7 @@ def _signals_wait() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def _pass_on(
+def _copy_output(
     process: subprocess.Popen[bytes], write: Callable[[bytes], object], last: deque[bytes], echo: Echo | None
 ) -> None:
     """Read a command's output until it ends; do not wait for background processes it left."""
@@ -190,7 +190,7 @@ def _pass_on(
     last.append(rest)
 
 
-def _end(process: subprocess.Popen[bytes], error: BaseException) -> None:
+def _terminate(process: subprocess.Popen[bytes], error: BaseException) -> None:
     """Forward the signal that ended this process to a command's process group; SIGKILL it after GRACE seconds."""
     number = error.args[0] if error.args and error.args[0] in (signal.SIGINT, signal.SIGTERM) else signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
