@@ -14,7 +14,7 @@ from loops import EVALUATE, TRAIN, asked
 from mergekit_imm import ArgumentError, MergeError
 from mergekit_imm.loop.commands import check_placeholders
 from mergekit_imm.loop.run import run_loop
-from mergekit_imm.loop.state import begin
+from mergekit_imm.loop.state import begin_or_resume
 
 NAMES = ["model", "output", "round", "base"]
 EVERY = [*NAMES, "data", "json"]
@@ -107,7 +107,7 @@ def test_a_loop_that_an_earlier_version_began_goes_on_with_its_commands(base: st
     """That version knew no misspelt placeholders."""
     wanted = asked(base, rounds=1, train=f"{TRAIN} && echo {{item}}")
     Path("run").mkdir()
-    begin(Path("run"), wanted)
+    begin_or_resume(Path("run"), wanted)
     assert run_loop(wanted, "run").model == "run/round-0/merged"
     with pytest.raises(ArgumentError, match=r"has \{item\}"):
         run_loop(wanted, "other")

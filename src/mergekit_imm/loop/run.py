@@ -26,11 +26,11 @@ from .state import (
     MERGE,
     Settings,
     State,
-    after,
+    with_step,
     alphas_of,
-    begin,
+    begin_or_resume,
     check_commands,
-    decay,
+    anchor_decay,
     load,
     refuse_others,
     save,
@@ -56,7 +56,7 @@ class _Loop:
 
     def finish(self, step: str, **changes: Any) -> None:
         """Record on disk that a step is done."""
-        self.state = after(self.state, step, **changes)
+        self.state = with_step(self.state, step, **changes)
         save(self.state, self.folder)
 
     def place(self, number: int, name: str = "", chain: str = "") -> Path:
@@ -70,7 +70,7 @@ class _Loop:
 
     def anchor(self, number: int) -> str:
         """Return the model that a round is pulled back to."""
-        kept = decay(self.settings.anchor)
+        kept = anchor_decay(self.settings.anchor)
         if kept == 1 or number == 0:
             return self.settings.base
         return self.start(number) if kept == 0 else str(self.place(number, "anchor"))
@@ -103,7 +103,7 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
         refuse_others(folder)
         (folder / LOCK).touch()
         with locked(folder / LOCK, _BUSY) as held:
-            loop = _Loop(folder, held, begin(folder, settings), echo, tell)
+            loop = _Loop(folder, held, begin_or_resume(folder, settings), echo, tell)
             if held is None:
                 loop.tell(
                     f"note: the filesystem of {shown(folder)} has no locks: make sure that no other loop runs there"
@@ -207,7 +207,7 @@ def _command(loop: _Loop, template: str, values: Mapping[str, str], what: str, n
 def _merge(loop: _Loop, number: int, alpha: float) -> None:
     """Merge a round; first update a moving anchor."""
     settings = loop.settings
-    kept = decay(settings.anchor)
+    kept = anchor_decay(settings.anchor)
     if number and kept not in (0, 1):
         before, merged = loop.anchor(number - 1), loop.start(number)
         loop.tell(f"round {number}: anchor: {kept:g} x {before} + {1 - kept:g} x {merged}")

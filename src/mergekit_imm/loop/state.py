@@ -73,7 +73,7 @@ class Settings:
                 merge_options(self, number, alpha)
         for alpha in self.retry:
             merge_options(self, 0, alpha)
-        decay(self.anchor)
+        anchor_decay(self.anchor)
         for text in (self.base, self.train, self.generate, self.evaluate, self.gate):
             if text is not None and not is_utf8(text):
                 raise ArgumentError(
@@ -140,7 +140,7 @@ def step_of(number: int, what: str, alpha: float) -> str:
     return f"{number}/{what} {alpha!r}"
 
 
-def decay(anchor: str) -> float:
+def anchor_decay(anchor: str) -> float:
     """Return the share of an anchor kept from round to round: 1 for base, 0 for previous, 0.9 for ema:0.9."""
     if anchor in ("base", "previous"):
         return {"base": 1.0, "previous": 0.0}[anchor]
@@ -171,7 +171,7 @@ class State:
         return {"format": FORMAT, "version": VERSION, **rest, "settings": to_dict(self.settings)}
 
 
-def after(state: State, step: str, **changes: Any) -> State:
+def with_step(state: State, step: str, **changes: Any) -> State:
     """Return the state with one more step done."""
     return replace(state, done=(*state.done, step), **changes)
 
@@ -232,7 +232,7 @@ def refuse_others(run: Path) -> None:
         raise OutputError(f"{shown(run)} exists, is not empty, and has no {STATE}; give another folder")
 
 
-def begin(run: Path, settings: Settings) -> State:
+def begin_or_resume(run: Path, settings: Settings) -> State:
     """Return the state in the folder, or create a new one.
 
     Raises OutputError if the folder holds a loop with other settings. `rounds` may grow, if alpha and drop of the
