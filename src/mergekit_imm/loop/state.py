@@ -176,14 +176,14 @@ def with_step(state: State, step: str, **changes: Any) -> State:
     return replace(state, done=(*state.done, step), **changes)
 
 
-def save(state: State, run: Path) -> None:
+def save(state: State, folder: Path) -> None:
     """Write a state atomically."""
-    direct_io.replace_file(run / STATE, to_json(state.to_dict()))
+    direct_io.replace_file(folder / STATE, to_json(state.to_dict()))
 
 
-def load(run: Path) -> State | None:
+def load(folder: Path) -> State | None:
     """Return the state in a folder, or None if it has none. Raises CheckpointError if it is damaged."""
-    path = run / STATE
+    path = folder / STATE
     try:
         if not path.exists():
             return None
@@ -225,23 +225,23 @@ def _renamed(settings: Settings, done: Iterable[str]) -> tuple[str, ...]:
     return tuple(names.values())
 
 
-def refuse_others(run: Path) -> None:
+def refuse_others(folder: Path) -> None:
     """Raise OutputError for a folder that is not empty and holds no loop."""
-    names = {each.name for each in run.iterdir()}
+    names = {each.name for each in folder.iterdir()}
     if STATE not in names and names - {LOCK, STATE + ".new"}:
-        raise OutputError(f"{shown(run)} exists, is not empty, and has no {STATE}; give another folder")
+        raise OutputError(f"{shown(folder)} exists, is not empty, and has no {STATE}; give another folder")
 
 
-def begin_or_resume(run: Path, settings: Settings) -> State:
+def begin_or_resume(folder: Path, settings: Settings) -> State:
     """Return the state in the folder, or create a new one.
 
     Raises OutputError if the folder holds a loop with other settings. `rounds` may grow, if alpha and drop of the
     earlier rounds stay the same.
     """
-    found = load(run)
+    found = load(folder)
     if found is None:
         state = State(settings, settings.base)
-        save(state, run)
+        save(state, folder)
         return state
     old, new = to_dict(found.settings), to_dict(settings)
     more = new["rounds"] - old["rounds"]
@@ -259,7 +259,7 @@ def begin_or_resume(run: Path, settings: Settings) -> State:
             changes.append(f"{name} of earlier rounds, now that there are more")
     if changes:
         raise OutputError(
-            f"{shown(run)} holds another loop ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''}); give"
+            f"{shown(folder)} holds another loop ({'; '.join(changes[:3])}{'; …' if len(changes) > 3 else ''}); give"
             " another folder, or the settings it was started with"
         )
     return replace(found, settings=settings)
