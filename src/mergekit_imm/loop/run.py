@@ -26,15 +26,15 @@ from .state import (
     MERGE,
     Settings,
     State,
-    with_step,
     alphas_of,
+    anchor_decay,
     begin_or_resume,
     check_commands,
-    anchor_decay,
     load,
     refuse_others,
     save,
     step_of,
+    with_step,
 )
 
 Tell = Callable[[str], None]
