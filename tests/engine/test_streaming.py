@@ -68,9 +68,15 @@ def test_every_combination_of_dtypes(
     write_model(tmp_path / "base", base)
     write_model(tmp_path / "sft", sft)
     merge_checkpoints(
-        tmp_path / "base", tmp_path / "sft", tmp_path / "out", alpha=0.3, drop=0.5, seed=7, dtype=OUT_DTYPE[out],
+        tmp_path / "base",
+        tmp_path / "sft",
+        tmp_path / "out",
+        alpha=0.3,
+        drop=0.5,
+        seed=7,
+        dtype=OUT_DTYPE[out],
         allow_nonfinite=True,
-    )  # fmt: skip
+    )
     written = read_model(tmp_path / "out")
     pure = dare_merge(base, sft, alpha=0.3, drop=0.5, seed=7, dtype=out)
     assert list(written) == list(expected)
@@ -121,9 +127,16 @@ def test_any_cut_of_the_work_gives_the_same_bytes(data: st.DataObject) -> None:
             inputs = [side[name] for side in sides.values()]
             kind_out = getattr(torch, out_dtype) if out_dtype else inputs[0].dtype
             merged = reference.merge_tensors(
-                inputs[0], inputs[1], inputs[2] if start else None, kind_out, alpha=alpha, drop=drop, seed=seed,
-                iteration=3, name=name,
-            )  # fmt: skip
+                inputs[0],
+                inputs[1],
+                inputs[2] if start else None,
+                kind_out,
+                alpha=alpha,
+                drop=drop,
+                seed=seed,
+                iteration=3,
+                name=name,
+            )
             refused = refused or overflows(merged, *inputs)
             expected[name] = merged
 
@@ -132,10 +145,18 @@ def test_any_cut_of_the_work_gives_the_same_bytes(data: st.DataObject) -> None:
             buffer = data.draw(st.sampled_from([1 << 23, 40 * BLOCK, 100_000]))
             with patch("mergekit_imm.plan.plan.RECORD", record), patch("mergekit_imm.engine.workers.BUFFER", buffer):
                 merge_checkpoints(
-                    root / "base", root / "sft", root / "out", start=start, alpha=alpha, drop=drop, seed=seed,
-                    iteration=3, dtype=out_dtype, workers=data.draw(st.integers(1, 5)),
+                    root / "base",
+                    root / "sft",
+                    root / "out",
+                    start=start,
+                    alpha=alpha,
+                    drop=drop,
+                    seed=seed,
+                    iteration=3,
+                    dtype=out_dtype,
+                    workers=data.draw(st.integers(1, 5)),
                     max_shard_size=data.draw(st.sampled_from([None, "1KB", "20KB"])),
-                )  # fmt: skip
+                )
 
         if refused:
             with pytest.raises(NonFiniteError, match="too large for the output dtype"):
@@ -244,8 +265,10 @@ KERNELS = {"numba": merge_span, "torch": functools.partial(merge_span_on_torch, 
 @pytest.mark.parametrize("merge", KERNELS.values(), ids=KERNELS)
 def test_pieces_add_up_to_one_record(merge: Callable[..., None]) -> None:
     count = 5 * BLOCK + 77
-    sides = [(tensor(count, torch.bfloat16, seed=n, kind="gauss", specials=False).view(torch.uint8).numpy(), "BF16")
-             for n in range(2)]  # fmt: skip
+    sides = [
+        (tensor(count, torch.bfloat16, seed=n, kind="gauss", specials=False).view(torch.uint8).numpy(), "BF16")
+        for n in range(2)
+    ]
     records = []
     for step in (count, BLOCK, 2 * BLOCK):
         tally = new_tally()

@@ -66,11 +66,15 @@ OFF, ON = {"use_cache": False}, {"use_cache": True}
         (OFF, ON, ON, {}),
         (ON, {}, {}, {}),
         ({"text_config": ON}, {"text_config": OFF}, {"text_config": ON}, {"text_config.use_cache": True}),
-        ({"text_config": {"a": 1}, **OFF}, {"text_config": {"a": 1, **OFF}, **OFF}, {"text_config": {"a": 1}, **OFF},
-         {"text_config.use_cache": None}),
+        (
+            {"text_config": {"a": 1}, **OFF},
+            {"text_config": {"a": 1, **OFF}, **OFF},
+            {"text_config": {"a": 1}, **OFF},
+            {"text_config.use_cache": None},
+        ),
         ({}, {"other_config": OFF}, {"other_config": OFF}, {}),
     ],
-)  # fmt: skip
+)
 def test_a_cache_that_only_training_turned_off_is_on_again(
     tmp_path: Path, base: dict[str, Any], sft: dict[str, Any], expected: dict[str, Any], changes: dict[str, Any]
 ) -> None:
@@ -116,8 +120,10 @@ def test_the_card_names_hub_ids_only(
     sft = write_model(Path("team/sft"), random_state(SHAPES, seed=1), config={**CONFIG, **config})
     if by == "adapter":
         (sft / "model.safetensors").unlink()
-        factors = {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 8),
-                   "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(8, 2)}  # fmt: skip
+        factors = {
+            "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 8),
+            "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(8, 2),
+        }
         write_model(sft, factors)
         (sft / "model.safetensors").rename(sft / "adapter_model.safetensors")
         said = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": named}

@@ -29,7 +29,7 @@ from mergekit_imm import (
     PartialMergeError,
     merge_checkpoints,
     merge_into,
-)  # fmt: skip
+)
 from models import LAYOUTS, fine_tuned, load, new_model, untied
 from modules import BASE, OPTIONS, SFT, SHAPES, START, Model, assert_is, fresh, naive, put, state_of, write_models
 
@@ -105,9 +105,13 @@ def test_live_is_what_the_formulas_say(folder: Path, expected: State, step: int,
     seen: list[tuple[int, int]] = []
     with patch("mergekit_imm.live.in_place.STEP", step):
         merge_into(
-            model, folder / "base", start=folder / "start", workers=workers, **OPTIONS,
+            model,
+            folder / "base",
+            start=folder / "start",
+            workers=workers,
+            **OPTIONS,
             progress=lambda done, total: seen.append((done, total)),
-        )  # fmt: skip
+        )
     assert_is(model, expected)
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == where
     size = sum(tensor.nbytes for tensor in SFT.values())
@@ -442,9 +446,12 @@ def test_memory_is_that_of_the_model(tmp_path: Path) -> None:
         print(peak() - before)
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=Path(__file__).parents[1] / "support",
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=Path(__file__).parents[1] / "support",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     (tmp_path / "base" / "model.safetensors").unlink()
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 150e6

@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from checkpoints import State, random_state, same_bits, write_model
 from commands import HUNG
 from live_ranks import WORLDS
-from mergekit_imm import MismatchError, merge_into  # fmt: skip
+from mergekit_imm import MismatchError, merge_into
 from mergekit_imm.live.in_place import TensorUpdate, _spans
 from mergekit_imm.live.local_shards import lines, live_tensors
 from mergekit_imm.ranks.ranks import ALONE

@@ -42,10 +42,18 @@ class Data(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def trainer(model: Any, folder: Path, *callbacks: Any, **arguments: Any) -> Any:
     options: dict[str, Any] = {
-        "output_dir": str(folder / "trained"), "num_train_epochs": 2, "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3,
-        "logging_strategy": "no", **arguments,
-    }  # fmt: skip
+        "output_dir": str(folder / "trained"),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+        "logging_strategy": "no",
+        **arguments,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return transformers.Trainer(
@@ -100,8 +108,13 @@ def test_rounds_of_one_training_have_masks_of_their_own(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mergekit_imm")
-    train(trainer(load(base, "llama", dtype=torch.bfloat16), tmp_path,
-                  IMMCallback(base, every="epoch", reference="base", iteration=5)))  # fmt: skip
+    train(
+        trainer(
+            load(base, "llama", dtype=torch.bfloat16),
+            tmp_path,
+            IMMCallback(base, every="epoch", reference="base", iteration=5),
+        )
+    )
     assert [record.message.rpartition(" ")[2] for record in caplog.records] == ["5", "6"]
 
 

@@ -121,9 +121,11 @@ def until(what: Callable[[], bool]) -> None:
 def test_a_signal_ends_the_command_too(base: str, number: signal.Signals, status: int) -> None:
     train = "trap 'echo asked >> told; exit 1' INT TERM; echo $$ > pid; while :; do sleep 0.1; done # {output}"
     loop = subprocess.Popen(
-        imm_loop("base", "-o", "run", "--train", train), stderr=subprocess.PIPE, text=True,
+        imm_loop("base", "-o", "run", "--train", train),
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a job in the background may have it ignored
-    )  # fmt: skip
+    )
     until(lambda: Path("pid").exists() and Path("pid").read_text().strip() != "")
     loop.send_signal(number)
     _, told = loop.communicate(timeout=HUNG)

@@ -55,11 +55,17 @@ def test_each_round_is_that_of_the_formula(base: State, form: str) -> None:
         sft = tuned(start, number)
         expected = {
             name: dare_merge(
-                base[name], sft[name], start=start[name], name=name, alpha=alpha, iteration=number, seed=4,
+                base[name],
+                sft[name],
+                start=start[name],
+                name=name,
+                alpha=alpha,
+                iteration=number,
+                seed=4,
                 drop=0.0 if "embed" in name else 0.5,
             )
             for name in base
-        }  # fmt: skip
+        }
         given: Any = sft
         saved: dict[str, Any] = {}
         if form == "checkpoint":

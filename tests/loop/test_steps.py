@@ -123,8 +123,10 @@ def test_an_anchor_that_moves_slowly_moves_in_every_round(base: str) -> None:
     recipe = json.loads(Path("run/round-2/imm_recipe.json").read_text())
     assert recipe["parameters"]["dtype"] == "start"
     assert verify("run/round-2/merged").segments == 3
-    run_loop(asked(base, train=f"{PYTHON} drift.py {{model}} {{output}}", anchor="ema:0.9", drop="0", dtype="float32"),
-             "wide")  # fmt: skip
+    run_loop(
+        asked(base, train=f"{PYTHON} drift.py {{model}} {{output}}", anchor="ema:0.9", drop="0", dtype="float32"),
+        "wide",
+    )
     assert {tensor.dtype for tensor in read_model(Path("wide/round-2/merged")).values()} == {torch.float32}
 
 
@@ -189,12 +191,15 @@ def test_a_command_that_makes_no_model_is_told(base: str) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (None, "cannot be read: No such file"), ("{", "is not JSON"), ("[1]", "is not a JSON object with numbers"),
-        ('{"a": "b"}', "is not a JSON object with numbers"), ('{"a": NaN}', "'a' is nan"),
+        (None, "cannot be read: No such file"),
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object with numbers"),
+        ('{"a": "b"}', "is not a JSON object with numbers"),
+        ('{"a": NaN}', "'a' is nan"),
         ('{"a": 1' + "0" * 400 + "}", "'a' is inf"),
         ('{"other": 1}', "has no 'score', which the gate asks for, but other"),
     ],
-)  # fmt: skip
+)
 def test_what_an_evaluation_writes_is_checked(base: str, content: str | None, match: str) -> None:
     write = "true {model} {json}" if content is None else f"printf %s {shlex.quote(content)} > {{json}} # {{model}}"
     with pytest.raises(MergeError, match=match):
@@ -240,8 +245,9 @@ def test_a_loop_goes_on_whose_steps_the_first_version_named(base: str) -> None:
 
 def test_of_alphas_that_shared_a_name_the_first_was_merged(base: str) -> None:
     """So the first version skipped the second: it is merged now."""
-    wanted = asked(base, rounds=1, alpha="0.3333333", retry=(0.33333333, 0.9), evaluate=EVALUATE, gate="nested.left",
-                   tolerance=9.0)  # fmt: skip
+    wanted = asked(
+        base, rounds=1, alpha="0.3333333", retry=(0.33333333, 0.9), evaluate=EVALUATE, gate="nested.left", tolerance=9.0
+    )
     done = ["base/evaluate", "0/train", "0/evaluate sft", "0/merge 0.333333", "0/evaluate merged 0.333333"]
     state = State(wanted, base, tuple(done))
     Path("run").mkdir()

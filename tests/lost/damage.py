@@ -88,8 +88,10 @@ def write_models(folder: Path) -> Files:
     (folder / "importance.json").write_text(json.dumps({"layers": {"model.layers.0": 1, "model.layers.1": 2.5}}))
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
-    lora = {f"base_model.model.model.layers.0.w.lora_{x}.weight": np.ones(s, np.float16) for x, s in
-            (("A", (2, 8)), ("B", (8, 2)))}  # fmt: skip
+    lora = {
+        f"base_model.model.model.layers.0.w.lora_{x}.weight": np.ones(s, np.float16)
+        for x, s in (("A", (2, 8)), ("B", (8, 2)))
+    }
     save_file(lora, folder / "adapter" / "adapter_model.safetensors")
     _write_fp8(folder / "fp8")
     before = Path.cwd()
@@ -214,10 +216,13 @@ def damaged(draw: Draw, files: Files) -> Case:
     """Draw a case."""
     form = draw(st.sampled_from(FORMS))
     used = {
-        path: content for path, content in files.items()
-        if path.split("/")[0] in ("base", "sft") or path.split("/")[0].split(".")[0] == form
-        or (form == "unfinished" and path.startswith("out")) or (form == "verified" and path.startswith("start"))
-    }  # fmt: skip
+        path: content
+        for path, content in files.items()
+        if path.split("/")[0] in ("base", "sft")
+        or path.split("/")[0].split(".")[0] == form
+        or (form == "unfinished" and path.startswith("out"))
+        or (form == "verified" and path.startswith("start"))
+    }
     for _ in range(draw(st.integers(1, 2))):
         path = draw(st.sampled_from(sorted(used)))
         if draw(st.integers(0, 19)) == 0:
@@ -301,9 +306,13 @@ def main(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=count, deadline=None, database=None, phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
-        suppress_health_check=list(hypothesis.HealthCheck), report_multiple_bugs=False,
-    )  # fmt: skip
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        suppress_health_check=list(hypothesis.HealthCheck),
+        report_multiple_bugs=False,
+    )
     @hypothesis.given(st.composite(lambda draw: damaged(draw, files))())
     def each(case: Case) -> None:
         place = Path(tempfile.mkdtemp(dir=folder))

@@ -53,9 +53,12 @@ def start(folder: Path, *arguments: str, small_window: bool = True) -> subproces
     program = ["-c", SMALL_WINDOW] if small_window else ["-m", "mergekit_imm"]
     return subprocess.Popen(
         [sys.executable, *program, "merge", "base", "sft", "-o", "out", *arguments],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background has it ignored
-    )  # fmt: skip
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -26,9 +26,12 @@ pytestmark = pytest.mark.skipif(not tracing.CALLS, reason="calls are traced on L
 def run(module: str, *arguments: object) -> dict[str, Any]:
     """Run one of the programs beside this file, and return what it prints."""
     ended = subprocess.run(
-        [sys.executable, "-m", f"lost.{module}", *map(str, arguments)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}, timeout=1800,
-    )  # fmt: skip
+        [sys.executable, "-m", f"lost.{module}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
+        timeout=1800,
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     found: dict[str, Any] = json.loads(ended.stdout)
     return found
@@ -71,18 +74,25 @@ def test_the_model_of_a_disk(tmp_path: Path) -> None:
     root = power.read(tmp_path, nodes)
     file = (tmp_path / "a").stat().st_ino
     calls = [
-        Call("write", file, offset=0, data=b"x" * 2048), Call("sync", file), Call("write", file, data=b"y" * 2048),
-        Call("create", -1, root, "b"), Call("write", -1, data=b"new"), Call("sync", -1),
-        Call("rename", 0, root, "b", root, "c"), Call("sync", root), Call("remove", 0, root, "a"),
-    ]  # fmt: skip
+        Call("write", file, offset=0, data=b"x" * 2048),
+        Call("sync", file),
+        Call("write", file, data=b"y" * 2048),
+        Call("create", -1, root, "b"),
+        Call("write", -1, data=b"new"),
+        Call("sync", -1),
+        Call("rename", 0, root, "b", root, "c"),
+        Call("sync", root),
+        Call("remove", 0, root, "a"),
+    ]
     certain = power.durable(calls, len(calls))
     assert certain == [True, False, False, True, True, False, True, False, False]
     assert power.durable(calls, 5) == [True, False, False, False, False]
     states = dict(power.choices(certain, 0))
     least = power.after(nodes, calls, states["none of it"])
     assert {n: bytes(least[i].content) for n, i in (least[root].entries or {}).items()} == {
-        "a": b"x" * 2048, "c": b"new"
-    }  # fmt: skip
+        "a": b"x" * 2048,
+        "c": b"new",
+    }
     most = power.after(nodes, calls, states["all of it"])
     assert set(most[root].entries or {}) == {"c"}
     torn = power.after(nodes, calls, lambda number, _: 0.5 if number == 2 else float(certain[number]))

@@ -99,8 +99,9 @@ NAMES = [
 def test_names_of_tensors_may_be_anything(tmp_path: Path) -> None:
     for seed, role in enumerate(("base", "sft")):
         write_model(tmp_path / role, random_state(dict.fromkeys(NAMES, (4, 4)), seed=seed))
-    ended = subprocess_of("merge", "base", "sft", "-o", "out", "--drop", "0", "--max-shard-size", "100B", "--verify",
-                          cwd=tmp_path)  # fmt: skip
+    ended = subprocess_of(
+        "merge", "base", "sft", "-o", "out", "--drop", "0", "--max-shard-size", "100B", "--verify", cwd=tmp_path
+    )
     assert ended.status == 0
     merged = read_model(tmp_path / "out")
     assert set(merged) == set(NAMES)
@@ -174,8 +175,17 @@ def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
     for role in ("base", "sft"):
         write_model(tmp_path / role, random_state({"a": (4,)}), config=config, side=side)
     for options, copied in (([], []), (["--copy-code"], sorted(side))):
-        ended = subprocess_of("merge", ".", "../sft", "-o", "../out", "--overwrite", *options, cwd=tmp_path / "base",
-                              code=f"import sys; sys.path.remove('')\nfrom mergekit_imm.cli.main import main; main()")  # noqa: F541  # fmt: skip
+        ended = subprocess_of(
+            "merge",
+            ".",
+            "../sft",
+            "-o",
+            "../out",
+            "--overwrite",
+            *options,
+            cwd=tmp_path / "base",
+            code="import sys; sys.path.remove('')\nfrom mergekit_imm.cli.main import main; main()",
+        )
         assert ended.status == 0, ended.err
         assert not (tmp_path / "trap").exists()
         out = tmp_path / "out"

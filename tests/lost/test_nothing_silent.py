@@ -94,8 +94,11 @@ def corrupted(target: str) -> Callable[[pytest.MonkeyPatch], None]:
         def write_wrong_file(path: Path, content: bytes) -> None:
             write_file(path, content.replace(b"0", b"1", 1) if path.name == target else content)
 
-        patch.setattr(direct_io, "write_at" if target in ("header", "tensor") else "write_file",
-                      write_wrong if target in ("header", "tensor") else write_wrong_file)  # fmt: skip
+        patch.setattr(
+            direct_io,
+            "write_at" if target in ("header", "tensor") else "write_file",
+            write_wrong if target in ("header", "tensor") else write_wrong_file,
+        )
 
     return apply
 
@@ -196,8 +199,10 @@ def test_two_commands_at_once(large: Path) -> None:
     arguments = ["merge", "base", "sft", "-o", "out", "--workers", "1"]
     with subprocess.Popen(
         [sys.executable, "-c", held_until("told.is_set()"), *arguments],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as first:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
         while not (large / "out.partial" / journal.JOURNAL).exists():
             assert first.poll() is None
             time.sleep(0.01)
@@ -336,8 +341,10 @@ def test_a_second_interrupt_does_not_cut_short_the_first(large: Path) -> None:
     """Workers end what they write before the files are closed, however often Ctrl-C is pressed."""
     process = subprocess.Popen(
         [sys.executable, "-c", held_until("told.is_set() and stopping()"), "merge", "base", "sft", "-o", "out"],
-        stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     with process:
         while not (large / "out.partial" / "model.safetensors").exists():
             assert process.poll() is None

@@ -76,8 +76,10 @@ def test_a_disk_that_fills_up(pair: Path, mounted: Callable[[str], Path], code: 
 def test_an_output_on_another_filesystem(pair: Path, mounted: Callable[[str], Path]) -> None:
     place = mounted(f"size={3 * SIZE}m")
     assert subprocess_of("merge", "base", "sft", "-o", place / "a" / "out", cwd=pair).status == 0
-    assert subprocess_of("merge", "base", "sft", "-o", place / "a" / "out", "--alpha", "0", "--overwrite",
-                         cwd=pair).status == 0  # fmt: skip
+    assert (
+        subprocess_of("merge", "base", "sft", "-o", place / "a" / "out", "--alpha", "0", "--overwrite", cwd=pair).status
+        == 0
+    )
     assert subprocess_of("merge", "base", "sft", "-o", "out", "--alpha", "0", cwd=pair).status == 0
     assert files_of(place / "a" / "out") == files_of(pair / "out")
 
@@ -141,10 +143,12 @@ def test_a_disk_that_fails(pair: Path, number: int, where: str, monkeypatch: pyt
     monkeypatch.setattr("mergekit_imm.engine.stream.SYNC_BYTES", 1 << 20)
     before = inputs_of(pair)
     fails = {
-        "first write": write_fails(number, 1), "fifth write": write_fails(number, 5),
-        "sync": sync_fails(number, ".safetensors"), "journal": sync_fails(number, journal.JOURNAL),
+        "first write": write_fails(number, 1),
+        "fifth write": write_fails(number, 5),
+        "sync": sync_fails(number, ".safetensors"),
+        "journal": sync_fails(number, journal.JOURNAL),
         "side file": sync_fails(number, "tokenizer.json"),
-    }[where]  # fmt: skip
+    }[where]
     with monkeypatch.context() as patch:
         fails(patch)
         with pytest.raises(OutputError) as caught:

@@ -78,9 +78,13 @@ def test_a_small_file_that_changes_meanwhile_is_refused(pair: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     ("file", "inside"),
-    [("base/templates2", "sft/templates2/chat.jinja"), ("", "sft/README.md/x"), ("", "sft/imm_report.json/x"),
-     ("", "base/model.safetensors.old/x")],
-)  # fmt: skip
+    [
+        ("base/templates2", "sft/templates2/chat.jinja"),
+        ("", "sft/README.md/x"),
+        ("", "sft/imm_report.json/x"),
+        ("", "base/model.safetensors.old/x"),
+    ],
+)
 def test_a_file_and_a_folder_of_one_name_are_refused_from_names_alone(pair: Path, file: str, inside: str) -> None:
     if file:
         (pair / file).write_text("x")

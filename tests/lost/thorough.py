@@ -39,9 +39,11 @@ def program(*arguments: object) -> dict[str, Any]:
     began = time.perf_counter()
     try:
         ended = subprocess.run(
-            [sys.executable, "-m", f"lost.{module}", folder, *rest], capture_output=True, text=True,
+            [sys.executable, "-m", f"lost.{module}", folder, *rest],
+            capture_output=True,
+            text=True,
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
+        )
     finally:
         shutil.rmtree(folder)
     if ended.returncode != 0:
@@ -65,10 +67,14 @@ def main(parts: Sequence[str], count: int, kills: int) -> None:
 
     def keep(part: str, found: Any) -> None:
         results[part] = {
-            "date": date.today().isoformat(), "git": git_version(Path(__file__).parent), "cpu": cpu_name(),
-            "python": platform.python_version(), "kernel": platform.release(),
-            "versions": {name: version(name) for name in ("numpy", "safetensors", "hypothesis")}, **found,
-        }  # fmt: skip
+            "date": date.today().isoformat(),
+            "git": git_version(Path(__file__).parent),
+            "cpu": cpu_name(),
+            "python": platform.python_version(),
+            "kernel": platform.release(),
+            "versions": {name: version(name) for name in ("numpy", "safetensors", "hypothesis")},
+            **found,
+        }
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
     for part in {"calls", "power"} & set(parts):

@@ -51,9 +51,13 @@ def torchrun(size: int, *arguments: str, cwd: Path, **environment: str) -> subpr
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     with TemporaryDirectory() as logs:  # which torchrun does not remove
         return subprocess.run(
-            [*command, *arguments], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": logs} | environment,
-            capture_output=True, text=True, timeout=HUNG,
-        )  # fmt: skip
+            [*command, *arguments],
+            cwd=cwd,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": logs} | environment,
+            capture_output=True,
+            text=True,
+            timeout=HUNG,
+        )
 
 
 def by_hand(
@@ -69,11 +73,14 @@ def by_hand(
     return [
         subprocess.Popen(
             [sys.executable, *program, *arguments, "--ranks", "torchrun"],
-            cwd=(folders or {}).get(rank), env=os.environ | common | environment | {"RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=(folders or {}).get(rank),
+            env=os.environ | common | environment | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(size)
-    ]  # fmt: skip
+    ]
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
@@ -111,9 +118,18 @@ def test_torchrun_finishes_what_a_dead_rank_left(pair: Path, case: Path) -> None
     (case / "slow.py").write_text(SLOW)
     victim, moment = random.randrange(3), random.uniform(0, 0.5)
     ended = torchrun(
-        3, "--max-restarts", "2", "--monitor-interval", "0.1", "slow.py", *MERGE, "--ranks", "torchrun", cwd=case,
+        3,
+        "--max-restarts",
+        "2",
+        "--monitor-interval",
+        "0.1",
+        "slow.py",
+        *MERGE,
+        "--ranks",
+        "torchrun",
+        cwd=case,
         KILL=f"{victim}:{moment}",
-    )  # fmt: skip
+    )
     assert ended.returncode == 0, ended.stderr
     assert f"failed (exitcode: -9) local_rank: {victim}" in ended.stderr, moment
     assert ended.stdout.count("merged 12 tensors") == 1
@@ -192,11 +208,13 @@ def test_slurm(pair: Path, case: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "mergekit_imm", *MERGE, "--ranks", "slurm"],
-            env=os.environ | common | {"SLURM_PROCID": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | common | {"SLURM_PROCID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         for rank in (1, 0)
-    ]  # fmt: skip
+    ]
     other, (status, out, err) = ends(processes)
     assert other == (0, "", "")
     assert (status, err) == (0, "")

@@ -63,17 +63,28 @@ class _Keywords(TypedDict, total=False):
 
 @overload
 def merge_checkpoints(
-    base: str | Path, sft: str | Path, out: str | Path, *,
-    alpha: float = 0.5, drop: float = 0.2, seed: int = 0, **options: Unpack[_Keywords],
-) -> MergeReport: ...  # fmt: skip
+    base: str | Path,
+    sft: str | Path,
+    out: str | Path,
+    *,
+    alpha: float = 0.5,
+    drop: float = 0.2,
+    seed: int = 0,
+    **options: Unpack[_Keywords],
+) -> MergeReport: ...
 
 
 @overload
 def merge_checkpoints(
-    base: str | Path, sft: str | Path, out: str | Path, *,
-    alpha: float | Sequence[float] = 0.5, drop: float | Sequence[float] = 0.2, seed: int | Sequence[int] = 0,
+    base: str | Path,
+    sft: str | Path,
+    out: str | Path,
+    *,
+    alpha: float | Sequence[float] = 0.5,
+    drop: float | Sequence[float] = 0.2,
+    seed: int | Sequence[int] = 0,
     **options: Unpack[_Keywords],
-) -> list[MergeReport]: ...  # fmt: skip
+) -> list[MergeReport]: ...
 
 
 def merge_checkpoints(
