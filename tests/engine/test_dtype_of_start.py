@@ -1,4 +1,4 @@
-"""Merged models with the dtypes of the start, tensor by tensor: what a loop asks for whose anchor is float32."""
+"""dtype="start": the merged model takes the start's dtypes, tensor by tensor (loops with a float32 anchor)."""
 
 from __future__ import annotations
 

@@ -93,15 +93,15 @@ def test_at_the_end_the_model_is_what_the_trained_one_merges_to(base: Path, tmp_
 
 
 @pytest.mark.parametrize(("every", "merges"), [("epoch", 2), *others((1, 4)), (3, 1)])
-def test_it_merges_when_it_is_told_to(base: Path, tmp_path: Path, every: str | int, merges: int) -> None:
-    """Training goes on from the merged model: a merge with the base alone undoes what was trained until then."""
+def test_it_merges_at_the_given_times(base: Path, tmp_path: Path, every: str | int, merges: int) -> None:
+    """Training continues from the merged model: with alpha 1 a merge undoes all training before it."""
     callback = IMMCallback(base, every=every, alpha=1.0, reference="base")
     each = trainer(load(base, "llama", dtype=torch.bfloat16), tmp_path, callback)
     train(each)
     assert callback.merges == merges
     each.save_model(str(tmp_path / "merged"))
     same = [same_bits(tensor, read_model(base)[name]) for name, tensor in read_model(tmp_path / "merged").items()]
-    assert all(same) == (every != 3)  # of four steps the last is trained after the merge
+    assert all(same) == (every != 3)  # the last of four steps comes after the merge
 
 
 def test_rounds_of_one_training_have_masks_of_their_own(
@@ -153,12 +153,12 @@ def test_adapters_are_left_alone_and_that_is_said(base: Path, tmp_path: Path, ca
     train(trainer(model, tmp_path, callback))
     assert callback.merges == 0
     assert "the model has adapters: IMMCallback merges nothing" in caplog.text
-    model.save_pretrained(tmp_path / "adapter")  # and it is still an adapter that can be merged
+    model.save_pretrained(tmp_path / "adapter")  # still an adapter that can be merged
     merge_checkpoints(base, tmp_path / "adapter", tmp_path / "out")
 
 
 def test_adapters_are_merged_when_asked(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whichever way the model is saved then, it is the merged one: that which the trained adapter merges to."""
+    """However the model is saved, the result is the merge of the trained adapter."""
     plain = adapted(base)
     train(trainer(plain, tmp_path))
     plain.merge_and_unload().save_pretrained(tmp_path / "sft")
@@ -171,7 +171,7 @@ def test_adapters_are_merged_when_asked(base: Path, tmp_path: Path, caplog: pyte
     callback.model.save_pretrained(tmp_path / "by-callback")
     each.save_model(str(tmp_path / "by-trainer"))
     each.accelerator.unwrap_model(each.model).save_pretrained(tmp_path / "unwrapped")
-    model.save_pretrained(tmp_path / "gathered", state_dict=model.state_dict())  # as of a model in shards
+    model.save_pretrained(tmp_path / "gathered", state_dict=model.state_dict())  # as for a sharded model
     for folder in ("by-callback", "by-trainer", "unwrapped", "gathered"):
         assert_same(read_model(tmp_path / folder), read_model(tmp_path / "expected"))
         assert not list((tmp_path / folder).glob("adapter*"))
@@ -180,7 +180,7 @@ def test_adapters_are_merged_when_asked(base: Path, tmp_path: Path, caplog: pyte
 
 
 def test_adapters_that_cannot_be_merged_are_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
-    """transformers holds adapters in a model of its own, too, and a prompt is none that merges."""
+    """Adapters inside a transformers model, and prompt tuning, have no merge_and_unload."""
     whole = load(base, "llama", dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -246,7 +246,7 @@ def test_what_the_base_tells_is_refused_when_a_callback_is_made(
 
 
 def test_an_adapter_on_a_quantised_model_is_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
-    """Merged into it, it would be a quantised model, which is not merged."""
+    """The result would be a quantised model, which cannot be merged."""
     model = adapted(base)
     layer = model.base_model.model.model.layers[1].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
@@ -264,7 +264,7 @@ def test_a_base_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"take": ["lm_haed"]}, r'"lm_haed"\] matches none of'),  # the model could have such a tensor
+        ({"take": ["lm_haed"]}, r'"lm_haed"\] matches none of'),  # the model might have such a tensor
         ({"rename": ["^language[.]=model."]}, "changes none of the"),
     ],
 )

@@ -104,7 +104,7 @@ def test_nothing_runs_and_nothing_is_written(base: str, changes: dict[str, Any],
 
 
 def test_a_loop_that_an_earlier_version_began_goes_on_with_its_commands(base: str) -> None:
-    """That version knew no misspelt placeholders."""
+    """That version did not check placeholders."""
     wanted = asked(base, rounds=1, train=f"{TRAIN} && echo {{item}}")
     Path("run").mkdir()
     begin_or_resume(Path("run"), wanted)

@@ -1,4 +1,4 @@
-"""Rounds of a loop of one's own: a checkpoint, tensors or a model each round, against the formulas."""
+"""`Rounds` with a checkpoint, tensors or a model per round, against the formulas."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def tied_pair(stored: list[str], *, tied: bool = True) -> tuple[State, State]:
-    """A base that stores its embedding under these names, and a trained model whose head is the embedding."""
+    """A base that stores its embedding under these names, and a trained model with a tied head."""
     base = random_state({EMBED: (8, 4), "model.layers.0.w": (4, 4)}, dtype=torch.float32)
     base |= {HEAD: base[EMBED]}
     written = {name: base[name].clone() for name in [*stored, "model.layers.0.w"]}
@@ -269,7 +269,7 @@ Rounds("base").merge(model, "out")
 
 
 def test_a_full_disk_leaves_no_half_of_a_model(tmp_path: Path) -> None:
-    """A real one, with room for the tensors and none for the header before them; with more it is saved."""
+    """A real disk with room for the tensors but not the header; with more room the model is saved."""
     place, base = tmp_path / "disk", random_state({"w": (32, 32)}, dtype=torch.float32)
     place.mkdir()
     write_model(tmp_path / "base", base)

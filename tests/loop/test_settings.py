@@ -1,4 +1,4 @@
-"""Settings and folders that are refused before anything is run."""
+"""Settings and folders refused before anything runs."""
 
 from __future__ import annotations
 

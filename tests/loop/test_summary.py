@@ -1,4 +1,4 @@
-"""The table and the pictures of what was measured."""
+"""The table and the plots of the metrics."""
 
 from __future__ import annotations
 

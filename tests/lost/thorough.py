@@ -1,8 +1,8 @@
-"""All of it: every call, every power failure, 300 signals, 100,000 damaged inputs: `make thorough`.
+"""Run everything: every call, every power failure, 300 signals, 100,000 damaged inputs (`make thorough`).
 
     python -m lost.thorough [--parts calls,power,signals,damage] [--count N] [--kills N]
 
-Writes what was seen to results.json beside this file, part by part, for docs/nothing-lost.md.
+Writes the results to results.json beside this file, part by part, for docs/nothing-lost.md.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from measure import cpu_name, git_version
 from .driver import SCENARIOS
 
 RESULTS = Path(__file__).with_name("results.json")
-BATCH = 2500  # damaged inputs of one process
+BATCH = 2500  # damaged inputs per process
 
 
 def program(*arguments: object) -> dict[str, Any]:
-    """Run one of the programs beside this file in a folder of its own, and return what it prints."""
+    """Run one of the programs in this folder in a fresh temporary folder, and return the JSON it prints."""
     module, *rest = map(str, arguments)
     folder = tempfile.mkdtemp(prefix="lost-", dir=Path.cwd())
     began = time.perf_counter()
@@ -56,13 +56,13 @@ def program(*arguments: object) -> dict[str, Any]:
 
 
 def at_once(tasks: Sequence[tuple[object, ...]]) -> Iterator[dict[str, Any]]:
-    """Run programs, as many at a time as there are CPUs; gives what they found in the order of the tasks."""
+    """Run programs, one per CPU at a time; yield their results in the order of the tasks."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         yield from pool.map(lambda task: program(*task), tasks)
 
 
 def main(parts: Sequence[str], count: int, kills: int) -> None:
-    """Run the parts and keep what they found."""
+    """Run the parts and save their results."""
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
     def keep(part: str, found: Any) -> None:
@@ -80,7 +80,7 @@ def main(parts: Sequence[str], count: int, kills: int) -> None:
     for part in {"calls", "power"} & set(parts):
         found = at_once([("driver", scenario, part, "--seeds", 3) for scenario in SCENARIOS])
         keep(part, {"scenarios": dict(zip(SCENARIOS, found, strict=True))})
-    if "signals" in parts:  # one at a time: moments are shares of a run that nothing else slows down
+    if "signals" in parts:  # one at a time: the moments assume an otherwise idle machine
         counts = {"KILL": kills, "TERM": kills // 4, "INT": kills // 4}
         keep("signals", {"signals": {n: program("kills", "--signal", n, "--count", c) for n, c in counts.items()}})
     if "damage" in parts:

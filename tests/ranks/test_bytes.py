@@ -1,4 +1,4 @@
-"""Any number of ranks, which are threads here, makes the bytes that one process makes."""
+"""Any number of ranks (threads here) writes the bytes of one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_any_number_of_ranks_makes_the_same_bytes(pair: Path, case: Path, size: 
     assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft"]
     total = sum(path.stat().st_size for path in (case / "out").glob("*.safetensors"))
     assert reports[0].bytes_written == total
-    # What lies across a cut is read twice.
+    # Segments that span a cut are read twice.
     assert 2 * 0.99 * total < reports[0].bytes_read < 2 * total + size * 2 * 2 * 4 * RECORD
     assert [report.status for report in merged_by(size, verify=True)] == ["already merged"] * size
 
@@ -67,13 +67,13 @@ def test_no_two_ranks_write_into_one_mib(
     def noted(handle: direct_io.Handle, content: memoryview, offset: int) -> None:
         thread = current_thread().name
         covered.setdefault(handle.path.name, []).append((offset, offset + len(content)))
-        if not thread.startswith("rank-"):  # heads are written before the others begin
+        if not thread.startswith("rank-"):  # headers are written before the other ranks begin
             for block in range(offset >> 20, (offset + len(content) - 1 >> 20) + 1):
                 owners.setdefault((handle.path.name, block), set()).add(thread)
         write_at(handle, content, offset)
 
     def begin(plans: Any, todo: Any, sink: Any, **options: Any) -> Any:
-        """The worker, one for each rank, is named after its rank."""
+        """Name the only worker of each rank after it."""
         name = current_thread().name.replace("rank", "of")
 
         def named(*given: Any) -> None:

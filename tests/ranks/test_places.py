@@ -1,4 +1,4 @@
-"""Where a rank stands among the others, and how it meets them."""
+"""A rank's place, and how ranks connect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from merging_ranks import free_port
 
 
 def test_variables_alone_mean_nothing(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is not torchrun's child, whatever it has inherited."""
+    """This process is not torchrun's child, whatever its environment says."""
     for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.setenv(name, "4")
     assert not torchrun.is_started_by_torchrun()

@@ -1,4 +1,4 @@
-"""Ranks that are processes: torchrun, Slurm, by hand; killed, and gone on with."""
+"""Ranks as processes: torchrun, Slurm, by hand; killed and resumed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MERGE = ["merge", "base", "sft", "--drop", "0.9", "-o", "out"]
 
 def torchrun(size: int, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    with TemporaryDirectory() as logs:  # which torchrun does not remove
+    with TemporaryDirectory() as logs:  # torchrun does not remove them
         return subprocess.run(
             [*command, *arguments],
             cwd=cwd,
@@ -67,7 +67,7 @@ def by_hand(
     code: str | None = None,
     **environment: str,
 ) -> list[subprocess.Popen[str]]:
-    """Start ranks with the variables that torchrun sets, but without anyone who looks after them."""
+    """Start ranks with torchrun's variables but without a supervisor."""
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     program = ["-m", "mergekit_imm"] if code is None else ["-c", code]
     return [
@@ -84,8 +84,8 @@ def by_hand(
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    told = [process.communicate(timeout=HUNG) for process in processes]
-    return [(process.returncode, *each) for process, each in zip(processes, told, strict=True)]
+    outputs = [process.communicate(timeout=HUNG) for process in processes]
+    return [(process.returncode, *each) for process, each in zip(processes, outputs, strict=True)]
 
 
 def test_torchrun(pair: Path, case: Path) -> None:
@@ -99,7 +99,7 @@ def test_torchrun(pair: Path, case: Path) -> None:
 
 
 def test_torchrun_and_an_option_that_torchrun_takes_for_its_own(pair: Path, case: Path) -> None:
-    """--start could be short for its --start-method, which is why the page has a --."""
+    """torchrun takes --start for an abbreviated --start-method; a -- before it helps."""
     later = [*MERGE, "--start", "one", "--alpha", "0.25"]
     (case / "one").symlink_to(pair / "one")
     refused = torchrun(2, "-m", "mergekit_imm", *later, cwd=case)
@@ -114,7 +114,7 @@ def test_torchrun_and_an_option_that_torchrun_takes_for_its_own(pair: Path, case
 
 
 def test_torchrun_finishes_what_a_dead_rank_left(pair: Path, case: Path) -> None:
-    """Three ranks, of which one is killed at a random moment."""
+    """Three ranks; one is killed at a random moment."""
     (case / "slow.py").write_text(SLOW)
     victim, moment = random.randrange(3), random.uniform(0, 0.5)
     ended = torchrun(
@@ -161,7 +161,7 @@ def test_a_merge_that_a_training_job_starts_waits_for_nobody(pair: Path, case: P
 
 
 def until_recorded(partial: Path, processes: list[subprocess.Popen[str]]) -> None:
-    """Wait until each rank has recorded something."""
+    """Wait until each rank has a record in its journal."""
     paths = [partial / journal.name_of(rank) for rank in range(len(processes))]
     while not all(path.exists() and len(path.read_bytes().partition(b"\n")[2]) for path in paths):
         assert [process.poll() for process in processes] == [None] * len(processes)
@@ -182,7 +182,7 @@ def test_a_job_that_was_killed_goes_on(pair: Path, case: Path) -> None:
 
 
 def test_one_line_from_rank_0(case: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One rank stands where there is no base."""
+    """One rank runs in a folder without a base."""
     away = tmp_path_factory.mktemp("away")
     first, *others = ends(by_hand(2, *MERGE, folders={1: away}))
     assert first[:2] == (1, "")
@@ -193,7 +193,7 @@ def test_one_line_from_rank_0(case: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_a_rank_that_ends_is_missed(case: Path) -> None:
-    """Nobody looks after these; the one that is left must say so, and not wait for ever."""
+    """Without a supervisor, the remaining rank must fail rather than wait forever."""
     processes = by_hand(2, *MERGE, code=SLOW, STAY="1")
     until_recorded(case / "out.partial", processes)
     processes[1].kill()

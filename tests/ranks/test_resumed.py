@@ -1,4 +1,4 @@
-"""Merges that stopped go on with another number of ranks; whose journals are believed."""
+"""Interrupted merges resume with another number of ranks; which journals are trusted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from merging_ranks import Run, merged_by
 
 
 def stopped_after(count: int) -> Run:
-    """`run`, which ends after so many segments, as if the process did."""
+    """A `run_segments` that is interrupted after `count` segments."""
     run = workers.run_segments
 
     def stopped(*arguments: Any, **options: Any) -> Iterator[Any]:
@@ -48,14 +48,14 @@ def test_another_number_of_ranks_goes_on(pair: Path, case: Path, sizes: tuple[in
     report, *_ = merged_by(sizes[1])
     assert isinstance(report, MergeReport)
     whole = sum(path.stat().st_size for path in (case / "out").glob("*.safetensors"))
-    # Each recorded at least one of its two; what lies across a cut is not.
+    # Each recorded at least one of its two segments; one that spans a cut is not recorded.
     assert report.bytes_written <= whole - sizes[0] * (1 << 20)
     assert files_of(case / "out") == files_of(pair / "one")
     assert not report.notes
 
 
 def test_a_piece_is_recorded_only_when_all_ranks_have_written_their_part(pair: Path, case: Path) -> None:
-    """Rank 1 begins in the middle of a piece, and rank 0 ends before it writes anything."""
+    """Rank 1 starts in the middle of a piece; rank 0 ends before it writes anything."""
     stopped = stopped_after(2)
 
     def run(*arguments: Any, **options: Any) -> Iterator[Any]:
@@ -92,9 +92,9 @@ def test_journals_of_other_merges_are_not_believed(pair: Path, case: Path) -> No
 def test_a_lost_journal_is_found(case: Path) -> None:
     end = stream._finish_folder
 
-    def lost(written: Any, *arguments: Any) -> None:
+    def lost(folder: Any, *arguments: Any) -> None:
         (case / "out.partial" / ".imm_journal-1").unlink()
-        end(written, *arguments)
+        end(folder, *arguments)
 
     with patch("mergekit_imm.engine.stream._finish_folder", lost):
         failed = merged_by(2)
