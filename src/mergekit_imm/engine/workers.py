@@ -37,7 +37,6 @@ LEAST = 16 * PAGE  # of one, at least: fits a block of any dtypes
 Sink = Callable[[int, TensorInfo, int, memoryview], None]  # index of the plan, tensor, first byte in it, bytes
 Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
 Task = tuple[Segment, Sequence[int]]  # a segment, and the indices of the plans that lack it
-CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)  # constants that only change the dtype
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -235,10 +234,13 @@ def _merge(
             if not is_finite(tally):
                 p = plans[number].options
                 merge = f" (alpha {p.alpha}, drop {p.drop}, seed {p.seed})" if len(plans) > 1 else ""
-                _check_finite(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
+                _check_values(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
             for target in each.outs:
                 sink(number, target, first * out_width, memoryview(out[0]))  # type: ignore[arg-type]
     return {number: to_record(tally) for number, tally in tallies.items()}
+
+
+CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)  # the base, in the output's dtype
 
 
 def _converted(item: Item) -> Mapping[str, Tensor]:
@@ -272,7 +274,7 @@ def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: S
                 sink(number, target, first, memoryview(content))  # type: ignore[arg-type]
 
 
-def _check_finite(
+def _check_values(
     plan: Plan,
     item: Item,
     raws: dict[str, tuple[Raw, str]],

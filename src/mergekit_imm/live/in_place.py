@@ -154,10 +154,10 @@ class InPlaceMerge:
         tally = new_tally()
         merge_span(base, start, sft, out, span.count, span.low, item.key, constants, tally)
         if not is_finite(tally):
-            self._check_finite(span, raws, out)
+            self._check_values(span, raws, out)
         return out[0]
 
-    def _check_finite(self, span: _Span, raws: Mapping[str, tuple[Raw, str]], out: tuple[Raw, str]) -> None:
+    def _check_values(self, span: _Span, raws: Mapping[str, tuple[Raw, str]], out: tuple[Raw, str]) -> None:
         from ..numerics.cpu import finite_elements
 
         item = span.update.item
