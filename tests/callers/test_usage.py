@@ -77,7 +77,7 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--anchor", "mean"], "anchor is 'mean'"),
             (["--keep", "("], "--keep '(' is not a regular expression"),
             (["--retry", "x"], "is no list of numbers"),
-            (["--gate", "accuracy"], "there is no evaluate command"),
+            (["--gate", "accuracy"], "no evaluate command measures it"),
             (["--sparsify", "nonsense"], "sparsify is 'nonsense'"),
             (["--layer-factors", "lines:1"], "layer factors 'lines:1' are not understood"),
             (["--shrink", "0.5"], "and none is given"),
