@@ -112,7 +112,7 @@ def test_a_recipe_that_says_something_else_is_not_the_same(here: Path) -> None:
     recipe.write_text(json.dumps(content))
     with pytest.raises(OutputError, match="holds another merge"):
         merge(str)
-    with pytest.raises(VerifyError, match="its formula is not that of this merge"):
+    with pytest.raises(VerifyError, match="its formula differs from this merge's"):
         verify("out")
 
 

@@ -77,11 +77,11 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--anchor", "mean"], "anchor is 'mean'"),
             (["--keep", "("], "--keep '(' is not a regular expression"),
             (["--retry", "x"], "is not a list of numbers"),
-            (["--gate", "accuracy"], "there is no evaluate command"),
+            (["--gate", "accuracy"], "no evaluate command measures it"),
             (["--sparsify", "nonsense"], "sparsify is 'nonsense'"),
             (["--layer-factors", "lines:1"], "layer factors 'lines:1' are not understood"),
             (["--shrink", "0.5"], "and none is given"),
-            (["--train", "true"], "the training command has no {output}"),
+            (["--train", "true"], "the train command has no {output}"),
             (["--rounds", "0"], "0 is not in the range"),
         ]
     ),

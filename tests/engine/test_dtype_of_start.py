@@ -1,4 +1,4 @@
-"""Merged models with the dtypes of the start, tensor by tensor: what a loop asks for whose anchor is float32."""
+"""dtype="start": the merged model takes the start's dtypes, tensor by tensor (loops with a float32 anchor)."""
 
 from __future__ import annotations
 
@@ -39,9 +39,17 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, State]:
 @pytest.mark.parametrize("reference", ["start", "base"])
 def test_the_output_has_the_dtypes_of_the_start(models: dict[str, State], reference: str) -> None:
     report = merge_checkpoints(
-        "base", "sft", "out", start="start", iteration=1, alpha=0.25, drop=0, dtype="start", keep=["kept"],
+        "base",
+        "sft",
+        "out",
+        start="start",
+        iteration=1,
+        alpha=0.25,
+        drop=0,
+        dtype="start",
+        keep=["kept"],
         reference=reference,
-    )  # fmt: skip
+    )
     merged = read_model(Path("out"))
     for name, start in models["start"].items():
         base, sft = models["base"][name].double(), models["sft"][name].double()
@@ -52,8 +60,19 @@ def test_the_output_has_the_dtypes_of_the_start(models: dict[str, State], refere
     assert json.loads(Path("out/config.json").read_text())["dtype"] == "bfloat16"
     assert report.parameters["dtype"] == "start"
     assert verify("out").files_compared
-    streamed = dict(iter_merged("base", "sft", start="start", iteration=1, alpha=0.25, drop=0, dtype="start",
-                                keep=["kept"], reference=reference))  # fmt: skip
+    streamed = dict(
+        iter_merged(
+            "base",
+            "sft",
+            start="start",
+            iteration=1,
+            alpha=0.25,
+            drop=0,
+            dtype="start",
+            keep=["kept"],
+            reference=reference,
+        )
+    )
     assert all(torch.equal(merged[name], tensor) for name, tensor in streamed.items())
 
 

@@ -1,4 +1,4 @@
-"""Streamed merges: the bits of the pure functions and of the naive reference, however the work is cut."""
+"""Streamed merges give the bits of the pure functions and of the naive reference, however the work is split."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ OUT_DTYPE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32
 
 
 def overflows(merged: torch.Tensor, *inputs: torch.Tensor) -> bool:
-    """Whether a merged value is not finite though all it was made of was."""
+    """Whether a merged value is not finite although its inputs are."""
     finite = torch.stack([each.double().isfinite() for each in inputs]).all(0)
     return bool((~merged.double().isfinite() & finite).any())
 
 
-# In the first third each two of the three dtypes meet in every combination; each takes seconds to compile.
+# The first third covers every pair of dtypes; each combination takes seconds to compile.
 COMBINATIONS = sorted(product(DTYPES, repeat=3), key=lambda dtypes: sum(map(DTYPES.index, dtypes)) % 3)
 
 
@@ -60,7 +60,7 @@ def test_every_combination_of_dtypes(
     expected = {}
     for name in base:
         merged = reference.merge_tensors(base[name], sft[name], None, out, alpha=0.3, drop=0.5, name=name, seed=7)
-        if overflows(merged, base[name], sft[name]):  # refused, and another test's concern: tame the inputs
+        if overflows(merged, base[name], sft[name]):  # refused, as another test checks: use smaller inputs
             base[name] = tensor(base[name].numel(), base_dtype, seed=1, kind="gauss", specials=False)
             sft[name] = tensor(base[name].numel(), sft_dtype, seed=2, kind="gauss", specials=False)
             merged = reference.merge_tensors(base[name], sft[name], None, out, alpha=0.3, drop=0.5, name=name, seed=7)
@@ -68,9 +68,15 @@ def test_every_combination_of_dtypes(
     write_model(tmp_path / "base", base)
     write_model(tmp_path / "sft", sft)
     merge_checkpoints(
-        tmp_path / "base", tmp_path / "sft", tmp_path / "out", alpha=0.3, drop=0.5, seed=7, dtype=OUT_DTYPE[out],
+        tmp_path / "base",
+        tmp_path / "sft",
+        tmp_path / "out",
+        alpha=0.3,
+        drop=0.5,
+        seed=7,
+        dtype=OUT_DTYPE[out],
         allow_nonfinite=True,
-    )  # fmt: skip
+    )
     written = read_model(tmp_path / "out")
     pure = dare_merge(base, sft, alpha=0.3, drop=0.5, seed=7, dtype=out)
     assert list(written) == list(expected)
@@ -81,7 +87,7 @@ def test_every_combination_of_dtypes(
 
 @pytest.mark.parametrize("out", [DTYPES[0], *others(*DTYPES[1:])], ids=lambda d: str(d)[6:])
 def test_float64_is_rounded_once(tmp_path: Path, out: torch.dtype) -> None:
-    """Not by way of float32, which would take a value just beside a half for the half."""
+    """Not via float32, which would round a value close to a midpoint to the midpoint."""
     sft = tensor(2000, torch.float64, seed=1, kind="edges", specials=False)
     sft = torch.where(sft.abs() < 1e4, sft, 1.0)
     write_model(tmp_path / "base", {"w": torch.zeros(2000)})
@@ -94,7 +100,7 @@ def test_float64_is_rounded_once(tmp_path: Path, out: torch.dtype) -> None:
 @settings(max_examples=examples(60))
 @given(st.data())
 def test_any_cut_of_the_work_gives_the_same_bytes(data: st.DataObject) -> None:
-    """Sizes, shards, segments, buffers and workers are drawn; the reference knows nothing of them."""
+    """Sizes, shards, segments, buffers and workers are drawn; the reference uses none of them."""
     names = [f"model.layers.{i}.w" for i in range(data.draw(st.integers(1, 5)))]
     dtypes = st.sampled_from(WIDER)
     sizes = st.sampled_from([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 5000]) | st.integers(0, 6000)
@@ -121,9 +127,16 @@ def test_any_cut_of_the_work_gives_the_same_bytes(data: st.DataObject) -> None:
             inputs = [side[name] for side in sides.values()]
             kind_out = getattr(torch, out_dtype) if out_dtype else inputs[0].dtype
             merged = reference.merge_tensors(
-                inputs[0], inputs[1], inputs[2] if start else None, kind_out, alpha=alpha, drop=drop, seed=seed,
-                iteration=3, name=name,
-            )  # fmt: skip
+                inputs[0],
+                inputs[1],
+                inputs[2] if start else None,
+                kind_out,
+                alpha=alpha,
+                drop=drop,
+                seed=seed,
+                iteration=3,
+                name=name,
+            )
             refused = refused or overflows(merged, *inputs)
             expected[name] = merged
 
@@ -135,10 +148,18 @@ def test_any_cut_of_the_work_gives_the_same_bytes(data: st.DataObject) -> None:
                 patch("mergekit_imm.engine.workers.BUFFER", buffer),
             ):
                 merge_checkpoints(
-                    root / "base", root / "sft", root / "out", start=start, alpha=alpha, drop=drop, seed=seed,
-                    iteration=3, dtype=out_dtype, workers=data.draw(st.integers(1, 5)),
+                    root / "base",
+                    root / "sft",
+                    root / "out",
+                    start=start,
+                    alpha=alpha,
+                    drop=drop,
+                    seed=seed,
+                    iteration=3,
+                    dtype=out_dtype,
+                    workers=data.draw(st.integers(1, 5)),
                     max_shard_size=data.draw(st.sampled_from([None, "1KB", "20KB"])),
-                )  # fmt: skip
+                )
 
         if refused:
             with pytest.raises(NonFiniteError, match="too large for the output dtype"):
@@ -196,7 +217,7 @@ def test_a_stream_of_tensors_is_the_folder(tmp_path: Path) -> None:
     assert all(same_bits(streamed[name], written[name]) for name in written)
 
 
-SUMMED = 2**-21  # eight roundings to float32 of a sum of squares, at most, and a square root
+SUMMED = 2**-21  # at most eight float32 roundings of a sum of squares, then a square root
 
 
 def test_statistics_are_those_of_a_naive_count(tmp_path: Path) -> None:
@@ -247,8 +268,10 @@ KERNELS = {"numba": merge_span, "torch": functools.partial(merge_span_on_torch, 
 @pytest.mark.parametrize("merge", KERNELS.values(), ids=KERNELS)
 def test_pieces_add_up_to_one_record(merge: Callable[..., None]) -> None:
     count = 5 * BLOCK + 77
-    sides = [(tensor(count, torch.bfloat16, seed=n, kind="gauss", specials=False).view(torch.uint8).numpy(), "BF16")
-             for n in range(2)]  # fmt: skip
+    sides = [
+        (tensor(count, torch.bfloat16, seed=n, kind="gauss", specials=False).view(torch.uint8).numpy(), "BF16")
+        for n in range(2)
+    ]
     records = []
     for step in (count, BLOCK, 2 * BLOCK):
         tally = new_tally()
@@ -318,7 +341,7 @@ def test_inputs_are_read_once_and_the_output_is_written_once(tmp_path: Path, wit
     shapes = {f"model.layers.{i}.w": (1500, 1000) for i in range(4)}
     states = [random_state(shapes, seed=i) for i in range(3)]
     base, sft, start = (write_model(tmp_path / f"in{i}", state) for i, state in enumerate(states))
-    merge_checkpoints(base, base, tmp_path / "warm")  # loads what is loaded once
+    merge_checkpoints(base, base, tmp_path / "warm")  # loads and compiles everything once
 
     def io() -> dict[str, int]:
         return {k: int(v) for k, v in (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())}
@@ -338,7 +361,7 @@ def test_inputs_are_read_once_and_the_output_is_written_once(tmp_path: Path, wit
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """One tensor of 400 MB (zeros, so that it takes no disk); whole, it would not fit into the limit."""
+    """One sparse tensor of 400 MB, more than the limit."""
     for name in ("base", "sft"):
         folder = tmp_path / name
         folder.mkdir()

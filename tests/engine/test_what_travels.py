@@ -1,4 +1,4 @@
-"""What goes into a merged model beside its weights: side files, `use_cache`, the models that its card names."""
+"""What a merged model has besides weights: side files, `use_cache`, the models named in its card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mergekit_imm.checkpoint.side_files import is_side_file
 from models import load, new_model
 from refused import CONFIG, SHAPES
 
-# Of pipelines, encoders and processors; and what only reads like a leftover.
+# Files of pipelines, encoders and processors, and some that only look like leftovers.
 TRAVEL = """
 scheduler/scheduler_config.json model_index.json modules.json sentence_bert_config.json
 config_sentence_transformers.json 1_Pooling/config.json preprocessor_config.json processor_config.json
@@ -27,7 +27,7 @@ unigram.json vocab.txt params.json prompt_style.json image.png logo_loss.svg tex
 feature_extractor/preprocessor_config.json assets/latest.json tekken.json LICENSE NOTICE.txt USE_POLICY.md
 dataset_infos.json label2id.json speakers.json
 """.split()
-# Of transformers, DeepSpeed, LLaMA-Factory, ms-swift, axolotl, LitGPT, torchtune, AutoTrain, verl, TRL and others.
+# Leftovers of transformers, DeepSpeed, LLaMA-Factory, ms-swift, axolotl, LitGPT, torchtune, AutoTrain, verl, TRL.
 STAY = """
 training_args.bin trainer_state.json optimizer.pt optimizer.bin scheduler.pt scheduler.bin rng_state.pth
 rng_state_0.pth scaler.pt all_results.json train_results.json eval_results.json runs/x/events.out.tfevents.1
@@ -66,11 +66,15 @@ OFF, ON = {"use_cache": False}, {"use_cache": True}
         (OFF, ON, ON, {}),
         (ON, {}, {}, {}),
         ({"text_config": ON}, {"text_config": OFF}, {"text_config": ON}, {"text_config.use_cache": True}),
-        ({"text_config": {"a": 1}, **OFF}, {"text_config": {"a": 1, **OFF}, **OFF}, {"text_config": {"a": 1}, **OFF},
-         {"text_config.use_cache": None}),
+        (
+            {"text_config": {"a": 1}, **OFF},
+            {"text_config": {"a": 1, **OFF}, **OFF},
+            {"text_config": {"a": 1}, **OFF},
+            {"text_config.use_cache": None},
+        ),
         ({}, {"other_config": OFF}, {"other_config": OFF}, {}),
     ],
-)  # fmt: skip
+)
 def test_a_cache_that_only_training_turned_off_is_on_again(
     tmp_path: Path, base: dict[str, Any], sft: dict[str, Any], expected: dict[str, Any], changes: dict[str, Any]
 ) -> None:
@@ -80,7 +84,7 @@ def test_a_cache_that_only_training_turned_off_is_on_again(
 def test_a_model_trained_without_a_cache_generates_with_one(tmp_path: Path) -> None:
     model = new_model("llama")
     model.save_pretrained(tmp_path / "base")
-    model.config.use_cache = False  # as trainers do that recompute activations
+    model.config.use_cache = False  # as trainers with gradient checkpointing do
     model.save_pretrained(tmp_path / "sft")
     merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
     assert load(tmp_path / "sft", "llama").config.use_cache is False
@@ -116,8 +120,10 @@ def test_the_card_names_hub_ids_only(
     sft = write_model(Path("team/sft"), random_state(SHAPES, seed=1), config={**CONFIG, **config})
     if by == "adapter":
         (sft / "model.safetensors").unlink()
-        factors = {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 8),
-                   "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(8, 2)}  # fmt: skip
+        factors = {
+            "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 8),
+            "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(8, 2),
+        }
         write_model(sft, factors)
         (sft / "model.safetensors").rename(sft / "adapter_model.safetensors")
         said = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": named}

@@ -1,4 +1,4 @@
-"""A model in memory, merged in place: what is saved of it is what a merge of checkpoints writes."""
+"""A model merged in memory has the weights that a merge of its checkpoint writes."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from mergekit_imm import (
     PartialMergeError,
     merge_checkpoints,
     merge_into,
-)  # fmt: skip
+)
 from models import LAYOUTS, fine_tuned, load, new_model, untied
 from modules import BASE, OPTIONS, SFT, SHAPES, START, Model, assert_is, fresh, naive, put, state_of, write_models
 
 
 def assert_holds(model: nn.Module, expected: State) -> None:
-    """Whatever dtypes transformers loads it in, float32 holds all."""
+    """Compare in float32, which holds every dtype that transformers may load."""
     assert_is(model.float(), expected)
 
 
-# --- live is streamed, with names and fusions as transformers itself has them
+# --- live equals streamed, with the names and fused tensors of transformers
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -63,15 +63,15 @@ def test_live_is_streamed(layout: str, tmp_path: Path) -> None:
         sft, out = tmp_path / f"sft {dtype}", tmp_path / f"out {dtype}"
         name = None if dtype is None else "float32"
         report = merge_checkpoints(tmp_path / "base", sft, out, dtype=name, **started, **options)
-        told = merge_into(live, tmp_path / "base", **started, **options)
-        assert told.tensors == {kind: count for kind, count in report.tensors.items() if count}
-        assert bool(told.notes) == (layout in ("qwen3_moe", "deepseek_v3", "gemma3", "qwen2_5_vl"))
+        live_report = merge_into(live, tmp_path / "base", **started, **options)
+        assert live_report.tensors == {kind: count for kind, count in report.tensors.items() if count}
+        assert bool(live_report.notes) == (layout in ("qwen3_moe", "deepseek_v3", "gemma3", "qwen2_5_vl"))
         assert_holds(live, load(out, layout, dtype=torch.float32).state_dict())
 
 
 @pytest.mark.parametrize("layout", ["qwen3_moe", "gemma3"])
 def test_parameters_of_several_dtypes(layout: str, tmp_path: Path) -> None:
-    """Each is written in its own: norms in float32, as trainers keep them, and the rest in bfloat16."""
+    """Each keeps its own: norms float32, as trainers keep them, the rest bfloat16."""
     base = new_model(layout)
     base.save_pretrained(tmp_path / "base")
     live = fine_tuned(base, seed=2)
@@ -94,7 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected() -> State:
-    """What the model is to become."""
+    """The expected weights of the model."""
     return naive(SFT)
 
 
@@ -105,9 +105,13 @@ def test_live_is_what_the_formulas_say(folder: Path, expected: State, step: int,
     seen: list[tuple[int, int]] = []
     with patch("mergekit_imm.live.in_place.STEP", step):
         merge_into(
-            model, folder / "base", start=folder / "start", workers=workers, **OPTIONS,
+            model,
+            folder / "base",
+            start=folder / "start",
+            workers=workers,
+            **OPTIONS,
             progress=lambda done, total: seen.append((done, total)),
-        )  # fmt: skip
+        )
     assert_is(model, expected)
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == where
     size = sum(tensor.nbytes for tensor in SFT.values())
@@ -141,9 +145,9 @@ def test_the_round_is_that_of_the_start(tmp_path: Path, folder: Path) -> None:
         merge_into(fresh(), folder / "base", start=folder / "start")
     merge_checkpoints(folder / "base", folder / "start", tmp_path / "round", iteration=4)
     models = fresh(), fresh()
-    told = merge_into(models[0], folder / "base", start=tmp_path / "round")
+    report = merge_into(models[0], folder / "base", start=tmp_path / "round")
     merge_into(models[1], folder / "base", start=tmp_path / "round", iteration=5)
-    assert told.iteration == 5
+    assert report.iteration == 5
     assert_is(models[0], state_of(models[1]))
 
 
@@ -210,14 +214,14 @@ def test_one_tensor_that_is_two_in_the_base(tmp_path: Path) -> None:
     refused(model, tmp_path / "base", match)
 
 
-# --- what is refused, before the first write
+# --- refused before the first write
 
 
 def refused(model: Any, base: Path, match: str, error: type[MergeError] = MismatchError, **options: Any) -> None:
     before = state_of(model) if isinstance(model, nn.Module) else {}
-    with pytest.raises(error, match=match) as told:
+    with pytest.raises(error, match=match) as caught:
         merge_into(model, base, **{"drop": 0.5, **options})
-    assert str(told.value).isprintable()
+    assert str(caught.value).isprintable()
     after = state_of(model) if isinstance(model, nn.Module) else {}
     assert [n for n, t in before.items() if not t.is_meta and not same_bits(t, after[n])] == []
 
@@ -233,7 +237,7 @@ def marked(mark: str) -> Model:
 
 
 class Params4bit(nn.Parameter):
-    """Named as in bitsandbytes."""
+    """Has the name of a bitsandbytes class."""
 
 
 def quantised() -> Model:
@@ -252,7 +256,7 @@ def sharing() -> Model:
 
 
 class WithScales(Model):
-    """It has a state beside its tensors, as modules of TransformerEngine have."""
+    """Has extra state besides tensors, like modules of TransformerEngine."""
 
     def get_extra_state(self) -> dict[str, int]:
         return {"fp8": 1}
@@ -290,12 +294,12 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "quantised": (quantised, "'norm.w' of the model is Params4bit; quantised"),
     "meta": (lambda: fresh().to("meta"), "'embed_tokens.weight' of the model is on the meta device"),
     "zero3": (lambda: marked("ds_id"), "parameter 'h.0.w' has `ds_id`: DeepSpeed ZeRO-3 keeps master weights"),
-    "zero2": (lambda: marked("_hp_mapping"), "`_hp_mapping`: DeepSpeed keeps master weights of its own"),
+    "zero2": (lambda: marked("_hp_mapping"), "`_hp_mapping`: DeepSpeed keeps master weights"),
     "megatron": (lambda: marked("main_param"), "Megatron's mixed-precision optimizer keeps master weights"),
     "deepspeed": (deepspeed, r"the model is DeepSpeed's \(DeepSpeedEngine\)"),
-    "shared": (sharing, "'h.0.b' and 'norm.w' of the model share a part of their memory"),
-    "expanded": (lambda: put(fresh(), lambda n, t: t[:1].expand(8) if n == "norm.w" else t), "holds some elements sev"),
-    "no tensor": (lambda: WithScales(SFT), "the model's state holds '_extra_state', a dict and no tensor"),
+    "shared": (sharing, "'h.0.b' and 'norm.w' of the model share part of their memory"),
+    "expanded": (lambda: put(fresh(), lambda n, t: t[:1].expand(8) if n == "norm.w" else t), "repeats elements"),
+    "no tensor": (lambda: WithScales(SFT), "the model's state holds '_extra_state', a dict, not a tensor"),
     "copies": (lambda: hooked(lambda s: s.update({"norm.w": s["norm.w"].clone()})), "'norm.w' is made by a hook of"),
     "hidden": (lambda: hooked(lambda s: s.pop("norm.w")), "'norm.w' is left out of the model's state_dict"),
     "inference": (inference, "'embed_tokens.weight' of the model was made in inference mode"),
@@ -360,7 +364,7 @@ def test_wrapped_models(folder: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A process group of one rank that has no other to talk to."""
+    """A process group of a single rank."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -372,7 +376,7 @@ def test_wrappers_of_distributed_training(folder: Path, expected: State) -> None
     replicated = nn.parallel.DistributedDataParallel(fresh())
     merge_into(replicated, folder / "base", start=folder / "start", **OPTIONS)
     assert_is(replicated, {f"module.{name}": tensor for name, tensor in expected.items()})
-    with pytest.raises(MismatchError, match=r"FullyShardedDataParallel \(FSDP1\), whose flat parameters are not"):
+    with pytest.raises(MismatchError, match=r"FullyShardedDataParallel \(FSDP1\): its flat parameters cannot"):
         merge_into(
             FullyShardedDataParallel(Model({"w": torch.ones(4)}), device_id=torch.device("cpu")), folder / "base"
         )
@@ -392,7 +396,7 @@ def test_a_base_that_is_not_there(folder: Path) -> None:
     refused(fresh(), folder / "base", "keep is a string", ArgumentError, keep="norm")
 
 
-# --- what fails on the way
+# --- failures midway
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -408,10 +412,10 @@ def test_a_base_that_is_cut_off_on_the_way(late: bool, tmp_path: Path) -> None:
     if not late:
         refused(model, base, "was changed or cut off|was written or removed", CheckpointError, progress=cut)
         return
-    match = "failed when parts of the model had been written: .*; load the model again, from its last checkpoint"
-    with pytest.raises(PartialMergeError, match=match) as told:
+    match = "failed after parts of the model were written: .*; load the model again, from its last checkpoint"
+    with pytest.raises(PartialMergeError, match=match) as caught:
         merge_into(model, base, progress=cut)
-    assert isinstance(told.value.__cause__, CheckpointError)
+    assert isinstance(caught.value.__cause__, CheckpointError)
 
 
 def test_a_base_that_is_written_meanwhile(folder: Path, tmp_path: Path) -> None:
@@ -425,7 +429,7 @@ def test_a_base_that_is_written_meanwhile(folder: Path, tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_the_model(tmp_path: Path) -> None:
-    """Its peak, merged by four workers, is some MB above the model, of which a second copy would be 1 GB."""
+    """With four workers the peak is some MB above the model; a second copy would take 1 GB."""
     write_model(tmp_path / "base", {"h.0.w": torch.zeros(250_000_000, dtype=torch.bfloat16)})
     write_model(tmp_path / "small", {"w": torch.zeros(4096, dtype=torch.bfloat16)})
     script = f"""
@@ -442,9 +446,12 @@ def test_memory_is_that_of_the_model(tmp_path: Path) -> None:
         print(peak() - before)
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=Path(__file__).parents[1] / "support",
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=Path(__file__).parents[1] / "support",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     (tmp_path / "base" / "model.safetensors").unlink()
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 150e6

@@ -1,4 +1,4 @@
-"""A model in pieces on several ranks, merged in place: each reads its own, and all have the bits of one process."""
+"""A model sharded over ranks, merged in place: each rank reads its own part; the bits are those of one process."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from checkpoints import State, random_state, same_bits, write_model
 from commands import HUNG
 from live_ranks import WORLDS
-from mergekit_imm import MismatchError, merge_into  # fmt: skip
-from mergekit_imm.live.in_place import Job, _spans
+from mergekit_imm import MismatchError, merge_into
+from mergekit_imm.live.in_place import TensorUpdate, _spans
 from mergekit_imm.live.local_shards import lines, live_tensors
 from mergekit_imm.ranks.ranks import ALONE
 from modules import SHAPES, Model, fresh, naive, put, state_of, write_models
@@ -53,7 +53,7 @@ def local(model: nn.Module, name: str) -> Tensor:
 
 
 def on_each_rank(mesh: tuple[int, ...]) -> Iterator[Any]:
-    """Be one rank after the other, as far as torch can tell."""
+    """Act as each rank in turn, with fake process groups."""
     world = int(torch.tensor(mesh).prod())
     for rank in range(world):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
@@ -61,18 +61,18 @@ def on_each_rank(mesh: tuple[int, ...]) -> Iterator[Any]:
             yield init_device_mesh("cpu", mesh)
         finally:
             dist.destroy_process_group()
-            _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # it would take the mesh of the next rank for this one
+            _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # else the next rank gets this mesh
 
 
 def assert_placed(mesh: tuple[int, ...], placements: list[Placement], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Each rank finds the index of every element it holds; torch puts them there."""
+    """Each rank finds the index of every element that torch gave it."""
     for ranks in on_each_rank(mesh):
         state = {n: torch.arange(int(torch.tensor(s).prod())).float().view(s) for n, s in shapes.items()}
         model = distributed(state, ranks, placements)
         for name, live in live_tensors(model).items():
             assert live.shape == shapes[name]
             found: dict[int, float] = {}
-            for span in _spans([Job(None, live)]):  # type: ignore[arg-type]
+            for span in _spans([TensorUpdate(None, live)]):  # type: ignore[arg-type]
                 for run in span.runs:
                     for at, elements in lines(run):
                         found |= {run.first + at + i: value for i, value in enumerate(elements.tolist())}
@@ -88,14 +88,14 @@ def test_which_elements_a_rank_holds(case: Any) -> None:
 
 @pytest.mark.parametrize(("mesh", "rest"), [((2, 2), [Shard(0)]), ((3, 2), [Shard(0)]), ((2, 3), [Replicate()])])
 def test_shards_of_shards(mesh: tuple[int, ...], rest: list[Placement]) -> None:
-    """What FSDP2 makes of a tensor that is cut along the same dimension for tensor parallelism."""
+    """FSDP2 over tensor parallelism along the same dimension."""
     assert_placed(mesh, [_StridedShard(0, split_factor=mesh[1]), *rest], {"a": (12, 5), "b": (24,), "c": (12, 3, 2)})
 
 
 def test_placements_that_are_refused() -> None:
     for ranks in on_each_rank((2, 2)):
         strange: list[tuple[list[Placement], str]] = [
-            ([Partial(), Replicate()], "is partial: its ranks hold summands"),
+            ([Partial(), Replicate()], "is partial: ranks hold summands"),
             ([_StridedShard(0, split_factor=2), Shard(0)], "does not divide into 2 x 2 equal parts"),
         ]
         for placements, match in strange:
@@ -110,7 +110,7 @@ def test_placements_that_are_refused() -> None:
 @given(placed(), st.sampled_from([1, 4096]))
 @settings(max_examples=15, deadline=None)
 def test_a_rank_has_its_slice_of_the_whole(case: Any, gap: int) -> None:
-    """With shapes of some blocks, and each rank by itself."""
+    """With tensors of several blocks, and one rank at a time."""
     mesh, placements, shapes = case
     shapes = {name: (*shape[:-1], shape[-1] * 67) for name, shape in shapes.items()}
     base, sft = random_state(shapes), random_state(shapes, seed=1, dtype=torch.float32)
@@ -118,7 +118,7 @@ def test_a_rank_has_its_slice_of_the_whole(case: Any, gap: int) -> None:
         write_model(Path(there), base)
         whole = fresh(sft)
         merge_into(whole, there, drop=0.5)
-        for ranks in on_each_rank(mesh):  # which cannot gather
+        for ranks in on_each_rank(mesh):  # fake ranks cannot gather
             one, other = (distributed(state, ranks, placements) for state in (sft, state_of(whole)))
             with patch("mergekit_imm.live.merge_into.Ranks.of_group", return_value=ALONE):
                 merge_into(one, there, drop=0.5, workers=2)
@@ -128,7 +128,7 @@ def test_a_rank_has_its_slice_of_the_whole(case: Any, gap: int) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all ranks of all runs made of their models."""
+    """The models of all ranks of all runs."""
     folder = write_models(tmp_path_factory.mktemp("ranks"))
     script = Path(__file__).parents[1] / "support" / "live_ranks.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -154,12 +154,12 @@ def test_what_one_rank_refuses_all_do(world: int, ranks: Path) -> None:
     *others, last = [torch.load(ranks / f"{world}-refused-{rank}.pt") for rank in range(world)]
     assert "NonFiniteError: tensor '" in last["nan"][0]
     assert "CheckpointError: base" in last["base"][0]
-    late = "PartialMergeError: the merge failed when parts of the model had been written"
+    late = "PartialMergeError: the merge failed after parts of the model were written"
     assert last["disk"][0].startswith(f"{late}: the disk is gone; load the model again")
     for each in others:
         for case in ("nan", "base"):
-            kind, told = last[case][0].split(": ", 1)
-            assert each[case][0] == f"{kind}: rank {world - 1} of {world}: {told}"
+            kind, message = last[case][0].split(": ", 1)
+            assert each[case][0] == f"{kind}: rank {world - 1} of {world}: {message}"
         assert each["disk"][0].startswith(f"{late}: rank {world - 1} of {world}: OSError: the disk is gone")
     for each in (*others, last):
         assert each["alpha"][0].startswith("MismatchError: the ranks do not merge the same")

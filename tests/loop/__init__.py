@@ -1,1 +1,1 @@
-"""The loop: each round against its formula, resumed after every failure, gates, anchors, what is kept."""
+"""The loop: each round against its formula, resumed after every failure, gates, anchors, removal of old rounds."""

@@ -1,4 +1,4 @@
-"""The loop: each round against its formula, resumed after every failure, gates, anchors, what is kept."""
+"""Fixtures of the loop."""
 
 from __future__ import annotations
 

@@ -42,10 +42,18 @@ class Data(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def trainer(model: Any, folder: Path, *callbacks: Any, **arguments: Any) -> Any:
     options: dict[str, Any] = {
-        "output_dir": str(folder / "trained"), "num_train_epochs": 2, "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3,
-        "logging_strategy": "no", **arguments,
-    }  # fmt: skip
+        "output_dir": str(folder / "trained"),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+        "logging_strategy": "no",
+        **arguments,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return transformers.Trainer(
@@ -85,23 +93,28 @@ def test_at_the_end_the_model_is_what_the_trained_one_merges_to(base: Path, tmp_
 
 
 @pytest.mark.parametrize(("every", "merges"), [("epoch", 2), *others((1, 4)), (3, 1)])
-def test_it_merges_when_it_is_told_to(base: Path, tmp_path: Path, every: str | int, merges: int) -> None:
-    """Training goes on from the merged model: a merge with the base alone undoes what was trained until then."""
+def test_it_merges_at_the_given_times(base: Path, tmp_path: Path, every: str | int, merges: int) -> None:
+    """Training continues from the merged model: with alpha 1 a merge undoes all training before it."""
     callback = IMMCallback(base, every=every, alpha=1.0, reference="base")
     each = trainer(load(base, "llama", dtype=torch.bfloat16), tmp_path, callback)
     train(each)
     assert callback.merges == merges
     each.save_model(str(tmp_path / "merged"))
     same = [same_bits(tensor, read_model(base)[name]) for name, tensor in read_model(tmp_path / "merged").items()]
-    assert all(same) == (every != 3)  # of four steps the last is trained after the merge
+    assert all(same) == (every != 3)  # the last of four steps comes after the merge
 
 
 def test_rounds_of_one_training_have_masks_of_their_own(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mergekit_imm")
-    train(trainer(load(base, "llama", dtype=torch.bfloat16), tmp_path,
-                  IMMCallback(base, every="epoch", reference="base", iteration=5)))  # fmt: skip
+    train(
+        trainer(
+            load(base, "llama", dtype=torch.bfloat16),
+            tmp_path,
+            IMMCallback(base, every="epoch", reference="base", iteration=5),
+        )
+    )
     assert [record.message.rpartition(" ")[2] for record in caplog.records] == ["5", "6"]
 
 
@@ -140,12 +153,12 @@ def test_adapters_are_left_alone_and_that_is_said(base: Path, tmp_path: Path, ca
     train(trainer(model, tmp_path, callback))
     assert callback.merges == 0
     assert "the model has adapters: IMMCallback merges nothing" in caplog.text
-    model.save_pretrained(tmp_path / "adapter")  # and it is still an adapter that can be merged
+    model.save_pretrained(tmp_path / "adapter")  # still an adapter that can be merged
     merge_checkpoints(base, tmp_path / "adapter", tmp_path / "out")
 
 
 def test_adapters_are_merged_when_asked(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whichever way the model is saved then, it is the merged one: that which the trained adapter merges to."""
+    """However the model is saved, the result is the merge of the trained adapter."""
     plain = adapted(base)
     train(trainer(plain, tmp_path))
     plain.merge_and_unload().save_pretrained(tmp_path / "sft")
@@ -154,11 +167,11 @@ def test_adapters_are_merged_when_asked(base: Path, tmp_path: Path, caplog: pyte
     model = adapted(base)
     each = trainer(model, tmp_path, callback)
     train(each)
-    assert "trainer.save_model now saves the merged LlamaForCausalLM, and no adapter" in caplog.text
+    assert "trainer.save_model now saves the merged LlamaForCausalLM, not an adapter" in caplog.text
     callback.model.save_pretrained(tmp_path / "by-callback")
     each.save_model(str(tmp_path / "by-trainer"))
     each.accelerator.unwrap_model(each.model).save_pretrained(tmp_path / "unwrapped")
-    model.save_pretrained(tmp_path / "gathered", state_dict=model.state_dict())  # as of a model in shards
+    model.save_pretrained(tmp_path / "gathered", state_dict=model.state_dict())  # as for a sharded model
     for folder in ("by-callback", "by-trainer", "unwrapped", "gathered"):
         assert_same(read_model(tmp_path / folder), read_model(tmp_path / "expected"))
         assert not list((tmp_path / folder).glob("adapter*"))
@@ -167,7 +180,7 @@ def test_adapters_are_merged_when_asked(base: Path, tmp_path: Path, caplog: pyte
 
 
 def test_adapters_that_cannot_be_merged_are_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
-    """transformers holds adapters in a model of its own, too, and a prompt is none that merges."""
+    """Adapters inside a transformers model, and prompt tuning, have no merge_and_unload."""
     whole = load(base, "llama", dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -188,7 +201,7 @@ def test_adapters_that_cannot_be_merged_are_refused_before_the_first_step(base: 
         ({"every": 0}, "every is 0"),
         ({"every": True}, "every is True"),
         ({"every": "epoch"}, "give reference='base'"),
-        ({"every": 3, "reference": "base", "merge_adapter": True}, "an adapter can be merged at the end only"),
+        ({"every": 3, "reference": "base", "merge_adapter": True}, "an adapter can only be merged at the end"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(options: dict[str, Any], match: str) -> None:
@@ -233,7 +246,7 @@ def test_what_the_base_tells_is_refused_when_a_callback_is_made(
 
 
 def test_an_adapter_on_a_quantised_model_is_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
-    """Merged into it, it would be a quantised model, which is not merged."""
+    """The result would be a quantised model, which cannot be merged."""
     model = adapted(base)
     layer = model.base_model.model.model.layers[1].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
@@ -251,7 +264,7 @@ def test_a_base_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"take": ["lm_haed"]}, r'"lm_haed"\] matches none of'),  # the model could have such a tensor
+        ({"take": ["lm_haed"]}, r'"lm_haed"\] matches none of'),  # the model might have such a tensor
         ({"rename": ["^language[.]=model."]}, "changes none of the"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The commands of the user, and the command itself: signals, kills, what is left running."""
+"""The user's commands and imm-loop itself: signals, kills, background processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_any_value_reaches_a_command_as_one_word(value: str) -> None:
 
 def test_placeholders_inside_quotes_are_filled_or_refused() -> None:
     assert filled("run '{model}'", {"model": "plain"}) == "run 'plain'"
-    assert filled("run ${model} $x{model}", {"model": "m"}) == "run ${model} $xm"  # the first is a variable
+    assert filled("run ${model} $x{model}", {"model": "m"}) == "run ${model} $xm"  # the first is a shell variable
     for template in ("run '{model}'", 'run "--m={model}"'):
         with pytest.raises(ArgumentError, match="leave out the quotes around it"):
             filled(template, {"model": "a b"})
@@ -72,9 +72,9 @@ def test_a_filesystem_without_locks(base: str, monkeypatch: pytest.MonkeyPatch, 
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    told: list[str] = []
-    run_loop(asked(base, rounds=1), "run", tell=told.append)
-    assert told[0] == "note: the filesystem of run has no locks: see to it that no other loop runs there"
+    lines: list[str] = []
+    run_loop(asked(base, rounds=1), "run", tell=lines.append)
+    assert lines[0] == "note: the filesystem of run has no locks: make sure that no other loop runs there"
 
 
 # --- the command itself
@@ -119,17 +119,19 @@ def until(what: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_command_too(base: str, number: signal.Signals, status: int) -> None:
-    train = "trap 'echo asked >> told; exit 1' INT TERM; echo $$ > pid; while :; do sleep 0.1; done # {output}"
+    train = "trap 'echo asked >> asked; exit 1' INT TERM; echo $$ > pid; while :; do sleep 0.1; done # {output}"
     loop = subprocess.Popen(
-        imm_loop("base", "-o", "run", "--train", train), stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a job in the background may have it ignored
-    )  # fmt: skip
+        imm_loop("base", "-o", "run", "--train", train),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job may ignore it
+    )
     until(lambda: Path("pid").exists() and Path("pid").read_text().strip() != "")
     loop.send_signal(number)
-    _, told = loop.communicate(timeout=HUNG)
+    _, output = loop.communicate(timeout=HUNG)
     assert loop.returncode == status
-    assert "the same command goes on where it stopped" in told
-    assert Path("told").read_text() == "asked\n"
+    assert "the same command goes on where it stopped" in output
+    assert Path("asked").read_text() == "asked\n"
     assert not Path(f"/proc/{int(Path('pid').read_text())}").exists()
 
 

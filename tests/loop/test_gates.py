@@ -1,4 +1,4 @@
-"""Gates, and which models are kept."""
+"""Gates, and which models stay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergekit_imm.loop.run import run_loop
 
 
 def test_a_gate_that_is_closed_asks_for_larger_alphas(base: str) -> None:
-    """The distance from the base may be 0.008 more a round: 0.5 gives 0.005, then more than that."""
+    """The distance may grow by 0.008 per round: alpha 0.5 gives 0.005 first, too much in round 2."""
     said: list[str] = []
     wanted = asked(base, evaluate=EVALUATE, gate="-distance", tolerance=0.008, drop="0", retry=(0.4, 0.7, 0.9))
     state = run_loop(wanted, "run", tell=said.append)
@@ -49,9 +49,9 @@ def test_the_last_accepted_model_stays_when_a_gate_ends_the_loop(base: str) -> N
     state = run_loop(wanted, "run")
     assert (state.model, state.done[-1]) == ("run/round-0/merged", "1/evaluate baseline")
     assert Path("run/round-0/merged/model.safetensors").exists()
-    told: list[str] = []
-    assert run_loop(wanted, "run", tell=told.append) == state
-    assert told == []
+    lines: list[str] = []
+    assert run_loop(wanted, "run", tell=lines.append) == state
+    assert lines == []
 
 
 def test_the_rounds_without_merges_go_on_when_a_gate_ended_the_loop(base: str) -> None:
@@ -67,7 +67,7 @@ def test_the_rounds_without_merges_go_on_when_a_gate_ended_the_loop(base: str) -
 
 
 def test_what_is_kept_elsewhere_stays_there(base: str) -> None:
-    """A training command may leave a link to where the model is."""
+    """A train command may leave a link to its model."""
     there = "$PWD/there-{round}"
     train = f"{PYTHON} {TRAINER} train {{model}} {there} {{round}} && ln -s {there} {{output}}"
     run_loop(asked(base, train=train, rounds=2, keep_rounds=1), "run")

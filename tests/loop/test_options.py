@@ -1,4 +1,4 @@
-"""Options of merges to come, checked against a base of which the headers alone are read."""
+"""Options of later merges, checked against the headers of the base."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {},
         {"keep": ["embed"], "no_drop": ["layers"], "workers": 2, "dtype": None, "max_shard_size": "5GB"},
         {"take": ["only.the.trained.model.has.it"]},
-        {"rename": ["^language=typo", r"^(typo)[.](\w+)=model.\2"]},  # a rule may be another's first half
+        {"rename": ["^language=typo", r"^(typo)[.](\w+)=model.\2"]},  # a rule may feed the next one
         {"rename": [r"^a[.]layers[.](\d)=model.layers.\1"]},
         {"rename": ["^module[.]="]},
         {"importance": {"0": 1.0, "1": 2.0}, "shrink": 0.5, "clip": (0.5, 1.5)},
         {"layer_factors": "lines:1,0.5"},
-        {"dequantize": True},  # of a trained model that is FP8
+        {"dequantize": True},  # the trained model may be FP8
     ],
 )
 def test_what_a_merge_may_accept_is_accepted(base: Path, options: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ def test_what_a_merge_may_accept_is_accepted(base: Path, options: dict[str, Any]
         ({"keep": "embed"}, "keep is a string"),
         ({"rename": [r"^a[.]layers[.](\d)=model.layer.\1"]}, "no tensor of base .*base has such a name"),
         ({"importance": {"0": 1.0, "2": 2.0}}, "no tensor of the model lies in layer 'model.layers.2'"),
-        ({"layer_factors": {"0": 1e37, "1": 1.0}}, "does not fit in float32"),  # with the second drop alone
+        ({"layer_factors": {"0": 1e37, "1": 1.0}}, "does not fit in float32"),  # only with the second drop
     ],
 )
 def test_what_every_merge_would_refuse_is_refused(base: Path, options: dict[str, Any], match: str) -> None:

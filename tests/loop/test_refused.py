@@ -14,7 +14,7 @@ from loops import EVALUATE, TRAIN, asked
 from mergekit_imm import ArgumentError, MergeError
 from mergekit_imm.loop.commands import check_placeholders
 from mergekit_imm.loop.run import run_loop
-from mergekit_imm.loop.state import begin, from_dict, to_dict
+from mergekit_imm.loop.state import begin_or_resume, from_dict, to_dict
 
 NAMES = ["model", "output", "round", "base"]
 EVERY = [*NAMES, "data", "json"]
@@ -46,7 +46,9 @@ def refused(template: str) -> str:
 )
 def test_a_word_that_may_be_meant_as_a_placeholder_is_refused(template: str, wrong: str, near: str | None) -> None:
     message = refused(template)
-    assert message.startswith(f"the train command has {wrong}, which is none of its placeholders {{model}} {{output}}")
+    assert message.startswith(
+        f"the train command has {wrong}, which is not one of its placeholders {{model}} {{output}}"
+    )
     assert (f"did you mean {near}?" in message) == (near is not None)
 
 
@@ -102,10 +104,10 @@ def test_nothing_runs_and_nothing_is_written(base: str, changes: dict[str, Any],
 
 
 def test_a_loop_that_an_earlier_version_began_goes_on_with_its_commands(base: str) -> None:
-    """That version knew no misspelt placeholders."""
+    """That version did not check placeholders."""
     wanted = asked(base, rounds=1, train=f"{TRAIN} && echo {{item}}")
     Path("run").mkdir()
-    begin(Path("run"), wanted)
+    begin_or_resume(Path("run"), wanted)
     assert run_loop(wanted, "run").model == "run/round-0/merged"
     with pytest.raises(ArgumentError, match=r"has \{item\}"):
         run_loop(wanted, "other")

@@ -1,4 +1,4 @@
-"""Rounds of a loop of one's own: a checkpoint, tensors or a model each round, against the formulas."""
+"""`Rounds` with a checkpoint, tensors or a model per round, against the formulas."""
 
 from __future__ import annotations
 
@@ -55,11 +55,17 @@ def test_each_round_is_that_of_the_formula(base: State, form: str) -> None:
         sft = tuned(start, number)
         expected = {
             name: dare_merge(
-                base[name], sft[name], start=start[name], name=name, alpha=alpha, iteration=number, seed=4,
+                base[name],
+                sft[name],
+                start=start[name],
+                name=name,
+                alpha=alpha,
+                iteration=number,
+                seed=4,
                 drop=0.0 if "embed" in name else 0.5,
             )
             for name in base
-        }  # fmt: skip
+        }
         given: Any = sft
         saved: dict[str, Any] = {}
         if form == "checkpoint":
@@ -110,7 +116,7 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def tied_pair(stored: list[str], *, tied: bool = True) -> tuple[State, State]:
-    """A base that stores its embedding under these names, and a trained model whose head is the embedding."""
+    """A base that stores its embedding under these names, and a trained model with a tied head."""
     base = random_state({EMBED: (8, 4), "model.layers.0.w": (4, 4)}, dtype=torch.float32)
     base |= {HEAD: base[EMBED]}
     written = {name: base[name].clone() for name in [*stored, "model.layers.0.w"]}
@@ -166,7 +172,7 @@ def test_views_of_one_buffer_are_tensors_of_their_own(tmp_path: Path, monkeypatc
     assert_close(read_model(Path("out")), expected)
     overlapping = {"a.w": flat[:16].view(4, 4), "b.w": flat[8:24].view(4, 4)}
     before = flat.clone()
-    with pytest.raises(MismatchError, match="share a part of their memory"):
+    with pytest.raises(MismatchError, match="share part of their memory"):
         Rounds("base", drop=0).merge(overlapping, "other")
     assert torch.equal(flat, before)
     assert not list(Path().glob("other*"))
@@ -182,11 +188,11 @@ def test_what_can_be_refused_is_refused_before_the_tensors_change(base: State, t
     nan["model.layers.1.w"][0, 0] = float("nan")
     lacking = {name: tensor for name, tensor in tuned(base, 0).items() if "1" not in name}
     cases: list[tuple[Any, str, dict[str, Any], str]] = [
-        (tuned(base, 0), "taken", {}, "output taken is there and not empty"),
-        (tuned(base, 0), "base", {}, "output base is there and not empty"),
+        (tuned(base, 0), "taken", {}, "output taken exists and is not empty"),
+        (tuned(base, 0), "base", {}, "output base exists and is not empty"),
         (tuned(base, 0), "file", {}, "output file is a file"),
         (tuned(base, 0), "file/below", {}, "lies below a file"),
-        (tuned(base, 0), "built", {}, "built.partial is there, where the output is built"),
+        (tuned(base, 0), "built", {}, "built.partial exists, where the output is built"),
         (tuned(base, 0), "/proc/out", {}, "/proc/out.partial cannot be written"),
         (tuned(base, 0), "out", {"dtype": "float32"}, "'dtype' is not an option of a merge in memory"),
         (nan, "new/out", {}, "NaN"),
@@ -221,7 +227,7 @@ def test_a_save_that_fails_is_gone_on_with_and_nothing_is_merged_twice(base: Sta
     after = rounds.save_merged(sft, "out")
     assert (after.iteration, after.start) == (1, "out")
     assert_close(read_model(Path("out")), expected)
-    with pytest.raises(ArgumentError, match="no model that round 0 has merged and not saved"):
+    with pytest.raises(ArgumentError, match="round 0 has not merged this model; call merge"):
         rounds.save_merged(sft, "other")
     second = {name: tensor + 1 for name, tensor in sft.items()}
     assert after.merge(second, "second").iteration == 2
@@ -263,7 +269,7 @@ Rounds("base").merge(model, "out")
 
 
 def test_a_full_disk_leaves_no_half_of_a_model(tmp_path: Path) -> None:
-    """A real one, with room for the tensors and none for the header before them; with more it is saved."""
+    """A real disk with room for the tensors but not the header; with more room the model is saved."""
     place, base = tmp_path / "disk", random_state({"w": (32, 32)}, dtype=torch.float32)
     place.mkdir()
     write_model(tmp_path / "base", base)
@@ -301,7 +307,10 @@ def test_a_full_disk_leaves_no_half_of_a_model(tmp_path: Path) -> None:
         ({"iteration": -1}, "iteration is -1"),
         ({"options": {"aplha": 0.5}}, "'aplha' is not an option of Rounds"),
         ({"options": {"no_dorp": ["embed"]}}, "'no_dorp' is not an option of Rounds; did you mean 'no_drop'?"),
-        ({"options": {"alpha": 0.5}}, r"options have 'alpha', which Rounds itself takes: Rounds\(..., alpha=...\)"),
+        (
+            {"options": {"alpha": 0.5}},
+            r"options have 'alpha', which is a parameter of Rounds: Rounds\(..., alpha=...\)",
+        ),
         ({"options": {"keep": ["typo"]}}, r'"typo"\] matches none of the 3 tensor names'),
         ({"options": {"importance": "nowhere.json"}}, "importance file nowhere.json cannot be read"),
         ({"options": {"layer_factors": "lines:1"}}, "layer factors"),
@@ -336,7 +345,7 @@ def test_they_are_saved_and_restored(base: State) -> None:
         "base", "merged", 0.7, seed=3, iteration=1
     )
     assert sorted(path.name for path in Path().glob("rounds*")) == ["rounds.json"]
-    with pytest.raises(ArgumentError, match="is of base base and seed 3, and these rounds are of base and 0"):
+    with pytest.raises(ArgumentError, match="has base base and seed 3, and this Rounds has base and 0"):
         Rounds("base").restored("rounds.json")
     content = json.loads(Path("rounds.json").read_text())
     for damage in ("{", "[]", json.dumps(content | {"iteration": -1}), json.dumps(content | {"version": 2})):

@@ -1,4 +1,4 @@
-"""Settings and folders that are refused before anything is run."""
+"""Settings and folders refused before anything runs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mergekit_imm.loop.run import run_loop
         ({"rounds": 0}, "rounds is 0"),
         ({"train": "train {model}"}, r"has no \{output\}"),
         ({"train": "train {model} ${output}"}, r"has no \{output\}"),
-        ({"train": "train {output} {data}"}, r"has \{data\}, but there is no generate command"),
+        ({"train": "train {output} {data}"}, r"has \{data\}, but no generate command"),
         ({"generate": "make"}, r"generate command has no \{output\}"),
         ({"evaluate": "measure {model}"}, r"needs \{model\} and \{json\}"),
         ({"evaluate": EVALUATE, "gate": "-"}, "the gate is '-'; name a number"),
-        ({"gate": "x"}, "no evaluate command that measures it"),
-        ({"retry": (0.9,)}, "no gate that would ask for them"),
+        ({"gate": "x"}, "no evaluate command measures it"),
+        ({"retry": (0.9,)}, "retry is given, but no gate"),
         ({"alpha": "0.1,0.2"}, "has 2 values for 3 rounds"),
         ({"alpha": "linear:0.1"}, "linear takes the first and the last"),
         ({"alpha": "square:1,2"}, "is not a schedule"),
@@ -55,14 +55,14 @@ def test_names_that_are_no_utf_8_are_refused_before_anything_is_run(base: str) -
     with pytest.raises(OutputError, match=r"the path run-\\udcff is not valid UTF-8; give another folder"):
         run_loop(asked(base), name)
     assert not Path(name).exists()
-    with pytest.raises(ArgumentError, match=r"is not valid UTF-8, which loop\.json is written in"):
+    with pytest.raises(ArgumentError, match=r"is not valid UTF-8 and cannot be written to loop\.json"):
         asked(base, train=f"{TRAIN} {name}")
 
 
 def test_folders_that_are_no_loop_are_left_alone(base: str) -> None:
     Path("full").mkdir()
     Path("full/thesis.tex").write_text("x")
-    with pytest.raises(OutputError, match=r"full is there, not empty, and holds no loop\.json"):
+    with pytest.raises(OutputError, match=r"full exists, is not empty, and has no loop\.json"):
         run_loop(asked(base), "full")
     assert list(Path("full").iterdir()) == [Path("full/thesis.tex")]
     run_loop(asked(base, rounds=1), "run")

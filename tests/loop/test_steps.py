@@ -1,4 +1,4 @@
-"""Each round against its formula; more rounds; a loop goes on with the step that failed."""
+"""Each round against its formula; more rounds; a loop resumes at the step that failed."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_a_loop_that_is_done_does_nothing_and_may_get_more_rounds(base: str) -> 
 
 def test_more_rounds_of_a_line_are_other_numbers(base: str) -> None:
     run_loop(asked(base, rounds=2, alpha="linear:0.2,0.8"), "run")
-    with pytest.raises(OutputError, match="alpha of the rounds before, as there are more rounds now"):
+    with pytest.raises(OutputError, match="alpha of earlier rounds, now that there are more"):
         run_loop(asked(base, rounds=3, alpha="linear:0.2,0.8"), "run")
 
 
 def test_more_rounds_of_a_list_are_the_same_numbers_and_more(base: str) -> None:
     run_loop(asked(base, rounds=2, alpha="0.3,0.5"), "run")
-    with pytest.raises(OutputError, match="alpha of the rounds before, as there are more rounds now"):
+    with pytest.raises(OutputError, match="alpha of earlier rounds, now that there are more"):
         run_loop(asked(base, rounds=3, alpha="0.3,0.6,0.7"), "run")
     assert run_loop(asked(base, rounds=3, alpha="0.3,0.5,0.7"), "run").alphas == {"0": 0.3, "1": 0.5, "2": 0.7}
 
@@ -93,9 +93,9 @@ open(target + "/model.safetensors", "wb").write(content[: 8 + size] + data)
 
 
 def test_an_anchor_that_moves_slowly_moves_in_every_round(base: str) -> None:
-    """A drift of 1 % a round moves a mean of decay 0.9 by 0.1 %: less than half a step of a bfloat16 number.
+    """A drift of 1 % per round moves a mean with decay 0.9 by 0.1 %, less than half a bfloat16 step.
 
-    The anchor is the formula's in float32; merged models have the base's dtypes, tensor by tensor.
+    The anchor follows the formula in float32; merged models have the base's dtypes, tensor by tensor.
     """
     state = random_state({"model.embed.weight": (64, 8), "model.layers.0.w": (16, 16), "model.norm": (64,)})
     state["model.norm"] = state["model.norm"].float()
@@ -123,13 +123,15 @@ def test_an_anchor_that_moves_slowly_moves_in_every_round(base: str) -> None:
     recipe = json.loads(Path("run/round-2/imm_recipe.json").read_text())
     assert recipe["parameters"]["dtype"] == "start"
     assert verify("run/round-2/merged").segments == 3
-    run_loop(asked(base, train=f"{PYTHON} drift.py {{model}} {{output}}", anchor="ema:0.9", drop="0", dtype="float32"),
-             "wide")  # fmt: skip
+    run_loop(
+        asked(base, train=f"{PYTHON} drift.py {{model}} {{output}}", anchor="ema:0.9", drop="0", dtype="float32"),
+        "wide",
+    )
     assert {tensor.dtype for tensor in read_model(Path("wide/round-2/merged")).values()} == {torch.float32}
 
 
 def test_an_anchor_that_moves_has_the_vocabulary_that_was_asked_for(base: str) -> None:
-    """The first round adds a row, which then is the sft's."""
+    """The first round adds rows to the vocabulary."""
     more = (
         "import sys; from safetensors.numpy import load_file, save_file; f = sys.argv[1] + '/model.safetensors';"
         " s = load_file(f); n = 'model.embed_tokens.weight'; s[n] = s[n][[*range(len(s[n])), *[0] * (10 - len(s[n]))]];"
@@ -143,7 +145,7 @@ def test_an_anchor_that_moves_has_the_vocabulary_that_was_asked_for(base: str) -
 
 
 def failing(step: int) -> str:
-    """A command that fails the n-th time, once."""
+    """A command that fails once, at its n-th run."""
     return f"n=$(cat count 2>/dev/null || echo 0); echo $((n+1)) > count; [ $n -eq {step} ] && exit 7; "
 
 
@@ -173,7 +175,7 @@ def test_it_goes_on_with_the_step_that_failed(base: str, rounds: int) -> None:
         assert int(Path("count").read_text()) == commands + 1
 
 
-def test_the_last_words_of_a_command_are_told(base: str) -> None:
+def test_the_error_has_the_last_line_of_the_command(base: str) -> None:
     with pytest.raises(CommandError, match=r"status 3; its last line: out of memory; its output is in run/round-0"):
         run_loop(asked(base, train="echo fine; echo 'out of memory' >&2; exit 3 # {output}"), "run")
     with pytest.raises(CommandError) as killed:
@@ -181,7 +183,7 @@ def test_the_last_words_of_a_command_are_told(base: str) -> None:
     assert killed.value.status == 137
 
 
-def test_a_command_that_makes_no_model_is_told(base: str) -> None:
+def test_a_command_that_makes_no_model_is_refused(base: str) -> None:
     with pytest.raises(CheckpointError, match="train command of round 0 ended with status 0, but sft run/round-0/sft"):
         run_loop(asked(base, train="true {output}"), "run")
 
@@ -189,12 +191,15 @@ def test_a_command_that_makes_no_model_is_told(base: str) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (None, "cannot be read: No such file"), ("{", "is not JSON"), ("[1]", "is no JSON object with numbers"),
-        ('{"a": "b"}', "is no JSON object with numbers"), ('{"a": NaN}', "'a' is nan"),
+        (None, "cannot be read: No such file"),
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object with numbers"),
+        ('{"a": "b"}', "is not a JSON object with numbers"),
+        ('{"a": NaN}', "'a' is nan"),
         ('{"a": 1' + "0" * 400 + "}", "'a' is inf"),
         ('{"other": 1}', "has no 'score', which the gate asks for, but other"),
     ],
-)  # fmt: skip
+)
 def test_what_an_evaluation_writes_is_checked(base: str, content: str | None, match: str) -> None:
     write = "true {model} {json}" if content is None else f"printf %s {shlex.quote(content)} > {{json}} # {{model}}"
     with pytest.raises(MergeError, match=match):
@@ -209,7 +214,7 @@ def test_a_generate_command_makes_the_data(base: str) -> None:
 
 
 def test_alphas_that_differ_in_the_seventh_digit_are_two(base: str) -> None:
-    """The gate is closed: each is merged and measured."""
+    """The gate refuses all: each is merged and measured."""
     wanted = asked(
         base, rounds=1, evaluate=EVALUATE, gate="nested.left", alpha="0.333333", retry=(0.3333333, 0.33333333, 0.9)
     )
@@ -220,8 +225,8 @@ def test_alphas_that_differ_in_the_seventh_digit_are_two(base: str) -> None:
     assert sum(step.startswith("0/evaluate merged") for step in state.done) == 4
 
 
-def test_a_loop_goes_on_whose_steps_the_first_version_named(base: str) -> None:
-    """Its names had six digits of an alpha."""
+def test_a_loop_of_the_first_version_resumes(base: str) -> None:
+    """Its step names had six digits of alpha."""
     wanted = asked(base, alpha="linear:0.3,1", rounds=4, evaluate=EVALUATE)  # 0.5333333333333333, 0.7666666666666666
     run_loop(wanted, "run")
     before = files_of(Path("run"))
@@ -239,9 +244,10 @@ def test_a_loop_goes_on_whose_steps_the_first_version_named(base: str) -> None:
 
 
 def test_of_alphas_that_shared_a_name_the_first_was_merged(base: str) -> None:
-    """So the first version skipped the second: it is merged now."""
-    wanted = asked(base, rounds=1, alpha="0.3333333", retry=(0.33333333, 0.9), evaluate=EVALUATE, gate="nested.left",
-                   tolerance=9.0)  # fmt: skip
+    """The first version skipped the second; it is merged now."""
+    wanted = asked(
+        base, rounds=1, alpha="0.3333333", retry=(0.33333333, 0.9), evaluate=EVALUATE, gate="nested.left", tolerance=9.0
+    )
     done = ["base/evaluate", "0/train", "0/evaluate sft", "0/merge 0.333333", "0/evaluate merged 0.333333"]
     state = State(wanted, base, tuple(done))
     Path("run").mkdir()
@@ -249,6 +255,6 @@ def test_of_alphas_that_shared_a_name_the_first_was_merged(base: str) -> None:
     found = load(Path("run"))
     assert found is not None
     assert found.done == (*done[:3], "0/merge 0.3333333", "0/evaluate merged 0.3333333")
-    own = (*done[:3], "0/merge 0.33333333")  # of this version: the second alone
+    own = (*done[:3], "0/merge 0.33333333")  # this version: only the second
     save(replace(state, done=own), Path("run"))
     assert load(Path("run")).done == own  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The table and the pictures of what was measured."""
+"""The table and the plots of the metrics."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def test_the_table_and_the_pictures_show_what_was_measured(base: str) -> None:
     lines = table(state).splitlines()
     assert lines[0].split() == ["model", "alpha", "distance", "nested.left"]
     assert [line.split("  ")[0] for line in lines[1:]] == [
-        "base", *(f"{what} {n}" for n in (0, 1, 2) for what in ("SFT", "Merge", "SFT without merges"))
-    ]  # fmt: skip
+        "base",
+        *(f"{what} {n}" for n in (0, 1, 2) for what in ("SFT", "Merge", "SFT without merges")),
+    ]
     assert lines[2].split() == ["SFT", "0", "0.01", "0.99"]
     paths = plot(state, Path("run"))
     assert paths == [Path("run/metrics.png"), Path("run/metrics.svg")]

@@ -1,4 +1,4 @@
-"""Pairs to merge, each in the current folder."""
+"""Pairs of models in the current folder, and mounted filesystems."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mount a filesystem in memory, of a size, or mount it again with other options."""
+    """Mount a tmpfs with options, or remount it."""
     place = tmp_path / "disk"
     place.mkdir()
 

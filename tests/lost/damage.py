@@ -1,11 +1,11 @@
-"""Checkpoints damaged in every way hypothesis can think of, and what a merge says to them.
+"""Merge checkpoints that hypothesis has damaged, and check how each merge ends.
 
     python -m lost.damage FOLDER [--count N] [--seed N]
 
-Each case is a pair of small models (sometimes with a start, an importance file, an unfinished merge, or an adapter or
-FP8 weights as sft; or a merge to be verified) of which some files were damaged: bytes, lengths, JSON. A merge of it
-must end in a folder that is whole or in a MergeError of one line; in a few seconds, within a gigabyte, with its inputs
-unchanged and no file elsewhere. Prints JSON: how many, how they ended.
+Each case is a pair of small models (sometimes with a start, an importance file, an unfinished merge, an adapter or FP8
+weights as sft, or a merge to verify) with some files damaged: bytes, lengths, JSON. The merge must end in a complete
+folder or a one-line MergeError, in a few seconds, within a gigabyte, with unchanged inputs and no file elsewhere.
+Prints JSON: how many cases, how they ended.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mergekit_imm.errors import MergeError
 
 from .driver import Files, files_of
 
-SECONDS, MEMORY = 600, 1 << 30  # that one case may take: it hangs, whatever the machine
+SECONDS, MEMORY = 600, 1 << 30  # limits of one case; more seconds mean that it hangs
 SHAPES = {
     "model.embed_tokens.weight": (16, 4),
     "model.layers.0.w.weight": (8, 8),
@@ -66,7 +66,7 @@ FORMS = ["plain", "plain", "start", "importance", "adapter", "fp8", "unfinished"
 
 
 def write_models(folder: Path) -> Files:
-    """Write all that the cases are cut from."""
+    """Write the intact files of all forms."""
     for seed, role in enumerate(("base", "sft")):
         draw = np.random.default_rng(seed)
         state: dict[str, Any] = {n: draw.normal(0, 0.02, shape).astype(np.float16) for n, shape in SHAPES.items()}
@@ -88,8 +88,10 @@ def write_models(folder: Path) -> Files:
     (folder / "importance.json").write_text(json.dumps({"layers": {"model.layers.0": 1, "model.layers.1": 2.5}}))
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
-    lora = {f"base_model.model.model.layers.0.w.lora_{x}.weight": np.ones(s, np.float16) for x, s in
-            (("A", (2, 8)), ("B", (8, 2)))}  # fmt: skip
+    lora = {
+        f"base_model.model.model.layers.0.w.lora_{x}.weight": np.ones(s, np.float16)
+        for x, s in (("A", (2, 8)), ("B", (8, 2)))
+    }
     save_file(lora, folder / "adapter" / "adapter_model.safetensors")
     _write_fp8(folder / "fp8")
     before = Path.cwd()
@@ -127,7 +129,7 @@ Draw = Any
 
 
 def damaged_json(draw: Draw, content: bytes) -> bytes:
-    """Change one place of a JSON document, or write it as JSON should not be written."""
+    """Change values or keys of a JSON document, or write it with a duplicate key."""
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):
@@ -154,7 +156,7 @@ def damaged_json(draw: Draw, content: bytes) -> bytes:
             if change == "rename" and name != key:
                 del container[key]
     written = json.dumps(document, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
-    if draw(st.integers(0, 9)) == 0:  # a name that stands there twice
+    if draw(st.integers(0, 9)) == 0:  # a duplicate key
         keys = re.findall(rb'"[^"\\]+":', written)
         if len(keys) > 1:
             written = written.replace(draw(st.sampled_from(keys)), draw(st.sampled_from(keys)), 1)
@@ -185,7 +187,7 @@ def damaged_bytes(draw: Draw, content: bytes) -> bytes:
 
 
 def damaged_file(draw: Draw, content: bytes) -> bytes:
-    """Damage a safetensors file: its JSON, its length, the rest."""
+    """Damage a safetensors file: its header, the header's length, the data."""
     if draw(st.integers(0, 2)) == 0:
         return damaged_bytes(draw, content)
     length = int.from_bytes(content[:8], "little")
@@ -200,7 +202,7 @@ def damaged_file(draw: Draw, content: bytes) -> bytes:
 
 
 class Case:
-    """A form of merge, and the files that it starts from."""
+    """A form of merge, and its damaged input files."""
 
     def __init__(self, form: str, files: Files, whole: Files) -> None:
         self.form, self.files, self.whole = form, files, whole
@@ -214,10 +216,13 @@ def damaged(draw: Draw, files: Files) -> Case:
     """Draw a case."""
     form = draw(st.sampled_from(FORMS))
     used = {
-        path: content for path, content in files.items()
-        if path.split("/")[0] in ("base", "sft") or path.split("/")[0].split(".")[0] == form
-        or (form == "unfinished" and path.startswith("out")) or (form == "verified" and path.startswith("start"))
-    }  # fmt: skip
+        path: content
+        for path, content in files.items()
+        if path.split("/")[0] in ("base", "sft")
+        or path.split("/")[0].split(".")[0] == form
+        or (form == "unfinished" and path.startswith("out"))
+        or (form == "verified" and path.startswith("start"))
+    }
     for _ in range(draw(st.integers(1, 2))):
         path = draw(st.sampled_from(sorted(used)))
         if draw(st.integers(0, 19)) == 0:
@@ -237,11 +242,11 @@ def damaged(draw: Draw, files: Files) -> Case:
     return Case(form, used, files)
 
 
-# --- what a merge says
+# --- how a merge ends
 
 
 def ending(form: str, files: Files, folder: Path) -> str:
-    """Merge one case in an empty folder; returns how it ended. Raises AssertionError if it ended otherwise."""
+    """Merge one case in an empty folder and return how it ended. Raises AssertionError for a forbidden end."""
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
@@ -287,12 +292,12 @@ def _top(folder: Path) -> set[str]:
 
 
 def main(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """Try so many cases."""
+    """Try `count` cases."""
     folder.mkdir(parents=True, exist_ok=True)
     models = Path(tempfile.mkdtemp(dir=folder))
     files = write_models(models)
     shutil.rmtree(models)
-    os.fsync = os.fdatasync = lambda _: None  # type: ignore[assignment]  # nothing here has to last
+    os.fsync = os.fdatasync = lambda _: None  # type: ignore[assignment]  # nothing here must survive a crash
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     signal.signal(signal.SIGALRM, _too_long)
@@ -301,9 +306,13 @@ def main(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=count, deadline=None, database=None, phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
-        suppress_health_check=list(hypothesis.HealthCheck), report_multiple_bugs=False,
-    )  # fmt: skip
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        suppress_health_check=list(hypothesis.HealthCheck),
+        report_multiple_bugs=False,
+    )
     @hypothesis.given(st.composite(lambda draw: damaged(draw, files))())
     def each(case: Case) -> None:
         place = Path(tempfile.mkdtemp(dir=folder))

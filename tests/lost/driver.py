@@ -1,9 +1,9 @@
-"""Merges that are cut off again and again, by a process that has loaded everything once and forks.
+"""Cut merges off again and again, in forks of a process that has loaded everything once.
 
     python -m lost.driver FOLDER SCENARIO WHAT [--every N] [--first N] [--seeds N]
 
-WHAT is `calls` (killed at every N-th call that changes a file) or `power` (the power fails there, and the disk has lost
-any part of what was not synced). Prints JSON: how many were tried, and what went wrong.
+WHAT is `calls` (kill before every N-th call that changes a file) or `power` (the power fails there, and the disk loses
+any part of what was not synced). Prints JSON: how many were tried, and what failed.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from .tracing import Call, traced
 
 SHAPES = {f"model.layers.{i}.w{j}": (40, 96 + 32 * j) for i in range(3) for j in range(3)}
 SIDE = {"tokenizer.json": '{"a": 1}\n', "templates/chat.jinja": "{{ x }}"}
-WINDOW = 1 << 14  # bytes between two records of the journal, so that there are several
+WINDOW = 1 << 14  # bytes between records of the journal: small, to have several
 
 Files = dict[str, bytes]
 
 
 def files_of(folder: Path) -> Files:
-    """Every file below a folder and its bytes."""
+    """Return every file below a folder with its bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def write_pair(folder: Path) -> None:
-    """Write base, of two files, and sft, of one."""
+    """Write base (two files) and sft (one file)."""
     for seed, role in enumerate(("base", "sft")):
         draw = np.random.default_rng(seed)
         state: dict[str, Any] = {n: draw.normal(0, 0.02, shape).astype(np.float16) for n, shape in SHAPES.items()}
@@ -68,11 +68,11 @@ def write_pair(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A merge that will be cut off: what there is before, the command, and what must be there in the end."""
+    """A merge to cut off: its initial state, options, and expected outputs."""
 
     options: tuple[str, ...] = ()
     old: bool = False  # OUT holds another merge
-    stale: str = ""  # OUT.partial is an unfinished merge with this alpha, to which a user added
+    stale: str = ""  # OUT.partial is an unfinished merge with this alpha, plus a user's files
     status: int = 0
     outs: tuple[str, ...] = ("out",)
     patches: Mapping[str, Any] = field(default_factory=dict)  # of `swap`
@@ -91,11 +91,11 @@ SCENARIOS = {
 
 
 class Bench:
-    """Copies of one start, and what a merge must make of it."""
+    """Fresh copies of an initial state, and the expected outputs."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.scenario = folder, SCENARIOS[name]
-        self.anew = name in ("restart", "refused")  # which empty OUT.partial, and may be cut off meanwhile
+        self.may_start_over = name in ("restart", "refused")  # they empty OUT.partial
         self.start, self.case = folder / "start", folder / "case"
         out = "out" if name != "sweep" else "out-{alpha}"
         self.arguments = ["base", "sft", "-o", out, "--workers", "1", *self.scenario.options]
@@ -111,7 +111,7 @@ class Bench:
             self.old = files_of(self.start / "out")
         if name == "refused":
             _spoil(self.start / "sft" / "model.safetensors")
-            with suppress(MergeError):  # compiles what looks for the value
+            with suppress(MergeError):  # compiles the search for the value
                 merge_checkpoints("base", "sft", folder / "refused")
         self.inputs = {role: files_of(self.start / role) for role in ("base", "sft")}
         for patched, value in self.scenario.patches.items():
@@ -122,14 +122,14 @@ class Bench:
             given = ["base", "sft", "-o", "out", "--workers", "1", "--alpha", self.scenario.stale]
             traced(lambda: self.run(*given), self.start, stop_at=30)
             assert (unfinished / ".imm_journal").exists()
-            # What a copy that was cut off may leave, and what nobody should put there.
+            # Leftovers of an interrupted copy, and things nobody should put there.
             (unfinished / "vocab.txt").write_text("the beginn")
             (unfinished / "templates").mkdir()
             (unfinished / "templates" / "old.jinja").write_text("x")
             (unfinished / "tokenizer.json").symlink_to("../base/tokenizer.json")
 
     def run(self, *arguments: str) -> None:
-        """Run the command in this process, which is a fork and ends with it."""
+        """Run the command in this process, a fork that ends with it."""
         log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -137,7 +137,7 @@ class Bench:
         __main__.imm_merge()
 
     def again(self) -> str:
-        """Run the same command to its end; says what is wrong with what it leaves."""
+        """Run the same command to its end; return what is wrong with the result."""
         pid = os.fork()
         if pid == 0:
             status = 70
@@ -148,24 +148,24 @@ class Bench:
             finally:
                 os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        told = (self.folder / "log").read_text().strip()
-        if status != self.scenario.status or "Traceback" in told:
-            return f"the second run ended with {status}: {told[-300:]}"
-        if "beginning anew" in told and not self.anew:
-            return "the second run began anew: what was recorded is lost"
+        output = (self.folder / "log").read_text().strip()
+        if status != self.scenario.status or "Traceback" in output:
+            return f"the second run ended with {status}: {output[-300:]}"
+        if "starting over" in output and not self.may_start_over:
+            return "the second run started over: what was recorded is lost"
         names = {path.name for path in self.case.iterdir()}
         if names != {"base", "sft", *self.scenario.outs}:
             return f"the second run left {sorted(names)}"
         wrong = [each for each, files in self.whole.items() if files_of(self.case / each) != files]
-        return f"{wrong[0]} is not what an undisturbed merge makes" if wrong else self.inputs_changed()
+        return f"{wrong[0]} differs from an undisturbed merge" if wrong else self.inputs_changed()
 
     def inputs_changed(self) -> str:
-        """Say which input is not what it was."""
+        """Return which input has changed."""
         wrong = [role for role, files in self.inputs.items() if files_of(self.case / role) != files]
         return f"{wrong[0]} was changed" if wrong else ""
 
     def after_the_end(self) -> str:
-        """Say what is wrong with what a merge that was cut off has left, before anything else is run."""
+        """Return what is wrong with the folders right after the cut."""
         for each in self.scenario.outs or ("out",):
             path = self.case / each
             found = files_of(path) if path.exists() else None
@@ -177,12 +177,12 @@ class Bench:
         return self.inputs_changed()
 
     def not_there(self) -> str:
-        """Say what a merge that has ended with status 0 did not leave for good."""
+        """Return what a merge that ended with status 0 lost."""
         wrong = [each for each, files in self.whole.items() if files_of(self.case / each) != files]
         return f"it ended well, and {wrong[0]} is lost" if wrong else ""
 
     def prepared(self) -> Path:
-        """A fresh copy of the start, the current folder."""
+        """Make a fresh copy of the initial state the current folder."""
         os.chdir(self.folder)
         shutil.rmtree(self.case, ignore_errors=True)
         shutil.copytree(self.start, self.case)
@@ -201,18 +201,18 @@ def _spoil(path: Path) -> None:
 
 
 def _end_of(calls: Sequence[Call]) -> int:
-    """Number of a call shortly before the first with which a folder takes its place, or goes."""
+    """Index of a call shortly before the first that publishes or removes a folder."""
     ends = [number for number, call in enumerate(calls) if call.kind == "remove" and call.name == ".imm_journal"]
     return max(0, (ends or [len(calls)])[-1] - 8)
 
 
 def _chosen(count: int, end: int, every: int, first: int) -> list[int]:
-    """Every n-th call, and each from the end on."""
+    """Every n-th call, and every call from `end` on."""
     return sorted({*range(first % every, count, every), *range(end, count)})
 
 
 def kill_at_calls(bench: Bench, every: int, first: int, _: int = 1) -> dict[str, Any]:
-    """Kill the command before its n-th call, and run it again; then again with a second kill on the way."""
+    """Kill the command before its n-th call and run it again; then the same with a second kill midway."""
     bench.prepared()
     status, calls = traced(bench.run, bench.case)
     assert status == bench.scenario.status, (bench.folder / "log").read_text()
@@ -235,7 +235,7 @@ def kill_at_calls(bench: Bench, every: int, first: int, _: int = 1) -> dict[str,
 
 
 def fail_power(bench: Bench, every: int, first: int, seeds: int = 1) -> dict[str, Any]:
-    """Let the power fail after each n-th call, and run the command again on what the disk may hold."""
+    """Fail the power after every n-th call, and run the command again on what the disk may hold."""
     bench.prepared()
     nodes: power.Nodes = {}
     root = power.read(bench.case, nodes)
@@ -246,14 +246,14 @@ def fail_power(bench: Bench, every: int, first: int, seeds: int = 1) -> dict[str
     for end in _chosen(len(calls) + 1, last, every, first):
         certain = power.durable(calls, end)
         unsynced = max(unsynced, certain.count(False))
-        draws = seeds if end >= last else 1  # where little is pending, nearly each part of it
+        draws = seeds if end >= last else 1  # there little is pending: try nearly every part of it
         for kind, kept in (each for seed in range(draws) for each in power.choices(certain, 1000 * seed + end)):
             left = power.after(nodes, calls[:end], kept)
             os.chdir(bench.folder)
             shutil.rmtree(bench.case, ignore_errors=True)
             inodes = power.write(left, root, bench.case)
-            for marker in bench.case.rglob("*.replacing"):  # it holds an inode, and the copy has others
-                with suppress(ValueError):  # not written, or torn
+            for marker in bench.case.rglob("*.replacing"):  # it records an inode, and those of the copy differ
+                with suppress(ValueError):  # lost or torn
                     about = json.loads(marker.read_bytes())
                     marker.write_text(json.dumps(about | {"inode": inodes.get(about["inode"], 0)}) + "\n")
             os.chdir(bench.case)
@@ -277,8 +277,8 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=1, help="draws of what is lost, where folders take their places")
-    parser.add_argument("--without-sync", action="store_true", help="leave out all syncs, which must be found out")
+    parser.add_argument("--seeds", type=int, default=1, help="draws of what is lost, at calls that publish folders")
+    parser.add_argument("--without-sync", action="store_true", help="skip all syncs; the test must fail")
     given = parser.parse_args()
     if given.without_sync:
         for name in ("sync", "sync_folder"):

@@ -1,10 +1,9 @@
-"""Real commands, ended by real signals at random moments.
+"""End real commands with real signals at random moments.
 
     python -m lost.kills FOLDER [--count N] [--seed N] [--signal KILL|TERM|INT]
 
-A pair of 50 MB is merged by `imm-merge` in a process of its own, which gets the signal at a random moment of its whole
-run, and sometimes past it; then the same command is run to its end. Prints JSON: how many, what was found, what went
-wrong.
+`imm-merge` merges a pair of 50 MB in its own process and gets the signal at a random moment of its run, or just after
+it; then the same command runs to its end. Prints JSON: how many, what was found, what failed.
 """
 
 from __future__ import annotations
@@ -49,23 +48,26 @@ def write_pair(folder: Path) -> None:
 
 
 def start(folder: Path, *arguments: str, small_window: bool = True) -> subprocess.Popen[str]:
-    """Start the command in a folder, with a journal that is written to every 8 MB, or as it is."""
+    """Start the command in a folder; with `small_window`, it writes its journal every 8 MB."""
     program = ["-c", SMALL_WINDOW] if small_window else ["-m", "mergekit_imm"]
     return subprocess.Popen(
         [sys.executable, *program, "merge", "base", "sft", "-o", "out", *arguments],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background has it ignored
-    )  # fmt: skip
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Wait for the end of a command."""
-    _, told = process.communicate(timeout=600)
-    return process.returncode, told
+    _, output = process.communicate(timeout=600)
+    return process.returncode, output
 
 
 def end_one(folder: Path, moment: float, number: signal.Signals, overwrite: bool) -> tuple[str, str]:
-    """End one merge, and finish it. Returns what the end left, and what is wrong."""
+    """End one merge, then finish it. Return what the signal left, and what is wrong."""
     inputs = {role: files_of(folder / role) for role in ("base", "sft")}
     whole, old = files_of(folder / "whole"), files_of(folder / "old")
     for name in ("out", "out.partial", "out.old"):
@@ -77,21 +79,21 @@ def end_one(folder: Path, moment: float, number: signal.Signals, overwrite: bool
     process = start(folder, *arguments, small_window=number == signal.SIGKILL)
     time.sleep(moment)
     process.send_signal(number)
-    status, told = finish(process)
+    status, output = finish(process)
     wanted = STATUS[number.name.removeprefix("SIG")]
     found = files_of(folder / "out") if (folder / "out").exists() else None
     kind = "the new one" if found == whole else "the old one" if overwrite and found == old else "absent"
     left = f"{kind}{', unfinished' if (folder / 'out.partial').exists() and kind != 'the new one' else ''}"
-    too_early = status == 1 and "Fatal Python error: init_" in told  # while Python itself begins
+    too_early = status == 1 and "Fatal Python error: init_" in output  # while Python itself starts
     if status not in (wanted, -number, 0) and not too_early:
-        return left, f"status {status}: {told[-300:]}"
-    if "Traceback" in told and "mergekit_imm/cli" in told:  # before that, it is Python's own
-        return left, f"a traceback: {told[-300:]}"
+        return left, f"status {status}: {output[-300:]}"
+    if "Traceback" in output and "mergekit_imm/cli" in output:  # before that, it is Python's own
+        return left, f"a traceback: {output[-300:]}"
     if found not in ((old, whole) if overwrite else (None, whole)):
         return left, "out is neither absent nor the old nor the new one"
-    status, told = finish(start(folder, *arguments))
+    status, output = finish(start(folder, *arguments))
     if status != 0 or files_of(folder / "out") != whole:
-        return left, f"the second run ended with {status}: {told[-300:]}"
+        return left, f"the second run ended with {status}: {output[-300:]}"
     others = {path.name for path in folder.iterdir()} - {"base", "sft", "whole", "old", "out"}
     if others or {role: files_of(folder / role) for role in inputs} != inputs:
         return left, f"left behind: {sorted(others)}" if others else "an input was changed"
@@ -99,14 +101,14 @@ def end_one(folder: Path, moment: float, number: signal.Signals, overwrite: bool
 
 
 def prepare(folder: Path) -> float:
-    """Make the pair, what its merge is and what was there before; returns the seconds that a merge takes."""
+    """Make the pair, its merge and an older merge; return the seconds that a merge takes."""
     write_pair(folder)
     seconds = []
     for _ in range(4):
         shutil.rmtree(folder / "out", ignore_errors=True)
         began = time.perf_counter()
-        status, told = finish(start(folder))
-        assert status == 0, told
+        status, output = finish(start(folder))
+        assert status == 0, output
         seconds.append(time.perf_counter() - began)
     (folder / "out").rename(folder / "whole")
     assert finish(start(folder, "--alpha", "0.25"))[0] == 0
@@ -115,7 +117,7 @@ def prepare(folder: Path) -> float:
 
 
 def main(folder: Path, count: int, seed: int, number: signal.Signals) -> dict[str, Any]:
-    """End so many merges at moments spread evenly, one drawn in each part of the run, every second with --overwrite."""
+    """End `count` merges at moments drawn from equal parts of the run, every second one with --overwrite."""
     took, draw = prepare(folder), random.Random(seed)
     found: Counter[str] = Counter()
     failures = []

@@ -1,7 +1,7 @@
 """What a disk may hold after the power fails: everything that was synced, and any part of the rest.
 
-The model is stricter than filesystems are. A call stays only if it was followed by a sync of the file it wrote, or of
-the folder whose names it changed; each of the others may be lost, whatever came after it, and a write may be torn.
+The model is stricter than real filesystems. A call is durable only if a sync of the file it wrote, or of the folder
+whose names it changed, followed; every other call may be lost, whatever came after it, and a write may be torn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Nodes = dict[int, Node]
 
 
 def read(folder: Path, nodes: Nodes) -> int:
-    """Take a folder into the model; returns its inode."""
+    """Add a folder to the model; return its inode."""
     number = folder.stat().st_ino
     nodes[number] = Node(entries={})
     for path in folder.iterdir():
@@ -42,7 +42,7 @@ def read(folder: Path, nodes: Nodes) -> int:
 
 
 def write(nodes: Nodes, number: int, folder: Path) -> dict[int, int]:
-    """Make what the model holds; returns the inodes that its folders have now."""
+    """Write the model to disk; return its folders' new inodes."""
     folder.mkdir(parents=True)
     found = {number: folder.stat().st_ino}
     for name, inner in (nodes[number].entries or {}).items():
@@ -54,7 +54,7 @@ def write(nodes: Nodes, number: int, folder: Path) -> dict[int, int]:
 
 
 def durable(calls: Sequence[Call], end: int) -> list[bool]:
-    """Which of the first `end` calls are on the disk for certain."""
+    """Return which of the first `end` calls are certainly on the disk."""
     certain = [False] * end
     synced: set[int] = set()
     for number in range(end - 1, -1, -1):
@@ -71,7 +71,7 @@ def durable(calls: Sequence[Call], end: int) -> list[bool]:
 
 
 def after(nodes: Nodes, calls: Sequence[Call], kept: Callable[[int, Call], float]) -> Nodes:
-    """Apply calls to a copy of the model; `kept` says how much of each: 0 none, 1 all, between a torn write."""
+    """Apply calls to a copy of the model; `kept` gives the share of each: 0 none, 1 all, else a torn write."""
     nodes = {n: Node(bytearray(e.content), None if e.entries is None else dict(e.entries)) for n, e in nodes.items()}
     shuffle = random.Random(len(calls))
     for number, call in enumerate(calls):
@@ -112,7 +112,7 @@ def _apply(nodes: Nodes, call: Call, share: float, shuffle: random.Random) -> No
 
 
 def choices(certain: Sequence[bool], seed: int) -> list[tuple[str, Callable[[int, Call], float]]]:
-    """Ways in which a disk may lose what is not certain."""
+    """Return ways in which a disk may lose what is not certain."""
     pending = [number for number, it in enumerate(certain) if not it]
     draw = random.Random(seed)
     some = {number: draw.choice([0.0, 0.0, 0.5, 1.0, 1.0]) for number in pending}

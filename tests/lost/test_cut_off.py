@@ -1,4 +1,4 @@
-"""A merge that is cut off, wherever it is: nothing is lost, and the same command finishes it."""
+"""A merge cut off anywhere loses nothing, and the same command finishes it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from .driver import SCENARIOS
 from .tracing import Call
 
 thorough = pytest.mark.thorough
-# A merge, and before every how many of its calls: each of them takes minutes. A power failure may also leave all.
+# A scenario, and the stride between the calls that are cut: each takes minutes.
 EACH = others(*((name, 9) for name in SCENARIOS))
 pytestmark = pytest.mark.skipif(not tracing.CALLS, reason="calls are traced on Linux, x86-64 or ARM")
 
 
 def run(module: str, *arguments: object) -> dict[str, Any]:
-    """Run one of the programs beside this file, and return what it prints."""
+    """Run one of the programs in this folder, and return the JSON it prints."""
     ended = subprocess.run(
-        [sys.executable, "-m", f"lost.{module}", *map(str, arguments)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}, timeout=1800,
-    )  # fmt: skip
+        [sys.executable, "-m", f"lost.{module}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
+        timeout=1800,
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     found: dict[str, Any] = json.loads(ended.stdout)
     return found
@@ -36,7 +39,7 @@ def run(module: str, *arguments: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("scenario", "every"), [("resume", 27), *EACH])
 def test_a_merge_killed_before_any_call_that_changes_a_file(tmp_path: Path, scenario: str, every: int) -> None:
-    """Before some of them here; before each with `make thorough`."""
+    """Before some calls here; before each with `make thorough`."""
     result = run("driver", tmp_path, scenario, "calls", "--every", every, "--first", list(SCENARIOS).index(scenario))
     assert result["failures"] == []
     assert result["tried"] >= 2 * (result["calls"] // every)
@@ -65,24 +68,31 @@ def test_a_command_that_gets_a_signal_at_a_random_moment(tmp_path: Path, number:
 
 
 def test_the_model_of_a_disk(tmp_path: Path) -> None:
-    """What is synced stays, what is not may go, and a torn write is part old, part new."""
+    """Synced data stays, the rest may go, and a torn write is part old, part new."""
     (tmp_path / "a").write_bytes(b"old")
     nodes: power.Nodes = {}
     root = power.read(tmp_path, nodes)
     file = (tmp_path / "a").stat().st_ino
     calls = [
-        Call("write", file, offset=0, data=b"x" * 2048), Call("sync", file), Call("write", file, data=b"y" * 2048),
-        Call("create", -1, root, "b"), Call("write", -1, data=b"new"), Call("sync", -1),
-        Call("rename", 0, root, "b", root, "c"), Call("sync", root), Call("remove", 0, root, "a"),
-    ]  # fmt: skip
+        Call("write", file, offset=0, data=b"x" * 2048),
+        Call("sync", file),
+        Call("write", file, data=b"y" * 2048),
+        Call("create", -1, root, "b"),
+        Call("write", -1, data=b"new"),
+        Call("sync", -1),
+        Call("rename", 0, root, "b", root, "c"),
+        Call("sync", root),
+        Call("remove", 0, root, "a"),
+    ]
     certain = power.durable(calls, len(calls))
     assert certain == [True, False, False, True, True, False, True, False, False]
     assert power.durable(calls, 5) == [True, False, False, False, False]
     states = dict(power.choices(certain, 0))
     least = power.after(nodes, calls, states["none of it"])
     assert {n: bytes(least[i].content) for n, i in (least[root].entries or {}).items()} == {
-        "a": b"x" * 2048, "c": b"new"
-    }  # fmt: skip
+        "a": b"x" * 2048,
+        "c": b"new",
+    }
     most = power.after(nodes, calls, states["all of it"])
     assert set(most[root].entries or {}) == {"c"}
     torn = power.after(nodes, calls, lambda number, _: 0.5 if number == 2 else float(certain[number]))

@@ -1,4 +1,4 @@
-"""Files that are not what they should be end in a result or in one line."""
+"""Damaged files end in a result or a one-line error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_damaged_inputs_end_in_a_result_or_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_the_program_that_damages_finds_what_is_wrong(tmp_path: Path) -> None:
-    """With a merge that takes whatever JSON it is given, it fails."""
+    """It fails if the merge accepts any JSON."""
     code = (
         "import json; from pathlib import Path; from lost import damage\n"
         "from mergekit_imm.checkpoint import folder\n"
@@ -69,7 +69,7 @@ def test_json_that_no_file_can_hold_is_refused() -> None:
     "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "imm_recipe.json", "tokenizer.json"]
 )
 def test_a_pipe_in_the_place_of_a_file_is_no_trap(tmp_path: Path, name: str) -> None:
-    """Whoever opened it would wait for ever."""
+    """Opening it would block forever."""
     for role in ("base", "sft", "start"):
         write_model(tmp_path / role, random_state({"a": (4,)}), config=CONFIG)
     (tmp_path / "start" / name).unlink(missing_ok=True)
@@ -99,8 +99,9 @@ NAMES = [
 def test_names_of_tensors_may_be_anything(tmp_path: Path) -> None:
     for seed, role in enumerate(("base", "sft")):
         write_model(tmp_path / role, random_state(dict.fromkeys(NAMES, (4, 4)), seed=seed))
-    ended = subprocess_of("merge", "base", "sft", "-o", "out", "--drop", "0", "--max-shard-size", "100B", "--verify",
-                          cwd=tmp_path)  # fmt: skip
+    ended = subprocess_of(
+        "merge", "base", "sft", "-o", "out", "--drop", "0", "--max-shard-size", "100B", "--verify", cwd=tmp_path
+    )
     assert ended.status == 0
     merged = read_model(tmp_path / "out")
     assert set(merged) == set(NAMES)
@@ -127,11 +128,11 @@ def test_tens_of_thousands_of_tensors(tmp_path: Path) -> None:
     assert all((merged[name] == state[name]).all() for name in state)
 
 
-# --- nothing of a checkpoint is run
+# --- nothing in a checkpoint is executed
 
 
 class Malicious:
-    """What makes a file where it is unpickled."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -174,8 +175,17 @@ def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
     for role in ("base", "sft"):
         write_model(tmp_path / role, random_state({"a": (4,)}), config=config, side=side)
     for options, copied in (([], []), (["--copy-code"], sorted(side))):
-        ended = subprocess_of("merge", ".", "../sft", "-o", "../out", "--overwrite", *options, cwd=tmp_path / "base",
-                              code=f"import sys; sys.path.remove('')\nfrom mergekit_imm.cli.main import main; main()")  # noqa: F541  # fmt: skip
+        ended = subprocess_of(
+            "merge",
+            ".",
+            "../sft",
+            "-o",
+            "../out",
+            "--overwrite",
+            *options,
+            cwd=tmp_path / "base",
+            code="import sys; sys.path.remove('')\nfrom mergekit_imm.cli.main import main; main()",
+        )
         assert ended.status == 0, ended.err
         assert not (tmp_path / "trap").exists()
         out = tmp_path / "out"

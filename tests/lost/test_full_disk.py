@@ -1,4 +1,4 @@
-"""A full disk, a real one: of every size at which some write of a merge finds no room, one page after the other.
+"""A real full disk, of every size (page by page) at which some write of a merge fails.
 
 The message is one line, what was written is kept, and with more room the same call gives the same bytes.
 """
@@ -29,9 +29,9 @@ ENOUGH = "size=100m,nr_inodes=1000"
 
 @pytest.fixture
 def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Base and sft in the current folder, and their merge; its config and index are written by the merge itself.
+    """Base and sft in the current folder, and their merge, which generates its own config and index.
 
-    So many tensors that what the journal says of them is more than a page.
+    Enough tensors for a journal of more than a page.
     """
     monkeypatch.chdir(tmp_path)
     for seed, role in enumerate(("base", "sft")):
@@ -44,7 +44,7 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fails(out: Path, *, overwrite: bool) -> bool:
-    """Whether a merge fails for lack of room; if so, it says so in one line, and OUT is what it was."""
+    """Whether a merge fails for lack of space; if so, check the one-line message and that OUT is unchanged."""
     before = files_of(out)
     try:
         merge_checkpoints("base", "sft", out, overwrite=overwrite)
@@ -61,7 +61,7 @@ def fails(out: Path, *, overwrite: bool) -> bool:
 
 
 def states(partial: Path, whole: Path) -> dict[str, str]:
-    """Of each file of a merge: is it lacking, begun, or done?"""
+    """Return whether each file of a merge is lacking, begun, or done."""
     wanted = files_of(whole)
     there = files_of(partial) if partial.exists() else {}
     found = {name: "lacking" if name not in there else "begun" for name in [*wanted, journal.JOURNAL]}
@@ -75,14 +75,16 @@ def test_every_write_that_finds_no_room(
 ) -> None:
     place = mounted(ENOUGH)
     out, partial, expected = place / "out", place / "out.partial", files_of(whole)
-    least = merge_checkpoints("base", "sft", out, dry_run=True).disk_needed // PAGE  # with less it is not begun
+    least = (
+        merge_checkpoints("base", "sft", out, dry_run=True).disk_needed // PAGE
+    )  # with less, the merge does not begin
     said = ""
     seen: dict[str, set[str]] = {}
     tried = range(least, 100) if what == "pages" else range(1, 100)
     for number in tried:
         if overwrite:
             write_model(out, random_state({"old": (2, 2)}), config=CONFIG)
-        # What is there already takes its own room. A tmpfs counts its own folder as a file.
+        # Existing files take space too. A tmpfs counts its root folder as a file.
         used = (0, 1) if not overwrite else (2, 4)
         room = f"size={(used[0] + number) * PAGE}" if what == "pages" else f"nr_inodes={used[1] + number}"
         mounted(f"remount,{room}")
@@ -100,7 +102,7 @@ def test_every_write_that_finds_no_room(
         shutil.rmtree(out)
         if not failed:
             break
-    # Each file was once the one that found no room, those before it being done.
+    # Each file was once the first without space.
     assert {name for name, found in seen.items() if "lacking" in found} == {*expected, journal.JOURNAL}
     if what == "pages" and not overwrite:
         assert said.startswith(f"{out} cannot be written: {FULL}")
@@ -109,7 +111,7 @@ def test_every_write_that_finds_no_room(
 
 
 def test_a_loop_on_a_full_disk_goes_on_when_there_is_room(tmp_path: Path, mounted: Callable[[str], Path]) -> None:
-    """Of every size from none on: its state, its logs, what its command writes, the merges."""
+    """Every size: its state, its logs, the output of its command, the merges."""
     place, base = mounted(ENOUGH), tmp_path / "base"
     write_model(base, random_state({"w": (8, 8)}), config=CONFIG)
     settings = Settings(base=str(base), train="mkdir -p {output} && cp -r {model}/* {output}/", rounds=2, alpha="0.5")

@@ -1,4 +1,4 @@
-"""What the command says, its exit status and `--json` agree with what is on the disk."""
+"""The command's output, exit status and `--json` agree with what is on the disk."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_verified_merge_says_so(pair: Path) -> None:
 
 
 def corrupted(target: str) -> Callable[[pytest.MonkeyPatch], None]:
-    """A disk that changes one bit of what it is given."""
+    """A disk that flips one bit."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
         write_at, write_file = direct_io.write_at, direct_io.write_file
@@ -95,22 +95,25 @@ def corrupted(target: str) -> Callable[[pytest.MonkeyPatch], None]:
         def write_wrong_file(path: Path, content: bytes) -> None:
             write_file(path, content.replace(b"0", b"1", 1) if path.name == target else content)
 
-        patch.setattr(direct_io, "write_at" if target in ("header", "tensor") else "write_file",
-                      write_wrong if target in ("header", "tensor") else write_wrong_file)  # fmt: skip
+        patch.setattr(
+            direct_io,
+            "write_at" if target in ("header", "tensor") else "write_file",
+            write_wrong if target in ("header", "tensor") else write_wrong_file,
+        )
 
     return apply
 
 
 @pytest.mark.parametrize("target", ["header", "tensor", "imm_report.json", "README.md"])
 def test_a_disk_that_changes_bits_is_found_out(pair: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `--verify` finds: nothing appears, and the cure that is shown works."""
+    """`--verify` finds it, nothing is published, and the cure in the message works."""
     with monkeypatch.context() as patch:
         corrupted(target)(patch)
         with pytest.raises(MergeError) as caught:
             merge_checkpoints("base", "sft", "out", verify=True)
     assert str(caught.value).isprintable()
     assert not (pair / "out").exists()
-    if target != "header":  # the read-back after writing finds that one
+    if target != "header":  # the read-back after writing finds it first
         assert isinstance(caught.value, VerifyError)
         assert "merge again with restart=True" in str(caught.value)
         if target == "tensor":
@@ -161,7 +164,7 @@ def test_what_was_written_is_read_back(pair: Path, how: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("how", ["written", "replaced", "removed", "shortened"])
 def test_an_input_that_changes_meanwhile_is_refused(large: Path, how: str) -> None:
-    """A trainer that saves into the folder again: no mixture of the two models is left behind."""
+    """As when a trainer saves into the folder again: no mixture of two models is left."""
     path = large / "sft" / "model.safetensors"
     content = path.read_bytes()
     done: list[bool] = []
@@ -209,13 +212,13 @@ def test_two_commands_at_once(large: Path) -> None:
         other = subprocess_of(*arguments, "--alpha", "0.9")
         assert other.status == 1
         assert "unfinished merge of another recipe (parameters.alpha: 0.5, now 0.9)" in other.error
-        told, _ = first.communicate(timeout=HUNG)
-        assert told.startswith("merged")
+        output, _ = first.communicate(timeout=HUNG)
+        assert output.startswith("merged")
     assert subprocess_of(*arguments).out.startswith("out already merged")
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(pair: Path) -> None:
-    """Another merge, or a user, was faster: without --overwrite it stays, and nothing of ours is lost."""
+    """Another merge, or a user, was faster: without --overwrite theirs stays, and ours is not lost."""
 
     def appear(done: int, total: int) -> None:
         (pair / "out").mkdir(exist_ok=True)
@@ -234,7 +237,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(pair: Path) -> None:
 def test_a_merge_that_was_planned_while_another_finished_begins_nothing(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the plan of one and its first byte another finishes: found out under the lock."""
+    """Another merge finishes between the plan and the first byte: noticed under the lock."""
     make_folder = direct_io.make_folder
 
     def faster(path: Path) -> list[Path]:
@@ -269,7 +272,7 @@ def test_a_journal_that_another_recipe_left_meanwhile_is_not_taken_up(
 
 
 def test_a_lock_holds_for_the_folder_that_has_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder was opened, then moved by whoever finished it: what is there now is another's."""
+    """The folder was opened, then published by another process: the one there now is not ours."""
     folder = tmp_path / "out.partial"
     folder.mkdir()
     flock = fcntl.flock
@@ -285,7 +288,7 @@ def test_a_lock_holds_for_the_folder_that_has_the_name(tmp_path: Path, monkeypat
 
 
 def test_an_exchange_under_way_is_left_to_whoever_makes_it(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one merge removes the old folder, another does not take it for its own."""
+    """While one merge removes the old folder, another does not resume it."""
     merge_checkpoints("base", "sft", "out", alpha=0.25)
     found: list[Ended] = []
     rmtree = shutil.rmtree
@@ -301,7 +304,7 @@ def test_an_exchange_under_way_is_left_to_whoever_makes_it(pair: Path, monkeypat
     assert sorted(path.name for path in pair.iterdir()) == ["base", "out", "sft"]
 
 
-def test_an_old_folder_that_cannot_be_removed_is_told(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_folder_that_cannot_be_removed_is_reported(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge_checkpoints("base", "sft", "out", alpha=0.25)
 
     def fail(folder: Path) -> None:
@@ -315,7 +318,7 @@ def test_an_old_folder_that_cannot_be_removed_is_told(pair: Path, monkeypatch: p
     assert sorted(path.name for path in pair.iterdir()) == ["base", "out", "sft"]
 
 
-# --- what is done is not done again
+# --- finished work is not repeated
 
 
 @pytest.mark.parametrize("share", [*others(0.5, 0.97), 0.9])

@@ -1,4 +1,4 @@
-"""A merge that gets no space, no permission, no more files: one line, nothing lost, and the cure works."""
+"""A merge without space, permission or file handles: a one-line error, nothing lost, a cure that works."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZE = 8  # MB of a model
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Path:
-    """A folder with base and sft of 8 MB each, in two files, and the current one."""
+    """A folder with base and sft of 8 MB each, in two files."""
     for seed, role in enumerate(("base", "sft")):
         state = random_state({f"layers.{i}.weight": (1 << 10, 1 << 9) for i in range(SIZE)}, seed=seed)
         shards = [list(state)[:4], list(state)[4:]]
@@ -38,7 +38,7 @@ def inputs_of(folder: Path) -> dict[str, object]:
 NO_CHECK = """
 from mergekit_imm import __main__
 from mergekit_imm.output import direct_io, paths
-paths.free_space = lambda _: 1 << 60  # a quota, or another program that takes what was free
+paths.free_space = lambda _: 1 << 60  # as if a quota applied, or another program took the free space
 """
 NO_ALLOCATION = NO_CHECK + "direct_io.allocate = lambda descriptor, size: direct_io.os.ftruncate(descriptor, size)\n"
 BEGIN = "__main__._begin('main')\n"
@@ -56,7 +56,7 @@ def test_a_disk_that_is_too_small_is_refused_before_a_byte(pair: Path, mounted: 
 
 @pytest.mark.parametrize("code", [*others(NO_CHECK), NO_ALLOCATION], ids=["when room is made", "while it is written"])
 def test_a_disk_that_fills_up(pair: Path, mounted: Callable[[str], Path], code: str) -> None:
-    """The message is true: once there is space, the same command goes on."""
+    """As the message says, the same command resumes once there is space."""
     place = mounted(f"size={SIZE // 2}m")
     before = inputs_of(pair)
     ended = subprocess_of("merge", "base", "sft", "-o", place / "out", cwd=pair, code=code + BEGIN)
@@ -76,8 +76,10 @@ def test_a_disk_that_fills_up(pair: Path, mounted: Callable[[str], Path], code: 
 def test_an_output_on_another_filesystem(pair: Path, mounted: Callable[[str], Path]) -> None:
     place = mounted(f"size={3 * SIZE}m")
     assert subprocess_of("merge", "base", "sft", "-o", place / "a" / "out", cwd=pair).status == 0
-    assert subprocess_of("merge", "base", "sft", "-o", place / "a" / "out", "--alpha", "0", "--overwrite",
-                         cwd=pair).status == 0  # fmt: skip
+    assert (
+        subprocess_of("merge", "base", "sft", "-o", place / "a" / "out", "--alpha", "0", "--overwrite", cwd=pair).status
+        == 0
+    )
     assert subprocess_of("merge", "base", "sft", "-o", "out", "--alpha", "0", cwd=pair).status == 0
     assert files_of(place / "a" / "out") == files_of(pair / "out")
 
@@ -117,7 +119,7 @@ def write_fails(number: int, nth: int) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def sync_fails(number: int, name: str = "") -> Callable[[pytest.MonkeyPatch], None]:
-    """The disk fails when a file of this name is to be synced, or any."""
+    """Syncs of files with this name (any by default) fail."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
         def failing(sync: Callable[[int], None]) -> Callable[[int], None]:
@@ -141,10 +143,12 @@ def test_a_disk_that_fails(pair: Path, number: int, where: str, monkeypatch: pyt
     monkeypatch.setattr("mergekit_imm.engine.stream.SYNC_BYTES", 1 << 20)
     before = inputs_of(pair)
     fails = {
-        "first write": write_fails(number, 1), "fifth write": write_fails(number, 5),
-        "sync": sync_fails(number, ".safetensors"), "journal": sync_fails(number, journal.JOURNAL),
+        "first write": write_fails(number, 1),
+        "fifth write": write_fails(number, 5),
+        "sync": sync_fails(number, ".safetensors"),
+        "journal": sync_fails(number, journal.JOURNAL),
         "side file": sync_fails(number, "tokenizer.json"),
-    }[where]  # fmt: skip
+    }[where]
     with monkeypatch.context() as patch:
         fails(patch)
         with pytest.raises(OutputError) as caught:
@@ -159,13 +163,13 @@ def test_a_disk_that_fails(pair: Path, number: int, where: str, monkeypatch: pyt
     assert inputs_of(pair) == before
     report = merge_checkpoints("base", "sft", "out")
     total = sum((pair / "out" / name).stat().st_size for name in report.files)
-    assert report.bytes_written < total or where != "side file"  # what was recorded is not made again
+    assert report.bytes_written < total or where != "side file"  # recorded segments are not written again
     merge_checkpoints("base", "sft", "whole")
     assert files_of(pair / "out") == files_of(pair / "whole")
 
 
 def test_an_input_that_cannot_be_read_any_more(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk of an input fails: the line blames it, and what was merged is kept."""
+    """The disk of an input fails: the message blames it, and what was merged is kept."""
     monkeypatch.chdir(pair)
     preadv, calls = os.preadv, [0]
 
@@ -188,7 +192,7 @@ def test_an_input_that_cannot_be_read_any_more(pair: Path, monkeypatch: pytest.M
 WITHOUT_PRIVILEGE = """
 import ctypes, struct
 from mergekit_imm import __main__
-# Root as anybody else: without the capabilities to override permissions (1: DAC_OVERRIDE, 2: DAC_READ_SEARCH).
+# Drop root's capabilities to override permissions (1: DAC_OVERRIDE, 2: DAC_READ_SEARCH).
 libc = ctypes.CDLL(None, use_errno=True)
 head = struct.pack('Ii', 0x20080522, 0)
 data = ctypes.create_string_buffer(24)
@@ -200,7 +204,7 @@ libc.capset(head, struct.pack('6I', low & ~0b110, *rest))
 
 @pytest.fixture
 def forbidden() -> Iterator[Callable[[Path, int], None]]:
-    """Change permissions for a while."""
+    """Change permissions until the test ends."""
     changed: list[tuple[Path, int]] = []
 
     def change(path: Path, mode: int) -> None:

@@ -1,4 +1,4 @@
-"""What others have where a merge writes, and streams that are not there: nothing is touched, nothing hangs."""
+"""Foreign files where a merge writes, and closed standard streams: nothing is touched, nothing hangs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def killed(folder: Path, share: float = 0.5) -> None:
 
 
 def test_strangers_in_an_unfinished_merge_do_not_get_into_the_output(large: Path) -> None:
-    """A copy that was cut off and is not wanted any more, a link to a file of somebody: none is followed or kept."""
+    """Leftovers of a copy and links to other files are neither followed nor kept."""
     killed(large)
     victim = large / "victim"
     victim.write_text("mine")
@@ -52,7 +52,7 @@ def test_an_input_is_not_written_through_a_link(large: Path, how: str) -> None:
     before = target.read_bytes()
     path.symlink_to(target) if how == "symbolic" else path.hardlink_to(target)
     report = merge_checkpoints("base", "sft", "out")
-    assert any("beginning anew" in note for note in report.notes)
+    assert any("starting over" in note for note in report.notes)
     assert target.read_bytes() == before
     merge_checkpoints("base", "sft", "whole")
     assert files_of(large / "out") == files_of(large / "whole")
@@ -78,9 +78,13 @@ def test_a_small_file_that_changes_meanwhile_is_refused(pair: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     ("file", "inside"),
-    [("base/templates2", "sft/templates2/chat.jinja"), ("", "sft/README.md/x"), ("", "sft/imm_report.json/x"),
-     ("", "base/model.safetensors.old/x")],
-)  # fmt: skip
+    [
+        ("base/templates2", "sft/templates2/chat.jinja"),
+        ("", "sft/README.md/x"),
+        ("", "sft/imm_report.json/x"),
+        ("", "base/model.safetensors.old/x"),
+    ],
+)
 def test_a_file_and_a_folder_of_one_name_are_refused_from_names_alone(pair: Path, file: str, inside: str) -> None:
     if file:
         (pair / file).write_text("x")
@@ -121,7 +125,7 @@ def test_a_file_of_others_with_the_name_of_a_marker_stays(pair: Path, content: s
 def test_a_folder_of_others_in_the_place_of_the_old_one_stays(
     pair: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Where two names cannot be exchanged at once, OUT goes to OUT.old meanwhile; the cure that is shown works."""
+    """Without an atomic exchange, OUT moves to OUT.old meanwhile; the cure in the message works."""
     merge_checkpoints("base", "sft", "out", alpha=0.25)
     base = "base"
     if kind == "folder":
@@ -145,7 +149,7 @@ def test_a_folder_of_others_in_the_place_of_the_old_one_stays(
 
 
 def test_a_folder_that_has_got_the_inode_of_an_old_one_stays(pair: Path) -> None:
-    """Killed between the removal of the old folder and that of the marker; later a user makes a folder."""
+    """The merge was killed between removing the old folder and the marker; then a user made a folder."""
     merge_checkpoints("base", "sft", "out", alpha=0.25)
     (pair / "out.old").mkdir()
     (pair / "out.old" / "notes.txt").write_text("mine")
@@ -166,7 +170,7 @@ def test_outputs_that_would_be_trouble_are_refused(pair: Path, out: str) -> None
     assert not (pair / "a").exists()
 
 
-def test_a_linked_folder_that_is_left_out_is_told(pair: Path) -> None:
+def test_a_linked_folder_that_is_left_out_is_reported(pair: Path) -> None:
     (pair / "real").mkdir()
     (pair / "real" / "chat.jinja").write_text("x")
     (pair / "sft" / "more").symlink_to(pair / "real")
@@ -180,7 +184,7 @@ def test_a_journal_that_lost_its_end_of_line_is_no_traceback(large: Path) -> Non
     path.write_bytes(path.read_bytes().split(b"\n")[0])
     ended = subprocess_of("merge", "base", "sft", "-o", "out")
     assert ended.status == 1
-    assert "is not a merge under way; move it away, or --restart, which removes what is in it" in ended.error
+    assert "is not an unfinished merge; move it away, or --restart, which empties it" in ended.error
     assert subprocess_of("merge", "base", "sft", "-o", "out", "--restart").status == 0
 
 
@@ -224,7 +228,7 @@ def test_standard_streams_may_be_closed(pair: Path, closed: list[int]) -> None:
     assert files_of(pair / "out") == files_of(pair / "whole")
 
 
-def test_errors_that_cannot_be_told_keep_their_status(pair: Path) -> None:
+def test_errors_that_cannot_be_printed_keep_their_status(pair: Path) -> None:
     command = [sys.executable, "-m", "mergekit_imm", "merge", "base", "base", "-o", "out"]
     with open("/dev/full", "w") as full:  # noqa: PTH123
         assert subprocess.run(command, stderr=full, stdout=subprocess.DEVNULL).returncode == 0

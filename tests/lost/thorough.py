@@ -1,8 +1,8 @@
-"""All of it: every call, every power failure, 300 signals, 100,000 damaged inputs: `make thorough`.
+"""Run everything: every call, every power failure, 300 signals, 100,000 damaged inputs (`make thorough`).
 
     python -m lost.thorough [--parts calls,power,signals,damage] [--count N] [--kills N]
 
-Writes what was seen to results.json beside this file, part by part, for docs/nothing-lost.md.
+Writes the results to results.json beside this file, part by part, for docs/nothing-lost.md.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ from measure import cpu_name, git_version
 from .driver import SCENARIOS
 
 RESULTS = Path(__file__).with_name("results.json")
-BATCH = 2500  # damaged inputs of one process
+BATCH = 2500  # damaged inputs per process
 
 
 def program(*arguments: object) -> dict[str, Any]:
-    """Run one of the programs beside this file in a folder of its own, and return what it prints."""
+    """Run one of the programs in this folder in a fresh temporary folder, and return the JSON it prints."""
     module, *rest = map(str, arguments)
     folder = tempfile.mkdtemp(prefix="lost-", dir=Path.cwd())
     began = time.perf_counter()
     try:
         ended = subprocess.run(
-            [sys.executable, "-m", f"lost.{module}", folder, *rest], capture_output=True, text=True,
+            [sys.executable, "-m", f"lost.{module}", folder, *rest],
+            capture_output=True,
+            text=True,
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
+        )
     finally:
         shutil.rmtree(folder)
     if ended.returncode != 0:
@@ -54,27 +56,31 @@ def program(*arguments: object) -> dict[str, Any]:
 
 
 def at_once(tasks: Sequence[tuple[object, ...]]) -> Iterator[dict[str, Any]]:
-    """Run programs, as many at a time as there are CPUs; gives what they found in the order of the tasks."""
+    """Run programs, one per CPU at a time; yield their results in the order of the tasks."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         yield from pool.map(lambda task: program(*task), tasks)
 
 
 def main(parts: Sequence[str], count: int, kills: int) -> None:
-    """Run the parts and keep what they found."""
+    """Run the parts and save their results."""
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
     def keep(part: str, found: Any) -> None:
         results[part] = {
-            "date": date.today().isoformat(), "git": git_version(Path(__file__).parent), "cpu": cpu_name(),
-            "python": platform.python_version(), "kernel": platform.release(),
-            "versions": {name: version(name) for name in ("numpy", "safetensors", "hypothesis")}, **found,
-        }  # fmt: skip
+            "date": date.today().isoformat(),
+            "git": git_version(Path(__file__).parent),
+            "cpu": cpu_name(),
+            "python": platform.python_version(),
+            "kernel": platform.release(),
+            "versions": {name: version(name) for name in ("numpy", "safetensors", "hypothesis")},
+            **found,
+        }
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
     for part in {"calls", "power"} & set(parts):
         found = at_once([("driver", scenario, part, "--seeds", 3) for scenario in SCENARIOS])
         keep(part, {"scenarios": dict(zip(SCENARIOS, found, strict=True))})
-    if "signals" in parts:  # one at a time: moments are shares of a run that nothing else slows down
+    if "signals" in parts:  # one at a time: the moments assume an otherwise idle machine
         counts = {"KILL": kills, "TERM": kills // 4, "INT": kills // 4}
         keep("signals", {"signals": {n: program("kills", "--signal", n, "--count", c) for n, c in counts.items()}})
     if "damage" in parts:

@@ -1,7 +1,7 @@
-"""What a process does to files, call by call, by ptrace(2): recorded, or ended at the n-th call.
+"""Record what a process does to files, call by call, with ptrace(2), or kill it at the n-th call.
 
-A call counts if it changes or syncs something below a folder. Each is let run from entry to exit alone, so that calls
-of several threads have one order. Linux on x86-64 and ARM only; needs no privilege, as the process is a child.
+A call counts if it changes or syncs something below a folder. Each runs alone from entry to exit, so that the calls of
+several threads are ordered. Linux on x86-64 and ARM only; needs no privileges, as the process is a child.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Call:
     """One call that took effect. Files and folders are known by their inodes."""
 
     kind: str  # create, mkdir, write, size, rename, exchange, remove, sync, nothing
-    node: int = 0  # what is written, synced, made
+    node: int = 0  # written, synced or created
     folder: int = 0
     name: str = ""
     to_folder: int = 0
@@ -61,7 +61,7 @@ class Call:
 
 
 class _Process:
-    """A child that is being traced."""
+    """A traced child process."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -98,7 +98,7 @@ def _signed(value: int) -> int:
 
 
 def _about(process: _Process, name: str, args: tuple[int, ...], root: Path) -> Callable[[int], list[Call]] | None:
-    """What a call is about to do below `root`: a function of its result; None if it is nothing."""
+    """Return what a call will do below `root`, as a function of its result; None for nothing."""
 
     def below(path: Path) -> bool:
         return path == root or root in path.parents
@@ -181,11 +181,11 @@ def traced(work: Callable[[], None], root: Path, stop_at: int | None = None) -> 
         status, calls = _follow(process, root, stop_at)
     finally:
         process.close()
-    return status, _told_apart(calls)
+    return status, _with_unique_nodes(calls)
 
 
-def _told_apart(calls: list[Call]) -> list[Call]:
-    """Give what is made a number of its own: an inode may have been another's before."""
+def _with_unique_nodes(calls: list[Call]) -> list[Call]:
+    """Renumber created files and folders: inodes may be reused."""
     names: dict[int, int] = {}
     found = []
     for count, call in enumerate(calls, 1):
@@ -226,14 +226,14 @@ def _follow(process: _Process, root: Path, stop_at: int | None) -> tuple[int | N
         seen += effect is not None
         if op == 1 and effect is not None:
             _resume(thread, 0)
-            os.waitpid(thread, _WALL)  # nothing else runs on until this call is through
+            os.waitpid(thread, _WALL)  # no other thread continues until this call is through
             result = _info(thread)[3]
             calls += effect(result) if result >= 0 else [Call("nothing", name=f"{name}, which failed")]
         _resume(thread, 0)
 
 
 def _info(thread: int) -> tuple[int, int, tuple[int, ...], int]:
-    """op (1 entry, 2 exit), number and arguments of the call, its result."""
+    """Return op (1 entry, 2 exit), number and arguments of a call, and its result."""
     buffer = ctypes.create_string_buffer(88)
     _check(_libc.ptrace(_GET_SYSCALL_INFO, thread, 88, buffer))
     entry = struct.unpack_from("<7Q", buffer.raw, 24)
@@ -241,7 +241,7 @@ def _info(thread: int) -> tuple[int, int, tuple[int, ...], int]:
 
 
 def _resume(thread: int, number: int) -> None:
-    _libc.ptrace(_SYSCALL, thread, None, number)  # a thread that has just been killed is no error
+    _libc.ptrace(_SYSCALL, thread, None, number)  # the thread may just have been killed: no error
 
 
 def _check(result: int) -> None:

@@ -137,7 +137,7 @@ def test_what_is_there_stays_and_what_is_missing_is_made(pair: tuple[Path, Path]
 def test_nothing_is_written_if_one_output_is_taken(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "o-0.5").mkdir()
     (tmp_path / "o-0.5" / "mine").write_text("x")
-    with pytest.raises(OutputError, match=r"o-0\.5 is there and not empty"):
+    with pytest.raises(OutputError, match=r"o-0\.5 exists and is not empty"):
         merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "o-0.5", "sft"]
     merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5], overwrite=True)
@@ -188,8 +188,8 @@ def test_one_folder_by_two_names_is_refused(pair: tuple[Path, Path], tmp_path: P
 
 
 def test_a_sweep_goes_on_where_each_output_stopped(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """The merges have different segments on disk: only missing ones are recomputed."""
-    out, done = tmp_path / "o-{alpha}", workers.run
+    """One merge has some segments on the disk, the other fewer: only what is missing is made."""
+    out, done = tmp_path / "o-{alpha}", workers.run_segments
 
     def stopped_after(count: int) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:
@@ -202,7 +202,10 @@ def test_a_sweep_goes_on_where_each_output_stopped(pair: tuple[Path, Path], tmp_
 
     with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1):
         for alphas, count in (([0.3], 2), ([0.3, 0.5], 1)):
-            with patch("mergekit_imm.engine.stream.run", stopped_after(count)), pytest.raises(KeyboardInterrupt):
+            with (
+                patch("mergekit_imm.engine.stream.run_segments", stopped_after(count)),
+                pytest.raises(KeyboardInterrupt),
+            ):
                 merge_checkpoints(*pair, out, alpha=alphas, drop=0.9, workers=1)
     reports = merge_checkpoints(*pair, out, alpha=[0.3, 0.5], drop=0.9, workers=1)
     size = (pair[0] / "model.safetensors").stat().st_size

@@ -1,1 +1,1 @@
-"""One merge by many processes: the same bytes, whoever ends when."""
+"""One merge by many processes: the same bytes, whichever process ends when."""

@@ -1,4 +1,4 @@
-"""One merge by many processes: the same bytes, whoever ends when."""
+"""Fixtures of merges by many processes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from merging_ranks import write_pair
 
 @pytest.fixture(scope="package")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with base, sft, and what one process makes of them, `one`."""
+    """A folder with base, sft, and `one`, their merge by one process."""
     folder = write_pair(tmp_path_factory.mktemp("pair"))
-    # With the paths that the commands are given, since they stand in the recipe.
+    # The same relative paths as in the commands: the recipe holds them.
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         merge_checkpoints("base", "sft", "one", drop=0.9)
@@ -23,7 +23,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def case(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder of its own, with links to base and sft."""
+    """A fresh current folder with links to base and sft."""
     for role in ("base", "sft"):
         (tmp_path / role).symlink_to(pair / role)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Any number of ranks, which are threads here, makes the bytes that one process makes."""
+"""Any number of ranks (threads here) writes the bytes of one process."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_no_two_ranks_write_into_one_mib(
     def noted(handle: direct_io.Handle, content: memoryview, offset: int) -> None:
         thread = current_thread().name
         covered.setdefault(handle.path.name, []).append((offset, offset + len(content)))
-        if not thread.startswith("rank-"):  # heads are written before the others begin
+        if not thread.startswith("rank-"):  # headers are written before the other ranks begin
             for block in range(offset >> 20, (offset + len(content) - 1 >> 20) + 1):
                 owners.setdefault((handle.path.name, block), set()).add(thread)
         write_at(handle, content, offset)
 
     def begin(plans: Any, todo: Any, sink: Any, **options: Any) -> Any:
-        """The worker, one for each rank, is named after its rank."""
+        """Name the only worker of each rank after it."""
         name = current_thread().name.replace("rank", "of")
 
         def named(*given: Any) -> None:
@@ -82,8 +82,8 @@ def test_no_two_ranks_write_into_one_mib(
 
         return run(plans, todo, named, **options)
 
-    run = workers.run
-    with patch.object(direct_io, "write_at", noted), patch.object(stream, "run", begin):
+    run = workers.run_segments
+    with patch.object(direct_io, "write_at", noted), patch.object(stream, "run_segments", begin):
         paths = folder / "base", folder / "sft", folder / "out"
         results = by_threads(size, lambda ranks: merge_checkpoints(*paths, ranks=ranks, workers=1))
     assert not [each for each in results if isinstance(each, BaseException)]

@@ -1,4 +1,4 @@
-"""Where a rank stands among the others, and how it meets them."""
+"""A rank's place, and how ranks connect."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from merging_ranks import free_port
 
 
 def test_variables_alone_mean_nothing(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is not torchrun's child, whatever it has inherited."""
+    """This process is not torchrun's child, whatever its environment says."""
     for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.setenv(name, "4")
     assert not torchrun.is_started_by_torchrun()
-    with torchrun.joined(None) as ranks:
+    with torchrun.connected(None) as ranks:
         assert ranks is None
     assert merge_checkpoints("base", "sft", "out").status == "merged"
 
 
 def test_a_single_rank_needs_no_torch() -> None:
     code = (
-        "import os, sys; from mergekit_imm.ranks.torchrun import joined\n"
+        "import os, sys; from mergekit_imm.ranks.torchrun import connected\n"
         "os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='x', MASTER_PORT='1')\n"
-        "with joined('torchrun') as ranks: assert ranks is None and 'torch' not in sys.modules"
+        "with connected('torchrun') as ranks: assert ranks is None and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -50,8 +50,8 @@ def test_places() -> None:
 @pytest.mark.parametrize(
     ("kind", "environment", "message"),
     [
-        ("torchrun", {}, "--ranks torchrun is given, but RANK is not set; start this command by torchrun"),
-        ("slurm", {}, "--ranks slurm is given, but SLURM_PROCID is not set; start this command by srun"),
+        ("torchrun", {}, "--ranks torchrun is given, but RANK is not set; start this command with torchrun"),
+        ("slurm", {}, "--ranks slurm is given, but SLURM_PROCID is not set; start this command with srun"),
         ("slurm", SLURM | {"SLURM_NTASKS": "4(x2)"}, r"SLURM_NTASKS is '4\(x2\)', which is not a number"),
         ("slurm", SLURM | {"SLURM_JOB_NODELIST": ""}, "finds no SLURM_JOB_NODELIST"),
     ],
@@ -67,5 +67,5 @@ def test_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(RankError, match=r"rank 1 of 2 does not meet the others at 127.0.0.1:\d+ \("):  # noqa: SIM117
-        with torchrun.joined("torchrun"):
+        with torchrun.connected("torchrun"):
             pass

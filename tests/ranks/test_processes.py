@@ -1,4 +1,4 @@
-"""Ranks that are processes: torchrun, Slurm, by hand; killed, and gone on with."""
+"""Ranks as processes: torchrun, Slurm, by hand; killed and resumed."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def slowly(*arguments):
 cpu.merge_span = slowly
 rank, moment = os.environ.get("KILL", ":").split(":")
 if rank == os.environ["RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-    begin = stream._work
+    begin = stream._write_share
     def doomed(*arguments, **options):
         threading.Timer(float(moment), os.kill, (os.getpid(), signal.SIGKILL)).start()
         begin(*arguments, **options)
         stay.wait(900)
-    stream._work = doomed
+    stream._write_share = doomed
 main()
 """
 MERGE = ["merge", "base", "sft", "--drop", "0.9", "-o", "out"]
@@ -49,11 +49,15 @@ MERGE = ["merge", "base", "sft", "--drop", "0.9", "-o", "out"]
 
 def torchrun(size: int, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    with TemporaryDirectory() as logs:  # which torchrun does not remove
+    with TemporaryDirectory() as logs:  # torchrun does not remove them
         return subprocess.run(
-            [*command, *arguments], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": logs} | environment,
-            capture_output=True, text=True, timeout=HUNG,
-        )  # fmt: skip
+            [*command, *arguments],
+            cwd=cwd,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": logs} | environment,
+            capture_output=True,
+            text=True,
+            timeout=HUNG,
+        )
 
 
 def by_hand(
@@ -63,22 +67,25 @@ def by_hand(
     code: str | None = None,
     **environment: str,
 ) -> list[subprocess.Popen[str]]:
-    """Start ranks with the variables that torchrun sets, but without anyone who looks after them."""
+    """Start ranks with torchrun's variables but without a supervisor."""
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     program = ["-m", "mergekit_imm"] if code is None else ["-c", code]
     return [
         subprocess.Popen(
             [sys.executable, *program, *arguments, "--ranks", "torchrun"],
-            cwd=(folders or {}).get(rank), env=os.environ | common | environment | {"RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=(folders or {}).get(rank),
+            env=os.environ | common | environment | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(size)
-    ]  # fmt: skip
+    ]
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    told = [process.communicate(timeout=HUNG) for process in processes]
-    return [(process.returncode, *each) for process, each in zip(processes, told, strict=True)]
+    outputs = [process.communicate(timeout=HUNG) for process in processes]
+    return [(process.returncode, *each) for process, each in zip(processes, outputs, strict=True)]
 
 
 def test_torchrun(pair: Path, case: Path) -> None:
@@ -92,7 +99,7 @@ def test_torchrun(pair: Path, case: Path) -> None:
 
 
 def test_torchrun_and_an_option_that_torchrun_takes_for_its_own(pair: Path, case: Path) -> None:
-    """--start could be short for its --start-method, which is why the page has a --."""
+    """torchrun takes --start for an abbreviated --start-method; a -- before it helps."""
     later = [*MERGE, "--start", "one", "--alpha", "0.25"]
     (case / "one").symlink_to(pair / "one")
     refused = torchrun(2, "-m", "mergekit_imm", *later, cwd=case)
@@ -107,13 +114,22 @@ def test_torchrun_and_an_option_that_torchrun_takes_for_its_own(pair: Path, case
 
 
 def test_torchrun_finishes_what_a_dead_rank_left(pair: Path, case: Path) -> None:
-    """Three ranks, of which one is killed at a random moment."""
+    """Three ranks; one is killed at a random moment."""
     (case / "slow.py").write_text(SLOW)
     victim, moment = random.randrange(3), random.uniform(0, 0.5)
     ended = torchrun(
-        3, "--max-restarts", "2", "--monitor-interval", "0.1", "slow.py", *MERGE, "--ranks", "torchrun", cwd=case,
+        3,
+        "--max-restarts",
+        "2",
+        "--monitor-interval",
+        "0.1",
+        "slow.py",
+        *MERGE,
+        "--ranks",
+        "torchrun",
+        cwd=case,
         KILL=f"{victim}:{moment}",
-    )  # fmt: skip
+    )
     assert ended.returncode == 0, ended.stderr
     assert f"failed (exitcode: -9) local_rank: {victim}" in ended.stderr, moment
     assert ended.stdout.count("merged 12 tensors") == 1
@@ -145,7 +161,7 @@ def test_a_merge_that_a_training_job_starts_waits_for_nobody(pair: Path, case: P
 
 
 def until_recorded(partial: Path, processes: list[subprocess.Popen[str]]) -> None:
-    """Wait until each rank has recorded something."""
+    """Wait until each rank has a record in its journal."""
     paths = [partial / journal.name_of(rank) for rank in range(len(processes))]
     while not all(path.exists() and len(path.read_bytes().partition(b"\n")[2]) for path in paths):
         assert [process.poll() for process in processes] == [None] * len(processes)
@@ -166,7 +182,7 @@ def test_a_job_that_was_killed_goes_on(pair: Path, case: Path) -> None:
 
 
 def test_one_line_from_rank_0(case: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One rank stands where there is no base."""
+    """One rank runs in a folder without a base."""
     away = tmp_path_factory.mktemp("away")
     first, *others = ends(by_hand(2, *MERGE, folders={1: away}))
     assert first[:2] == (1, "")
@@ -177,7 +193,7 @@ def test_one_line_from_rank_0(case: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_a_rank_that_ends_is_missed(case: Path) -> None:
-    """Nobody looks after these; the one that is left must say so, and not wait for ever."""
+    """Without a supervisor, the remaining rank must fail rather than wait forever."""
     processes = by_hand(2, *MERGE, code=SLOW, STAY="1")
     until_recorded(case / "out.partial", processes)
     processes[1].kill()
@@ -192,11 +208,13 @@ def test_slurm(pair: Path, case: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "mergekit_imm", *MERGE, "--ranks", "slurm"],
-            env=os.environ | common | {"SLURM_PROCID": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | common | {"SLURM_PROCID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         for rank in (1, 0)
-    ]  # fmt: skip
+    ]
     other, (status, out, err) = ends(processes)
     assert other == (0, "", "")
     assert (status, err) == (0, "")

@@ -1,4 +1,4 @@
-"""What one rank refuses, all refuse; all stop when one must."""
+"""If one rank refuses, all do; if one must stop, all stop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_refusal_is_that_of_all(case: Path) -> None:
     (case / "out").mkdir()
     (case / "out" / "file").touch()
     failed = merged_by(3)
-    assert {str(each) for each in failed} == {"output out is there and not empty; give another, or overwrite=True"}
+    assert {str(each) for each in failed} == {"output out exists and is not empty; give another, or overwrite=True"}
     assert all(isinstance(each, OutputError) for each in failed)
     assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft"]
 
@@ -67,24 +67,24 @@ def test_all_stop_when_one_meets_an_infinite_value(tmp_path: Path, monkeypatch: 
     state = random_state(SHAPES, seed=1) | {"steps": torch.arange(3)}
     state["lm_head.weight"][-1, -1] = torch.inf
     write_model(tmp_path / "sft", state, config=CONFIG)
-    run, seen = workers.run, []
+    run, seen = workers.run_segments, []
 
     def slowed(*arguments: Any, **options: Any) -> Iterator[Any]:
         for result in run(*arguments, **options):
             if current_thread().name == "rank-0":
                 while not (tmp_path / "out.partial" / STOP).exists():
                     time.sleep(0.01)
-                time.sleep(1.1)  # it looks once a second
+                time.sleep(1.1)  # longer than its polling interval of a second
                 seen.append(result)
             yield result
 
-    with patch("mergekit_imm.engine.stream.run", slowed):
+    with patch("mergekit_imm.engine.stream.run_segments", slowed):
         failed = merged_by(3, workers=1)
     assert all(isinstance(each, NonFiniteError) for each in failed)
-    # Two ranks may compute the piece, which lies across a cut.
-    told = r"rank [12] of 3: tensor 'lm_head.weight' of sft sft has 1 NaN or infinite of 900000 elements"
-    assert re.match(told, str(failed[0]))
-    assert len(seen) == 1  # of five and more, had it gone on
+    # The piece spans a cut, so either of two ranks may report it.
+    message = r"rank [12] of 3: tensor 'lm_head.weight' of sft sft has 1 NaN or infinite of 900000 elements"
+    assert re.match(message, str(failed[0]))
+    assert len(seen) == 1  # of at least five, had it continued
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "sft"]
 
 
@@ -95,5 +95,5 @@ def test_a_filesystem_without_locks(case: Path, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(fcntl, "flock", flock)
     report, other = merged_by(2)
-    assert report.notes == ["note: the filesystem of out has no locks: see to it that nothing else is merged there"]
+    assert report.notes == ["note: the filesystem of out has no locks: make sure that nothing else merges there"]
     assert not other.notes

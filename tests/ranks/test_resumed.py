@@ -1,4 +1,4 @@
-"""Merges that stopped go on with another number of ranks; whose journals are believed."""
+"""Interrupted merges resume with another number of ranks; which journals are trusted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from merging_ranks import Run, merged_by
 
 
 def stopped_after(count: int) -> Run:
-    """`run`, which ends after so many segments, as if the process did."""
-    run = workers.run
+    """A `run_segments` that is interrupted after `count` segments."""
+    run = workers.run_segments
 
     def stopped(*arguments: Any, **options: Any) -> Iterator[Any]:
         for number, result in enumerate(each for each in run(*arguments, **options) if each is not None):
@@ -36,7 +36,10 @@ def stopped_after(count: int) -> Run:
 @pytest.mark.parametrize("sizes", [(1, 3), (3, 1), (3, 2), (2, 5)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_another_number_of_ranks_goes_on(pair: Path, case: Path, sizes: tuple[int, int]) -> None:
-    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1), patch("mergekit_imm.engine.stream.run", stopped_after(2)):
+    with (
+        patch("mergekit_imm.engine.stream.SYNC_BYTES", 1),
+        patch("mergekit_imm.engine.stream.run_segments", stopped_after(2)),
+    ):
         stopped = merged_by(sizes[0], workers=1)
     assert all(isinstance(each, KeyboardInterrupt) for each in stopped)
     assert {path.name for path in (case / "out.partial").glob(".imm_journal*")} == {
@@ -45,14 +48,14 @@ def test_another_number_of_ranks_goes_on(pair: Path, case: Path, sizes: tuple[in
     report, *_ = merged_by(sizes[1])
     assert isinstance(report, MergeReport)
     whole = sum(path.stat().st_size for path in (case / "out").glob("*.safetensors"))
-    # Each recorded at least one of its two; what lies across a cut is not.
+    # Each recorded at least one of its two segments; one that spans a cut is not recorded.
     assert report.bytes_written <= whole - sizes[0] * (1 << 20)
     assert files_of(case / "out") == files_of(pair / "one")
     assert not report.notes
 
 
 def test_a_piece_is_recorded_only_when_all_ranks_have_written_their_part(pair: Path, case: Path) -> None:
-    """Rank 1 begins in the middle of a piece, and rank 0 ends before it writes anything."""
+    """Rank 1 starts in the middle of a piece; rank 0 ends before it writes anything."""
     stopped = stopped_after(2)
 
     def run(*arguments: Any, **options: Any) -> Iterator[Any]:
@@ -60,14 +63,17 @@ def test_a_piece_is_recorded_only_when_all_ranks_have_written_their_part(pair: P
             raise KeyboardInterrupt
         yield from stopped(*arguments, **options)
 
-    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1), patch("mergekit_imm.engine.stream.run", run):
+    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1), patch("mergekit_imm.engine.stream.run_segments", run):
         merged_by(2, workers=1)
     merge_checkpoints("base", "sft", "out", drop=0.9)
     assert files_of(case / "out") == files_of(pair / "one")
 
 
 def test_journals_of_other_merges_are_not_believed(pair: Path, case: Path) -> None:
-    with patch("mergekit_imm.engine.stream.SYNC_BYTES", 1), patch("mergekit_imm.engine.stream.run", stopped_after(2)):
+    with (
+        patch("mergekit_imm.engine.stream.SYNC_BYTES", 1),
+        patch("mergekit_imm.engine.stream.run_segments", stopped_after(2)),
+    ):
         merged_by(2, workers=1, alpha=0.25)
         strange = (case / "out.partial" / ".imm_journal-1").read_bytes()
         merged_by(2, workers=1, restart=True)
@@ -84,13 +90,13 @@ def test_journals_of_other_merges_are_not_believed(pair: Path, case: Path) -> No
 
 
 def test_a_lost_journal_is_found(case: Path) -> None:
-    end = stream._end
+    end = stream._finish_folder
 
-    def lost(written: Any, *arguments: Any) -> None:
+    def lost(folder: Any, *arguments: Any) -> None:
         (case / "out.partial" / ".imm_journal-1").unlink()
-        end(written, *arguments)
+        end(folder, *arguments)
 
-    with patch("mergekit_imm.engine.stream._end", lost):
+    with patch("mergekit_imm.engine.stream._finish_folder", lost):
         failed = merged_by(2)
     assert all(isinstance(each, OutputError) for each in failed)
     assert re.search(r"\d+ of the \d+ pieces of out.partial are in no rank's journal; run the same", str(failed[0]))

@@ -12,7 +12,7 @@ import torch
 
 from checkpoints import random_state, write_model
 from mergekit_imm import iter_merged
-from mergekit_imm.engine.workers import run
+from mergekit_imm.engine.workers import run_segments
 from mergekit_imm.errors import CheckpointError, MergeError, MismatchError
 from refused import (
     CONFIG,
@@ -336,9 +336,9 @@ def test_a_file_that_vanishes_before_it_is_read_is_blamed_on_the_input(
 ) -> None:
     def vanish(*arguments: Any, **options: Any) -> Any:
         (models.sft / MODEL).unlink()
-        return run(*arguments, **options)
+        return run_segments(*arguments, **options)
 
-    monkeypatch.setattr("mergekit_imm.engine.stream.run", vanish)
+    monkeypatch.setattr("mergekit_imm.engine.stream.run_segments", vanish)
     with pytest.raises(CheckpointError, match=r"sft/model\.safetensors cannot be read: No such file.*run the same"):
         models.merge()
 

@@ -132,14 +132,14 @@ def test_an_output_that_holds_something_is_refused_without_overwrite(models: Mod
     models.out.mkdir()
     assert models.merge(dry_run=True).status == "dry run"
     (models.out / "notes.txt").write_text("mine")
-    models.refused(OutputError, r"output \S+out is there and not empty; .*--overwrite")
+    models.refused(OutputError, r"output \S+out exists and is not empty; .*--overwrite")
     assert models.merge(overwrite=True).status == "merged"
     assert "notes.txt" not in files_of(models.out)
 
 
 def test_an_output_of_another_recipe_is_refused_without_overwrite(models: Models) -> None:
     models.merge(alpha=0.3)
-    models.refused(OutputError, r"is there and holds another merge \(parameters\.alpha: .*--overwrite")
+    models.refused(OutputError, r"exists and holds another merge \(parameters\.alpha: .*--overwrite")
     assert models.merge(alpha=0.3).status == "already merged"
 
 
@@ -162,7 +162,7 @@ def test_an_unfinished_merge_of_another_recipe_is_refused(models: Models) -> Non
     models.refused(
         OutputError,
         r"out\.partial is an unfinished merge of another recipe \(parameters\.alpha: 0\.3, now 0\.5\)"
-        r"; finish that one, or --restart to begin anew",
+        r"; finish that one, or --restart to start over",
     )
     models.merge(out=models.folder / "fresh")
     models.merge(restart=True)
@@ -183,7 +183,7 @@ def test_a_folder_of_others_in_the_place_of_the_unfinished_merge_is_refused(mode
     partial = models.folder / PARTIAL
     partial.mkdir()
     (partial / "notes.txt").write_text("mine")
-    models.refused(OutputError, r"out\.partial is there and is not a merge under way; move it away, or --restart")
+    models.refused(OutputError, r"out\.partial exists and is not an unfinished merge; move it away, or --restart")
     models.merge(restart=True)
     assert "notes.txt" not in files_of(models.out)
 

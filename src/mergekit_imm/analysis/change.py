@@ -196,7 +196,7 @@ def checkpoint_change(
 
     from ..checkpoint.reader import check_inputs
     from ..engine.report import statistics
-    from ..engine.workers import default_workers, pick_device, run
+    from ..engine.workers import default_workers, pick_device, run_segments
     from ..numerics.statistics import RECORD
     from ..options.options import MergeOptions, RunOptions
     from ..plan.make_plan import make_plans
@@ -222,7 +222,7 @@ def checkpoint_change(
     records = np.zeros((len(todo), RECORD))
     total, done_bytes = sum(item.source.count * 4 * len(item.outs) for item in measured), 0
     tasks = ((each, (0,)) for each in todo)
-    with closing(run([plan], tasks, lambda *_: None, workers=threads, device=pick_device("cpu"))) as results:
+    with closing(run_segments([plan], tasks, lambda *_: None, workers=threads, device=pick_device("cpu"))) as results:
         for done in results:
             if done is not None:
                 records[done.segment.index] = done.records[0]

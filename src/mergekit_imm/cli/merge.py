@@ -117,9 +117,9 @@ def merge_command(
         raise click.UsageError("Missing option '-o' / '--out'.")
     if len(sft) > 1:
         raise click.UsageError(f"Got {len(sft)} models to merge into {base}: {', '.join(sft)}; give one, or --check.")
-    from ..ranks.torchrun import joined
+    from ..ranks.torchrun import connected
 
-    with joined(options.pop("ranks")) as ranks:
+    with connected(options.pop("ranks")) as ranks:
         if ranks is not None and ranks.rank:
             return _join(base, sft[0], out, options, ranks)
         _merge(base, sft[0], out, options, ranks, quiet=quiet, as_json=as_json)

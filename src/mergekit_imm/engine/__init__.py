@@ -1,1 +1,1 @@
-"""A plan carried out: workers, streaming, reports, verification."""
+"""Execute a plan: workers, streaming, reports, verification."""

@@ -1,4 +1,4 @@
-"""A merge under way: its plan, where it goes, what it needs, and what is counted for its report."""
+"""A merge in progress: its plan, its output, the space it needs, and the counts of its report."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..plan.plan import Plan
 from .report import MergeReport, actions
 from .workers import BUFFER, BUFFERS, default_workers
 
-INTERPRETER = 190 << 20  # Python, numpy, numba, the compiled kernel: the most that was measured
-PER_TENSOR = 1024
+INTERPRETER = 190 << 20  # bytes of Python, numpy, numba and the compiled kernel; the largest value measured
+PER_TENSOR = 1024  # bytes of metadata
 
 
 class Job:
-    """A plan under way: where it goes, and what is counted on the way for the report."""
+    """A plan being executed: its output folder, and the counts for the report."""
 
     def __init__(self, plan: Plan, out: Path, options: RunOptions, began: float) -> None:
         self.plan, self.out, self.options = plan, out, options
@@ -33,7 +33,7 @@ class Job:
         self.read = self.written = 0
         self.notes = list(plan.notes)
         self.sizes = {file.name: file.size for file in plan.files}
-        self.whole = {**dict.fromkeys(plan.beside), **self.sizes}  # every file; None: of any size
+        self.whole = {**dict.fromkeys(plan.beside), **self.sizes}  # every file; None: any size
         self.free = paths.free_space(out)
         reused = self.partial.rglob("*") if options.restart else (self.partial / file.name for file in plan.files)
         held = sum(map(_blocks, reused))
@@ -41,7 +41,7 @@ class Job:
         self.needed = max(0, plan.bytes_to_write + sides - held)
 
     def report(self, status: str, refused: str = "") -> MergeReport:
-        """Return what was done, or would be."""
+        """Return what the merge did, or would do."""
         now = time.perf_counter()
         tensors = sum(len(each.tensors) for each in self.plan.inputs.values())
         seconds = {"plan": self.planned - self.began, "total": now - self.began}
@@ -71,15 +71,15 @@ class Job:
 
 
 def lack_of_space(jobs: Sequence[Job]) -> str:
-    """Say which outputs do not fit on their disks; nothing if all do."""
+    """Describe the outputs that do not fit on their disk; "" if all fit."""
     needed: dict[int, int] = {}
     for job in jobs:
         disk_of = paths.device_of(job.out)
         needed[disk_of] = needed.get(disk_of, 0) + job.needed
         if needed[disk_of] > job.free:
-            those = f"output {shown(job.out)}" if len(jobs) == 1 else f"outputs up to {shown(job.out)}"
+            outputs = f"output {shown(job.out)}" if len(jobs) == 1 else f"outputs up to {shown(job.out)}"
             return (
-                f"{those} need{'s' if len(jobs) == 1 else ''} {bytes_text(needed[disk_of])} and the disk has"
+                f"{outputs} need{'s' if len(jobs) == 1 else ''} {bytes_text(needed[disk_of])} and the disk has"
                 f" {bytes_text(job.free)} free; free some space or give an OUT on another disk"
             )
     return ""
@@ -87,7 +87,7 @@ def lack_of_space(jobs: Sequence[Job]) -> str:
 
 @contextmanager
 def errors_of(jobs: Sequence[Job]) -> Iterator[None]:
-    """Turn an OSError into an OutputError that says what was kept."""
+    """Turn an OSError into an OutputError that names what was kept."""
     with ExitStack() as stack:
         for job in jobs:
             stack.enter_context(paths.output_errors(job.out, job.partial))

@@ -1,4 +1,4 @@
-"""Merge checkpoints: from folders to a folder, or to a stream of tensors."""
+"""Merge checkpoints into a folder, or into a stream of tensors."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ..plan.open_inputs import check_platform, open_inputs, places_of
 from ..plan.plan import Item, Plan, segments
 from ..ranks.ranks import ALONE, Ranks, together
 from .report import MergeReport
-from .workers import Device, Task, default_workers, pick_device, run
+from .workers import Device, Task, default_workers, pick_device, run_segments
 
 if TYPE_CHECKING:
     import torch
 
-AHEAD = 64 << 20  # bytes of tensors that are merged before the one in front of them is taken
+AHEAD = 64 << 20  # bytes of merged tensors that may wait for the caller
 
 
 class _Keywords(TypedDict, total=False):
-    """The keyword arguments of `merge_checkpoints` beside alpha, drop and seed, of which there may be lists."""
+    """Keyword arguments of `merge_checkpoints` except alpha, drop and seed, which may be lists."""
 
     start: str | Path | None
     iteration: int | None
@@ -63,17 +63,28 @@ class _Keywords(TypedDict, total=False):
 
 @overload
 def merge_checkpoints(
-    base: str | Path, sft: str | Path, out: str | Path, *,
-    alpha: float = 0.5, drop: float = 0.2, seed: int = 0, **options: Unpack[_Keywords],
-) -> MergeReport: ...  # fmt: skip
+    base: str | Path,
+    sft: str | Path,
+    out: str | Path,
+    *,
+    alpha: float = 0.5,
+    drop: float = 0.2,
+    seed: int = 0,
+    **options: Unpack[_Keywords],
+) -> MergeReport: ...
 
 
 @overload
 def merge_checkpoints(
-    base: str | Path, sft: str | Path, out: str | Path, *,
-    alpha: float | Sequence[float] = 0.5, drop: float | Sequence[float] = 0.2, seed: int | Sequence[int] = 0,
+    base: str | Path,
+    sft: str | Path,
+    out: str | Path,
+    *,
+    alpha: float | Sequence[float] = 0.5,
+    drop: float | Sequence[float] = 0.2,
+    seed: int | Sequence[int] = 0,
     **options: Unpack[_Keywords],
-) -> list[MergeReport]: ...  # fmt: skip
+) -> list[MergeReport]: ...
 
 
 def merge_checkpoints(
@@ -112,49 +123,49 @@ def merge_checkpoints(
     progress: Progress | None = None,
     ranks: Ranks | None = None,
 ) -> MergeReport | list[MergeReport]:
-    """Merge two checkpoints on disk (three, with start) into a third, streaming, in constant memory.
+    """Merge two checkpoints on disk (three with start) into a new one, streaming, in constant memory.
 
         tuned  = start + factor * DARE(sft - start)
         merged = alpha * base + (1 - alpha) * tuned                                     (Eq. 6, 7)
 
     Args:
-        base, sft, start: a folder, a .safetensors file, or a hub id org/name[@revision]. `start` is what the
-            fine-tuning started from; the base if None. `sft` may be a LoRA adapter, trained on `start`.
-        out: the folder to make. It appears only when it is whole.
-        alpha, drop, seed, reference: as in `dare_merge`. Of alpha, drop and seed lists may be given: a sweep, one
-            output for each of their product, all from one reading of the inputs; `out` names them, "out-{alpha}".
-        iteration: the round, from 0; if None, one more than in start's recipe, and 0 without start.
+        base, sft, start: a folder, a .safetensors file, or a hub id org/name[@revision]. `start` is the model that
+            fine-tuning started from; None: the base. `sft` may be a LoRA adapter trained on `start`.
+        out: the folder to create. It appears only when complete.
+        alpha, drop, seed, reference: as in `dare_merge`. Lists of alpha, drop or seed make a sweep: one output for each
+            combination, all from a single read of the inputs; `out` names them, e.g. "out-{alpha}".
+        iteration: the round, from 0; None: one more than in start's recipe, or 0 without start.
         importance, shrink, clip: IIMM layer importance, a mapping or a JSON file; see `importance_factors`.
-        layer_factors: factors of the layers' deltas, a mapping layer key -> factor (and "outside" for all else), a JSON
-            file of one, or a rule: "lines:FIRST,LAST" (`lines_factors`), "groups:EARLY,MIDDLE,LATE" (`group_factors`).
+        layer_factors: factors on the layers' deltas: a mapping layer key -> factor ("outside" for all else), a JSON
+            file, or a rule: "lines:FIRST,LAST" (`lines_factors`), "groups:EARLY,MIDDLE,LATE" (`group_factors`).
         sparsify: "dare"; "trim": keep the largest elements of each tensor, see `trim`; "della" or "della:EPSILON": drop
-            the smaller ones more often, see `della`.
-        dtype: "bfloat16", "float16" or "float32" for all float tensors, "bf16" and so on, or torch's; "start": the
-            start's, tensor by tensor; if None, the base's.
-        max_shard_size: "5GB", or bytes, a million or more; if None, the base's own files.
-        keep, take, no_drop: regular expressions (re.search on the base's names): tensors to leave as in the
-            base, to take from the sft, to merge without dropping.
-        vocab: "strict": vocabularies of different sizes are an error; "base" or "sft": whose the result has. Rows that
-            both have are merged, the others are that model's.
-        rename: "REGEX=REPLACEMENT" each: what the names of sft and start are in the base, where the rules that are
-            tried by themselves do not find it.
-        leave_out: files, or folders, of the inputs that are no weights of the model, by their path in it ("vit.pt").
-        dequantize: multiply FP8 weights by the scales stored beside them; the output is bfloat16.
-        device: "cpu", or "cuda" to compute the same bits there.
-        workers: threads; min(4, 2 x CPUs) if None.
-        overwrite: replace an `out` that holds something else.
+            smaller elements more often, see `della`.
+        dtype: of all float tensors: "bfloat16", "float16", "float32", a short form such as "bf16", or a torch dtype;
+            "start": the start's, tensor by tensor; None: the base's.
+        max_shard_size: "5GB", or a number of bytes, at least a million; None: the base's files.
+        keep, take, no_drop: regular expressions (re.search on the base's names): tensors to keep from the base, to take
+            from the sft, to merge without dropping.
+        vocab: "strict": vocabularies of different sizes are an error; "base" or "sft": the vocabulary of the result.
+            Rows in both models are merged, the rest come from that model.
+        rename: rules "REGEX=REPLACEMENT" that map names in sft and start to the base's, where the built-in rules do
+            not.
+        leave_out: paths of files or folders in the inputs that are not weights of the model ("vit.pt").
+        dequantize: multiply FP8 weights by their stored scales; the output is bfloat16.
+        device: "cpu", or "cuda" to compute the same bits on a GPU.
+        workers: threads; None: min(4, 2 x CPUs).
+        overwrite: replace an `out` with other contents.
         restart: do not resume an unfinished merge.
-        verify: compute all again and compare every byte, before `out` appears (or where it already has).
-        allow_nonfinite: let NaN and infinity in the inputs through.
+        verify: recompute everything and compare every byte, before `out` appears (or in an existing `out`).
+        allow_nonfinite: accept NaN and infinity in the inputs.
         copy_code: copy *.py files too.
-        dry_run: plan and check everything, write nothing. Too little space is told in the report (`refused`).
-        progress: called with (bytes done, bytes in all) now and then, in this thread.
-        ranks: the processes that make this call together, each a part of the work, on a filesystem that all of them
-            see; `Ranks.of_group()` of a process group. If None, this process alone.
+        dry_run: plan and check everything, write nothing. The report's `refused` says if there is too little space.
+        progress: called with (bytes done, total bytes) from time to time, in this thread.
+        ranks: the processes that make this call together and share the work, on a shared filesystem:
+            `Ranks.of_group()` for a process group. None: this process alone.
 
-    Returns a MergeReport, of a sweep a list; its status is "already merged" where `out` holds this very merge. Raises
-    MergeError (see `mergekit_imm.errors`), one line that names the cure. After an interruption the same call goes on
-    where it stopped. Source: arXiv 2503.02103, Eq. 5 to 7.
+    Returns a MergeReport, or a list of them for a sweep; status "already merged" if `out` already holds this merge.
+    Raises MergeError (see `mergekit_imm.errors`), one line that names the cure. After an interruption the same call
+    resumes. Source: arXiv 2503.02103, Eq. 5 to 7.
 
     >>> report = merge_checkpoints(base_folder, sft_folder, out_folder, alpha=0.5, drop=0.9)
     >>> report.status
@@ -210,12 +221,11 @@ def iter_merged(
     workers: int | None = None,
     allow_nonfinite: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Merge two checkpoints and yield (name, tensor) one by one, as model loaders take them; nothing is written.
+    """Merge two checkpoints and yield (name, tensor) pairs, as model loaders take them; write nothing.
 
     Arguments as in `merge_checkpoints`; the bits are those it would write. Tensors are on the CPU, in the order
     of the base's files; a tied tensor is yielded under each name the base stores. Memory: one tensor at a time.
-    Everything that headers can tell is checked before the first tensor; that no input was written meanwhile, after the
-    last. Raises MergeError.
+    Headers are checked before the first tensor; after the last, that no input changed meanwhile. Raises MergeError.
 
     >>> names = [name for name, tensor in iter_merged(base_folder, sft_folder, alpha=0.5)]
     """
@@ -232,7 +242,7 @@ def iter_merged(
     for item in plan.items:
         if item.outs[0].dtype not in DTYPES:
             raise CheckpointError(
-                f"tensor '{shown(item.name)}' is {item.outs[0].dtype}, which cannot be given as a torch tensor;"
+                f"tensor '{shown(item.name)}' is {item.outs[0].dtype}, which has no torch dtype here;"
                 " merge into a folder instead"
             )
 
@@ -251,14 +261,14 @@ def iter_merged(
 
 
 def _contents(plan: Plan, workers: int, device: Device) -> Iterator[tuple[Item, bytearray]]:
-    """Yield each item of a plan and its bytes, in order, from one pool of workers.
+    """Yield each item of a plan with its bytes, in order, from one pool of workers.
 
-    Workers go on with the next items while the caller has one, as long as what waits is at most AHEAD bytes.
+    Workers run ahead of the caller by at most AHEAD bytes.
     """
     contents: dict[str, bytearray] = {}
     left = [item.segment_count for item in plan.items]
     room, stop = threading.Condition(), threading.Event()
-    front = 0  # the item that the caller waits for
+    front = 0  # the item the caller waits for
 
     def todo() -> Iterator[Task]:
         for segment in segments(plan):
@@ -272,10 +282,10 @@ def _contents(plan: Plan, workers: int, device: Device) -> Iterator[tuple[Item, 
             yield segment, (0,)
 
     def sink(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
-        if tensor.name in contents:  # and not under its other names
+        if tensor.name in contents:  # not under its other names
             memoryview(contents[tensor.name])[first : first + len(piece)] = piece
 
-    with closing(run([plan], todo(), sink, workers=workers, device=device, stop=stop)) as results:
+    with closing(run_segments([plan], todo(), sink, workers=workers, device=device, stop=stop)) as results:
         for front, item in enumerate(plan.items):
             while left[front]:
                 done = next(results)
@@ -285,5 +295,5 @@ def _contents(plan: Plan, workers: int, device: Device) -> Iterator[tuple[Item, 
                 content = contents.pop(item.outs[0].name, bytearray())
                 room.notify_all()
             yield item, content
-        for _ in results:  # to its end, where failures are raised
+        for _ in results:  # exhaust it: failures are raised at the end
             pass

@@ -15,9 +15,9 @@ from ..options.options import MergeOptions, as_arguments, is_default, names_of
 from ..options.recipe import RECIPE_FILE, REPORT_FILE
 from ..plan.plan import Plan
 
-# Options of one value that have a row where they are used.
+# Options with a row in the card if set.
 _VALUES = ("shrink", "clip", "layer_factors", "sparsify")
-# Two parts of a path that is no hub id, though it has the form of one: `output/checkpoint-5`, `saves/qwen`.
+# Names in local paths that look like hub ids: `output/checkpoint-5`, `saves/qwen`.
 _FOLDERS = re.compile(
     r"(outputs?|out|results?|runs?|saves?|saved(_models?)?|models?|check_?points?|ckpts?|logs?|exp(eriment)?s?|data|tmp|temp"
     r"|cache|local|home|root|mnt|opt|scratch|work(space|dir)?|artifacts?|weights|train(ing|ed|er)?|fine-?tuned?|merged?"
@@ -32,10 +32,10 @@ _STEPS = re.compile(
 
 
 def hub_ids(inputs: Mapping[str, Checkpoint]) -> list[str]:
-    """Return the models on a hub that inputs are, or that folders say they were made from.
+    """Return the hub models that the inputs are, or that local inputs were made from.
 
-    The latter by `_name_or_path` of a config, `base_model_name_or_path` of an adapter: only what cannot be a folder, as
-    a path that reads as a hub id would credit somebody else.
+    The latter from `_name_or_path` of a config or `base_model_name_or_path` of an adapter. Anything that may be a local
+    path is left out: read as a hub id, it would credit somebody else.
     """
     found = []
     for each in inputs.values():
@@ -50,7 +50,7 @@ def hub_ids(inputs: Mapping[str, Checkpoint]) -> list[str]:
 
 
 def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
-    """Return the README.md of a merged model: tags, the recipe as a table, how to reproduce it."""
+    """Return the README.md of a merged model: tags, the recipe as a table, how to reproduce the merge."""
     o = plan.options
     inputs = {role: each.ref + (f" @ {each.commit}" if each.commit else "") for role, each in plan.inputs.items()}
     models = hub_ids(plan.inputs)

@@ -1,4 +1,4 @@
-"""What a merge measured, as imm_report.json, and what it did, as `merge_checkpoints` returns it."""
+"""The statistics of a merge (imm_report.json), and the report that `merge_checkpoints` returns."""
 
 from __future__ import annotations
 
@@ -21,18 +21,15 @@ OUTSIDE = "outside the layers"
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge_checkpoints` did, and what `imm-merge --json` prints.
+    """What `merge_checkpoints` did; `imm-merge --json` prints it.
 
-    status: "merged", "already merged" or "dry run". Counts of tensors by what happened to them: `merged`,
-    `kept` (base's), `taken` (sft's), `copied` (integer and bool). Bytes are those of the streaming phase of this
-    run, tensors read and files written; where nothing was merged, those that were planned. `disk_needed` and
-    `disk_free` are bytes at the output when planning, `memory` an estimate of the peak. `seconds`: plan, total, and,
-    of a merge, stream (first read to last sync). The merges of a sweep share one reading and one clock: each report
-    tells them whole. `renamed`: names of
-    sft and start that are others in the base, by rule, and of how many tensors. `notes`: what is worth knowing and not
-    an error. `refused`: of a dry run, that there is too little
-    space; a merge would be refused for it. `verified`: every byte was computed again, and compared, before the folder
-    appeared.
+    `status`: "merged", "already merged" or "dry run". `tensors`: counts of `merged`, `kept` (base's), `taken` (sft's),
+    `copied` (integer and bool). `bytes_read`, `bytes_written`: tensors read and files written by the streaming phase of
+    this run; planned bytes if nothing was merged. `disk_needed`, `disk_free`: bytes at the output when planned.
+    `memory`: estimated peak, bytes. `seconds`: plan, total and, of a merge, stream (first read to last sync). The
+    merges of a sweep share one read and one clock; each report has the whole amounts. `renamed`: renaming rules applied
+    to sft and start, with the number of tensors. `notes`: worth knowing, not errors. `refused`: the shortage of space
+    that would stop the merge (dry runs). `verified`: every byte was recomputed and compared before the folder appeared.
     """
 
     status: str
@@ -90,9 +87,9 @@ def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
             for layer, rows in layers.items()
         },
         "tensors": tensors,
-        # Only where it is so: a report that other versions wrote stays as it is.
+        # Only if true, so that reports of earlier versions still compare equal.
         **({"sft_equals_start": True} if layers and not records[:, 0].any() else {}),
-        # Of a hub id it depends on what else is in the cache; the report must not.
+        # Not for hub ids: there it depends on the cache.
         "left_out": {
             role: list(each.left_out) for role, each in plan.inputs.items() if not each.repo and role != "start"
         },
@@ -115,7 +112,7 @@ def _number(value: float) -> float | None:
 
 
 def actions(plan: Plan) -> dict[str, int]:
-    """Count the tensors by what happens to them."""
+    """Count the tensors of a plan by action."""
     words = {"merge": "merged", "keep": "kept", "take": "taken", "copy": "copied"}
     counts = dict.fromkeys(words.values(), 0)
     for item in plan.items:
@@ -124,7 +121,7 @@ def actions(plan: Plan) -> dict[str, int]:
 
 
 def written_files(plan: Plan, recipe: Mapping[str, Any], records: npt.NDArray[np.float64]) -> dict[str, bytes]:
-    """Return the small files that a merge writes itself, the recipe last."""
+    """Return the small files that a merge generates, the recipe last."""
     files: dict[str, bytes] = {**plan.indexes, **plan.configs}
     files[REPORT_FILE] = to_json(statistics(plan, records))
     files[CARD_FILE] = model_card(plan, recipe)

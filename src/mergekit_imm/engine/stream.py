@@ -1,4 +1,4 @@
-"""From plans to safetensors files: streamed, synced, and recorded in the journals of the folders they go to."""
+"""Stream plans into safetensors files; sync them, then record the finished segments in each folder's journal."""
 
 from __future__ import annotations
 
@@ -24,35 +24,36 @@ from ..plan.plan import Plan, segments
 from ..ranks.ranks import ALONE, Ranks, together
 from ..ranks.shares import Share, shares
 from .job import Job, errors_of
-from .workers import Device, Done, Task, run, warm_up
+from .workers import Device, Done, Task, run_segments, warm_up
 
 Recipe = Mapping[str, Any]
-Finished = npt.NDArray[np.bool_]  # of each segment of a plan
+Finished = npt.NDArray[np.bool_]  # one flag per segment of a plan
 Handles = dict[str, direct_io.Handle]
-Records = npt.NDArray[np.float64]  # one row for each segment of a plan
+Part = tuple[int, int, journal.Entries]  # of one rank: bytes read, bytes written, shared segments
+Records = npt.NDArray[np.float64]  # one row per segment of a plan
 
 SYNC_BYTES, SYNC_SECONDS = 512 << 20, 5.0
-STOP = journal.JOURNAL + ".stop"  # there when one of several ranks has failed
+STOP = journal.JOURNAL + ".stop"  # exists once one of several ranks has failed
 
 
-class _Written:
-    """One output folder under way: its files, its journal, and what of its plan is done."""
+class _OutputFolder:
+    """An output folder in progress: its open files, its journal, and which segments are done."""
 
     def __init__(self, job: Job, own: journal.Journal, finished: Finished, handles: Handles) -> None:
         self.job, self.journal, self.finished, self.handles = job, own, finished, handles
         self.records = np.zeros((len(finished), RECORD))
         self.record(own.entries)
         self.pending: list[int] = []
-        self.halves: list[int] = []  # segments of which another rank writes the rest
+        self.halves: list[int] = []  # segments shared with another rank, which writes the rest
         self.dirty = set(handles)
 
     def record(self, entries: journal.Entries) -> None:
-        """Take over what a journal says."""
+        """Apply the entries of a journal."""
         self.finished[entries["segment"]] = True
         self.records[entries["segment"]] = entries["record"]
 
     def entries(self, indices: list[int]) -> journal.Entries:
-        """Return what a journal says of segments."""
+        """Return journal entries for these segments."""
         entries = np.zeros(len(indices), journal.ENTRY)
         entries["segment"], entries["record"] = indices, self.records[indices]
         return entries
@@ -73,7 +74,7 @@ class _Written:
         self.job.read += done.bytes_read
 
     def sync(self) -> None:
-        """Force to the disk what was written, and only then record it."""
+        """Sync written files, then record their segments in the journal."""
         with paths.output_errors(self.job.out, self.job.partial):
             for name in sorted(self.dirty):
                 direct_io.sync(self.handles[name].descriptor)
@@ -84,8 +85,8 @@ class _Written:
                 self.pending.clear()
 
 
-def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Written:
-    """Make the files of a folder, or take up those that are there; make room, and a journal for each of the ranks."""
+def _create_folder(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _OutputFolder:
+    """Create or reopen the files of a folder, preallocated, with a journal for each rank."""
     plan, partial = job.plan, job.partial
     total = sum(item.segment_count for item in plan.items)
     if (partial / journal.JOURNAL).exists() and (
@@ -93,7 +94,7 @@ def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Written:
         or any(_own_size(partial / name) != size for name, size in job.sizes.items())
     ):
         if journal.has_records(partial):
-            job.notes.append("note: the unfinished merge lost files, or another version began it; beginning anew")
+            job.notes.append("note: the unfinished merge lost files, or another version began it; starting over")
         journal.empty(partial)
     (partial / STOP).unlink(missing_ok=True)
     own = journal.Journal(partial, recipe, total)
@@ -107,91 +108,86 @@ def _begun(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Written:
         direct_io.write_at(handle, memoryview(file.head), 0)
         job.written += len(file.head)
         if size > 1:
-            direct_io.sync(handle.descriptor)  # before another machine writes behind it
+            direct_io.sync(handle.descriptor)  # before another machine writes after it
     for rank in range(1, size):
         journal.Journal(partial, recipe, total, rank).close()
-    for folder in {(partial / name).parent for name in (*handles, journal.JOURNAL)}:
-        direct_io.sync_folder(folder)  # a record is worth nothing if its file has no name
-    written = _Written(job, own, np.zeros(total, bool), handles)
-    written.record(others)
-    return written
+    for parent in {(partial / name).parent for name in (*handles, journal.JOURNAL)}:
+        direct_io.sync_folder(parent)  # a record is useless if its file is not in the folder after a crash
+    folder = _OutputFolder(job, own, np.zeros(total, bool), handles)
+    folder.record(others)
+    return folder
 
 
-def _joined(job: Job, recipe: bytes, rank: int, finished: Finished, stack: ExitStack) -> _Written:
-    """Open the files of a folder that rank 0 has begun."""
+def _open_folder(job: Job, recipe: bytes, rank: int, finished: Finished, stack: ExitStack) -> _OutputFolder:
+    """Open the files that rank 0 created."""
     own = journal.Journal(job.partial, recipe, len(finished), rank)
     stack.callback(own.close)
     handles = {}
     for file in job.plan.files:
         handle = handles[file.name] = direct_io.open_output(job.partial / file.name, None)
         stack.callback(when_unused, handle.close)
-    return _Written(job, own, finished, handles)
+    return _OutputFolder(job, own, finished, handles)
 
 
 def stream(
     jobs: Sequence[Job], recipes: Sequence[bytes], device: Device, progress: Progress | None, ranks: Ranks = ALONE
 ) -> list[Records]:
-    """Write the safetensors files of all jobs, or what is missing of them, from one reading of the inputs.
+    """Write the safetensors files of all jobs, or what they lack, from a single read of the inputs.
 
-    Returns for each job the records of all its segments; on rank 0 only.
+    Returns the records of all segments of each job; complete on rank 0 only.
     """
     if not jobs:
         return []
     began = time.perf_counter()
     with ExitStack() as stack:
+        created = together(ranks, lambda: _create_folders(jobs, recipes, ranks, stack))
+        finished = ranks.gather([(np.packbits(each.finished), len(each.finished)) for each in created])[0]
 
-        def begin() -> list[_Written]:
-            if ranks.rank:
-                return []
+        def write() -> list[_OutputFolder]:
             with errors_of(jobs):
-                return [_begun(job, recipe, ranks.size, stack) for job, recipe in zip(jobs, recipes, strict=True)]
-
-        def work() -> list[_Written]:
-            with errors_of(jobs):
-                folders = begun or [
-                    _joined(job, recipe, ranks.rank, np.unpackbits(each, count=count).astype(bool), stack)
+                folders = created or [
+                    _open_folder(job, recipe, ranks.rank, np.unpackbits(each, count=count).astype(bool), stack)
                     for job, recipe, (each, count) in zip(jobs, recipes, finished, strict=True)
                 ]
-                lacking = np.sum([~each.finished for each in folders], axis=0)
-                share = shares(jobs[0].plan, lacking, ranks.size)[ranks.rank]
-                _work(folders, share, device, progress, told=ranks.size > 1)
+                _write_share(folders, device, progress, ranks)
                 return folders
 
-        begun = together(ranks, begin)
-        finished = ranks.gather([(np.packbits(each.finished), len(each.finished)) for each in begun])[0]
-        folders = together(ranks, work)
+        folders = together(ranks, write)
         parts = ranks.gather([(each.job.read, each.job.written, each.entries(each.halves)) for each in folders])
-
-        def end() -> None:
-            if ranks.rank == 0:
-                with errors_of(jobs):
-                    for each, recipe, *of_ranks in zip(folders, recipes, *parts, strict=True):
-                        _end(each, recipe, of_ranks)
-
-        together(ranks, end)
+        together(ranks, lambda: _finish_folders(jobs, recipes, folders, parts, ranks))
     for job in jobs:
         job.streamed = time.perf_counter() - began
     return [each.records for each in folders]
 
 
-def _work(folders: Sequence[_Written], share: Share, device: Device, progress: Progress | None, *, told: bool) -> None:
-    """Write a share. With `told` the ranks tell each other, by a file, when one has failed."""
+def _create_folders(
+    jobs: Sequence[Job], recipes: Sequence[bytes], ranks: Ranks, stack: ExitStack
+) -> list[_OutputFolder]:
+    """Create or reopen the folders of all jobs on rank 0; return none on others."""
+    if ranks.rank:
+        return []
+    folders = []
+    for job, recipe in zip(jobs, recipes, strict=True):
+        with errors_of([job]):
+            folders.append(_create_folder(job, recipe, ranks.size, stack))
+    return folders
+
+
+def _write_share(folders: Sequence[_OutputFolder], device: Device, progress: Progress | None, ranks: Ranks) -> None:
+    """Write this rank's share. A rank that fails creates the STOP file, and the others stop."""
     jobs = [each.job for each in folders]
     plans = [job.plan for job in jobs]
+    lacking = np.sum([~each.finished for each in folders], axis=0)
+    share = shares(plans[0], lacking, ranks.size)[ranks.rank]
+    several = ranks.size > 1
     warm_up(plans, device)
-
-    def todo() -> Iterator[Task]:
-        for segment in segments(plans[0]):
-            lacking = [number for number, each in enumerate(folders) if not each.finished[segment.index]]
-            if lacking and share.held(segment):
-                yield segment, lacking
 
     def sink(number: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
         folders[number].write(share, tensor, first, piece)
 
     waiting, synced, looked = 0, time.perf_counter(), time.perf_counter()
-    # Closed before the files are, whatever happens: a worker must not write to a descriptor that is another's.
-    with closing(run(plans, todo(), sink, workers=jobs[0].workers, device=device)) as results:
+    # Stop the workers before the files close: a descriptor may be reused.
+    with closing(run_segments(plans, _todo(folders, share), sink, workers=jobs[0].workers, device=device)) as results:
         total = sum(plan.bytes_to_write for plan in plans)
         before, own = _amounts(folders, share) if progress is not None else (0, 0)
         done = 0
@@ -208,14 +204,14 @@ def _work(folders: Sequence[_Written], share: Share, device: Device, progress: P
                     for each in folders:
                         each.sync()
                     waiting, synced = 0, time.perf_counter()
-                if told and now - looked >= 1:
+                if several and now - looked >= 1:
                     if (jobs[0].partial / STOP).exists():
                         return
                     looked = now
-                if progress is not None:  # all ranks are as far, as far as this one knows
+                if progress is not None:  # assumes that all ranks are equally far
                     progress(before + done * (total - before) // max(own, 1), total)
         except Exception:
-            if told:
+            if several:
                 with suppress(OSError):
                     (jobs[0].partial / STOP).touch()
             raise
@@ -225,8 +221,16 @@ def _work(folders: Sequence[_Written], share: Share, device: Device, progress: P
         progress(total, total)
 
 
-def _amounts(folders: Sequence[_Written], share: Share) -> tuple[int, int]:
-    """Return how many bytes were finished by an earlier process, and how many a share lacks."""
+def _todo(folders: Sequence[_OutputFolder], share: Share) -> Iterator[Task]:
+    """Yield the segments of a share that some folders lack, and the indices of these folders."""
+    for segment in segments(share.plan):
+        lacking = [number for number, each in enumerate(folders) if not each.finished[segment.index]]
+        if lacking and share.held(segment):
+            yield segment, lacking
+
+
+def _amounts(folders: Sequence[_OutputFolder], share: Share) -> tuple[int, int]:
+    """Return the bytes that earlier processes finished, and the bytes this share has yet to write."""
     plan, before, own = share.plan, 0, 0
     for segment in segments(plan):
         finished = sum(bool(each.finished[segment.index]) for each in folders)
@@ -235,28 +239,41 @@ def _amounts(folders: Sequence[_Written], share: Share) -> tuple[int, int]:
     return before, own
 
 
-def _end(written: _Written, recipe: bytes, parts: Sequence[tuple[int, int, journal.Entries]]) -> None:
-    """Take in what all ranks did, and read the files back."""
-    job, partial = written.job, written.job.partial
+def _finish_folders(
+    jobs: Sequence[Job],
+    recipes: Sequence[bytes],
+    folders: Sequence[_OutputFolder],
+    parts: Sequence[Sequence[Part]],
+    ranks: Ranks,
+) -> None:
+    """Collect the results of all ranks on rank 0, and read the files back."""
+    if ranks.rank == 0:
+        with errors_of(jobs):
+            for folder, recipe, *of_ranks in zip(folders, recipes, *parts, strict=True):
+                _finish_folder(folder, recipe, of_ranks)
+
+
+def _finish_folder(folder: _OutputFolder, recipe: bytes, parts: Sequence[Part]) -> None:
+    job, partial = folder.job, folder.job.partial
     reads, writes, halves = zip(*parts, strict=True)
     job.read, job.written = sum(reads), sum(writes)
-    joined = np.concatenate(halves)
-    if len(joined):  # all parts of them are on the disk now
-        written.journal.append(joined)
-        written.record(joined)
-    written.record(journal.take_in(partial, written.journal, recipe, len(written.finished)))
-    lost = int(np.count_nonzero(~written.finished))
+    shared = np.concatenate(halves)
+    if len(shared):  # all their parts are on the disk now
+        folder.journal.append(shared)
+        folder.record(shared)
+    folder.record(journal.take_in(partial, folder.journal, recipe, len(folder.finished)))
+    lost = int(np.count_nonzero(~folder.finished))
     if lost:
         raise OutputError(
-            f"{lost} of the {len(written.finished)} pieces of {shown(partial)} are in no rank's journal; run the same"
-            " command again, and they are written"
+            f"{lost} of the {len(folder.finished)} pieces of {shown(partial)} are in no rank's journal; run the same"
+            " command again to write them"
         )
     for file in job.plan.files:
         _read_back(partial, file.name, job.plan)
 
 
 def _own_size(path: Path) -> int:
-    """Size of a file that nothing else knows by another name; -1 if it is not such a one."""
+    """Return the size of a regular file with a single hard link; -1 for anything else."""
     try:
         status = path.lstat()
     except OSError:
@@ -265,8 +282,8 @@ def _own_size(path: Path) -> int:
 
 
 def _read_back(partial: Path, name: str, plan: Plan) -> None:
-    """Check that a written file is what other programs will read: names, dtypes, shapes, offsets."""
+    """Check that a written file parses to the planned names, dtypes, shapes and offsets."""
     expected = {out.name: out for item in plan.items for out in item.outs if out.file == name}
     file = in_part(open_tensorfile(partial / name, name))
     if {tensor.name: tensor for tensor in file.tensors} != expected:
-        raise OutputError(f"{partial / name} does not read back as it was planned; check the disk and merge again")
+        raise OutputError(f"{partial / name} does not read back as planned; check the disk and merge again")

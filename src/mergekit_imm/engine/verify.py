@@ -1,4 +1,4 @@
-"""Recompute a merge from its recipe, and compare every byte."""
+"""Recompute a merge from its recipe and compare every byte."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from ..plan.open_inputs import prepared
 from ..plan.plan import Inputs, Plan, segments
 from ..ranks.ranks import ALONE, Ranks, together
 from .report import written_files
-from .workers import Device, default_workers, pick_device, run
+from .workers import Device, default_workers, pick_device, run_segments
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` compared, and what `imm-verify --json` prints; that it was made means that all was equal."""
+    """What `verify` compared, all of it equal; `imm-verify --json` prints it."""
 
     out: str
-    segments: int  # pieces of tensors recomputed, of how many
-    of_segments: int
+    segments: int  # pieces of tensors recomputed
+    of_segments: int  # all pieces
     bytes_compared: int
     files_compared: list[str]
     not_of_the_merge: list[str] = field(default_factory=list)  # other files in the folder
@@ -69,12 +69,16 @@ def verify(
 ) -> VerifyReport:
     """Recompute a merge from the recipe in its folder and compare bytes: tensors, headers and side files.
 
-    Args: `out`, the merged folder; `base`, `start`, `sft`, where the inputs are now, if not where the recipe says
-    (a relative path is looked for from the current folder, then from those that `out` lies in);
-    `sample`, the share of the tensors' bytes to recompute, in random pieces of 2^20 elements (small files are always
-    compared, the report only with sample=1). With sample=1 one flipped bit anywhere in what the merge wrote is found.
-    Returns a VerifyReport. Raises VerifyError naming the first difference (tensor, element, file), CheckpointError
-    if an input is gone or has changed.
+    Args:
+        out: the merged folder.
+        base, start, sft: where the inputs are now, if they moved. A relative path in the recipe is tried from the
+            current folder, then from the parents of `out`.
+        sample: share of the tensors' bytes to recompute, in random pieces of 2^20 elements; small files are always
+            compared, the report only with sample=1. sample=1 finds any flipped bit in what the merge wrote.
+        device, workers, progress: as in `merge_checkpoints`.
+
+    Returns a VerifyReport. Raises VerifyError naming the first difference (tensor, element, file), CheckpointError if
+    an input is gone or has changed.
 
     >>> verify(out_folder).files_compared[0]
     'model.safetensors'
@@ -106,11 +110,11 @@ def verify(
     wrong = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
     if wrong:
         raise VerifyError(
-            f"{shown(folder / RECIPE_FILE)}: its {shown(wrong[0])} is not that of this merge; merge again"
+            f"{shown(folder / RECIPE_FILE)}: its {shown(wrong[0])} differs from this merge's; merge again"
         )
 
     return replace(
-        compare(
+        compare_folder(
             plan,
             recipe,
             folder,
@@ -123,7 +127,7 @@ def verify(
     )
 
 
-def compare(
+def compare_folder(
     plan: Plan,
     recipe: Mapping[str, Any],
     folder: Path,
@@ -135,12 +139,12 @@ def compare(
     cure: str = "merge again",
     ranks: Ranks = ALONE,
 ) -> VerifyReport:
-    """Compute a plan again and compare with the bytes in a folder. Raises VerifyError with the first difference.
+    """Recompute a plan and compare it with the bytes in a folder. Raises VerifyError naming the first difference.
 
-    Each of several ranks compares a part of all (there is no `sample` then), and 0 the small files.
+    Each of several ranks compares a part of the tensors (`sample` is 1 then), rank 0 the small files.
     """
     everything = list(segments(plan))
-    # Not the part that this rank wrote, where there is another: it may lie in this machine's memory.
+    # A part that another rank wrote, if there is one: this rank's own may still be in its machine's page cache.
     part = (ranks.rank + ranks.size // 2) % ranks.size
     first, last = (len(everything) * edge // ranks.size for edge in (part, part + 1))
     chosen = everything[first:last]
@@ -156,7 +160,7 @@ def compare(
             for file in plan.files:
                 _compare_head(handles[file.name], file.head, file.size, folder / file.name, cure)
 
-            def check(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
+            def compare_piece(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
                 found = np.empty(len(piece), np.uint8)
                 read_into(handles[tensor.file], memoryview(found), tensor.begin + first, folder / tensor.file)  # type: ignore[arg-type]
                 expected = np.frombuffer(piece, np.uint8)
@@ -170,7 +174,7 @@ def compare(
 
             total = sum(file.size for file in plan.files)
             todo = ((segment, (0,)) for segment in chosen)
-            results = run([plan], todo, check, workers=workers, device=device)
+            results = run_segments([plan], todo, compare_piece, workers=workers, device=device)
             for done in stack.enter_context(closing(results)):
                 if done is not None:
                     records[done.segment.index] = done.records[0]
@@ -206,7 +210,7 @@ def compare(
 def _reopen(
     role: str, entry: dict[str, Any], given: str | Path | None, recipe: dict[str, Any], out: Path
 ) -> Checkpoint:
-    """Open an input of a recipe, where it was, where OUT is, or where the user says, and check that it is the same."""
+    """Open an input of a recipe where it was, near OUT, or where the user says; check that it has not changed."""
     places: list[str | Path]
     if given is not None:
         places = [given]
@@ -214,24 +218,28 @@ def _reopen(
         places = [f"{entry['repo']}@{entry['commit']}"]
     else:
         typed = Path(entry["path"])
-        beside = [parent / typed for parent in out.absolute().parents]  # of a relative path: where the merge ran?
-        places = list(dict.fromkeys(place for place in (entry["path"], *beside) if _is_there(place)))
+        # The merge of a relative path may have run in any folder above OUT.
+        beside = [parent / typed for parent in out.absolute().parents]
+        places = list(dict.fromkeys(place for place in (entry["path"], *beside) if _exists(place)))
     if not places:
         here, there = shown(Path.cwd()), shown(out.absolute().parent)
-        looked = "" if Path(entry["path"]).is_absolute() else f", neither in {here} nor in {there} or a folder above it"
+        where = "" if Path(entry["path"]).is_absolute() else f", neither in {here} nor in {there} or a folder above it"
         raise CheckpointError(
-            f"{role} {shown(entry['path'])} does not exist{looked}; if it has moved, say where it is with --{role}"
+            f"{role} {shown(entry['path'])} does not exist{where}; if it has moved, say where it is with --{role}"
         )
     refused: CheckpointError | None = None
     for place in places:
         try:
             found = open_checkpoint(
-                place, role, copy_code=recipe["parameters"]["copy_code"], outs=[out],
+                place,
+                role,
+                copy_code=recipe["parameters"]["copy_code"],
+                outs=[out],
                 leave_out=recipe["parameters"].get("leave_out", ()),
-            )  # fmt: skip
+            )
             _check_same(found, entry)
         except CheckpointError as error:
-            refused = refused or error  # that of the place as it was typed
+            refused = refused or error  # keep the first: the path as typed
         else:
             return replace(found, ref=entry["path"], repo=entry.get("repo"), commit=entry.get("commit"))
     assert refused is not None
@@ -239,14 +247,14 @@ def _reopen(
     raise CheckpointError(f"{refused.args[0]}{cure}") from refused
 
 
-def _is_there(place: str | Path) -> bool:
+def _exists(place: str | Path) -> bool:
     with suppress(OSError, RuntimeError):
         return Path(place).expanduser().exists()
     return False
 
 
 def _check_same(found: Checkpoint, entry: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the files of an input are those that were merged."""
+    """Raise CheckpointError unless an input's files are those that were merged."""
     for name, recorded in entry["files"].items():
         same = name in found.files and found.files[name].size == recorded["size"]
         if not same or fingerprint(found.files[name]) != recorded["fingerprint"]:
@@ -258,9 +266,9 @@ def _check_same(found: Checkpoint, entry: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _opened(path: Path, cure: str) -> Iterator[int]:
-    """Open a file for reading, as a descriptor."""
+    """Open a regular file for reading, as a descriptor."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # whoever opened a pipe would wait
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError(errno.EINVAL, "it is not a plain file")
@@ -284,13 +292,13 @@ def _compare_files(plan: Plan, folder: Path, expected: dict[str, bytes], cure: s
     try:
         for name, (role, source) in plan.side.items():
             assert source is not None
-            filecmp.clear_cache()  # of files that have not changed their size and time
+            filecmp.clear_cache()  # else a file of unchanged size and time counts as equal
             if not filecmp.cmp(source, folder / name, shallow=False):
                 raise VerifyError(f"{shown(folder / name)} differs from the {role}'s, {shown(source)}; {cure}")
         for name, content in expected.items():
             with _opened(folder / name, cure) as descriptor:
                 same = os.fstat(descriptor).st_size == len(content) and os.pread(descriptor, len(content), 0) == content
             if not same:
-                raise VerifyError(f"{shown(folder / name)} differs from what its recipe gives; {cure}")
+                raise VerifyError(f"{shown(folder / name)} differs from its recipe; {cure}")
     except OSError as error:
         raise VerifyError(f"{error.filename} cannot be read: {error.strerror}; {cure}") from error

@@ -1,8 +1,8 @@
-"""Run plans: workers take segments from end to end, read, merge, write; order does not matter to the bytes.
+"""Execute plans on threads: each worker takes a segment, reads, merges and writes it. Order does not affect the bytes.
 
-Memory is (workers x buffer), whatever the model: a worker reads a piece of a segment into its own buffer,
-merges it with the GIL released, and hands the bytes on. Several plans of the same inputs (a sweep) are run together:
-what is read is merged once for each.
+Memory is workers x buffer, whatever the model: a worker reads a piece of a segment into its own buffer, merges it with
+the GIL released, and passes the bytes to a sink. Plans with the same inputs (a sweep) run together: a piece is read
+once and merged for each.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ BUFFERS = 64 << 20  # of all workers together
 BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its output fits, wherever a page begins
 LEAST = (64 << 10) + PAGE  # of one, however many there are: a block of any dtypes fits
 
-Sink = Callable[[int, TensorInfo, int, memoryview], None]  # number of the plan, where, first byte of the tensor, bytes
+Sink = Callable[[int, TensorInfo, int, memoryview], None]  # index of the plan, tensor, first byte in it, bytes
 Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
-Task = tuple[Segment, Sequence[int]]  # a segment, and the numbers of the plans that lack it
+Task = tuple[Segment, Sequence[int]]  # a segment, and the indices of the plans that lack it
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Done:
-    """A segment whose bytes have been handed to the sink."""
+    """A finished segment: the sink has its bytes."""
 
     segment: Segment
-    records: Mapping[int, Record]  # number of the plan -> what was measured
+    records: Mapping[int, Record]  # index of the plan -> statistics
     bytes_read: int
-    bytes_written: int  # of each plan
+    bytes_written: int  # per plan
 
 
 def default_workers() -> int:
-    """Return min(4, 2 x CPUs this process may use): one computes while another waits for the disk."""
+    """Return min(4, 2 x CPUs available): one worker computes while another waits for the disk."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -67,14 +67,14 @@ def default_workers() -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """What computes: a function that merges a piece, and one that gives the memory workers read into."""
+    """A compute backend: a function that merges a piece, and one that allocates a worker's buffer."""
 
     merge: Merge
     buffer: Callable[[int], Raw]
 
 
 def pick_device(name: str) -> Device:
-    """Return what computes on a device: the compiled CPU kernel, or torch on a GPU. Raises ArgumentError."""
+    """Return the backend of a device: the compiled CPU kernel, or torch on a GPU. Raises ArgumentError."""
     if name == "cpu":
         from ..numerics.cpu import merge_span
 
@@ -85,7 +85,7 @@ def pick_device(name: str) -> Device:
 
 
 def warm_up(plans: Sequence[Plan], device: Device) -> None:
-    """Merge a block of zeros for each kind of tensor there is, so that what has to be compiled or loaded is."""
+    """Merge a block of zeros for each kind of tensor, to compile and load what it needs."""
     seen = set()
     items = [(item, item.is_merged(0)) for plan in plans for item in plan.items if not item.raw]
     items += [(item, False) for item, merged in items if merged and item.common is not None]
@@ -102,7 +102,7 @@ def warm_up(plans: Sequence[Plan], device: Device) -> None:
             device.merge(base, start, sft, out, BLOCK, 0, item.key, constants, new_tally())
 
 
-def run(
+def run_segments(
     plans: Sequence[Plan],
     todo: Iterable[Task],
     sink: Sink,
@@ -111,12 +111,11 @@ def run(
     device: Device,
     stop: threading.Event | None = None,
 ) -> Generator[Done | None, None, None]:
-    """Run segments of plans on threads, and yield each as it is finished; None when nothing was for a while.
+    """Process segments of plans on threads; yield each as it finishes, and None after 0.1 s without one.
 
-    The plans are of the same inputs and lay out the same files; their numbers differ. Segments are taken in order. The
-    failure of the first segment in that order is raised, once those under way have come to their end: the same segment
-    whatever the number of workers. Closing the iterator stops the workers. `stop` is set when they are to end; a
-    `todo` that waits must look at it.
+    The plans share inputs and file layout and differ in parameters. Segments start in order. Once those in progress
+    have ended, the failure of the first segment in that order is raised: the same one for any number of workers.
+    Closing the iterator stops the workers. `stop` is set when they must end; a `todo` that blocks must check it.
     """
     with Files(plans[0].inputs) as files:
 
@@ -130,10 +129,10 @@ def run(
 def in_threads(
     todo: Iterable[T], worker: Callable[[], Callable[[T], R]], workers: int, stop: threading.Event | None = None
 ) -> Generator[R | None, None, None]:
-    """Work on tasks in threads, each with what `worker` makes for it, and yield the results; see `run`.
+    """Process tasks on threads and yield the results, as `run_segments` does; `worker` makes each thread's function.
 
-    Whatever ends it, it waits for the workers first. Interrupted again while it waits, it abandons them: so what they
-    use must be closed by `when_unused`.
+    It waits for the workers, however it ends. A second interrupt during that wait abandons them, so close what they use
+    by `when_unused`.
     """
     source = enumerate(todo)
     turn = threading.Lock()
@@ -205,7 +204,7 @@ def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink:
 
 
 def _bytes_read(side: Tensor, segment: Segment, *, raw: bool) -> int:
-    """Bytes of tensors that a segment reads; factors are counted once."""
+    """Bytes of one side that a segment reads; a computed tensor counts once, at its first segment."""
     if isinstance(side, Computed):
         return 0 if segment.first else side.stored
     return segment.count if raw else segment.count * DTYPE_BITS[side.dtype] // 8
@@ -240,7 +239,8 @@ def _merge(
         for number, tally in tallies.items():
             each = plans[number].items[segment.item]
             device.merge(base, start, sft, out, count, first, each.key, CONVERT if converted else each.constants, tally)
-            if isinstance(sides.get("sft"), Sparsified):  # dropped before it was read: here nothing was
+            if isinstance(sides.get("sft"), Sparsified):
+                # The sparsifier already dropped elements; correct the kernel's kept count.
                 tally[KEPT] += count_kept(*raws["sft"]) - count
             if not is_finite(tally):
                 p = plans[number].options
@@ -255,7 +255,7 @@ CONVERT: Arithmetic = arithmetic(alpha=1.0, drop=0.0)  # the base, in the output
 
 
 def _converted(item: Item) -> Mapping[str, Tensor]:
-    """What is kept or taken in another dtype, or of an item that is merged the rows of one model alone."""
+    """The side to convert: of a kept or taken item its own; of a merged one the rows that only one model has."""
     return {item.owner: item.sides[item.owner]} if item.action == "merge" else item.sides
 
 
@@ -314,6 +314,7 @@ def _check_values(
 
 
 def _count_nonfinite(tensor: Tensor, role: str, files: Files) -> tuple[int, int]:
+    """Return the number of non-finite elements of a tensor, and the index of the first (-1 if none)."""
     from ..numerics.cpu import finite_elements
 
     width = DTYPE_BITS[tensor.dtype] // 8

@@ -1,6 +1,6 @@
 """Models in memory.
 
-`merge_into` is in `mergekit_imm`; here it would have the name of its module.
+Import `merge_into` from `mergekit_imm`; here the name is its module's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Merge tensors in the memory they are in, a span of elements at a time: read, computed, and written if asked."""
+"""Merge tensors in place, one span of elements at a time: read, compute and, if asked, write."""
 
 from __future__ import annotations
 
@@ -24,86 +24,86 @@ from ..plan.advice import Advice
 from ..plan.plan import Item
 from .local_shards import Run, lines, origins
 
-STEP = 1 << 18  # elements at a time: of base, start, model and result at most 2 MiB each
-GAP = 4 * BLOCK  # more elements than these that are not here are not computed
+STEP = 1 << 18  # elements per span: at most 2 MiB each of base, start, model and result
+GAP = 4 * BLOCK  # elements; a larger gap splits a span
 
 
 @dataclass(frozen=True)
-class Job:
-    """What happens to a tensor of the base's, and the one of the model's that it becomes, in that one's dtype."""
+class TensorUpdate:
+    """A planned item, and the model's tensor that receives the result, in its own dtype."""
 
     item: Item
     target: Tensor
 
     @property
     def raw(self) -> bool:
-        """Whether bytes are copied or compared as they are."""
+        """Whether bytes are copied or compared without conversion."""
         base = self.item.sides["base"]
         return self.item.action == "copy" or (self.item.action == "keep" and base.dtype == self.target.dtype)
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Consecutive elements of a tensor that are here, but for small gaps."""
+    """Elements of a tensor that this process holds, consecutive but for small gaps."""
 
-    job: Job
+    update: TensorUpdate
     runs: tuple[Run, ...]
 
     @property
     def low(self) -> int:
-        """The first element that is computed."""
+        """The first element to compute."""
         return self.runs[0].first // BLOCK * BLOCK
 
     @property
     def count(self) -> int:
-        """How many are computed."""
+        """The number of elements to compute."""
         return self.runs[-1].first + self.runs[-1].count - self.low
 
     @property
     def here(self) -> int:
-        """How many of them are here."""
+        """How many of them this process holds."""
         return sum(run.count for run in self.runs)
 
 
-def _spans(jobs: Sequence[Job]) -> Iterator[_Span]:
-    for job in jobs:
-        for first in range(0, job.target.count, STEP):
+def _spans(updates: Sequence[TensorUpdate]) -> Iterator[_Span]:
+    for update in updates:
+        for first in range(0, update.target.count, STEP):
             span: list[Run] = []
-            found = origins(job.target, first, min(first + STEP, job.target.count))
+            found = origins(update.target, first, min(first + STEP, update.target.count))
             for run in sorted(found, key=lambda run: run.first):
                 if span and run.first - span[-1].first - span[-1].count > GAP:
-                    yield _Span(job, tuple(span))
+                    yield _Span(update, tuple(span))
                     span = []
                 span.append(run)
             if span:
-                yield _Span(job, tuple(span))
+                yield _Span(update, tuple(span))
 
 
-class Work:
-    """All that is to be computed here, once to see that it can be written, and once to write it."""
+class InPlaceMerge:
+    """The work of this process, run twice: first to check every value, then to write."""
 
     def __init__(
         self,
         inputs: Mapping[str, Checkpoint],
         options: MergeOptions,
-        jobs: Sequence[Job],
+        updates: Sequence[TensorUpdate],
         workers: int,
         progress: Progress | None,
     ) -> None:
-        self.inputs, self.options, self.jobs, self.workers = inputs, options, jobs, workers
+        self.inputs, self.options, self.updates, self.workers = inputs, options, updates, workers
         self.progress, self.done = progress, 0
         self.advice = Advice(inputs, options)
-        self.total = 2 * sum(_bytes(span) for span in _spans(jobs)) if progress is not None else 0
+        self.total = 2 * sum(_bytes(span) for span in _spans(updates)) if progress is not None else 0
 
     def run(self, *, write: bool) -> None:
-        """Compute all, and write it if asked. Raises NonFiniteError, MismatchError, CheckpointError."""
+        """Compute everything; write it if `write`. Raises NonFiniteError, MismatchError, CheckpointError."""
         with Files(self.inputs) as files:
 
             def worker() -> Callable[[_Span], int]:
                 buffers = np.empty((4, STEP + BLOCK, 8), np.uint8).reshape(4, -1)
                 return lambda span: self._process(span, buffers, files, write)
 
-            with closing(in_threads(_spans(self.jobs), worker, self.workers)) as results:
+            with closing(in_threads(_spans(self.updates), worker, self.workers)) as results:
                 for nbytes in results:
                     self.done += nbytes or 0
                     if self.progress is not None:
@@ -111,8 +111,8 @@ class Work:
         check_inputs(self.inputs)
 
     def _process(self, span: _Span, buffers: Raw, files: Files, write: bool) -> int:
-        item = span.job.item
-        if span.job.raw:
+        item = span.update.item
+        if span.update.raw:
             out = self._read("base", item.sides["base"], span, buffers[0], files)
             if item.action == "copy":
                 self._check_equal(span, out, buffers[1], files)
@@ -124,7 +124,7 @@ class Work:
         return _bytes(span)
 
     def _read(self, role: str, side: Tensor, span: _Span, buffer: Raw, files: Files) -> Raw:
-        """Fill a buffer with the elements of a span, the sft's from the target; those that are not here are zeros."""
+        """Read the elements of a span (the sft's from the model) into a buffer; zeros where this process holds none."""
         width = DTYPE_BITS[side.dtype] // 8
         raw = buffer[: span.count * width]
         if span.here < span.count:
@@ -142,7 +142,7 @@ class Work:
     def _merge(self, span: _Span, buffers: Raw, files: Files) -> Raw:
         from ..numerics.cpu import merge_span
 
-        item, target = span.job.item, span.job.target
+        item, target = span.update.item, span.update.target
         sides = item.sides if item.action == "merge" else {"base": item.sides["base"]}
         raws = {
             role: (self._read(role, side, span, buffer, files), side.dtype)
@@ -158,7 +158,7 @@ class Work:
         return out[0]
 
     def _check_values(self, span: _Span, raws: Mapping[str, tuple[Raw, str]], out: tuple[Raw, str]) -> None:
-        item = span.job.item
+        item = span.update.item
         found = find_bad_values(item, raws, out, allow_nonfinite=self.options.allow_nonfinite)
         if found is None:
             return
@@ -175,7 +175,7 @@ class Work:
         )
 
     def _check_equal(self, span: _Span, base: Raw, buffer: Raw, files: Files) -> None:
-        item = span.job.item
+        item = span.update.item
         for role, side in item.sides.items():
             if role != "base":
                 other = self._read(role, side, span, buffer, files)
@@ -184,17 +184,17 @@ class Work:
 
 
 def _bytes(span: _Span) -> int:
-    return span.here * DTYPE_BITS[span.job.target.dtype] // 8
+    return span.here * DTYPE_BITS[span.update.target.dtype] // 8
 
 
 def _elements(raw: Raw, at: int, like: torch.Tensor) -> torch.Tensor:
-    """Return those elements of a buffer, from `at` on, that are these of a tensor's, as a tensor of its dtype."""
+    """View the elements of a buffer from `at` on as a tensor of the length and dtype of `like`."""
     width = like.element_size()
     return torch.from_numpy(raw[at * width : (at + len(like)) * width]).view(like.dtype)
 
 
 def _put(span: _Span, out: Raw) -> None:
-    width = DTYPE_BITS[span.job.target.dtype] // 8
+    width = DTYPE_BITS[span.update.target.dtype] // 8
     for run in span.runs:
         begin = (run.first - span.low) * width
         for at, elements in lines(run):

@@ -1,4 +1,4 @@
-"""The tensors of a live model as a merge sees them: whole, by name; and which elements of each are in this process."""
+"""Map the tensors of a live model: whole tensors by name, and the elements of each that this process holds."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from ..numerics.reference import DTYPES
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-# What is set on parameters of which the optimizer has a copy of its own, which it would put back.
+# Attributes of parameters with a master copy in the optimizer, which would overwrite the merge.
 _MASTERS = {
-    "ds_id": "DeepSpeed ZeRO-3", "ds_tensor": "DeepSpeed ZeRO-3", "_hp_mapping": "DeepSpeed",
+    "ds_id": "DeepSpeed ZeRO-3",
+    "ds_tensor": "DeepSpeed ZeRO-3",
+    "_hp_mapping": "DeepSpeed",
     "main_param": "Megatron's mixed-precision optimizer",
-}  # fmt: skip
-_SAVE = "save the model, merge it with merge_checkpoints, and go on from the result"
+}
+_SAVE = "save the model, merge it with merge_checkpoints, and continue from the result"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a tensor that is in this process, beginning at `place`."""
+    """A box of a tensor that this process holds, starting at index `place`."""
 
     tensor: Tensor
     place: tuple[int, ...]
@@ -37,46 +39,46 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Live(Computed):
-    """A tensor of a live model: its shape is that of the whole, its parts are what this process holds."""
+    """A tensor of a live model: the whole shape, and the parts that this process holds."""
 
     code: str
     parts: tuple[Part, ...]
-    memory: Hashable  # equal for those that are in one place
+    memory: Hashable  # equal for tensors in the same memory
 
     @property
     def dtype(self) -> str:
-        """That of the parameter."""
+        """The dtype of the parameter."""
         return self.code
 
     @property
     def stored(self) -> int:
-        """Nothing of it is on a disk."""
+        """Zero: nothing of it is on disk."""
         return 0
 
     def transposed(self, role: str) -> Live:  # noqa: ARG002
-        """Return it with each of its matrices transposed: views of the same memory."""
+        """Return it with the last two dimensions swapped: views of the same memory."""
         parts = (Part(p.tensor.transpose(1, 2), (p.place[0], p.place[2], p.place[1])) for p in self.parts)
         return replace(self, shape=(self.shape[0], self.shape[2], self.shape[1]), parts=tuple(parts))
 
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive elements of a tensor of the base's, and where they are in the memory of this process."""
+    """Consecutive elements of a whole tensor, and where this process holds them."""
 
-    first: int
+    first: int  # in the whole tensor
     count: int
     tensor: Tensor
-    inside: int  # the first of them in `tensor`, row-major
+    inside: int  # index of the first in `tensor`, row-major
 
 
 def live_tensors(model: nn.Module) -> dict[str, Live]:
-    """Return the parameters and persistent buffers of a model by name; those that share memory are one `Live`.
+    """Return the parameters and persistent buffers of a model by name; tensors in the same memory share one `Live`.
 
-    Raises MismatchError for a model whose weights are not there as they are: quantised, on the meta device, of
-    DeepSpeed or FSDP1, wrapped by PEFT.
+    Raises MismatchError for a model that cannot be merged in place: quantised, on the meta device, in DeepSpeed or
+    FSDP1, wrapped by PEFT.
     """
     _check_modules(model)
-    state = model.state_dict(keep_vars=True)  # FSDP2 puts its parameters back into shards for this
+    state = model.state_dict(keep_vars=True)  # FSDP2 reshards its parameters here
     _check_whole(model, state)
     found: dict[str, Live] = {}
     known: dict[Hashable, Live] = {}
@@ -92,11 +94,11 @@ def live_tensors(model: nn.Module) -> dict[str, Live]:
 
 
 def is_distributed(model: nn.Module) -> bool:
-    """Whether a model's parameters are in pieces, or in copies, in several processes."""
+    """Whether a model's parameters are sharded or replicated over several processes as DTensors."""
     if not isinstance(model, nn.Module):
         return False
     tensors = itertools.chain(model.parameters(), model.buffers())
-    # After a forward pass a module of FSDP2 may hold whole parameters, for a while.
+    # After a forward pass, FSDP2 modules may hold unsharded parameters.
     return any(isinstance(tensor, DTensor) for tensor in tensors) or any(map(_is_fully_sharded, model.modules()))
 
 
@@ -117,25 +119,25 @@ def _check_modules(model: nn.Module) -> None:
             )
         if "deepspeed" in origins:
             raise MismatchError(
-                f"the model is DeepSpeed's ({kind.__name__}), whose optimizer keeps its own master weights and would"
-                f" undo the merge; {_SAVE}"
+                f"the model is DeepSpeed's ({kind.__name__}): its optimizer keeps master weights and would undo the"
+                f" merge; {_SAVE}"
             )
         if any(base.__name__ == "FullyShardedDataParallel" for base in kind.__mro__):
             raise MismatchError(
-                "the model is wrapped by FullyShardedDataParallel (FSDP1), whose flat parameters are not merged in"
+                "the model is wrapped by FullyShardedDataParallel (FSDP1): its flat parameters cannot be merged in"
                 f" place; use FSDP2's fully_shard, or {_SAVE}"
             )
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         for mark, owner in _MASTERS.items():
             if hasattr(tensor, mark):
                 raise MismatchError(
-                    f"parameter '{shown(name)}' has `{mark}`: {owner} keeps master weights of its own and would undo"
-                    f" the merge; {_SAVE}"
+                    f"parameter '{shown(name)}' has `{mark}`: {owner} keeps master weights and would undo the"
+                    f" merge; {_SAVE}"
                 )
 
 
 def _check_whole(model: nn.Module, state: Mapping[str, object]) -> None:
-    """Refuse a state that is not the parameters themselves, or lacks some: a hook of a module has made it."""
+    """Raise MismatchError if a module's hook makes state_dict return copies, or leave parameters out."""
     own = {id(tensor): name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
     made = [name for name, tensor in state.items() if isinstance(tensor, Tensor) and id(tensor) not in own]
     held = {id(tensor) for tensor in state.values()}
@@ -149,10 +151,10 @@ def _check_whole(model: nn.Module, state: Mapping[str, object]) -> None:
 
 
 def check_tensor(name: str, tensor: object) -> None:
-    """Raise MismatchError for a tensor of a model that cannot be merged in place: quantised, without values."""
+    """Raise MismatchError for a tensor that cannot be merged in place: quantised, on meta, made in inference mode."""
     if not isinstance(tensor, Tensor):
         raise MismatchError(
-            f"the model's state holds '{shown(name)}', a {type(tensor).__name__} and no tensor; {_SAVE}"
+            f"the model's state holds '{shown(name)}', a {type(tensor).__name__}, not a tensor; {_SAVE}"
         )
     inner = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     plain = (Tensor, nn.Parameter, nn.Buffer)
@@ -168,24 +170,24 @@ def check_tensor(name: str, tensor: object) -> None:
         )
     if inner.is_meta:
         raise MismatchError(
-            f"tensor '{shown(name)}' of the model is on the meta device, it has no values (offloaded?); load the model"
-            " whole, or merge_checkpoints on disk"
+            f"tensor '{shown(name)}' of the model is on the meta device and has no values (offloaded?); load the whole"
+            " model, or use merge_checkpoints on disk"
         )
     if tensor.is_inference():
         raise MismatchError(
             f"tensor '{shown(name)}' of the model was made in inference mode and cannot be written; load the model"
-            " outside of torch.inference_mode()"
+            " outside torch.inference_mode()"
         )
 
 
 def _memory(parts: Sequence[Part]) -> Hashable:
-    """What is equal for two tensors in the same memory; nothing for empty ones."""
+    """Return a key that is equal for tensors in the same memory; empty for empty tensors."""
     tensors = (part.tensor for part in parts)
     return tuple((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
 
 
 def _check_apart(tensors: Mapping[str, Live]) -> None:
-    """Refuse tensors that share some of their memory but not all: they would be merged twice."""
+    """Raise MismatchError for tensors that overlap in memory: the overlap would be merged twice."""
     extents = []
     for name, live in {id(live): (name, live) for name, live in tensors.items()}.values():
         for tensor in (part.tensor for part in live.parts):
@@ -193,8 +195,7 @@ def _check_apart(tensors: Mapping[str, Live]) -> None:
             last = sum((size - 1) * stride for size, stride in strides)
             if last + 1 < tensor.numel():
                 raise MismatchError(
-                    f"tensor '{shown(name)}' of the model holds some elements several times (it was expanded);"
-                    " make it contiguous"
+                    f"tensor '{shown(name)}' of the model repeats elements (it was expanded); make it contiguous"
                 )
             begin = tensor.data_ptr()
             extents.append((str(tensor.device), begin, begin + (last + 1) * tensor.element_size(), id(live), name))
@@ -202,13 +203,13 @@ def _check_apart(tensors: Mapping[str, Live]) -> None:
     for one, other in itertools.pairwise(extents):
         if one[0] == other[0] and other[1] < one[2] and one[3] != other[3]:
             raise MismatchError(
-                f"tensors '{shown(one[4])}' and '{shown(other[4])}' of the model share a part of their memory, and"
+                f"tensors '{shown(one[4])}' and '{shown(other[4])}' of the model share part of their memory, which"
                 " would be merged twice; clone one of them"
             )
 
 
 def _parts(name: str, tensor: Tensor) -> tuple[Part, ...]:
-    """Return the boxes of a tensor that are in this process; none is empty."""
+    """Return the non-empty boxes of a tensor that this process holds."""
     if not isinstance(tensor, DTensor):
         local, spans = tensor.detach(), [[(0, size)] for size in tensor.shape]
     else:
@@ -217,7 +218,7 @@ def _parts(name: str, tensor: Tensor) -> tuple[Part, ...]:
         if local.numel() == 0 and 0 in held:
             return ()
         if held != tuple(local.shape):
-            raise _strange(name, tensor, f"holds {list(local.shape)} where {list(held)} was to be")
+            raise _strange(name, tensor, f"holds {list(local.shape)} instead of {list(held)}")
     found = []
     for box in itertools.product(*(_with_places(each) for each in spans)):
         view = local
@@ -236,14 +237,14 @@ Spans = list[tuple[int, int]]  # (begin, count) of indices along a dimension, in
 
 
 def _spans(name: str, tensor: DTensor) -> list[Spans]:
-    """Return which indices along each dimension this process holds: placements are applied from left to right."""
+    """Return the indices along each dimension that this process holds; placements apply from left to right."""
     spans: list[Spans] = [[(0, size)] for size in tensor.shape]
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:  # not in the mesh
         return [[(0, 0)] for _ in tensor.shape]
     order = getattr(tensor._spec, "shard_order", None) or ()
     if any(list(entry.mesh_dims) != sorted(entry.mesh_dims) for entry in order):
-        raise _strange(name, tensor, "is cut in another order than that of its mesh")
+        raise _strange(name, tensor, "is sharded in an order other than its mesh's")
     for axis, placement in enumerate(tensor.placements):
         number, place = tensor.device_mesh.size(axis), coordinate[axis]
         if placement.is_replicate():
@@ -258,12 +259,12 @@ def _spans(name: str, tensor: DTensor) -> list[Spans]:
             dim = placement.dim % tensor.ndim
             spans[dim] = _cut(spans[dim], number, place)
         else:
-            raise _strange(name, tensor, "is partial: its ranks hold summands")
+            raise _strange(name, tensor, "is partial: ranks hold summands")
     return spans
 
 
 def _cut(spans: Spans, number: int, place: int) -> Spans:
-    """Return what the rank at a place gets of indices, as torch.chunk cuts them."""
+    """Return the chunk of indices at `place` when torch.chunk cuts them into `number`."""
     total = sum(count for _, count in spans)
     size = -(-total // number)
     low, high = min(place * size, total), min((place + 1) * size, total)
@@ -277,13 +278,13 @@ def _cut(spans: Spans, number: int, place: int) -> Spans:
 
 def _strange(name: str, tensor: DTensor, what: str) -> MismatchError:
     return MismatchError(
-        f"tensor '{shown(name)}' of the model has the placements {tensor.placements} and {what}; merged are Shard,"
-        f" Replicate, and what fully_shard makes of them: {_SAVE}"
+        f"tensor '{shown(name)}' of the model has the placements {tensor.placements} and {what}; only Shard,"
+        f" Replicate and the placements of fully_shard are merged: {_SAVE}"
     )
 
 
 def origins(tensor: Side, first: int, end: int) -> Iterator[Run]:
-    """Yield where the elements first..end of a tensor are that is live, or made of live ones; what is here."""
+    """Yield the runs of elements first..end of a tensor (live, or made of live ones) that this process holds."""
     if isinstance(tensor, Slice):
         for run in origins(tensor.whole, tensor.first + first, tensor.first + end):
             yield Run(run.first - tensor.first, run.count, run.tensor, run.inside)
@@ -300,7 +301,7 @@ def origins(tensor: Side, first: int, end: int) -> Iterator[Run]:
 
 
 def lines(run: Run) -> Iterator[tuple[int, Tensor]]:
-    """Yield the elements of a run as 1-D views of the memory they are in, each with its place in the run."""
+    """Yield the elements of a run as 1-D views, each with its offset in the run."""
     tensor = run.tensor
     if tensor.is_contiguous():
         yield 0, tensor.view(-1)[run.inside : run.inside + run.count]

@@ -1,8 +1,8 @@
-"""Merge a model in memory back towards its base, in place: what a training loop does at the end of a round.
+"""Merge a model in memory back towards its base, in place, as a training loop does at the end of a round.
 
-The model is the sft of the merge. Base and start are streamed from disk, piece by piece, into the memory the parameters
-are in; there is never a second copy of a tensor. What belongs together, and what is refused, is decided as for a merge
-of checkpoints (`plan.decide`), on whole tensors under the base's names; each process then works on what it holds.
+The model is the sft of the merge. Base and start are streamed from disk into the parameters' memory; there is never a
+second copy of a tensor. Tensors are matched and checked as in a merge of checkpoints (`plan.decide`): whole, under the
+base's names. Each process then merges the elements it holds.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from ..plan.open_inputs import (
 )
 from ..plan.plan import Item
 from ..ranks.ranks import ALONE, Ranks, together
-from .in_place import Job, Work
+from .in_place import InPlaceMerge, TensorUpdate
 from .local_shards import Live, Part, is_distributed, live_tensors
 
-COMPARED = 1 << 18  # elements at a time
+COMPARED = 1 << 18  # elements per comparison
 
 
 @dataclass(frozen=True)
 class LiveReport:
-    """What `merge_into` did: tensors of the base by what happened to them, and what is worth knowing."""
+    """What `merge_into` did: counts of the base's tensors by action, the round, and notes."""
 
     tensors: dict[str, int]  # merged, kept, taken, copied
     iteration: int
@@ -82,25 +82,25 @@ def merge_into(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> LiveReport:
-    """Merge a model in memory back towards its base, in place: the model is the sft, and becomes the merged one.
+    """Merge a model in memory back towards its base, in place: the model is the sft and becomes the merged one.
 
         tuned  = start + factor * DARE(sft - start)
         merged = alpha * base + (1 - alpha) * tuned                                     (Eq. 6, 7)
 
     Args:
-        model: any nn.Module whose parameters and persistent buffers are those of the base, on CPU or GPU; names as
-            transformers has them in memory are found in the base's files as in `merge_checkpoints`.
-        base, start: as in `merge_checkpoints`, read from disk in slices.
+        model: an nn.Module on CPU or GPU with the base's parameters and persistent buffers. Names that transformers
+            uses in memory are mapped to the base's, as in `merge_checkpoints`.
+        base, start: as in `merge_checkpoints`; read from disk in slices.
         alpha, drop, seed, iteration, importance, shrink, clip, layer_factors, reference, keep, take, no_drop, rename,
-            leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`. What is taken stays as it is.
-        dry_run: check all that names, shapes and headers tell; write nothing.
-        progress: called with (bytes done, bytes in all) now and then, in this thread; all is read twice.
+            leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`; `take` leaves a tensor as is.
+        dry_run: check names, shapes and headers; write nothing.
+        progress: called with (bytes done, total bytes) from time to time, in this thread; inputs are read twice.
 
-    The bits are those that `merge_checkpoints` writes from the saved model, in the dtype of each parameter. Names,
-    shapes and values are checked before the first element is written, by a first pass that computes all and writes
-    nothing; a failure after that raises PartialMergeError, and the model must be loaded again. With parameters that are
-    DTensors (FSDP2, tensor parallelism) every rank of the process group calls this; each reads what it holds, and
-    nothing is sent but whether a rank has refused. Weights alone change: not the optimizer's state.
+    The bits are those that `merge_checkpoints` writes from the saved model, in the dtype of each parameter. A first
+    pass computes everything and checks names, shapes and values before any element is written; a failure after that
+    raises PartialMergeError, and the model must be loaded again. If parameters are DTensors (FSDP2, tensor
+    parallelism), every rank of the process group calls this; each reads only what it holds, and ranks exchange only
+    checks and errors. The optimizer's state does not change.
 
     Returns a LiveReport. Raises MergeError (see `mergekit_imm.errors`), one line that names the cure.
     Source: arXiv 2503.02103, Eq. 5 to 7.
@@ -128,28 +128,28 @@ def merge_into(
     _check_same(ranks, lambda: [(name, live.shape, live.dtype, places[id(live)]) for name, live in state.items()])
     equal = _equal_embeddings(state, ranks)
 
-    def planned() -> tuple[dict[str, Checkpoint], MergeOptions, Decided, list[Job]]:
-        if any(is_hub_id(ref) for ref in refs.values()):  # refuse from headers, before hours of downloading
+    def planned() -> tuple[dict[str, Checkpoint], MergeOptions, Decided, list[TensorUpdate]]:
+        if any(is_hub_id(ref) for ref in refs.values()):  # check the headers before hours of downloading
             there = _opened(refs, options, dry_run=True)
             _plan(there, model, state, equal, options)
         inputs = without_same_start(_opened(refs, options, dry_run=dry_run))
         here = replace(options, iteration=round_of(inputs)) if iteration is None else options
         inputs, decided = _plan(inputs, model, state, equal, here)
-        return inputs, here, decided, _jobs(decided, inputs["sft"])
+        return inputs, here, decided, _updates(decided, inputs["sft"])
 
-    inputs, here, decided, jobs = together(ranks, planned)
+    inputs, here, decided, updates = together(ranks, planned)
     if dry_run:
         return _report(inputs, here, decided)
     files = [file for each in inputs.values() for file in each.files.values()]
-    actions = [(job.item.name, job.item.action, job.item.constants) for job in jobs]
+    actions = [(update.item.name, update.item.action, update.item.constants) for update in updates]
     _check_same(ranks, lambda: (here, actions, [fingerprint(file) for file in files]))
-    work = Work(inputs, here, jobs, threads, progress)
-    together(ranks, lambda: work.run(write=False))
+    merge = InPlaceMerge(inputs, here, updates, threads, progress)
+    together(ranks, lambda: merge.run(write=False))
     try:
-        together(ranks, lambda: work.run(write=True))
+        together(ranks, lambda: merge.run(write=True))
     except Exception as error:
         raise PartialMergeError(
-            f"the merge failed when parts of the model had been written: {error}; load the model again, from its last"
+            f"the merge failed after parts of the model were written: {error}; load the model again, from its last"
             " checkpoint, and merge again"
         ) from error
     return _report(inputs, here, decided)
@@ -172,19 +172,19 @@ def _opened(refs: Mapping[str, str | Path], options: MergeOptions, *, dry_run: b
 
 
 def _check_same(ranks: Ranks, data: Callable[[], object]) -> None:
-    """Raise MismatchError unless all ranks have the same data."""
+    """Raise MismatchError unless all ranks have equal data."""
     text = together(ranks, lambda: repr(data()) if ranks.size > 1 else "")
     if len(set(ranks.gather(blake2b(text.encode(), digest_size=16).digest()))) > 1:
         raise MismatchError(
-            "the ranks do not merge the same: arguments, the files of base or start, or the model's tensors differ"
-            " between them; give all ranks the same"
+            "the ranks do not merge the same: arguments, files of base or start, or the model's tensors differ between"
+            " ranks; give all ranks the same"
         )
 
 
 def _plan(
     inputs: dict[str, Checkpoint], model: nn.Module, state: Mapping[str, Live], equal: _Equal, options: MergeOptions
 ) -> tuple[dict[str, Checkpoint], Decided]:
-    """Return the inputs under the base's names, the model among them, and what happens to every tensor."""
+    """Return the inputs under the base's names, with the model as sft, and the action for every tensor."""
     inputs = prepared({**inputs, "sft": _checkpoint(model, state, inputs["base"])}, options)
     compare = comparer(inputs)
 
@@ -200,7 +200,7 @@ def _plan(
 
 
 def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -> Checkpoint:
-    """Return the model as an input: of names of one tensor those that the base stores, one if it stores none."""
+    """Return the model as an input. A shared tensor keeps the names the base stores, or one if it stores none."""
     state = _by_path(state, base)
     names: dict[int, list[str]] = {}
     for each, live in state.items():
@@ -212,15 +212,15 @@ def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -
             tensors[each] = replace(state[each], name=each)
     config: Any = getattr(getattr(model, "module", model), "config", None)
     kinds = _kinds(config.to_dict()) if hasattr(config, "to_dict") else {}
-    if kinds:  # the class may be one that wraps the saved one
+    if kinds:  # the model's class may wrap the saved one
         kinds["architectures"] = base.config.get("architectures") if base.config else None
     return Checkpoint("sft", f"model {type(model).__name__}", None, {}, tensors, kinds or None, {}, ())
 
 
 def _by_path(state: Mapping[str, Live], base: Checkpoint) -> Mapping[str, Live]:
-    """Return tensors of a model of numbered modules, as sentence-transformers' are, by their paths in the base.
+    """Return the tensors of a model of numbered modules (sentence-transformers) under their paths in the base.
 
-    The base's modules.json says which folder each number is; of the module that holds a model, its name is left out.
+    The base's modules.json maps numbers to folders. The attribute that holds the inner model is dropped from names.
     """
     file = base.side.get("modules.json")
     if file is None:
@@ -242,7 +242,7 @@ def _by_path(state: Mapping[str, Live], base: Checkpoint) -> Mapping[str, Live]:
 
 
 def _kinds(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of a config, and of those nested in it, the model types alone."""
+    """Return only the model types of a config and its nested configs."""
     found = {key: _kinds(value) for key, value in config.items() if key.endswith("config") and isinstance(value, dict)}
     return found | ({"model_type": config["model_type"]} if config.get("model_type") else {})
 
@@ -253,16 +253,16 @@ def _check_vocabularies(base: Checkpoint, sft: Checkpoint) -> None:
         if there is not None and is_embedding_or_head(name) and there.shape != tensor.shape:
             raise MismatchError(
                 f"tensor '{shown(name)}' is {list(there.shape)} in {base.label} and {list(tensor.shape)} in"
-                f" {sft.label}; a model in memory is merged with a base of the same vocabulary: save it, and use"
+                f" {sft.label}; a model in memory needs a base of the same vocabulary: save it, and use"
                 " merge_checkpoints with vocab='base' or vocab='sft'"
             )
 
 
-_Equal = frozenset[frozenset[Hashable]]  # pairs of places in memory that hold the same values
+_Equal = frozenset[frozenset[Hashable]]  # pairs of memory keys with the same values
 
 
 def _equal_embeddings(state: Mapping[str, Live], ranks: Ranks) -> _Equal:
-    """Find embeddings and heads that are two tensors with the same values on all ranks: a tie, as files tell it."""
+    """Find separate embeddings and heads with equal values on all ranks; in files, that is a tie."""
     embeddings = {id(live): live for name, live in state.items() if is_embedding_or_head(name)}
     pairs = [
         (one, other)
@@ -282,7 +282,7 @@ def _same_here(one: Sequence[Part], other: Sequence[Part]) -> bool:
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Compare two tensors, some rows at a time; stops at the first difference."""
+    """Compare two tensors bit by bit, some rows at a time; stop at the first difference."""
     if one.ndim == 0:
         one, other = one[None], other[None]
     rows = max(1, COMPARED // max(1, one[0].numel()))
@@ -292,9 +292,9 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return all(torch.equal(a.view(torch.uint8), b.to(a.device).view(torch.uint8)) for a, b in pieces)
 
 
-def _jobs(decided: Decided, sft: Checkpoint) -> list[Job]:
-    """Find the tensors of the model that each decision is about, and check that they can hold the result."""
-    jobs = []
+def _updates(decided: Decided, sft: Checkpoint) -> list[TensorUpdate]:
+    """Pair each item with the model's tensors it updates, and check that they can hold the result."""
+    updates = []
     owners: dict[Hashable, str] = {}
     for item in decided.items:
         group = decided.ties.groups.get(item.name)
@@ -310,8 +310,8 @@ def _jobs(decided: Decided, sft: Checkpoint) -> list[Job]:
             if item.action == "take":
                 continue
             _check_fits(item, target, sft)
-            jobs.append(Job(item, target))
-    return jobs
+            updates.append(TensorUpdate(item, target))
+    return updates
 
 
 def _check_fits(item: Item, target: Side, sft: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""The user's commands: placeholders filled in, run by /bin/sh, their output shown and kept."""
+"""Run the user's commands in /bin/sh: fill in placeholders, show and log the output."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ..errors import ArgumentError, MergeError
 Echo = Callable[[bytes], None]
 
 LAST_LINES = 20
-GRACE = 20.0  # seconds that a command has to end when it is asked to
-_CLOSE = 0.8  # of difflib: modle, outputs, bse are close; date and name are not
+GRACE = 20.0  # seconds between the first signal to a command and SIGKILL
+_CLOSE = 0.8  # difflib cutoff: modle, outputs, bse are close; date and name are not
 
 
 class CommandError(MergeError):
-    """A user's command failed. `status` is its exit status, 128 + the signal if one ended it; `lines` its last ones."""
+    """A user's command failed. `status`: exit status, 128 + the number of a fatal signal; `lines`: its last lines."""
 
     def __init__(self, message: str, status: int, lines: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -36,9 +36,9 @@ class CommandError(MergeError):
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
-    """Return a command with its placeholders filled in, each as one word of a shell; other braces stay, `${x}` too.
+    """Return a command with its placeholders filled in, each quoted as one shell word; other braces stay, `${x}` too.
 
-    Raises ArgumentError for a placeholder inside quotes whose value would need quotes of its own.
+    Raises ArgumentError for a placeholder inside quotes if its value needs quotes itself.
 
     >>> filled("train {model} -o {output} '{x: 1}'", {"model": "a b", "output": "out"})
     "train 'a b' -o out '{x: 1}'"
@@ -51,8 +51,8 @@ def filled(template: str, values: Mapping[str, str]) -> str:
         value = shlex.quote(values[name])
         if quote and value != values[name]:
             raise ArgumentError(
-                f"{{{name}}} stands inside {quote} in '{shown(template)}', and is {shown(value)}; leave out the"
-                " quotes around it: it is quoted when it is filled in"
+                f"{{{name}}} is inside {quote} in '{shown(template)}', and its value is {shown(value)}; leave out the"
+                " quotes around it: it is quoted when filled in"
             )
         found += [template[at : word.start()], value]
         at = word.end()
@@ -60,33 +60,33 @@ def filled(template: str, values: Mapping[str, str]) -> str:
 
 
 def _braced(template: str) -> Iterator[tuple[re.Match[str], str]]:
-    """Return the words that stand alone in braces, `${x}` not among them, and the quote that each is inside."""
+    """Yield single words in braces, except `${x}`, each with the quote it is inside ('' if none)."""
     quote = ""
     for match in re.finditer(r"\\.|['\"]|(?<!\$)\{([^\W\d]\w*)\}", template, re.DOTALL):
         text = match[0]
         if match[1] is not None:
             yield match, quote
-        elif text == "\\'" and quote == "'":  # no escape there: the quote ends
+        elif text == "\\'" and quote == "'":  # single quotes have no escapes: the quote ends
             quote = ""
         elif text in ("'", '"') and quote in ("", text):
             quote = "" if quote else text
 
 
 def placeholders(template: str, names: tuple[str, ...]) -> set[str]:
-    """Return which of the known placeholders a command holds."""
+    """Return which of these placeholders a command has."""
     return {word[1] for word, _ in _braced(template)} & set(names)
 
 
 def check_placeholders(what: str, template: str, names: Sequence[str], every: Collection[str]) -> None:
-    """Raise ArgumentError for a word in braces that is none of a command's placeholders, and may be meant as one.
+    """Raise ArgumentError for a word in braces that looks like a placeholder but is not one of this command's.
 
-    Outside quotes that is any word: braces around a single one mean nothing to a shell. Inside, where programs stand
-    (`awk '{print}'`), it is a placeholder of another command (of `every`), or one that is misspelt. Not `%{x}`, `@{x}`.
+    Outside quotes that is any word: to a shell, braces around one word mean nothing. Inside quotes, where programs
+    may be (`awk '{print}'`), only a misspelt placeholder or one of another command (`every`). Never `%{x}` or `@{x}`.
 
     >>> check_placeholders("the train command", "train {modle} {output}", ["model", "output"], ["model", "output"])
     Traceback (most recent call last):
-    mergekit_imm.errors.ArgumentError: the train command has {modle}, which is none of its placeholders {model} \
-{output}; did you mean {model}? If it is meant as it stands, write {m''odle}
+    mergekit_imm.errors.ArgumentError: the train command has {modle}, which is not one of its placeholders {model} \
+{output}; did you mean {model}? If it is meant literally, write {m''odle}
     """
     for word, quote in _braced(template):
         name = word[1]
@@ -97,16 +97,16 @@ def check_placeholders(what: str, template: str, names: Sequence[str], every: Co
             continue
         did_you = f"did you mean {{{near[0]}}}? If" if near else "if"
         raise ArgumentError(
-            f"{what} has {{{shown(name)}}}, which is none of its placeholders {' '.join(f'{{{n}}}' for n in names)};"
-            f" {did_you} it is meant as it stands, write {{{shown(name[0])}{2 * (quote or chr(39))}{shown(name[1:])}}}"
+            f"{what} has {{{shown(name)}}}, which is not one of its placeholders {' '.join(f'{{{n}}}' for n in names)};"
+            f" {did_you} it is meant literally, write {{{shown(name[0])}{2 * (quote or chr(39))}{shown(name[1:])}}}"
         )
 
 
 def run_command(what: str, command: str, log: Path, *, held: int | None, echo: Echo | None) -> None:
-    """Run a command by /bin/sh, its standard output and error shown by `echo` and added to a log.
+    """Run a command in /bin/sh; pass its standard output and error to `echo` and append them to a log.
 
-    It has the environment of this process, and holds the descriptor `held` open as long as anything of it lives. Raises
-    CommandError with its last lines if it fails. When this process is interrupted, the command is too.
+    It inherits the environment and the descriptor `held` (a lock that lasts as long as its processes). Raises
+    CommandError with its last lines if it fails. If this process is interrupted, so is the command.
     """
     with log.open("ab") as file:
         file.write(f"$ {command}\n".encode())
@@ -114,18 +114,20 @@ def run_command(what: str, command: str, log: Path, *, held: int | None, echo: E
         process: subprocess.Popen[bytes] | None = None
         last: deque[bytes] = deque(maxlen=LAST_LINES)
         try:
-            with _signals_wait():
+            with _deferred_signals():
                 process = subprocess.Popen(
                     ["/bin/sh", "-c", command],
-                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
                     pass_fds=() if held is None else (held,),
                     start_new_session=True,
-                )  # fmt: skip
-            _pass_on(process, file.write, last, echo)
+                )
+            _copy_output(process, file.write, last, echo)
         except BaseException as error:
             if process is not None:
-                with _signals_wait():
-                    _end(process, error)
+                with _deferred_signals():
+                    _terminate(process, error)
                     file.flush()
             raise
         finally:
@@ -135,38 +137,38 @@ def run_command(what: str, command: str, log: Path, *, held: int | None, echo: E
     if process.returncode:
         status = process.returncode if process.returncode > 0 else 128 - process.returncode
         lines = [line for line in (each.decode(errors="replace").strip() for each in last) if line]
-        told = f"; its last line: {shown(lines[-1], 300)}" if lines else ""
+        last_line = f"; its last line: {shown(lines[-1], 300)}" if lines else ""
         raise CommandError(
-            f"{what} ended with status {status}{told}; its output is in {shown(log, 300)}; the same command"
-            " goes on with this step",
+            f"{what} ended with status {status}{last_line}; its output is in {shown(log, 300)}; run the loop"
+            " again to resume at this step",
             status,
             lines,
         )
 
 
 @contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Let signals come when the block has ended: a command that has begun must be known to whoever ends it."""
-    came: list[int] = []
+def _deferred_signals() -> Iterator[None]:
+    """Defer signals to the end of the block, so that a command just started is known to the code that ends it."""
+    received: list[int] = []
     before: dict[int, Any] = {}
     try:
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             handler = signal.getsignal(each)
             if callable(handler) and threading.current_thread() is threading.main_thread():
                 before[each] = handler
-                signal.signal(each, lambda number, _: came.append(number))
+                signal.signal(each, lambda number, _: received.append(number))
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in came:
+        for number in received:
             signal.raise_signal(number)
 
 
-def _pass_on(
+def _copy_output(
     process: subprocess.Popen[bytes], write: Callable[[bytes], object], last: deque[bytes], echo: Echo | None
 ) -> None:
-    """Read what a command says until it ends. What it left running in the background is not waited for."""
+    """Read a command's output until it ends; do not wait for background processes it left."""
     assert process.stdout is not None
     descriptor = process.stdout.fileno()
     rest = b""
@@ -190,8 +192,8 @@ def _pass_on(
     last.append(rest)
 
 
-def _end(process: subprocess.Popen[bytes], error: BaseException) -> None:
-    """Ask a command and all it began to end, as this process was asked to; after a while, make them."""
+def _terminate(process: subprocess.Popen[bytes], error: BaseException) -> None:
+    """Forward the signal that ended this process to a command's process group; SIGKILL it after GRACE seconds."""
     number = error.args[0] if error.args and error.args[0] in (signal.SIGINT, signal.SIGTERM) else signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
         number = signal.SIGINT
@@ -204,7 +206,7 @@ def _end(process: subprocess.Popen[bytes], error: BaseException) -> None:
 
 
 def to_stdout(piece: bytes) -> None:
-    """Show what a command says as it says it."""
+    """Write output of a command to standard output at once."""
     with suppress(OSError):
         sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()

@@ -1,4 +1,4 @@
-"""Options of merges that come later, after a training: what is wrong with them is found now, from the base alone."""
+"""Check the options of later merges before training starts, against the base alone."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ..plan.open_inputs import without_quantisation
 
 
 def keywords(function: Callable[..., Any]) -> set[str]:
-    """Return the names of a function's keyword-only arguments."""
+    """Return the names of a function's keyword-only parameters."""
     return {each.name for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY}
 
 
 def check_options(
     base: str | Path, options: Mapping[str, Any], *, points: Sequence[Mapping[str, float]] = ({},)
 ) -> None:
-    """Raise MergeError if a merge with a base would refuse these options, whatever the models that are trained.
+    """Raise MergeError if every merge with this base would refuse these options, whatever the trained model.
 
-    `options` are keyword arguments of `merge_checkpoints` or `merge_into`; `points` alphas and drops that they are used
-    with. Values are checked first, then the headers of the base are read: patterns and layers must be its own. What
-    only a trained model can tell (patterns of `take` for tensors of its own) is left to the merge.
+    `options`: keyword arguments of `merge_checkpoints` or `merge_into`; `points`: the alphas and drops to be used.
+    Values are checked first, then patterns and layers against the base's headers. Checks that need the trained model
+    (`take` patterns for its own tensors) are left to the merge.
     """
     options_from(options, RunOptions)
     several = [with_files_read(options_from({**options, **point}, MergeOptions)) for point in points]
     p = several[0]
     opened = open_checkpoint(base, "base", dry_run=True, leave_out=p.leave_out)
-    if not p.dequantize:  # it may be the trained model alone that is FP8
+    if not p.dequantize:  # maybe only the trained model is FP8
         without_quantisation({"base": opened}, p)
     taken = tuple(each for each in p.take if any(re.search(each, name) for name in opened.tensors))
     selector(replace(p, take=taken), opened, opened)
@@ -49,16 +49,16 @@ def check_options(
 
 
 def _check_last_rename(rules: Sequence[str], base: Checkpoint) -> None:
-    """Raise ArgumentError if the last rule makes names that cannot be the base's."""
+    """Raise ArgumentError if the last rule cannot produce any name of the base."""
     if not rules:
         return
     _, replacement = parse_rename(rules[-1])
-    parts = re.split(r"\\(?:\d+|g<\w+>)", replacement)  # between what it takes over from the name
+    parts = re.split(r"\\(?:\d+|g<\w+>)", replacement)  # the literal text between groups
     if any("\\" in part for part in parts):
         return
     wanted = re.compile(".*".join(map(re.escape, parts)))
     if not any(map(wanted.search, base.tensors)):
         raise ArgumentError(
             f"rename rule '{shown(rules[-1])}' makes names with '{shown(replacement)}', and no tensor of {base.label}"
-            f" has such a name; they are like {shown(next(iter(base.tensors), ''))!r}"
+            f" has such a name; its names are like {shown(next(iter(base.tensors), ''))!r}"
         )

@@ -1,4 +1,4 @@
-"""Rounds of a loop of your own, in Python: what the next merge is of, and how to go on after it."""
+"""Rounds of your own training loop in Python: which models the next round merges, and where it starts."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Rounds:
 
         merged_t = alpha_t * base + (1 - alpha_t) * (start_t + DARE(sft_t - start_t)),    start_t+1 = merged_t
 
-    `alpha` and `drop` are numbers, or functions of the round (`mergekit_imm.schedules`); `start` is the base if None;
-    `options` are further keyword arguments of the merges (`importance`, `keep`, …). What the headers of the base can
-    tell is checked here, before anything is trained; of functions of the round the first number. A merge returns the
-    rounds as they are after it, and changes nothing here. Source: arXiv 2503.02103, Eq. 6.
+    `alpha` and `drop` are numbers or functions of the round (`mergekit_imm.schedules`); `start`, None: the base;
+    `options`: further keyword arguments of the merges (`importance`, `keep`, …). All are checked here against the
+    base's headers, before any training; schedules at their first value. Immutable: a merge returns the next state.
+    Raises MergeError. Source: arXiv 2503.02103, Eq. 6.
 
     >>> rounds = Rounds(base_folder, alpha=0.5, drop=0.2)
     >>> rounds = rounds.merge(sft_folder, out_folder)
@@ -48,28 +48,34 @@ class Rounds:
     seed: int = 0
     iteration: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
-    _checked: InitVar[bool] = False  # by those that these go on from
+    _checked: InitVar[bool] = False  # already, by an earlier round
     _unsaved: list[torch.Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self, _checked: bool) -> None:
-        """Raise MergeError for what the first merge would refuse, hours of training later."""
+        """Raise MergeError for what the first merge would refuse after hours of training."""
         if _checked:
             return
         own = {each.name for each in fields(self)}
         twice = sorted(own & set(self.options))
         if twice:
-            raise ArgumentError(f"options have '{twice[0]}', which Rounds itself takes: Rounds(..., {twice[0]}=...)")
+            raise ArgumentError(
+                f"options have '{twice[0]}', which is a parameter of Rounds: Rounds(..., {twice[0]}=...)"
+            )
         check_keywords(self.options, keywords(merge_checkpoints) - own - {"dry_run"}, "Rounds")
         numbers = {name: value for name, value in self.numbers().items() if name != "start"}
         check_options(self.base, numbers)
 
     def numbers(self) -> dict[str, Any]:
-        """Return what this round is merged with, as keyword arguments of `merge_checkpoints` and `merge_into`."""
+        """Return this round's keyword arguments for `merge_checkpoints` and `merge_into`."""
         alpha, drop = (value(self.iteration) if callable(value) else value for value in (self.alpha, self.drop))
         return {
-            "start": self.start, "alpha": alpha, "drop": drop, "seed": self.seed, "iteration": self.iteration,
+            "start": self.start,
+            "alpha": alpha,
+            "drop": drop,
+            "seed": self.seed,
+            "iteration": self.iteration,
             **self.options,
-        }  # fmt: skip
+        }
 
     def merge(
         self,
@@ -78,17 +84,16 @@ class Rounds:
         *,
         save: Callable[[Any, Path], object] | None = None,
     ) -> Rounds:
-        """Merge what a round has trained into `out`, which the next round starts from; return the rounds after it.
+        """Merge the trained model into `out`, where the next round starts; return the state after this round.
 
-        `sft` is a checkpoint, merged into the folder `out` by `merge_checkpoints`; or a model in memory, or its
-        tensors by name, which `merge_into` merges in place, and which then are saved in `out`: by `save(sft, out)`,
-        else by the model's own `save_pretrained`, tensors as one safetensors file, of those that share their memory the
-        names that the base stores. Of a model that several ranks hold, every rank calls this, with a `save` that all of
-        them can call. Raises MergeError.
+        `sft` is a checkpoint, merged by `merge_checkpoints`; or a model in memory, or a mapping of names to tensors,
+        merged in place by `merge_into` and then saved in `out` by `save(sft, out)`, or else by the model's
+        `save_pretrained`; a mapping as one safetensors file, with shared tensors under the names the base stores. If
+        several ranks hold the model, every rank calls this, with a `save` that all can call. Raises MergeError.
 
-        What can be refused is refused before anything in memory changes, an `out` that holds something too; and unless
-        there is a `save`, `out` appears only when it is whole. If saving fails nevertheless (a full disk), what is in
-        memory is merged already: it is not merged again by these rounds, and `save_merged` goes on.
+        Everything is checked before memory changes, including that `out` is free; without `save`, `out` appears only
+        when complete. If saving fails all the same (a full disk), the model in memory is already merged: this object
+        refuses to merge it again; call `save_merged`.
         """
         if isinstance(sft, str | Path):
             merge_checkpoints(self.base, sft, out, **self.numbers())
@@ -100,7 +105,7 @@ class Rounds:
         if self._holds(module):
             raise ArgumentError(
                 f"round {self.iteration} of this model is merged already, and not saved: call save_merged(sft, out) of"
-                " these rounds; if it was loaded and trained again since, give new Rounds"
+                " this Rounds; if the model was loaded and trained again since, create a new Rounds"
             )
         with saving(sft, Path(out), self.base, save) as write:
             merge_into(module, self.base, **self.numbers())
@@ -113,18 +118,18 @@ class Rounds:
         *,
         save: Callable[[Any, Path], object] | None = None,
     ) -> Rounds:
-        """Save what `merge` merged in memory and could not save, as `merge` would have; return the rounds after it.
+        """Save the model that `merge` merged in memory but failed to save; return the state after this round.
 
         Raises ArgumentError for another model, OutputError if it fails again.
         """
         module = _module_of(sft, save)
         if not self._holds(module):
-            raise ArgumentError(f"this is no model that round {self.iteration} has merged and not saved; call merge")
+            raise ArgumentError(f"round {self.iteration} has not merged this model; call merge")
         with saving(sft, Path(out), self.base, save) as write:
             return self._written(module, write, out)
 
     def _holds(self, module: torch.nn.Module) -> bool:
-        """Whether tensors of a model are merged and not saved. They are kept, so that no others take their place."""
+        """Whether a model is merged and not saved. Its tensors are kept alive, so that no others reuse their memory."""
         kept = {(tensor.device, tensor.data_ptr()) for tensor in self._unsaved}
         return any((tensor.device, tensor.data_ptr()) in kept for tensor in _local_tensors(module))
 
@@ -137,8 +142,8 @@ class Rounds:
                 raise
             why = error.strerror if isinstance(error, OSError) and error.strerror else shown(error, 300)
             raise OutputError(
-                f"round {self.iteration} is merged, in memory, and cannot be saved in {shown(out)}: {why}; mend that,"
-                " and call save_merged(sft, out) of these rounds, which saves it and does not merge it again"
+                f"round {self.iteration} is merged, in memory, and cannot be saved in {shown(out)}: {why}; fix that,"
+                " and call save_merged(sft, out) of this Rounds, which does not merge again"
             ) from error
         self._unsaved.clear()
         return self._after(out)
@@ -147,20 +152,24 @@ class Rounds:
         return replace(self, start=out, iteration=self.iteration + 1, _checked=True)
 
     def save(self, path: str | Path) -> None:
-        """Write where the loop is: base, start, seed and round, as JSON, whole or not at all. Raises OutputError."""
+        """Write base, start, seed and round as JSON, atomically. Raises OutputError."""
         content = {
-            "format": FORMAT, "version": VERSION, "base": str(self.base),
-            "start": None if self.start is None else str(self.start), "seed": self.seed, "iteration": self.iteration,
-        }  # fmt: skip
+            "format": FORMAT,
+            "version": VERSION,
+            "base": str(self.base),
+            "start": None if self.start is None else str(self.start),
+            "seed": self.seed,
+            "iteration": self.iteration,
+        }
         from ..output.paths import output_errors
 
         with output_errors(Path(path)):
             direct_io.replace_file(Path(path), to_json(content))
 
     def restored(self, path: str | Path) -> Rounds:
-        """Return these rounds where a file says that they are; as they are, if there is no such file yet.
+        """Return the state that `save` wrote to a file; this one if there is no file yet.
 
-        Raises CheckpointError for a damaged file, ArgumentError for one of another base or seed.
+        Raises CheckpointError for a damaged file, ArgumentError for another base or seed.
         """
         path = Path(path)
         if not path.exists():
@@ -168,24 +177,24 @@ class Rounds:
         try:
             content = parse_json(read_small(path))
             if (content["format"], content["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"it is of format {content['format']!r}, version {content['version']!r}")
+                raise ValueError(f"it has format {content['format']!r}, version {content['version']!r}")
             base, start, seed, iteration = (content[key] for key in ("base", "start", "seed", "iteration"))
             if type(iteration) is not int or iteration < 0 or not isinstance(start, str | None):
-                raise ValueError("its round is no number")
+                raise ValueError("its round is not a number")
         except OSError as error:
             raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror}; make it readable") from error
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{shown(path)} is damaged: {shown(error, 200)}; restore or remove it") from error
         if (base, seed) != (str(self.base), self.seed):
             raise ArgumentError(
-                f"{shown(path)} is of base {shown(base)} and seed {shown(seed)}, and these rounds are of"
+                f"{shown(path)} has base {shown(base)} and seed {shown(seed)}, and this Rounds has"
                 f" {shown(self.base)} and {self.seed}; give another file, or the same base and seed"
             )
         return replace(self, start=start, iteration=iteration, _checked=True)
 
 
 def _module_of(sft: torch.nn.Module | Mapping[str, torch.Tensor], save: object) -> torch.nn.Module:
-    """Return a model, or one whose parameters are these tensors, by their names. Raises ArgumentError."""
+    """Return a model as it is, or tensors as the parameters of a module. Raises ArgumentError."""
     import torch
     from torch.distributed.tensor import DTensor
 
@@ -193,7 +202,9 @@ def _module_of(sft: torch.nn.Module | Mapping[str, torch.Tensor], save: object) 
 
     if not isinstance(sft, Mapping):
         if save is None and not hasattr(sft, "save_pretrained"):
-            raise ArgumentError(f"{type(sft).__name__} has no save_pretrained; give `save`, called with it and a path")
+            raise ArgumentError(
+                f"{type(sft).__name__} has no save_pretrained; give `save`, a function of the model and a path"
+            )
         if save is None and is_distributed(sft):
             raise ArgumentError(
                 f"{type(sft).__name__} is held by several ranks; give a `save` that all of them can call"
@@ -206,7 +217,7 @@ def _module_of(sft: torch.nn.Module | Mapping[str, torch.Tensor], save: object) 
                 f"'{shown(name)}' is a {type(tensor).__name__}; give a mapping of names to torch tensors"
             )
         if save is None and isinstance(tensor, DTensor):
-            raise ArgumentError(f"'{shown(name)}' is a DTensor, of which this rank has a part; give `save`")
+            raise ArgumentError(f"'{shown(name)}' is a DTensor, and this rank holds only a part; give `save`")
         *path, last = name.split(".")
         module = root
         for part in path:
@@ -218,7 +229,7 @@ def _module_of(sft: torch.nn.Module | Mapping[str, torch.Tensor], save: object) 
 
 
 def _local_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Return what this process holds of a model's tensors, empty ones left out."""
+    """Return the non-empty parts of a model's tensors that this process holds."""
     from ..live.local_shards import live_tensors
 
     return [part.tensor for live in live_tensors(module).values() for part in live.parts]

@@ -1,4 +1,4 @@
-"""Rounds of training and merging, by the user's commands, that go on where they stopped (IMM)."""
+"""Run rounds of training (the user's commands) and merging; resumable at every step (IMM)."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from .state import (
     MERGE,
     Settings,
     State,
-    after,
     alphas_of,
-    begin,
+    anchor_decay,
+    begin_or_resume,
     check_commands,
-    decay,
     load,
     refuse_others,
     save,
     step_of,
+    with_step,
 )
 
 Tell = Callable[[str], None]
 BASELINE = "baseline"  # the same rounds without merges
-_BUSY = "is in use: a loop runs there, or a command that one began and that lives on; wait for it, or end it"
+_BUSY = "is in use: a loop runs there, or a command that it started still does; wait for it, or end it"
 
 
-class _Run:
-    """A loop under way: where it is, how far it has come, how it speaks."""
+class _Loop:
+    """A loop in progress: its folder, its state, and its output callbacks."""
 
     def __init__(self, folder: Path, held: int | None, state: State, echo: Echo | None, tell: Tell | None) -> None:
         self.folder, self.held, self.state, self.echo = folder, held, state, echo
@@ -55,46 +55,46 @@ class _Run:
         return step in self.state.done
 
     def finish(self, step: str, **changes: Any) -> None:
-        """Record that a step is done, on the disk."""
-        self.state = after(self.state, step, **changes)
+        """Record on disk that a step is done."""
+        self.state = with_step(self.state, step, **changes)
         save(self.state, self.folder)
 
     def place(self, number: int, name: str = "", chain: str = "") -> Path:
-        """Where a round is, or something of it."""
+        """Return the folder of a round, or a path in it."""
         folder = self.folder / chain / f"round-{number}"
         return folder / name if name else folder
 
     def start(self, number: int) -> str:
-        """The model that a round starts from."""
+        """Return the model that a round starts from."""
         return str(self.place(number - 1, "merged")) if number else self.settings.base
 
     def anchor(self, number: int) -> str:
-        """The model that a round is pulled back to."""
-        kept = decay(self.settings.anchor)
+        """Return the model that a round is pulled back to."""
+        kept = anchor_decay(self.settings.anchor)
         if kept == 1 or number == 0:
             return self.settings.base
         return self.start(number) if kept == 0 else str(self.place(number, "anchor"))
 
 
 def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, tell: Tell | None = None) -> State:
-    """Run a loop to its end, from where it is: generate, train, merge and evaluate, round after round.
+    """Run or resume a loop to its end: generate, train, merge and evaluate, round after round.
 
         tuned_t  = start_t + DARE(sft_t - start_t)                            start_0 = base, start_t+1 = merged_t
         merged_t = alpha_t * anchor_t + (1 - alpha_t) * tuned_t               (Eq. 6, with anchor_t = base)
 
-    The anchor is the base in each round (the paper), `previous` (start_t), or `ema:d`: anchor_t+1 = d * anchor_t +
-    (1 - d) * merged_t. Each finished step is recorded in RUN/loop.json; called again with the same settings it goes on
-    with the step that was not finished. With a gate, a round is accepted if its metric is not more than `tolerance`
-    below that of the last accepted model (begin the name with - where less is better); else it is merged again with
-    each alpha of `retry`, and if none is accepted, the loop ends there. `echo` gets what the commands say, `tell` a
-    line for each step. Returns the state at its end. Raises CommandError if a command fails, and what merges raise.
+    The anchor is the base in every round (the paper), `previous` (start_t), or `ema:d`: anchor_t+1 = d * anchor_t +
+    (1 - d) * merged_t. Finished steps are recorded in RUN/loop.json; called again with the same settings, the loop
+    resumes at the first unfinished step. With a gate, a round is accepted if its metric is at most `tolerance` below
+    that of the last accepted model (prefix the name with - if less is better); else it is merged again with each alpha
+    of `retry`, and the loop stops if none is accepted. `echo` receives the commands' output, `tell` a line per step.
+    Returns the final state. Raises CommandError if a command fails, and whatever merges raise.
     """
     folder = expanded(run)
-    if settings.base.startswith("~"):  # commands get it in quotes
+    if settings.base.startswith("~"):  # commands get it quoted
         settings = replace(settings, base=str(Path(settings.base).expanduser()))
     if not is_utf8(str(folder)):
         raise OutputError(f"the path {shown(folder)} is not valid UTF-8; give another folder")
-    # Refuse now, and not after hours of training.
+    # Refuse now, not after hours of training.
     if load(folder) is None:
         check_commands(settings)
     _check_merges(settings)
@@ -103,86 +103,88 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
         refuse_others(folder)
         (folder / LOCK).touch()
         with locked(folder / LOCK, _BUSY) as held:
-            under_way = _Run(folder, held, begin(folder, settings), echo, tell)
+            loop = _Loop(folder, held, begin_or_resume(folder, settings), echo, tell)
             if held is None:
-                under_way.tell(
-                    f"note: the filesystem of {shown(folder)} has no locks: see to it that no other loop runs there"
+                loop.tell(
+                    f"note: the filesystem of {shown(folder)} has no locks: make sure that no other loop runs there"
                 )
-            _go_on(under_way)
-            return under_way.state
+            _run_steps(loop)
+            return loop.state
 
 
-def _go_on(run: _Run) -> None:
-    """Do what is left."""
-    if run.settings.evaluate is not None and not run.has("base/evaluate"):
-        _evaluate(run, "base/evaluate", "base", run.settings.base, 0, run.folder / "base.json")
-    for number in range(run.settings.rounds):
-        _round(run, number)
-        if run.settings.baseline:
-            _plain_round(run, number)
-        if run.has(f"{number}/stop"):  # the last accepted model is that of the round before: it stays
+def _run_steps(loop: _Loop) -> None:
+    """Run the remaining steps."""
+    if loop.settings.evaluate is not None and not loop.has("base/evaluate"):
+        _evaluate(loop, "base/evaluate", "base", loop.settings.base, 0, loop.folder / "base.json")
+    for number in range(loop.settings.rounds):
+        _round(loop, number)
+        if loop.settings.baseline:
+            _baseline_round(loop, number)
+        if loop.has(f"{number}/stop"):  # keep the round before: it has the last accepted model
             return
-        if run.settings.keep_rounds is not None and not run.has(f"{number}/remove"):
-            _remove(run, number - run.settings.keep_rounds)
-            run.finish(f"{number}/remove")
+        if loop.settings.keep_rounds is not None and not loop.has(f"{number}/remove"):
+            _remove(loop, number - loop.settings.keep_rounds)
+            loop.finish(f"{number}/remove")
 
 
-def _round(run: _Run, number: int) -> None:
-    """Generate, train, merge and evaluate, as far as it is not done; with a gate, until a merge is accepted."""
-    settings = run.settings
-    if run.has(f"{number}/accept") or run.has(f"{number}/stop"):
+def _round(loop: _Loop, number: int) -> None:
+    """Run the unfinished steps of a round: generate, train, merge, evaluate; with a gate, until a merge is accepted."""
+    settings = loop.settings
+    if loop.has(f"{number}/accept") or loop.has(f"{number}/stop"):
         return
-    _train(run, number, run.start(number), "")
-    if settings.evaluate is not None and not run.has(f"{number}/evaluate sft"):
-        place = run.place(number, "sft.json")
-        _evaluate(run, f"{number}/evaluate sft", f"{number}/sft", str(run.place(number, "sft")), number, place)
-    closed = ""
+    _train(loop, number, loop.start(number), "")
+    if settings.evaluate is not None and not loop.has(f"{number}/evaluate sft"):
+        place = loop.place(number, "sft.json")
+        _evaluate(loop, f"{number}/evaluate sft", f"{number}/sft", str(loop.place(number, "sft")), number, place)
+    refusal = ""
     for alpha in alphas_of(settings, number):
-        if not run.has(step_of(number, MERGE, alpha)):
-            _merge(run, number, alpha)
-            run.finish(step_of(number, MERGE, alpha), alphas={**run.state.alphas, str(number): alpha})
-        merged, step = run.place(number, "merged"), step_of(number, EVALUATE_MERGED, alpha)
-        if settings.evaluate is not None and not run.has(step):
-            _evaluate(run, step, f"{number}/merged", str(merged), number, run.place(number, "merged.json"))
-        closed = _closed(run.state, number)
-        if not closed:
-            run.finish(f"{number}/accept", model=str(merged))
+        if not loop.has(step_of(number, MERGE, alpha)):
+            _merge(loop, number, alpha)
+            loop.finish(step_of(number, MERGE, alpha), alphas={**loop.state.alphas, str(number): alpha})
+        merged, step = loop.place(number, "merged"), step_of(number, EVALUATE_MERGED, alpha)
+        if settings.evaluate is not None and not loop.has(step):
+            _evaluate(loop, step, f"{number}/merged", str(merged), number, loop.place(number, "merged.json"))
+        refusal = _gate_refusal(loop.state, number)
+        if not refusal:
+            loop.finish(f"{number}/accept", model=str(merged))
             return
-        run.tell(f"round {number}: not accepted with alpha {alpha:g}: {closed}")
-    run.finish(f"{number}/stop", stopped=f"round {number} was not accepted: {closed}; the model before it is the last")
+        loop.tell(f"round {number}: not accepted with alpha {alpha:g}: {refusal}")
+    loop.finish(
+        f"{number}/stop", stopped=f"round {number} was not accepted: {refusal}; the model before it is the last"
+    )
 
 
-def _plain_round(run: _Run, number: int) -> None:
-    """The same round without merges, for comparison: it starts from the sft of the round before."""
-    if number == 0:  # with the same start: it is the same
+def _baseline_round(loop: _Loop, number: int) -> None:
+    """Run a round of the baseline, which has no merges: it starts from the sft of the round before."""
+    if number == 0:  # the same as the first round of the loop
         return
-    start = run.place(0, "sft") if number == 1 else run.place(number - 1, "sft", BASELINE)
-    _train(run, number, str(start), BASELINE)
-    step, sft = f"{number}/evaluate {BASELINE}", run.place(number, "sft", BASELINE)
-    if run.settings.evaluate is not None and not run.has(step):
-        _evaluate(run, step, f"{number}/{BASELINE}", str(sft), number, run.place(number, "sft.json", BASELINE))
+    start = loop.place(0, "sft") if number == 1 else loop.place(number - 1, "sft", BASELINE)
+    _train(loop, number, str(start), BASELINE)
+    step, sft = f"{number}/evaluate {BASELINE}", loop.place(number, "sft", BASELINE)
+    if loop.settings.evaluate is not None and not loop.has(step):
+        _evaluate(loop, step, f"{number}/{BASELINE}", str(sft), number, loop.place(number, "sft.json", BASELINE))
 
 
-def _train(run: _Run, number: int, start: str, chain: str) -> None:
-    """Generate and train, from a model."""
-    settings, of = run.settings, f" {chain}" if chain else ""
-    data, sft = run.place(number, "data", chain), run.place(number, "sft", chain)
-    direct_io.make_folder(run.place(number, chain=chain))
+def _train(loop: _Loop, number: int, start: str, chain: str) -> None:
+    """Generate data and train, starting from a model."""
+    settings, of = loop.settings, f" {chain}" if chain else ""
+    data, sft = loop.place(number, "data", chain), loop.place(number, "sft", chain)
+    direct_io.make_folder(loop.place(number, chain=chain))
     values = {"model": start, "round": str(number), "base": settings.base}
-    if settings.generate is not None and not run.has(f"{number}/generate{of}"):
-        _command(run, settings.generate, {**values, "output": str(data)}, f"generate{of}", number, data)
-        run.finish(f"{number}/generate{of}")
-    if not run.has(f"{number}/train{of}"):
-        _command(run, settings.train, {**values, "output": str(sft), "data": str(data)}, f"train{of}", number, sft)
+    if settings.generate is not None and not loop.has(f"{number}/generate{of}"):
+        _command(loop, settings.generate, {**values, "output": str(data)}, f"generate{of}", number, data)
+        loop.finish(f"{number}/generate{of}")
+    if not loop.has(f"{number}/train{of}"):
+        _command(loop, settings.train, {**values, "output": str(sft), "data": str(data)}, f"train{of}", number, sft)
         try:
             open_checkpoint(sft, "sft", leave_out=settings.options.get("leave_out", ()))
         except CheckpointError as error:
             raise CheckpointError(f"the train command of round {number} ended with status 0, but {error}") from error
-        run.finish(f"{number}/train{of}")
+        loop.finish(f"{number}/train{of}")
 
 
 def _check_merges(settings: Settings) -> None:
-    """Raise MergeError for a base, or for options of the merges, that would be refused after a training."""
+    """Raise MergeError for a base or merge options that the merges would refuse after training."""
     drop = parse_schedule(settings.drop, settings.rounds)
     points = [
         {"alpha": alpha, "drop": drop(number)}
@@ -192,62 +194,72 @@ def _check_merges(settings: Settings) -> None:
     check_options(settings.base, settings.options, points=points)
 
 
-def _command(run: _Run, template: str, values: Mapping[str, str], what: str, number: int, place: Path) -> None:
-    """Run one of the user's commands; its log is beside what it makes."""
+def _command(loop: _Loop, template: str, values: Mapping[str, str], what: str, number: int, place: Path) -> None:
+    """Run one of the user's commands; its log goes next to its output."""
     command = filled(template, values)
-    run.tell(f"round {number}: {what}: {command}")
+    loop.tell(f"round {number}: {what}: {command}")
     kind, _, chain = what.partition(" ")
-    told = f"the {kind} command of round {number}{f' ({chain})' if chain else ''}"
+    name = f"the {kind} command of round {number}{f' ({chain})' if chain else ''}"
     log = place.with_name(f"{kind}.log")
-    run_command(told, command, log, held=run.held, echo=run.echo)
+    run_command(name, command, log, held=loop.held, echo=loop.echo)
 
 
-def _merge(run: _Run, number: int, alpha: float) -> None:
-    """Merge a round, and make its anchor if that moves."""
-    settings = run.settings
-    kept = decay(settings.anchor)
+def _merge(loop: _Loop, number: int, alpha: float) -> None:
+    """Merge a round; first update a moving anchor."""
+    settings = loop.settings
+    kept = anchor_decay(settings.anchor)
     if number and kept not in (0, 1):
-        before, merged = run.anchor(number - 1), run.start(number)
-        run.tell(f"round {number}: anchor: {kept:g} x {before} + {1 - kept:g} x {merged}")
+        before, merged = loop.anchor(number - 1), loop.start(number)
+        loop.tell(f"round {number}: anchor: {kept:g} x {before} + {1 - kept:g} x {merged}")
         merge_checkpoints(
-            before, merged, run.place(number, "anchor"), alpha=kept, drop=0, iteration=number, overwrite=True,
+            before,
+            merged,
+            loop.place(number, "anchor"),
+            alpha=kept,
+            drop=0,
+            iteration=number,
+            overwrite=True,
             vocab=settings.options.get("vocab", "strict"),
-            dtype="float32",  # what a round moves it by is below the steps of 16 bits
-        )  # fmt: skip
-    anchor, start = run.anchor(number), run.start(number)
+            dtype="float32",  # a round may move it by less than the resolution of 16-bit floats
+        )
+    anchor, start = loop.anchor(number), loop.start(number)
     drop = parse_schedule(settings.drop, settings.rounds)(number)
-    run.tell(f"round {number}: merge: alpha {alpha:g}, drop {drop:g}, anchor {anchor}")
+    loop.tell(f"round {number}: merge: alpha {alpha:g}, drop {drop:g}, anchor {anchor}")
     dtype = settings.options.get("dtype", "base")
     if dtype == "base" and anchor not in (settings.base, start):
-        dtype = "start"  # the merged model before it, which has the base's
+        dtype = "start"  # the previous merged model, which has the base's dtypes
     report = merge_checkpoints(
-        anchor, run.place(number, "sft"), run.place(number, "merged"), start=start if start != anchor else None,
-        overwrite=True, **{**settings.options, "iteration": number, "alpha": alpha, "drop": drop, "dtype": dtype},
-    )  # fmt: skip
+        anchor,
+        loop.place(number, "sft"),
+        loop.place(number, "merged"),
+        start=start if start != anchor else None,
+        overwrite=True,
+        **{**settings.options, "iteration": number, "alpha": alpha, "drop": drop, "dtype": dtype},
+    )
     for note in report.notes:
-        run.tell(note)
-    for name in (RECIPE_FILE, REPORT_FILE):  # they stay when the model is removed
-        direct_io.write_file(run.place(number, name), (run.place(number, "merged") / name).read_bytes())
+        loop.tell(note)
+    for name in (RECIPE_FILE, REPORT_FILE):  # they outlive the model
+        direct_io.write_file(loop.place(number, name), (loop.place(number, "merged") / name).read_bytes())
 
 
-def _evaluate(run: _Run, step: str, key: str, model: str, number: int, path: Path) -> None:
-    """Measure a model: the numbers that the evaluate command writes, nested ones by their path."""
-    settings = run.settings
+def _evaluate(loop: _Loop, step: str, key: str, model: str, number: int, path: Path) -> None:
+    """Evaluate a model and record the numbers that the command writes; nested ones under dotted names."""
+    settings = loop.settings
     assert settings.evaluate is not None
     path.unlink(missing_ok=True)
     command = filled(
         settings.evaluate, {"model": model, "json": str(path), "round": str(number), "base": settings.base}
     )
-    run.tell(f"round {number}: evaluate: {command}")
+    loop.tell(f"round {number}: evaluate: {command}")
     log = path.with_name(f"evaluate-{path.stem}.log")
-    run_command(f"the evaluate command of {key}", command, log, held=run.held, echo=run.echo)
+    run_command(f"the evaluate command of {key}", command, log, held=loop.held, echo=loop.echo)
     metrics = _metrics(path)
     wanted = (settings.gate or "").removeprefix("-")
     if wanted and wanted not in metrics:
         raise CheckpointError(
             f"{shown(path)} has no '{shown(wanted)}', which the gate asks for, but {', '.join(map(shown, metrics))}"
         )
-    run.finish(step, metrics={**run.state.metrics, key: metrics})
+    loop.finish(step, metrics={**loop.state.metrics, key: metrics})
 
 
 def _metrics(path: Path) -> dict[str, float]:
@@ -274,15 +286,17 @@ def _metrics(path: Path) -> dict[str, float]:
 
     collect(content, "")
     if not isinstance(content, dict) or not found:
-        raise CheckpointError(f"{shown(path)}, which the evaluate command wrote, is no JSON object with numbers in it")
+        raise CheckpointError(
+            f"{shown(path)}, which the evaluate command wrote, is not a JSON object with numbers in it"
+        )
     wrong = next((key for key, value in found.items() if not math.isfinite(value)), None)
     if wrong is not None:
-        raise CheckpointError(f"{shown(path)}: '{shown(wrong)}' is {found[wrong]}, no number to compare")
+        raise CheckpointError(f"{shown(path)}: '{shown(wrong)}' is {found[wrong]}, which cannot be compared")
     return found
 
 
-def _closed(state: State, number: int) -> str:
-    """Say why the gate does not let a round through; nothing if it does."""
+def _gate_refusal(state: State, number: int) -> str:
+    """Return why the gate refuses a round; "" if it accepts."""
     gate = state.settings.gate
     if gate is None:
         return ""
@@ -295,11 +309,11 @@ def _closed(state: State, number: int) -> str:
     return f"{shown(name)} is {now:g} after {before:g}"
 
 
-def _remove(run: _Run, last: int) -> None:
-    """Remove the models of a round and all before it; recipes, metrics and logs stay."""
+def _remove(loop: _Loop, last: int) -> None:
+    """Remove the models of all rounds up to `last`; recipes, metrics and logs stay."""
     for number in range(last + 1):
         for chain in ("", BASELINE):
-            for path in (run.place(number, name, chain) for name in ("data", "sft", "merged", "anchor")):
+            for path in (loop.place(number, name, chain) for name in ("data", "sft", "merged", "anchor")):
                 if path.is_symlink() or path.exists():
-                    run.tell(f"removing {path}")
+                    loop.tell(f"removing {path}")
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -1,4 +1,4 @@
-"""A model in memory that is saved in a folder, whole or not at all; what can be refused is refused before."""
+"""Save a model in memory to a folder, atomically, with every check made beforehand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..output import direct_io
 if TYPE_CHECKING:
     import torch
 
-_MARK = ".imm_saving"  # in OUT.partial while a model is saved there: what was cut off may be removed
+_MARK = ".imm_saving"  # marks an OUT.partial of a save: its leftovers may be removed
 _BUSY = "is being written by another process; give another output, or a `save` where several ranks hold the model"
 
 
@@ -26,10 +26,10 @@ _BUSY = "is being written by another process; give another output, or a `save` w
 def saving(
     sft: Any, out: Path, base: str | Path, save: Callable[[Any, Path], object] | None
 ) -> Iterator[Callable[[], object]]:
-    """Make room for a model, or tensors by name, in `out`, and yield what saves it there: by `save`, if it is given.
+    """Prepare `out` for a model, or a mapping of tensors, and yield a function that saves it there.
 
-    Else by the model's own `save_pretrained`, tensors as one file; and `out` appears only when it is whole. Raises
-    OutputError for an `out` that holds something or cannot be written, and for too little space.
+    It calls `save` if given, else the model's `save_pretrained`; a mapping becomes one file. Without `save`, `out`
+    appears only when complete. Raises OutputError if `out` is taken or cannot be written, or space is short.
     """
     if save is not None:
         yield lambda: save(sft, out)
@@ -39,10 +39,10 @@ def saving(
     out = paths.expanded(out)
     paths.check_name(out)
     if paths.is_occupied(out):
-        raise OutputError(f"output {shown(out)} is there and not empty; give another, or remove it")
+        raise OutputError(f"output {shown(out)} exists and is not empty; give another, or remove it")
     partial = paths.partial_of(out)
     if paths.is_occupied(partial) and not (partial / _MARK).exists():
-        raise OutputError(f"{shown(partial)} is there, where the output is built; remove it, or give another output")
+        raise OutputError(f"{shown(partial)} exists, where the output is built; remove it, or give another output")
     state = sft if isinstance(sft, Mapping) else None
     tensors = {} if state is None else _unshared(state, open_checkpoint(base, "base", dry_run=True).tensors)
     held = (*sft.parameters(), *sft.buffers()) if state is None else tensors.values()
@@ -73,7 +73,7 @@ def saving(
         with paths.locked(partial, _BUSY):
             try:
                 with paths.output_errors(out):
-                    for path in partial.iterdir():  # of a save that was cut off
+                    for path in partial.iterdir():  # left by a killed save
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                     direct_io.write_file(partial / _MARK, b"")
                 yield write
@@ -82,11 +82,11 @@ def saving(
     finally:
         for folder in new[1:]:
             with suppress(OSError):
-                folder.rmdir()  # if it is empty
+                folder.rmdir()  # if empty
 
 
 def _unshared(state: Mapping[str, torch.Tensor], stored: Collection[str]) -> dict[str, torch.Tensor]:
-    """Return tensors as they are saved: of names of one tensor those that the base stores, one if it stores none."""
+    """Return the tensors to save. A shared tensor keeps the names the base stores, or one if it stores none."""
     names: dict[Hashable, list[str]] = {}
     for name, tensor in state.items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
@@ -102,7 +102,7 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
     seen: set[int] = set()
     apart = {}
-    for name, tensor in tensors.items():  # a file of safetensors is made of tensors that share nothing
+    for name, tensor in tensors.items():  # safetensors files cannot hold tensors that share memory
         apart[name] = tensor.contiguous()
         if apart[name].data_ptr() in seen:
             apart[name] = apart[name].clone()

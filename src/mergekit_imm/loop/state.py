@@ -1,4 +1,4 @@
-"""The state of a loop on disk: what was asked, which steps are done, what was measured."""
+"""The state of a loop on disk: settings, finished steps, metrics."""
 
 from __future__ import annotations
 
@@ -17,23 +17,35 @@ from ..schedules import parse_schedule
 from .commands import check_placeholders, placeholders
 
 STATE = "loop.json"
-LOCK = "lock"  # held while a loop runs, or a command that it began
+LOCK = "lock"  # held while a loop, or a command it started, runs
 FORMAT, VERSION = "mergekit_imm loop", 1
 GENERATE = ("model", "output", "round", "base")
 TRAIN = ("model", "output", "data", "round", "base")
 EVALUATE = ("model", "json", "round", "base")
 OPTIONS = (
-    "seed", "importance", "shrink", "clip", "layer_factors", "sparsify", "reference", "dtype", "keep", "no_drop",
-    "take", "rename", "leave_out", "vocab",
-)  # fmt: skip
-MERGE, EVALUATE_MERGED = "merge", "evaluate merged"  # steps that are done for each alpha that is tried
+    "seed",
+    "importance",
+    "shrink",
+    "clip",
+    "layer_factors",
+    "sparsify",
+    "reference",
+    "dtype",
+    "keep",
+    "no_drop",
+    "take",
+    "rename",
+    "leave_out",
+    "vocab",
+)
+MERGE, EVALUATE_MERGED = "merge", "evaluate merged"  # steps repeated for each alpha tried
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a loop is asked to do. Rounds count from 0; `alpha` and `drop` are schedules, see `parse_schedule`.
+    """Settings of a loop. Rounds count from 0; `alpha` and `drop` are schedules, see `parse_schedule`.
 
-    `options` are further options of the merges, as `merge_checkpoints` takes them.
+    `options` are further keyword arguments of `merge_checkpoints`.
     """
 
     base: str
@@ -47,30 +59,30 @@ class Settings:
     keep_rounds: int | None = None
     gate: str | None = None
     tolerance: float = 0.0
-    retry: tuple[float, ...] = ()  # alphas to try where the gate is closed
+    retry: tuple[float, ...] = ()  # alphas to try if the gate refuses a round
     baseline: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)  # of every merge: seed, importance, keep, …
+    options: Mapping[str, Any] = field(default_factory=dict)  # for every merge: seed, importance, keep, …
 
     def __post_init__(self) -> None:
-        """Raise ArgumentError for what cannot be."""
+        """Raise ArgumentError for invalid settings."""
         if self.rounds < 1:
-            raise ArgumentError(f"rounds is {self.rounds!r}; a loop has at least one")
+            raise ArgumentError(f"rounds is {self.rounds!r}; give at least 1")
         check_keywords(self.options, set(names_of(MergeOptions)) - {"alpha", "drop", "iteration"}, "a loop")
         for number in range(self.rounds):
             for alpha in alphas_of(self, number):
                 merge_options(self, number, alpha)
         for alpha in self.retry:
             merge_options(self, 0, alpha)
-        decay(self.anchor)
+        anchor_decay(self.anchor)
         for text in (self.base, self.train, self.generate, self.evaluate, self.gate):
             if text is not None and not is_utf8(text):
                 raise ArgumentError(
-                    f"'{shown(text)}' is not valid UTF-8, which {STATE} is written in; rename, or link to it"
+                    f"'{shown(text)}' is not valid UTF-8 and cannot be written to {STATE}; rename it, or link to it"
                 )
         if "output" not in placeholders(self.train, TRAIN):
-            raise ArgumentError("the training command has no {output}; it must say where the trained model goes")
+            raise ArgumentError("the train command has no {output}; it must say where the trained model goes")
         if self.generate is None and "data" in placeholders(self.train, TRAIN):
-            raise ArgumentError("the training command has {data}, but there is no generate command that makes it")
+            raise ArgumentError("the train command has {data}, but no generate command makes it")
         if self.generate is not None and "output" not in placeholders(self.generate, GENERATE):
             raise ArgumentError("the generate command has no {output}; it must say where the data goes")
         if self.evaluate is not None and not {"model", "json"} <= placeholders(self.evaluate, EVALUATE):
@@ -78,29 +90,29 @@ class Settings:
         if self.gate is not None and not self.gate.removeprefix("-"):
             raise ArgumentError(f"the gate is {self.gate!r}; name a number that the evaluate command writes")
         if self.gate is not None and self.evaluate is None:
-            raise ArgumentError(f"the gate is {self.gate!r}, but there is no evaluate command that measures it")
+            raise ArgumentError(f"the gate is {self.gate!r}, but no evaluate command measures it")
         if self.retry and self.gate is None:
-            raise ArgumentError("there are alphas to retry with, but no gate that would ask for them")
+            raise ArgumentError("retry is given, but no gate; give a gate, or leave retry out")
         if not 0 <= self.tolerance < float("inf"):
-            raise ArgumentError(f"tolerance is {self.tolerance!r}; it is a number, 0 or more")
+            raise ArgumentError(f"tolerance is {self.tolerance!r}; it must be a number, 0 or more")
         if self.keep_rounds is not None and self.keep_rounds < 1:
-            raise ArgumentError(f"keep_rounds is {self.keep_rounds!r}; the last round is always kept, so at least 1")
+            raise ArgumentError(f"keep_rounds is {self.keep_rounds!r}; give at least 1: the last round is always kept")
 
 
 def merge_options(settings: Settings, number: int, alpha: float) -> MergeOptions:
-    """Return the options that a round is merged with. Raises ArgumentError."""
+    """Return the merge options of a round. Raises ArgumentError."""
     drop = parse_schedule(settings.drop, settings.rounds)(number)
     return MergeOptions(**settings.options, alpha=alpha, drop=drop, iteration=number)
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
-    """Return settings as one level of plain data, which holds every option that the loop's command has."""
+    """Return settings as flat plain data, with every option of the imm-loop command."""
     values = {each.name: getattr(settings, each.name) for each in fields(settings) if each.name != "options"}
     return values | {name: default_of(name) for name in OPTIONS} | dict(settings.options)
 
 
 def from_dict(values: Mapping[str, Any]) -> Settings:
-    """Return the settings that `to_dict` returned, or a file held: lists for tuples, other keys left out."""
+    """Return settings from the data of `to_dict`, or of a file; lists become tuples, unknown keys are ignored."""
     given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     own = {each.name for each in fields(Settings)} - {"options"}
     options = {key: given[key] for key in names_of(MergeOptions) if key in given and key not in own}
@@ -110,7 +122,7 @@ def from_dict(values: Mapping[str, Any]) -> Settings:
 
 
 def check_commands(settings: Settings) -> None:
-    """Raise ArgumentError for a placeholder that a command does not know."""
+    """Raise ArgumentError for an unknown placeholder in a command."""
     for what, names in (("generate", GENERATE), ("train", TRAIN), ("evaluate", EVALUATE)):
         command = getattr(settings, what)
         if command is not None:
@@ -118,18 +130,18 @@ def check_commands(settings: Settings) -> None:
 
 
 def alphas_of(settings: Settings, number: int) -> list[float]:
-    """Return the alphas that a round is merged with, in turn, until the gate lets one through."""
+    """Return the alphas to merge a round with, in turn, until the gate accepts one."""
     first = parse_schedule(settings.alpha, settings.rounds)(number)
     return [first, *(alpha for alpha in settings.retry if alpha > first)]
 
 
 def step_of(number: int, what: str, alpha: float) -> str:
-    """Return the name of a step that is done for each alpha. No two alphas share one."""
+    """Return the name of a step for one alpha; different alphas have different names."""
     return f"{number}/{what} {alpha!r}"
 
 
-def decay(anchor: str) -> float:
-    """Return how much of an anchor is kept from round to round: 1 for base, 0 for previous, 0.9 for ema:0.9."""
+def anchor_decay(anchor: str) -> float:
+    """Return the share of an anchor kept from round to round: 1 for base, 0 for previous, 0.9 for ema:0.9."""
     if anchor in ("base", "previous"):
         return {"base": 1.0, "previous": 0.0}[anchor]
     kind, _, text = anchor.partition(":")
@@ -144,14 +156,14 @@ def decay(anchor: str) -> float:
 
 @dataclass(frozen=True)
 class State:
-    """How far a loop has come. Steps are named "ROUND/WHAT", `model` is the last that was accepted."""
+    """Progress of a loop. Steps are named "ROUND/WHAT"; `model` is the last accepted one."""
 
     settings: Settings
     model: str
     done: tuple[str, ...] = ()
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of a step's model
-    alphas: Mapping[str, float] = field(default_factory=dict)  # round -> the alpha that was accepted, or tried last
-    stopped: str = ""  # why the loop ended before its last round
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by model
+    alphas: Mapping[str, float] = field(default_factory=dict)  # round -> the alpha accepted, or tried last
+    stopped: str = ""  # why the loop stopped early
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as plain data."""
@@ -159,31 +171,35 @@ class State:
         return {"format": FORMAT, "version": VERSION, **rest, "settings": to_dict(self.settings)}
 
 
-def after(state: State, step: str, **changes: Any) -> State:
-    """Return a state in which one more step is done."""
+def with_step(state: State, step: str, **changes: Any) -> State:
+    """Return the state with one more step done."""
     return replace(state, done=(*state.done, step), **changes)
 
 
-def save(state: State, run: Path) -> None:
-    """Write a state, whole or not at all."""
-    direct_io.replace_file(run / STATE, to_json(state.to_dict()))
+def save(state: State, folder: Path) -> None:
+    """Write a state atomically."""
+    direct_io.replace_file(folder / STATE, to_json(state.to_dict()))
 
 
-def load(run: Path) -> State | None:
+def load(folder: Path) -> State | None:
     """Return the state in a folder, or None if it has none. Raises CheckpointError if it is damaged."""
-    path = run / STATE
+    path = folder / STATE
     try:
         if not path.exists():
             return None
         content = parse_json(read_small(path))
         if (content["format"], content["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"it is of format {content['format']!r}, version {content['version']!r}")
+            raise ValueError(f"it has format {content['format']!r}, version {content['version']!r}")
         metrics = {name: {key: float(v) for key, v in each.items()} for name, each in content["metrics"].items()}
         settings = from_dict(content["settings"])
         return State(
-            settings, str(content["model"]), _renamed(settings, content["done"]), metrics, dict(content["alphas"]),
-            str(content["stopped"]),
-        )  # fmt: skip
+            settings,
+            model=str(content["model"]),
+            done=_renamed(settings, content["done"]),
+            metrics=metrics,
+            alphas=dict(content["alphas"]),
+            stopped=str(content["stopped"]),
+        )
     except OSError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror}; make it readable") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -193,9 +209,9 @@ def load(run: Path) -> State | None:
 
 
 def _renamed(settings: Settings, done: Iterable[str]) -> tuple[str, ...]:
-    """Return the steps that are done, those of the first version, whose alphas have six digits, under their names now.
+    """Return the finished steps under their present names; the first version wrote alphas with six digits.
 
-    Of alphas that shared a name the first was merged, and the others were taken for done.
+    If several alphas shared a name, only the first was merged; the others count as not done.
     """
     names = {step: step for step in done}
     for number in range(settings.rounds):
@@ -209,28 +225,30 @@ def _renamed(settings: Settings, done: Iterable[str]) -> tuple[str, ...]:
     return tuple(names.values())
 
 
-def refuse_others(run: Path) -> None:
-    """Raise OutputError for a folder that holds something, but no loop."""
-    names = {each.name for each in run.iterdir()}
+def refuse_others(folder: Path) -> None:
+    """Raise OutputError for a folder that is not empty and holds no loop."""
+    names = {each.name for each in folder.iterdir()}
     if STATE not in names and names - {LOCK, STATE + ".new"}:
-        raise OutputError(f"{shown(run)} is there, not empty, and holds no {STATE}; give another folder")
+        raise OutputError(f"{shown(folder)} exists, is not empty, and has no {STATE}; give another folder")
 
 
-def begin(run: Path, settings: Settings) -> State:
-    """Return the state to go on from: a new one, or the one in the folder.
+def begin_or_resume(folder: Path, settings: Settings) -> State:
+    """Return the state in the folder, or create a new one.
 
-    Raises OutputError if that is of another loop. More rounds may be asked for than before, if the numbers of those
-    that are done stay what they were.
+    Raises OutputError if the folder holds a loop with other settings. `rounds` may grow, if alpha and drop of the
+    earlier rounds stay the same.
     """
-    found = load(run)
+    found = load(folder)
     if found is None:
         state = State(settings, settings.base)
-        save(state, run)
+        save(state, folder)
         return state
     old, new = to_dict(found.settings), to_dict(settings)
     more = new["rounds"] - old["rounds"]
     for each in (old, new):
-        for name in ("rounds", "alpha", "drop")[: 3 if more > 0 else 1]:  # of more rounds: the numbers count
+        for name in ("rounds", "alpha", "drop")[
+            : 3 if more > 0 else 1
+        ]:  # with more rounds, the values are compared below
             del each[name]
     changes = differences(old, new)
     if more < 0:
@@ -238,9 +256,10 @@ def begin(run: Path, settings: Settings) -> State:
     for name in ("alpha", "drop"):
         before, now = (parse_schedule(getattr(each, name), each.rounds) for each in (found.settings, settings))
         if more > 0 and not changes and any(before(t) != now(t) for t in range(found.settings.rounds)):
-            changes.append(f"{name} of the rounds before, as there are more rounds now")
+            changes.append(f"{name} of earlier rounds, now that there are more")
     if changes:
         raise OutputError(
-            f"{shown(run)} holds another loop ({first_few(changes)}); give another folder, or the command that began it"
+            f"{shown(folder)} holds another loop ({first_few(changes)}); give another folder, or the"
+            " settings it was started with"
         )
     return replace(found, settings=settings)

@@ -1,4 +1,4 @@
-"""A callback of transformers' Trainer that merges the model back towards its base, in place, while it is trained."""
+"""A callback for transformers' Trainer that merges the model back towards its base, in place, during training."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ logger = logging.getLogger(__name__)
 
 
 class IMMCallback(TrainerCallback):  # type: ignore[misc]
-    """Merge the model that a Trainer trains, by `merge_into`: at its end, after each epoch, or every n steps.
+    """Merge a Trainer's model with `merge_into`: at the end of training, after each epoch, or every n steps.
 
         merged = alpha * base + (1 - alpha) * (start + DARE(model - start))                              (Eq. 6)
 
     Args:
         base: the model to pull back to, as in `merge_into`.
-        every: "end" (of the training), "epoch", or a number of steps.
-        merge_adapter: of a PEFT model: merge the adapter into its base at the end, and that back towards `base`. The
-            result is `callback.model`, and what `trainer.save_model` and the PEFT model's own `save_pretrained` save
-            from then on: a whole model, and no adapter. Without it a model with adapters is left alone, which is said.
+        every: "end" (of training), "epoch", or a number of steps.
+        merge_adapter: for a PEFT model: at the end, merge the adapter into its model, and that back towards `base`. The
+            result is `callback.model`; `trainer.save_model` and the PEFT model's `save_pretrained` then save it, a full
+            model without adapter. If False, a model with adapters is not merged, and a warning says so.
         options: alpha, drop, seed, start, iteration, and so on, as in `merge_into`.
 
-    Every rank merges what it holds (single process, DDP, FSDP2), once. The optimizer's state is left alone: after a
-    merge during the training its moments are those of the weights before it. Merges more often than at the end are
-    rounds of which each starts from the merged model before it, which is on no disk: they need reference="base". Works
-    with TRL's trainers. Options are checked here, against the headers of `base` and `start` too, and once more against
-    the model when the training begins, before its first step. Raises MergeError, ArgumentError for DeepSpeed, whose
-    optimizer keeps weights of its own.
+    Every rank merges what it holds (single process, DDP, FSDP2), once. The optimizer's state does not change: after a
+    merge during training, its moments are still those of the weights before. With "epoch" or steps, every later round
+    starts from the previous merged model, which is not on disk, so reference="base" is required. Works with TRL's
+    trainers. Options are checked here, against the headers of `base` and `start`, and against the model before the
+    first training step. Raises MergeError; ArgumentError for DeepSpeed, which keeps master weights in its optimizer.
 
     >>> trainer = transformers.Trainer(model, arguments, callbacks=[IMMCallback("base", alpha=0.5)])  # doctest: +SKIP
     """
@@ -55,11 +54,11 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
             raise ArgumentError(f"every is {every!r}; it must be 'end', 'epoch' or a number of steps")
         if every != "end" and options.get("reference", "start") != "base":
             raise ArgumentError(
-                f"every is {every!r}: the start of the second round is the first merged model, which is on no disk;"
-                " give reference='base', or merge at the end and begin a training for each round"
+                f"every is {every!r}: the start of the second round is the first merged model, which is not on disk;"
+                " give reference='base', or merge at the end and train each round separately"
             )
         if every != "end" and merge_adapter:
-            raise ArgumentError(f"every is {every!r}; an adapter can be merged at the end only")
+            raise ArgumentError(f"every is {every!r}; an adapter can only be merged at the end")
         check_keywords(options, keywords(merge_into) - {"dry_run"}, "IMMCallback")
         check_options(base, options)
         self.base, self.every, self.merge_adapter, self.options = base, every, merge_adapter, options
@@ -73,11 +72,11 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
         self.model: Any = None
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
-        """Refuse now what would be refused hours later."""
+        """Check the model and options before the first step."""
         if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
             raise ArgumentError(
-                "IMMCallback does not work with DeepSpeed, whose optimizer keeps master weights of its own and would"
-                " undo the merge; save the model, and merge it with merge_checkpoints"
+                "IMMCallback does not work with DeepSpeed: its optimizer keeps master weights and would undo the"
+                " merge; save the model, and merge it with merge_checkpoints"
             )
         model = kwargs["model"]
         if not _has_adapters(model):
@@ -91,7 +90,7 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
         elif not hasattr(model, "merge_and_unload"):
             raise ArgumentError(
                 f"merge_adapter is given, but this {type(model).__name__} has no merge_and_unload: its adapters are not"
-                " those of a PeftModel, or of a kind that cannot be merged; give the trainer what peft.get_peft_model"
+                " a PeftModel's, or cannot be merged; give the trainer what peft.get_peft_model"
                 " returns, or save the adapter and merge it with merge_checkpoints"
             )
         else:
@@ -99,17 +98,17 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
                 check_tensor(name, parameter)
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
-        """Merge, if that is when."""
+        """Merge if `every` is "end"."""
         if self.every == "end":
             self._merge(kwargs["model"])
 
     def on_epoch_end(self, *_: Any, **kwargs: Any) -> None:
-        """Merge, if that is when."""
+        """Merge if `every` is "epoch"."""
         if self.every == "epoch":
             self._merge(kwargs["model"])
 
     def on_step_end(self, _: TrainingArguments, state: TrainerState, *__: Any, **kwargs: Any) -> None:
-        """Merge, if that is when."""
+        """Merge every `every` steps, if it is a number."""
         if isinstance(self.every, int) and state.global_step % self.every == 0:
             self._merge(kwargs["model"])
 
@@ -124,10 +123,10 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
                 return
             model, adapted = model.merge_and_unload(), model
         report = merge_into(model, self.base, iteration=self._iteration(), **self.options)
-        if adapted is not None:  # the trainer holds it, and would save an adapter that holds nothing any more
+        if adapted is not None:  # the trainer still holds it and would save an empty adapter
             adapted.save_pretrained = _SavesMerged(adapted, model)
             logger.warning(
-                "the adapter is merged into its base: trainer.save_model now saves the merged %s, and no adapter",
+                "the adapter is merged into its base: trainer.save_model now saves the merged %s, not an adapter",
                 type(model).__name__,
             )
         self.model = model
@@ -138,14 +137,14 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class _SavesMerged:
-    """What a PEFT model saves when its adapter is merged: the model inside, by its own `save_pretrained`."""
+    """Replacement for a PEFT model's `save_pretrained` after the merge: saves the inner model."""
 
     def __init__(self, adapted: Any, merged: Any) -> None:
         self.merged = merged
         self.prefix = next(name for name, each in adapted.named_modules() if each is merged) + "."
 
     def __call__(self, folder: str | Path, state_dict: dict[str, Any] | None = None, **options: Any) -> Any:
-        """Save; a state that a trainer has gathered of the whole holds the names that they have in there."""
+        """Save the inner model; strip the PEFT model's prefix from the names of a gathered state_dict."""
         if state_dict is not None:
             state_dict = {name.removeprefix(self.prefix): tensor for name, tensor in state_dict.items()}
         return self.merged.save_pretrained(folder, state_dict=state_dict, **options)

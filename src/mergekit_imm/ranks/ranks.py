@@ -1,4 +1,4 @@
-"""One merge by many processes: who they are, and how they come to one end."""
+"""One merge by many processes: their ranks, and how they succeed or fail together."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among those that run one merge together; all must make the same call.
+    """The rank of this process among those that run one merge together; all must make the same call.
 
-    `gather` takes a value and returns those of all ranks in their order, once each has given its own.
+    `gather` takes this rank's value and returns the values of all ranks, in order (an all-gather).
     """
 
     rank: int
@@ -32,10 +32,10 @@ class Ranks:
 
     @classmethod
     def of_group(cls, group: ProcessGroup | None = None) -> Ranks:
-        """Return the ranks of a process group of torch.distributed; of the default one for None.
+        """Return this process's rank in a torch.distributed process group; None: the default group.
 
-        `gather` raises RankError when another rank has ended, or is not there before the group's timeout: that must
-        be longer than the slowest rank may take.
+        `gather` raises RankError when another rank has ended or does not arrive within the group's timeout, which
+        must be longer than the slowest rank takes.
         """
         import torch.distributed as dist
 
@@ -48,7 +48,7 @@ class Ranks:
             except RuntimeError as error:
                 raise RankError(
                     f"rank {rank} of {size} has lost the others ({reason_of(error)}): one of them has ended, and may"
-                    " say why; start the same job again, and it goes on with what was written"
+                    " say why; start the same job again to resume"
                 ) from error
             return values
 
@@ -56,7 +56,7 @@ class Ranks:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first sentence of an error of torch.distributed, without the place in its source.
+    """Return the first sentence of a torch.distributed error, without its source location.
 
     >>> reason_of(RuntimeError("[/a/pair.cc:53] Connection closed by peer [127.0.0.1]:27. This is typically ..."))
     'Connection closed by peer [127.0.0.1]:27'
@@ -69,22 +69,22 @@ ALONE = Ranks(0, 1, lambda value: [value])
 
 
 def together(ranks: Ranks, step: Callable[[], T]) -> T:
-    """Run a step on each rank and return what it returns on this one, once all have done theirs.
+    """Run a step on every rank, wait for all, and return this rank's result.
 
-    Where it fails on some, all fail with the first of these: by the same MergeError, or, if it was no such, by a
-    RankError that says what it was.
+    If it fails on any, all ranks fail with the error of the first: its MergeError, or a RankError that describes any
+    other exception.
     """
     failure: Exception | None = None
     try:
         result = step()
     except RankError:
-        raise  # there is nobody to tell
+        raise  # the others cannot be reached
     except Exception as error:
         failure = error
-    told = failure
+    shared = failure
     if failure is not None and not isinstance(failure, MergeError):
-        told = RankError(f"{type(failure).__name__}: {shown(failure, 300)}")
-    for rank, each in enumerate(ranks.gather(told)):
+        shared = RankError(f"{type(failure).__name__}: {shown(failure, 300)}")
+    for rank, each in enumerate(ranks.gather(shared)):
         if each is not None:
             if failure is not None and rank == ranks.rank:
                 raise failure
@@ -93,8 +93,8 @@ def together(ranks: Ranks, step: Callable[[], T]) -> T:
 
 
 def check_same(ranks: Ranks, recipes: Sequence[Mapping[str, Any]]) -> None:
-    """Raise MismatchError, on every rank, if one sees other inputs than rank 0, or is of another version."""
-    recipes = [without_places(each) for each in recipes]  # all go on with the paths that rank 0 was given
+    """Raise MismatchError on every rank if one has other inputs, options or another version than rank 0."""
+    recipes = [without_places(each) for each in recipes]  # paths may differ: all use those of rank 0
     own = hashlib.blake2b(b"\0".join([__version__.encode(), *map(to_json, recipes)]), digest_size=16).digest()
     first, *others = ranks.gather(own)
     other = next((rank for rank, each in enumerate(others, 1) if each != first), None)

@@ -1,7 +1,7 @@
-"""Which bytes of an output each rank writes.
+"""Split the bytes of an output among ranks.
 
-The files are laid end to end, each from a multiple of 1 MiB on, and cut at multiples of 1 MiB: no two ranks write into
-one block of a filesystem. A segment with bytes on both sides of a cut is computed by both ranks; each writes its own.
+The files are laid end to end, each starting at a multiple of 1 MiB, and cut at multiples of 1 MiB, so no two ranks
+write to the same filesystem block. Both ranks compute a segment that spans a cut; each writes its own part.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Share:
     end: int
 
     def clip(self, tensor: TensorInfo, first: int, count: int) -> tuple[int, int]:
-        """Return which of `count` bytes from byte `first` of a tensor on are in the share: from, up to."""
+        """Return the range of bytes first..first+count of a tensor that is in the share, relative to `first`."""
         at = self.starts[tensor.file] + tensor.begin + first
         low, high = (min(max(edge - at, 0), count) for edge in (self.begin, self.end))
         return low, high
 
     def held(self, segment: Segment) -> int:
-        """Return how many of the bytes that a segment writes are in the share."""
+        """Return how many of a segment's output bytes are in the share."""
         total = 0
         for out, first, count in _pieces(self.plan, segment):
             low, high = self.clip(out, first, count)
@@ -44,9 +44,9 @@ class Share:
 
 
 def shares(plan: Plan, lacking: npt.NDArray[np.integer], size: int) -> list[Share]:
-    """Cut an output into a share for each of `size` ranks, so that each has as much to write as the others.
+    """Split an output into one share per rank, with equal amounts left to write.
 
-    `lacking` says of each segment how often it is still to be written (more than once in a sweep).
+    `lacking` counts, per segment, the outputs that still lack it (more than one in a sweep).
     """
     starts, end = {}, 0
     for file in plan.files:
@@ -70,7 +70,7 @@ def _cuts(plan: Plan, starts: Mapping[str, int], lacking: npt.NDArray[np.integer
 
 
 def _pieces(plan: Plan, segment: Segment) -> Iterator[tuple[TensorInfo, int, int]]:
-    """Where a segment is written: each tensor, its first byte there, how many."""
+    """Yield where a segment is written: tensor, first byte in it, number of bytes."""
     item = plan.items[segment.item]
     for out in item.outs:
         width = 1 if item.raw else DTYPE_BITS[out.dtype] // 8

@@ -1,8 +1,8 @@
-"""From torchrun or srun to ranks: who started this process, and where the others are.
+"""Find the other ranks of a command started by torchrun or srun.
 
-A process that a training job starts has inherited all its variables, and must not wait for ranks that never come. So
-variables alone mean nothing: ranks are used where --ranks asks for them, or where the process that started this one is
-torchrun, and was told to start this very command.
+A command run from inside a training job inherits the job's environment and must not wait for ranks that never come. So
+environment variables alone do not count: ranks are used if --ranks asks for them, or if the parent process is a
+torchrun that launched exactly this command.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .ranks import Ranks, reason_of
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-COME = timedelta(minutes=15)  # until all ranks are there
+COME = timedelta(minutes=15)  # for all ranks to arrive
 WAIT = timedelta(days=7)  # for the slowest rank; one that has ended is noticed at once
 
 _TORCHRUN = {"rank": "RANK", "size": "WORLD_SIZE", "address": "MASTER_ADDR", "port": "MASTER_PORT"}
@@ -36,7 +36,7 @@ _SLURM = {"rank": "SLURM_PROCID", "size": "SLURM_NTASKS", "job": "SLURM_JOB_ID"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands, and where all of them meet."""
+    """A rank, and the address where all ranks meet."""
 
     rank: int
     size: int
@@ -45,10 +45,10 @@ class Place:
 
 
 def place_of(kind: str | None, environment: Mapping[str, str], started: bool) -> Place | None:
-    """Return the place that torchrun or srun gave this process; None for a process on its own.
+    """Return the place that torchrun or srun gave this process; None for a single process.
 
-    `kind` is "torchrun", "slurm" or None; `started` says whether torchrun started this process. Raises ArgumentError
-    where what was asked for is not there.
+    `kind` is "torchrun", "slurm" or None; `started`: torchrun started this command. Raises ArgumentError if the
+    environment of the given kind is missing or invalid.
     """
     if kind == "slurm":
         rank, size, job = (_number(environment, name, "--ranks slurm", "srun") for name in _SLURM.values())
@@ -56,8 +56,8 @@ def place_of(kind: str | None, environment: Mapping[str, str], started: bool) ->
         address = environment.get("MASTER_ADDR") or first_host(nodes)
         if not address:
             raise ArgumentError(
-                "--ranks slurm finds no SLURM_JOB_NODELIST, whose first host the ranks meet at; start it by srun, or"
-                " set MASTER_ADDR"
+                "--ranks slurm finds no SLURM_JOB_NODELIST to take the first host from; start this command with srun,"
+                " or set MASTER_ADDR"
             )
         port = _number(environment, "MASTER_PORT", "", "") if "MASTER_PORT" in environment else 20000 + job % 12000
         return Place(rank, size, address, port)
@@ -72,16 +72,16 @@ def place_of(kind: str | None, environment: Mapping[str, str], started: bool) ->
 def _number(environment: Mapping[str, str], name: str, option: str, starter: str) -> int:
     found = environment.get(name)
     if found is None:
-        raise ArgumentError(f"{option} is given, but {name} is not set; start this command by {starter}")
+        raise ArgumentError(f"{option} is given, but {name} is not set; start this command with {starter}")
     if not re.fullmatch(r"[0-9]{1,18}", found):
         raise ArgumentError(
-            f"{name} is '{shown(found)}', which is not a number; start this command by torchrun or srun"
+            f"{name} is '{shown(found)}', which is not a number; start this command with torchrun or srun"
         )
     return int(found)
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of a list as SLURM writes it.
+    """Return the first host of a SLURM node list.
 
     >>> first_host("gpu[003-010,12],login"), first_host("rack[1-2]n[04,7]"), first_host("alpha,beta")
     ('gpu003', 'rack1n04', 'alpha')
@@ -91,7 +91,7 @@ def first_host(nodes: str) -> str:
 
 
 def is_started_by_torchrun() -> bool:
-    """Whether the parent of this process is torchrun, and its command line says to start this very command."""
+    """Whether the parent process is a torchrun that launched exactly this command."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:
@@ -99,34 +99,34 @@ def is_started_by_torchrun() -> bool:
     except OSError:
         return False
     own = [os.fsencode(each) for each in (sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:])]
-    before, told = parent[: -len(own)], parent[-len(own) :]
-    if before[-1:] == [b"--"]:  # by which torchrun is told that --start is not its own; it is not passed on
+    before, launched = parent[: -len(own)], parent[-len(own) :]
+    if before[-1:] == [b"--"]:  # ends torchrun's own options; not passed on
         before.pop()
     agents = (os.path.basename(each) in _AGENTS for each in before)  # noqa: PTH119 - bytes
-    return bool(own) and told == own and before[-1:] == [b"mergekit_imm"] and any(agents)
+    return bool(own) and launched == own and before[-1:] == [b"mergekit_imm"] and any(agents)
 
 
 _AGENTS = (b"torchrun", b"torch.distributed.run", b"torch.distributed.launch")
 
 
 @contextmanager
-def joined(kind: str | None) -> Iterator[Ranks | None]:
-    """Meet the other ranks, if there are any: see `place_of`. Raises ArgumentError, and RankError if one is missing."""
+def connected(kind: str | None) -> Iterator[Ranks | None]:
+    """Connect to the other ranks, if any (see `place_of`). Raises ArgumentError; RankError if one is missing."""
     place = place_of(kind, os.environ, kind is None and is_started_by_torchrun())
     if place is None or place.size == 1:
         yield None
         return
     import torch.distributed as dist
 
-    with _ended_by_signals():
+    with _default_signals():
         try:
-            store = _fresh(place)
+            store = _new_namespace(place)
             dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=COME)
             group = dist.new_group(timeout=WAIT)
         except (RuntimeError, ValueError) as error:
             raise RankError(
                 f"rank {place.rank} of {place.size} does not meet the others at {shown(place.address)}:{place.port}"
-                f" ({reason_of(error)}); see to it that all are started and reach that address"
+                f" ({reason_of(error)}); make sure that all are started and can reach that address"
             ) from error
     try:
         yield Ranks.of_group(group)
@@ -135,8 +135,8 @@ def joined(kind: str | None) -> Iterator[Ranks | None]:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGINT end the process at once: what waits in torch would hear of them at its end only."""
+def _default_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the process at once: Python handlers do not run while torch blocks."""
     numbers = signal.SIGTERM, signal.SIGINT
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
@@ -149,11 +149,11 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _fresh(place: Place) -> Store:
-    """Return a part of the store at a place that holds nothing yet, the same one for all ranks.
+def _new_namespace(place: Place) -> Store:
+    """Return an empty namespace of the store at a place, the same one for all ranks.
 
-    torchrun's store outlives the ranks that it restarts, and holds what those before them said. So each says a word of
-    its own, and rank 0 answers it until all have heard.
+    torchrun's store outlives the ranks it restarts and keeps their keys. So each rank sends a random word, and rank 0
+    answers it with the namespace until all ranks have acknowledged.
     """
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
