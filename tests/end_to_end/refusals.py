@@ -98,6 +98,11 @@ REFUSALS = (
         "--vocab needs all of them resized",
     ),
     Refusal(
+        "a second name of a head's bias that was resized, in an adapter",
+        lambda c: bool(c.merge.resized) and c.one.adapter is not None,
+        r"in sft .* only, .*\.decoder\.bias",
+    ),
+    Refusal(
         "a part beside a file that is given alone",
         lambda c: c.one.sft.form == "file" and bool(c.one.part or c.situation.beside),
         "in base .* only",
