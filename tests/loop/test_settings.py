@@ -46,7 +46,7 @@ def test_a_base_that_cannot_be_opened_begins_no_loop(base: str) -> None:
     with pytest.raises(CheckpointError, match="base bsae does not exist"):
         run_loop(asked("bsae", rounds=1), "run")
     run_loop(asked(base, rounds=1), "run")
-    with pytest.raises(OutputError, match="output ~nobody-here/run cannot be"):
+    with pytest.raises(OutputError, match="output ~nobody-here/run has no home folder"):
         run_loop(asked(base, rounds=1), "~nobody-here/run")
 
 

@@ -84,8 +84,8 @@ class Advice:
             for place, here, there in differences(base.config, result_config(base, sft, self.options))
             if shapes or "position" not in place  # the number of positions does not change that of tensors
         ]
-        told = first_few(found)
-        return f"the configs of {base.label} and {sft.label} differ ({told}): {TRAINED_FROM}" if found else ""
+        listed = first_few(found)
+        return f"the configs of {base.label} and {sft.label} differ ({listed}): {TRAINED_FROM}" if found else ""
 
     def _whole(self, names: Iterable[str]) -> set[str]:
         """Add what belongs to tensors: the other names of a tie, the other tensors of an expert."""
