@@ -88,6 +88,8 @@ def write_sft(situation: Situation, number: int, start: Input, folder: Path) -> 
     """Write the SFT of a round, full or an adapter."""
     one = situation.rounds[number]
     _check_equal_ends(situation, one.ends)
+    if one.ends == "equal" and "bart" in situation.architecture:
+        raise NotBuiltError("transformers does not tie a BART of tensors in memory, whatever its config says")
     seed = 100 * situation.seed + number
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")

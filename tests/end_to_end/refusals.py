@@ -89,7 +89,7 @@ REFUSALS = (
     ),
     Refusal(
         "a copy of what encoder and decoder share",
-        lambda c: c.tied and bool(c.adapter.saved),
+        lambda c: (c.tied and bool(c.adapter.saved)) or (c.adapter.embedding and c.situation.ends == "apart"),
         "trained apart from the embeddings of encoder and decoder",
     ),
     Refusal(
