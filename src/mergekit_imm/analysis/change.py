@@ -210,7 +210,7 @@ def checkpoint_change(
     threads = RunOptions(workers=workers).workers or default_workers()
     (plan,) = make_plans(open_inputs({"base": base, "sft": sft}, options))
     # Notes on the merged vocabulary do not apply: nothing is merged.
-    notes = [note for note in plan.notes if "--vocab" not in note and "the vocabulary is that of" not in note]
+    notes = [str(note) for note in plan.notes if note.code != "vocabulary"]
     rows = sorted({each.rows[0] for each in plan.inputs.values() if each.rows})
     if len(rows) > 1:
         notes.append(f"note: the vocabularies have {rows[0]} and {rows[-1]} rows; the first {rows[0]} are compared")

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..common.messages import shown
+from ..common.notes import note
 from ..errors import CheckpointError
 from ..model.tensor_names import folder_of
 from .checkpoint import Checkpoint
@@ -61,10 +62,8 @@ def assemble(
         tensors |= more
     notes = [note for file in (*files.values(), *files_beside.values()) for note in file.notes]
     if unread:
-        notes.append(
-            f"note: {label} stores {len(unread)} tensors twice, first '{shown(unread[0].name)}'; each is read from the"
-            " file its index names"
-        )
+        text = "{label} stores {count} tensors twice, first '{first}'; each is read from the file its index names"
+        notes.append(note("stored twice", text, label=label, count=len(unread), first=shown(unread[0].name)))
     return Checkpoint(
         role,
         ref,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.messages import shown
+from ..common.notes import Note
 from .lazy_tensor import Tensor
 from .parts import Part
 from .safetensors_file import Stamp, TensorFile, TensorInfo
@@ -35,7 +36,7 @@ class Checkpoint:
     commit: str | None = None
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)  # of the files that are read whole
     rows: tuple[int, int] | None = None  # of a resized vocabulary: as stored, as merged
-    notes: tuple[str, ...] = ()  # worth knowing, not errors
+    notes: tuple[Note, ...] = ()  # worth knowing, not errors
     part_configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # sub-folder -> its config.json
     adapters: tuple[str, ...] = ()  # sub-folders with an adapter, which is not part of the model
     unread: tuple[TensorInfo, ...] = ()  # stored but not used; a note says which

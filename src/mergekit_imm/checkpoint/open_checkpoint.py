@@ -11,6 +11,7 @@ from ..checkpoint import hub
 from ..common.checks import as_path
 from ..common.json_files import is_utf8
 from ..common.messages import shown
+from ..common.notes import Note, note
 from ..errors import CheckpointError
 from ..model.tensor_names import folder_of
 from ..options.recipe import RECIPE_FILE, parse_recipe, read_recipe
@@ -229,11 +230,12 @@ def _opened_beside(path: Path, name: str, label: str) -> TensorFile:
         ) from error
 
 
-def _note_of_adapter(top: Sequence[str], adapter: str | None, label: str) -> list[str]:
+def _note_of_adapter(top: Sequence[str], adapter: str | None, label: str) -> list[Note]:
     found = next((name for name in ADAPTERS if name in top), None)
     if found is None or adapter is not None:
         return []
-    return [f"note: {label} holds an adapter beside its weights, {found}, which is not merged"]
+    text = "{label} holds an adapter beside its weights, {file}, which is not merged"
+    return [note("adapter not merged", text, label=label, file=found)]
 
 
 def _left_out(everything: list[str], found: Checkpoint) -> tuple[str, ...]:

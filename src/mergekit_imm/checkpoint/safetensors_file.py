@@ -14,6 +14,7 @@ from typing import Any
 
 from ..common.json_files import parse_json, plain_size, without_duplicates
 from ..common.messages import shown
+from ..common.notes import Note
 from ..errors import ChangedError, CheckpointError
 
 # Bits per element of every dtype a header may name. MERGED are merged, WHOLE are copied, the rest is refused.
@@ -67,7 +68,7 @@ class TensorFile:
     metadata: dict[str, str]
     tensors: tuple[TensorInfo, ...]
     written: int = 0  # mtime in ns
-    notes: tuple[str, ...] = ()  # what was found in it besides tensors
+    notes: tuple[Note, ...] = ()  # what was found in it besides tensors
 
 
 def open_tensorfile(path: Path, name: str) -> TensorFile:

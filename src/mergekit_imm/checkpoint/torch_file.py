@@ -22,6 +22,7 @@ from typing import Any
 
 from ..common.json_files import plain_size
 from ..common.messages import shown
+from ..common.notes import note
 from ..errors import CheckpointError
 from .safe_pickle import AGAIN, CURE, DTYPES, LIMIT, load_pickle, mapping, numbers
 from .safetensors_file import DTYPE_BITS, TensorFile, TensorInfo, open_to_read
@@ -269,8 +270,9 @@ def open_torch_file(path: Path, name: str) -> TensorFile:
         os.close(descriptor)
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
     more = ", …" if len(others) > 4 else ""
-    note = f"note: left out of {where}, as they are no tensors: {', '.join(map(shown, others[:4]))}{more}"
-    notes = (note,) if others else ()
+    listed = ", ".join(map(shown, others[:4])) + more
+    left_out = note("not tensors", "left out of {where}, as they are no tensors: {names}", where=where, names=listed)
+    notes = (left_out,) if others else ()
     return TensorFile(name, path, status.st_size, {}, tuple(tensors), status.st_mtime_ns, notes=notes)
 
 

@@ -16,6 +16,7 @@ from ..checkpoint.assemble import in_part
 from ..checkpoint.safetensors_file import TensorInfo, open_tensorfile
 from ..common.abandoned import when_unused
 from ..common.messages import shown
+from ..common.notes import note
 from ..errors import OutputError
 from ..numerics.statistics import RECORD
 from ..options.options import Progress
@@ -94,7 +95,8 @@ def _create_folder(job: Job, recipe: bytes, size: int, stack: ExitStack) -> _Out
         or any(_own_size(partial / name) != size for name, size in job.sizes.items())
     ):
         if journal.has_records(partial):
-            job.notes.append("note: the unfinished merge lost files, or another version began it; starting over")
+            text = "the unfinished merge lost files, or another version began it; starting over"
+            job.notes.append(note("starting over", text))
         journal.empty(partial)
     (partial / STOP).unlink(missing_ok=True)
     own = journal.Journal(partial, recipe, total)

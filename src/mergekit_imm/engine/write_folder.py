@@ -11,6 +11,7 @@ from typing import Any
 
 from ..checkpoint.reader import check_inputs
 from ..common.messages import first_few, shown
+from ..common.notes import note
 from ..errors import ArgumentError, ChangedError, CheckpointError, MismatchError, NonFiniteError, OutputError
 from ..options.options import Progress, RunOptions
 from ..options.recipe import differences, read_recipe, to_json, without_places
@@ -163,9 +164,8 @@ def _lock_folders(pairs: Sequence[tuple[Job, Recipe]], ranks: Ranks, stack: Exit
         with errors_of([job]):
             created = direct_io.make_folder(job.partial)
             if stack.enter_context(paths.locked(job.partial)) is None:
-                job.notes.append(
-                    f"note: the filesystem of {shown(job.out)} has no locks: make sure that nothing else merges there"
-                )
+                text = "the filesystem of {out} has no locks: make sure that nothing else merges there"
+                job.notes.append(note("no locks", text, out=shown(job.out)))
             stack.callback(_remove_empty, {job.partial, *created})
             _recheck(job, recipe)
     return [number for number, (job, recipe) in enumerate(pairs) if _is_unwritten(job, recipe)]

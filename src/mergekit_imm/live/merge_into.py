@@ -24,7 +24,8 @@ from ..checkpoint.lazy_tensor import Tensor as Side
 from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
 from ..checkpoint.safetensors_file import MERGED, fingerprint
 from ..common.json_files import parse_json, read_small
-from ..common.messages import for_caller, shown
+from ..common.messages import shown
+from ..common.notes import note
 from ..engine.workers import default_workers
 from ..errors import CheckpointError, MismatchError, PartialMergeError
 from ..model.tensor_names import is_embedding_or_head, ready_option, tied_key, unwrapped
@@ -159,8 +160,9 @@ def _report(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: De
     counts = Counter({"keep": "kept", "take": "taken", "copy": "copied"}.get(i.action, "merged") for i in decided.items)
     notes = [note for each in inputs.values() for note in each.notes]
     if decided.ties.broken:
-        notes.append(f"note: {decided.ties.broken}: both are merged under their own names")
-    return LiveReport(dict(counts), options.round, list(map(for_caller, notes)))
+        text = "{broken}: both are merged under their own names"
+        notes.append(note("tie broken", text, broken=decided.ties.broken))
+    return LiveReport(dict(counts), options.round, list(map(str, notes)))
 
 
 def _opened(refs: Mapping[str, str | Path], options: MergeOptions, *, dry_run: bool = False) -> dict[str, Checkpoint]:

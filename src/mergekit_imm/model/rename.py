@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..common.messages import shown
+from ..common.notes import Note, note
 from ..errors import ArgumentError
 from .spellings import canonical
 from .tensor_names import blanked, folder_of
@@ -211,12 +212,19 @@ def _holds(prefix: str, other: str, lost: Mapping[str, Shape], left: Mapping[str
     return all(target in left and _fits(shape, left[target]) for shape, target in pairs)
 
 
-def mapping_note(original_names: Mapping[str, str], label: str, base: str) -> str:
+def mapping_note(original_names: Mapping[str, str], label: str, base: str) -> Note:
     """Return a note on how a model's names were mapped to the base's; `original_names`: the base's name -> its own."""
     rules = rules_of(original_names)
     listed = [f"{shown(old)} is {shown(new)} ({count})" for old, new, count in rules[:4]]
     more = f" and {len(rules) - 4} more rules (--dry-run lists them)" if len(rules) > 4 else ""
-    return f"note: {len(original_names)} names of {label} differ from those of {base}: {', '.join(listed)}{more}"
+    return note(
+        "names mapped",
+        "{count} names of {label} differ from those of {base}: {rules}",
+        count=len(original_names),
+        label=label,
+        base=base,
+        rules=", ".join(listed) + more,
+    )
 
 
 def rules_of(original_names: Mapping[str, str]) -> list[tuple[str, str, int]]:

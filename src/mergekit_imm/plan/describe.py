@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
-from ..common.messages import for_caller
+from ..common.notes import Note, note
 from ..errors import MergeError
 from ..model.rename import rules_of
 from ..model.tensor_names import blanked, is_embedding_or_head
@@ -52,7 +52,7 @@ class CheckReport:
 
 
 def description(
-    inputs: Mapping[str, Checkpoint], items: Iterable[Item], plan: Plan | None, notes: Iterable[str]
+    inputs: Mapping[str, Checkpoint], items: Iterable[Item], plan: Plan | None, notes: Iterable[Note]
 ) -> dict[str, Any]:
     """Return the fields that both reports share; without a plan, those that are known."""
     return {
@@ -61,7 +61,7 @@ def description(
         "config_changes": dict(plan.config_changes) if plan else {},
         "side_files": side_files(plan) if plan else {},
         "left_out": left_out(inputs),
-        "notes": list(map(for_caller, notes)),
+        "notes": list(map(str, notes)),
     }
 
 
@@ -102,7 +102,7 @@ def check(
     )
 
 
-def _other_tokens(base: Checkpoint, sft: Checkpoint, vocab: str) -> list[str]:
+def _other_tokens(base: Checkpoint, sft: Checkpoint, vocab: str) -> list[Note]:
     """Note token ids that differ between vocabularies of the same size, which a merge does not compare."""
     if vocab != "strict":
         return []  # already checked
@@ -113,7 +113,7 @@ def _other_tokens(base: Checkpoint, sft: Checkpoint, vocab: str) -> list[str]:
     try:
         check_tokens(base, sft, rows, "their rows are merged anyway; make sure that this is intended")
     except MergeError as error:
-        return [f"note: {error}"]
+        return [note("other tokens", "{error}", error=error.args[0])]
     return []
 
 

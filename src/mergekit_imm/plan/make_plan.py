@@ -17,6 +17,7 @@ from ..checkpoint.reader import same_bytes
 from ..checkpoint.safetensors_file import MERGED, fingerprint
 from ..checkpoint.side_files import is_side_file
 from ..common.messages import bytes_text, shown
+from ..common.notes import Note, note
 from ..errors import MismatchError
 from ..model.config import is_other_class, merged_config
 from ..model.tensor_names import folder_of, is_embedding_or_head, is_input_embedding
@@ -53,18 +54,24 @@ def plan_of(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: De
     notes = list(plan.notes)
     if linked:
         more = ", …" if len(linked) > 4 else ""
-        notes.append(f"note: left out, because they are links to folders: {', '.join(map(shown, linked[:4]))}{more}")
+        listed = ", ".join(map(shown, linked[:4])) + more
+        notes.append(note("links left out", "left out, because they are links to folders: {links}", links=listed))
     limit = options.max_shard_size
     larger = [out for item in plan.items for out in item.outs if limit is not None and out.nbytes > limit]
     if larger:
         first = max(larger, key=lambda out: out.nbytes)
         files = "it has a file of its own" if len(larger) == 1 else f"{len(larger)} tensors have files of their own"
         notes.append(
-            f"note: '{shown(first.name)}' has {bytes_text(first.nbytes)}, more than --max-shard-size: {files}, because"
-            " tensors are not split"
+            note(
+                "large tensor",
+                "'{name}' has {size}, more than --max-shard-size: {files}, because tensors are not split",
+                name=shown(first.name),
+                size=bytes_text(first.nbytes),
+                files=files,
+            )
         )
     if same_place(inputs["base"], inputs["sft"]):
-        notes.append("note: BASE and SFT are the same model; the result is that model")
+        notes.append(note("same model", "BASE and SFT are the same model; the result is that model"))
     return replace(plan, notes=tuple(notes))
 
 
@@ -104,7 +111,8 @@ def assign_files(inputs: Mapping[str, Checkpoint], options: MergeOptions, decide
     side, notes = _side_files(inputs, configs)
     notes = [*(note for each in inputs.values() for note in each.notes), *notes]
     if broken:
-        notes.append(f"note: {broken}: both are merged under their own names, and config.json says untied")
+        text = "{broken}: both are merged under their own names, and config.json says untied"
+        notes.append(note("tie broken", text, broken=broken))
     plan = Plan(
         options=options,
         inputs=inputs,
@@ -152,7 +160,7 @@ def _config(
 
 def _side_files(
     inputs: Mapping[str, Checkpoint], configs: Collection[str]
-) -> tuple[dict[str, tuple[str, Path | None]], list[str]]:
+) -> tuple[dict[str, tuple[str, Path | None]], list[Note]]:
     """Return which other files to copy from which input (sft's first), and notes on adapters left out."""
     base, sft = inputs["base"], inputs["sft"]
     is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
@@ -167,8 +175,12 @@ def _side_files(
         if not of_adapter and not (of_model and is_other and path in base.side):
             side[path] = ("sft", file)
     notes = [
-        f"note: {sft.label} holds an adapter in {shown(folder)}, which is not merged; to merge it, give that folder as"
-        " SFT"
+        note(
+            "adapter not merged",
+            "{label} holds an adapter in {folder}, which is not merged; to merge it, give that folder as SFT",
+            label=sft.label,
+            folder=shown(folder),
+        )
         for folder in alone
     ]
     return {path: source for path, source in side.items() if path not in configs}, notes

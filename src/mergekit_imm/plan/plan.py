@@ -15,6 +15,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
 from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
 from ..checkpoint.side_files import OWN
+from ..common.notes import Note
 from ..numerics.mask import Arithmetic
 from ..options.options import MergeOptions
 from .shard_layout import OutputFile
@@ -105,7 +106,7 @@ class Plan:
     configs: Mapping[str, bytes]  # changed config.json files by path
     config_changes: Mapping[str, Any]
     side: Mapping[str, tuple[str, Path | None]]  # path -> role and file to copy
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[Note, ...] = field(default=())
 
     @cached_property
     def beside(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from ..checkpoint.lazy_tensor import Tensor, fill_as, is_delta
 from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
+from ..common.notes import Note, note
 from .plan import Item, Plan, same_place
 
 SAMPLED = 1024  # elements in the middle of each tensor
@@ -47,7 +48,7 @@ def _values(tensor: Tensor, role: str, first: int, count: int, files: Files) -> 
     return raw.view(np.float64 if dtype == "F64" else np.float32).astype(np.float64)
 
 
-def note_if_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -> list[str]:
+def note_if_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -> list[Note]:
     """Return a note if the sft looks like its start, before a merge."""
     if same_place(inputs["base"], inputs["sft"]) or not looks_unchanged(inputs, items):
         return []  # one folder given twice has its own note
@@ -60,10 +61,11 @@ def is_unchanged(plan: Plan, records: npt.NDArray[np.float64]) -> bool:
     return merged and not records[:, 0].any() and not same_place(plan.inputs["base"], plan.inputs["sft"])
 
 
-def note_of(inputs: Mapping[str, Checkpoint], how: str) -> str:
+def note_of(inputs: Mapping[str, Checkpoint], how: str) -> Note:
     """Return the note that sft equals start, and where the trained weights may be; `how` says what was compared."""
     sft, start = inputs["sft"], inputs.get("start", inputs["base"])
     cure = "was it trained, and saved?"
     if sft.adapters:
         cure = f"the trained weights may be the adapter in {shown(sft.adapters[0])}: give that folder as SFT"
-    return f"note: {sft.label} equals {start.label}, {how}; the merge changes nothing: {cure}"
+    text = "{sft} equals {start}, {how}; the merge changes nothing: {cure}"
+    return note("sft equals start", text, sft=sft.label, start=start.label, how=how, cure=cure)

@@ -16,6 +16,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Computed, Matrix, Read, Reads, Tensor, decoded
 from ..checkpoint.safetensors_file import TensorInfo
 from ..common.messages import shown
+from ..common.notes import note
 from ..errors import CheckpointError, MismatchError
 from ..model.config import quantisation
 from ..model.tensor_names import ready_option
@@ -159,14 +160,22 @@ def dequantized(checkpoint: Checkpoint, copied: Copied) -> Checkpoint:
             f"{checkpoint.label} stores '{shown(orphan)}', scales of a weight that is missing or not FP8; use a"
             " complete FP8 checkpoint, or an unquantised one"
         )
-    note = f"note: left out {len(unused)} scales of activations or marks of {checkpoint.label}, which only FP8 needs"
-    note += f", such as '{shown(unused[0])}'" if unused else ""
+    left_out = [
+        note(
+            "scales left out",
+            "left out {count} scales of activations or marks of {label}, which only FP8 needs, such as '{first}'",
+            count=len(unused),
+            label=checkpoint.label,
+            first=shown(first),
+        )
+        for first in unused[:1]
+    ]
     return replace(
         checkpoint,
         tensors={name: weights.get(name, tensor) for name, tensor in tensors.items() if name not in gone},
         side={path: file for path, file in checkpoint.side.items() if path not in _QUANTISER_FILES},
         left_out=(*checkpoint.left_out, *(path for path in checkpoint.side if path in _QUANTISER_FILES)),
-        notes=(*checkpoint.notes, note) if unused else checkpoint.notes,
+        notes=(*checkpoint.notes, *left_out),
         unread=(*checkpoint.unread, *(tensor for name in unused if isinstance(tensor := tensors[name], TensorInfo))),
     )
 

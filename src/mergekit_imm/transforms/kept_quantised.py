@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import leaves
 from ..common.messages import shown
+from ..common.notes import note
 from ..errors import CheckpointError
 from ..model.tensor_names import ready_option
 from .fp8 import Dequantized, stated_quantisation
@@ -39,13 +40,18 @@ def without_kept(inputs: Mapping[str, Checkpoint], chosen: Copied) -> dict[str, 
         }
         gone = [name for name in each.tensors if name not in base.tensors and (name in own or name in parts)]
         if gone:
-            note = (
-                f"note: {len(gone)} tensors of {each.label}, such as '{shown(gone[0])}', are not merged: {base.label}"
-                " has them in another form, which is kept"
+            kept = note(
+                "other form kept",
+                "{count} tensors of {label}, such as '{first}', are not merged: {base} has them in another form,"
+                " which is kept",
+                count=len(gone),
+                label=each.label,
+                first=shown(gone[0]),
+                base=base.label,
             )
             tensors = {name: tensor for name, tensor in each.tensors.items() if name not in {*gone}}
             unread = tuple(leaf for name in gone for _, leaf in leaves(each.tensors[name], role))
-            found[role] = replace(each, tensors=tensors, notes=(*each.notes, note), unread=(*each.unread, *unread))
+            found[role] = replace(each, tensors=tensors, notes=(*each.notes, kept), unread=(*each.unread, *unread))
     return found
 
 

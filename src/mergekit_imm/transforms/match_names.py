@@ -14,6 +14,7 @@ from dataclasses import replace
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor, renamed, transposed
 from ..common.messages import shown
+from ..common.notes import Note, note
 from ..errors import ArgumentError, MismatchError
 from ..model.config import says_tied
 from ..model.rename import Shape, apply_rules, by_folder, by_name, by_prefix, carried, mapping_note
@@ -118,7 +119,7 @@ def _shape(name: str, tensor: Tensor) -> Shape:
 
 def _match_experts(
     checkpoint: Checkpoint, base: Checkpoint, tensors: dict[str, Tensor], original_names: dict[str, str]
-) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
+) -> tuple[dict[str, Tensor], dict[str, str], tuple[Note, ...]]:
     """Split fused experts or fuse single ones, as the base stores them."""
     unmatched = [name for name in tensors if name not in base.tensors]
     layout = single_layout(base.tensors)
@@ -149,7 +150,7 @@ def _match_experts(
 
 def _transpose_experts(
     checkpoint: Checkpoint, tensors: dict[str, Tensor], expected: Callable[[str], Collection[tuple[int, ...]]]
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+) -> tuple[dict[str, Tensor], tuple[Note, ...]]:
     """Transpose the fused experts that are stored as [in, out] and expected as [out, in], or the reverse."""
     found, unknown = find_transposed(tensors, expected)
     if unknown is not None:
@@ -161,8 +162,14 @@ def _transpose_experts(
         return tensors, ()
     first = next(name for name in tensors if name in found)
     shape = tensors[first].shape
-    note = (
-        f"note: {len(found)} tensors of experts of {checkpoint.label} are stored transposed, '{shown(first)}'"
-        f" {list(shape)} for {list(transposed_shape(shape))}; they are transposed to match the base"
+    turned = note(
+        "experts transposed",
+        "{count} tensors of experts of {label} are stored transposed, '{first}' {shape} for {wanted}; they are"
+        " transposed to match the base",
+        count=len(found),
+        label=checkpoint.label,
+        first=shown(first),
+        shape=list(shape),
+        wanted=list(transposed_shape(shape)),
     )
-    return {name: transposed(t, checkpoint.role) if name in found else t for name, t in tensors.items()}, (note,)
+    return {name: transposed(t, checkpoint.role) if name in found else t for name, t in tensors.items()}, (turned,)

@@ -9,6 +9,7 @@ from typing import Any
 from ..checkpoint.checkpoint import Checkpoint
 from ..common.json_files import parse_json, read_small
 from ..common.messages import shown
+from ..common.notes import Note, note
 from ..errors import CheckpointError, MismatchError
 
 _FAST, _VOCAB, _LINES = "tokenizer.json", "vocab.json", "vocab.txt"
@@ -19,19 +20,20 @@ _SHOWN = 3
 Table = dict[int, str]
 
 
-def check_tokens(one: Checkpoint, other: Checkpoint, rows: int, cure: str) -> str:
+def check_tokens(one: Checkpoint, other: Checkpoint, rows: int, cure: str) -> Note | None:
     """Check that ids below `rows` are the same tokens in two models, where both define them.
 
-    Returns a note if a model has no tokenizer, so that nothing was compared, else "". Raises MismatchError that lists
+    Returns a note if a model has no tokenizer, so that nothing was compared, else None. Raises MismatchError that lists
     the differences and ends in `cure`, CheckpointError for a tokenizer that cannot be compared.
     """
     lacking = next((each for each in (one, other) if not _names(each)), None)
     if lacking is not None:
-        return f"note: {lacking.label} has no tokenizer, so the models' tokens were not compared"
+        text = "{label} has no tokenizer, so the models' tokens were not compared"
+        return note("no tokenizer", text, label=lacking.label)
     if any(each.side[name] is None for each in (one, other) for name in _names(each)):
-        return ""  # a dry run on a hub id; the merge compares them
+        return None  # a dry run on a hub id; the merge compares them
     if _same_files(one, other, _names(one) | _names(other)):
-        return ""
+        return None
     tables = [token_table(each) for each in (one, other)]
     opaque = {name for each in (one, other) if not _has_table(each) for name in _names(each) if _OPAQUE.fullmatch(name)}
     if opaque and not _same_files(one, other, opaque):
@@ -46,7 +48,7 @@ def check_tokens(one: Checkpoint, other: Checkpoint, rows: int, cure: str) -> st
         if number < rows and tables[1].get(number, token) != token
     ]
     if not differing:
-        return ""
+        return None
     listed = ", ".join(f"{n} ('{shown(a)}' and '{shown(b)}')" for n, a, b in differing[:_SHOWN])
     more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
     raise MismatchError(

@@ -9,6 +9,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Extended, Piece, Tensor, is_delta, sliced
 from ..checkpoint.safetensors_file import MERGED
 from ..common.messages import shown
+from ..common.notes import Note, note
 from ..errors import CheckpointError, MismatchError
 from ..model.config import says_tied
 from ..model.tensor_names import is_embedding_or_head, layer_key, ready_option
@@ -33,7 +34,7 @@ def resized(inputs: Inputs, options: MergeOptions) -> dict[str, Checkpoint]:
     base, sft = used["base"], used["sft"]
     rows = _row_counts(used)
     ends = _embeddings_and_heads(base)
-    notes = []
+    notes: list[Note | None] = []
     if ends:
         whole = ready_option("--take", *ends)
         cure = f"rows of different tokens are not merged: omit --vocab and take the tensors from the sft: {whole}"
@@ -42,30 +43,46 @@ def resized(inputs: Inputs, options: MergeOptions) -> dict[str, Checkpoint]:
             common = min(rows[each.role], rows["base"]) if rows else most
             notes.append(check_tokens(base, each, common, cure))
     else:
-        notes.append(f"note: {base.label} has no embedding under a known name; --vocab only chooses the other files")
+        text = "{label} has no embedding under a known name; --vocab only chooses the other files"
+        notes.append(note("vocabulary", text, label=base.label))
     found = dict(inputs)
     if rows:
         found |= _with_rows(used, rows, options.vocab)
         notes += _notes(used, rows, options.vocab)
-    found["base"] = replace(found["base"], notes=tuple(filter(None, notes)))
+    found["base"] = replace(found["base"], notes=tuple(each for each in notes if each is not None))
     if options.vocab == "base":
         left_out = tuple(sorted({*sft.left_out, *sft.side}))
         found["sft"] = replace(found["sft"], side={}, left_out=left_out)
     return found
 
 
-def _notes(used: Inputs, rows: Mapping[str, int], owner: str) -> list[str]:
+def _notes(used: Inputs, rows: Mapping[str, int], owner: str) -> list[Note]:
     size, common = rows[owner], min(rows.values())
     notes = []
     if size > common:
         lacking = next(used[role].label for role in rows if rows[role] == common)
         notes.append(
-            f"note: the vocabulary is that of {used[owner].label}, {size} rows; {common} are merged, and the"
-            f" {size - common} that {lacking} lacks are copied"
+            note(
+                "vocabulary",
+                "the vocabulary is that of {owner}, {size} rows; {common} are merged, and the {rest} that {lacking}"
+                " lacks are copied",
+                owner=used[owner].label,
+                size=size,
+                common=common,
+                rest=size - common,
+                lacking=lacking,
+            )
         )
     notes += [
-        f"note: {rows[role] - size} rows of {used[role].label} beyond the {size} of {used[owner].label} are left out"
-        f" (--vocab {owner})"
+        note(
+            "vocabulary",
+            "{rows} rows of {label} beyond the {size} of {whose} are left out (--vocab {owner})",
+            rows=rows[role] - size,
+            label=used[role].label,
+            size=size,
+            whose=used[owner].label,
+            owner=owner,
+        )
         for role in ("base", "sft")
         if rows[role] > size
     ]
