@@ -18,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from checkpoints import State, random_state, read_model, same_bits, write_model
 from mergekit_imm import ArgumentError, MismatchError, dare_merge, merge_checkpoints, verify
-from mergekit_imm.model.rename import by_prefix
+from mergekit_imm.model.rename_rules import by_prefix
 from models import fine_tuned, load, new_model, save
 
 IN_MEMORY = {"save_original_format": False}  # makes transformers 5 write the names in memory

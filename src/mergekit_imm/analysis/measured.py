@@ -22,7 +22,7 @@ from ..errors import (
     extra_error,
 )
 from ..model.config import quantisation
-from ..model.rename import by_prefix
+from ..model.rename_rules import by_prefix
 from ..model.tensor_names import layer_key, resolve_layers, unwrapped, weight_kind
 from ..options.layer_factors import IMPORTANCE_FORMAT, Importance
 from ..options.recipe import to_json

@@ -13,7 +13,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.open_checkpoint import open_checkpoint
 from ..common.messages import shown
 from ..errors import ArgumentError
-from ..model.rename import parse_rename
+from ..model.rename_rules import parse_rename
 from ..numerics.mask import arithmetic
 from ..options.options import MergeOptions, RunOptions, layer_factors_of, options_from, with_files_read
 from ..plan.compatibility import selector

@@ -19,7 +19,7 @@ from typing import Any
 from ..common.checks import as_number, as_path, is_integer
 from ..common.messages import shown
 from ..errors import ArgumentError
-from ..model.rename import parse_rename
+from ..model.rename_rules import parse_rename
 from ..numerics.mask import arithmetic, check_round
 from ..numerics.sparsifiers import parse_sparsify
 from .layer_factors import (

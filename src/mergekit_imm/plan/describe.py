@@ -12,7 +12,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
 from ..common.notes import Note, note
 from ..errors import MergeError
-from ..model.rename import rules_of
+from ..model.rename_rules import rules_of
 from ..model.tensor_names import blanked, is_embedding_or_head
 from ..options.options import MergeOptions
 from ..transforms.sparsified_delta import Sparsified

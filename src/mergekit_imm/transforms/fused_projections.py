@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from ..checkpoint.lazy_tensor import Piece, Pieces, Tensor, sliced
-from ..model.spellings import JOINTS, canonical
+from ..model.layout_names import JOINTS, canonical
 
 Named = tuple[dict[str, Tensor], dict[str, str]]  # tensors by name, and their original names
 

@@ -12,7 +12,7 @@ from ..checkpoint.safetensors_file import MERGED, TensorInfo
 from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError
 from ..model.config import says_tied
-from ..model.rename import mapping_note
+from ..model.rename_rules import mapping_note
 from ..model.tensor_names import is_input_embedding, is_output_head
 from .experts import fused_shape, single_layout, split_experts
 from .lora_config import MERGE_FIRST, read_settings, scaling_of

@@ -11,7 +11,7 @@ from ..checkpoint.parts import leave_out_option
 from ..common.messages import shown
 from ..errors import MismatchError
 from ..model.config import says_tied
-from ..model.rename import Shape, apply_rules, by_name
+from ..model.rename_rules import Shape, apply_rules, by_name
 from ..model.tensor_names import (
     is_embedding_or_head,
     is_input_embedding,

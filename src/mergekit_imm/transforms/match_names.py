@@ -17,8 +17,8 @@ from ..common.messages import shown
 from ..common.notes import Note, note
 from ..errors import ArgumentError, MismatchError
 from ..model.config import says_tied
-from ..model.rename import Shape, apply_rules, by_folder, by_name, by_prefix, carried, mapping_note
-from ..model.spellings import canonical
+from ..model.layout_names import canonical
+from ..model.rename_rules import Shape, apply_rules, by_folder, by_name, by_prefix, carried, mapping_note
 from ..model.tensor_names import is_embedding_or_head, is_output_head, unwrapped
 from .experts import (
     find_transposed,

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from checkpoints import State, random_state, read_model, same_bits, write_model
 from mergekit_imm import MismatchError, dare_merge, merge_checkpoints
-from mergekit_imm.model.rename import by_name
-from mergekit_imm.model.spellings import canonical
+from mergekit_imm.model.layout_names import canonical
+from mergekit_imm.model.rename_rules import by_name
 from models import fine_tuned
 
 SCRIPTS = Path(__file__).parents[3] / "docs" / "scripts"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..common.messages import shown
 from ..common.notes import Note, note
 from ..errors import ArgumentError
-from .spellings import canonical
+from .layout_names import canonical
 from .tensor_names import blanked, folder_of
 
 Shape = tuple[int, ...] | None  # None: unknown
