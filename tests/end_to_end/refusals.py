@@ -103,6 +103,11 @@ REFUSALS = (
         r"in sft .* only, .*\.decoder\.bias",
     ),
     Refusal(
+        "ranks by pattern of tied ends, which PEFT then gives another",
+        lambda c: c.adapter.ensure_weight_tying and c.adapter.patterns,
+        r"and rank \d+ for it",
+    ),
+    Refusal(
         "a part beside a file that is given alone",
         lambda c: c.one.sft.form == "file" and bool(c.one.part or c.situation.beside),
         "in base .* only",

@@ -27,6 +27,8 @@ KNOWN = (
     '{"ends": "apart", "rounds": [{"drop": 0.5}]}',
     '{"rounds": [{"rows": 4, "vocab": "sft", "drop": 0.5}, {"adapter": {"targets": ["q_proj"]}, "vocab": "sft"}]}',
     '{"architecture": "distilbert", "ends": "tied", "rounds": [{"adapter": {"targets": ["k_lin"], "head": true}}]}',
+    '{"architecture": "bert", "ends": "tied", "rounds": [{"adapter": {"targets": ["dense"], "head": true,'
+    ' "bias": "lora_only"}}]}',
     '{"architecture": "t5", "ends": "tied", "base": {"every_name": true}, "rounds": [{"drop": 0.5}]}',
 )
 

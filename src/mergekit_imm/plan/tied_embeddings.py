@@ -267,6 +267,8 @@ def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: Sam
             raise CheckpointError(f"{adapter.label} changes {both}, which are one tensor; {MERGE_FIRST}")
         return [members]
     left = [name for name in members if name not in held]
+    if any(name.endswith(".bias") and not _is_copy(adapter, name) for name in whole):
+        return [members]  # a bias is trained in place, beside the factors of its weight
     classes = _equal_classes(adapter, whole, same_bytes)
     tied = next(
         (each for each in classes if any(map(is_input_embedding, each)) and any(map(is_output_head, each))), None
@@ -275,6 +277,12 @@ def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: Sam
         tied += left
         return classes
     return [each for each in (*classes, left) if each]
+
+
+def _is_copy(adapter: Checkpoint, bias: str) -> bool:
+    """Whether an adapter holds the whole module of a bias, which PEFT copied to train it."""
+    weight = adapter.tensors.get(f"{bias.removesuffix('bias')}weight")
+    return weight is not None and is_stored(weight)
 
 
 def _check_rows(adapter: Checkpoint, model: Checkpoint, members: Sequence[str]) -> None:
