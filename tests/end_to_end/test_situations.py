@@ -29,6 +29,8 @@ KNOWN = (
     '{"architecture": "distilbert", "ends": "tied", "rounds": [{"adapter": {"targets": ["k_lin"], "head": true}}]}',
     '{"architecture": "bert", "ends": "tied", "rounds": [{"adapter": {"targets": ["dense"], "head": true,'
     ' "bias": "lora_only"}}]}',
+    '{"ends": "tied", "rounds": [{"ends": "untied", "rows": 4, "vocab": "sft"},'
+    ' {"adapter": {"targets": ["down_proj"]}, "vocab": "sft"}]}',
     '{"architecture": "t5", "ends": "tied", "base": {"every_name": true}, "rounds": [{"drop": 0.5}]}',
 )
 

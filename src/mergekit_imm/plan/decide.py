@@ -170,7 +170,9 @@ def _item(
     extended = [side.own.count for side in sides.values() if isinstance(side, Extended)]
     if action != "merge" or not extended:
         return item
-    return replace(item, common=extended[0], owner=p.vocab if p.vocab in sides else "base")
+    # An adapter leaves the rest to the start it was trained on, which may store a head that the base ties.
+    owners = ("sft", "start", "base") if p.vocab == "sft" else ("base",)
+    return replace(item, common=extended[0], owner=next(role for role in owners if role in sides))
 
 
 def _output_file(key: str, base_tensor: Tensor | None, source: Tensor, used: Mapping[str, Checkpoint]) -> str:

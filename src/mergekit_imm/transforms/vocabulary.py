@@ -12,7 +12,7 @@ from ..common.messages import shown
 from ..common.notes import Note, note
 from ..errors import CheckpointError, MismatchError
 from ..model.config import says_tied
-from ..model.tensor_names import is_embedding_or_head, layer_key, ready_option
+from ..model.tensor_names import is_embedding_or_head, is_input_embedding, layer_key, ready_option
 from ..options.options import MergeOptions
 from .lora_config import MERGE_FIRST
 from .tokenizer_files import check_tokens
@@ -218,6 +218,8 @@ def _owners_tensor(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
             if name in _all_embeddings_and_heads(used) and says_tied(used["base"].config)
             else ()
         )
+        if each.adapter is not None and is_input_embedding(name):
+            tied = ()  # a head that an adapter holds is a copy, trained apart from the embedding
         found = each.tensors.get(name) or next(iter(tied), None)
         if found is not None:
             return role, found
