@@ -124,7 +124,7 @@ REFUSALS = (
     ),
     Refusal(
         "rows of what a config ties and the model stores apart",
-        lambda c: bool(c.adapter.tokens) and c.situation.ends == "apart",
+        lambda c: bool(c.adapter.tokens) and (c.situation.ends == "apart" or "t5" in c.situation.architecture),
         "whether both change is not stored",
     ),
     Refusal(

@@ -77,6 +77,8 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
             names = shapes[folder, size]
             own = [name for name in embeddings if base.tensors[name].shape == size]
             for members in _classes_of_base(used, own, names, said, same_bytes):
+                if said is False and "t5" in str((config or {}).get("model_type")) and _heads(base, folder):
+                    _check_rows(used["sft"], base, members, ties_in_memory=True)
                 found, breaker, heads_apart = _split(used, members, same_bytes)
                 groups |= found
                 broken = broken or breaker
@@ -285,10 +287,20 @@ def _is_copy(adapter: Checkpoint, bias: str) -> bool:
     return weight is not None and is_stored(weight)
 
 
-def _check_rows(adapter: Checkpoint, model: Checkpoint, members: Sequence[str]) -> None:
-    """Refuse trained rows of a tensor that the config ties but the model stores apart: PEFT may change both."""
+def _heads(checkpoint: Checkpoint, folder: str) -> list[str]:
+    """Return the output heads that a checkpoint stores in a folder."""
+    return [name for name in checkpoint.tensors if folder_of(name) == folder and is_output_head(name)]
+
+
+def _check_rows(
+    adapter: Checkpoint, model: Checkpoint, members: Sequence[str], *, ties_in_memory: bool = False
+) -> None:
+    """Refuse trained rows of a tensor that the config ties but the model stores apart: PEFT may change both.
+
+    `ties_in_memory`: the config of a T5 says tied once it is loaded, whatever its file says.
+    """
     rows = next((name for name in members if isinstance(adapter.tensors.get(name), WithRows)), None)
-    if rows is not None and stated_tie(model.config_of(folder_of(rows))) is not False:
+    if rows is not None and (ties_in_memory or stated_tie(model.config_of(folder_of(rows))) is not False):
         raise CheckpointError(
             f"{adapter.label} changes rows of '{shown(rows)}', which the config of {model.label} ties to a tensor"
             f" stored apart: whether both change is not stored; {MERGE_FIRST}"
