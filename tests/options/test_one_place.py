@@ -17,8 +17,7 @@ from mergekit_imm import MergeError, iter_merged, merge_checkpoints, merge_into
 from mergekit_imm.cli.loop import loop_command
 from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.engine.merge import _Keywords
-from mergekit_imm.loop.state import OPTIONS
-from mergekit_imm.options.options import MergeOptions, RunOptions, as_arguments, names_of, options_from
+from mergekit_imm.options.options import LOOP_OPTIONS, MergeOptions, RunOptions, as_arguments, names_of, options_from
 from mergekit_imm.options.recipe import make_recipe, options_in, parse_recipe, to_json
 
 DECLARED = {each.name: each for each in (*fields(MergeOptions), *fields(RunOptions))}
@@ -55,7 +54,7 @@ def test_so_do_the_types_of_keywords_and_the_commands() -> None:
     assert set(_Keywords.__annotations__) == set(keywords_of(merge_checkpoints)) - SWEPT
     typed = {each.name for each in merge_command.params}
     assert set(DECLARED) - {"progress"} <= typed
-    assert set(OPTIONS) <= {each.name for each in loop_command.params}
+    assert set(LOOP_OPTIONS) <= {each.name for each in loop_command.params}
     helped = {each.name: getattr(each, "help", None) for each in merge_command.params}
     assert all(helped[name] == each.metadata["help"] for name, each in DECLARED.items() if name != "progress")
 

@@ -10,7 +10,7 @@ import click
 
 from ..common.messages import shown
 from ..common.version import __version__
-from ..options.options import DTYPES
+from ..options.options import DTYPES, LOOP_OPTIONS
 from .console import (
     CONTEXT,
     pictures_or_note,
@@ -67,19 +67,7 @@ Example:
     help="Model that merges pull towards: base (the paper), previous, or ema:DECAY of the merged models.",
 )
 @options_of(
-    "importance",
-    "shrink",
-    "clip",
-    "layer_factors",
-    "sparsify",
-    "reference",
-    "dtype",
-    "keep",
-    "no_drop",
-    "take",
-    "rename",
-    "leave_out",
-    "vocab",
+    *(name for name in LOOP_OPTIONS if name != "seed"),
     dtype={
         "type": DtypeChoice(["base", *DTYPES]),
         "help": "Dtype of float tensors; base: that of the same tensor in BASE.",

@@ -224,7 +224,8 @@ def iter_merged(
     """Merge two checkpoints and yield (name, tensor) pairs, as model loaders take them; write nothing.
 
     Arguments as in `merge_checkpoints`; the bits are those it would write. Tensors are on the CPU, in the order
-    of the base's files; a tied tensor is yielded under each name the base stores. Memory: one tensor at a time.
+    of the base's files; a tied tensor is yielded under each name the base stores. Memory: the yielded tensor and the
+    next; more only while less than 64 MiB wait.
     Headers are checked before the first tensor; after the last, that no input changed meanwhile. Raises MergeError.
 
     >>> names = [name for name, tensor in iter_merged(base_folder, sft_folder, alpha=0.5)]

@@ -10,7 +10,7 @@ from typing import Any
 from ..common.json_files import is_utf8, parse_json, read_small
 from ..common.messages import first_few, shown
 from ..errors import ArgumentError, CheckpointError, OutputError
-from ..options.options import MergeOptions, check_keywords, default_of, names_of
+from ..options.options import LOOP_OPTIONS, MergeOptions, check_keywords, default_of, names_of
 from ..options.recipe import differences, to_json
 from ..output import direct_io
 from ..schedules import parse_schedule
@@ -22,22 +22,6 @@ FORMAT, VERSION = "mergekit_imm loop", 1
 GENERATE = ("model", "output", "round", "base")
 TRAIN = ("model", "output", "data", "round", "base")
 EVALUATE = ("model", "json", "round", "base")
-OPTIONS = (
-    "seed",
-    "importance",
-    "shrink",
-    "clip",
-    "layer_factors",
-    "sparsify",
-    "reference",
-    "dtype",
-    "keep",
-    "no_drop",
-    "take",
-    "rename",
-    "leave_out",
-    "vocab",
-)
 MERGE, EVALUATE_MERGED = "merge", "evaluate merged"  # steps repeated for each alpha tried
 
 
@@ -108,7 +92,7 @@ def merge_options(settings: Settings, number: int, alpha: float) -> MergeOptions
 def to_dict(settings: Settings) -> dict[str, Any]:
     """Return settings as flat plain data, with every option of the imm-loop command."""
     values = {each.name: getattr(settings, each.name) for each in fields(settings) if each.name != "options"}
-    return values | {name: default_of(name) for name in OPTIONS} | dict(settings.options)
+    return values | {name: default_of(name) for name in LOOP_OPTIONS} | dict(settings.options)
 
 
 def from_dict(values: Mapping[str, Any]) -> Settings:

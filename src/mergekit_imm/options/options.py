@@ -272,6 +272,25 @@ class RunOptions:
         _check(self)
 
 
+# The options of every merge of a loop, as imm-loop takes them and loop.json holds them.
+LOOP_OPTIONS = (
+    "seed",
+    "importance",
+    "shrink",
+    "clip",
+    "layer_factors",
+    "sparsify",
+    "reference",
+    "dtype",
+    "keep",
+    "no_drop",
+    "take",
+    "rename",
+    "leave_out",
+    "vocab",
+)
+
+
 def _check(options: MergeOptions | RunOptions) -> None:
     for each in fields(options):
         check = each.metadata["check"]
