@@ -18,7 +18,7 @@ import pytest
 from checkpoints import files_of
 from commands import HUNG
 from mergekit_imm import merge_checkpoints
-from mergekit_imm.output import journal
+from mergekit_imm.ranks import ledger
 from merging_ranks import free_port, merged_by
 
 SLOW = """
@@ -162,7 +162,7 @@ def test_a_merge_that_a_training_job_starts_waits_for_nobody(pair: Path, case: P
 
 def until_recorded(partial: Path, processes: list[subprocess.Popen[str]]) -> None:
     """Wait until each rank has a record in its journal."""
-    paths = [partial / journal.name_of(rank) for rank in range(len(processes))]
+    paths = [ledger.journal_of(partial, rank) for rank in range(len(processes))]
     while not all(path.exists() and len(path.read_bytes().partition(b"\n")[2]) for path in paths):
         assert [process.poll() for process in processes] == [None] * len(processes)
         time.sleep(0.01)

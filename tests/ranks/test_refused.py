@@ -19,8 +19,8 @@ import torch
 from checkpoints import files_of, random_state, write_model
 from mergekit_imm import Ranks, merge_checkpoints
 from mergekit_imm.engine import workers
-from mergekit_imm.engine.stream import STOP
 from mergekit_imm.errors import ArgumentError, MismatchError, NonFiniteError, OutputError
+from mergekit_imm.ranks.ledger import STOP
 from merging_ranks import CONFIG, SHAPES, by_threads, merged_by, write_pair
 
 

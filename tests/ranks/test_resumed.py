@@ -14,9 +14,9 @@ import pytest
 
 from checkpoints import files_of
 from mergekit_imm import MergeReport, merge_checkpoints
-from mergekit_imm.engine import stream, workers
+from mergekit_imm.engine import workers
 from mergekit_imm.errors import OutputError
-from mergekit_imm.output import journal
+from mergekit_imm.ranks import ledger
 from merging_ranks import Run, merged_by
 
 
@@ -43,7 +43,7 @@ def test_another_number_of_ranks_goes_on(pair: Path, case: Path, sizes: tuple[in
         stopped = merged_by(sizes[0], workers=1)
     assert all(isinstance(each, KeyboardInterrupt) for each in stopped)
     assert {path.name for path in (case / "out.partial").glob(".imm_journal*")} == {
-        journal.name_of(rank) for rank in range(sizes[0])
+        ledger.journal_of(Path(), rank).name for rank in range(sizes[0])
     }
     report, *_ = merged_by(sizes[1])
     assert isinstance(report, MergeReport)
@@ -90,13 +90,13 @@ def test_journals_of_other_merges_are_not_believed(pair: Path, case: Path) -> No
 
 
 def test_a_lost_journal_is_found(case: Path) -> None:
-    end = stream._finish_folder
+    end = ledger.Ledger.settle
 
-    def lost(folder: Any, *arguments: Any) -> None:
+    def lost(self: Any, *arguments: Any) -> None:
         (case / "out.partial" / ".imm_journal-1").unlink()
-        end(folder, *arguments)
+        end(self, *arguments)
 
-    with patch("mergekit_imm.engine.stream._finish_folder", lost):
+    with patch.object(ledger.Ledger, "settle", lost):
         failed = merged_by(2)
     assert all(isinstance(each, OutputError) for each in failed)
     assert re.search(r"\d+ of the \d+ pieces of out.partial are in no rank's journal; run the same", str(failed[0]))

@@ -112,12 +112,12 @@ import os, signal
 from mergekit_imm import __main__
 from mergekit_imm.engine import stream
 stream.SYNC_BYTES = 2 << 20
-note = stream._OutputFolder.note
+note = stream._Output.note
 def noted(self, *arguments):
     note(self, *arguments)
     if self.job.written > SHARE * self.job.plan.bytes_to_write:
         os.kill(os.getpid(), signal.SIGKILL)
-stream._OutputFolder.note = noted
+stream._Output.note = noted
 __main__._begin("main")
 """
 

@@ -7,6 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ..common.messages import bytes_text, for_caller, shown
 from ..options.options import RunOptions
@@ -23,14 +27,15 @@ PER_TENSOR = 1024  # bytes of metadata
 class Job:
     """A plan being executed: its output folder, and the counts for the report."""
 
-    def __init__(self, plan: Plan, out: Path, options: RunOptions, began: float) -> None:
-        self.plan, self.out, self.options = plan, out, options
+    def __init__(self, plan: Plan, recipe: dict[str, Any], out: Path, options: RunOptions, began: float) -> None:
+        self.plan, self.recipe, self.out, self.options = plan, recipe, out, options
         self.workers = options.workers or default_workers()
         self.partial = paths.partial_of(out)
         self.began, self.planned = began, time.perf_counter()
         self.streamed: float | None = None
         self.verified: float | None = None
         self.read = self.written = 0
+        self.records: npt.NDArray[np.float64] | None = None  # statistics, one row for each segment, once streamed
         self.notes = list(plan.notes)
         self.sizes = {file.name: file.size for file in plan.files}
         self.whole = {**dict.fromkeys(plan.beside), **self.sizes}  # every file; None: any size

@@ -35,7 +35,7 @@ from ..options.recipe import (
 from ..plan.make_plan import make_plans
 from ..plan.open_inputs import prepared
 from ..plan.plan import Inputs, Plan, segments
-from ..ranks.ranks import ALONE, Ranks, together
+from ..ranks.ranks import ALONE, Ranks, on_leader, part_of_another, together
 from .report import written_files
 from .workers import Device, default_workers, pick_device, run_segments
 
@@ -144,10 +144,8 @@ def compare_folder(
     Each of several ranks compares a part of the tensors (`sample` is 1 then), rank 0 the small files.
     """
     everything = list(segments(plan))
-    # A part that another rank wrote, if there is one: this rank's own may still be in its machine's page cache.
-    part = (ranks.rank + ranks.size // 2) % ranks.size
-    first, last = (len(everything) * edge // ranks.size for edge in (part, part + 1))
-    chosen = everything[first:last]
+    mine = part_of_another(ranks, len(everything))
+    chosen = everything[mine]
     if sample < 1:
         chosen = random.sample(everything, max(1, round(sample * len(everything)))) if everything else []
         chosen.sort(key=lambda segment: segment.index)
@@ -183,27 +181,26 @@ def compare_folder(
                     progress(min(round(compared * ranks.size / sample), total), total)
         return compared
 
-    def compare_small() -> dict[str, bytes]:
+    def compare_small() -> tuple[list[str], list[str]]:
         expected = written_files(plan, recipe, records)
         if sample < 1:
             del expected[REPORT_FILE]
         _compare_files(plan, folder, expected, cure)
-        return expected
+        compared = [*(file.name for file in plan.files), *plan.side, *expected]
+        there = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+        return compared, [name for name in there if name not in {*compared, REPORT_FILE}]
 
     compared = together(ranks, recompute)
-    parts = ranks.gather((first, records[first:last]))
-    for at, each in parts:
-        records[at : at + len(each)] = each
-    expected = together(ranks, compare_small) if ranks.rank == 0 else together(ranks, dict[str, bytes])
-    files = [*(file.name for file in plan.files), *plan.side, *expected]
-    others = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()] if ranks.rank == 0 else []
+    for part, of_rank in ranks.gather((mine, records[mine])):
+        records[part] = of_rank
+    files, foreign = on_leader(ranks, compare_small)
     return VerifyReport(
         out=str(folder),
         segments=len(chosen),
         of_segments=len(everything),
         bytes_compared=compared,
         files_compared=files,
-        not_of_the_merge=[name for name in others if name not in {*files, REPORT_FILE}],
+        not_of_the_merge=foreign,
     )
 
 

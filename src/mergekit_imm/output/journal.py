@@ -1,18 +1,15 @@
 """The journal of a merge under way: which segments are certain to be on the disk.
 
-OUT.partial/.imm_journal     First line: the recipe. Then batches of finished segments, each recorded only after its
-                             bytes were synced. Removed when the folder is complete.
-OUT.partial/.imm_journal-N   The same of rank N, where several ranks write one folder. The next run takes them in.
+OUT.partial/.imm_journal   First line: the recipe. Then batches of finished segments, each recorded only after its bytes
+                           were synced. Removed when the folder is complete.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +28,18 @@ Entries = npt.NDArray[Any]
 class Journal:
     """The segments that are certain to be on the disk."""
 
-    def __init__(self, folder: Path, recipe: bytes, segments: int, rank: int = 0) -> None:
+    def __init__(self, path: Path, recipe: bytes, segments: int) -> None:
         """Open the journal of a recipe that is cut into so many segments, or begin one."""
-        self.path = folder / name_of(rank)
+        self.path = path
         self.entries: Entries = np.empty(0, ENTRY)
         head = json.dumps({"version": VERSION, "segments": segments, "recipe": json.loads(recipe)}).encode() + b"\n"
-        if self.path.exists():
-            good = self._load()
-            self._file = self._open()
-            self._file.truncate(good)
-            self._file.seek(good)
-        else:
-            replace_file(self.path, head)
-            self._file = self._open()
-            self._file.seek(0, os.SEEK_END)
-
-    def _open(self) -> FileIO:
+        if not path.exists():
+            replace_file(path, head)
+        good = self._load()
         # Unbuffered: closing would write again what a full disk refused, and fail again.
-        return self.path.open("r+b", buffering=0)
+        self._file = path.open("r+b", buffering=0)
+        self._file.truncate(good)
+        self._file.seek(good)
 
     def _load(self) -> int:
         content = self.path.read_bytes()
@@ -79,55 +70,31 @@ class Journal:
             self._file.close()
 
 
-def name_of(rank: int) -> str:
-    """Return the name of a rank's journal."""
-    return f"{JOURNAL}-{rank}" if rank else JOURNAL
-
-
-def take_in(folder: Path, journal: Journal, recipe: bytes, segments: int) -> Entries:
-    """Move the entries of other ranks' journals in a folder into this one, and return them."""
-    found = [np.empty(0, ENTRY)]
-    others = sorted(path for path in folder.glob(f"{JOURNAL}-*") if path.suffix != ".new")
-    for path in others:
-        rank = path.name.removeprefix(f"{JOURNAL}-")
-        if rank.isdecimal() and rank.isascii() and _head(folder, path.name) == _head(folder):
-            other = Journal(folder, recipe, segments, int(rank))
-            found.append(other.entries[other.entries["segment"] < segments])
-            other.close()
-    entries = np.concatenate(found)
-    if len(entries):
-        journal.append(entries)
-    for path in others:
-        if path.is_symlink() or not path.is_dir():
-            path.unlink()
-    return entries
-
-
 def unfinished(folder: Path) -> dict[str, Any] | None:
     """Return the recipe of the unfinished merge in a folder, or None."""
-    recipe = _head(folder).get("recipe")
+    recipe = head_of(folder / JOURNAL).get("recipe")
     return recipe if isinstance(recipe, dict) else None
 
 
 def journal_format(folder: Path) -> tuple[Any, Any]:
     """Return the version of the journal in a folder, and how many segments its merge has."""
-    head = _head(folder)
+    head = head_of(folder / JOURNAL)
     return head.get("version"), head.get("segments")
 
 
 def has_records(folder: Path) -> bool:
-    """Return whether a journal in a folder has entries."""
-    for name in (JOURNAL, *(path.name for path in folder.glob(f"{JOURNAL}-*"))):
-        if _head(folder, name):
-            with (folder / name).open("rb") as file:
+    """Return whether a journal in a folder, of any rank, has entries."""
+    for path in (folder / JOURNAL, *folder.glob(f"{JOURNAL}-*")):
+        if head_of(path):
+            with path.open("rb") as file:
                 file.readline()
                 if file.read(1):
                     return True
     return False
 
 
-def _head(folder: Path, name: str = JOURNAL) -> dict[str, Any]:
-    path = folder / name
+def head_of(path: Path) -> dict[str, Any]:
+    """Return the first line of a journal, parsed; empty if it is no journal."""
     try:
         if path.is_symlink() or not path.is_file():
             return {}

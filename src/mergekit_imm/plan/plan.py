@@ -124,6 +124,11 @@ class Plan:
         return sum(file.size for file in self.files)
 
     @cached_property
+    def segment_count(self) -> int:
+        """Number of segments of all items."""
+        return sum(item.segment_count for item in self.items)
+
+    @cached_property
     def parameter_count(self) -> int:
         """Elements of all output tensors; a tied tensor counts once."""
         return sum(item.source.count for item in self.items)

@@ -74,6 +74,8 @@ def together(ranks: Ranks, step: Callable[[], T]) -> T:
     If it fails on any, all ranks fail with the error of the first: its MergeError, or a RankError that describes any
     other exception.
     """
+    if ranks.size == 1:
+        return step()
     failure: Exception | None = None
     try:
         result = step()
@@ -92,8 +94,25 @@ def together(ranks: Ranks, step: Callable[[], T]) -> T:
     return result
 
 
+def on_leader(ranks: Ranks, step: Callable[[], T]) -> T:
+    """Run a step on rank 0 alone; return its result, or raise its error, on every rank."""
+    result = together(ranks, lambda: step() if ranks.rank == 0 else None)
+    return ranks.gather(result)[0]  # type: ignore[no-any-return]
+
+
+def part_of_another(ranks: Ranks, count: int) -> slice:
+    """Return this rank's part of `count` pieces to verify: one that another rank wrote, if there is one.
+
+    Its own may still be in its machine's page cache.
+    """
+    part = (ranks.rank + ranks.size // 2) % ranks.size
+    return slice(count * part // ranks.size, count * (part + 1) // ranks.size)
+
+
 def check_same(ranks: Ranks, recipes: Sequence[Mapping[str, Any]]) -> None:
     """Raise MismatchError on every rank if one has other inputs, options or another version than rank 0."""
+    if ranks.size == 1:
+        return
     recipes = [without_places(each) for each in recipes]  # paths may differ: all use those of rank 0
     own = hashlib.blake2b(b"\0".join([__version__.encode(), *map(to_json, recipes)]), digest_size=16).digest()
     first, *others = ranks.gather(own)
