@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 import reference
 from checkpoints import State, files_of, random_state, read_model, same_bits, write_model
 from mergekit_imm import dare_merge, iter_merged, merge_checkpoints
-from mergekit_imm.engine.workers import Device
 from mergekit_imm.errors import NonFiniteError
 from mergekit_imm.numerics.cpu import merge_span
 from mergekit_imm.numerics.cuda import merge_span as merge_span_on_torch
+from mergekit_imm.numerics.devices import Device
 from mergekit_imm.numerics.mask import BLOCK, arithmetic, mask_key
 from mergekit_imm.numerics.statistics import is_finite, new_tally, to_record
 from strategies import DTYPES, WIDER, alphas, drops, kinds, seeds, tensor

@@ -216,11 +216,10 @@ def test_any_number_of_workers_and_any_pieces_give_the_same_bytes(tmp_path: Path
 
 
 def test_the_path_of_gpus_gives_the_same_bytes(trained: Path, tmp_path: Path) -> None:
-    from mergekit_imm.engine import workers
-    from mergekit_imm.numerics import cuda
+    from mergekit_imm.numerics import cuda, devices
 
     merge_checkpoints(trained / "base", trained / "adapter", tmp_path / "cpu", drop=0.5)
-    device = workers.Device(cuda.merge_span_on("cpu"), cuda.buffer)
+    device = devices.Device(cuda.merge_span_on("cpu"), cuda.buffer)
     with patch("mergekit_imm.engine.write_folder.pick_device", lambda _: device):
         merge_checkpoints(trained / "base", trained / "adapter", tmp_path / "gpu", drop=0.5)
     assert files_of(tmp_path / "cpu") == files_of(tmp_path / "gpu")

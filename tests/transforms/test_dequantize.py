@@ -21,8 +21,7 @@ from checkpoints import State, files_of, random_state, read_model, same_bits, wr
 from fp8 import FP8, MODELOPT, RAGGED, SMALL, Block, Quantiser, compressed, float32_of, ragged_state, theirs, write_fp8
 from mergekit_imm import CheckpointError, NonFiniteError, merge_checkpoints, verify
 from mergekit_imm.checkpoint.safetensors_file import TensorInfo
-from mergekit_imm.engine import workers
-from mergekit_imm.numerics import cuda
+from mergekit_imm.numerics import cuda, devices
 from mergekit_imm.transforms.fp8 import Dequantized, _fit, _table
 from models import fine_tuned, load, new_model
 from refused import CONFIG, MODEL, SHAPES, SIDE, UP0, Models
@@ -223,7 +222,7 @@ def test_workers_pieces_sweeps_and_the_path_of_gpus_give_the_same_bytes(fp8_llam
     merge_checkpoints(*given, tmp_path / "one", drop=0.5, workers=1, dequantize=True)
     with patch("mergekit_imm.engine.workers.BUFFER", 16 * 4096), patch("mergekit_imm.plan.plan.SEGMENT_ELEMENTS", 1024):
         merge_checkpoints(*given, tmp_path / "two", drop=0.5, workers=5, dequantize=True)
-    device = workers.Device(cuda.merge_span_on("cpu"), cuda.buffer)
+    device = devices.Device(cuda.merge_span_on("cpu"), cuda.buffer)
     with patch("mergekit_imm.engine.write_folder.pick_device", lambda _: device):
         merge_checkpoints(*given, tmp_path / "gpu", drop=0.5, dequantize=True)
     merge_checkpoints(*given, tmp_path / "at-{alpha}", alpha=[0.5, 0.7], drop=0.5, dequantize=True)

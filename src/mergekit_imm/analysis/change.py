@@ -195,8 +195,10 @@ def checkpoint_change(
     import numpy as np
 
     from ..checkpoint.reader import check_inputs
+    from ..common.threads import default_workers
     from ..engine.report import statistics
-    from ..engine.workers import default_workers, pick_device, run_segments
+    from ..engine.workers import run_segments
+    from ..numerics.devices import pick_device
     from ..numerics.statistics import RECORD
     from ..options.options import MergeOptions, RunOptions
     from ..plan.make_plan import make_plans

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.abandoned import when_unused
+from ..common.threads import when_unused
 from .checkpoint import Checkpoint
 from .lazy_tensor import Computed, Raw, Read, Reads, Tensor, decoded
 from .safetensors_file import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into

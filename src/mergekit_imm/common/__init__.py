@@ -1,1 +1,1 @@
-"""What every package uses: untrusted JSON, texts of messages, checks of values, abandoned workers, the version."""
+"""What every package uses: untrusted JSON, texts of messages, checks of values, threads, the version."""

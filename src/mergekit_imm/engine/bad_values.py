@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checkpoint.lazy_tensor import Raw
+from ..checkpoint.lazy_tensor import Raw, Tensor
+from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
-from ..errors import MismatchError
+from ..errors import MismatchError, NonFiniteError
 from ..plan.advice import Advice
-from ..plan.plan import Item
+from ..plan.plan import Item, Plan
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,48 @@ def check_equal(item: Item, first: int, one: tuple[str, Raw], other: tuple[str, 
 def names_of(item: Item) -> set[str]:
     """Return the names that an item has in the files."""
     return {item.name, *(out.name for out in item.outs)}
+
+
+def check_values(
+    plan: Plan,
+    item: Item,
+    raws: dict[str, tuple[Raw, str]],
+    out: tuple[Raw, str],
+    first: int,
+    files: Files,
+    merge: str,
+) -> None:
+    """Raise NonFiniteError if a sum that is not finite must end the merge."""
+    found = find_bad_values(item, raws, out, allow_nonfinite=plan.options.allow_nonfinite)
+    if found is None:
+        return
+    advice = Advice(plan.inputs, plan.options)
+    if found.role is not None:
+        bad, element = _count_nonfinite(item.sides[found.role], found.role, files)
+        raise NonFiniteError(
+            f"tensor '{shown(item.name)}' of {plan.inputs[found.role].label} has {bad} NaN or infinite of"
+            f" {item.source.count} elements, the first at index {element}; train or save it again, let them through"
+            f" with --allow-nonfinite{or_other(item, found.role, advice)}"
+        )
+    wider = {"F16": "--dtype bfloat16", "BF16": "--dtype float32"}.get(out[1])
+    wider = wider or advice.either("--keep", names=names_of(item)) or "a larger --alpha"
+    raise NonFiniteError(
+        f"tensor '{shown(item.name)}': the merged value of element {first + found.first}{merge} is too large for the"
+        f" output dtype {out[1]}; use {wider}"
+    )
+
+
+def _count_nonfinite(tensor: Tensor, role: str, files: Files) -> tuple[int, int]:
+    """Return the number of non-finite elements of a tensor, and the index of the first (-1 if none)."""
+    from ..numerics.cpu import finite_elements
+
+    width = DTYPE_BITS[tensor.dtype] // 8
+    bad, element = 0, -1
+    for first in range(0, tensor.count, 1 << 18):
+        buffer = np.empty(min(1 << 18, tensor.count - first) * width, np.uint8)
+        files.read(role, tensor, first * width, buffer)
+        found = np.flatnonzero(~finite_elements(buffer, tensor.dtype))
+        if len(found):
+            element = first + int(found[0]) if element < 0 else element
+            bad += len(found)
+    return bad, element

@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.messages import bytes_text, for_caller, shown
+from ..common.threads import default_workers
 from ..options.options import RunOptions
 from ..output import paths
 from ..plan.describe import description
 from ..plan.plan import Plan
 from .report import MergeReport, actions
-from .workers import BUFFER, BUFFERS, default_workers
+from .workers import BUFFER, BUFFERS
 
 INTERPRETER = 190 << 20  # bytes of Python, numpy, numba and the compiled kernel; the largest value measured
 PER_TENSOR = 1024  # bytes of metadata
@@ -39,7 +40,7 @@ class Job:
         self.notes = list(plan.notes)
         self.sizes = {file.name: file.size for file in plan.files}
         self.whole = {**dict.fromkeys(plan.beside), **self.sizes}  # every file; None: any size
-        self.free = paths.free_space(out)
+        self.disk, self.free = paths.disk_of(out)
         reused = self.partial.rglob("*") if options.restart else (self.partial / file.name for file in plan.files)
         held = sum(map(_blocks, reused))
         sides = sum(path.stat().st_size for _, path in plan.side.values() if path is not None)
@@ -77,14 +78,13 @@ class Job:
 
 def lack_of_space(jobs: Sequence[Job]) -> str:
     """Describe the outputs that do not fit on their disk; "" if all fit."""
-    needed: dict[int, int] = {}
+    needed: dict[int, int] = {}  # by disk
     for job in jobs:
-        disk_of = paths.device_of(job.out)
-        needed[disk_of] = needed.get(disk_of, 0) + job.needed
-        if needed[disk_of] > job.free:
+        needed[job.disk] = needed.get(job.disk, 0) + job.needed
+        if needed[job.disk] > job.free:
             outputs = f"output {shown(job.out)}" if len(jobs) == 1 else f"outputs up to {shown(job.out)}"
             return (
-                f"{outputs} need{'s' if len(jobs) == 1 else ''} {bytes_text(needed[disk_of])} and the disk has"
+                f"{outputs} need{'s' if len(jobs) == 1 else ''} {bytes_text(needed[job.disk])} and the disk has"
                 f" {bytes_text(job.free)} free; free some space or give an OUT on another disk"
             )
     return ""

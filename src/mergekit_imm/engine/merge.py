@@ -13,7 +13,9 @@ from ..checkpoint.reader import check_inputs
 from ..checkpoint.safetensors_file import TensorInfo
 from ..common.checks import as_path
 from ..common.messages import shown
+from ..common.threads import default_workers
 from ..errors import CheckpointError
+from ..numerics.devices import Device, pick_device
 from ..options.options import MergeOptions, Progress, RunOptions, files_of, options_from
 from ..options.sweep import SWEPT, is_list, sweep
 from ..plan.make_plan import make_plans
@@ -21,7 +23,7 @@ from ..plan.open_inputs import check_platform, open_inputs, places_of
 from ..plan.plan import Item, Plan, segments
 from ..ranks.ranks import ALONE, Ranks, together
 from .report import MergeReport
-from .workers import Device, Task, default_workers, pick_device, run_segments
+from .workers import Task, run_segments
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ..checkpoint.assemble import in_part
 from ..checkpoint.safetensors_file import TensorInfo, open_tensorfile
-from ..common.abandoned import when_unused
 from ..common.notes import note
+from ..common.threads import when_unused
 from ..errors import OutputError
+from ..numerics.devices import Device
 from ..options.options import Progress
 from ..options.recipe import to_json
 from ..output import direct_io, journal, paths
@@ -20,7 +21,7 @@ from ..plan.plan import segments
 from ..ranks.ledger import Ledger, Share, begin, share_of
 from ..ranks.ranks import Ranks, on_leader, together
 from .job import Job, errors_of
-from .workers import Device, Done, Task, run_segments, warm_up
+from .workers import Done, Task, run_segments, warm_up
 
 SYNC_BYTES, SYNC_SECONDS = 512 << 20, 5.0
 

@@ -20,7 +20,9 @@ from ..checkpoint.open_checkpoint import open_checkpoint
 from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo, fingerprint, read_into
 from ..common.checks import as_path, is_number
 from ..common.messages import shown
+from ..common.threads import default_workers
 from ..errors import ArgumentError, CheckpointError, VerifyError
+from ..numerics.devices import Device, pick_device
 from ..numerics.statistics import RECORD
 from ..options.options import Progress, RunOptions
 from ..options.recipe import (
@@ -37,7 +39,7 @@ from ..plan.open_inputs import prepared
 from ..plan.plan import Inputs, Plan, segments
 from ..ranks.ranks import ALONE, Ranks, on_leader, part_of_another, together
 from .report import written_files
-from .workers import Device, default_workers, pick_device, run_segments
+from .workers import run_segments
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,9 @@ once and merged for each.
 
 from __future__ import annotations
 
-import math
-import os
-import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -21,26 +17,23 @@ import numpy as np
 from ..checkpoint.lazy_tensor import Computed, Raw, Tensor
 from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
-from ..common.abandoned import abandon
-from ..common.messages import shown
-from ..errors import NonFiniteError
+from ..common.threads import in_threads
+from ..numerics.devices import Device
 from ..numerics.mask import BLOCK, Arithmetic, arithmetic
 from ..numerics.statistics import KEPT, RECORD, Record, is_finite, new_tally, to_record
 from ..output.direct_io import PAGE, place
 from ..plan.advice import Advice
 from ..plan.plan import Item, Plan, Segment
 from ..transforms.sparsified_delta import Sparsified, count_kept
-from .bad_values import check_equal, find_bad_values, names_of, or_other
+from .bad_values import check_equal, check_values
 
 BUFFERS = 64 << 20  # of all workers together
 BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its output fits, wherever a page begins
 LEAST = (64 << 10) + PAGE  # of one, however many there are: a block of any dtypes fits
 
 Sink = Callable[[int, TensorInfo, int, memoryview], None]  # index of the plan, tensor, first byte in it, bytes
-Merge = Callable[..., None]  # kernel.merge_span or gpu.merge_span
 Task = tuple[Segment, Sequence[int]]  # a segment, and the indices of the plans that lack it
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -51,37 +44,6 @@ class Done:
     records: Mapping[int, Record]  # index of the plan -> statistics
     bytes_read: int
     bytes_written: int  # per plan
-
-
-def default_workers() -> int:
-    """Return min(4, 2 x CPUs available): one worker computes while another waits for the disk."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cpus = min(cpus, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, min(4, 2 * cpus))
-
-
-@dataclass(frozen=True)
-class Device:
-    """A compute backend: a function that merges a piece, and one that allocates a worker's buffer."""
-
-    merge: Merge
-    buffer: Callable[[int], Raw]
-
-
-def pick_device(name: str) -> Device:
-    """Return the backend of a device: the compiled CPU kernel, or torch on a GPU. Raises ArgumentError."""
-    if name == "cpu":
-        from ..numerics.cpu import merge_span
-
-        return Device(merge_span, lambda nbytes: np.empty(nbytes, np.uint8))
-    from ..numerics.cuda import buffer, merge_span_on
-
-    return Device(merge_span_on(name), buffer)
 
 
 def warm_up(plans: Sequence[Plan], device: Device) -> None:
@@ -124,71 +86,6 @@ def run_segments(
             return lambda task: _process(plans, task, buffer, files, sink, device)
 
         yield from in_threads(todo, worker, workers, stop)
-
-
-def in_threads(
-    todo: Iterable[T], worker: Callable[[], Callable[[T], R]], workers: int, stop: threading.Event | None = None
-) -> Generator[R | None, None, None]:
-    """Process tasks on threads and yield the results, as `run_segments` does; `worker` makes each thread's function.
-
-    It waits for the workers, however it ends. A second interrupt during that wait abandons them, so close what they use
-    by `when_unused`.
-    """
-    source = enumerate(todo)
-    turn = threading.Lock()
-    stop = stop or threading.Event()
-    results: queue.SimpleQueue[tuple[int, R | None, BaseException | None] | None] = queue.SimpleQueue()
-
-    ends: list[threading.Event] = []
-
-    def work() -> None:
-        ends.append(end := threading.Event())
-        index = -1
-        try:
-            process = worker()
-            while not stop.is_set():
-                with turn:
-                    index, task = next(source, (index, None))
-                if task is None:
-                    break
-                results.put((index, process(task), None))
-        except BaseException as error:
-            stop.set()
-            results.put((index, None, error))
-        end.set()
-        results.put(None)
-
-    threads: list[threading.Thread] = []
-    failures: list[tuple[int, BaseException]] = []
-    try:
-        for i in range(workers):
-            thread = threading.Thread(target=work, name=f"merge-{i}", daemon=True)
-            threads.append(thread)
-            thread.start()
-        running = workers
-        while running:
-            try:
-                result = results.get(timeout=0.1)
-            except queue.Empty:
-                yield None
-                continue
-            if result is None:
-                running -= 1
-            elif result[2] is not None:
-                failures.append((result[0], result[2]))
-            else:
-                yield result[1]
-    finally:
-        try:
-            stop.set()
-            for thread in threads:
-                if thread.is_alive():
-                    thread.join()
-        except BaseException:  # interrupted while it waits: a worker may hang in a read
-            abandon(tuple(ends))
-            raise
-    if failures:
-        raise min(failures, key=lambda failure: failure[0])[1]
 
 
 def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink: Sink, device: Device) -> Done:
@@ -245,7 +142,7 @@ def _merge(
             if not is_finite(tally):
                 p = plans[number].options
                 merge = f" (alpha {p.alpha}, drop {p.drop}, seed {p.seed})" if len(plans) > 1 else ""
-                _check_values(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
+                check_values(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
             for target in each.outs:
                 sink(number, target, first * out_width, memoryview(out[0]))  # type: ignore[arg-type]
     return {number: to_record(tally) for number, tally in tallies.items()}
@@ -282,48 +179,3 @@ def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: S
         for number in wanted:
             for target in item.outs:
                 sink(number, target, first, memoryview(content))  # type: ignore[arg-type]
-
-
-def _check_values(
-    plan: Plan,
-    item: Item,
-    raws: dict[str, tuple[Raw, str]],
-    out: tuple[Raw, str],
-    first: int,
-    files: Files,
-    merge: str,
-) -> None:
-    """Raise NonFiniteError if a sum that is not finite must end the merge."""
-    found = find_bad_values(item, raws, out, allow_nonfinite=plan.options.allow_nonfinite)
-    if found is None:
-        return
-    advice = Advice(plan.inputs, plan.options)
-    if found.role is not None:
-        bad, element = _count_nonfinite(item.sides[found.role], found.role, files)
-        raise NonFiniteError(
-            f"tensor '{shown(item.name)}' of {plan.inputs[found.role].label} has {bad} NaN or infinite of"
-            f" {item.source.count} elements, the first at index {element}; train or save it again, let them through"
-            f" with --allow-nonfinite{or_other(item, found.role, advice)}"
-        )
-    wider = {"F16": "--dtype bfloat16", "BF16": "--dtype float32"}.get(out[1])
-    wider = wider or advice.either("--keep", names=names_of(item)) or "a larger --alpha"
-    raise NonFiniteError(
-        f"tensor '{shown(item.name)}': the merged value of element {first + found.first}{merge} is too large for the"
-        f" output dtype {out[1]}; use {wider}"
-    )
-
-
-def _count_nonfinite(tensor: Tensor, role: str, files: Files) -> tuple[int, int]:
-    """Return the number of non-finite elements of a tensor, and the index of the first (-1 if none)."""
-    from ..numerics.cpu import finite_elements
-
-    width = DTYPE_BITS[tensor.dtype] // 8
-    bad, element = 0, -1
-    for first in range(0, tensor.count, 1 << 18):
-        buffer = np.empty(min(1 << 18, tensor.count - first) * width, np.uint8)
-        files.read(role, tensor, first * width, buffer)
-        found = np.flatnonzero(~finite_elements(buffer, tensor.dtype))
-        if len(found):
-            element = first + int(found[0]) if element < 0 else element
-            bad += len(found)
-    return bad, element

@@ -13,6 +13,7 @@ from ..checkpoint.reader import check_inputs
 from ..common.messages import first_few, shown
 from ..common.notes import note
 from ..errors import ArgumentError, ChangedError, CheckpointError, MismatchError, NonFiniteError, OutputError
+from ..numerics.devices import Device, pick_device
 from ..options.options import Progress, RunOptions
 from ..options.recipe import differences, read_recipe, to_json, without_places
 from ..output import direct_io, journal, paths, publish
@@ -24,7 +25,6 @@ from .job import Job, errors_of, lack_of_space
 from .report import MergeReport, written_files
 from .stream import stream
 from .verify import compare_folder
-from .workers import Device, pick_device
 
 
 def write(

@@ -26,7 +26,7 @@ from ..checkpoint.safetensors_file import MERGED, fingerprint
 from ..common.json_files import parse_json, read_small
 from ..common.messages import shown
 from ..common.notes import note
-from ..engine.workers import default_workers
+from ..common.threads import default_workers
 from ..errors import CheckpointError, MismatchError, PartialMergeError
 from ..model.tensor_names import is_embedding_or_head, ready_option, tied_key, unwrapped
 from ..options.options import MergeOptions, Progress, RunOptions, options_from, with_files_read

@@ -46,7 +46,7 @@ def saving(
     state = sft if isinstance(sft, Mapping) else None
     tensors = {} if state is None else _unshared(state, open_checkpoint(base, "base", dry_run=True).tensors)
     held = (*sft.parameters(), *sft.buffers()) if state is None else tensors.values()
-    needed, free = sum(each.nbytes for each in held), paths.free_space(out)
+    needed, (_, free) = sum(each.nbytes for each in held), paths.disk_of(out)
     if needed > free:
         raise OutputError(
             f"output {shown(out)} needs {bytes_text(needed)} and the disk has {bytes_text(free)} free; free some space"

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..common.abandoned import when_unused
 from ..common.checks import as_path
 from ..common.messages import shown
+from ..common.threads import when_unused
 from ..errors import OutputError
 from ..options.recipe import RECIPE_FILE
 
@@ -74,34 +74,33 @@ def old_of(out: Path) -> Path:
 def check_name(out: Path) -> None:
     """Raise OutputError for an output that cannot be made or exchanged, whatever the inputs."""
     with output_errors(out):
-        _check_name(out)
-
-
-def _check_name(out: Path) -> None:
-    if out.name in ("", ".", ".."):
-        raise OutputError(f"output {shown(out)} has no name of its own; give a folder that can be created")
-    if out.suffix in (".partial", ".replacing"):
-        raise OutputError(f"output {shown(out)} ends like the name of a merge under way; choose another name")
-    for path in (out, partial_of(out), marker_of(out)):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            path.lstat()  # fails for a name that is too long, and in a folder that we may not enter
-    if ".." in out.parts and not out.parent.exists():
-        raise OutputError(f"output {shown(out)} leads through a folder that does not exist; write it without '..'")
-    if out.is_symlink():
-        raise OutputError(f"output {shown(out)} is a link; give the folder it points to")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"output {shown(out)} is a file; an output is a folder")
-    if out.is_dir() and out.is_mount():
-        raise OutputError(f"output {shown(out)} is a mount point, which cannot be renamed; give a folder inside it")
-    if partial_of(out).is_dir() and partial_of(out).is_mount():
-        raise OutputError(f"{shown(partial_of(out))}, where the output is built, is a mount point; choose another OUT")
-    if partial_of(out).is_symlink():
-        raise OutputError(f"{shown(partial_of(out))}, where the output is built, is a link; remove it")
-    if partial_of(out).exists() and not partial_of(out).is_dir():
-        raise OutputError(f"{shown(partial_of(out))}, where the output is built, is a file; remove it")
-    file = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
-    if file is not None:
-        raise OutputError(f"output {shown(out)} lies below a file: {shown(file)}: Not a directory; give another output")
+        if out.name in ("", ".", ".."):
+            raise OutputError(f"output {shown(out)} has no name of its own; give a folder that can be created")
+        if out.suffix in (".partial", ".replacing"):
+            raise OutputError(f"output {shown(out)} ends like the name of a merge under way; choose another name")
+        partial = partial_of(out)
+        for path in (out, partial, marker_of(out)):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                path.lstat()  # fails for a name that is too long, and in a folder that we may not enter
+        if ".." in out.parts and not out.parent.exists():
+            raise OutputError(f"output {shown(out)} leads through a folder that does not exist; write it without '..'")
+        if out.is_symlink():
+            raise OutputError(f"output {shown(out)} is a link; give the folder it points to")
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"output {shown(out)} is a file; an output is a folder")
+        if out.is_dir() and out.is_mount():
+            raise OutputError(f"output {shown(out)} is a mount point, which cannot be renamed; give a folder inside it")
+        if partial.is_dir() and partial.is_mount():
+            raise OutputError(f"{shown(partial)}, where the output is built, is a mount point; choose another OUT")
+        if partial.is_symlink():
+            raise OutputError(f"{shown(partial)}, where the output is built, is a link; remove it")
+        if partial.exists() and not partial.is_dir():
+            raise OutputError(f"{shown(partial)}, where the output is built, is a file; remove it")
+        file = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
+        if file is not None:
+            raise OutputError(
+                f"output {shown(out)} lies below a file: {shown(file)}: Not a directory; give another output"
+            )
 
 
 def check_place(out: Path, inputs: Mapping[str, Path]) -> None:
@@ -116,19 +115,14 @@ def check_place(out: Path, inputs: Mapping[str, Path]) -> None:
                     )
 
 
-def free_space(out: Path) -> int:
-    """Return the free bytes where `out` will be written; sys.maxsize if the filesystem does not say."""
-    usage = shutil.disk_usage(_parent_of(out))
-    return usage.free if usage.total else sys.maxsize  # ramfs
+def disk_of(out: Path) -> tuple[int, int]:
+    """Return the number of the device where `out` will be written, and its free bytes.
 
-
-def device_of(out: Path) -> int:
-    """Return the number of the device where `out` will be written."""
-    return _parent_of(out).stat().st_dev
-
-
-def _parent_of(out: Path) -> Path:
-    return next((p for p in (out.parent, *out.parent.parents) if p.exists()), Path("/"))
+    sys.maxsize stands for a filesystem that does not say.
+    """
+    parent = next((p for p in (out.parent, *out.parent.parents) if p.exists()), Path("/"))
+    usage = shutil.disk_usage(parent)
+    return parent.stat().st_dev, usage.free if usage.total else sys.maxsize  # ramfs
 
 
 def is_whole(out: Path, recipe: bytes, sizes: Mapping[str, int | None]) -> bool:

@@ -90,14 +90,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_pieces_any_workers_and_the_path_of_gpus_give_the_same_bytes(
     wide: Path, tmp_path: Path, vocab: str
 ) -> None:
-    from mergekit_imm.engine import workers
-    from mergekit_imm.numerics import cuda
+    from mergekit_imm.numerics import cuda, devices
 
     given = wide / "base", wide / "sft"
     one = merge_checkpoints(*given, tmp_path / "one", vocab=vocab, workers=1)
     with patch("mergekit_imm.engine.workers.BUFFER", 16 * 4096), patch("mergekit_imm.plan.plan.SEGMENT_ELEMENTS", 1024):
         merge_checkpoints(*given, tmp_path / "pieces", vocab=vocab, workers=3, verify=True)
-    device = workers.Device(cuda.merge_span_on("cpu"), cuda.buffer)
+    device = devices.Device(cuda.merge_span_on("cpu"), cuda.buffer)
     with patch("mergekit_imm.engine.write_folder.pick_device", lambda _: device):
         merge_checkpoints(*given, tmp_path / "gpu", vocab=vocab)
     expected = files_of(tmp_path / "one")
