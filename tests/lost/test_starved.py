@@ -37,8 +37,8 @@ def inputs_of(folder: Path) -> dict[str, object]:
 
 NO_CHECK = """
 from mergekit_imm import __main__
-from mergekit_imm.output import direct_io, paths
-paths.disk_of = lambda _: (1, 1 << 60)  # as if a quota applied, or another program took the free space
+from mergekit_imm.output import direct_io, write_errors
+write_errors.disk_of = lambda _: (1, 1 << 60)  # as if a quota applied, or another program took the free space
 """
 NO_ALLOCATION = NO_CHECK + "direct_io.allocate = lambda descriptor, size: direct_io.os.ftruncate(descriptor, size)\n"
 BEGIN = "__main__._begin('main')\n"

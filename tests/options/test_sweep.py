@@ -146,7 +146,7 @@ def test_nothing_is_written_if_one_output_is_taken(pair: tuple[Path, Path], tmp_
 
 def test_the_disk_must_hold_all_of_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
     needed = merge_checkpoints(*pair, tmp_path / "o", dry_run=True).disk_needed
-    with patch("mergekit_imm.output.paths.disk_of", lambda _: (1, 2 * needed)):
+    with patch("mergekit_imm.output.write_errors.disk_of", lambda _: (1, 2 * needed)):
         merge_checkpoints(*pair, tmp_path / "fits-{alpha}", alpha=[0.3, 0.5])
         with pytest.raises(OutputError, match=r"outputs up to \S+ need .* and the disk has"):
             merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5, 0.7])

@@ -14,7 +14,7 @@ import torch
 from checkpoints import files_of, random_state, write_model
 from commands import subprocess_of
 from mergekit_imm.errors import OutputError
-from mergekit_imm.output import direct_io, journal, paths
+from mergekit_imm.output import direct_io, journal, paths, write_errors
 from refused import (
     CONFIG,
     MODEL,
@@ -220,15 +220,15 @@ def test_a_merge_that_another_process_writes_is_refused(models: Models) -> None:
 
 FULL = """
 from mergekit_imm.cli.main import main
-from mergekit_imm.output import paths
-paths.disk_of = lambda _: (1, 1)
+from mergekit_imm.output import write_errors
+write_errors.disk_of = lambda _: (1, 1)
 main()
 """
 
 
 def test_too_little_space_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = models.merge(dry_run=True).disk_needed
-    monkeypatch.setattr(paths, "disk_of", lambda _: (1, needed - 1))
+    monkeypatch.setattr(write_errors, "disk_of", lambda _: (1, needed - 1))
     message = r"output \S+out needs .* and the disk has .* free; free some space or give"
     models.refused(OutputError, message, streaming=True)
     assert re.match(message, models.merge(dry_run=True).refused)
@@ -237,7 +237,7 @@ def test_too_little_space_is_refused(models: Models, monkeypatch: pytest.MonkeyP
     assert re.match(message, ended.error)
     assert "would merge" in ended.out
     assert not models.out.exists()
-    monkeypatch.setattr(paths, "disk_of", lambda _: (1, needed))
+    monkeypatch.setattr(write_errors, "disk_of", lambda _: (1, needed))
     assert models.merge().status == "merged"
 
 

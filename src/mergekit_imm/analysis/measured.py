@@ -27,8 +27,9 @@ from ..model.tensor_names import layer_key, resolve_layers, unwrapped, weight_ki
 from ..options.layer_factors import IMPORTANCE_FORMAT, Importance
 from ..options.recipe import to_json
 from ..output.direct_io import replace_file
-from ..output.paths import expanded, output_errors
+from ..output.paths import expanded
 from ..output.result_folder import is_result
+from ..output.write_errors import output_errors
 from ..plan.make_plan import origin
 from .calibration import Lines, Tokens, batches, read_lines, tokenised
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..common.messages import bytes_text, for_caller, shown
+from ..common.messages import for_caller
 from ..common.threads import default_workers
 from ..options.options import RunOptions
 from ..output import paths
+from ..output.write_errors import disk_of, output_errors
 from ..plan.describe import description
 from ..plan.plan import Plan
 from .report import MergeReport, actions
@@ -40,7 +41,7 @@ class Job:
         self.notes = list(plan.notes)
         self.sizes = {file.name: file.size for file in plan.files}
         self.whole = {**dict.fromkeys(plan.beside), **self.sizes}  # every file; None: any size
-        self.disk, self.free = paths.disk_of(out)
+        self.free = disk_of(out)[1]
         reused = self.partial.rglob("*") if options.restart else (self.partial / file.name for file in plan.files)
         held = sum(map(_blocks, reused))
         sides = sum(path.stat().st_size for _, path in plan.side.values() if path is not None)
@@ -76,26 +77,12 @@ class Job:
         )
 
 
-def lack_of_space(jobs: Sequence[Job]) -> str:
-    """Describe the outputs that do not fit on their disk; "" if all fit."""
-    needed: dict[int, int] = {}  # by disk
-    for job in jobs:
-        needed[job.disk] = needed.get(job.disk, 0) + job.needed
-        if needed[job.disk] > job.free:
-            outputs = f"output {shown(job.out)}" if len(jobs) == 1 else f"outputs up to {shown(job.out)}"
-            return (
-                f"{outputs} need{'s' if len(jobs) == 1 else ''} {bytes_text(needed[job.disk])} and the disk has"
-                f" {bytes_text(job.free)} free; free some space or give an OUT on another disk"
-            )
-    return ""
-
-
 @contextmanager
 def errors_of(jobs: Sequence[Job]) -> Iterator[None]:
     """Turn an OSError into an OutputError that names what was kept."""
     with ExitStack() as stack:
         for job in jobs:
-            stack.enter_context(paths.output_errors(job.out, job.partial))
+            stack.enter_context(output_errors(job.out, job.partial))
         yield
 
 

@@ -16,7 +16,8 @@ from ..errors import OutputError
 from ..numerics.devices import Device
 from ..options.options import Progress
 from ..options.recipe import to_json
-from ..output import direct_io, journal, paths
+from ..output import direct_io, journal
+from ..output.write_errors import output_errors
 from ..plan.plan import segments
 from ..ranks.ledger import Ledger, Share, begin, share_of
 from ..ranks.ranks import Ranks, on_leader, together
@@ -42,7 +43,7 @@ class _Output:
         handle = self.files[tensor.file]
         low, high = share.clip(tensor, first, len(piece))
         if low < high:
-            with paths.output_errors(handle.path, self.job.partial):
+            with output_errors(handle.path, self.job.partial):
                 direct_io.write_at(handle, piece[low:high], tensor.begin + first + low)
 
     def note(self, done: Done, number: int, held: int) -> None:
@@ -54,7 +55,7 @@ class _Output:
 
     def sync(self) -> None:
         """Sync written files, then record their segments."""
-        with paths.output_errors(self.job.out, self.job.partial):
+        with output_errors(self.job.out, self.job.partial):
             for name in sorted(self.unsynced):
                 direct_io.sync(self.files[name].descriptor)
             self.unsynced.clear()

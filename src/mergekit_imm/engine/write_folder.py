@@ -17,11 +17,12 @@ from ..numerics.devices import Device, pick_device
 from ..options.options import Progress, RunOptions
 from ..options.recipe import differences, read_recipe, to_json, without_places
 from ..output import direct_io, journal, paths, publish
+from ..output.write_errors import lack_of_space, output_errors
 from ..plan.make_plan import recipes_of
 from ..plan.plan import Plan
 from ..plan.unchanged import is_unchanged, note_if_unchanged, note_of
 from ..ranks.ranks import ALONE, Ranks, check_same, on_leader, together
-from .job import Job, errors_of, lack_of_space
+from .job import Job, errors_of
 from .report import MergeReport, written_files
 from .stream import stream
 from .verify import compare_folder
@@ -37,7 +38,7 @@ def write(
     """
     jobs = together(ranks, lambda: _jobs(plans, outs, options, began))
     if not jobs[0].recipe:  # a dry run on a hub id
-        return [job.report("dry run", lack_of_space(jobs)) for job in jobs]
+        return [job.report("dry run", lack_of_space({each.out: each.needed for each in jobs})) for job in jobs]
     check_same(ranks, [job.recipe for job in jobs])
     if options.dry_run:
         for job in jobs:
@@ -85,7 +86,7 @@ def _check_outputs(jobs: Sequence[Job], options: RunOptions) -> tuple[list[bool]
     whole = []
     for job in jobs:
         if not options.dry_run:
-            with paths.output_errors(job.out):
+            with output_errors(job.out):
                 publish.repair(job.out)
         _take_begun(job)
         whole.append(paths.is_whole(job.out, to_json(job.recipe), job.whole))
@@ -96,7 +97,7 @@ def _check_outputs(jobs: Sequence[Job], options: RunOptions) -> tuple[list[bool]
             raise OutputError(f"output {shown(job.out)} exists and {there}; give another, or --overwrite")
         if not options.restart:
             check_unfinished(job.partial, job.recipe)
-    lacking = lack_of_space(left)
+    lacking = lack_of_space({job.out: job.needed for job in left})
     if lacking and not options.dry_run:
         raise OutputError(lacking)
     return whole, lacking, [job.recipe for job in jobs]

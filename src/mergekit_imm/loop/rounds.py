@@ -161,7 +161,7 @@ class Rounds:
             "seed": self.seed,
             "iteration": self.iteration,
         }
-        from ..output.paths import output_errors
+        from ..output.write_errors import output_errors
 
         with output_errors(Path(path)):
             direct_io.replace_file(Path(path), to_json(content))

@@ -16,7 +16,8 @@ from ..engine.merge import merge_checkpoints
 from ..errors import CheckpointError, OutputError
 from ..options.recipe import RECIPE_FILE, REPORT_FILE
 from ..output import direct_io
-from ..output.paths import expanded, locked, output_errors
+from ..output.paths import expanded, locked
+from ..output.write_errors import output_errors
 from ..schedules import parse_schedule
 from .commands import Echo, filled, run_command
 from .early_checks import check_options

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.open_checkpoint import open_checkpoint
 from ..checkpoint.safetensors_file import MODEL
-from ..common.messages import bytes_text, shown
+from ..common.messages import shown
 from ..errors import OutputError
 from ..model.tensor_names import tied_key, unwrapped
 from ..output import direct_io
@@ -35,6 +35,7 @@ def saving(
         yield lambda: save(sft, out)
         return
     from ..output import paths  # not on every platform
+    from ..output.write_errors import lack_of_space, output_errors
 
     out = paths.expanded(out)
     paths.check_name(out)
@@ -46,12 +47,9 @@ def saving(
     state = sft if isinstance(sft, Mapping) else None
     tensors = {} if state is None else _unshared(state, open_checkpoint(base, "base", dry_run=True).tensors)
     held = (*sft.parameters(), *sft.buffers()) if state is None else tensors.values()
-    needed, (_, free) = sum(each.nbytes for each in held), paths.disk_of(out)
-    if needed > free:
-        raise OutputError(
-            f"output {shown(out)} needs {bytes_text(needed)} and the disk has {bytes_text(free)} free; free some space"
-            " or give an output on another disk"
-        )
+    lacking = lack_of_space({out: sum(each.nbytes for each in held)})
+    if lacking:
+        raise OutputError(lacking)
 
     def write() -> None:
         if state is None:
@@ -67,12 +65,12 @@ def saving(
         partial.rename(out)
         direct_io.sync_folder(out.parent)
 
-    with paths.output_errors(out):
+    with output_errors(out):
         new = direct_io.make_folder(partial)
     try:
         with paths.locked(partial, _BUSY):
             try:
-                with paths.output_errors(out):
+                with output_errors(out):
                     for path in partial.iterdir():  # left by a killed save
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                     direct_io.write_file(partial / _MARK, b"")

@@ -8,8 +8,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,33 +17,7 @@ from ..common.messages import shown
 from ..common.threads import when_unused
 from ..errors import OutputError
 from ..options.recipe import RECIPE_FILE
-
-_CURES = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "raise the quota",
-    errno.EIO: "check the disk (the system's log says more)",
-    errno.EACCES: "choose another OUT or change its permissions",
-    errno.EPERM: "choose another OUT or change its permissions",
-    errno.EROFS: "choose another OUT",
-    errno.ENAMETOOLONG: "choose a shorter OUT; it is built as OUT.partial",
-    errno.EBUSY: "something is mounted there: choose another OUT",
-    errno.EFBIG: "the filesystem allows no file that large: use a smaller --max-shard-size, or choose another OUT",
-    errno.EMFILE: "allow more open files (ulimit -n), or give fewer values at a time",
-    errno.ENFILE: "the whole system has too many files open: close some",
-}
-
-
-@contextmanager
-def output_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Turn an OSError into an OutputError of one line, which names `partial` if the merge can go on there."""
-    try:
-        yield
-    except OSError as error:
-        cure = f"; {_CURES[error.errno]}" if error.errno in _CURES else ""
-        if partial is not None and is_occupied(partial):
-            cure += f"; what was written is kept in {shown(partial)}: run the same command again, and it goes on there"
-        place = shown(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path, 300)
-        raise OutputError(f"{place} cannot be written: {error.strerror or error}{cure}") from error
+from .write_errors import output_errors
 
 
 def expanded(out: str | Path) -> Path:
@@ -113,16 +85,6 @@ def check_place(out: Path, inputs: Mapping[str, Path]) -> None:
                     raise OutputError(
                         f"output {shown(ours)} is, or contains, {label} ({shown(path)}); give another output"
                     )
-
-
-def disk_of(out: Path) -> tuple[int, int]:
-    """Return the number of the device where `out` will be written, and its free bytes.
-
-    sys.maxsize stands for a filesystem that does not say.
-    """
-    parent = next((p for p in (out.parent, *out.parent.parents) if p.exists()), Path("/"))
-    usage = shutil.disk_usage(parent)
-    return parent.stat().st_dev, usage.free if usage.total else sys.maxsize  # ramfs
 
 
 def is_whole(out: Path, recipe: bytes, sizes: Mapping[str, int | None]) -> bool:

@@ -19,7 +19,8 @@ from ..common.messages import shown
 from ..errors import OutputError
 from .direct_io import libc, sync_folder, write_file
 from .journal import JOURNAL
-from .paths import is_occupied, locked, marker_of, old_of, output_errors, partial_of
+from .paths import is_occupied, locked, marker_of, old_of, partial_of
+from .write_errors import output_errors
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _FORMAT = "mergekit_imm exchange"

@@ -9,7 +9,8 @@ from ..common.json_files import parse_json, plain_size, read_small
 from ..common.messages import shown
 from ..errors import OutputError
 from .direct_io import make_folder, replace_file
-from .paths import expanded, output_errors
+from .paths import expanded
+from .write_errors import output_errors
 
 
 def is_result(path: Path, form: str) -> bool:

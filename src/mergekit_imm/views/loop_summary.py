@@ -8,7 +8,7 @@ from typing import Any
 from ..common.messages import shown
 from ..loop.state import State
 from ..output.direct_io import replace_file
-from ..output.paths import output_errors
+from ..output.write_errors import output_errors
 from .tables import aligned, saved
 
 KINDS = (("sft", "SFT"), ("merged", "Merge"), ("baseline", "SFT without merges"))
