@@ -19,7 +19,14 @@ from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.engine.merge import _Keywords
 from mergekit_imm.numerics.mask import arithmetic
 from mergekit_imm.numerics.sparsifiers import parse_sparsify
-from mergekit_imm.options.options import DEFAULTS, LOOP_OPTIONS, MergeOptions, RunOptions, as_arguments, options_from
+from mergekit_imm.options.options import (
+    LOOP_OPTIONS,
+    MERGE_DEFAULTS,
+    MergeOptions,
+    RunOptions,
+    as_arguments,
+    options_from,
+)
 from mergekit_imm.options.recipe import make_recipe, options_in, parse_recipe, to_json
 
 DECLARED = {each.name: each for each in (*fields(MergeOptions), *fields(RunOptions))}
@@ -103,7 +110,7 @@ USED: dict[str, Any] = {
 
 
 def test_a_recipe_holds_each_of_them_and_gives_it_back() -> None:
-    assert set(USED) == set(DEFAULTS)
+    assert set(USED) == set(MERGE_DEFAULTS)
     for first in ("importance", "layer_factors"):  # they exclude each other
         lacking = {"layer_factors"} if first == "importance" else {"importance", "shrink", "clip"}
         options = MergeOptions(**{name: value for name, value in USED.items() if name not in lacking})

@@ -21,10 +21,14 @@ def bert() -> Any:
         torch.manual_seed(1)
         return MASKED.from_config(
             transformers.BertConfig(
-                vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                vocab_size=96,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=1,
+                num_attention_heads=4,
                 max_position_embeddings=32,
             )
-        )  # fmt: skip
+        )
 
 
 def t5() -> Any:
@@ -32,10 +36,16 @@ def t5() -> Any:
         torch.manual_seed(1)
         return SEQUENCE.from_config(
             transformers.T5Config(
-                vocab_size=96, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_decoder_layers=2, num_heads=4,
+                vocab_size=96,
+                d_model=32,
+                d_ff=48,
+                d_kv=8,
+                num_layers=2,
+                num_decoder_layers=2,
+                num_heads=4,
                 decoder_start_token_id=0,
             )
-        )  # fmt: skip
+        )
 
 
 def whole(model: Any, folder: Path) -> None:

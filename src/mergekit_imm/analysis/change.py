@@ -203,10 +203,10 @@ def checkpoint_change(
     from ..plan.open_inputs import open_inputs
     from ..plan.plan import segments
 
+    patterns: dict[str, Any] = {"rename": rename, "keep": keep, "take": take, "leave_out": leave_out}
     options = MergeOptions(
-        alpha=0.0, drop=0.0, dtype="float32", vocab=vocab, rename=rename, keep=keep, take=take,  # type: ignore[arg-type]
-        leave_out=leave_out, dequantize=dequantize, allow_nonfinite=True,  # type: ignore[arg-type]
-    )  # fmt: skip
+        alpha=0.0, drop=0.0, dtype="float32", vocab=vocab, dequantize=dequantize, allow_nonfinite=True, **patterns
+    )
     threads = RunOptions(workers=workers).workers or default_workers()
     (plan,) = make_plans(open_inputs({"base": base, "sft": sft}, options))
     # Notes on the merged vocabulary do not apply: nothing is merged.

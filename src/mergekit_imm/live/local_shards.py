@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from ..checkpoint.lazy_tensor import Computed, Pieces, Slice, runs
-from ..checkpoint.lazy_tensor import Tensor as Side
+from ..checkpoint.lazy_tensor import Tensor as LazyTensor
 from ..common.messages import shown
 from ..errors import MismatchError
 from ..numerics.reference import DTYPES
@@ -283,7 +283,7 @@ def _strange(name: str, tensor: DTensor, what: str) -> MismatchError:
     )
 
 
-def origins(tensor: Side, first: int, end: int) -> Iterator[Run]:
+def origins(tensor: LazyTensor, first: int, end: int) -> Iterator[Run]:
     """Yield the runs of elements first..end of a tensor (live, or made of live ones) that this process holds."""
     if isinstance(tensor, Slice):
         for run in origins(tensor.whole, tensor.first + first, tensor.first + end):

@@ -285,7 +285,7 @@ class RunOptions(_Options):
     progress: Progress | None = _option(None, "")
 
 
-DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(MergeOptions)}
+MERGE_DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(MergeOptions)}
 
 
 # The options of every merge of a loop, as imm-loop takes them and loop.json holds them.
@@ -391,7 +391,7 @@ def as_arguments(options: MergeOptions) -> list[str]:
     singles: list[str] = []
     lists: list[str] = []
     flags: list[str] = []
-    for name, default in DEFAULTS.items():
+    for name, default in MERGE_DEFAULTS.items():
         option, value = f"--{name.replace('_', '-')}", getattr(options, name)
         if value == default and name not in ("alpha", "drop", "seed", "iteration"):
             continue

@@ -11,7 +11,7 @@ from typing import Any
 from ..common.json_files import parse_json, read_small
 from ..common.messages import shown
 from ..errors import CheckpointError
-from .options import DEFAULTS, MergeOptions
+from .options import MERGE_DEFAULTS, MergeOptions
 
 RECIPE_FILE, REPORT_FILE, CARD_FILE = "imm_recipe.json", "imm_report.json", "README.md"
 RECIPE_FORMAT, RECIPE_VERSION = "mergekit_imm recipe", 1
@@ -28,7 +28,7 @@ def make_recipe(
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return the recipe of a merge as plain data; unused late options are left out, so that recipes stay the same."""
-    left_out = {name for name in _LATE - _ALWAYS_WRITTEN if getattr(options, name) == DEFAULTS[name]}
+    left_out = {name for name in _LATE - _ALWAYS_WRITTEN if getattr(options, name) == MERGE_DEFAULTS[name]}
     values = asdict(options) | {"iteration": options.round}
     return {
         "format": RECIPE_FORMAT,
@@ -66,7 +66,7 @@ def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
         if recipe["format"] != RECIPE_FORMAT:
             raise ValueError(f"its format is {recipe['format']!r}")
         if recipe["version"] == RECIPE_VERSION:
-            missing = set(DEFAULTS) - set(recipe["parameters"]) - _LATE
+            missing = set(MERGE_DEFAULTS) - set(recipe["parameters"]) - _LATE
             if missing:
                 raise ValueError(f"its parameters lack {', '.join(sorted(missing))}")
             json.dumps(recipe, allow_nan=False)  # the next round's recipe will include it

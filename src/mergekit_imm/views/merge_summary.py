@@ -36,7 +36,8 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
     inputs = [f"  base   {shown(base)}", f"  sft    {shown(sft)}", *([f"  start  {shown(start)}"] if start else [])]
     lines = [
         f"would merge {count_text(report.parameter_count)} parameters ({counts}) into {shown(report.out)}"
-        if report.status == "dry run" else f"{shown(report.out)} already merged: it holds this very recipe",
+        if report.status == "dry run"
+        else f"{shown(report.out)} already merged: it holds this very recipe",
         *inputs,
         f"  alpha {p['alpha']:g}, drop {p['drop']:g}, seed {p['seed']}, iteration {p['iteration']}"
         + (f", reference {p['reference']}" if p["reference"] != "start" else "")
@@ -55,7 +56,7 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
         f"  memory about {bytes_text(report.memory)} at its peak, with {report.workers} workers on {report.device}",
         f"  disk needed {bytes_text(report.disk_needed)}, free {bytes_text(report.disk_free)}",
         "nothing was written",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 
@@ -92,11 +93,13 @@ def _renamed(report: MergeReport | CheckReport) -> list[str]:
 def _beside(report: MergeReport | CheckReport) -> list[str]:
     """Return lines on the files beside the weights: which travel, what changes in them, what stays behind."""
     return [
-        *(f"  {len(names)} other files from {role}: {', '.join(map(shown, names))}"
-          for role, names in report.side_files.items()),
+        *(
+            f"  {len(names)} other files from {role}: {', '.join(map(shown, names))}"
+            for role, names in report.side_files.items()
+        ),
         *(f"  config.json: {key} = {json.dumps(value)}" for key, value in report.config_changes.items()),
         *(f"  left out of {role}: {', '.join(map(shown, names))}" for role, names in report.left_out.items()),
-    ]  # fmt: skip
+    ]
 
 
 def table(kinds: Sequence[Mapping[str, Any]], with_start: bool) -> list[str]:

@@ -18,16 +18,31 @@ from mergekit_imm import merge_checkpoints, merge_into
 from reference import merge_tensors
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
     "max_position_embeddings": 40,
-}  # fmt: skip
+}
 T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
 WHISPER = {
-    "vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
-    "max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 96,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "max_target_positions": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "decoder_start_token_id": 1,
-}  # fmt: skip
+}
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
     "roberta": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL)),
@@ -124,9 +139,14 @@ def test_the_mask_is_keyed_by_the_embedding_whatever_is_stored(tmp_path: Path) -
     merge_checkpoints(base, sft, tmp_path / "out", drop=0.5)
     name = "bert.embeddings.word_embeddings.weight"
     expected = merge_tensors(
-        new("bert").state_dict()[name], new("bert", 1).state_dict()[name], None, torch.float32, alpha=0.5, drop=0.5,
+        new("bert").state_dict()[name],
+        new("bert", 1).state_dict()[name],
+        None,
+        torch.float32,
+        alpha=0.5,
+        drop=0.5,
         name=name,
-    )  # fmt: skip
+    )
     written = read_model(tmp_path / "out")
     assert same_bits(written[name], expected)
     assert same_bits(written["cls.predictions.decoder.weight"], expected)
