@@ -51,7 +51,7 @@ def test_status_and_json_tell_what_is_there(pair: Path) -> None:
     for arguments in ([], ["--quiet"], ["--overwrite"], ["--restart"]):
         ended = subprocess_of("merge", "base", "sft", "-o", "out", *arguments)
         assert ended.status == 0
-        assert ended.out == ("" if arguments == ["--quiet"] else "out already merged: it holds this very recipe\n")
+        assert ended.out == ("" if arguments == ["--quiet"] else "out already merged: it holds exactly this merge\n")
     ended = subprocess_of("merge", "base", "sft", "-o", "out", "--alpha", "0.1", "--json")
     assert (ended.status, ended.out) == (1, "")
     assert files_of(pair / "out") == before
@@ -67,7 +67,7 @@ def test_a_verified_merge_says_so(pair: Path) -> None:
     assert report["verified"] is True
     assert set(report["seconds"]) == {"plan", "stream", "verify", "total"}
     ended = subprocess_of("merge", "base", "sft", "-o", "out", "--verify")
-    assert ended.out == "out already merged: it holds this very recipe, every byte compared\n"
+    assert ended.out == "out already merged: it holds exactly this merge, every byte compared\n"
     ended = subprocess_of("merge", "base", "sft", "-o", "out", "--verify", "--overwrite", "--alpha", "0.2")
     assert ended.out.endswith(", every byte compared\n")
     assert json_of("--alpha", "0.2")["verified"] is False

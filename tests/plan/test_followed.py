@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from checkpoints import State, write_model
 from followed import Inputs, endings, looks_right, offered, rewrite, told_in_advance
-from models import fine_tuned
+from models import fine_tuned, model_of
 
 CAUSAL = transformers.AutoModelForCausalLM
 SIZES: dict[str, Any] = {
@@ -27,12 +27,6 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-
-
-def model_of(config: Any, auto: Any = CAUSAL) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return auto.from_config(config)
 
 
 def llama(**more: Any) -> Any:

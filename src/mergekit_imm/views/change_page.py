@@ -34,24 +34,24 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # heat
 DEFINITIONS = (
     (
         "change",
-        "Of a layer n: the sum over its weight matrices of ||W - W'||_F (arXiv 2503.02103, Eq. 4; that norm"
+        "For layer n: the sum over its weight matrices of ||W - W'||_F (arXiv 2503.02103, Eq. 4; that norm"
         " is our choice). A sum of norms, so larger and more matrices count for more.",
     ),
     ("relative", "The change divided by the sum of ||W||_F over the same matrices. Ours."),
     ("share", "The change of a layer divided by that of all layers (figure 12)."),
     ("module", "One kind of matrix over all layers: its change, relative to its norms, and its share of all change."),
     ("in brackets", "Embeddings, heads, norms, biases and others: measured the same way, in no layer's change."),
-    ("importance", "Of a layer, as the file has it; only ratios and ranks count."),
+    ("importance", "For each layer, as in the file; only ratios and ranks count."),
     (
         "rho",
         "Spearman's rank correlation of importance and change over layers, equal values sharing their average rank."
-        " In brackets its 95% bootstrap interval over layers; layers are no independent draws, so it is a guide. Ours.",
+        " In brackets its 95% bootstrap interval over layers, only a guide: layers are not independent draws. Ours.",
     ),
-    ("thirds", "Of N layers, third t (from 0) has those from floor(t N / 3) to floor((t + 1) N / 3) - 1."),
+    ("thirds", "With N layers, third t (from 0) holds layers floor(t N / 3) to floor((t + 1) N / 3) - 1."),
     (
         "verdict",
-        "Looks superficial: the whole interval of rho lies below 0. Does not: it lies above 0. Else, and of"
-        " fewer than 6 layers, it cannot be told. The rule is ours: the paper compares pictures by eye.",
+        "Looks superficial: the whole interval of rho lies below 0. Does not look superficial: it lies above 0."
+        " Otherwise, and with fewer than 6 layers, undecided. The rule is ours: the paper compares pictures by eye.",
     ),
 )
 

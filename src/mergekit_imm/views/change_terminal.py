@@ -104,7 +104,7 @@ def _kinds(found: Sequence[ModelChange]) -> list[str]:
     names = list(dict.fromkeys(name for each in cells for name in each))
     head = ["module", *(f"{what}{end}" for end in ends(found) for what in MEASURES)]
     body = [[shown(name, 40), *(c for each in cells for c in each.get(name, ("-", "-", "-")))] for name in names]
-    return [*aligned([head, *body]), "in brackets: tensors that no layer's change counts"]
+    return [*aligned([head, *body]), "in brackets: tensors not counted in any layer's change"]
 
 
 def ends(found: Sequence[ModelChange]) -> list[str]:
@@ -129,4 +129,4 @@ def relative_line(one: ModelChange) -> str:
         return ""
     rho = one.mismatch.relative
     interval = "" if math.isnan(rho.low) else f" [{rho.low:+.2f}, {rho.high:+.2f}]"
-    return f"Of the relative change: rho {rho.value:+.2f}{interval}."
+    return f"For the relative change: rho {rho.value:+.2f}{interval}."
