@@ -54,7 +54,7 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--device", "tpu"], "device is 'tpu'; it must be 'cpu' or 'cuda'"),
             (["--ranks", "mpi"], "'mpi' is not one of"),
             (["more"], "Got 2 models"),
-            (["--check", "--ranks", "slurm"], "--check reads headers only"),
+            (["--check", "--ranks", "slurm"], "--check reads only headers"),
             (["--check", "--keep", "("], "--keep '(' is not a regular expression"),
         ]
     ),
