@@ -32,7 +32,7 @@ class Norms(NamedTuple):
     weight: float | None
 
 
-class Module(NamedTuple):
+class KindChange(NamedTuple):
     """Change of one kind of module over all layers, relative to its sum of ||W||_F, and as a share of the total."""
 
     change: float
@@ -57,7 +57,7 @@ class WeightChange:
     kind_weights: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
-    def modules(self) -> dict[str, Module]:
+    def modules(self) -> dict[str, KindChange]:
         """Change of each kind of module over all layers; relative is None if the sum of ||W||_F is 0."""
         total = math.fsum(self.layers.values())
         found = {}
@@ -65,7 +65,7 @@ class WeightChange:
             change, weight = (
                 math.fsum(each.get(kind, 0.0) for each in of.values()) for of in (self.kinds, self.kind_weights)
             )
-            found[kind] = Module(change, change / weight if weight else None, change / total if total else None)
+            found[kind] = KindChange(change, change / weight if weight else None, change / total if total else None)
         return found
 
     @property
