@@ -14,9 +14,9 @@ from .console import CONTEXT, progress_bar, say, values_checked
 
 @click.command("imm-verify", context_settings=CONTEXT)
 @click.argument("out")
-@click.option("--base", metavar="DIR", help="Where BASE is now, if it moved after the merge.")
-@click.option("--start", metavar="DIR", help="Where START is now, likewise.")
-@click.option("--sft", metavar="DIR", help="Where SFT is now, likewise.")
+@click.option("--base", metavar="DIR", help="Where BASE is now, if it moved.")
+@click.option("--start", metavar="DIR", help="Where START is now, if it moved.")
+@click.option("--sft", metavar="DIR", help="Where SFT is now, if it moved.")
 @click.option(
     "--sample",
     type=click.FloatRange(0, 1, min_open=True),
