@@ -50,8 +50,10 @@ def main() -> None:
 
     base, sft, start = (torch.randn(arguments.elements, device="cuda").bfloat16() for _ in range(3))
     how = f"fused by Triton {version('triton')}" if triton_kernel.fits(base, sft, start) else "not fused"
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()},"
-          f" mergekit-imm {version('mergekit-imm')}, {how}, {arguments.elements} elements\n")  # fmt: skip
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()},"
+        f" mergekit-imm {version('mergekit-imm')}, {how}, {arguments.elements} elements\n"
+    )
     print("| merge | ms | GB/s | copy of as many bytes, ms | GB/s | ratio |")
     print("|---|---|---|---|---|---|")
     for label, third in (("bf16, base and sft", None), ("bf16, base, start and sft", start)):
@@ -63,8 +65,10 @@ def main() -> None:
                 lambda: dare_merge(base, sft, start=third, drop=drop, factor=1.1, name=NAME),  # noqa: B023
                 arguments.runs,
             )
-            print(f"| {label}, drop {drop} | {1e3 * merge:.3f} | {touched / merge / 1e9:.0f} | {1e3 * copy:.3f}"
-                  f" | {touched / copy / 1e9:.0f} | {merge / copy:.2f} |")  # fmt: skip
+            print(
+                f"| {label}, drop {drop} | {1e3 * merge:.3f} | {touched / merge / 1e9:.0f} | {1e3 * copy:.3f}"
+                f" | {touched / copy / 1e9:.0f} | {merge / copy:.2f} |"
+            )
 
 
 if __name__ == "__main__":

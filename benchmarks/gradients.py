@@ -64,9 +64,15 @@ def measure(row: dict[str, Any], sequences: int, length: int) -> dict[str, float
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
-        vocab_size=32_000, max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        vocab_size=32_000,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
     model = transformers.Qwen2ForCausalLM(config)
     count = sum(p.numel() for p in model.parameters())
     ids = torch.randint(0, 32_000, (sequences, length))

@@ -107,8 +107,11 @@ def main() -> None:
         if not arguments.json:
             ratio = it["kernel_min"] / it["memcpy_min"]
             change = f"  {it['kernel_min'] / before[name]['kernel_min'] - 1:+.1%} (min)" if name in before else ""
-            print(f"{name:<20}{it['kernel_min']:>11.3f}{it['kernel_median']:>9.3f}{it['memcpy_min']:>12.3f}"
-                  f"{it['memcpy_median']:>9.3f}{ratio:>7.2f}{change}", flush=True)  # fmt: skip
+            print(
+                f"{name:<20}{it['kernel_min']:>11.3f}{it['kernel_median']:>9.3f}{it['memcpy_min']:>12.3f}"
+                f"{it['memcpy_median']:>9.3f}{ratio:>7.2f}{change}",
+                flush=True,
+            )
     if arguments.json:
         json.dump(results, sys.stdout, indent=2)
         print()

@@ -36,9 +36,12 @@ def measured(
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         began = time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=output, stderr=errors, stdin=subprocess.DEVNULL,
+            command,
+            stdout=output,
+            stderr=errors,
+            stdin=subprocess.DEVNULL,
             env={**os.environ, **(environment or {})},
-        )  # fmt: skip
+        )
         ended = threading.Event()
         samples = [0]
         sampler = threading.Thread(target=_sample, args=(process.pid, ended, samples))

@@ -91,11 +91,17 @@ def config(size: str) -> dict[str, object]:
     """What transformers must know to load it."""
     hidden, inner, layers, heads, kv_heads, vocabulary, tied = SIZES[size]
     return {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": tied,
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
         "dtype": "bfloat16",
-    }  # fmt: skip
+    }
 
 
 def _bfloat16(values: npt.NDArray[np.float32]) -> bytes:

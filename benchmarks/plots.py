@@ -19,14 +19,23 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 TEXT, LINES = "#808080", "#80808055"
 COLORS = {
-    "imm-merge": "#3584d6", "imm-merge --start": "#3584d6", "floor direct": "#909090", "floor buffered": "#909090",
-    "mergekit": "#dd7b33", "sd-mecha": "#a06cc8", "by-hand": "#36a57a",
-}  # fmt: skip
+    "imm-merge": "#3584d6",
+    "imm-merge --start": "#3584d6",
+    "floor direct": "#909090",
+    "floor buffered": "#909090",
+    "mergekit": "#dd7b33",
+    "sd-mecha": "#a06cc8",
+    "by-hand": "#36a57a",
+}
 LABELS = {
-    "imm-merge": "imm-merge", "imm-merge --start": "imm-merge, three inputs", "floor direct": "I/O floor, direct",
-    "floor buffered": "I/O floor, buffered", "mergekit": "mergekit", "sd-mecha": "sd-mecha",
+    "imm-merge": "imm-merge",
+    "imm-merge --start": "imm-merge, three inputs",
+    "floor direct": "I/O floor, direct",
+    "floor buffered": "I/O floor, buffered",
+    "mergekit": "mergekit",
+    "sd-mecha": "sd-mecha",
     "by-hand": "script by hand",
-}  # fmt: skip
+}
 PEERS = ("mergekit", "sd-mecha", "by-hand")
 
 
@@ -81,11 +90,24 @@ def bars(results: Mapping[str, Any], key: str, label: str, unit: float, form: st
             for side in ("min", "max")
         ]
         error = [[-low for low in spread[0]], spread[1]]
-        axes.barh(range(len(rows)), values, xerr=error, color=[COLORS[name] for name in names], height=0.7,
-                  error_kw={"ecolor": TEXT, "lw": 1, "capsize": 2})  # fmt: skip
+        axes.barh(
+            range(len(rows)),
+            values,
+            xerr=error,
+            color=[COLORS[name] for name in names],
+            height=0.7,
+            error_kw={"ecolor": TEXT, "lw": 1, "capsize": 2},
+        )
         for row, (_, it) in enumerate(rows):
-            axes.annotate(form.format(values[row]), (it[key]["max"] / unit, row), (5, 0), textcoords="offset points",
-                          va="center", color=TEXT, fontsize=9)  # fmt: skip
+            axes.annotate(
+                form.format(values[row]),
+                (it[key]["max"] / unit, row),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                color=TEXT,
+                fontsize=9,
+            )
         axes.set_yticks(range(len(rows)), [LABELS[name] for name in names])
         axes.invert_yaxis()
         axes.margins(x=0.12)
@@ -113,9 +135,12 @@ def scaling(results: Mapping[str, Any]) -> Figure | None:
     picture = figure(9, 4.5)
     left, right = picture.subplots(1, 2)
     for name, cache, style in (
-        ("imm-merge", "warm", "o-"), ("imm-merge", "cold", "o--"), ("floor direct", "warm", "s-"),
-        ("floor direct", "cold", "s--"), *((peer, "", "^-") for peer in PEERS),
-    ):  # fmt: skip
+        ("imm-merge", "warm", "o-"),
+        ("imm-merge", "cold", "o--"),
+        ("floor direct", "warm", "s-"),
+        ("floor direct", "cold", "s--"),
+        *((peer, "", "^-") for peer in PEERS),
+    ):
         points = []
         for entry in results["sizes"].values():
             caches = entry["summary"].get(name, {})
@@ -162,8 +187,15 @@ def kernel(results: Mapping[str, Any]) -> Figure | None:
         axes.barh(rows, least, height=0.36, color=color, label=shown)
         axes.plot(middle, rows, "|", color=TEXT, ms=9)
         for row, value, right in zip(rows, least, middle, strict=True):
-            axes.annotate(f"{value:.2f}", (max(value, right), row), (6, 0), textcoords="offset points",
-                          va="center", color=TEXT, fontsize=9)  # fmt: skip
+            axes.annotate(
+                f"{value:.2f}",
+                (max(value, right), row),
+                (6, 0),
+                textcoords="offset points",
+                va="center",
+                color=TEXT,
+                fontsize=9,
+            )
     axes.set_yticks(range(len(cases)), list(cases))
     axes.invert_yaxis()
     axes.margins(x=0.1)

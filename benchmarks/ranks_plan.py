@@ -77,16 +77,28 @@ def newest() -> tuple[Path, dict[str, Any]]:
 def table(results: Mapping[str, Any]) -> list[list[str]]:
     """The plan as text, its head first."""
     head = [
-        "model", "inputs", "reads TB", "writes TB", "machines", "time, disk as measured", "time, computing as measured",
+        "model",
+        "inputs",
+        "reads TB",
+        "writes TB",
+        "machines",
+        "time, disk as measured",
+        "time, computing as measured",
         "storage must then move GB/s",
-    ]  # fmt: skip
+    ]
     cells = [
         [
-            row.model, str(row.inputs), f"{row.read / 1e12:.2f}", f"{row.written / 1e12:.2f}", str(row.nodes),
-            duration(row.disk), duration(row.compute), f"{row.bandwidth / 1e9:.0f}",
+            row.model,
+            str(row.inputs),
+            f"{row.read / 1e12:.2f}",
+            f"{row.written / 1e12:.2f}",
+            str(row.nodes),
+            duration(row.disk),
+            duration(row.compute),
+            f"{row.bandwidth / 1e9:.0f}",
         ]
         for row in rows(results)
-    ]  # fmt: skip
+    ]
     return [head, *cells]
 
 

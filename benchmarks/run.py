@@ -47,15 +47,18 @@ def summary(runs: Runs) -> dict[str, Any]:
         contender: {
             cache: {
                 key: {
-                    "median": round(statistics.median(values), 4), "min": min(values), "max": max(values),
+                    "median": round(statistics.median(values), 4),
+                    "min": min(values),
+                    "max": max(values),
                     "n": len(values),
                 }
-                for key in each[0] for values in [[run[key] for run in each]]
+                for key in each[0]
+                for values in [[run[key] for run in each]]
             }
             for cache, each in caches.items()
         }
         for contender, caches in runs.items()
-    }  # fmt: skip
+    }
 
 
 def measure_size(size: str, root: Path, peers: Sequence[str], workers: int, arguments: argparse.Namespace) -> Any:
@@ -102,13 +105,19 @@ def measure_size(size: str, root: Path, peers: Sequence[str], workers: int, argu
                 shutil.rmtree(f"{job.out}.partial", ignore_errors=True)
             runs[contender][state].append(took)
             stream = f", streaming {took['stream']:.2f} s" if "stream" in took else ""
-            say(f"{size}: round {number + 1} of {arguments.runs}, {contender} ({state}): {took['wall']:.2f} s{stream},"
-                f" {took['peak'] / 1e6:.0f} MB")  # fmt: skip
+            say(
+                f"{size}: round {number + 1} of {arguments.runs}, {contender} ({state}): {took['wall']:.2f} s{stream},"
+                f" {took['peak'] / 1e6:.0f} MB"
+            )
     shutil.rmtree(folder)
     return {
-        "parameters": parameter_count(size), "bytes_of_a_model": model, "fits_in_memory": fits, "skipped": skipped,
-        "summary": summary(runs), "runs": runs,
-    }  # fmt: skip
+        "parameters": parameter_count(size),
+        "bytes_of_a_model": model,
+        "fits_in_memory": fits,
+        "skipped": skipped,
+        "summary": summary(runs),
+        "runs": runs,
+    }
 
 
 def warm_up(root: Path) -> int:
@@ -130,16 +139,19 @@ def measure_all(arguments: argparse.Namespace, root: Path, path: Path) -> dict[s
     """Measure what was asked for; the result file is written after every part."""
     peers = [name for name in arguments.peers if name in PEERS]
     results: dict[str, Any] = {
-        "format": "mergekit_imm benchmark", "version": 1, "date": f"{date.today():%Y-%m-%d}",
+        "format": "mergekit_imm benchmark",
+        "version": 1,
+        "date": f"{date.today():%Y-%m-%d}",
         "machine": machine(root),
         "versions": {
-            "python": ".".join(map(str, sys.version_info[:3])), "git": git_version(HERE),
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "git": git_version(HERE),
             **versions(sys.executable, ["mergekit-imm", "numba", "llvmlite", "numpy"]),
         },
         "peer_versions": {},
         "settings": {"alpha": ALPHA, "drop": DROP, "workers": warm_up(root)},
         "sizes": {},
-    }  # fmt: skip
+    }
     if peers and arguments.peer_sizes:
         packages = ["mergekit", "sd-mecha", "torch", "transformers", "safetensors"]
         results["peer_versions"] = versions(arguments.peers_python, packages)
@@ -184,8 +196,10 @@ def show(results: Mapping[str, Any]) -> None:
                 print(f"{size:<14}{contender:<18}{cache:<6}{wall['median']:8.2f} s {spread:<24}{peak:8.0f} MB")
     for goal in results["goals"]:
         verdict = {True: "met", False: "NOT met", None: "-"}[goal["met"]]
-        print(f"{verdict:<8}{goal['goal']} [{goal['where']}]: {goal['value']:g} {goal['unit']}"
-              + (f" (asked: {goal['asked']})" if goal["asked"] else ""))  # fmt: skip
+        print(
+            f"{verdict:<8}{goal['goal']} [{goal['where']}]: {goal['value']:g} {goal['unit']}"
+            + (f" (asked: {goal['asked']})" if goal["asked"] else "")
+        )
 
 
 def names(text: str) -> list[str]:
@@ -208,9 +222,10 @@ def main() -> None:
     if arguments.peer_sizes is None:
         arguments.peer_sizes = arguments.sizes
     for given, known in (
-        (arguments.sizes + arguments.peer_sizes, SIZES), (arguments.peers, PEERS),
+        (arguments.sizes + arguments.peer_sizes, SIZES),
+        (arguments.peers, PEERS),
         (arguments.parts, ("startup", "kernel", "sizes")),
-    ):  # fmt: skip
+    ):
         if unknown := set(given) - set(known):
             parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")
     arguments.peers_python = arguments.peers_python.absolute()

@@ -73,11 +73,17 @@ def make_llama(folder: Path) -> None:
     """Write a model of 405 B parameters without its data."""
     folder.mkdir()
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
-        "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY, "tie_word_embeddings": False,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
         "dtype": "bfloat16",
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config))
     files = llama_shards()
     weight_map: dict[str, str] = {}

@@ -170,9 +170,17 @@ def run_seed(seed: int, size: Size) -> dict[str, Any]:
 
     tell("bait, clean, deduplicate, answer, vote")
     made = crescent(
-        generate, embed, answer, questions=size.asked, samples=size.samples, bait=[IN_DOMAIN], clean=question,
-        rewrite=another, extract=result, same=equal,
-    )  # fmt: skip
+        generate,
+        embed,
+        answer,
+        questions=size.asked,
+        samples=size.samples,
+        bait=[IN_DOMAIN],
+        clean=question,
+        rewrite=another,
+        extract=result,
+        same=equal,
+    )
     kept = made.questions.accepted
     singles = [answers[at : at + size.samples] for at in range(0, len(answers), size.samples)]
     pairs = {"crescent": [Example(*pair) for pair in made.pairs]}

@@ -47,7 +47,7 @@ from toy import (
     same_result,
     train,
     training_mix,
-)  # fmt: skip
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -32,13 +32,17 @@ asked = parser.parse_args()
 trainer = SFTTrainer(
     asked.start or asked.base,
     args=SFTConfig(
-        output_dir=f"{asked.output}-training", num_train_epochs=1, max_steps=asked.steps, save_strategy="no",
-        learning_rate=asked.learning_rate, report_to=[], bf16=GPU, use_cpu=not GPU,
+        output_dir=f"{asked.output}-training",
+        num_train_epochs=1,
+        max_steps=asked.steps,
+        save_strategy="no",
+        learning_rate=asked.learning_rate,
+        report_to=[],
+        bf16=GPU,
+        use_cpu=not GPU,
     ),
     train_dataset=load_dataset("json", data_files=asked.data, split="train"),
-    callbacks=[
-        IMMCallback(asked.base, start=asked.start, iteration=asked.round, alpha=asked.alpha, drop=asked.drop)
-    ],
-)  # fmt: skip
+    callbacks=[IMMCallback(asked.base, start=asked.start, iteration=asked.round, alpha=asked.alpha, drop=asked.drop)],
+)
 trainer.train()
 trainer.save_model(asked.output)

@@ -18,7 +18,7 @@ import transformers
 
 from mergekit_imm import layer_importance
 from mergekit_imm.analysis.change import checkpoint_change
-from mergekit_imm.analysis.verdict import Comparison, mismatch
+from mergekit_imm.analysis.verdict import ModelChange, mismatch
 from mergekit_imm.options.layer_factors import read_importance
 from mergekit_imm.views.change_figure import change_picture, mismatch_picture
 from mergekit_imm.views.change_terminal import render
@@ -49,7 +49,7 @@ def report(folder: Path) -> None:
     found = []
     for name in ("sft-1", "sft-2"):
         change = checkpoint_change(folder / "base", folder / name)
-        found.append(Comparison(name, change, mismatch(weights, change)))
+        found.append(ModelChange(name, change, mismatch(weights, change)))
     for name, picture in (
         ("change-layers.png", change_picture(found, weights)),
         ("change-importance.png", mismatch_picture(found, weights)),
@@ -67,9 +67,15 @@ def main(folder: Path) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     config = transformers.Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
     model = transformers.Qwen2ForCausalLM(config)
     train(model, [1, 2, 3, 4, 5], 150, 2e-3, generator)
     model.save_pretrained(folder / "base")

@@ -90,11 +90,14 @@ def mask_values() -> str:
         f"e = {'2^40' if first == 1 << 40 else first}...: {' '.join(map(str, values))}" for first, values in U.items()
     ]
     lines = [
-        "Philox4x32-10, key 0 0, counter 0 0 0 0", f"    {' '.join(f'{word:08x}' for word in PHILOX)}",
-        "key of " + NAME, *(f"    {line}" for line in key),
-        "u of that tensor, seed 0, iteration 0", *(f"    {line}" for line in bits),
+        "Philox4x32-10, key 0 0, counter 0 0 0 0",
+        f"    {' '.join(f'{word:08x}' for word in PHILOX)}",
+        "key of " + NAME,
+        *(f"    {line}" for line in key),
+        "u of that tensor, seed 0, iteration 0",
+        *(f"    {line}" for line in bits),
         f"kept among its first 2^20 elements, drop 0.9: {KEPT}",
-    ]  # fmt: skip
+    ]
     return "\n".join(["```text", *lines, "```"])
 
 

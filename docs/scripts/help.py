@@ -16,8 +16,11 @@ def help_of(command: str) -> str:
     """Run a command's --help as in a terminal as wide as the page."""
     shown = subprocess.run(
         [sys.executable, "-m", "mergekit_imm", *command.split(), "--help"],
-        env={**os.environ, "COLUMNS": "84"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env={**os.environ, "COLUMNS": "84"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return f"```text\n{shown.stdout.rstrip()}\n```"
 
 

@@ -15,10 +15,15 @@ from results import table
 
 RESULTS = DOCS.parent / "tests" / "lost" / "results.json"
 SCENARIOS = {
-    "plain": "a new output", "overwrite": "`--overwrite`", "no-exchange": "`--overwrite`, two renames",
-    "restart": "`--restart` over another recipe's rest", "resume": "going on with a rest, and strangers in it",
-    "verify": "`--verify`", "refused": "an input is refused late", "sweep": "a sweep of two",
-}  # fmt: skip
+    "plain": "a new output",
+    "overwrite": "`--overwrite`",
+    "no-exchange": "`--overwrite`, two renames",
+    "restart": "`--restart` over another recipe's unfinished merge",
+    "resume": "an unfinished merge resumed, with foreign files in it",
+    "verify": "`--verify`",
+    "refused": "an input is refused late",
+    "sweep": "a sweep of two",
+}
 
 
 def where(part: Mapping[str, Any]) -> str:
@@ -31,10 +36,16 @@ def calls(results: Mapping[str, Any]) -> str:
     rows = []
     for name, label in SCENARIOS.items():
         killed, power = (results[part]["scenarios"][name] for part in ("calls", "power"))
-        rows.append([
-            label, str(killed["calls"]), str(killed["tried"]), str(power["most_unsynced"]), str(power["tried"]),
-            str(len(killed["failures"]) + len(power["failures"])),
-        ])  # fmt: skip
+        rows.append(
+            [
+                label,
+                str(killed["calls"]),
+                str(killed["tried"]),
+                str(power["most_unsynced"]),
+                str(power["tried"]),
+                str(len(killed["failures"]) + len(power["failures"])),
+            ]
+        )
     total = [sum(int(row[column]) for row in rows) for column in (2, 4, 5)]
     rows.append(["together", "", str(total[0]), "", str(total[1]), str(total[2])])
     head = ["merge", "calls that change files", "killed", "most calls unsynced", "power failures", "went wrong"]

@@ -13,9 +13,14 @@ from pages import DOCS, update
 
 RESULTS = DOCS.parent / "benchmarks" / "results"
 NAMES = {
-    "imm-merge": "imm-merge", "imm-merge --start": "imm-merge, three inputs", "floor direct": "floor, direct",
-    "floor buffered": "floor, buffered", "mergekit": "mergekit", "sd-mecha": "sd-mecha", "by-hand": "script by hand",
-}  # fmt: skip
+    "imm-merge": "imm-merge",
+    "imm-merge --start": "imm-merge, three inputs",
+    "floor direct": "floor, direct",
+    "floor buffered": "floor, buffered",
+    "mergekit": "mergekit",
+    "sd-mecha": "sd-mecha",
+    "by-hand": "script by hand",
+}
 PEERS = ("mergekit", "sd-mecha", "by-hand")
 NOTHING = "Not measured in this run."
 
@@ -79,11 +84,18 @@ def peers(results: Mapping[str, Any]) -> str:
         for name in ("imm-merge", *PEERS):
             it = entry["summary"].get(name, {}).get(cache)
             if it:
-                rows.append([
-                    size, NAMES[name], spread(it["wall"], 1, 1), spread(it["to_disk"], 1, 1),
-                    spread(it["peak"], 1e9), spread(it["anonymous"], 1e9), f"{it['cpu']['median']:.1f}",
-                    str(it["wall"]["n"]),
-                ])  # fmt: skip
+                rows.append(
+                    [
+                        size,
+                        NAMES[name],
+                        spread(it["wall"], 1, 1),
+                        spread(it["to_disk"], 1, 1),
+                        spread(it["peak"], 1e9),
+                        spread(it["anonymous"], 1e9),
+                        f"{it['cpu']['median']:.1f}",
+                        str(it["wall"]["n"]),
+                    ]
+                )
         notes += [f"- {size}, {NAMES[name]}: {reason}." for name, reason in entry["skipped"].items() if name in PEERS]
     head = ["model", "tool", "s", "s, until on the disk", "peak memory GB", "without mapped files GB", "CPU s", "runs"]
     return "\n\n".join([table(head, rows), *(["\n".join(["Left out:\n", *notes])] if notes else [])])
@@ -106,11 +118,16 @@ def kernel(results: Mapping[str, Any]) -> str:
     """ns per parameter."""
     rows = [
         [
-            name, f"{it['bytes_per_parameter']:g}", f"{it['kernel_min']:.2f}", f"{it['kernel_median']:.2f}",
-            f"{it['memcpy_min']:.2f}", f"{it['memcpy_median']:.2f}", f"{it['kernel_min'] / it['memcpy_min']:.1f}",
+            name,
+            f"{it['bytes_per_parameter']:g}",
+            f"{it['kernel_min']:.2f}",
+            f"{it['kernel_median']:.2f}",
+            f"{it['memcpy_min']:.2f}",
+            f"{it['memcpy_median']:.2f}",
+            f"{it['kernel_min'] / it['memcpy_min']:.1f}",
         ]
         for name, it in results.get("kernel", {}).items()
-    ]  # fmt: skip
+    ]
     head = ["case", "bytes moved", "kernel, least", "median", "memcpy, least", "median", "ratio"]
     return table(head, rows)
 
@@ -128,11 +145,16 @@ def startup(results: Mapping[str, Any]) -> str:
 def goals(results: Mapping[str, Any]) -> str:
     """Goals with a limit, and whether they are met."""
     rows = [
-        [goal["goal"], goal["where"], f"{goal['value']:g} {goal['unit']}".strip(), goal["asked"],
-         "yes" if goal["met"] else "**no**"]
+        [
+            goal["goal"],
+            goal["where"],
+            f"{goal['value']:g} {goal['unit']}".strip(),
+            goal["asked"],
+            "yes" if goal["met"] else "**no**",
+        ]
         for goal in results["goals"]
         if goal["met"] is not None
-    ]  # fmt: skip
+    ]
     return table(["goal", "where", "measured", "asked", "met"], rows)
 
 
@@ -143,9 +165,14 @@ def main() -> None:
         raise SystemExit("error: benchmarks/results is empty; run `make bench`")
     results = json.loads(files[-1].read_text(encoding="utf-8"))
     parts = {
-        "where": where(results, files[-1].name), "floor": floor(results), "peers": peers(results),
-        "memory": memory(results), "kernel": kernel(results), "startup": startup(results), "goals": goals(results),
-    }  # fmt: skip
+        "where": where(results, files[-1].name),
+        "floor": floor(results),
+        "peers": peers(results),
+        "memory": memory(results),
+        "kernel": kernel(results),
+        "startup": startup(results),
+        "goals": goals(results),
+    }
     update("numbers.md", parts, __doc__)
 
 

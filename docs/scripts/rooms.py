@@ -22,10 +22,26 @@ PAGE, PICTURE = ROOT / "docs" / "architecture.md", ROOT / "docs" / "rooms.svg"
 
 # Where a package stands from left to right; its height follows from what it imports.
 COLUMNS = {
-    "numerics": 1, "model": 2, "options": 1.5, "functional": 0.5, "checkpoint": 1.5, "transforms": 1.5, "plan": 1.5,
-    "ranks": 1.5, "output": 2.6, "engine": 1.5, "evaluation": 3.5, "schedules": 0, "live": 1, "testing": 2,
-    "analysis": 3, "synthesis": 4, "loop": 1, "views": 2, "cli": 2,
-}  # fmt: skip
+    "numerics": 1,
+    "model": 2,
+    "options": 1.5,
+    "functional": 0.5,
+    "checkpoint": 1.5,
+    "transforms": 1.5,
+    "plan": 1.5,
+    "ranks": 1.5,
+    "output": 2.6,
+    "engine": 1.5,
+    "evaluation": 3.5,
+    "schedules": 0,
+    "live": 1,
+    "testing": 2,
+    "analysis": 3,
+    "synthesis": 4,
+    "loop": 1,
+    "views": 2,
+    "cli": 2,
+}
 WIDTH, HEIGHT, BOX, TALL, GAP = 118, 62, 112, 32, 5  # of a column, of a row; of a box, in pixels; around all
 
 
@@ -98,8 +114,11 @@ path {{ stroke: #808080; stroke-width: 2; marker-end: url(#head) }}
 def faults(page: str) -> list[str]:
     """What the page says and the code does not."""
     table = page.split("| package |")[1].split("\n\n")[0]
-    first = [name.strip("/") for cell in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
-             for name in re.findall(r"`([^`]+)`", cell)]  # fmt: skip
+    first = [
+        name.strip("/")
+        for cell in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", cell)
+    ]
     found = [] if first == list(ROWS) else [f"the table has {' '.join(first)}, the code {' '.join(ROWS)}"]
     for names, file in re.findall(r"((?:`[\w.]+`(?:, | and ))*`[\w.]+`) in `([\w/]+\.py)`", page):
         text = (SOURCE / file).read_text(encoding="utf-8") if (SOURCE / file).exists() else ""

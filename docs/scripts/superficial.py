@@ -1,7 +1,7 @@
 """Is self-improvement superficial? Loops of examples/self_improvement on models of 12 layers, diagnosed.
 
     python docs/scripts/superficial.py [--check]             renews the table of docs/change.md from superficial.json
-    python docs/scripts/superficial.py --measure FOLDER      trains and measures anew: five minutes for each of 3 seeds
+    python docs/scripts/superficial.py --measure FOLDER      trains and measures again: five minutes for each of 3 seeds
 
 For each seed a base learns all eight skills. It is fine-tuned on its own right answers to additions, three rounds in a
 row; and, as a control, in as many steps on right answers to questions of all skills, as in pretraining. Importance is
@@ -54,14 +54,26 @@ def measure(folder: Path) -> None:
             model = sft
         rng = random.Random(seed)
         for name, examples in (
-            ("in.jsonl", distinct(IN_DOMAIN, QUESTIONS, rng, test=False)), ("all.jsonl", training_mix(QUESTIONS, rng)),
+            ("in.jsonl", distinct(IN_DOMAIN, QUESTIONS, rng, test=False)),
+            ("all.jsonl", training_mix(QUESTIONS, rng)),
             ("mix.jsonl", training_mix(2400, rng)),
-        ):  # fmt: skip
+        ):
             key = "answer" if name == "mix.jsonl" else "response"
             lines = [json.dumps({"prompt": each.prompt, key: each.answer}) + "\n" for each in examples]
             (here / name).write_text("".join(lines))
-        call("sft.py", "--model", here / "base", "--data", here / "mix.jsonl", "--output", here / "mix", "--steps", 300,
-             "--seed", seed)  # fmt: skip
+        call(
+            "sft.py",
+            "--model",
+            here / "base",
+            "--data",
+            here / "mix.jsonl",
+            "--output",
+            here / "mix",
+            "--steps",
+            300,
+            "--seed",
+            seed,
+        )
         layers = {
             data: measure_importance(
                 str(here / "base"), str(here / file), str(here / f"{file}.json"), batch_size=60

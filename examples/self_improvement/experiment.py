@@ -3,7 +3,7 @@
     python experiment.py --quick                    one seed, IMM against STaR
     python experiment.py --seeds 0 1 2 3            everything
 
-What is done is not done again: the same command goes on where it stopped, and seeds may run at the same time. The
+What is done is not done again: run the same command again to resume. Seeds may run at the same time. The
 results of all seeds that are there are collected in OUTPUT/results.json.
 """
 
@@ -29,7 +29,7 @@ QUESTIONS = "--questions 400 100"  # to test with: in domain, and of each other 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to go on from the base: options of the loop and of training, the number of questions, and a name."""
+    """A way to train from the base: options of the loop and of training, the number of questions, and a name."""
 
     label: str
     loop: str = "--alpha 0.5 --drop 0.2"
@@ -173,11 +173,16 @@ def collect(output: Path) -> Path:
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"cpu": processor(), "system": platform.system(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("mergekit-imm", "torch", "transformers")},
-        "rounds": ROUNDS, "questions": POOL, "samples": SAMPLES,
-        "arms": {name: {"label": arm.label, "questions": arm.questions, "options": f"{arm.loop} {arm.sft}".strip()}
-                 for name, arm in ARMS.items() if any(name in seed["arms"] for seed in seeds.values())},
+        "rounds": ROUNDS,
+        "questions": POOL,
+        "samples": SAMPLES,
+        "arms": {
+            name: {"label": arm.label, "questions": arm.questions, "options": f"{arm.loop} {arm.sft}".strip()}
+            for name, arm in ARMS.items()
+            if any(name in seed["arms"] for seed in seeds.values())
+        },
         "seeds": seeds,
-    }  # fmt: skip
+    }
     path = output / "results.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path

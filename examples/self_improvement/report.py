@@ -276,9 +276,16 @@ def draw_layers(results: Results, path: Path) -> None:
 
 
 TABLES = {
-    "arms": arms_table, "gentle": gentle_table, "rounds": rounds_table, "pass": pass_table, "skills": skills_table,
-    "pools": pools_table, "layers": layers_table, "held-out": held_out_table, "where": where,
-}  # fmt: skip
+    "arms": arms_table,
+    "gentle": gentle_table,
+    "rounds": rounds_table,
+    "pass": pass_table,
+    "skills": skills_table,
+    "pools": pools_table,
+    "layers": layers_table,
+    "held-out": held_out_table,
+    "where": where,
+}
 PICTURES = {"arms": draw_arms, "rounds": draw_rounds, "layers": draw_layers}
 
 

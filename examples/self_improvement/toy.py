@@ -130,9 +130,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> tuple
 
 
 def train(
-    model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor, *, steps: int, batch: int, lr: float, seed: int,
+    model: Qwen2ForCausalLM,
+    ids: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
     tell: Callable[[str], None] = print,
-) -> None:  # fmt: skip
+) -> None:
     """Train in place on the answers; the learning rate ends at zero.
 
     Otherwise the base would be left half-way, and better for any gentle step or averaging that follows.

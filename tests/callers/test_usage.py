@@ -54,7 +54,7 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--device", "tpu"], "device is 'tpu'; it must be 'cpu' or 'cuda'"),
             (["--ranks", "mpi"], "'mpi' is not one of"),
             (["more"], "Got 2 models"),
-            (["--check", "--ranks", "slurm"], "--check reads headers only"),
+            (["--check", "--ranks", "slurm"], "--check reads only headers"),
             (["--check", "--keep", "("], "--keep '(' is not a regular expression"),
         ]
     ),
@@ -176,7 +176,7 @@ def test_tensors_larger_than_a_file_may_be_are_named(here: Path, command: Comman
 
 def test_check_says_that_values_are_not_read(here: Path, command: Command) -> None:
     ended = command(merge_command, "base", "sft", "--check")
-    assert ended.out.startswith("sft can be merged into base, as far as headers tell: values are not read\n")
+    assert ended.out.startswith("sft can be merged into base, judging by headers alone: values are not read\n")
 
 
 def test_without_matplotlib_everything_else_is_written(

@@ -121,9 +121,16 @@ def test_the_delta_of_each_expert_is_that_of_the_formula(layout: str, tmp_path: 
                 whole = base[name].reshape(-1)[expert * size : (expert + 1) * size] if fused else base[name].reshape(-1)
                 found = merged[name].reshape(-1)[expert * size : (expert + 1) * size] if fused else merged[name]
                 expected = reference.merge_tensors(
-                    whole, part.reshape(-1), whole, torch.bfloat16, name=name, alpha=0.3, drop=0.5, is_delta=True,
+                    whole,
+                    part.reshape(-1),
+                    whole,
+                    torch.bfloat16,
+                    name=name,
+                    alpha=0.3,
+                    drop=0.5,
+                    is_delta=True,
                     **({"first": expert * size} if fused else {}),
-                )  # fmt: skip
+                )
                 assert same_bits(found.reshape(-1), expected), name
                 count += 1
     assert count == 2 * 4 * (3 if layout == "qwen3_moe" else 2)

@@ -33,9 +33,11 @@ def models(tmp_path: Path) -> dict[str, Path]:
     merge_checkpoints(base, sft, tmp_path / "start", seed=5)
     other = random_state({**SHAPES, "extra.w": (3,)}, seed=3)
     return {
-        "base": base, "sft": sft, "start": tmp_path / "start",
+        "base": base,
+        "sft": sft,
+        "start": tmp_path / "start",
         "other": write_model(tmp_path / "other", other, config=CONFIG),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture

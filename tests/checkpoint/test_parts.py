@@ -215,11 +215,20 @@ def test_a_part_that_only_the_base_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "optimizer.pt", "scheduler.bin", "training_args.bin", "rng_state_0.pth", "pytorch_model.bin",
-        "model.fp16.safetensors", "consolidated.safetensors", "original/consolidated.00.pth", "onnx/model.bin",
-        "checkpoint-5/model.safetensors", "pytorch_model_fsdp_0/x.bin", "2_Dense/pytorch_model.bin",
+        "optimizer.pt",
+        "scheduler.bin",
+        "training_args.bin",
+        "rng_state_0.pth",
+        "pytorch_model.bin",
+        "model.fp16.safetensors",
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "onnx/model.bin",
+        "checkpoint-5/model.safetensors",
+        "pytorch_model_fsdp_0/x.bin",
+        "2_Dense/pytorch_model.bin",
     ],
-)  # fmt: skip
+)
 def test_copies_and_the_state_of_a_training_are_no_parts(tmp_path: Path, name: str) -> None:
     base, sft = write_parts(tmp_path / "base", 1), write_parts(tmp_path / "sft", 11)
     path = tmp_path / "sft" / name

@@ -66,10 +66,23 @@ def with_attributes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 BESIDE: dict[str, Any] = {
-    "none": None, "integer": 3, "long": 10**30, "float": 0.5, "text": "x", "bytes": b"abc", "array": bytearray(b"x"),
-    "set": {1, 2}, "complex": 1j, "size": torch.Size([2]), "dtype": torch.float32, "device": torch.device("cpu"),
-    "layout": torch.strided, "counter": Counter("aab"), "list": [1, [2]], "mapping": {"a": {3: 4}},
-}  # fmt: skip
+    "none": None,
+    "integer": 3,
+    "long": 10**30,
+    "float": 0.5,
+    "text": "x",
+    "bytes": b"abc",
+    "array": bytearray(b"x"),
+    "set": {1, 2},
+    "complex": 1j,
+    "size": torch.Size([2]),
+    "dtype": torch.float32,
+    "device": torch.device("cpu"),
+    "layout": torch.strided,
+    "counter": Counter("aab"),
+    "list": [1, [2]],
+    "mapping": {"a": {3: 4}},
+}
 
 
 @pytest.mark.parametrize("key", BESIDE)
@@ -106,9 +119,10 @@ def test_a_tensor_may_be_called_so(tmp_path: Path) -> None:
 def test_attributes_of_tensors_are_no_matter(tmp_path: Path) -> None:
     whole = torch.randn(3, 4)
     state = {
-        "tensor": with_attributes(torch.randn(3)), "parameter": with_attributes(torch.nn.Parameter(torch.randn(2, 2))),
+        "tensor": with_attributes(torch.randn(3)),
+        "parameter": with_attributes(torch.nn.Parameter(torch.randn(2, 2))),
         "row": with_attributes(whole[1]),
-    }  # fmt: skip
+    }
     sft = save_bin(state, tmp_path / "sft")
     assert torch.load(sft / "pytorch_model.bin", weights_only=True)["parameter"].sequence_parallel
     assert held(open_checkpoint(sft, "sft")) == raw({name: tensor.detach() for name, tensor in state.items()})

@@ -145,20 +145,26 @@ def test_an_index_of_such_files_must_be_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "match"),
     [
-        (["zero_to_fp32.py", "latest", "rng_state_0.pth"],
-         r"DeepSpeed checkpoint; .*`cd '\S+/a b' && python zero_to_fp32\.py \. OUT`, and give '\S+/a b'/OUT"),
+        (
+            ["zero_to_fp32.py", "latest", "rng_state_0.pth"],
+            r"DeepSpeed checkpoint; .*`cd '\S+/a b' && python zero_to_fp32\.py \. OUT`, and give '\S+/a b'/OUT",
+        ),
         (["global_step5/mp_rank_00_model_states.pt"], "a DeepSpeed checkpoint"),
         (["mp_rank_00_model_states.pt"], "a part of a DeepSpeed checkpoint.*the folder that contains it"),
-        (["model_world_size_2_rank_0.pt", "optim_world_size_2_rank_0.pt"],
-         r"verl ranks; .*`python -m verl\.model_merger merge --backend fsdp --local_dir '\S+/a b' --target_dir OUT`"),
-        (["lit_model.pth", "model_config.yaml"],
-         r"a LitGPT checkpoint; .*`litgpt convert_from_litgpt '\S+/a b' OUT && mv OUT/model\.pth OUT/pytorch_model"),
+        (
+            ["model_world_size_2_rank_0.pt", "optim_world_size_2_rank_0.pt"],
+            r"verl ranks; .*`python -m verl\.model_merger merge --backend fsdp --local_dir '\S+/a b' --target_dir OUT`",
+        ),
+        (
+            ["lit_model.pth", "model_config.yaml"],
+            r"a LitGPT checkpoint; .*`litgpt convert_from_litgpt '\S+/a b' OUT && mv OUT/model\.pth OUT/pytorch_model",
+        ),
         (["model.pth"], r"`mv '\S+/a b'/model\.pth '\S+/a b'/pytorch_model\.bin`"),
         (["pytorch_model_fsdp_0_rank0.bin"], "shards of FSDP ranks.*SHARDED_STATE_DICT"),
         ([".metadata", "common.pt"], "a Megatron checkpoint.*Megatron Bridge"),
         (["iter_0000005/x", "latest_checkpointed_iteration.txt"], "a Megatron checkpoint"),
     ],
-)  # fmt: skip
+)
 def test_other_forms_are_refused_with_what_to_run(tmp_path: Path, names: list[str], match: str) -> None:
     sft = tmp_path / "a b"
     for name in names:

@@ -42,11 +42,17 @@ def test_every_way_to_hold_a_tensor_is_read(tmp_path: Path) -> None:
     whole = torch.randn(10, 6, 4)
     kinds = [torch.float64, torch.float16, torch.bool, torch.int8, torch.uint16, torch.complex64, torch.float8_e4m3fn]
     state = {
-        "all": whole, "rows": whole[3:7], "same": whole, "parameter": torch.nn.Parameter(whole[0]),
-        "number": torch.tensor(2.0), "none": torch.empty(0, 3), "none of some": whole[10:],
-        "one of a column": whole[:, 3:4, :1][4], "a line": whole.transpose(0, 1)[:1, :1],
+        "all": whole,
+        "rows": whole[3:7],
+        "same": whole,
+        "parameter": torch.nn.Parameter(whole[0]),
+        "number": torch.tensor(2.0),
+        "none": torch.empty(0, 3),
+        "none of some": whole[10:],
+        "one of a column": whole[:, 3:4, :1][4],
+        "a line": whole.transpose(0, 1)[:1, :1],
         **{str(kind): torch.ones(3).to(kind) for kind in kinds},
-    }  # fmt: skip
+    }
     torch.save(state, tmp_path / "some.bin")
     found = open_torch_file(tmp_path / "some.bin", "some.bin")
     content = (tmp_path / "some.bin").read_bytes()

@@ -46,7 +46,7 @@ def test_all_that_fits_is_in_a_table(there: Path, merge: Command) -> None:
     ended = merge("--check", "base", "in memory")
     assert (ended.status, ended.err) == (0, "")
     lines = ended.out.splitlines()
-    assert lines[0] == "in memory can be merged into base, as far as headers tell: values are not read"
+    assert lines[0] == "in memory can be merged into base, judging by headers alone: values are not read"
     assert lines[1].startswith("  base   base: safetensors, 45 tensors, 25.02 k parameters, in model-00001-of-0000")
     assert lines[2] == "  sft    in memory: safetensors, 45 tensors, 25.02 k parameters, in model.safetensors"
     assert "  model.layers.*.mlp.experts.*.down_proj.weight         8      4.10 k  BF16  BF16  BF16  merge" in lines

@@ -208,7 +208,7 @@ def test_overwrite_replaces_an_output(here: Path, merge: Command) -> None:
     assert sorted(path.name for path in here.iterdir()) == ["base", "fresh", "out", "sft"]
 
 
-def test_restart_begins_anew(here: Path, merge: Command) -> None:
+def test_restart_starts_over(here: Path, merge: Command) -> None:
     (here / "out.partial").mkdir()
     (here / "out.partial" / "notes.txt").write_text("mine")
     ended = merge("base", "sft", "-o", "out")
@@ -333,7 +333,9 @@ def test_a_report_that_cannot_be_written_is_no_traceback(here: Path) -> None:
                 [sys.executable, "-m", "mergekit_imm", *arguments], stdout=full, stderr=-1, text=True
             )
         assert ended.returncode == 1
-        assert ended.stderr == ("error: standard output cannot be written: No space left on device; all else is done\n")
+        assert ended.stderr == (
+            "error: standard output cannot be written: No space left on device; everything else is done\n"
+        )
     assert (here / "out" / "imm_recipe.json").exists()
 
 
@@ -387,11 +389,6 @@ def test_what_is_not_needed_is_not_imported(here: Path) -> None:
     assert imported(*arguments, "--dry-run") <= {"numpy", "safetensors"}
     assert imported(*arguments) == {"numba", "numpy", "safetensors"}
     assert imported("verify", "out") == {"numba", "numpy", "safetensors"}
-
-
-def test_importing_the_package_imports_neither_torch_nor_numpy() -> None:
-    code = "import sys, mergekit_imm; sys.exit(bool({'torch', 'numpy', 'numba', 'click'} & set(sys.modules)))"
-    assert subprocess_of(code=code).status == 0
 
 
 def test_a_read_only_install_without_a_home_works_with_one_notice(here: Path) -> None:

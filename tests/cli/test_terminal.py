@@ -33,8 +33,12 @@ def test_a_signal_ends_a_merge_that_the_same_command_finishes(
     arguments = ["merge", "base", "sft", "-o", out.name, "--workers", "1"]
     with subprocess.Popen(
         [sys.executable, "-c", held_until("closed.is_set() or stopping()"), *arguments],
-        cwd=large, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+        cwd=large,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         while not (partial / "model.safetensors").exists():
             assert process.poll() is None
             time.sleep(0.005)
@@ -43,7 +47,7 @@ def test_a_signal_ends_a_merge_that_the_same_command_finishes(
     assert (ended.status, ended.out) == (status, "")
     assert ended.err.strip() == f"error: {ended.error}"
     assert word in ended.error
-    assert "same command goes on" in ended.error
+    assert "run the same command again to resume" in ended.error
     assert not out.exists()
     assert partial.is_dir()
     assert subprocess_of(*arguments, cwd=large).status == 0
@@ -80,8 +84,8 @@ def test_a_second_signal_ends_a_merge_whose_read_hangs(
         ended = Ended(process.wait(HUNG), *process.communicate())
     assert ended.status == status
     assert ended.err == (
-        f"error: {word} twice; ended without waiting for what was under way; what was written is kept, and the same"
-        " command goes on where it stopped\n"
+        f"error: {word} twice; ended without waiting for work in progress; what was written is kept; run the"
+        " same command again to resume\n"
     )
     assert not (large / out).exists()
     assert (large / f"{out}.partial").is_dir()

@@ -23,7 +23,7 @@ from mergekit_imm.errors import CheckpointError
 def test_a_merge_is_what_its_recipe_says(rounds: Path, check: Command) -> None:
     ended = check(rounds / "second")
     assert (ended.status, ended.err) == (0, "")
-    assert ended.out.startswith(f"{rounds}/second is what its recipe says: 2.6 kB of tensors and 9 files compared")
+    assert ended.out.startswith(f"{rounds}/second matches its recipe: 2.6 kB of tensors and 9 files compared")
     assert check(rounds / "second", "--quiet") == Ended(0, "", "")
     ended = check(rounds / "second", "--json")
     report = json.loads(ended.out, parse_constant=pytest.fail)
@@ -127,7 +127,7 @@ def test_other_files_in_the_folder_are_named_and_no_error(rounds: Path, check: C
     ended = check(rounds / "second")
     path.unlink()
     assert ended.status == 0
-    assert "not of the merge: model-q4.gguf" in ended.out
+    assert "not part of the merge: model-q4.gguf" in ended.out
 
 
 def test_a_folder_that_is_no_merge_is_refused(rounds: Path, check: Command) -> None:

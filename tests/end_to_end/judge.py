@@ -104,8 +104,12 @@ def _failed(case: Case, failure: Failure) -> Verdict:
 
 def _options(situation: Situation, one: Round, start: Path | None) -> dict[str, Any]:
     numbers: dict[str, Any] = {
-        "alpha": one.alpha, "drop": one.drop, "seed": situation.seed, "reference": one.reference, "vocab": one.vocab,
-    }  # fmt: skip
+        "alpha": one.alpha,
+        "drop": one.drop,
+        "seed": situation.seed,
+        "reference": one.reference,
+        "vocab": one.vocab,
+    }
     if one.dtype != "base":
         numbers["dtype"] = one.dtype
     if one.max_shard_size:
@@ -257,9 +261,14 @@ def _memory(
     one, other = outputs_of(situation.architecture, model), outputs_of(situation.architecture, whole)
     spread = float(other.std())
     if one.shape != other.shape or not torch.allclose(one, other, rtol=0, atol=0.05 * spread):
-        return Failure("outputs", number, f"logits with a spread of {spread:.3g}",
-                       f"{list(one.shape)}, off by {float((one - other).abs().max()):.3g}"
-                       if one.shape == other.shape else f"{list(one.shape)} and {list(other.shape)}")  # fmt: skip
+        return Failure(
+            "outputs",
+            number,
+            f"logits with a spread of {spread:.3g}",
+            f"{list(one.shape)}, off by {float((one - other).abs().max()):.3g}"
+            if one.shape == other.shape
+            else f"{list(one.shape)} and {list(other.shape)}",
+        )
     return None
 
 

@@ -92,9 +92,16 @@ class Merge:
         dtype = self.dtype_of(name)
         rows = [each[:common].contiguous() for each in (b, f, s)]
         found = reference.merge_tensors(
-            rows[0], rows[1], rows[2], dtype, name=key, alpha=self.one.alpha, drop=self.one.drop, seed=self.seed,
+            rows[0],
+            rows[1],
+            rows[2],
+            dtype,
+            name=key,
+            alpha=self.one.alpha,
+            drop=self.one.drop,
+            seed=self.seed,
             iteration=self.iteration,
-        )  # fmt: skip
+        )
         if common is None:
             return found
         owner = b if self.one.vocab == "base" else f

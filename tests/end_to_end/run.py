@@ -109,9 +109,12 @@ def main() -> int:
     while time.monotonic() < end:
         run = hypothesis.given(situations())(judge)
         run = hypothesis.settings(
-            max_examples=100, deadline=None, database=None, phases=[hypothesis.Phase.generate],
+            max_examples=100,
+            deadline=None,
+            database=None,
+            phases=[hypothesis.Phase.generate],
             suppress_health_check=list(hypothesis.HealthCheck),
-        )(run)  # fmt: skip
+        )(run)
         hypothesis.seed(options.seed * 100_000 + batch)(run)()
         batch += 1
     for title, counts in (("outcomes", outcomes), ("situations", kinds), ("failures", failures)):

@@ -47,9 +47,12 @@ def test_situations_drawn_at_random_are_merged_right_or_refused_for_a_reason() -
 
     @seed(20)
     @settings(
-        max_examples=30, deadline=None, database=None, phases=[Phase.generate],
+        max_examples=30,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(situations())
     def judge(situation: Situation) -> None:
         verdict = tried(situation)

@@ -16,16 +16,27 @@ transformers.utils.logging.disable_progress_bar()
 
 VOCAB = 96
 _TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _BERT: dict[str, Any] = {name: value for name, value in _TEXT.items() if name != "num_key_value_heads"}
 _MOE = {"moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2}
 _VISION = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
     "patch_size": 14,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -50,85 +61,162 @@ def _bert(name: str, **more: Any) -> Callable[[bool], Any]:
 
 def _gpt2(tied: bool) -> Any:
     return transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCAB,
+        n_positions=64,
+        n_embd=16,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
 
 
 def _t5(name: str) -> Callable[[bool], Any]:
     return lambda tied: getattr(transformers, f"{name}Config")(
-        vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4,
-        decoder_start_token_id=0, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        tie_word_embeddings=tied,
+    )
 
 
 def _bart(name: str) -> Callable[[bool], Any]:
     return lambda tied: getattr(transformers, f"{name}Config")(
-        vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64,
-        decoder_start_token_id=2, forced_eos_token_id=None, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=64,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+        tie_word_embeddings=tied,
+    )
 
 
 def _whisper(tied: bool) -> Any:
     return transformers.WhisperConfig(
-        vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=8,
-        max_target_positions=16, num_mel_bins=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=1, begin_suppress_tokens=None, suppress_tokens=None, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_source_positions=8,
+        max_target_positions=16,
+        num_mel_bins=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        begin_suppress_tokens=None,
+        suppress_tokens=None,
+        tie_word_embeddings=tied,
+    )
 
 
 def _gemma3(tied: bool) -> Any:
     return transformers.Gemma3Config(
-        text_config={**_TEXT, "head_dim": 8, "sliding_window": 16, "tie_word_embeddings": tied}, vision_config=_VISION,
-        mm_tokens_per_image=4, boi_token_index=90, eoi_token_index=91, image_token_index=92, tie_word_embeddings=tied,
-    )  # fmt: skip
+        text_config={**_TEXT, "head_dim": 8, "sliding_window": 16, "tie_word_embeddings": tied},
+        vision_config=_VISION,
+        mm_tokens_per_image=4,
+        boi_token_index=90,
+        eoi_token_index=91,
+        image_token_index=92,
+        tie_word_embeddings=tied,
+    )
 
 
 def _qwen_vl(name: str) -> Callable[[bool], Any]:
     text = {**_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4}}
     vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16, "patch_size": 14,
-        "fullatt_block_indexes": [0], "window_size": 56, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
-    }  # fmt: skip
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "patch_size": 14,
+        "fullatt_block_indexes": [0],
+        "window_size": 56,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
     if name == "Qwen3VL":
         text |= {"head_dim": 8}
         text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": [1, 1, 2]}
     return lambda tied: getattr(transformers, f"{name}Config")(
-        text_config={**text, "tie_word_embeddings": tied}, vision_config=vision, image_token_id=90, video_token_id=91,
-        vision_start_token_id=92, vision_end_token_id=93, tie_word_embeddings=tied,
-    )  # fmt: skip
+        text_config={**text, "tie_word_embeddings": tied},
+        vision_config=vision,
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+        tie_word_embeddings=tied,
+    )
 
 
 def _llava(tied: bool) -> Any:
     return transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(**_TEXT, tie_word_embeddings=tied),
         vision_config=transformers.CLIPVisionConfig(**{**_VISION, "num_hidden_layers": 2}, projection_dim=16),
-        image_token_index=92, tie_word_embeddings=tied,
-    )  # fmt: skip
+        image_token_index=92,
+        tie_word_embeddings=tied,
+    )
 
 
 def _gpt_oss(tied: bool) -> Any:
     return transformers.GptOssConfig(
-        **{**_TEXT, "intermediate_size": 16}, head_dim=8, num_local_experts=3, num_experts_per_tok=2,
-        sliding_window=16, tie_word_embeddings=tied,
-    )  # fmt: skip
+        **{**_TEXT, "intermediate_size": 16},
+        head_dim=8,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        sliding_window=16,
+        tie_word_embeddings=tied,
+    )
 
 
 def _deepseek(tied: bool) -> Any:
     return transformers.DeepseekV3Config(
-        **{**_TEXT, "num_key_value_heads": 4}, head_dim=4, moe_intermediate_size=12, n_routed_experts=4,
-        num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=8,
-        kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, tie_word_embeddings=tied,
-    )  # fmt: skip
+        **{**_TEXT, "num_key_value_heads": 4},
+        head_dim=4,
+        moe_intermediate_size=12,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        tie_word_embeddings=tied,
+    )
 
 
 def _mamba(tied: bool) -> Any:
     return transformers.MambaConfig(
-        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=8, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        state_size=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=tied,
+    )
 
 
 _MLM: dict[str, Any] = {"auto": "AutoModelForMaskedLM", "task": None}
@@ -149,8 +237,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gpt_neox": Architecture(_bert("GPTNeoX")),
     "opt": Architecture(
         lambda tied: transformers.OPTConfig(
-            vocab_size=VOCAB, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, word_embed_proj_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=VOCAB,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
             tie_word_embeddings=tied,
         )
     ),
@@ -161,7 +257,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "electra": Architecture(_bert("Electra", embedding_size=8), **_MLM),
     "distilbert": Architecture(
         lambda tied: transformers.DistilBertConfig(
-            vocab_size=VOCAB, dim=16, hidden_dim=24, n_layers=2, n_heads=4, max_position_embeddings=64,
+            vocab_size=VOCAB,
+            dim=16,
+            hidden_dim=24,
+            n_layers=2,
+            n_heads=4,
+            max_position_embeddings=64,
             tie_word_embeddings=tied,
         ),
         **_MLM,
@@ -172,8 +273,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "bart": Architecture(_bart("Bart"), **_SEQ),
     "mbart": Architecture(_bart("MBart"), **_SEQ),
     "whisper": Architecture(_whisper, "AutoModelForSpeechSeq2Seq", None),
-    "mixtral": Architecture(_plain("Mixtral", num_local_experts=3, num_experts_per_tok=2), experts=_EXPERTS,
-                            expert_leaves=("w1", "w2", "w3")),
+    "mixtral": Architecture(
+        _plain("Mixtral", num_local_experts=3, num_experts_per_tok=2),
+        experts=_EXPERTS,
+        expert_leaves=("w1", "w2", "w3"),
+    ),
     "qwen2_moe": Architecture(_plain("Qwen2Moe", **_MOE, shared_expert_intermediate_size=12), **_GATED),
     "qwen3_moe": Architecture(_plain("Qwen3Moe", head_dim=8, **_MOE), **_GATED),
     "deepseek_v3": Architecture(_deepseek, **_GATED),
@@ -182,7 +286,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_5_vl": Architecture(_qwen_vl("Qwen2_5_VL"), **_VLM),
     "qwen3_vl": Architecture(_qwen_vl("Qwen3VL"), **_VLM),
     "llava": Architecture(_llava, **_VLM),
-}  # fmt: skip
+}
 
 
 def auto_of(name: str) -> Any:

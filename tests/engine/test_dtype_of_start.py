@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,18 +39,9 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, State]:
 
 @pytest.mark.parametrize("reference", ["start", "base"])
 def test_the_output_has_the_dtypes_of_the_start(models: dict[str, State], reference: str) -> None:
-    report = merge_checkpoints(
-        "base",
-        "sft",
-        "out",
-        start="start",
-        iteration=1,
-        alpha=0.25,
-        drop=0,
-        dtype="start",
-        keep=["kept"],
-        reference=reference,
-    )
+    options: dict[str, Any] = {"start": "start", "iteration": 1, "alpha": 0.25, "drop": 0, "dtype": "start"}
+    options |= {"keep": ["kept"], "reference": reference}
+    report = merge_checkpoints("base", "sft", "out", **options)
     merged = read_model(Path("out"))
     for name, start in models["start"].items():
         base, sft = models["base"][name].double(), models["sft"][name].double()
@@ -60,19 +52,7 @@ def test_the_output_has_the_dtypes_of_the_start(models: dict[str, State], refere
     assert json.loads(Path("out/config.json").read_text())["dtype"] == "bfloat16"
     assert report.parameters["dtype"] == "start"
     assert verify("out").files_compared
-    streamed = dict(
-        iter_merged(
-            "base",
-            "sft",
-            start="start",
-            iteration=1,
-            alpha=0.25,
-            drop=0,
-            dtype="start",
-            keep=["kept"],
-            reference=reference,
-        )
-    )
+    streamed = dict(iter_merged("base", "sft", **options))
     assert all(torch.equal(merged[name], tensor) for name, tensor in streamed.items())
 
 

@@ -100,13 +100,33 @@ def card_of(out: Path) -> dict[str, Any]:
 
 
 NAMED: list[tuple[str | None, bool]] = [
-    ("Qwen/Qwen2.5-0.5B", True), ("meta-llama/Llama-3.1-8B", True), ("HuggingFaceTB/SmolLM2-135M", True),
-    ("mistralai/Mistral-7B-v0.1", True), (None, False), ("", False), ("gpt2", False), ("./x", False), ("../a/b", False),
-    ("/data/models/x", False), ("output/checkpoint-5", False), ("outputs/x", False), ("saves/qwen", False),
-    ("models/Qwen2.5", False), ("out-3/x", False), ("checkpoints/run", False), ("my-run/checkpoint-500", False),
-    ("my-run/epoch_3", False), ("my-run/final", False), ("exp1/sft", False), ("a/b/c", False), ("~/models", False),
-    ("C:\\models\\x", False), ("org/name@main", False), ("merged/round-2", False), ("results/dpo", False),
-]  # fmt: skip
+    ("Qwen/Qwen2.5-0.5B", True),
+    ("meta-llama/Llama-3.1-8B", True),
+    ("HuggingFaceTB/SmolLM2-135M", True),
+    ("mistralai/Mistral-7B-v0.1", True),
+    (None, False),
+    ("", False),
+    ("gpt2", False),
+    ("./x", False),
+    ("../a/b", False),
+    ("/data/models/x", False),
+    ("output/checkpoint-5", False),
+    ("outputs/x", False),
+    ("saves/qwen", False),
+    ("models/Qwen2.5", False),
+    ("out-3/x", False),
+    ("checkpoints/run", False),
+    ("my-run/checkpoint-500", False),
+    ("my-run/epoch_3", False),
+    ("my-run/final", False),
+    ("exp1/sft", False),
+    ("a/b/c", False),
+    ("~/models", False),
+    ("C:\\models\\x", False),
+    ("org/name@main", False),
+    ("merged/round-2", False),
+    ("results/dpo", False),
+]
 
 
 @pytest.mark.parametrize(("named", "is_hub_id"), NAMED)

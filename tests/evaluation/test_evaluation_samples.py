@@ -220,7 +220,7 @@ def test_missing_measures_are_noted() -> None:
     assert [m.name for m in found.measures if m.name.startswith("pass@")][-1] == "pass@4 (sampled)"
     assert any("2 greedy answers are missing, first that of 'a' to 'q0'" in note for note in found.notes)
     (found,) = report(made("a", [0, 0], samples=0), made("b", [0, 0], samples=0)).comparisons
-    assert any("no pass@k, no diversity" in note for note in found.notes)
+    assert any("pass@k and diversity are not measured" in note for note in found.notes)
     assert [m.name for m in found.measures] == ["pass@1 (greedy)"]
 
 

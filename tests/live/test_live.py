@@ -303,7 +303,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "copies": (lambda: hooked(lambda s: s.update({"norm.w": s["norm.w"].clone()})), "'norm.w' is made by a hook of"),
     "hidden": (lambda: hooked(lambda s: s.pop("norm.w")), "'norm.w' is left out of the model's state_dict"),
     "inference": (inference, "'embed_tokens.weight' of the model was made in inference mode"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", sorted(CASES))

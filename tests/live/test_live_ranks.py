@@ -162,5 +162,5 @@ def test_what_one_rank_refuses_all_do(world: int, ranks: Path) -> None:
             assert each[case][0] == f"{kind}: rank {world - 1} of {world}: {message}"
         assert each["disk"][0].startswith(f"{late}: rank {world - 1} of {world}: OSError: the disk is gone")
     for each in (*others, last):
-        assert each["alpha"][0].startswith("MismatchError: the ranks do not merge the same")
+        assert each["alpha"][0].startswith("MismatchError: the ranks would not make the same merge")
         assert all(each[case][1] for case in ("nan", "alpha", "base"))

@@ -88,7 +88,7 @@ def test_the_command_tells_its_steps_and_ends_with_the_table(base: str) -> None:
     arguments = imm_loop("base", "-o", "run", "--rounds", "2", "--train", TRAIN, "--evaluate", EVALUATE)
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("trained round 0\ntrained round 1\nmodel    alpha  distance  nested.left\nbase")
-    assert done.stdout.endswith("drawn in run/metrics.png, run/metrics.svg\nthe last model is run/round-1/merged\n")
+    assert done.stdout.endswith("pictures: run/metrics.png, run/metrics.svg\nthe last model is run/round-1/merged\n")
     assert "round 1: merge: alpha 0.5, drop 0.2, anchor base\n" in done.stderr
     quiet = subprocess.run([*arguments, "--json", "-q"], capture_output=True, text=True, check=True)
     assert json.loads(quiet.stdout)["model"] == "run/round-1/merged"
@@ -130,7 +130,7 @@ def test_a_signal_ends_the_command_too(base: str, number: signal.Signals, status
     loop.send_signal(number)
     _, output = loop.communicate(timeout=HUNG)
     assert loop.returncode == status
-    assert "the same command goes on where it stopped" in output
+    assert "run the same command again to resume" in output
     assert Path("asked").read_text() == "asked\n"
     assert not Path(f"/proc/{int(Path('pid').read_text())}").exists()
 
@@ -141,9 +141,11 @@ def test_a_second_signal_leaves_the_command_its_time_to_end(base: str) -> None:
         "trap 'touch asked; sleep 1; touch saved; exit 1' INT; echo $$ > pid; while :; do sleep 0.1; done # {output}"
     )
     loop = subprocess.Popen(
-        imm_loop("base", "-o", "run", "--train", train), stderr=subprocess.PIPE, text=True,
+        imm_loop("base", "-o", "run", "--train", train),
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     until(lambda: Path("pid").exists() and Path("pid").read_text().strip() != "")
     loop.send_signal(signal.SIGINT)
     until(Path("asked").exists)

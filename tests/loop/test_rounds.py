@@ -219,7 +219,7 @@ def test_a_save_that_fails_is_gone_on_with_and_nothing_is_merged_twice(base: Sta
     with pytest.raises(OutputError, match=r"round 0 is merged, in memory, and cannot be saved in out: no luck; .*call"):
         rounds.merge(sft, "out", save=fails)
     torch.testing.assert_close(sft, expected)
-    with pytest.raises(ArgumentError, match="is merged already, and not saved: call save_merged"):
+    with pytest.raises(ArgumentError, match="is already merged but not saved: call save_merged"):
         rounds.merge(dict(sft), "out")
     torch.testing.assert_close(sft, expected)
     with pytest.raises(OutputError, match="cannot be saved in out: no luck"):
@@ -285,7 +285,7 @@ def test_a_full_disk_leaves_no_half_of_a_model(tmp_path: Path) -> None:
         ):
             rounds.merge(sft, place / "out")
         assert list(place.iterdir()) == []
-        with pytest.raises(ArgumentError, match="is merged already, and not saved"):
+        with pytest.raises(ArgumentError, match="is already merged but not saved"):
             rounds.merge(sft, place / "out")
         (place / "filler").touch()
         (place / "filler").write_bytes(b"x")

@@ -59,13 +59,13 @@ def test_a_loop_that_is_done_does_nothing_and_may_get_more_rounds(base: str) -> 
 
 def test_more_rounds_of_a_line_are_other_numbers(base: str) -> None:
     run_loop(asked(base, rounds=2, alpha="linear:0.2,0.8"), "run")
-    with pytest.raises(OutputError, match="alpha of earlier rounds, now that there are more"):
+    with pytest.raises(OutputError, match="alpha of earlier rounds changes with more rounds"):
         run_loop(asked(base, rounds=3, alpha="linear:0.2,0.8"), "run")
 
 
 def test_more_rounds_of_a_list_are_the_same_numbers_and_more(base: str) -> None:
     run_loop(asked(base, rounds=2, alpha="0.3,0.5"), "run")
-    with pytest.raises(OutputError, match="alpha of earlier rounds, now that there are more"):
+    with pytest.raises(OutputError, match="alpha of earlier rounds changes with more rounds"):
         run_loop(asked(base, rounds=3, alpha="0.3,0.6,0.7"), "run")
     assert run_loop(asked(base, rounds=3, alpha="0.3,0.5,0.7"), "run").alphas == {"0": 0.3, "1": 0.5, "2": 0.7}
 

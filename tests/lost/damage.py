@@ -44,8 +44,14 @@ SHAPES = {
     "model.layers.1.w.weight": (8, 8),
     "norm": (8,),
 }
-CONFIG = {"architectures": ["Tiny"], "model_type": "tiny", "dtype": "float16", "vocab_size": 16,
-          "tie_word_embeddings": False, "text_config": {"dtype": "float16"}}  # fmt: skip
+CONFIG = {
+    "architectures": ["Tiny"],
+    "model_type": "tiny",
+    "dtype": "float16",
+    "vocab_size": 16,
+    "tie_word_embeddings": False,
+    "text_config": {"dtype": "float16"},
+}
 EVIL_TEXT = [
     "", "../../etc/passwd", "/etc/passwd", "..", ".", "model.safetensors", "a/b", "\n", "\x00", "nul", "ä\u2028🙂",
     "model.layers.0.w.weight", "__metadata__", "F16", "BF16", "F64", "I64", "F4", "U8", "x" * 3000,
@@ -59,9 +65,13 @@ EVIL_BYTES = [
     b'{"a": 1, "a": 2}', b'{"__metadata__": {}}', b"NaN", b"-", b"1e999", b'{"weight_map": {"a": "\\ud800"}}',
 ]  # fmt: skip
 STRAYS = [
-    "sft/model.safetensors.index.json", "base/model.safetensors", "sft/x.bin", "out.replacing",
-    "sft/adapter_config.json", "base/config.json/x",
-]  # fmt: skip
+    "sft/model.safetensors.index.json",
+    "base/model.safetensors",
+    "sft/x.bin",
+    "out.replacing",
+    "sft/adapter_config.json",
+    "base/config.json/x",
+]
 FORMS = ["plain", "plain", "start", "importance", "adapter", "fp8", "unfinished", "verified"]
 
 

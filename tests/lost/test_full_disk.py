@@ -22,7 +22,7 @@ from mergekit_imm.views.loop_summary import plot
 
 PAGE = 4096
 FULL = "No space left on device; free some space"
-KEPT = "what was written is kept in {}: run the same command again, and it goes on there"
+KEPT = "what was written is kept in {}; run the same command again to resume"
 FIRST = "model-00001-of-00002.safetensors"  # the disk is too small for the second, or the merge is refused
 ENOUGH = "size=100m,nr_inodes=1000"
 

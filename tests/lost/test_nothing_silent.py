@@ -51,7 +51,7 @@ def test_status_and_json_tell_what_is_there(pair: Path) -> None:
     for arguments in ([], ["--quiet"], ["--overwrite"], ["--restart"]):
         ended = subprocess_of("merge", "base", "sft", "-o", "out", *arguments)
         assert ended.status == 0
-        assert ended.out == ("" if arguments == ["--quiet"] else "out already merged: it holds this very recipe\n")
+        assert ended.out == ("" if arguments == ["--quiet"] else "out already merged: it holds exactly this merge\n")
     ended = subprocess_of("merge", "base", "sft", "-o", "out", "--alpha", "0.1", "--json")
     assert (ended.status, ended.out) == (1, "")
     assert files_of(pair / "out") == before
@@ -67,7 +67,7 @@ def test_a_verified_merge_says_so(pair: Path) -> None:
     assert report["verified"] is True
     assert set(report["seconds"]) == {"plan", "stream", "verify", "total"}
     ended = subprocess_of("merge", "base", "sft", "-o", "out", "--verify")
-    assert ended.out == "out already merged: it holds this very recipe, every byte compared\n"
+    assert ended.out == "out already merged: it holds exactly this merge, every byte compared\n"
     ended = subprocess_of("merge", "base", "sft", "-o", "out", "--verify", "--overwrite", "--alpha", "0.2")
     assert ended.out.endswith(", every byte compared\n")
     assert json_of("--alpha", "0.2")["verified"] is False
@@ -200,8 +200,10 @@ def test_two_commands_at_once(large: Path) -> None:
     arguments = ["merge", "base", "sft", "-o", "out", "--workers", "1"]
     with subprocess.Popen(
         [sys.executable, "-c", held_until("closed.is_set()"), *arguments],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as first:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
         while not (large / "out.partial" / journal.JOURNAL).exists():
             assert first.poll() is None
             time.sleep(0.01)
@@ -342,8 +344,10 @@ def test_many_interrupts_end_a_merge_in_one_line(large: Path) -> None:
     """However often Ctrl-C is pressed while workers write."""
     process = subprocess.Popen(
         [sys.executable, "-c", held_until("closed.is_set() and stopping()"), "merge", "base", "sft", "-o", "out"],
-        stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     with process:
         while not (large / "out.partial" / "model.safetensors").exists():
             assert process.poll() is None
@@ -353,7 +357,7 @@ def test_many_interrupts_end_a_merge_in_one_line(large: Path) -> None:
             time.sleep(0.003)
         _, printed = process.communicate(timeout=HUNG)
     assert process.returncode == 130
-    assert re.fullmatch("error: interrupted( twice)?; .*the same command goes on where it stopped\n", printed)
+    assert re.fullmatch("error: interrupted( twice)?; .*run the same command again to resume\n", printed)
     assert merge_checkpoints("base", "sft", "out").status == "merged"
 
 

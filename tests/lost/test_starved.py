@@ -156,7 +156,7 @@ def test_a_disk_that_fails(pair: Path, number: int, where: str, monkeypatch: pyt
     message = str(caught.value)
     assert message.isprintable()
     assert os.strerror(number) in message
-    assert "kept in out.partial: run the same command again, and it goes on there" in message
+    assert "kept in out.partial; run the same command again to resume" in message
     assert {errno.EIO: "check the disk", errno.EDQUOT: "raise the quota", errno.ENOSPC: "free some"}[number] in message
     assert not (pair / "out").exists()
     assert (pair / "out.partial").is_dir()

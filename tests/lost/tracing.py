@@ -144,9 +144,10 @@ def _about(process: _Process, name: str, args: tuple[int, ...], root: Path) -> C
         return (lambda _: [Call("remove", 0, folder, path.name)]) if below(path) else None
     if name in ("rename", "renameat", "renameat2"):
         one, other = (
-            (process.path_at(args[0], _AT_FDCWD), process.path_at(args[1], _AT_FDCWD)) if name == "rename"
+            (process.path_at(args[0], _AT_FDCWD), process.path_at(args[1], _AT_FDCWD))
+            if name == "rename"
             else (process.path_at(args[1], _signed(args[0])), process.path_at(args[3], _signed(args[2])))
-        )  # fmt: skip
+        )
         kind = "exchange" if name == "renameat2" and args[4] & _EXCHANGE else "rename"
         if not below(one):
             return None

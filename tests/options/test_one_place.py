@@ -17,11 +17,21 @@ from mergekit_imm import MergeError, iter_merged, merge_checkpoints, merge_into
 from mergekit_imm.cli.loop import loop_command
 from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.engine.merge import _Keywords
-from mergekit_imm.options.options import LOOP_OPTIONS, MergeOptions, RunOptions, as_arguments, names_of, options_from
+from mergekit_imm.numerics.mask import arithmetic
+from mergekit_imm.numerics.sparsifiers import parse_sparsify
+from mergekit_imm.options.options import (
+    LOOP_OPTIONS,
+    MERGE_DEFAULTS,
+    MergeOptions,
+    RunOptions,
+    as_arguments,
+    options_from,
+)
 from mergekit_imm.options.recipe import make_recipe, options_in, parse_recipe, to_json
 
 DECLARED = {each.name: each for each in (*fields(MergeOptions), *fields(RunOptions))}
 SWEPT = {"alpha", "drop", "seed"}
+RUN = {each.name for each in fields(RunOptions)}
 
 
 def keywords_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -33,7 +43,7 @@ def keywords_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     ("function", "lacking", "own"),
     [
         (merge_checkpoints, set(), {"start", "ranks"}),
-        (iter_merged, {"max_shard_size", "copy_code", *names_of(RunOptions)} - {"device", "workers"}, {"start"}),
+        (iter_merged, {"max_shard_size", "copy_code", *RUN} - {"device", "workers"}, {"start"}),
         (
             merge_into,
             {"sparsify", "dtype", "max_shard_size", "vocab", "copy_code", "device", "overwrite", "restart", "verify"},
@@ -48,6 +58,21 @@ def test_functions_take_the_options_with_their_defaults(
     assert set(found) == (set(DECLARED) - lacking) | own
     wrong = {name for name, each in found.items() if name not in own and each.default != DECLARED[name].default}
     assert not wrong
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_default_is_what_its_own_check_returns(name: str) -> None:
+    default, how = DECLARED[name].default, DECLARED[name].metadata
+    if default is not None:  # None: not given
+        checked = default if how["check"] is None else how["check"](default)
+        assert (type(checked), checked) == (type(default), default)
+        assert default in how.get("choices", [default])
+
+
+def test_the_defaults_go_together() -> None:
+    options = MergeOptions()
+    assert parse_sparsify(options.sparsify, options.drop).kind == options.sparsify
+    assert arithmetic(alpha=options.alpha, drop=options.drop).alpha == options.alpha
 
 
 def test_so_do_the_types_of_keywords_and_the_commands() -> None:
@@ -85,7 +110,7 @@ USED: dict[str, Any] = {
 
 
 def test_a_recipe_holds_each_of_them_and_gives_it_back() -> None:
-    assert set(USED) == set(names_of(MergeOptions))
+    assert set(USED) == set(MERGE_DEFAULTS)
     for first in ("importance", "layer_factors"):  # they exclude each other
         lacking = {"layer_factors"} if first == "importance" else {"importance", "shrink", "clip"}
         options = MergeOptions(**{name: value for name, value in USED.items() if name not in lacking})

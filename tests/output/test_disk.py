@@ -315,9 +315,10 @@ def signals() -> Iterator[None]:
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="Linux")
 @pytest.mark.parametrize(
-    "injected", [short_writes, short_reads, no_fallocate, no_direct_files, no_direct_writes, signals],
+    "injected",
+    [short_writes, short_reads, no_fallocate, no_direct_files, no_direct_writes, signals],
     ids=lambda each: each.__name__,
-)  # fmt: skip
+)
 def test_a_merge_gives_the_same_bytes_whatever_the_system_does(
     place_of: Path, tmp_path: Path, injected: Callable[[], contextlib.AbstractContextManager[None]]
 ) -> None:

@@ -15,19 +15,18 @@ from safetensors.torch import save_file
 
 from checkpoints import State, write_model
 from followed import Inputs, endings, looks_right, offered, rewrite, told_in_advance
-from models import fine_tuned
+from models import fine_tuned, model_of
 
 CAUSAL = transformers.AutoModelForCausalLM
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
-
-
-def model_of(config: Any, auto: Any = CAUSAL) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return auto.from_config(config)
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def llama(**more: Any) -> Any:
@@ -204,7 +203,7 @@ MERGED: dict[str, tuple[Callable[[Path], Inputs], list[str]]] = {
         lambda f: with_start(saved(f, llama()), lambda s: s | {"extra": torch.ones(2)}),
         ["--reference base"],
     ),
-}  # fmt: skip
+}
 
 
 def _with_integers(inputs: Inputs) -> Inputs:
@@ -272,7 +271,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Inputs], str]] = {
         lambda f: _renamed(saved(f, llama())),
         r"other names: if they are the same, --rename REGEX=REPLACEMENT",
     ),
-}  # fmt: skip
+}
 
 
 def _adapter(folder: Path, module: str, shape: tuple[int, int]) -> Inputs:

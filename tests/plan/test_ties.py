@@ -10,32 +10,19 @@ import pytest
 import torch
 import transformers
 
+from encoders import SMALL, T5
 from followed import Inputs, endings, looks_right
-from models import fine_tuned
+from models import fine_tuned, model_of
 
 MASKED, SEQUENCE = transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM
 
 
 def bert() -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return MASKED.from_config(
-            transformers.BertConfig(
-                vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-                max_position_embeddings=32,
-            )
-        )  # fmt: skip
+    return model_of(transformers.BertConfig(**SMALL), MASKED)
 
 
 def t5() -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return SEQUENCE.from_config(
-            transformers.T5Config(
-                vocab_size=96, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_decoder_layers=2, num_heads=4,
-                decoder_start_token_id=0,
-            )
-        )  # fmt: skip
+    return model_of(transformers.T5Config(**T5, decoder_start_token_id=0), SEQUENCE)
 
 
 def whole(model: Any, folder: Path) -> None:

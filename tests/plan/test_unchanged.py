@@ -32,8 +32,11 @@ def test_an_sft_that_equals_its_base_is_said_in_advance_and_at_the_end(tmp_path:
     save_file({}, sft / "lora_adapter" / "adapter_model.safetensors")
     report = merge_checkpoints(base, sft, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "imm_report.json").read_text())
-    notes = [words(check(base, sft).notes), words(report.notes),
-             words(merge_checkpoints(base, sft, tmp_path / "other", dry_run=True).notes)]  # fmt: skip
+    notes = [
+        words(check(base, sft).notes),
+        words(report.notes),
+        words(merge_checkpoints(base, sft, tmp_path / "other", dry_run=True).notes),
+    ]
     if changed == "nothing":
         assert all(len(each) == 1 and "the adapter in lora_adapter/" in each[0] for each in notes)
         assert written["sft_equals_start"] is True

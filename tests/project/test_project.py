@@ -61,6 +61,9 @@ def test_circles_are_seen_within_a_package_and_without() -> None:
     assert not wrong_way({"engine.merge": {"numerics.mask", "errors"}, "errors": {"common.messages"}, "": {"engine"}})
 
 
+HELP = "c(['--help'], standalone_mode=False)"
+
+
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
@@ -72,6 +75,9 @@ def test_circles_are_seen_within_a_package_and_without() -> None:
         ("import mergekit_imm.synthesis, mergekit_imm.analysis, mergekit_imm.live", "torch numba numpy transformers"),
         ("from mergekit_imm.synthesis import keep_correct", "torch numba transformers"),
         ("import mergekit_imm.cli.main", "torch numba numpy transformers huggingface_hub safetensors"),
+        ("import mergekit_imm.cli.samples", "torch numba numpy transformers matplotlib"),
+        (f"from mergekit_imm.cli.change import change_command as c\n{HELP}", "torch numba numpy matplotlib"),
+        (f"from mergekit_imm.cli.importance import importance_command as c\n{HELP}", "torch numba numpy transformers"),
         ("from mergekit_imm import merge_checkpoints", "torch numba transformers huggingface_hub"),
         ("from mergekit_imm import dare_merge", "numba transformers huggingface_hub safetensors"),
     ],

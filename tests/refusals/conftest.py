@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import random_state, write_model
-from refused import (
-    CONFIG,
-    SHAPES,
-    SIDE,
-    Models,
-)
+from refused import Models, write_models
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +18,4 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def models(tmp_path: Path) -> Models:
-    made = Models(tmp_path, tmp_path / "base", tmp_path / "sft", tmp_path / "out")
-    for role in ("base", "sft"):
-        write_model(getattr(made, role), random_state(SHAPES, seed=len(role)), config=CONFIG, side=SIDE)
-    return made
+    return write_models(tmp_path)

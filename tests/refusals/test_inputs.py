@@ -45,7 +45,7 @@ from refused import (
         ({"latest": "global_step5", "zero_to_fp32.py": "x"}, r"DeepSpeed.*zero_to_fp32\.py"),
         ({"one.safetensors": "x", "two.safetensors": "x"}, r"2 other.*one\.safetensors, two\.safetensors.*its path"),
     ],
-)  # fmt: skip
+)
 def test_folders_without_a_model_are_refused_by_name(models: Models, files: dict[str, str], match: str) -> None:
     folder = models.folder / "given"
     folder.mkdir()
@@ -80,7 +80,7 @@ PLACES: dict[str, tuple[list[str], str]] = {
     "verl": (["global_step_5/actor/hf", "global_step_10/actor/hf"], "global_step_10/actor/hf"),
     "one": (["hf"], "hf"),
     "and others": (["checkpoint-9", "checkpoint-10", "original", "onnx", "checkpoint-11/optimizer"], "checkpoint-10"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", PLACES)
@@ -105,14 +105,21 @@ def test_adapters_and_other_forms_below_are_found_too(models: Models) -> None:
         (["checkpoint-3/pytorch_model.bin"], "checkpoint-3': give that"),
         (["checkpoint-4/pytorch_model_fsdp_0/.metadata", "checkpoint-4/optimizer_0/.metadata"], "checkpoint-4': give"),
         (["step-5/.metadata", "step-5/__0_0.distcp"], "step-5': give that"),
-        (["latest_checkpointed_iteration.txt", "global_step_6/actor/model_world_size_2_rank_0.pt",
-          "global_step_6/actor/huggingface/config.json"],
-         r"shards of verl ranks; .*--backend fsdp --local_dir \S*/global_step_6/actor --target_dir"),
-        (["checkpoint-7/zero_to_fp32.py", "checkpoint-7/latest", "training_args.bin"],
-         r"holds in 'checkpoint-7' a DeepSpeed checkpoint; .*`cd \S+/checkpoint-7 && python zero_to_fp32.py"),
+        (
+            [
+                "latest_checkpointed_iteration.txt",
+                "global_step_6/actor/model_world_size_2_rank_0.pt",
+                "global_step_6/actor/huggingface/config.json",
+            ],
+            r"shards of verl ranks; .*--backend fsdp --local_dir \S*/global_step_6/actor --target_dir",
+        ),
+        (
+            ["checkpoint-7/zero_to_fp32.py", "checkpoint-7/latest", "training_args.bin"],
+            r"holds in 'checkpoint-7' a DeepSpeed checkpoint; .*`cd \S+/checkpoint-7 && python zero_to_fp32.py",
+        ),
         (["final/lit_model.pth", "step-5/lit_model.pth"], r"'final' a LitGPT checkpoint; .*from_litgpt \S+/final"),
         (["checkpoint-8/trainer_state.json"], "is it a model folder"),
-    ):  # fmt: skip
+    ):
         folder = models.folder / f"run{len(match)}"
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

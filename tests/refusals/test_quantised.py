@@ -31,7 +31,7 @@ SAID: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "mxfp4": (transformers.Mxfp4Config, r"Mxfp4Config\(dequantize=True\)`, then `save_pretrained`, and merge that"),
     "fp8": (transformers.FineGrainedFP8Config, "none of its tensors is FP8: if .* remove that entry"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("method", SAID)
@@ -59,33 +59,53 @@ UP = UP0.removesuffix(".weight")
 # The layouts of the writers: AutoGPTQ, AutoAWQ, bitsandbytes 0.50, gpt-oss, compressed-tensors, modelopt, MLX.
 STORED: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], str]] = {
     "GPTQ": (
-        {f"{UP}.qweight": ("I32", (1, 8)), f"{UP}.qzeros": ("I32", (1, 1)), f"{UP}.scales": ("F16", (1, 8)),
-         f"{UP}.g_idx": ("I32", (8,))}, rf"as in GPTQ or AWQ models\); {UNQUANTISED}"),
+        {
+            f"{UP}.qweight": ("I32", (1, 8)),
+            f"{UP}.qzeros": ("I32", (1, 1)),
+            f"{UP}.scales": ("F16", (1, 8)),
+            f"{UP}.g_idx": ("I32", (8,)),
+        },
+        rf"as in GPTQ or AWQ models\); {UNQUANTISED}",
+    ),
     "AWQ": (
         {f"{UP}.qweight": ("I32", (8, 1)), f"{UP}.qzeros": ("I32", (1, 1)), f"{UP}.scales": ("F16", (1, 8))},
-        rf"as in GPTQ or AWQ models\); {UNQUANTISED}"),
+        rf"as in GPTQ or AWQ models\); {UNQUANTISED}",
+    ),
     "bitsandbytes, 4 bits": (
-        {UP0: ("U8", (32, 1)), f"{UP0}.absmax": ("U8", (1,)), f"{UP0}.quant_map": ("F32", (16,)),
-         f"{UP0}.quant_state.bitsandbytes__nf4": ("U8", (165,))}, "as in bitsandbytes models.*QLoRA"),
+        {
+            UP0: ("U8", (32, 1)),
+            f"{UP0}.absmax": ("U8", (1,)),
+            f"{UP0}.quant_map": ("F32", (16,)),
+            f"{UP0}.quant_state.bitsandbytes__nf4": ("U8", (165,)),
+        },
+        "as in bitsandbytes models.*QLoRA",
+    ),
     "bitsandbytes, 8 bits": (
         {UP0: ("I8", (8, 8)), f"{UP}.SCB": ("F32", (8,)), f"{UP}.weight_format": ("U8", ())},
-        "as in bitsandbytes models.*QLoRA"),
+        "as in bitsandbytes models.*QLoRA",
+    ),
     "MXFP4": (
         {"e.gate_up_proj_blocks": ("U8", (2, 8, 1, 16)), "e.gate_up_proj_scales": ("U8", (2, 8, 1))},
-        "'e.gate_up_proj_blocks' is U8.*as in MXFP4 models.*Mxfp4Config"),
+        "'e.gate_up_proj_blocks' is U8.*as in MXFP4 models.*Mxfp4Config",
+    ),
     "compressed-tensors": (
         {f"{UP0}_packed": ("I32", (8, 1)), f"{UP0}_scale": ("BF16", (8, 1)), f"{UP0}_shape": ("I64", (2,))},
-        "as in compressed-tensors models"),
+        "as in compressed-tensors models",
+    ),
     "NVFP4": (
-        {UP0: ("U8", (8, 4)), f"{UP0}_scale": ("F8_E4M3", (8, 1)), f"{UP0}_scale_2": ("F32", ())}, "is quantised"),
+        {UP0: ("U8", (8, 4)), f"{UP0}_scale": ("F8_E4M3", (8, 1)), f"{UP0}_scale_2": ("F32", ())},
+        "is quantised",
+    ),
     "INT8": ({UP0: ("I8", (8, 8)), f"{UP0}_scale": ("F32", (8, 1))}, f"is I8, with '{UP0}_scale' beside it"),
     "MLX": (
         {UP0: ("U32", (8, 1)), f"{UP}.scales": ("BF16", (8, 1)), f"{UP}.biases": ("BF16", (8, 1))},
-        "as in MLX models"),
+        "as in MLX models",
+    ),
     "FP8": (
         {UP0: ("F8_E4M3", (8, 8)), f"{UP0}_scale_inv": ("F32", (1, 1))},
-        f"is F8_E4M3, with '{UP0}_scale_inv' beside it, as in FP8 models.*--dequantize multiplies"),
-}  # fmt: skip
+        f"is F8_E4M3, with '{UP0}_scale_inv' beside it, as in FP8 models.*--dequantize multiplies",
+    ),
+}
 
 
 @pytest.mark.parametrize("form", STORED)
@@ -105,8 +125,14 @@ def test_where_no_config_says_so_names_and_dtypes_tell(models: Models, form: str
 
 def test_names_of_models_that_are_not_quantised_are_let_through(models: Models) -> None:
     """Such names mean what they say only beside tensors that are no floats."""
-    same = {"a.scales": torch.ones(4), "a.weight_scale": torch.ones(4), "a.weight": torch.ones(4, 4),
-            "b_blocks": torch.ones(3), "b_scales": torch.ones(3), "c.scale": torch.ones(2)}  # fmt: skip
+    same = {
+        "a.scales": torch.ones(4),
+        "a.weight_scale": torch.ones(4),
+        "a.weight": torch.ones(4, 4),
+        "b_blocks": torch.ones(3),
+        "b_scales": torch.ones(3),
+        "c.scale": torch.ones(2),
+    }
     for role in ("base", "sft"):
         models.change(role, same)
     assert models.merge().tensors["merged"] == len(SHAPES) + len(same)
@@ -155,15 +181,18 @@ EIGHT = torch.ones(8, 8).to(torch.float8_e4m3fn)
 BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "no scales": ({UP0: EIGHT}, rf"'{UP0}' is F8_E4M3 in sft .*, with no scales"),
     "two scales": (
-        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1), f"{UP0}_scale": torch.ones(1)}, "2 tensors of scales"),
+        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1), f"{UP0}_scale": torch.ones(1)},
+        "2 tensors of scales",
+    ),
     "scales of a float": ({f"{UP1}_scale_inv": torch.ones(1)}, rf"stores '{UP1}_scale_inv', scales of a weight"),
     "scales of nothing": ({"x.weight_scale_inv": torch.ones(1)}, r"stores 'x\.weight_scale_inv', scales of a weight"),
     "another method besides": ({f"{UP1}_packed": torch.ones(1)}, "as in compressed-tensors models"),
-    "int8 besides": (
-        {UP1: torch.ones(8, 8).to(torch.int8), f"{UP1}_scale": torch.ones(1)}, rf"'{UP1}' is I8, with"),
+    "int8 besides": ({UP1: torch.ones(8, 8).to(torch.int8), f"{UP1}_scale": torch.ones(1)}, rf"'{UP1}' is I8, with"),
     "scales that are integers": (
-        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1, dtype=torch.uint8)}, "stores the scales .* as U8; only F32"),
-}  # fmt: skip
+        {UP0: EIGHT, f"{UP0}_scale_inv": torch.ones(1, dtype=torch.uint8)},
+        "stores the scales .* as U8; only F32",
+    ),
+}
 GOOD = {UP1: EIGHT.clone(), f"{UP1}_scale_inv": torch.ones(1, 1)}
 
 

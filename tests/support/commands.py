@@ -21,9 +21,12 @@ from typing import Any
 from checkpoints import random_state, write_model
 
 SHAPES = {
-    "model.embed_tokens.weight": (32, 8), "model.layers.0.mlp.weight": (8, 8), "model.layers.1.mlp.weight": (8, 8),
-    "model.norm.weight": (8,), "lm_head.weight": (32, 8),
-}  # fmt: skip
+    "model.embed_tokens.weight": (32, 8),
+    "model.layers.0.mlp.weight": (8, 8),
+    "model.layers.1.mlp.weight": (8, 8),
+    "model.norm.weight": (8,),
+    "lm_head.weight": (32, 8),
+}
 NAMES = list(SHAPES)
 CONFIG = {"architectures": ["Tiny"], "dtype": "bfloat16", "model_type": "tiny", "tie_word_embeddings": False}
 SIDE = {"tokenizer.json": '{"a": 1}\n', "templates/chat.jinja": "{{ x }}", "optimizer.pt": "x"}
@@ -147,8 +150,11 @@ Command = Callable[..., Ended]
 def _forker() -> subprocess.Popen[str]:
     forker = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("forked.py"))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     atexit.register(forker.communicate)  # it ends with its input
     return forker
 
@@ -159,8 +165,13 @@ def forked(*arguments: str, cwd: Path | None) -> Ended:
     assert forker.stdin is not None
     assert forker.stdout is not None
     with NamedTemporaryFile() as out, NamedTemporaryFile() as err:
-        request = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": dict(os.environ),
-                   "out": out.name, "err": err.name}  # fmt: skip
+        request = {
+            "arguments": arguments,
+            "cwd": str(cwd or Path.cwd()),
+            "environment": dict(os.environ),
+            "out": out.name,
+            "err": err.name,
+        }
         print(json.dumps(request), file=forker.stdin, flush=True)
         hangs = threading.Timer(HUNG, os.killpg, (forker.pid, signal.SIGKILL))
         hangs.start()

@@ -183,11 +183,16 @@ LAYOUTS = {
 }
 
 
-def new_model(layout: str) -> Any:
-    """Make a random bfloat16 model; Mamba's A_log and D stay float32, as in training."""
+def model_of(config: Any, auto: Any = transformers.AutoModelForCausalLM) -> Any:
+    """A new model of a config, always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = LAYOUTS[layout].auto.from_config(LAYOUTS[layout].config())
+        return auto.from_config(config)
+
+
+def new_model(layout: str) -> Any:
+    """Make a random bfloat16 model; Mamba's A_log and D stay float32, as in training."""
+    model = model_of(LAYOUTS[layout].config(), LAYOUTS[layout].auto)
     model = _noisy(model, seed=1).to(torch.bfloat16)
     if layout == "mamba":
         for layer in model.backbone.layers:

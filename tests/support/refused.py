@@ -91,6 +91,14 @@ class Models:
         return read_model(self.out)
 
 
+def write_models(folder: Path) -> Models:
+    """Write the two models into a folder."""
+    made = Models(folder, folder / "base", folder / "sft", folder / "out")
+    for role in ("base", "sft"):
+        write_model(getattr(made, role), random_state(SHAPES, seed=len(role)), config=CONFIG, side=SIDE)
+    return made
+
+
 def write_file(path: Path, header: object, data: bytes | None = None, *, length: int | None = None) -> Path:
     """Write a safetensors file with a given header: bytes, or an object to encode as JSON."""
     content = header if isinstance(header, bytes) else json.dumps(header).encode()

@@ -37,7 +37,7 @@ def near(one: str, other: str, threshold: float) -> bool:
 
 @pytest.fixture(params=[2, 1024])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(deduplication, "BLOCK", request.param)
+    monkeypatch.setattr(deduplication, "TEXTS_AT_ONCE", request.param)
     return int(request.param)
 
 
@@ -54,7 +54,7 @@ def test_deduplicate_matches_a_double_loop(questions: list[str], history: list[s
             accepted.append(question)
     for size in (1, 3, 1024):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(deduplication, "BLOCK", size)
+            patch.setattr(deduplication, "TEXTS_AT_ONCE", size)
             found = deduplicate(questions, encode, history=history, threshold=threshold)
         assert found.accepted == tuple(accepted)
         assert [lost.question for lost in found.discarded] == [question for question, _ in discarded]
@@ -78,7 +78,7 @@ def test_no_accepted_pair_is_too_similar_after_rewriting(
         return given[len(calls) % len(given)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deduplication, "BLOCK", 3)
+        patch.setattr(deduplication, "TEXTS_AT_ONCE", 3)
         found = deduplicate(questions, encode, history=history, threshold=threshold, rewrite=rewrite, retries=retries)
     for i, one in enumerate(found.accepted):
         assert not any(near(one, other, threshold) for other in [*history, *found.accepted[:i]])
@@ -117,7 +117,7 @@ def test_equal_vectors_are_too_similar_at_threshold_1(block: int) -> None:
 
 
 def test_texts_are_encoded_in_blocks_and_vectors_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deduplication, "BLOCK", 4)
+    monkeypatch.setattr(deduplication, "TEXTS_AT_ONCE", 4)
     sizes: list[int] = []
 
     def count(given: list[str]) -> Any:
@@ -166,7 +166,7 @@ def test_invalid_vectors_are_refused(given: Any, message: str) -> None:
 
 
 def test_vectors_of_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deduplication, "BLOCK", 1)
+    monkeypatch.setattr(deduplication, "TEXTS_AT_ONCE", 1)
     with pytest.raises(ArgumentError, match=r"^encode returned shape \(1, 3\); it must be \(1, 2\): one"):
         deduplicate(["(1, 0)", "(0, 1, 0)"], encode)
     with pytest.raises(ArgumentError, match=r"it must be \(1, 2\): one"):

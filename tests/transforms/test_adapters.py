@@ -39,11 +39,15 @@ Options = dict[str, Any]
 KINDS: dict[str, tuple[str, Options]] = {
     "lora": ("llama", {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 16}),
     "all linear": ("qwen3_moe", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
-    "rslora, patterns": ("llama", {
-        "target_modules": "all-linear", "use_rslora": True,
-        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3},
-        "alpha_pattern": {"layers.0.self_attn.k_proj": 5, "down_proj": 1},
-    }),
+    "rslora, patterns": (
+        "llama",
+        {
+            "target_modules": "all-linear",
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3},
+            "alpha_pattern": {"layers.0.self_attn.k_proj": 5, "down_proj": 1},
+        },
+    ),
     "a head trained whole": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "an embedding, by factors": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
     "a tied embedding, by factors": ("qwen2", {"target_modules": ["embed_tokens", "k_proj"]}),
@@ -53,26 +57,46 @@ KINDS: dict[str, tuple[str, Options]] = {
     "all biases": ("qwen2", {"target_modules": ["k_proj"], "bias": "all"}),
     "DoRA": ("llama", {"target_modules": "all-linear", "use_dora": True}),
     "tokens": ("qwen2", {"target_modules": ["k_proj"], "trainable_token_indices": [3, 5, 90]}),
-    "experts": ("qwen3_moe", {
-        "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        "rank_pattern": {"down_proj": 3},
-    }),
-    "experts, one parameter": ("deepseek_v3", {
-        "target_modules": ["o_proj"], "target_parameters": ["mlp.experts.down_proj"], "use_rslora": True,
-    }),
-    "experts stored fused, turned, and square": ("gpt_oss", {
-        "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    }),
-    "experts stored fused": ("llama4", {
-        "target_modules": ["q_proj"],
-        "target_parameters": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
-    }),
+    "experts": (
+        "qwen3_moe",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"down_proj": 3},
+        },
+    ),
+    "experts, one parameter": (
+        "deepseek_v3",
+        {
+            "target_modules": ["o_proj"],
+            "target_parameters": ["mlp.experts.down_proj"],
+            "use_rslora": True,
+        },
+    ),
+    "experts stored fused, turned, and square": (
+        "gpt_oss",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ),
+    "experts stored fused": (
+        "llama4",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
+        },
+    ),
     "a model with other names in memory": ("qwen2_5_vl", {"target_modules": ["q_proj", "qkv", "down_proj"]}),
     "a model with two towers": ("gemma3", {"target_modules": "all-linear"}),
-    "tokens of a module": ("llama", {
-        "target_modules": ["k_proj"], "trainable_token_indices": {"embed_tokens": [0, 95]},
-    }),
-}  # fmt: skip
+    "tokens of a module": (
+        "llama",
+        {
+            "target_modules": ["k_proj"],
+            "trainable_token_indices": {"embed_tokens": [0, 95]},
+        },
+    ),
+}
 
 
 def train(folder: Path, layout: str, options: Options, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -139,9 +163,13 @@ def scaling_of(name: str) -> float:
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"alpha": 0.5, "drop": 0.9}, *others({"alpha": 0.7, "drop": 0}), {"alpha": 0, "drop": 0.2},
-     {"alpha": 0.3, "drop": 0, "importance": {"0": 1.0, "1": 3.0}}],
-)  # fmt: skip
+    [
+        {"alpha": 0.5, "drop": 0.9},
+        *others({"alpha": 0.7, "drop": 0}),
+        {"alpha": 0, "drop": 0.2},
+        {"alpha": 0.3, "drop": 0, "importance": {"0": 1.0, "1": 3.0}},
+    ],
+)
 @pytest.mark.parametrize("other_start", [False, True])
 def test_the_bits_are_those_of_the_formulas(
     trained: Path, tmp_path: Path, parameters: Options, other_start: bool
@@ -165,17 +193,28 @@ def test_the_bits_are_those_of_the_formulas(
             delta = torch.from_numpy(reference.product(left, right, scaling_of(name)))
         layer = name.split(".")[2] if name.startswith("model.layers.") else ""
         expected = reference.merge_tensors(
-            base[name], start[name] if delta is None else delta, start[name], tensor.dtype, name=name,
-            alpha=parameters["alpha"], drop=parameters["drop"], factor=factor.get(layer, 1.0),
-            iteration=2 if other_start else 0, is_delta=delta is not None,
-        )  # fmt: skip
+            base[name],
+            start[name] if delta is None else delta,
+            start[name],
+            tensor.dtype,
+            name=name,
+            alpha=parameters["alpha"],
+            drop=parameters["drop"],
+            factor=factor.get(layer, 1.0),
+            iteration=2 if other_start else 0,
+            is_delta=delta is not None,
+        )
         assert same_bits(tensor, expected), name
 
 
 @given(
-    rank=st.integers(1, 9), rows=st.integers(1, 40), columns=st.integers(1, 2100), scaling=st.floats(0.01, 100),
-    cuts=st.lists(st.integers(0, 3000), max_size=5), seed=st.integers(0, 2**16),
-)  # fmt: skip
+    rank=st.integers(1, 9),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 2100),
+    scaling=st.floats(0.01, 100),
+    cuts=st.lists(st.integers(0, 3000), max_size=5),
+    seed=st.integers(0, 2**16),
+)
 @settings(max_examples=150, deadline=None)
 def test_any_piece_of_a_product_is_that_piece(
     rank: int, rows: int, columns: int, scaling: float, cuts: list[int], seed: int
@@ -383,11 +422,14 @@ def test_an_embedding_trained_apart_from_its_tied_head_is_refused(tmp_path: Path
     [
         ("gpt2", {"target_modules": ["c_attn"], "use_dora": True}, r"DoRA for '.*c_attn\.weight', a Conv1D, which is"),
         ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}, "DoRA for '.*', an embedding, which is not"),
-        ("qwen2", {"target_modules": ["k_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}},
-         "changes 'lm_head.weight' and 'model.embed_tokens.weight', which are one tensor"),
+        (
+            "qwen2",
+            {"target_modules": ["k_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}},
+            "changes 'lm_head.weight' and 'model.embed_tokens.weight', which are one tensor",
+        ),
         ("qwen2", {"target_modules": ["embed_tokens", "lm_head"]}, "which are one tensor; merge it first"),
     ],
-)  # fmt: skip
+)
 def test_what_peft_alone_can_merge_is_refused(tmp_path: Path, layout: str, options: Options, match: str) -> None:
     train(tmp_path, layout, options)
     with pytest.raises(CheckpointError, match=match):

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 import reference
-from checkpoints import State, files_of, random_state, read_model, same_bits, write_model
+from checkpoints import State, files_of, read_model, same_bits, write_model
 from fp8 import FP8, MODELOPT, RAGGED, SMALL, Block, Quantiser, compressed, float32_of, ragged_state, theirs, write_fp8
 from mergekit_imm import CheckpointError, NonFiniteError, merge_checkpoints, verify
 from mergekit_imm.checkpoint.safetensors_file import TensorInfo
 from mergekit_imm.numerics import cuda, devices
 from mergekit_imm.transforms.fp8 import Dequantized, _fit, _table
 from models import fine_tuned, load, new_model
-from refused import CONFIG, MODEL, SHAPES, SIDE, UP0, Models
+from refused import CONFIG, MODEL, UP0, Models, write_models
 from thorough import others
 from transforms.test_adapters import adapted
 
@@ -33,10 +33,7 @@ UP = UP0.removesuffix(".weight")
 
 @pytest.fixture
 def models(tmp_path: Path) -> Models:
-    made = Models(tmp_path, tmp_path / "base", tmp_path / "sft", tmp_path / "out")
-    for role in ("base", "sft"):
-        write_model(getattr(made, role), random_state(SHAPES, seed=len(role)), config=CONFIG, side=SIDE)
-    return made
+    return write_models(tmp_path)
 
 
 @pytest.mark.parametrize("block", [SMALL, None], ids=["blocks", "one scale"])
@@ -58,10 +55,13 @@ def test_it_is_what_transformers_dequantises(tmp_path: Path, layout: str, block:
 
 @pytest.mark.parametrize(
     ("roles", "parameters", "dtype"),
-    [("sft", {"alpha": 0, "drop": 0}, "base"), ("base sft", {"alpha": 0, "drop": 0}, "float32"),
-     *((roles, {"alpha": 0.3, "drop": 0.4}, "base") for roles in ("sft", "base sft start")),
-     *others(*((roles, {"alpha": 0.3, "drop": 0.4}, "base") for roles in ("base", "start")))],
-)  # fmt: skip
+    [
+        ("sft", {"alpha": 0, "drop": 0}, "base"),
+        ("base sft", {"alpha": 0, "drop": 0}, "float32"),
+        *((roles, {"alpha": 0.3, "drop": 0.4}, "base") for roles in ("sft", "base sft start")),
+        *others(*((roles, {"alpha": 0.3, "drop": 0.4}, "base") for roles in ("base", "start"))),
+    ],
+)
 def test_the_bits_are_those_of_the_formulas(
     tmp_path: Path, roles: str, parameters: dict[str, float], dtype: str
 ) -> None:
@@ -84,9 +84,15 @@ def test_the_bits_are_those_of_the_formulas(
     for name, tensor in out.items():
         base, sft, begun = (inputs[r][name] for r in ("base", "sft", "start" if start else "base"))
         expected = reference.merge_tensors(
-            base, sft, begun, torch.float32 if dtype == "float32" else torch.bfloat16, name=name,
-            alpha=parameters["alpha"], drop=parameters["drop"], iteration=1 if start else 0,
-        )  # fmt: skip
+            base,
+            sft,
+            begun,
+            torch.float32 if dtype == "float32" else torch.bfloat16,
+            name=name,
+            alpha=parameters["alpha"],
+            drop=parameters["drop"],
+            iteration=1 if start else 0,
+        )
         assert same_bits(tensor, expected), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
@@ -100,8 +106,10 @@ FUSED = "model.layers.0.mlp.experts.gate_up_proj"
 def test_fused_experts_are_as_transformers_has_them(tmp_path: Path, grid: tuple[int, ...]) -> None:
     draw = torch.Generator().manual_seed(1)
     columns = 256 if grid[2] == 2 else 130
-    state = {FUSED: (torch.randn((3, 192, columns), generator=draw) * 50).to(torch.float8_e4m3fn),
-             f"{FUSED}_scale_inv": torch.rand(grid, generator=draw)}  # fmt: skip
+    state = {
+        FUSED: (torch.randn((3, 192, columns), generator=draw) * 50).to(torch.float8_e4m3fn),
+        f"{FUSED}_scale_inv": torch.rand(grid, generator=draw),
+    }
     expected = Fp8Dequantize(Quantiser(None))._dequantize_one(*state.values(), torch.bfloat16)
     write_model(tmp_path / "fp8", state, config=FP8)
     merge_checkpoints(tmp_path / "fp8", tmp_path / "fp8", tmp_path / "out", drop=0, alpha=0, dequantize=True)
@@ -114,28 +122,51 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[int, ...], torch.dtype, tuple[int, 
     "compressed-tensors, one": (compressed(), (40, 24), torch.float8_e4m3fn, (1,), torch.bfloat16, "_scale"),
     "fbgemm": ({"quant_method": "fbgemm_fp8"}, (40, 24), torch.float8_e4m3fn, (40, 1), torch.float32, "_scale"),
     "fbgemm, Llama 4": (
-        {"quant_method": "fbgemm_fp8"}, (3, 24, 40), torch.float8_e4m3fn, (3, 1, 40), torch.float32, "_scale"),
+        {"quant_method": "fbgemm_fp8"},
+        (3, 24, 40),
+        torch.float8_e4m3fn,
+        (3, 1, 40),
+        torch.float32,
+        "_scale",
+    ),
     "modelopt": (MODELOPT, (40, 24), torch.float8_e4m3fn, (), torch.float32, "_scale"),
     "E5M2": ({"quant_method": "fp8"}, (200, 300), torch.float8_e5m2, (2, 3), torch.float32, "_scale_inv"),
     "scales in BF16": ({"quant_method": "fp8"}, (200, 300), torch.float8_e4m3fn, (2, 3), torch.bfloat16, "_scale_inv"),
     "scales in E8M0": (
-        {"quant_method": "fp8", "scale_fmt": "ue8m0"}, (200, 300), torch.float8_e4m3fn, (2, 3),
-        torch.float8_e8m0fnu, "_scale_inv"),
-}  # fmt: skip
+        {"quant_method": "fp8", "scale_fmt": "ue8m0"},
+        (200, 300),
+        torch.float8_e4m3fn,
+        (2, 3),
+        torch.float8_e8m0fnu,
+        "_scale_inv",
+    ),
+}
 
 
 # Names of weights and scales, and extra tensors, in ComfyUI and DeepSeek's own code.
 SPELLINGS: dict[str, tuple[str, tuple[int, ...], torch.dtype, dict[str, torch.Tensor]]] = {
-    "ComfyUI": (".scale_weight", (), torch.float32, {
-        "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), f"{UP}.scale_input": torch.ones(())}),
+    "ComfyUI": (
+        ".scale_weight",
+        (),
+        torch.float32,
+        {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), f"{UP}.scale_input": torch.ones(())},
+    ),
     "ComfyUI, one element": (".scale_weight", (1,), torch.float32, {"scaled_fp8": torch.zeros(0)}),
-    "ComfyUI, rows": (".scale_weight", (200, 1), torch.float32, {
-        "model.scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}),
-    "ComfyUI, later": (".weight_scale", (), torch.float32, {
-        f"{UP}.comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)}),
+    "ComfyUI, rows": (
+        ".scale_weight",
+        (200, 1),
+        torch.float32,
+        {"model.scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)},
+    ),
+    "ComfyUI, later": (
+        ".weight_scale",
+        (),
+        torch.float32,
+        {f"{UP}.comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)},
+    ),
     "DeepSeek": (".scale", (2, 3), torch.float8_e8m0fnu, {}),
     "static activations": (".weight_scale", (1,), torch.bfloat16, {f"{UP}.act_scale": torch.ones(1)}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -271,10 +302,14 @@ def test_tensors_are_kept_and_taken_as_bfloat16(models: Models) -> None:
 
 
 def test_scales_of_activations_are_left_out_with_a_note(models: Models) -> None:
-    state = {f"{UP}.weight": torch.ones(8, 8).to(torch.float8_e4m3fn), f"{UP}.weight_scale": torch.ones(()),
-             f"{UP}.input_scale": torch.ones(()), "model.layers.0.self_attn.k_proj.k_scale": torch.ones(1),
-             "model.layers.0.other.input_scale": torch.ones(1),
-             "model.layers.0.other.k_scale": torch.ones(4)}  # fmt: skip
+    state = {
+        f"{UP}.weight": torch.ones(8, 8).to(torch.float8_e4m3fn),
+        f"{UP}.weight_scale": torch.ones(()),
+        f"{UP}.input_scale": torch.ones(()),
+        "model.layers.0.self_attn.k_proj.k_scale": torch.ones(1),
+        "model.layers.0.other.input_scale": torch.ones(1),
+        "model.layers.0.other.k_scale": torch.ones(4),
+    }
     side = {"hf_quant_config.json": "{}", "tokenizer.json": "{}"}
     write_model(models.base, state, config={**CONFIG, "quantization_config": MODELOPT}, side=side)
     floats = {UP0: torch.ones(8, 8), **{name: state[name] for name in state if "other" in name}}
@@ -301,18 +336,24 @@ def test_codes_are_those_of_torch() -> None:
 
 
 @given(
-    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3), block=st.tuples(st.integers(1, 50), st.integers(1, 50)),
-    kind=st.sampled_from(["blocks", "rows", "columns", "one"]), cuts=st.lists(st.integers(0, 64000), max_size=5),
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    block=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    kind=st.sampled_from(["blocks", "rows", "columns", "one"]),
+    cuts=st.lists(st.integers(0, 64000), max_size=5),
     seed=st.integers(0, 2**16),
-)  # fmt: skip
+)
 @settings(max_examples=150, deadline=None)
 def test_any_piece_of_a_weight_is_that_piece(
     shape: list[int], block: tuple[int, int], kind: str, cuts: list[int], seed: int
 ) -> None:
     draw = np.random.default_rng(seed)
     rows, columns = (1, 1, *shape)[-2:]
-    full = {"blocks": (-(-rows // block[0]), -(-columns // block[1])), "rows": (rows, 1), "columns": (1, columns),
-            "one": (1, 1)}[kind]  # fmt: skip
+    full = {
+        "blocks": (-(-rows // block[0]), -(-columns // block[1])),
+        "rows": (rows, 1),
+        "columns": (1, columns),
+        "one": (1, 1),
+    }[kind]
     grid = [1] if kind == "one" else [*shape[:-2], *full[-min(2, len(shape)) :]]
     codes = draw.integers(0, 256, shape).astype(np.uint8)
     scales = draw.random(grid, np.float32)

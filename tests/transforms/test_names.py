@@ -124,8 +124,12 @@ def test_a_model_saved_without_its_head_s_class(bare: str, tmp_path: Path) -> No
     prefix = {"base": "", "sft": "transformer."}[bare]
     sft = {f"{prefix}{n}": t for n, t in state["sft"].transformer.state_dict().items()}
     sft |= {"lm_head.weight": sft["transformer.wte.weight"]} if "lm_head.weight" in base else {}
-    expected = dare_merge({n: t for n, t in base.items() if n != "lm_head.weight"},
-                          {n: t for n, t in sft.items() if n != "lm_head.weight"}, drop=0.5, alpha=0.3)  # fmt: skip
+    expected = dare_merge(
+        {n: t for n, t in base.items() if n != "lm_head.weight"},
+        {n: t for n, t in sft.items() if n != "lm_head.weight"},
+        drop=0.5,
+        alpha=0.3,
+    )
     merged = read_model(tmp_path / "out")
     assert_same({n: t for n, t in merged.items() if n != "lm_head.weight"}, expected)
     load(tmp_path / "out", "gpt2")
@@ -224,8 +228,9 @@ def test_rules_of_the_user_come_first(tmp_path: Path) -> None:
     report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", rename=rename, drop=0.5)
     assert_same(read_model(tmp_path / "out"), dare_merge(base, sft, drop=0.5))
     assert [(each["name"], each["in_base"], each["tensors"]) for each in report.renamed] == [
-        ("blocks.one.*", "model.layers.*.a.*", 1), ("blocks.two.*", "model.layers.*.a.*", 1)
-    ]  # fmt: skip
+        ("blocks.one.*", "model.layers.*.a.*", 1),
+        ("blocks.two.*", "model.layers.*.a.*", 1),
+    ]
     verify(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "--rename '^blocks\\.one\\.=model.layers.0.a.'" in card
@@ -242,7 +247,7 @@ def test_rules_of_the_user_come_first(tmp_path: Path) -> None:
         ([r"layers\.\d=layers.0"], MismatchError, "two tensors of sft .* would become 'model.layers.0.a.w' of base"),
         ([r"layers\.1=layers.2"], MismatchError, r"'model.layers.1.a.w' \(closest there: 'model.layers.2.a.w'\)"),
     ],
-)  # fmt: skip
+)
 def test_rules_that_lead_nowhere(tmp_path: Path, rename: Any, error: type[Exception], match: str) -> None:
     pair(tmp_path, {})
     with pytest.raises(error, match=match):

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import reference
-from checkpoints import State, random_state, read_model, same_bits, write_model
+from checkpoints import State, read_model, same_bits, write_model
 from fp8 import FP8, SMALL, float32_of, fp8_state, theirs
 from mergekit_imm import CheckpointError, MismatchError, merge_checkpoints, verify
 from mergekit_imm.transforms.quantised_units import pattern_of
 from models import fine_tuned, new_model
-from refused import CONFIG, SHAPES, UP0, UP1, Models, shown_options
+from refused import CONFIG, SHAPES, UP0, UP1, Models, shown_options, write_models
 from transforms.test_adapters import adapted
 
 MLP = re.compile(r"\.mlp\.\w+_proj\.weight$")
@@ -24,10 +24,7 @@ MLP = re.compile(r"\.mlp\.\w+_proj\.weight$")
 
 @pytest.fixture
 def models(tmp_path: Path) -> Models:
-    made = Models(tmp_path, tmp_path / "base", tmp_path / "sft", tmp_path / "out")
-    for role in ("base", "sft"):
-        write_model(getattr(made, role), random_state(SHAPES, seed=len(role)), config=CONFIG)
-    return made
+    return write_models(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +37,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = read_model(folder / "base-bf16")
     config = json.loads((folder / "base-bf16" / "config.json").read_text())
     config["quantization_config"] = {
-        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(SMALL),
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(SMALL),
         "modules_to_not_convert": ["lm_head", "self_attn"],
-    }  # fmt: skip
+    }
     mlps = fp8_state({name: state[name] for name in state if MLP.search(name)}, SMALL)
     write_model(folder / "base", {**{n: t for n, t in state.items() if not MLP.search(n)}, **mlps}, config=config)
     return folder
@@ -53,8 +52,11 @@ def merged_naively(base: State, sft: State, alpha: float, drop: float) -> State:
     found: State = {}
     for name, tensor in base.items():
         quantised = ".mlp." in name
-        found[name] = tensor if quantised else reference.merge_tensors(
-            tensor, sft[name], tensor, tensor.dtype, name=name, alpha=alpha, drop=drop)  # fmt: skip
+        found[name] = (
+            tensor
+            if quantised
+            else reference.merge_tensors(tensor, sft[name], tensor, tensor.dtype, name=name, alpha=alpha, drop=drop)
+        )
     return found
 
 
@@ -144,33 +146,89 @@ UP = UP0.removesuffix(".weight")
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
 # The tensors of a quantised module; the config; the tensors of an unquantised model instead.
 FORMS: dict[str, tuple[State, dict[str, Any], str]] = {
-    "GPTQ": ({f"{UP}.qweight": zeros(torch.int32, 1, 8), f"{UP}.qzeros": zeros(torch.int32, 1, 1),
-              f"{UP}.scales": zeros(torch.float16, 1, 8), f"{UP}.g_idx": zeros(torch.int32, 8)},
-             {"quant_method": "gptq", "bits": 4}, UP0),
-    "AWQ": ({f"{UP}.qweight": zeros(torch.int32, 8, 1), f"{UP}.qzeros": zeros(torch.int32, 1, 1),
-             f"{UP}.scales": zeros(torch.float16, 1, 8)}, {"quant_method": "awq", "bits": 4}, UP0),
-    "bitsandbytes": ({UP0: zeros(torch.uint8, 32, 1), f"{UP0}.absmax": zeros(torch.uint8, 1),
-                      f"{UP0}.quant_map": zeros(torch.float32, 16), f"{UP0}.nested_absmax": zeros(torch.float32, 1),
-                      f"{UP0}.quant_state.bitsandbytes__nf4": zeros(torch.uint8, 16)},
-                     {"quant_method": "bitsandbytes", "load_in_4bit": True}, UP0),
-    "int8": ({UP0: zeros(torch.int8, 8, 8), f"{UP}.SCB": zeros(torch.float32, 8),
-              f"{UP}.weight_format": zeros(torch.uint8)}, {"quant_method": "bitsandbytes", "load_in_8bit": True}, UP0),
-    "MXFP4": ({f"{EXPERTS}_blocks": zeros(torch.uint8, 2, 8, 1, 16), f"{EXPERTS}_scales": zeros(torch.uint8, 2, 8, 1)},
-              {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, EXPERTS),
+    "GPTQ": (
+        {
+            f"{UP}.qweight": zeros(torch.int32, 1, 8),
+            f"{UP}.qzeros": zeros(torch.int32, 1, 1),
+            f"{UP}.scales": zeros(torch.float16, 1, 8),
+            f"{UP}.g_idx": zeros(torch.int32, 8),
+        },
+        {"quant_method": "gptq", "bits": 4},
+        UP0,
+    ),
+    "AWQ": (
+        {
+            f"{UP}.qweight": zeros(torch.int32, 8, 1),
+            f"{UP}.qzeros": zeros(torch.int32, 1, 1),
+            f"{UP}.scales": zeros(torch.float16, 1, 8),
+        },
+        {"quant_method": "awq", "bits": 4},
+        UP0,
+    ),
+    "bitsandbytes": (
+        {
+            UP0: zeros(torch.uint8, 32, 1),
+            f"{UP0}.absmax": zeros(torch.uint8, 1),
+            f"{UP0}.quant_map": zeros(torch.float32, 16),
+            f"{UP0}.nested_absmax": zeros(torch.float32, 1),
+            f"{UP0}.quant_state.bitsandbytes__nf4": zeros(torch.uint8, 16),
+        },
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        UP0,
+    ),
+    "int8": (
+        {UP0: zeros(torch.int8, 8, 8), f"{UP}.SCB": zeros(torch.float32, 8), f"{UP}.weight_format": zeros(torch.uint8)},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        UP0,
+    ),
+    "MXFP4": (
+        {f"{EXPERTS}_blocks": zeros(torch.uint8, 2, 8, 1, 16), f"{EXPERTS}_scales": zeros(torch.uint8, 2, 8, 1)},
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        EXPERTS,
+    ),
     "compressed-tensors": (
-        {f"{UP0}_packed": zeros(torch.int32, 8, 1), f"{UP0}_scale": zeros(torch.bfloat16, 8, 1),
-         f"{UP0}_shape": zeros(torch.int64, 2)},
-        {"quant_method": "compressed-tensors", "format": "pack-quantized"}, UP0),
-    "NVFP4": ({UP0: zeros(torch.uint8, 8, 4), f"{UP0}_scale": zeros(torch.float8_e4m3fn, 8, 1),
-               f"{UP0}_scale_2": zeros(torch.float32), f"{UP}.input_scale": zeros(torch.float32)},
-              {"quant_method": "modelopt", "quant_algo": "NVFP4"}, UP0),
-    "AQLM": ({f"{UP}.codes": zeros(torch.int16, 8, 8), f"{UP}.codebooks": zeros(torch.float16, 1, 4),
-              f"{UP}.scales": zeros(torch.float16, 8)}, {"quant_method": "aqlm"}, UP0),
-    "EETQ": ({UP0: zeros(torch.int8, 8, 8), f"{UP}.weight_scales": zeros(torch.float16, 8)},
-             {"quant_method": "eetq"}, UP0),
-    "ComfyUI": ({UP0: zeros(torch.float8_e4m3fn, 8, 8), f"{UP}.scale_weight": zeros(torch.float32),
-                 f"{UP}.scale_input": zeros(torch.float32)}, {"quant_method": "fp8"}, UP0),
-}  # fmt: skip
+        {
+            f"{UP0}_packed": zeros(torch.int32, 8, 1),
+            f"{UP0}_scale": zeros(torch.bfloat16, 8, 1),
+            f"{UP0}_shape": zeros(torch.int64, 2),
+        },
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        UP0,
+    ),
+    "NVFP4": (
+        {
+            UP0: zeros(torch.uint8, 8, 4),
+            f"{UP0}_scale": zeros(torch.float8_e4m3fn, 8, 1),
+            f"{UP0}_scale_2": zeros(torch.float32),
+            f"{UP}.input_scale": zeros(torch.float32),
+        },
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        UP0,
+    ),
+    "AQLM": (
+        {
+            f"{UP}.codes": zeros(torch.int16, 8, 8),
+            f"{UP}.codebooks": zeros(torch.float16, 1, 4),
+            f"{UP}.scales": zeros(torch.float16, 8),
+        },
+        {"quant_method": "aqlm"},
+        UP0,
+    ),
+    "EETQ": (
+        {UP0: zeros(torch.int8, 8, 8), f"{UP}.weight_scales": zeros(torch.float16, 8)},
+        {"quant_method": "eetq"},
+        UP0,
+    ),
+    "ComfyUI": (
+        {
+            UP0: zeros(torch.float8_e4m3fn, 8, 8),
+            f"{UP}.scale_weight": zeros(torch.float32),
+            f"{UP}.scale_input": zeros(torch.float32),
+        },
+        {"quant_method": "fp8"},
+        UP0,
+    ),
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -268,8 +326,12 @@ def test_kept_and_taken_parts_need_one_config(models: Models) -> None:
 
 def test_with_dequantize_other_forms_beside_are_refused(models: Models) -> None:
     """One quantization_config would describe both, and be wrong for one."""
-    parts = {UP0: zeros(torch.float8_e4m3fn, 8, 8), f"{UP0}_scale": torch.ones(1),
-             UP1: zeros(torch.int8, 8, 8), f"{UP1}_scale": torch.ones(1)}  # fmt: skip
+    parts = {
+        UP0: zeros(torch.float8_e4m3fn, 8, 8),
+        f"{UP0}_scale": torch.ones(1),
+        UP1: zeros(torch.int8, 8, 8),
+        f"{UP1}_scale": torch.ones(1),
+    }
     models.change("base", parts, FP8)
     message = models.refused(CheckpointError, f"base .*'{UP1}' is I8, with", keep=[UP1], dequantize=True)
     assert "keep=" not in message
@@ -284,7 +346,7 @@ def test_with_dequantize_other_forms_beside_are_refused(models: Models) -> None:
         (["h.1.e.0.w", "h.1.e.1.w"], ["h.0.e.0.w"], r"^h\.1\.e\.(0|1)\.w$"),
         (["h.0.w", "h.1.v"], ["h.1.w", "h.0.v"], r"^h\.0\.w$|^h\.1\.v$"),
     ],
-)  # fmt: skip
+)
 def test_patterns_find_all_and_no_other(names: list[str], others: list[str], pattern: str) -> None:
     assert pattern_of(names, others) == pattern
     assert all(re.search(pattern, name) for name in names)

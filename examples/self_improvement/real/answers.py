@@ -32,7 +32,7 @@ def read_questions(path: str, limit: int | None = None) -> list[Question]:
 
 
 def prompt(question: str, tokenizer: Any) -> str | list[dict[str, str]]:
-    """Ask a question: as a chat if the tokenizer has a template of chats, else as text to go on with."""
+    """Ask a question: as a chat if the tokenizer has a template of chats, else as text to continue."""
     if tokenizer.chat_template:
         return [{"role": "user", "content": f"{question}\n{INSTRUCTION}"}]
     return f"Question: {question}\n{INSTRUCTION}\nAnswer:"
@@ -95,14 +95,19 @@ class Generator:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         encoded = tokenizer.pad({"input_ids": asked}, padding_side="left", return_tensors="pt").to(self.model.device)
-        how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {
-            "do_sample": False
-        }  # fmt: skip
+        how = (
+            {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+            if temperature
+            else {"do_sample": False}
+        )
         with torch.inference_mode():
             tokens = self.model.generate(
-                **encoded, max_new_tokens=self.longest, num_return_sequences=count,
-                pad_token_id=tokenizer.pad_token_id, **how,
-            )  # fmt: skip
+                **encoded,
+                max_new_tokens=self.longest,
+                num_return_sequences=count,
+                pad_token_id=tokenizer.pad_token_id,
+                **how,
+            )
         ends = self.model.generation_config.eos_token_id
         stops = set(ends if isinstance(ends, list) else [ends])
         answers = []

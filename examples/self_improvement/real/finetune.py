@@ -1,6 +1,6 @@
 """Fine-tune on right answers with TRL; the loss is that of the answers alone. (TRL 1.16, transformers 5.23.)
 
-A step that is run again goes on with its last checkpoint. With --lora an adapter is left; `imm-loop` applies it.
+A step that is run again resumes from its last checkpoint. With --lora an adapter is left; `imm-loop` applies it.
 """
 
 import argparse

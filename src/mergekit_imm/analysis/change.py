@@ -32,7 +32,7 @@ class Norms(NamedTuple):
     weight: float | None
 
 
-class Module(NamedTuple):
+class KindChange(NamedTuple):
     """Change of one kind of module over all layers, relative to its sum of ||W||_F, and as a share of the total."""
 
     change: float
@@ -57,7 +57,7 @@ class WeightChange:
     kind_weights: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
-    def modules(self) -> dict[str, Module]:
+    def modules(self) -> dict[str, KindChange]:
         """Change of each kind of module over all layers; relative is None if the sum of ||W||_F is 0."""
         total = math.fsum(self.layers.values())
         found = {}
@@ -65,7 +65,7 @@ class WeightChange:
             change, weight = (
                 math.fsum(each.get(kind, 0.0) for each in of.values()) for of in (self.kinds, self.kind_weights)
             )
-            found[kind] = Module(change, change / weight if weight else None, change / total if total else None)
+            found[kind] = KindChange(change, change / weight if weight else None, change / total if total else None)
         return found
 
     @property
@@ -205,10 +205,10 @@ def checkpoint_change(
     from ..plan.open_inputs import open_inputs
     from ..plan.plan import segments
 
+    patterns: dict[str, Any] = {"rename": rename, "keep": keep, "take": take, "leave_out": leave_out}
     options = MergeOptions(
-        alpha=0.0, drop=0.0, dtype="float32", vocab=vocab, rename=rename, keep=keep, take=take,  # type: ignore[arg-type]
-        leave_out=leave_out, dequantize=dequantize, allow_nonfinite=True,  # type: ignore[arg-type]
-    )  # fmt: skip
+        alpha=0.0, drop=0.0, dtype="float32", vocab=vocab, dequantize=dequantize, allow_nonfinite=True, **patterns
+    )
     threads = RunOptions(workers=workers).workers or default_workers()
     (plan,) = make_plans(open_inputs({"base": base, "sft": sft}, options))
     # Notes on the merged vocabulary do not apply: nothing is merged.

@@ -129,7 +129,7 @@ def layer_importance(
         if not finite:
             raise NonFiniteError(
                 f"the gradient of '{shown(name)}' for {state.place} holds NaN or infinity, or the weight does;"
-                " look at the data there, or load the model in float32"
+                " check the data there, or load the model in float32"
             )
 
     sequences, tokens = 0, 0
@@ -267,7 +267,7 @@ def _backward(model: nn.Module, step: _Step, loss: Loss, state: _Backward) -> fl
             f"{step.place} has no token that counts in the loss (all labels but the first are -100); leave it out"
         )
     if not math.isfinite(value):
-        raise NonFiniteError(f"the loss of {step.place} is {value}; look at its data, or load the model in float32")
+        raise NonFiniteError(f"the loss of {step.place} is {value}; check its data, or load the model in float32")
     if not mean.requires_grad:
         raise ArgumentError(f"the loss of {step.place} has no gradient; compute it from the model, without no_grad")
     state.place, state.tokens = step.place, tokens

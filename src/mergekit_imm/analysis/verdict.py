@@ -46,7 +46,7 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ModelChange:
     """One checkpoint in a report: its label, its change, and the mismatch if importance is given."""
 
     label: str

@@ -13,7 +13,7 @@ from ..errors import OutputError
 from .console import CONTEXT, pictures_or_note, progress_bar, say, tell, values_checked
 
 if TYPE_CHECKING:
-    from ..analysis.verdict import Comparison
+    from ..analysis.verdict import ModelChange
 
 FORMAT = "mergekit_imm change"
 FILES = ("change.json", "report.html", "change.png", "change.svg", "mismatch.png", "mismatch.svg")
@@ -63,7 +63,7 @@ def change_command(
     Several SFT are shown side by side, each against BASE. For a single folder made by imm-merge, shows the change of
     that round from its imm_report.json, without reading weights.
     """
-    from ..analysis.verdict import Comparison, mismatch, same_layers
+    from ..analysis.verdict import ModelChange, mismatch, same_layers
     from ..options.options import MergeOptions
 
     if len(models) == 1 and (options["vocab"] != "base" or any(options[x] for x in TWO)):
@@ -75,7 +75,7 @@ def change_command(
     comparisons = []
     for label, change in _changes(models, quiet=quiet, **options):
         compared = None if weights is None else mismatch(weights, change)
-        comparisons.append(Comparison(label, change, compared))
+        comparisons.append(ModelChange(label, change, compared))
         if not quiet:
             for note in change.notes:
                 tell(note)
@@ -163,7 +163,7 @@ def _checked(out: str, models: tuple[str, ...]) -> Path:
 
 def _write(
     folder: Path,
-    comparisons: list[Comparison],
+    comparisons: list[ModelChange],
     weights: dict[str, float] | None,
     text: str,
     provenance: dict[str, str],

@@ -39,7 +39,7 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
     debug = "--debug" in arguments
     merging = command.name == "imm-merge" and not {"--dry-run", "--check"} & set(arguments)
     merging |= command.name == "imm-loop"
-    kept = "; what was written is kept, and the same command goes on where it stopped" if merging else ""
+    kept = "; what was written is kept; run the same command again to resume" if merging else ""
     numbers: list[int] = []
     try:
         numbers += _signals()
@@ -85,7 +85,7 @@ def values_checked() -> Iterator[None]:
 
 
 def pictures_or_note(draw: Callable[[], T], *, quiet: bool) -> T | None:
-    """Return the pictures; without matplotlib print a note and return None, so that the command goes on."""
+    """Return the pictures; without matplotlib print a note and return None, so that the command continues."""
     try:
         return draw()
     except ModuleNotFoundError as error:
@@ -113,7 +113,7 @@ def say(text: str) -> None:
         raise
     except OSError as error:
         _let_go_of_stdout()
-        raise OutputError(f"standard output cannot be written: {error.strerror}; all else is done") from error
+        raise OutputError(f"standard output cannot be written: {error.strerror}; everything else is done") from error
 
 
 def tell(text: str) -> None:
@@ -155,7 +155,7 @@ def _listen(numbers: Sequence[int], kept: str) -> None:
 
     def end(number: int, _: object) -> NoReturn:
         bar = "\n\x1b[?25h" if sys.stderr.isatty() else ""  # a bar hides the cursor
-        line = f"{bar}error: {_word(number)} twice; ended without waiting for what was under way{kept}\n"
+        line = f"{bar}error: {_word(number)} twice; ended without waiting for work in progress{kept}\n"
         with suppress(Exception):
             sys.stderr.flush()
         with suppress(OSError):
@@ -201,9 +201,14 @@ def progress_bar(
         if bar is None:
             first, began = done, time.perf_counter()
             bar = click.progressbar(
-                length=total, label=label, file=sys.stderr, show_eta=True, width=30,
-                item_show_func=lambda item: item, update_min_steps=max(1, total // 500),
-            )  # fmt: skip
+                length=total,
+                label=label,
+                file=sys.stderr,
+                show_eta=True,
+                width=30,
+                item_show_func=lambda item: item,
+                update_min_steps=max(1, total // 500),
+            )
             bar.__enter__()
         elapsed = time.perf_counter() - began
         bar.update(max(0, done - bar.pos), rate((done - first) / max(elapsed, 1e-9)))

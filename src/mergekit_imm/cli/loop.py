@@ -21,7 +21,7 @@ from .console import (
 from .options import DtypeChoice, options_of
 
 loop_epilog = """\b
-Placeholders, each filled in as one shell word; a misspelt one is an error, other braces stay:
+Placeholders, each filled in as one shell word (a misspelt one is an error; other braces are left alone):
   --generate   {model} {output} {round} {base}
   --train      {model} {output} {data} {round} {base}     {data}: output of --generate
   --evaluate   {model} {json} {round} {base}
@@ -102,7 +102,7 @@ Example:
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 @click.version_option(__version__, prog_name="imm-loop")
 def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | None, **options: Any) -> None:
-    """Alternate training and merging, starting from BASE: your commands train, each round is merged back.
+    """Alternate training and merging, starting from BASE: your commands train, and each round is merged back.
 
     \b
       start_0 = BASE; in each round: generate, train start into sft, then
@@ -136,7 +136,7 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
     pictures = pictures_or_note(lambda: plot(state, Path(run).expanduser()), quiet=quiet) or []
     if not as_json:
         if pictures:
-            say(f"drawn in {', '.join(map(str, pictures))}")
+            say(f"pictures: {', '.join(map(str, pictures))}")
         if state.stopped:
             say(state.stopped)
         say(f"the last model is {shown(state.model)}")

@@ -29,7 +29,7 @@ Examples:
   imm-merge base/ sft/ --alpha 0.5 --drop 0.2 -o merged/
   imm-merge base/ sft2/ --start merged/ -o merged2/        the next round
   imm-merge org/base@main sft/ --dry-run -o merged/        print the plan
-  imm-merge base/ sft/ --alpha 0.3,0.5,0.7 -o 'merged-{alpha}'     three merges, one reading
+  imm-merge base/ sft/ --alpha 0.3,0.5,0.7 -o 'merged-{alpha}'     three merges; inputs are read once
 """
 
 
@@ -110,7 +110,7 @@ def merge_command(
     _check_values(out, check, options)
     if check:
         if options["ranks"]:
-            raise click.UsageError("--check reads headers only and needs no ranks; leave --ranks out.")
+            raise click.UsageError("--check reads only headers and needs no ranks; leave out --ranks.")
         _check(base, sft, options, as_json=as_json)
         return None
     if out is None:

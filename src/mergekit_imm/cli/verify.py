@@ -14,9 +14,9 @@ from .console import CONTEXT, progress_bar, say, values_checked
 
 @click.command("imm-verify", context_settings=CONTEXT)
 @click.argument("out")
-@click.option("--base", metavar="DIR", help="Place of BASE, if it has moved since the merge.")
-@click.option("--start", metavar="DIR", help="Place of START, likewise.")
-@click.option("--sft", metavar="DIR", help="Place of SFT, likewise.")
+@click.option("--base", metavar="DIR", help="Where BASE is now, if it moved.")
+@click.option("--start", metavar="DIR", help="Where START is now, if it moved.")
+@click.option("--sft", metavar="DIR", help="Where SFT is now, if it moved.")
 @click.option(
     "--sample",
     type=click.FloatRange(0, 1, min_open=True),
@@ -54,8 +54,8 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None
     elif not quiet:
         share = "" if report.segments == report.of_segments else f" ({report.segments} of {report.of_segments} pieces)"
         say(
-            f"{shown(out)} is what its recipe says: {bytes_text(report.bytes_compared)} of tensors{share} and"
+            f"{shown(out)} matches its recipe: {bytes_text(report.bytes_compared)} of tensors{share} and"
             f" {len(report.files_compared)} files compared"
         )
         if report.not_of_the_merge:
-            say(f"not of the merge: {', '.join(map(shown, report.not_of_the_merge))}")
+            say(f"not part of the merge: {', '.join(map(shown, report.not_of_the_merge))}")

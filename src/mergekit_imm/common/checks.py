@@ -73,7 +73,7 @@ def check_state(label: str, state: Any) -> None:
             raise ArgumentError(f"tensor '{shown(name)}' of {label} is a {type(value).__name__}, not a tensor{how}")
 
 
-def check_name(name: Any) -> None:
+def check_tensor_name(name: Any) -> None:
     """Raise ArgumentError unless `name` is a string."""
     if not isinstance(name, str):
         raise ArgumentError(f"name is {shown(repr(name), 60)}; give the tensor's name in the base's file, a string")

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 _LISTS = ("keep", "leave-out", "no-drop", "rename", "take")
 _FLAGS = ("allow-nonfinite", "copy-code", "dequantize", "dry-run", "overwrite", "restart", "verify")
 _OTHERS = (
-    "alpha", "base", "batch-size", "clip", "device", "drop", "dtype", "encoder", "importance", "iteration",
-    "layer-factors", "max-length", "max-shard-size", "reference", "sample", "seed", "sft", "shrink", "sparsify",
-    "start", "vocab", "workers",
-)  # fmt: skip
+    "alpha base batch-size clip device drop dtype encoder importance iteration layer-factors max-length max-shard-size"
+    " reference sample seed sft shrink sparsify start vocab workers"
+).split()
 _OPTION = re.compile(
     rf"""(?<![\w-])--(?P<option>{"|".join((*_LISTS, *_FLAGS, *_OTHERS))})(?![\w-])
     (?:[ ](?:

@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import split_ref
 from ..checkpoint.open_checkpoint import is_hub_id
-from ..options.options import MergeOptions, as_arguments, is_default, names_of
+from ..options.options import MERGE_DEFAULTS, as_arguments
 from ..options.recipe import RECIPE_FILE, REPORT_FILE
 from ..plan.plan import Plan
 
@@ -54,7 +54,7 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
     o = plan.options
     inputs = {role: each.ref + (f" @ {each.commit}" if each.commit else "") for role, each in plan.inputs.items()}
     models = hub_ids(plan.inputs)
-    lists = [name for name in names_of(MergeOptions) if isinstance(getattr(o, name), tuple) and name != "clip"]
+    lists = [name for name in MERGE_DEFAULTS if isinstance(getattr(o, name), tuple) and name != "clip"]
     rows = [
         *((f"`{role}`", _cell(ref)) for role, ref in inputs.items()),
         ("`alpha` (weight of the base)", f"{o.alpha}"),
@@ -63,7 +63,11 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
         ("`iteration`", f"{o.round}"),
         ("`reference`", o.reference),
         ("layer importance", "given; see the recipe" if o.importance is not None else "none"),
-        *((f"`{name}`", _cell(_text(getattr(o, name)))) for name in _VALUES if not is_default(o, name)),
+        *(
+            (f"`{name}`", _cell(_text(getattr(o, name))))
+            for name in _VALUES
+            if getattr(o, name) != MERGE_DEFAULTS[name]
+        ),
         ("dtype", "as in the base" if o.dtype == "base" else o.dtype),
         *((f"`{name}`", _cell(" ".join(getattr(o, name)))) for name in lists if getattr(o, name)),
         *((("`vocab`", f"the {o.vocab}'s"),) if o.vocab != "strict" else ()),

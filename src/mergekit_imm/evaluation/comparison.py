@@ -228,7 +228,7 @@ class _Pair:
             of = (_pass_k(self.base, self.inside, k), _pass_k(self.model, self.inside, k))
             measures.append(self.measure(f"pass@{k} (sampled)", *of))
         if not self.ks:
-            notes.append("a problem has only a greedy answer and no samples: no pass@k, no diversity")
+            notes.append("a problem has a greedy answer but no samples: pass@k and diversity are not measured")
         fewest = min(len(m.problems[name].sampled) for m in (self.base, self.model) for name in self.inside)
         usable = [f"pass@{k} (sampled)" for k in self.ks if 1 < k <= fewest / 2]  # near n it is noisy, and saturates
         pass_k = next((each for each in measures if usable and each.name == usable[-1]), None)
@@ -240,7 +240,7 @@ class _Pair:
                 diversity = found.get("cosine diversity", found.get("EAD"))
                 if diversity is found.get("EAD") and diversity and found["tokens"].difference.is_above:
                     diversity = None
-                    notes.append("responses are longer, which lowers EAD: it does not count in the verdict; --encoder")
+                    notes.append("responses are longer, which lowers EAD: EAD does not count in the verdict; --encoder")
         ood = self.solved(self.outside, "OOD pass@1", notes) if self.outside else None
         disparity = self.disparity(notes)
         measures += [each for each in (ood, disparity) if each]
@@ -281,10 +281,10 @@ class _Pair:
             return "greedy", base, model
         notes.append(
             f"{title}: {len(lacking)} greedy answers are missing, first that of '{shown(lacking[0][0])}' to "
-            f"'{shown(lacking[0][1])}': not measured greedily"
+            f"'{shown(lacking[0][1])}', so samples are used"
         )
         if any(not p.sampled for each in both for p in each):
-            notes.append(f"{title}: a problem has no samples either: not measured")
+            notes.append(f"{title}: a problem has no samples either, so it is not measured")
             return None
         base, model = (np.array([pass_at_k(*p.counts, 1) for p in each]) for each in both)
         return "sampled", base, model
@@ -313,7 +313,7 @@ class _Pair:
             f"{title} ({found[0]})", found[1], found[2], lambda values, i: group_disparity(values[i], level[i])
         )
         if min(np.count_nonzero(level == end) for end in (min(graded), max(graded))) < FEWEST:
-            notes.append(f"{title}: fewer than {FEWEST} problems of a level: it does not count in the verdict")
+            notes.append(f"{title}: fewer than {FEWEST} problems of a level, so it does not count in the verdict")
             return replace(measured, difference=replace(measured.difference, low=math.nan, high=math.nan))
         if np.isnan(measured.difference.value):
             notes.append(f"{title}: undefined: there is only one level, or no problem of the lowest level is solved")

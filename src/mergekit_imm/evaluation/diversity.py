@@ -15,7 +15,7 @@ from ..errors import ArgumentError
 from .embeddings import unit_rows
 
 Tokenizer = Callable[[str], Sequence[str]]
-ORDERS = (1, 2, 3, 4, 5)  # n of distinct-n in `mean_distinct`
+NGRAM_SIZES = (1, 2, 3, 4, 5)  # n of distinct-n in `mean_distinct`
 NAN = math.nan
 
 
@@ -49,7 +49,7 @@ def mean_distinct(texts: Sequence[str], *, tokenizer: Tokenizer = str.split) -> 
     >>> mean_distinct(["a b c d e", "a b c d f"])
     0.7283333333333333
     """
-    return statistics.fmean(distinct_n(texts, n, tokenizer=tokenizer) for n in ORDERS)
+    return statistics.fmean(distinct_n(texts, n, tokenizer=tokenizer) for n in NGRAM_SIZES)
 
 
 def expectation_adjusted_distinct(

@@ -28,7 +28,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not all(map(is_integer, (n, c, k))):
         raise ArgumentError(f"n, c and k are {n!r}, {c!r} and {k!r}; they must be integers, numbers of samples")
     if n < 1 or not 0 <= c <= n:
-        raise ArgumentError(f"{c} right of {n} samples; there must be at least one sample, and 0 to all of them right")
+        raise ArgumentError(f"{c} correct of {n} samples; give at least one sample, of which 0 to all are correct")
     if not 1 <= k <= n:
         raise ArgumentError(f"pass@{k} of {n} samples; k must be between 1 and the number of samples")
     if n - c < k:

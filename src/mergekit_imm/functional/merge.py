@@ -19,7 +19,7 @@ from typing import Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from ..common.checks import check_name, check_state, is_integer
+from ..common.checks import check_state, check_tensor_name, is_integer
 from ..common.messages import shown
 from ..errors import ArgumentError, MismatchError
 from ..model.tensor_names import layer_key
@@ -90,7 +90,7 @@ def keep_mask(
     """
     check_round(seed, iteration)
     keep16 = keep_threshold(drop)
-    check_name(name)
+    check_tensor_name(name)
     _check_offset(offset)
     key = mask_key(name, seed, iteration)
     out = torch.ones(_sizes(shape), dtype=torch.bool, device=device)
@@ -127,7 +127,7 @@ def dare(delta: Tensor, *, name: str, drop: float, seed: int = 0, iteration: int
     """
     check_round(seed, iteration)
     check_float("delta", delta)
-    check_name(name)
+    check_tensor_name(name)
     _check_offset(offset)
     constants, key = arithmetic(alpha=0.0, drop=drop), mask_key(name, seed, iteration)
     exact = delta.dtype == torch.float64
@@ -252,7 +252,7 @@ def dare_merge(
         if layer_factors is not None:
             raise ArgumentError("layer_factors is for mappings; give one tensor's factor as factor=")
         if name is not None:
-            check_name(name)
+            check_tensor_name(name)
         elif check_drop(drop) > 0:
             raise ArgumentError(
                 f"name is None with drop={drop}: the mask is keyed by the tensor's name in the base's file;"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.checks import check_name
+from ..common.checks import check_tensor_name
 from ..numerics.mask import KEEP_ALL, check_drop, check_round, mask_key
 from ..numerics.reference import CHUNK, boxes, in_box, round_to, uniform16
 from ..numerics.sparsifiers import check_epsilon, keep_thresholds, trim_count
@@ -79,7 +79,7 @@ def della(delta: Tensor, *, name: str, drop: float, epsilon: float = 0.1, seed: 
     check_float("delta", delta)
     check_round(seed, iteration)
     check_epsilon(epsilon, drop)
-    check_name(name)
+    check_tensor_name(name)
     drop, epsilon = float(drop), float(epsilon)
     out = delta.detach().clone(memory_format=torch.contiguous_format)
     row = delta.shape[-1] if delta.ndim else 1

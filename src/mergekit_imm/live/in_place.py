@@ -167,12 +167,12 @@ class InPlaceMerge:
         if found.role is not None:
             raise NonFiniteError(
                 f"tensor '{shown(item.name)}' of {self.inputs[found.role].label} is NaN or infinite at index {element}"
-                f" ({found.count} such elements near it); go back to a model without, or let them through with"
+                f" ({found.count} such elements near it); use a model without them, or accept them with"
                 f" allow_nonfinite{or_other(item, found.role, self.advice, sft='model')}"
             )
         raise NonFiniteError(
             f"tensor '{shown(item.name)}': the merged value of element {element} is too large for the model's"
-            f" dtype {out[1]}; use a model of a wider one"
+            f" dtype {out[1]}; use a model of a wider dtype"
         )
 
     def _check_equal(self, span: _Span, base: Raw, buffer: Raw, files: Files) -> None:

@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from ..checkpoint.lazy_tensor import Computed, Pieces, Slice, runs
-from ..checkpoint.lazy_tensor import Tensor as Side
+from ..checkpoint.lazy_tensor import Tensor as LazyTensor
 from ..common.messages import shown
 from ..errors import MismatchError
 from ..numerics.reference import DTYPES
 
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+HEADER_DTYPES = {dtype: code for code, dtype in DTYPES.items()}
 
 # Attributes of parameters with a master copy in the optimizer, which would overwrite the merge.
 _MASTERS = {
@@ -87,7 +87,7 @@ def live_tensors(model: nn.Module) -> dict[str, Live]:
         parts = _parts(name, tensor)
         memory = _memory(parts) or id(tensor)
         if memory not in known:
-            known[memory] = Live(name, tuple(tensor.shape), CODES[tensor.dtype], parts, memory)
+            known[memory] = Live(name, tuple(tensor.shape), HEADER_DTYPES[tensor.dtype], parts, memory)
         found[name] = known[memory]
     _check_apart(found)
     return found
@@ -161,7 +161,7 @@ def check_tensor(name: str, tensor: object) -> None:
     what = ""
     if type(inner) not in plain or type(tensor) not in (*plain, DTensor):
         what = type(inner).__name__
-    elif inner.layout != torch.strided or tensor.dtype not in CODES:
+    elif inner.layout != torch.strided or tensor.dtype not in HEADER_DTYPES:
         what = str(tensor.dtype if inner.layout == torch.strided else inner.layout)
     if what:
         raise MismatchError(
@@ -283,7 +283,7 @@ def _strange(name: str, tensor: DTensor, what: str) -> MismatchError:
     )
 
 
-def origins(tensor: Side, first: int, end: int) -> Iterator[Run]:
+def origins(tensor: LazyTensor, first: int, end: int) -> Iterator[Run]:
     """Yield the runs of elements first..end of a tensor (live, or made of live ones) that this process holds."""
     if isinstance(tensor, Slice):
         for run in origins(tensor.whole, tensor.first + first, tensor.first + end):

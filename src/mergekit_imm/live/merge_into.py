@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.lazy_tensor import Tensor as Side
+from ..checkpoint.lazy_tensor import Tensor as LazyTensor
 from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
 from ..checkpoint.safetensors_file import MERGED, fingerprint
 from ..common.json_files import parse_json, read_small
@@ -178,8 +178,8 @@ def _check_same(ranks: Ranks, data: Callable[[], object]) -> None:
     text = together(ranks, lambda: repr(data()) if ranks.size > 1 else "")
     if len(set(ranks.gather(blake2b(text.encode(), digest_size=16).digest()))) > 1:
         raise MismatchError(
-            "the ranks do not merge the same: arguments, files of base or start, or the model's tensors differ between"
-            " ranks; give all ranks the same"
+            "the ranks would not make the same merge: arguments, files of base or start, or the model's tensors"
+            " differ between ranks; give all ranks the same"
         )
 
 
@@ -190,7 +190,7 @@ def _plan(
     inputs = prepared({**inputs, "sft": _checkpoint(model, state, inputs["base"])}, options)
     compare = comparer(inputs)
 
-    def same(checkpoint: Checkpoint, one: Side, other: Side) -> bool:
+    def same(checkpoint: Checkpoint, one: LazyTensor, other: LazyTensor) -> bool:
         if not isinstance(one, Live) or not isinstance(other, Live):
             return compare(checkpoint, one, other)
         return one.memory == other.memory or frozenset((one.memory, other.memory)) in equal
@@ -207,7 +207,7 @@ def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -
     names: dict[int, list[str]] = {}
     for each, live in state.items():
         names.setdefault(id(live), []).append(each)
-    tensors: dict[str, Side] = {}
+    tensors: dict[str, LazyTensor] = {}
     for found in names.values():
         stored = [each for each in found if unwrapped(each) in base.tensors]
         for each in stored or [tied_key(found)]:
@@ -316,7 +316,7 @@ def _updates(decided: Decided, sft: Checkpoint) -> list[TensorUpdate]:
     return updates
 
 
-def _check_fits(item: Item, target: Side, sft: Checkpoint) -> None:
+def _check_fits(item: Item, target: LazyTensor, sft: Checkpoint) -> None:
     base = item.sides["base"]
     kinds = base.dtype in MERGED and target.dtype in MERGED
     if base.shape != target.shape or not (kinds or base.dtype == target.dtype):

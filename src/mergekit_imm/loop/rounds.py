@@ -104,7 +104,7 @@ class Rounds:
         module = _module_of(sft, save)
         if self._holds(module):
             raise ArgumentError(
-                f"round {self.iteration} of this model is merged already, and not saved: call save_merged(sft, out) of"
+                f"round {self.iteration} of this model is already merged but not saved: call save_merged(sft, out) on"
                 " this Rounds; if the model was loaded and trained again since, create a new Rounds"
             )
         with saving(sft, Path(out), self.base, save) as write:
@@ -143,7 +143,7 @@ class Rounds:
             why = error.strerror if isinstance(error, OSError) and error.strerror else shown(error, 300)
             raise OutputError(
                 f"round {self.iteration} is merged, in memory, and cannot be saved in {shown(out)}: {why}; fix that,"
-                " and call save_merged(sft, out) of this Rounds, which does not merge again"
+                " and call save_merged(sft, out) on this Rounds, which does not merge again"
             ) from error
         self._unsaved.clear()
         return self._after(out)

@@ -151,7 +151,8 @@ def _round(loop: _Loop, number: int) -> None:
             return
         loop.tell(f"round {number}: not accepted with alpha {alpha:g}: {refusal}")
     loop.finish(
-        f"{number}/stop", stopped=f"round {number} was not accepted: {refusal}; the model before it is the last"
+        f"{number}/stop",
+        stopped=f"round {number} was not accepted: {refusal}; the loop ends with the model before it",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..common.json_files import is_utf8, parse_json, read_small
 from ..common.messages import first_few, shown
 from ..errors import ArgumentError, CheckpointError, OutputError
-from ..options.options import LOOP_OPTIONS, MergeOptions, check_keywords, default_of, names_of
+from ..options.options import LOOP_OPTIONS, MERGE_DEFAULTS, MergeOptions, check_keywords
 from ..options.recipe import differences, to_json
 from ..output import direct_io
 from ..schedules import parse_schedule
@@ -51,7 +51,7 @@ class Settings:
         """Raise ArgumentError for invalid settings."""
         if self.rounds < 1:
             raise ArgumentError(f"rounds is {self.rounds!r}; give at least 1")
-        check_keywords(self.options, set(names_of(MergeOptions)) - {"alpha", "drop", "iteration"}, "a loop")
+        check_keywords(self.options, set(MERGE_DEFAULTS) - {"alpha", "drop", "iteration"}, "a loop")
         for number in range(self.rounds):
             for alpha in alphas_of(self, number):
                 merge_options(self, number, alpha)
@@ -92,15 +92,15 @@ def merge_options(settings: Settings, number: int, alpha: float) -> MergeOptions
 def to_dict(settings: Settings) -> dict[str, Any]:
     """Return settings as flat plain data, with every option of the imm-loop command."""
     values = {each.name: getattr(settings, each.name) for each in fields(settings) if each.name != "options"}
-    return values | {name: default_of(name) for name in LOOP_OPTIONS} | dict(settings.options)
+    return values | {name: MERGE_DEFAULTS[name] for name in LOOP_OPTIONS} | dict(settings.options)
 
 
 def from_dict(values: Mapping[str, Any]) -> Settings:
     """Return settings from the data of `to_dict`, or of a file; lists become tuples, unknown keys are ignored."""
     given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     own = {each.name for each in fields(Settings)} - {"options"}
-    options = {key: given[key] for key in names_of(MergeOptions) if key in given and key not in own}
-    used = {key: value for key, value in options.items() if value != default_of(key)}
+    options = {key: given[key] for key in MERGE_DEFAULTS if key in given and key not in own}
+    used = {key: value for key, value in options.items() if value != MERGE_DEFAULTS[key]}
     known: dict[str, Any] = {key: given[key] for key in own & set(given)}
     return Settings(**known, options=used)
 
@@ -240,7 +240,7 @@ def begin_or_resume(folder: Path, settings: Settings) -> State:
     for name in ("alpha", "drop"):
         before, now = (parse_schedule(getattr(each, name), each.rounds) for each in (found.settings, settings))
         if more > 0 and not changes and any(before(t) != now(t) for t in range(found.settings.rounds)):
-            changes.append(f"{name} of earlier rounds, now that there are more")
+            changes.append(f"{name} of earlier rounds changes with more rounds")
     if changes:
         raise OutputError(
             f"{shown(folder)} holds another loop ({first_few(changes)}); give another folder, or the"

@@ -10,20 +10,20 @@ import functools
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..numerics import triton_kernel
+from . import triton_kernel
 from .mask import BLOCK, Arithmetic
 from .reference import DTYPES, merge_flat, uniform16
 from .statistics import KEPT, LANES, LARGEST, Tally
 
-Bytes = npt.NDArray[np.uint8]
-Side = tuple[Bytes, str]
+if TYPE_CHECKING:
+    from .cpu import Bytes, Side
 
 _of_thread = threading.local()
 

@@ -1,7 +1,7 @@
 """All options of a merge, declared once: name, default, check, help, and whether they change the output bytes.
 
 Command options, recipes, model cards and loop settings derive from the fields of `MergeOptions` (change the bytes; go
-into the recipe) and `RunOptions` (do not). Both validate their values when constructed.
+into the recipe) and `RunOptions` (do not). Both check their values when constructed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..common.checks import as_number, as_path, is_integer
 from ..common.messages import shown
 from ..errors import ArgumentError
 from ..model.rename_rules import parse_rename
-from ..numerics.mask import arithmetic, check_round
+from ..numerics.mask import check_alpha, check_drop, check_round
 from ..numerics.sparsifiers import parse_sparsify
 from .layer_factors import (
     check_factors,
@@ -38,21 +38,14 @@ LEAST_BARE_SIZE = 1_000_000  # bytes; a smaller number without a unit probably m
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
-def _option(default: Any, text: str, check: Callable[[str, Any], Any] | None = None, **how: Any) -> Any:
-    """Declare an option: default, help text, and a check that returns the value to store.
+def _option(default: Any, text: str, check: Callable[[Any], Any] | None = None, **how: Any) -> Any:
+    """Declare an option: default, help text, and a check of other values, which returns the value to store.
 
-    how: `metavar`, `choices` and `range` (inclusive; `below` excludes the upper end) for the command line. `late` marks
-    options that the first recipes lack; recipes store them only when used.
+    how: `metavar`, `choices` and `range` (inclusive; `below` excludes the upper end) for the command line; without a
+    check, the value must be one of the `choices`. `late` marks options that the first recipes lack; recipes store them
+    only when used.
     """
-    if check is None and "choices" in how:
-        check = partial(_one_of, how["choices"])
     return field(default=default, metadata={"help": text, "check": check, **how})
-
-
-def _one_of(choices: Collection[str], name: str, value: Any) -> Any:
-    if value not in choices:
-        raise ArgumentError(f"{name} is {shown(repr(value), 60)}; it must be one of {', '.join(choices)}")
-    return value
 
 
 def _patterns(name: str, values: Any) -> tuple[str, ...]:
@@ -78,88 +71,112 @@ def _regexes(name: str, values: Any) -> tuple[str, ...]:
     return patterns
 
 
-def _renames(name: str, values: Any) -> tuple[str, ...]:
-    rules = _patterns(name, values)
+def _renames(values: Any) -> tuple[str, ...]:
+    rules = _patterns("rename", values)
     for rule in rules:
         parse_rename(rule)
     return rules
 
 
-def _files(name: str, values: Any) -> tuple[str, ...]:
-    files = _patterns(name, values)
+def _files(values: Any) -> tuple[str, ...]:
+    files = _patterns("leave_out", values)
     for file in files:
         if not isinstance(file, str) or not file:
-            raise ArgumentError(f"{name} holds {file!r}; give files by their path in the model, 'vit.safetensors'")
+            raise ArgumentError(f"leave_out holds {file!r}; give files by their path in the model, 'vit.safetensors'")
     return files
 
 
-def _dtype(name: str, value: Any) -> str:
+def _dtype(value: Any) -> str:
     """Return "base", "start" or a long dtype name, given None, a long or short name, or a torch.dtype."""
     text = "base" if value is None else str(value).removeprefix("torch.")
     text = SHORT_DTYPES.get(text, text)
     if text not in ("base", "start", *DTYPES):
-        raise ArgumentError(f"{name} is {shown(text, 60)!r}; it must be one of base, start, {', '.join(DTYPES)}")
+        raise ArgumentError(f"dtype is {shown(text, 60)!r}; it must be one of base, start, {', '.join(DTYPES)}")
     return text
 
 
-def _size(_: str, value: Any) -> int | None:
+def _size(value: Any) -> int:
     """Return a size in bytes. Integers pass: `options_from` has checked them, and recipes may hold any."""
-    return value if value is None or type(value) is int else parse_size(value)
+    return value if type(value) is int else parse_size(value)
 
 
-def _importance(name: str, value: Any) -> Any:
+def _importance(value: Any) -> Any:
     """Return a mapping with Python numbers, or the path of a file."""
-    if value is None:
-        return None
     if isinstance(value, str | os.PathLike):
-        return as_path(name, value)
+        return as_path("importance", value)
     if not isinstance(value, Mapping):
-        raise ArgumentError(f"{name} is {value!r:.60}; give a mapping of layers, or a JSON file that holds one")
+        raise ArgumentError(f"importance is {value!r:.60}; give a mapping of layers, or a JSON file that holds one")
     return {key: as_number(each) for key, each in value.items()}
 
 
-def _layer_factors(name: str, value: Any) -> Any:
+def _layer_factors(value: Any) -> Any:
     """Return a mapping with Python numbers, a rule, or the path of a file."""
-    if value is None:
-        return None
     if isinstance(value, str | os.PathLike):
         if isinstance(value, str) and is_rule(value):
             check_factors(value)
-        return as_path(name, value)
+        return as_path("layer_factors", value)
     check_factors(value)
     return {key: as_number(each) for key, each in value.items()}
 
 
-def _clip(_: str, value: Any) -> Any:
+def _clip(value: Any) -> Any:
     return tuple(map(as_number, value)) if isinstance(value, tuple | list) else value
 
 
-def _number(_: str, value: Any) -> Any:
-    return as_number(value)
+def check_device(device: Any) -> str:
+    """Return a valid device name, or raise ArgumentError. Does not check that the device exists."""
+    if not isinstance(device, str) or (device not in ("cpu", "cuda") and not device.startswith("cuda:")):
+        raise ArgumentError(f"device is {shown(repr(device), 60)}; it must be 'cpu' or 'cuda'")
+    return device
+
+
+def _workers(value: Any) -> int:
+    if not is_integer(value) or value < 1:
+        raise ArgumentError(f"workers is {shown(repr(value), 60)}; it is a number of threads, at least 1")
+    return int(value)
 
 
 @dataclass(frozen=True)
-class MergeOptions:
+class _Options:
+    """Options that check and normalise their values when constructed."""
+
+    def __post_init__(self) -> None:
+        """Check each value that was changed: a default is right by definition."""
+        for each in fields(self):
+            value, how = getattr(self, each.name), each.metadata
+            if type(value) is type(each.default) and value == each.default:
+                continue
+            if how["check"] is not None:
+                object.__setattr__(self, each.name, how["check"](value))
+            elif "choices" in how and value not in how["choices"]:
+                choices = ", ".join(how["choices"])
+                raise ArgumentError(f"{each.name} is {shown(repr(value), 60)}; it must be one of {choices}")
+
+
+@dataclass(frozen=True)
+class MergeOptions(_Options):
     """Every option that changes the bytes of a merge. Raises ArgumentError for an invalid value."""
 
     alpha: float = _option(
         0.5,
         "Weight of BASE, 0 to 1. Comma-separated values (also of --drop, --seed) run a sweep: put {alpha} in OUT.",
+        check_alpha,
         metavar="A",
         range=(0, 1),
     )
     drop: float = _option(
         0.2,
         "Fraction of the delta's elements to drop, 0 <= P < 1; see --sparsify.",
+        check_drop,
         metavar="P",
         range=(0, 1),
         below=True,
     )
-    seed: int = _option(0, "Seed of the drop mask, together with --iteration.", _number, metavar="N")
+    seed: int = _option(0, "Seed of the drop mask, together with --iteration.", as_number, metavar="N")
     iteration: int | None = _option(
         None,
         "Round, counted from 0.  [default: START's plus 1; 0 without --start]",
-        _number,
+        as_number,
         metavar="N",
         range=(0, None),
     )
@@ -169,7 +186,7 @@ class MergeOptions:
     shrink: float = _option(
         1.0,
         "Strength of the --importance factors: 1 as computed, 0 all equal to 1.",
-        _number,
+        as_number,
         metavar="S",
         range=(0, 1),
         late=True,
@@ -200,10 +217,14 @@ class MergeOptions:
     max_shard_size: int | None = _option(
         None, "Maximum size of an output file, e.g. 5GB.  [default: the files of BASE]", _size, metavar="SIZE"
     )
-    keep: tuple[str, ...] = _option((), "Copy matching tensors from BASE; repeatable.", _regexes, metavar="REGEX")
-    take: tuple[str, ...] = _option((), "Copy matching tensors from SFT; repeatable.", _regexes, metavar="REGEX")
+    keep: tuple[str, ...] = _option(
+        (), "Copy matching tensors from BASE; repeatable.", partial(_regexes, "keep"), metavar="REGEX"
+    )
+    take: tuple[str, ...] = _option(
+        (), "Copy matching tensors from SFT; repeatable.", partial(_regexes, "take"), metavar="REGEX"
+    )
     no_drop: tuple[str, ...] = _option(
-        (), "Merge matching tensors without dropping; repeatable.", _regexes, metavar="REGEX"
+        (), "Merge matching tensors without dropping; repeatable.", partial(_regexes, "no_drop"), metavar="REGEX"
     )
     rename: tuple[str, ...] = _option(
         (), "Rename tensors of SFT and START to BASE's names; repeatable.", _renames, metavar="REGEX=REPL", late=True
@@ -225,14 +246,12 @@ class MergeOptions:
     )
 
     def __post_init__(self) -> None:
-        """Validate the values and their combinations; normalise numbers, lists and dtypes."""
-        arithmetic(alpha=self.alpha, drop=self.drop)
+        """Check the values, then those that depend on each other."""
+        super().__post_init__()
         check_round(self.seed, self.round)
-        _check(self)
-        for name in ("alpha", "drop"):  # 1 and 1.0 give the same recipe
-            object.__setattr__(self, name, float(getattr(self, name)))
-        how = parse_sparsify(self.sparsify, self.drop)
-        object.__setattr__(self, "sparsify", how.kind + (f":{how.epsilon:g}" if how.kind == "della" else ""))
+        if self.sparsify != "dare":
+            how = parse_sparsify(self.sparsify, self.drop)
+            object.__setattr__(self, "sparsify", how.kind + (f":{how.epsilon:g}" if how.kind == "della" else ""))
         if self.layer_factors is not None and self.importance is not None:
             raise ArgumentError("--importance and --layer-factors are both given; a layer has one factor: give one")
         if self.importance is None and (self.shrink != 1 or self.clip is not None):
@@ -248,16 +267,14 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(_Options):
     """Options that do not change the output bytes."""
 
-    device: str = _option(
-        "cpu", "Device to compute on; the result is the same.", lambda _, v: check_device(v), metavar="cpu|cuda"
-    )
+    device: str = _option("cpu", "Device to compute on; the result is the same.", check_device, metavar="cpu|cuda")
     workers: int | None = _option(
         None,
         "Number of threads.  [default: min(4, 2 x CPUs)]",
-        lambda _, v: check_workers(v),
+        _workers,
         metavar="N",
         range=(1, None),
     )
@@ -267,9 +284,8 @@ class RunOptions:
     verify: bool = _option(False, "Recompute the merge and compare every byte before OUT appears.")
     progress: Progress | None = _option(None, "")
 
-    def __post_init__(self) -> None:
-        """Validate the values."""
-        _check(self)
+
+MERGE_DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(MergeOptions)}
 
 
 # The options of every merge of a loop, as imm-loop takes them and loop.json holds them.
@@ -291,27 +307,6 @@ LOOP_OPTIONS = (
 )
 
 
-def _check(options: MergeOptions | RunOptions) -> None:
-    for each in fields(options):
-        check = each.metadata["check"]
-        if check is not None:
-            object.__setattr__(options, each.name, check(each.name, getattr(options, each.name)))
-
-
-def check_device(device: Any) -> str:
-    """Return a valid device name, or raise ArgumentError. Does not check that the device exists."""
-    if not isinstance(device, str) or (device not in ("cpu", "cuda") and not device.startswith("cuda:")):
-        raise ArgumentError(f"device is {shown(repr(device), 60)}; it must be 'cpu' or 'cuda'")
-    return device
-
-
-def check_workers(workers: Any) -> int | None:
-    """Return a number of threads >= 1, or None for the default. Raises ArgumentError."""
-    if workers is not None and (not is_integer(workers) or workers < 1):
-        raise ArgumentError(f"workers is {shown(repr(workers), 60)}; it is a number of threads, at least 1")
-    return None if workers is None else int(workers)
-
-
 def parse_size(size: int | str) -> int:
     """Parse a size in bytes: 5000000000, "5GB", "500MB" or "4GiB". Raises ArgumentError.
 
@@ -331,14 +326,9 @@ def parse_size(size: int | str) -> int:
     return value
 
 
-def names_of(options: type[MergeOptions | RunOptions]) -> tuple[str, ...]:
-    """Return the option names of a class, in order."""
-    return tuple(each.name for each in fields(options))
-
-
 def options_from(given: Mapping[str, Any], options: type[Any]) -> Any:
     """Make options of a class from the values in `given` that it knows; ignore the rest."""
-    values = {name: given[name] for name in names_of(options) if name in given}
+    values = {each.name: given[each.name] for each in fields(options) if each.name in given}
     if values.get("max_shard_size") is not None:
         values["max_shard_size"] = parse_size(values["max_shard_size"])  # rejects small integers too
     return options(**values)
@@ -378,16 +368,6 @@ def files_of(options: MergeOptions) -> dict[str, Path]:
     return files
 
 
-def default_of(name: str) -> Any:
-    """Return the default of a merge option."""
-    return next(each.default for each in fields(MergeOptions) if each.name == name)
-
-
-def is_default(options: MergeOptions, name: str) -> bool:
-    """Whether a merge option has its default."""
-    return bool(getattr(options, name) == default_of(name))
-
-
 def check_keywords(given: Iterable[str], known: Collection[str], what: str) -> None:
     """Raise ArgumentError for an unknown name, suggesting the closest known one.
 
@@ -408,24 +388,24 @@ def as_arguments(options: MergeOptions) -> list[str]:
 
     A mapping becomes the name of a file, which the user must write.
     """
-    always = ("alpha", "drop", "seed", "iteration")
-    words: list[str] = []
-    values = {each.name: getattr(options, each.name) for each in fields(MergeOptions)}
-    used = [name for name in values if name in always or not is_default(options, name)]
-    lists = [name for name in used if isinstance(values[name], tuple) and name != "clip"]
-    flags = sorted(name for name in used if values[name] is True)
-    for name in [*(name for name in used if name not in {*lists, *flags}), *lists, *flags]:
-        option, value = f"--{name.replace('_', '-')}", values[name]
-        if name in flags:
-            words.append(option)
-        elif name in lists:
-            words += [word for each in value for word in (option, each)]
+    singles: list[str] = []
+    lists: list[str] = []
+    flags: list[str] = []
+    for name, default in MERGE_DEFAULTS.items():
+        option, value = f"--{name.replace('_', '-')}", getattr(options, name)
+        if value == default and name not in ("alpha", "drop", "seed", "iteration"):
+            continue
+        if value is True:
+            flags.append(option)
         elif name == "clip":
-            words += [option, *map(str, value)]
+            singles += [option, *map(str, value)]
+        elif isinstance(value, tuple):
+            for each in value:
+                lists += [option, each]
         elif isinstance(value, Mapping):
-            words += [option, {"importance": "importance.json", "layer_factors": "factors.json"}[name]]
+            singles += [option, {"importance": "importance.json", "layer_factors": "factors.json"}[name]]
         elif name == "max_shard_size":  # a small number needs its unit
-            words += [option, f"{value}{'B' if value < LEAST_BARE_SIZE else ''}"]
+            singles += [option, f"{value}{'B' if value < LEAST_BARE_SIZE else ''}"]
         else:
-            words += [option, str(value)]
-    return words
+            singles += [option, str(value)]
+    return [*singles, *lists, *sorted(flags)]

@@ -11,7 +11,7 @@ from typing import Any
 from ..common.json_files import parse_json, read_small
 from ..common.messages import shown
 from ..errors import CheckpointError
-from .options import MergeOptions, is_default
+from .options import MERGE_DEFAULTS, MergeOptions
 
 RECIPE_FILE, REPORT_FILE, CARD_FILE = "imm_recipe.json", "imm_report.json", "README.md"
 RECIPE_FORMAT, RECIPE_VERSION = "mergekit_imm recipe", 1
@@ -21,25 +21,20 @@ _LATE = {each.name for each in fields(MergeOptions) if each.metadata.get("late")
 _ALWAYS_WRITTEN = {"rename", "dequantize"}
 
 
-def _written(options: MergeOptions) -> dict[str, Any]:
-    """Return options as a recipe stores them; unused late ones are left out, so that recipes stay the same."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(options) | {"iteration": options.round}))
-    unused = {name for name in _LATE - _ALWAYS_WRITTEN if is_default(options, name)}
-    return {name: value for name, value in values.items() if name not in unused}
-
-
 def make_recipe(
     options: MergeOptions,
     inputs: Mapping[str, Mapping[str, Any]],
     config_changes: Mapping[str, Any],
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return the recipe of a merge as plain data."""
+    """Return the recipe of a merge as plain data; unused late options are left out, so that recipes stay the same."""
+    left_out = {name for name in _LATE - _ALWAYS_WRITTEN if getattr(options, name) == MERGE_DEFAULTS[name]}
+    values = asdict(options) | {"iteration": options.round}
     return {
         "format": RECIPE_FORMAT,
         "version": RECIPE_VERSION,
         "formula": f"alpha*base + (1-alpha)*(start + factor*{options.sparsify.upper()}(sft-start))",
-        "parameters": _written(options),
+        "parameters": json.loads(json.dumps({name: values[name] for name in values if name not in left_out})),
         "inputs": {role: dict(entry) for role, entry in inputs.items()},
         "config_changes": dict(config_changes),
         "history": history,
@@ -71,7 +66,7 @@ def parse_recipe(content: bytes, where: str) -> dict[str, Any]:
         if recipe["format"] != RECIPE_FORMAT:
             raise ValueError(f"its format is {recipe['format']!r}")
         if recipe["version"] == RECIPE_VERSION:
-            missing = {each.name for each in fields(MergeOptions)} - set(recipe["parameters"]) - _LATE
+            missing = set(MERGE_DEFAULTS) - set(recipe["parameters"]) - _LATE
             if missing:
                 raise ValueError(f"its parameters lack {', '.join(sorted(missing))}")
             json.dumps(recipe, allow_nan=False)  # the next round's recipe will include it

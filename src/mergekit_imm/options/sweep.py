@@ -67,6 +67,8 @@ def sweep(out: str, given: Mapping[str, Any]) -> list[tuple[str, MergeOptions]]:
 
     Raises ArgumentError as `points` and `MergeOptions` do, and for merges that cannot share one reading of the inputs.
     """
+    if "{" not in out and not any(is_list(given[name]) for name in SWEPT):
+        return [(out, options_from(given, MergeOptions))]
     merges = [
         (point.out, options_from({**given, **point.values}, MergeOptions))
         for point in points(out, {name: given[name] for name in SWEPT})

@@ -30,13 +30,13 @@ _CURES = {
 
 @contextmanager
 def output_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Turn an OSError into an OutputError of one line, which names `partial` if the merge can go on there."""
+    """Turn an OSError into an OutputError of one line, which names `partial` if the merge can be resumed."""
     try:
         yield
     except OSError as error:
         cure = f"; {_CURES[error.errno]}" if error.errno in _CURES else ""
         if partial is not None and partial.is_dir() and any(partial.iterdir()):
-            cure += f"; what was written is kept in {shown(partial)}: run the same command again, and it goes on there"
+            cure += f"; what was written is kept in {shown(partial)}; run the same command again to resume"
         place = shown(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path, 300)
         raise OutputError(f"{place} cannot be written: {error.strerror or error}{cure}") from error
 

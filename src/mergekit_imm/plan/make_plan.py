@@ -220,7 +220,7 @@ def recipes_of(plans: Sequence[Plan]) -> list[dict[str, Any]]:
     """Return the recipe of each plan, with the fingerprints of the shared inputs."""
     models = plans[0].inputs
     origins = {role: origin(each) for role, each in models.items()}
-    history = history_of(models["start"].recipe if "start" in models else None)
+    history = history_of(models["start"].recipe) if "start" in models else []
     return [make_recipe(plan.options, origins, plan.config_changes, history) for plan in plans]
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # import numpy only where it is used: commands import this pa
 Encode = Callable[[list[str]], Any]  # texts -> array of shape (texts, width)
 Rewrite = Callable[[str, str], str]  # question, its nearest neighbour -> another wording
 
-BLOCK = 1024  # texts per encoding and multiplication: the cosines of two blocks take 8 MiB
+TEXTS_AT_ONCE = 1024  # texts per encoding and multiplication: the cosines of two blocks take 8 MiB
 ROUNDING = 1e-9  # tolerance for the cosine of equal vectors
 
 
@@ -143,8 +143,8 @@ def _nearest(vectors: Vectors, pool: list[Vectors]) -> tuple[Vectors, npt.NDArra
 
 
 def _blocks(texts: list[str]) -> Iterator[list[str]]:
-    for at in range(0, len(texts), BLOCK):
-        yield texts[at : at + BLOCK]
+    for at in range(0, len(texts), TEXTS_AT_ONCE):
+        yield texts[at : at + TEXTS_AT_ONCE]
 
 
 def check_nearness(threshold: float, retries: int) -> None:

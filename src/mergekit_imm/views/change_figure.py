@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.verdict import Comparison
+from ..analysis.verdict import ModelChange
 from ..common.messages import shown
 from .tables import saved
 
@@ -16,7 +16,7 @@ COLOURS = {"early": "#3b76af", "middle": "#c98a1b", "late": "#b0413e"}
 HEAT_MAPS = 4  # are drawn, of the last checkpoints
 
 
-def change_picture(found: Sequence[Comparison], importance: Mapping[str, float] | None) -> dict[str, bytes]:
+def change_picture(found: Sequence[ModelChange], importance: Mapping[str, float] | None) -> dict[str, bytes]:
     """Draw importance (figure 3), change, share (figures 4 and 12) and kinds of modules, layer by layer.
 
     Returns file name -> content, PNG and SVG. Raises ImportError without matplotlib.
@@ -27,7 +27,7 @@ def change_picture(found: Sequence[Comparison], importance: Mapping[str, float] 
         return saved(_change_figure(found, importance), "change")
 
 
-def mismatch_picture(found: Sequence[Comparison], importance: Mapping[str, float]) -> dict[str, bytes]:
+def mismatch_picture(found: Sequence[ModelChange], importance: Mapping[str, float]) -> dict[str, bytes]:
     """Draw importance against change in a panel for each checkpoint, with a colour for each third of the layers.
 
     Returns file name -> content, PNG and SVG. Raises ImportError without matplotlib.
@@ -38,7 +38,7 @@ def mismatch_picture(found: Sequence[Comparison], importance: Mapping[str, float
         return saved(_mismatch_figure(found, importance), "mismatch")
 
 
-def _change_figure(found: Sequence[Comparison], importance: Mapping[str, float] | None) -> Figure:
+def _change_figure(found: Sequence[ModelChange], importance: Mapping[str, float] | None) -> Figure:
     from matplotlib.figure import Figure
 
     keys = list(found[0].change.layers)
@@ -71,9 +71,12 @@ def _change_figure(found: Sequence[Comparison], importance: Mapping[str, float] 
         axes.grid(alpha=0.3)
     if len(found) > 1:
         legend = figure.legend(
-            lines, [_label(i, one) for i, one in enumerate(found, 1)], fontsize=7, loc="outside upper center",
+            lines,
+            [_label(i, one) for i, one in enumerate(found, 1)],
+            fontsize=7,
+            loc="outside upper center",
             ncols=min(3, len(found)),
-        )  # fmt: skip
+        )
         for text in legend.get_texts():
             text.set_parse_math(False)
     most = max((x for one in mapped for each in one.change.kinds.values() for x in each.values()), default=0.0) or 1.0
@@ -103,12 +106,15 @@ def _mark_stacks(panels: Sequence[Any], keys: Sequence[str]) -> None:
         for axes in panels:
             axes.axvline(begin - 0.5, color="0.3", linewidth=0.8, linestyle=":")
         panels[0].annotate(
-            shown(prefixes[begin], 30), (begin - 0.4, 1.02), xycoords=("data", "axes fraction"), fontsize=7,
+            shown(prefixes[begin], 30),
+            (begin - 0.4, 1.02),
+            xycoords=("data", "axes fraction"),
+            fontsize=7,
             parse_math=False,
-        )  # fmt: skip
+        )
 
 
-def _mismatch_figure(found: Sequence[Comparison], importance: Mapping[str, float]) -> Figure:
+def _mismatch_figure(found: Sequence[ModelChange], importance: Mapping[str, float]) -> Figure:
     from matplotlib.figure import Figure
 
     columns = min(3, len(found))
@@ -141,7 +147,7 @@ def _mismatch_figure(found: Sequence[Comparison], importance: Mapping[str, float
     return figure
 
 
-def _label(number: int, one: Comparison, limit: int = 60) -> str:
+def _label(number: int, one: ModelChange, limit: int = 60) -> str:
     """Return a numbered label: labels may be equal, and a first `_` would hide one from the legend."""
     text = shown(one.label, 400)
     return f"{number}: {text if len(text) <= limit else '…' + text[-limit:]}"

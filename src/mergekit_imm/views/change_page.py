@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from ..analysis.verdict import Comparison
+from ..analysis.verdict import ModelChange
 from ..common.messages import shown
 from .change_terminal import MEASURES, ends, kind_cells, number, percent, relative_line
 
@@ -32,23 +32,32 @@ dt { font-weight: 600; margin-top: .6rem } dd { margin-left: 1.2rem }
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # heat maps are images in the SVG
 
 DEFINITIONS = (
-    ("change", "Of a layer n: the sum over its weight matrices of ||W - W'||_F (arXiv 2503.02103, Eq. 4; that norm"
-     " is our choice). A sum of norms, so larger and more matrices count for more."),
+    (
+        "change",
+        "For layer n: the sum over its weight matrices of ||W - W'||_F (arXiv 2503.02103, Eq. 4; that norm"
+        " is our choice). A sum of norms, so larger and more matrices count for more.",
+    ),
     ("relative", "The change divided by the sum of ||W||_F over the same matrices. Ours."),
     ("share", "The change of a layer divided by that of all layers (figure 12)."),
     ("module", "One kind of matrix over all layers: its change, relative to its norms, and its share of all change."),
     ("in brackets", "Embeddings, heads, norms, biases and others: measured the same way, in no layer's change."),
-    ("importance", "Of a layer, as the file has it; only ratios and ranks count."),
-    ("rho", "Spearman's rank correlation of importance and change over layers, equal values sharing their average rank."
-     " In brackets its 95% bootstrap interval over layers; layers are no independent draws, so it is a guide. Ours."),
-    ("thirds", "Of N layers, third t (from 0) has those from floor(t N / 3) to floor((t + 1) N / 3) - 1."),
-    ("verdict", "Looks superficial: the whole interval of rho lies below 0. Does not: it lies above 0. Else, and of"
-     " fewer than 6 layers, it cannot be told. The rule is ours: the paper compares pictures by eye."),
-)  # fmt: skip
+    ("importance", "For each layer, as in the file; only ratios and ranks count."),
+    (
+        "rho",
+        "Spearman's rank correlation of importance and change over layers, equal values sharing their average rank."
+        " In brackets its 95% bootstrap interval over layers, only a guide: layers are not independent draws. Ours.",
+    ),
+    ("thirds", "With N layers, third t (from 0) holds layers floor(t N / 3) to floor((t + 1) N / 3) - 1."),
+    (
+        "verdict",
+        "Looks superficial: the whole interval of rho lies below 0. Does not look superficial: it lies above 0."
+        " Otherwise, and with fewer than 6 layers, undecided. The rule is ours: the paper compares pictures by eye.",
+    ),
+)
 
 
 def html_page(
-    found: Sequence[Comparison],
+    found: Sequence[ModelChange],
     importance: Mapping[str, float] | None,
     pictures: Sequence[bytes],
     provenance: Mapping[str, str],
@@ -101,7 +110,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table>{top}<tbody>\n{body}\n</tbody></table></div>'
 
 
-def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None) -> str:
+def _layers(found: Sequence[ModelChange], importance: Mapping[str, float] | None) -> str:
     most = max(max(one.change.layers.values()) for one in found) or 1.0
     head = ["layer", *(["importance"] if importance else [])]
     head += [f"{what}{end}" for end in ends(found) for what in MEASURES]
@@ -116,7 +125,7 @@ def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None)
     return _table(head, rows)
 
 
-def _kinds(found: Sequence[Comparison]) -> str:
+def _kinds(found: Sequence[ModelChange]) -> str:
     cells = [kind_cells(one) for one in found]
     names = dict.fromkeys(name for each in cells for name in each)
     head = [
@@ -127,7 +136,7 @@ def _kinds(found: Sequence[Comparison]) -> str:
     return _table(head, rows)
 
 
-def _thirds(one: Comparison, label: str) -> str:
+def _thirds(one: ModelChange, label: str) -> str:
     assert one.mismatch is not None
     rows = [
         [_cell(name), _cell(len(third.layers)), _cell(percent(third.importance)), _cell(percent(third.change))]

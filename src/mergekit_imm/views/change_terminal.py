@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ..analysis.verdict import LEAST, Comparison
+from ..analysis.verdict import LEAST, ModelChange
 from ..common.messages import shown
 from ..options.layer_factors import Importance, importance_factors
 from .tables import aligned
@@ -57,7 +57,7 @@ def importance_table(found: Importance) -> str:
     )
 
 
-def kind_cells(one: Comparison) -> dict[str, tuple[str, str, str]]:
+def kind_cells(one: ModelChange) -> dict[str, tuple[str, str, str]]:
     """Return change, relative and share of each kind of module, over all layers; in brackets what no layer counts."""
     cells = {
         kind: (number(each.change), percent(each.relative), percent(each.share))
@@ -66,7 +66,7 @@ def kind_cells(one: Comparison) -> dict[str, tuple[str, str, str]]:
     return cells | {f"({kind})": (number(value), "-", "-") for kind, value in one.change.elsewhere.items()}
 
 
-def render(found: Sequence[Comparison], importance: Mapping[str, float] | None, width: int = 100) -> str:
+def render(found: Sequence[ModelChange], importance: Mapping[str, float] | None, width: int = 100) -> str:
     """Return the tables of all checkpoints, side by side, then the verdicts. `importance` is by full layer key."""
     lines = (
         [f"{i}  {shown(one.label)}" for i, one in enumerate(found, 1)] if len(found) > 1 else [shown(found[0].label)]
@@ -78,7 +78,7 @@ def render(found: Sequence[Comparison], importance: Mapping[str, float] | None, 
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None, width: int) -> list[str]:
+def _layers(found: Sequence[ModelChange], importance: Mapping[str, float] | None, width: int) -> list[str]:
     head = ["layer", *(["importance"] if importance else [])]
     head += [f"{what}{end}" for end in ends(found) for what in MEASURES]
     rows = []
@@ -99,20 +99,20 @@ def _layers(found: Sequence[Comparison], importance: Mapping[str, float] | None,
     return lines
 
 
-def _kinds(found: Sequence[Comparison]) -> list[str]:
+def _kinds(found: Sequence[ModelChange]) -> list[str]:
     cells = [kind_cells(one) for one in found]
     names = list(dict.fromkeys(name for each in cells for name in each))
     head = ["module", *(f"{what}{end}" for end in ends(found) for what in MEASURES)]
     body = [[shown(name, 40), *(c for each in cells for c in each.get(name, ("-", "-", "-")))] for name in names]
-    return [*aligned([head, *body]), "in brackets: tensors that no layer's change counts"]
+    return [*aligned([head, *body]), "in brackets: tensors not counted in any layer's change"]
 
 
-def ends(found: Sequence[Comparison]) -> list[str]:
+def ends(found: Sequence[ModelChange]) -> list[str]:
     """Return what the column titles of each checkpoint end in: its number, if there are several."""
     return [f" {i}" for i in range(1, len(found) + 1)] if len(found) > 1 else [""]
 
 
-def _verdict(one: Comparison, label: str) -> list[str]:
+def _verdict(one: ModelChange, label: str) -> list[str]:
     found = one.mismatch
     assert found is not None
     rows = [["third", "layers", "importance", "change"]]
@@ -123,10 +123,10 @@ def _verdict(one: Comparison, label: str) -> list[str]:
     return [*aligned(rows), f"{label}{found.verdict}", *([relative_line(one)] if relative_line(one) else [])]
 
 
-def relative_line(one: Comparison) -> str:
+def relative_line(one: ModelChange) -> str:
     """Return a line with the correlation of importance and relative change; "" if undefined, or of too few layers."""
     if one.mismatch is None or math.isnan(one.mismatch.relative.value) or one.mismatch.relative.n < LEAST:
         return ""
     rho = one.mismatch.relative
     interval = "" if math.isnan(rho.low) else f" [{rho.low:+.2f}, {rho.high:+.2f}]"
-    return f"Of the relative change: rho {rho.value:+.2f}{interval}."
+    return f"For the relative change: rho {rho.value:+.2f}{interval}."

@@ -37,7 +37,7 @@ def table(state: State) -> str:
     found = rows(state)
     if not found:
         alphas = (f"  round {number}: alpha {alpha:g}" for number, alpha in state.alphas.items())
-        return "\n".join(["no evaluate command, nothing measured", *alphas])
+        return "\n".join(["no evaluate command, so nothing was measured", *alphas])
     names = list(dict.fromkeys(name for row in found for name in row["metrics"]))
     titles = dict(KINDS)
     cells = [["model", "alpha", *map(shown, names)]]

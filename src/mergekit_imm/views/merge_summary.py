@@ -18,7 +18,7 @@ def finished(report: MergeReport, several: bool) -> str:
     """Return the line that ends a merge."""
     if report.status == "already merged":
         compared = ", every byte compared" if report.verified else ""
-        return f"{shown(report.out)} already merged: it holds this very recipe{compared}"
+        return f"{shown(report.out)} already merged: it holds exactly this merge{compared}"
     seconds, moved = report.seconds["total"], report.bytes_read + report.bytes_written
     rate = f" ({moved / seconds / 1e9:.2f} GB/s read and written)" if moved >= 1e8 and not several else ""
     return (
@@ -36,7 +36,8 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
     inputs = [f"  base   {shown(base)}", f"  sft    {shown(sft)}", *([f"  start  {shown(start)}"] if start else [])]
     lines = [
         f"would merge {count_text(report.parameter_count)} parameters ({counts}) into {shown(report.out)}"
-        if report.status == "dry run" else f"{shown(report.out)} already merged: it holds this very recipe",
+        if report.status == "dry run"
+        else f"{shown(report.out)} already merged: it holds exactly this merge",
         *inputs,
         f"  alpha {p['alpha']:g}, drop {p['drop']:g}, seed {p['seed']}, iteration {p['iteration']}"
         + (f", reference {p['reference']}" if p["reference"] != "start" else "")
@@ -55,7 +56,7 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
         f"  memory about {bytes_text(report.memory)} at its peak, with {report.workers} workers on {report.device}",
         f"  disk needed {bytes_text(report.disk_needed)}, free {bytes_text(report.disk_free)}",
         "nothing was written",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 
@@ -73,7 +74,7 @@ def checked(report: CheckReport) -> str:
     lines += [f"  {note}" for note in report.notes]
     lines += [f"  refused: {problem}" for problem in report.problems]
     can = "cannot" if report.problems else "can"
-    unread = "" if report.problems else ", as far as headers tell: values are not read"
+    unread = "" if report.problems else ", judging by headers alone: values are not read"
     verdict = f"{shown(report.sft)} {can} be merged into {shown(report.base)}{unread}"
     return "\n".join([verdict, *lines])
 
@@ -92,11 +93,13 @@ def _renamed(report: MergeReport | CheckReport) -> list[str]:
 def _beside(report: MergeReport | CheckReport) -> list[str]:
     """Return lines on the files beside the weights: which travel, what changes in them, what stays behind."""
     return [
-        *(f"  {len(names)} other files from {role}: {', '.join(map(shown, names))}"
-          for role, names in report.side_files.items()),
+        *(
+            f"  {len(names)} other files from {role}: {', '.join(map(shown, names))}"
+            for role, names in report.side_files.items()
+        ),
         *(f"  config.json: {key} = {json.dumps(value)}" for key, value in report.config_changes.items()),
         *(f"  left out of {role}: {', '.join(map(shown, names))}" for role, names in report.left_out.items()),
-    ]  # fmt: skip
+    ]
 
 
 def table(kinds: Sequence[Mapping[str, Any]], with_start: bool) -> list[str]:

@@ -98,9 +98,15 @@ def pictures(report: Report) -> dict[str, bytes]:
                 error = [[m.difference.value - m.difference.low for m in drawn]]
                 error.append([m.difference.high - m.difference.value for m in drawn])
                 axes.errorbar(
-                    values, at, xerr=[[max(0.0, e) for e in side] for side in error], fmt="o", markersize=4,
-                    linewidth=1.2, color=f"C{number + 1}", label=_label(each.model),
-                )  # fmt: skip
+                    values,
+                    at,
+                    xerr=[[max(0.0, e) for e in side] for side in error],
+                    fmt="o",
+                    markersize=4,
+                    linewidth=1.2,
+                    color=f"C{number + 1}",
+                    label=_label(each.model),
+                )
             axes.set_yticks(range(len(rows)), rows)
             axes.set_ylim(len(rows) - 0.4, -0.6)
             axes.set_xlabel(f"difference to {shown(report.reference, 40)}".replace("$", r"\$"))

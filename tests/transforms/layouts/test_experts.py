@@ -43,15 +43,27 @@ def vl_moe(inner: int) -> Any:
     config = transformers.AutoConfig.for_model(
         "qwen3_vl_moe",
         text_config={
-            "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": inner,
-            "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 8,
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "moe_intermediate_size": inner,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
         },
         vision_config={
-            "hidden_size": 32, "intermediate_size": 48, "depth": 1, "num_heads": 4, "out_hidden_size": 32,
-            "patch_size": 8, "deepstack_visual_indexes": [0],
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "depth": 1,
+            "num_heads": 4,
+            "out_hidden_size": 32,
+            "patch_size": 8,
+            "deepstack_visual_indexes": [0],
         },
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return transformers.AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)
@@ -121,10 +133,8 @@ def test_they_are_cut_and_joined_the_right_way_round(inner: int, way: str, tmp_p
         return {
             f"{PATH}.{e}.{end}.weight": part.clone()
             for e in range(4)
-            for end, part in zip(
-                ("gate_proj", "up_proj", "down_proj"), (*gate_up[e].chunk(2), down[e]), strict=True
-            )
-        }  # fmt: skip
+            for end, part in zip(("gate_proj", "up_proj", "down_proj"), (*gate_up[e].chunk(2), down[e]), strict=True)
+        }
 
     shapes = {"base one by one": (single(one), turned(other)), "sft one by one": (turned(one), single(other))}
     write_model(tmp_path / "base", shapes[way][0])
@@ -200,11 +210,25 @@ def test_any_range_is_that_of_the_transposed(
 
 def nemotron_h() -> Any:
     config = transformers.NemotronHConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, n_routed_experts=4,
-        num_experts_per_tok=2, n_shared_experts=1, moe_shared_expert_intermediate_size=20, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=1,
-        n_group=1, topk_group=1, layers_block_type=["moe", "attention"],
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_shared_expert_intermediate_size=20,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=1,
+        n_group=1,
+        topk_group=1,
+        layers_block_type=["moe", "attention"],
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return transformers.NemotronHForCausalLM(config)
@@ -231,13 +255,19 @@ ADAPTED = {
     "granitemoe": (
         lambda: transformers.GraniteMoeForCausalLM(
             transformers.GraniteMoeConfig(
-                vocab_size=96, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+                vocab_size=96,
+                hidden_size=32,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=4,
+                num_experts_per_tok=2,
             )
         ),
         ["block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("base_in_memory", [False, True])

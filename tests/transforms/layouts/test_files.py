@@ -24,18 +24,43 @@ from mergekit_imm.errors import MismatchError
 from models import fine_tuned, load, save, template
 
 FROM_SFT = [
-    "added_tokens.json", "chat_template.jinja", "generation_config.json", "merges.txt", "preprocessor_config.json",
-    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-    "2_Dense/config.json", "LICENSE",
-]  # fmt: skip
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "2_Dense/config.json",
+    "LICENSE",
+]
 FROM_BASE = ["additional_chat_templates/tools.jinja", "1_Pooling/config.json", "NOTICE.txt"]
 LEFT_OUT = [
-    "checkpoint-10/config.json", "checkpoint-10/model.safetensors", "consolidated.safetensors", "model.gguf",
-    "modeling_x.py", "onnx/model.onnx", "onnx/config.json", "optimizer.pt", "original/params.json",
-    "original/consolidated.00.pth", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin",
-    "pytorch_model.bin.index.json", "rng_state_0.pth", "runs/host/events.out.tfevents.1", "all_results.json",
-    "scheduler.pt", "trainer_state.json", "training_args.bin", "wandb/run-1/config.yaml", "README.md",
-]  # fmt: skip
+    "checkpoint-10/config.json",
+    "checkpoint-10/model.safetensors",
+    "consolidated.safetensors",
+    "model.gguf",
+    "modeling_x.py",
+    "onnx/model.onnx",
+    "onnx/config.json",
+    "optimizer.pt",
+    "original/params.json",
+    "original/consolidated.00.pth",
+    "pytorch_model-00001-of-00002.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "rng_state_0.pth",
+    "runs/host/events.out.tfevents.1",
+    "all_results.json",
+    "scheduler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+    "wandb/run-1/config.yaml",
+    "README.md",
+]
 HIDDEN = [".git/config", ".gitattributes", ".cache/lock.json"]
 HIDDEN_AS_LISTED = [".git/", ".gitattributes", ".cache/"]
 

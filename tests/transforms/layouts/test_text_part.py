@@ -16,13 +16,27 @@ from mergekit_imm.analysis.change import checkpoint_change
 from models import fine_tuned
 
 _TEXT = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 _VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 4, "out_hidden_size": 32, "patch_size": 8,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "depth": 2,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "patch_size": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +64,9 @@ def test_it_is_merged_into_the_whole(pair: tuple[Path, Path], tmp_path: Path) ->
     kind = transformers.AutoModelForImageTextToText
     model, told = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(told.values())
-    assert same_bits(model.model.visual.blocks[0].mlp.linear_fc1.weight.data, base[
-        "model.visual.blocks.0.mlp.linear_fc1.weight"
-    ])  # fmt: skip
+    assert same_bits(
+        model.model.visual.blocks[0].mlp.linear_fc1.weight.data, base["model.visual.blocks.0.mlp.linear_fc1.weight"]
+    )
 
 
 def test_the_option_is_in_the_message(pair: tuple[Path, Path], tmp_path: Path) -> None:

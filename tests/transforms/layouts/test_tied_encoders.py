@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +12,16 @@ import transformers
 from torch import Tensor, nn
 
 from checkpoints import read_model, same_bits
+from encoders import ENCODERS, SMALL
 from loading import config_of
 from mergekit_imm import merge_checkpoints, merge_into
 from reference import merge_tensors
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "max_position_embeddings": 40,
-}  # fmt: skip
-T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
-WHISPER = {
-    "vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
-    "max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-}  # fmt: skip
-KINDS: dict[str, Callable[[], nn.Module]] = {
-    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
-    "roberta": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL)),
-    "albert": lambda: transformers.AlbertForMaskedLM(transformers.AlbertConfig(**SMALL, embedding_size=32)),
-    "electra": lambda: transformers.ElectraForMaskedLM(transformers.ElectraConfig(**SMALL, embedding_size=32)),
-    "distilbert": lambda: transformers.DistilBertForMaskedLM(
-        transformers.DistilBertConfig(vocab_size=96, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
-    ),
-    "xlm": lambda: transformers.XLMWithLMHeadModel(
-        transformers.XLMConfig(vocab_size=96, emb_dim=32, n_layers=1, n_heads=4, max_position_embeddings=40)
-    ),
-    "xlnet": lambda: transformers.XLNetLMHeadModel(
-        transformers.XLNetConfig(vocab_size=96, d_model=32, n_layer=1, n_head=4, d_inner=48)
-    ),
-    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
-    "t5 with a head of its own": lambda: transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**T5, tie_word_embeddings=False)
-    ),
-    "whisper": lambda: transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**WHISPER)),
-}
 
 
 def new(kind: str, seed: int = 0) -> Any:
     """A model, or with a seed one fine-tuned from it."""
     torch.manual_seed(0)
-    model = KINDS[kind]().eval()
+    model = ENCODERS[kind]().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters() if seed else ():
@@ -91,7 +59,7 @@ def assert_is_the_average(out: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("base_form", ["once", "every name"])
 @pytest.mark.parametrize("sft_form", ["once", "every name"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_heads_by_any_name_are_one_tensor_with_the_embedding(
     tmp_path: Path, kind: str, base_form: str, sft_form: str
 ) -> None:
@@ -124,9 +92,14 @@ def test_the_mask_is_keyed_by_the_embedding_whatever_is_stored(tmp_path: Path) -
     merge_checkpoints(base, sft, tmp_path / "out", drop=0.5)
     name = "bert.embeddings.word_embeddings.weight"
     expected = merge_tensors(
-        new("bert").state_dict()[name], new("bert", 1).state_dict()[name], None, torch.float32, alpha=0.5, drop=0.5,
+        new("bert").state_dict()[name],
+        new("bert", 1).state_dict()[name],
+        None,
+        torch.float32,
+        alpha=0.5,
+        drop=0.5,
         name=name,
-    )  # fmt: skip
+    )
     written = read_model(tmp_path / "out")
     assert same_bits(written[name], expected)
     assert same_bits(written["cls.predictions.decoder.weight"], expected)

@@ -100,9 +100,16 @@ def test_factors_of_fewer_rows_than_the_base_has(tmp_path: Path, vocab: str) -> 
     begin = save(resize(fine_tuned(model, seed=4), 90), tmp_path / "start")
     adapt(begin, tmp_path / "adapter", tmp_path / "merged", "llama", 90, {"target_modules": ["embed_tokens"]})
     merge_checkpoints(
-        base, tmp_path / "adapter", tmp_path / "out", start=begin, iteration=1, vocab=vocab, alpha=0, drop=0,
+        base,
+        tmp_path / "adapter",
+        tmp_path / "out",
+        start=begin,
+        iteration=1,
+        vocab=vocab,
+        alpha=0,
+        drop=0,
         dtype="float32",
-    )  # fmt: skip
+    )
     merged, theirs = read_model(tmp_path / "out"), read_model(tmp_path / "merged")
     for name in ENDS:
         torch.testing.assert_close(merged[name][:90], theirs[name].float(), rtol=2e-6, atol=2e-7)

@@ -22,11 +22,16 @@ from vocabularies import Options
 
 
 @given(
-    rows=st.tuples(*(st.integers(1, 40) for _ in range(3))), columns=st.integers(1, 40), alpha=strategies.alphas,
-    drop=strategies.drops, dtypes=st.tuples(*(st.sampled_from(strategies.WIDER) for _ in range(3))),
-    out=st.sampled_from([None, "float32", "bfloat16"]), vocab=st.sampled_from(["base", "sft"]), started=st.booleans(),
+    rows=st.tuples(*(st.integers(1, 40) for _ in range(3))),
+    columns=st.integers(1, 40),
+    alpha=strategies.alphas,
+    drop=strategies.drops,
+    dtypes=st.tuples(*(st.sampled_from(strategies.WIDER) for _ in range(3))),
+    out=st.sampled_from([None, "float32", "bfloat16"]),
+    vocab=st.sampled_from(["base", "sft"]),
+    started=st.booleans(),
     seed=st.integers(0, 2**16),
-)  # fmt: skip
+)
 @example(  # one row of one column is not a bias of logits
     rows=(1, 2, 1),
     columns=1,
@@ -40,9 +45,17 @@ from vocabularies import Options
 )
 @settings(max_examples=examples(40))
 def test_common_rows_are_merged_as_without_the_others_which_keep_every_bit(
-    tmp_path_factory: pytest.TempPathFactory, rows: tuple[int, ...], columns: int, alpha: float, drop: float,
-    dtypes: tuple[torch.dtype, ...], out: str | None, vocab: str, started: bool, seed: int,
-) -> None:  # fmt: skip
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: tuple[int, ...],
+    columns: int,
+    alpha: float,
+    drop: float,
+    dtypes: tuple[torch.dtype, ...],
+    out: str | None,
+    vocab: str,
+    started: bool,
+    seed: int,
+) -> None:
     """Minus zeros, subnormals and non-finite values included; for any values, dtypes and sizes."""
     folder = tmp_path_factory.mktemp("bits")
     roles = ("base", "sft", "start") if started else ("base", "sft")
@@ -70,9 +83,14 @@ def test_common_rows_are_merged_as_without_the_others_which_keep_every_bit(
         return
     found = dict(merged)[EMBED]
     expected = reference.merge_tensors(
-        sides["base"][:common], sides["sft"][:common], sides["start"][:common] if started else None, written,
-        name=EMBED, alpha=alpha, drop=drop,
-    )  # fmt: skip
+        sides["base"][:common],
+        sides["sft"][:common],
+        sides["start"][:common] if started else None,
+        written,
+        name=EMBED,
+        alpha=alpha,
+        drop=drop,
+    )
     assert same_bits(found[:common], expected)
     assert same_bits(found[common:], rest)
 

@@ -33,12 +33,19 @@ def test_rows_that_both_have_are_merged_and_the_rest_is_the_owner_s(
     assert model.get_input_embeddings().weight.shape[0] == config_of(tmp_path / "out")["vocab_size"] == rows
     assert len(tokenizer) == {"base": 90, "sft": 100}[vocab]
     assert config_of(tmp_path / "out")["pad_token_id"] == (90 if vocab == "sft" else None)
-    assert report.notes == {
-        "base": [f"note: 4 rows of sft {folder / 'sft'} beyond the 96 of base {folder / 'base'} are left out"
-                 ' (vocab="base")'],
-        "sft": [f"note: the vocabulary is that of sft {folder / 'sft'}, 100 rows; 96 are merged, and the 4 that base"
-                f" {folder / 'base'} lacks are copied"],
-    }[vocab]  # fmt: skip
+    assert (
+        report.notes
+        == {
+            "base": [
+                f"note: 4 rows of sft {folder / 'sft'} beyond the 96 of base {folder / 'base'} are left out"
+                ' (vocab="base")'
+            ],
+            "sft": [
+                f"note: the vocabulary is that of sft {folder / 'sft'}, 100 rows; 96 are merged, and the 4 that base"
+                f" {folder / 'base'} lacks are copied"
+            ],
+        }[vocab]
+    )
     verify(tmp_path / "out")
 
 
