@@ -30,10 +30,10 @@ from .torch_file import open_torch_file
 
 def is_hub_id(ref: str | Path) -> bool:
     """Whether an input is a hub id: it has the form of one, and no such path exists."""
-    if isinstance(ref, PurePath) or hub.split_ref(str(ref)) is None:
+    if isinstance(ref, PurePath):
         return False
     try:
-        return not Path(ref).exists()
+        return not Path(ref).exists() and hub.split_ref(ref) is not None
     except OSError:
         return False
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from ..common.json_files import parse_json, plain_size, without_duplicates
 from ..common.messages import shown
@@ -41,6 +41,8 @@ class TensorInfo:
     file: str  # name of the file within its checkpoint
     begin: int  # offset of its first byte in the file
     nbytes: int
+
+    is_delta: ClassVar[bool] = False  # a computed tensor may be one, to be added to the start
 
     @property
     def count(self) -> int:

@@ -48,6 +48,9 @@ def check_plan(plan: Plan, ties: Ties) -> None:
 
 def _check_files(role: str, checkpoint: Checkpoint) -> None:
     """Check that a model's tensors are read from every byte its files hold."""
+    others = [tensor for tensor in _stored(checkpoint) if checkpoint.tensors.get(tensor.name) is not tensor]
+    if not others:
+        return  # each is read as it is stored
     ranges: dict[str, list[tuple[int, int]]] = {}
     for tensor in checkpoint.tensors.values():
         for owner, leaf in leaves(tensor, role):
@@ -57,7 +60,7 @@ def _check_files(role: str, checkpoint: Checkpoint) -> None:
     # A resized vocabulary may lose rows; of copies under one name, one is read.
     joined = {name: _joined(found) for name, found in ranges.items()}
     copies = {(tensor.name, tensor.shape) for tensor in _stored(checkpoint) if _covered(tensor, joined, whole=True)}
-    for tensor in _stored(checkpoint):
+    for tensor in others:
         if not tensor.nbytes or (tensor.file, tensor.begin) in unread or (tensor.name, tensor.shape) in copies:
             continue
         if not _covered(tensor, joined, whole=checkpoint.rows is None):

@@ -49,8 +49,8 @@ def check_names(
     kept_names = {n for n in base.tensors if kept(n)} | set(groups)
     taken_names = {n for n in sft.tensors if taken(n)} | set(groups)
     for role, each in used.items():
-        if role == "base" or each.adapter is not None:  # an adapter's names were matched to the model's
-            continue
+        if each.adapter is not None or each.tensors.keys() == base.tensors.keys():
+            continue  # an adapter's names were matched to the model's
         lacking = set(base.tensors) - kept_names - set(each.tensors)
         surplus = set(each.tensors) - taken_names - set(base.tensors)
         if any(here != there for here, there in _vocabularies(used, role)):  # reported for those that both have

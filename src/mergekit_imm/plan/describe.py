@@ -198,6 +198,7 @@ def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
     return [
         {"role": role, "name": old, "in_base": new, "tensors": count}
         for role, each in inputs.items()
+        if each.original_names
         for old, new, count in rules_of(each.original_names)
     ]
 

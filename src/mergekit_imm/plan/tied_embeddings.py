@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.lazy_tensor import Tensor, is_delta, is_stored
+from ..checkpoint.lazy_tensor import Tensor, is_stored
 from ..checkpoint.safetensors_file import MERGED
 from ..common.messages import shown
 from ..errors import CheckpointError
@@ -263,7 +263,8 @@ def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: Sam
     if len(whole) < len(held):
         one, *others = held.values()
         if others and (
-            any(map(is_delta, held.values())) or not all(same_bytes(adapter, one, other) for other in others)
+            any(tensor.is_delta for tensor in held.values())
+            or not all(same_bytes(adapter, one, other) for other in others)
         ):
             both = " and ".join(f"'{shown(name)}'" for name in sorted(held))
             raise CheckpointError(f"{adapter.label} changes {both}, which are one tensor; {MERGE_FIRST}")
