@@ -11,10 +11,8 @@ from ..common.json_files import parse_json, read_small
 from ..common.messages import shown
 from ..errors import CheckpointError
 from ..options.recipe import RECIPE_FILE
-from .hub import ADAPTER_CONFIG
-from .parts import READ, Part, is_aside, leave_out_option, matches
-from .safetensors_file import INDEX, Stamp, stamp
-from .side_files import is_side_file
+from .model_files import READ, Part, is_aside, is_side_file, leave_out_option, matches
+from .safetensors_file import ADAPTER_CONFIG, INDEX, Stamp, stamp
 
 _DEPTH = 64  # of folders in a model
 
@@ -35,7 +33,7 @@ def walk(folder: Path, outs: Sequence[Path], prefix: str = "") -> list[str]:
             found.append(f"{prefix}{entry.name}/")
         elif not (
             entry.name.endswith(".partial")
-            or (entry / "imm_recipe.json").exists()
+            or (entry / RECIPE_FILE).exists()
             or any(out.exists() and entry.samefile(out) for out in outs)
         ):
             found += walk(entry, outs, f"{prefix}{entry.name}/")

@@ -27,6 +27,7 @@ MERGED = ("BF16", "F16", "F32", "F64")
 WHOLE = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's
 HEADER_LIMIT = 100_000_000  # safetensors' own
 _PAGE, _STRIDE, _EDGE = 4096, 16 << 20, 64 << 10
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.assemble import in_part
+from ..checkpoint.checkpoint import in_part
 from ..checkpoint.safetensors_file import TensorInfo, open_tensorfile
 from ..common.abandoned import when_unused
 from ..common.messages import shown

@@ -11,6 +11,7 @@ from typing import Any
 from ..common.messages import shown
 from ..errors import MismatchError
 
+CONFIG = "config.json"
 Config = Mapping[str, Any]
 # Settings that affect neither the set of tensors nor their shapes.
 _NO_TENSORS = re.compile(

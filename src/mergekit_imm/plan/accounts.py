@@ -16,7 +16,7 @@ from ..checkpoint.safetensors_file import TensorInfo
 from ..common.json_files import parse_json
 from ..common.messages import shown
 from ..errors import PlanError
-from ..model.config import stated_tie
+from ..model.config import CONFIG, stated_tie
 from ..model.tensor_names import folder_of, is_output_head
 from .decide import Decided
 from .plan import Item, Plan
@@ -121,7 +121,7 @@ def _same_leaves(side: Tensor, tensor: Tensor, role: str) -> bool:
 
 def _check_tie(plan: Plan, folder: str, tied: bool | None, ties: Ties, written: Mapping[str, Item]) -> None:
     """Check that the config of a folder agrees with the tied tensors written there."""
-    path = f"{folder}config.json"
+    path = f"{folder}{CONFIG}"
     if path in plan.configs:
         says = stated_tie(parse_json(plan.configs[path]))
     elif path in plan.side:

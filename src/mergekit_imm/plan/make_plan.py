@@ -12,10 +12,9 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
-from ..checkpoint.parts import SPLIT
+from ..checkpoint.model_files import SPLIT, is_side_file
 from ..checkpoint.reader import same_bytes
 from ..checkpoint.safetensors_file import MERGED, fingerprint
-from ..checkpoint.side_files import is_side_file
 from ..common.messages import bytes_text, shown
 from ..common.notes import Note, note
 from ..errors import MismatchError

@@ -10,8 +10,8 @@ from pathlib import Path
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import is_offline
 from ..checkpoint.lazy_tensor import Tensor
+from ..checkpoint.model_files import matches
 from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
-from ..checkpoint.parts import matches
 from ..checkpoint.reader import same_values
 from ..checkpoint.safetensors_file import MERGED
 from ..common.checks import as_path

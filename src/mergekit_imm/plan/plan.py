@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
+from ..checkpoint.model_files import OWN
 from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
-from ..checkpoint.side_files import OWN
 from ..common.notes import Note
 from ..numerics.mask import Arithmetic
 from ..options.options import MergeOptions
