@@ -27,7 +27,23 @@ def check_tensors(decided: Decided, same_bytes: SameBytes) -> None:
     """Check that every tensor in the inputs' files is merged, kept, taken or copied. Raises PlanError."""
     for role, each in decided.used.items():
         _check_files(role, each)
-    _check_items(decided, same_bytes)
+    items = {out.name: item for item in decided.items for out in item.outs}
+    items |= {name: items[group.written[0]] for name, group in decided.ties.groups.items() if group.written[0] in items}
+    for role, each in decided.used.items():
+        for name, tensor in each.tensors.items():
+            item = items.get(name)
+            if item is None:
+                raise _fault(f"tensor '{shown(name)}' of {each.label} would not be used")
+            if item.action == ("take" if role == "base" else "keep") or (role == "start" and item.action == "take"):
+                continue
+            side = item.sides.get(role)
+            if side is None:
+                raise _fault(f"tensor '{shown(name)}' of {each.label} would not enter '{shown(item.name)}'")
+            if side is tensor or _same_leaves(side, tensor, role):
+                continue
+            other = each.tensors.get(side.name, side)
+            if name not in decided.ties.groups or not same_bytes(each, other, tensor):
+                raise _fault(f"tensor '{shown(name)}' of {each.label} is not what is read for '{shown(item.name)}'")
 
 
 def check_plan(plan: Plan, ties: Ties) -> None:
@@ -91,27 +107,6 @@ def _covered(tensor: TensorInfo, joined: Mapping[str, tuple[list[int], list[int]
     begins, ends = joined.get(tensor.file, ([], []))
     at = bisect_right(begins, tensor.begin) - 1
     return at >= 0 and ends[at] >= (tensor.begin + tensor.nbytes if whole else tensor.begin + 1)
-
-
-def _check_items(decided: Decided, same_bytes: SameBytes) -> None:
-    """Check that every tensor of every input is used."""
-    items = {out.name: item for item in decided.items for out in item.outs}
-    items |= {name: items[group.written[0]] for name, group in decided.ties.groups.items() if group.written[0] in items}
-    for role, each in decided.used.items():
-        for name, tensor in each.tensors.items():
-            item = items.get(name)
-            if item is None:
-                raise _fault(f"tensor '{shown(name)}' of {each.label} would not be used")
-            if item.action == ("take" if role == "base" else "keep") or (role == "start" and item.action == "take"):
-                continue
-            side = item.sides.get(role)
-            if side is None:
-                raise _fault(f"tensor '{shown(name)}' of {each.label} would not enter '{shown(item.name)}'")
-            if side is tensor or _same_leaves(side, tensor, role):
-                continue
-            other = each.tensors.get(side.name, side)
-            if name not in decided.ties.groups or not same_bytes(each, other, tensor):
-                raise _fault(f"tensor '{shown(name)}' of {each.label} is not what is read for '{shown(item.name)}'")
 
 
 def _same_leaves(side: Tensor, tensor: Tensor, role: str) -> bool:

@@ -57,7 +57,8 @@ def open_inputs(
             )
             for role, ref in refs.items()
         }
-        check_left_out(inputs, first.leave_out)
+        if first.leave_out:
+            check_left_out(inputs, first.leave_out)
         models = prepared(without_same_start(inputs), first)
         known = first.iteration is not None
         return Inputs(models, several if known else tuple(replace(o, iteration=round_of(models)) for o in several))

@@ -65,7 +65,8 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
         said = stated_tie(config)
         embeddings = _embeddings(base, folder, config)
         sizes = {base.tensors[name].shape for name in embeddings}
-        own_heads = (_stores_another_head(base, shapes[folder, size], embeddings, same_bytes) for size in sizes)
+        several = [size for size in sizes if len(shapes[folder, size]) > 1]  # the others tie nothing
+        own_heads = (_stores_another_head(base, shapes[folder, size], embeddings, same_bytes) for size in several)
         if said is None and any(own_heads):
             said = False  # the config is silent, the tensors are not
         tied[folder] = None if config is None or (stated_tie(config) is None and said is False) else said is not False
@@ -73,7 +74,7 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
         groups |= found
         broken = broken or breaker
         apart = bool(breaker) and bool(tied[folder])
-        for size in sizes:
+        for size in several:
             names = shapes[folder, size]
             own = [name for name in embeddings if base.tensors[name].shape == size]
             for members in _classes_of_base(used, own, names, said, same_bytes):
@@ -191,28 +192,21 @@ def _with_all_names(found: Mapping[str, Group], sft: Checkpoint) -> dict[str, Gr
 def _biases(
     used: Used, folder: str, shapes: Shapes, rows: Collection[int], same_bytes: SameBytes
 ) -> tuple[dict[str, Group], str]:
-    """Return the groups of head biases that the base stores under two names, and what breaks their tie."""
+    """Return the groups of head biases that the base stores under two names, and what breaks their tie.
+
+    The names are such as `lm_head.bias` and `lm_head.decoder.bias`, as in BERT.
+    """
     base = used["base"]
     groups: dict[str, Group] = {}
     broken = ""
-    for pair in _bias_pairs(base, folder, shapes, rows):
-        if len(_equal_classes(base, [name for name in pair if name in base.tensors], same_bytes)) == 1:
-            found, breaker, _ = _split(used, pair, same_bytes)
-            groups |= found
-            broken = broken or breaker
+    for names in (shapes.get((folder, (size,)), []) for size in sorted(rows)):
+        for pair in ([outer_bias(name), name] for name in names if outer_bias(name) in names):
+            stored = [name for name in pair if name in base.tensors]
+            if len(_equal_classes(base, stored, same_bytes)) == 1:
+                found, breaker, _ = _split(used, pair, same_bytes)
+                groups |= found
+                broken = broken or breaker
     return groups, broken
-
-
-def _bias_pairs(base: Checkpoint, folder: str, shapes: Shapes, rows: Collection[int]) -> list[list[str]]:
-    """Return pairs of names of one head bias, `lm_head.bias` and `lm_head.decoder.bias`, as in BERT."""
-    pairs = []
-    for size in sorted(rows):
-        names = shapes.get((folder, (size,)), [])
-        for name in names:
-            outer = outer_bias(name)
-            if outer in names and (name in base.tensors or outer in base.tensors):
-                pairs.append([outer, name])
-    return pairs
 
 
 def _split(used: Used, members: list[str], same_bytes: SameBytes) -> tuple[dict[str, Group], str, bool]:
