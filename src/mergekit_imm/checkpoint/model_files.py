@@ -86,7 +86,7 @@ class Part:
     @property
     def folder(self) -> str:
         """Their folder, the prefix of their tensors' names: "" or "2_Dense/"."""
-        if self.files[0].endswith("/.metadata"):  # torch.distributed names tensors without the folder
+        if self.files[0].endswith(f"/{METADATA}"):  # torch.distributed names tensors without the folder
             return ""
         return self.files[0][: self.files[0].rfind("/") + 1]
 
@@ -219,7 +219,7 @@ def holds_parts(top: Iterable[str]) -> bool:
 
 def component(top: Sequence[str], read: ReadJson) -> Part | None:
     """Return the weights of a diffusers component that was saved alone; None for other folders."""
-    if holds_parts(top) or MODEL in top or INDEX in top or any(name.startswith("pytorch_model") for name in top):
+    if MODEL in top or INDEX in top or any(name.startswith("pytorch_model") for name in top) or holds_parts(top):
         return None
     return _main("", [name for name in top if name.startswith(MAIN[1])], read)
 

@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Files:
     def __init__(self, inputs: Mapping[str, Checkpoint]) -> None:
         self._inputs = inputs
         self._open: dict[Path, int] = {}
+        self._to_close = ExitStack()
         self._shared: dict[int, _Once] = {}  # by id: hashing a tensor of many pieces is slow
         self._lock = threading.Lock()
 
@@ -49,11 +50,7 @@ class Files:
         return self
 
     def __exit__(self, *_: object) -> None:  # noqa: D105
-        when_unused(self._close)
-
-    def _close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        when_unused(self._to_close.close)
 
     def read(self, role: str, tensor: Tensor, first: int, buffer: Raw) -> None:
         """Fill a buffer from byte `first` of a tensor."""
@@ -64,6 +61,7 @@ class Files:
         with self._lock:
             if path not in self._open:
                 self._open[path] = open_to_read(path)
+                self._to_close.callback(os.close, self._open[path])
             descriptor = self._open[path]
         begin, count = tensor.begin + first, len(buffer)
         if count >= ANNOUNCED and hasattr(os, "posix_fadvise"):

@@ -24,10 +24,9 @@ from ..options.options import DTYPES, MergeOptions
 from ..options.recipe import history_of, make_recipe
 from ..transforms.kept_quantised import intact
 from .accounts import check_plan, check_tensors
-from .advice import result_config
 from .compatibility import copied_by
 from .decide import Decided, decide
-from .plan import Inputs, Item, Plan, same_place
+from .plan import Inputs, Item, Plan, result_config, same_place
 from .shard_layout import lay_out
 from .tied_embeddings import SameBytes, Ties
 
