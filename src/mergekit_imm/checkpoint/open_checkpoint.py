@@ -109,7 +109,7 @@ def _from_folder(
     if contents.dcp is not None:
         files, tensors, others = open_dcp(folder, contents.dcp, role, label)
         contents = replace(contents, parts=(Part(tuple(files)), *contents.parts), own=tuple(files))
-    for name in (name for part in contents.parts for name in part.files if name not in contents.own):
+    for name in (name for part in contents.parts for name in part.files if name not in files):
         try:
             files[name] = _opened(folder / name, name)
         except CheckpointError as error:

@@ -7,8 +7,7 @@ finding is a bug in this program, not a fault of the inputs.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor, leaves
@@ -129,20 +128,17 @@ def _check_tie(plan: Plan, folder: str, tied: bool | None, ties: Ties, written: 
             raise _fault(f"tensor '{shown(group.key)}' would not be written")
     if tied is None or not groups:
         return
-    heads = _heads(groups)
+    heads = [
+        (name, group.siblings[0])  # and the tensor that the base ties it to
+        for group in groups
+        for name in group.names
+        if is_output_head(name) and name != group.siblings[0]
+    ]
     apart = any(written[head].name != written[other].name for head, other in heads if {head, other} <= {*written})
     if apart and says is not False:
         raise _fault(f"{shown(path)} would say tied, and the tensors are not: '{shown(heads[0][0])}'")
     if says is False and tied:
         raise _fault(f"{shown(path)} would say untied, and '{shown(groups[0].key)}' is one tensor")
-
-
-def _heads(groups: Iterable[Any]) -> list[tuple[str, str]]:
-    """Return pairs of a head and the tensor that the base ties it to."""
-    pairs: Sequence[tuple[str, str]] = [
-        (name, group.siblings[0]) for group in groups for name in group.names if is_output_head(name)
-    ]
-    return [(head, other) for head, other in pairs if head != other]
 
 
 def _fault(what: str) -> PlanError:

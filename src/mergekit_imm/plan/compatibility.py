@@ -59,7 +59,8 @@ def check_names(
         deeper = kept_layers and advice.of_other_depth("--keep", kept_layers, "base", known=True)
         if deeper:
             complain(MismatchError(f"--keep cannot reconcile two depths: {deeper}"), kept_layers)
-        renamed = _alike(base, lacking, each, surplus)
+        shapes = {base.tensors[name].shape for name in lacking}
+        renamed = not shapes.isdisjoint(each.tensors[name].shape for name in surplus)  # perhaps the same tensors
         for file, found in _by_file(base, lacking):
             cure = _cure(advice, "--keep", found, "base", renamed and not file)
             _complain_of(found, base, each, file, cure, complain)
@@ -96,11 +97,6 @@ def _complain_of(
     )
     leave_out = f"; or leave the file out: {leave_out_option(file)}" if file and not needed else ""
     complain(MismatchError(f"{only_in(names, other.tensors, label, other.label)}; {cure}{leave_out}"), names)
-
-
-def _alike(one: Checkpoint, names: Collection[str], other: Checkpoint, others: Collection[str]) -> bool:
-    """Whether unmatched tensors of two models may be the same ones under other names."""
-    return not {one.tensors[n].shape for n in names}.isdisjoint(other.tensors[n].shape for n in others)
 
 
 def _cure(advice: Advice, option: str, names: Collection[str], extra: str, renamed: bool) -> str:

@@ -74,11 +74,16 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
         groups |= found
         broken = broken or breaker
         apart = bool(breaker) and bool(tied[folder])
+        ties_in_memory = (  # a head that a T5 stores, whatever its config says
+            said is False
+            and "t5" in str((config or {}).get("model_type"))
+            and any(is_output_head(name) and folder_of(name) == folder for name in base.tensors)
+        )
         for size in several:
             names = shapes[folder, size]
             own = [name for name in embeddings if base.tensors[name].shape == size]
             for members in _classes_of_base(used, own, names, said, same_bytes):
-                if said is False and "t5" in str((config or {}).get("model_type")) and _heads(base, folder):
+                if ties_in_memory:
                     _check_rows(used["sft"], base, members, ties_in_memory=True)
                 found, breaker, heads_apart = _split(used, members, same_bytes)
                 groups |= found
@@ -280,11 +285,6 @@ def _is_copy(adapter: Checkpoint, bias: str) -> bool:
     """Whether an adapter holds the whole module of a bias, which PEFT copied to train it."""
     weight = adapter.tensors.get(f"{bias.removesuffix('bias')}weight")
     return weight is not None and is_stored(weight)
-
-
-def _heads(checkpoint: Checkpoint, folder: str) -> list[str]:
-    """Return the output heads that a checkpoint stores in a folder."""
-    return [name for name in checkpoint.tensors if folder_of(name) == folder and is_output_head(name)]
 
 
 def _check_rows(

@@ -213,7 +213,7 @@ def _owners_tensor(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
         each = used[role]
         tied = (
             _embeddings_and_heads(each).values()
-            if name in _all_embeddings_and_heads(used) and says_tied(used["base"].config)
+            if says_tied(used["base"].config) and any(name in _embeddings_and_heads(one) for one in used.values())
             else ()
         )
         if each.adapter is not None and is_input_embedding(name):
@@ -225,7 +225,3 @@ def _owners_tensor(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
         f"tensor '{shown(name)}' has a row for each token, but {used[owner].label}, the owner of the vocabulary, lacks"
         " it; give --vocab the other model"
     )
-
-
-def _all_embeddings_and_heads(used: Inputs) -> set[str]:
-    return {name for each in used.values() for name in _embeddings_and_heads(each)}
