@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from ..checkpoint import hub
 from ..common.checks import as_path
-from ..common.json_files import is_utf8
+from ..common.json_files import is_utf8, parse_json, read_small
 from ..common.messages import shown
 from ..common.notes import note
 from ..errors import CheckpointError
@@ -18,11 +19,23 @@ from ..model.tensor_names import folder_of
 from ..options.recipe import RECIPE_FILE, parse_recipe, read_recipe
 from .checkpoint import Checkpoint, assemble, in_part
 from .dcp import open_dcp
-from .folder import check_complete, check_links, parse_json_object, read_json_object, stamps_of, walk
 from .lazy_tensor import Tensor
-from .model_files import ADAPTERS, Contents, Part, ReadJson, leave_out_option, matches, sort_files
-from .safetensors_file import ADAPTER_CONFIG, INDEX, MODEL, TensorFile, open_tensorfile, parse_header
+from .model_files import (
+    ADAPTERS,
+    READ,
+    Contents,
+    Part,
+    ReadJson,
+    is_aside,
+    is_side_file,
+    leave_out_option,
+    matches,
+    sort_files,
+)
+from .safetensors_file import ADAPTER_CONFIG, INDEX, MODEL, Stamp, TensorFile, open_tensorfile, parse_header, stamp
 from .torch_file import BIN, BIN_INDEX, open_torch_file
+
+_DEPTH = 64  # of folders in a model
 
 
 def is_hub_id(ref: str | Path) -> bool:
@@ -86,23 +99,30 @@ def _from_folder(
 ) -> Checkpoint:
     label = f"{role} {shown(ref)}"
     try:
-        listed = sorted(walk(folder, outs))
+        listed = sorted(_walk(folder, outs))
     except OSError as error:
         raise CheckpointError(f"{label} cannot be listed: {error.strerror}") from error
     invalid = next((name for name in listed if not is_utf8(name)), None)
     if invalid is not None:
         raise CheckpointError(f"{label} holds '{shown(invalid)}', a name that is not valid UTF-8; rename or remove it")
     paths = [name for name in listed if not matches(name, leave_out)]
-    check_links(folder, paths, label)
-    stamps = stamps_of(folder, paths, copy_code)
+    _check_links(folder, paths, label)
+    stamps = _stamps_of(folder, paths, copy_code)
 
     def read(path: str) -> dict[str, Any]:
-        return read_json_object(folder / path)
+        whole = folder / path
+        try:
+            content = read_small(whole)
+        except OSError as error:
+            raise CheckpointError(
+                f"{shown(whole)} cannot be read: {error.strerror}; copy or download it again"
+            ) from error
+        return _parse_json_object(content, str(whole))
 
     given = f"{label} without what --leave-out names" if len(paths) < len(listed) else label
     contents = sort_files(paths, read, role, ref, given, copy_code=copy_code)
     for part in contents.parts:
-        check_complete(folder, part, label, leave_out)
+        _check_complete(folder, part, label, leave_out)
     files = {name: _opened(folder / name, name) for name in contents.own}
     tensors: dict[str, Tensor] | None = None
     others: tuple[str, ...] = ()
@@ -129,7 +149,7 @@ def _from_listing(
 ) -> Checkpoint:
     label = f"{role} {shown(ref)}"
     paths = sorted(name for name in listing.sizes if not matches(name, leave_out))
-    small = {name: parse_json_object(content, f"{ref}/{name}") for name, content in listing.small.items()}
+    small = {name: _parse_json_object(content, f"{ref}/{name}") for name, content in listing.small.items()}
     read = small.__getitem__
     contents = sort_files(paths, read, role, ref, label, copy_code=copy_code, with_torch=False)
     files = {}
@@ -181,3 +201,86 @@ def _checkpoint(
 
 def _opened(path: Path, name: str) -> TensorFile:
     return in_part(open_tensorfile(path, name) if name.endswith(".safetensors") else open_torch_file(path, name))
+
+
+def _walk(folder: Path, outs: Sequence[Path], prefix: str = "") -> list[str]:
+    """Return the relative paths of all files in a folder and below, with forward slashes.
+
+    Other merges and `outs` are skipped. Hidden and linked folders are not entered; they are listed with a trailing
+    slash.
+    """
+    if prefix.count("/") > _DEPTH:
+        raise CheckpointError(f"{shown(folder)} is more than {_DEPTH} folders deep in a model; move it away")
+    found = []
+    for entry in folder.iterdir():
+        if not entry.is_dir():
+            found.append(prefix + entry.name)
+        elif entry.is_symlink() or entry.name.startswith("."):
+            found.append(f"{prefix}{entry.name}/")
+        elif not (
+            entry.name.endswith(".partial")
+            or (entry / RECIPE_FILE).exists()
+            or any(out.exists() and entry.samefile(out) for out in outs)
+        ):
+            found += _walk(entry, outs, f"{prefix}{entry.name}/")
+    return found
+
+
+def _check_links(folder: Path, everything: Sequence[str], label: str) -> None:
+    """Raise CheckpointError for a link to a folder of weights elsewhere: links to folders are not followed."""
+    for name in everything:
+        if not name.endswith("/") or is_aside(name.rstrip("/")):
+            continue
+        linked = (folder / name).resolve()
+        if linked.is_relative_to(folder.resolve()):  # its target is listed anyway
+            continue
+        with suppress(OSError):
+            weights = next((each.name for each in linked.iterdir() if each.name.endswith(READ)), None)
+            if weights is not None:
+                raise CheckpointError(
+                    f"{label} holds weights, {shown(weights)}, in {shown(name)}, a link to another folder, which is not"
+                    f" followed: put a copy in its place, or leave it out: {leave_out_option(name)}"
+                )
+
+
+def _check_complete(folder: Path, part: Part, label: str, leave_out: Sequence[str]) -> None:
+    """Raise CheckpointError if a file that an index names is missing or named by --leave-out."""
+    shard = next((name for name in part.files if matches(name, leave_out)), None)
+    if shard is not None:
+        raise CheckpointError(
+            f"--leave-out names {shown(shard)} of {label}, a shard in {part.index or INDEX}; leave out no shard, or all"
+            " of them and the index"
+        )
+    missing = [name for name in part.files if not (folder / name).exists()]
+    if missing and (folder / missing[0]).is_symlink():
+        raise CheckpointError(f"{label}: {shown(missing[0])} is a broken link; copy or download the model again")
+    if missing:
+        raise CheckpointError(
+            f"{label} lacks {shown(missing[0])} ({len(missing)} of {len(part.files)} files), which its"
+            f" {part.index or INDEX} names; copy or download it again"
+        )
+
+
+def _stamps_of(folder: Path, everything: list[str], copy_code: bool) -> dict[Path, Stamp]:
+    """Return stamps of the small files, taken before they are read."""
+    small = [
+        name
+        for name in everything
+        if name in (RECIPE_FILE, ADAPTER_CONFIG) or ".index." in name or is_side_file(name, copy_code=copy_code)
+    ]
+    found = {}
+    for path in (folder / name for name in small):
+        with suppress(OSError):  # reported when the file is read
+            found[path] = stamp(path)
+    return found
+
+
+def _parse_json_object(content: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object. Raises CheckpointError."""
+    try:
+        parsed = parse_json(content)
+    except ValueError as error:
+        raise CheckpointError(f"{shown(where)} is not JSON: {shown(error, 200)}; copy or download it again") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{shown(where)} is not a JSON object; copy or download it again")
+    return parsed

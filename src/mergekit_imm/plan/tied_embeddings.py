@@ -74,7 +74,7 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
         groups |= found
         broken = broken or breaker
         apart = bool(breaker) and bool(tied[folder])
-        ties_in_memory = (  # a head that a T5 stores, whatever its config says
+        ties_in_memory = (  # loaded, the config of a T5 says tied, even if it stores a head
             said is False
             and "t5" in str((config or {}).get("model_type"))
             and any(is_output_head(name) and folder_of(name) == folder for name in base.tensors)
