@@ -17,17 +17,7 @@ from ..common.messages import shown
 from ..errors import CheckpointError
 from ..model.config import CONFIG
 from ..options.recipe import RECIPE_FILE
-from .model_files import (
-    MAIN,
-    Part,
-    component,
-    holds_parts,
-    is_side_file,
-    matches,
-    parts_below,
-    parts_beside,
-    stem_of,
-)
+from .model_files import MAIN, Part, component, holds_parts, is_side_file, matches, parts_below, parts_beside, stem_of
 from .safetensors_file import ADAPTER, ADAPTER_CONFIG, HEADER_LIMIT, INDEX, MODEL
 
 # Characters that the hub allows in names, and git in branches and tags.
