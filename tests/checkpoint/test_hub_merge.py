@@ -111,6 +111,19 @@ def test_weights_without_which_a_model_does_not_load_are_not_to_be_left_out(tmp_
     assert "--leave-out" not in refused.stderr
 
 
+def test_a_torch_file_beside_weights_on_a_hub_is_not_read(
+    tmp_path: Path, models: dict[str, Path], hub: FakeHub
+) -> None:
+    files = files_of(models["sft"])
+    files["trained.safetensors"] = files.pop("model.safetensors")
+    hub.add("org/both", {**files, "pytorch_model.bin": b"anything"})
+    done = imm_merge(tmp_path / "home", hub, "org/base", "org/both", "-o", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    merge_checkpoints(models["base"], models["sft"], tmp_path / "local")
+    weights = {name: each for name, each in files_of(tmp_path / "local").items() if name.endswith(".safetensors")}
+    assert weights.items() <= files_of(tmp_path / "out").items()
+
+
 def test_a_start_on_a_hub_tells_its_round(tmp_path: Path, models: dict[str, Path], hub: FakeHub) -> None:
     out = tmp_path / "out"
     for extra in (["--dry-run"], []):

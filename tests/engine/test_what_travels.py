@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from checkpoints import random_state, write_model
 from mergekit_imm import merge_checkpoints
-from mergekit_imm.checkpoint.side_files import is_side_file
+from mergekit_imm.checkpoint.model_files import is_side_file
 from models import load, new_model
 from refused import CONFIG, SHAPES
 

@@ -1,18 +1,21 @@
-"""An input of a merge, as its headers describe it."""
+"""An input of a merge, as its headers describe it: tensors by name, each read from one place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..common.messages import shown
-from ..common.notes import Note
+from ..common.notes import Note, note
+from ..errors import CheckpointError
+from ..model.tensor_names import folder_of
 from .lazy_tensor import Tensor
-from .parts import Part
-from .safetensors_file import Stamp, TensorFile, TensorInfo
+from .model_files import Contents, Part, leave_out_option
+from .safetensors_file import MODEL, Stamp, TensorFile, TensorInfo
+from .sharded import SHARDING, from_shards
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,9 @@ class Checkpoint:
     folder: Path | None  # None in a dry run on a hub id
     files: dict[str, TensorFile]
     tensors: dict[str, Tensor]  # by name; what an adapter lacks is unchanged from the start
-    config: dict[str, Any] | None
-    side: dict[str, Path | None]  # files to copy, by path within the folder
-    left_out: tuple[str, ...]  # files that are neither read nor copied
+    config: dict[str, Any] | None = None
+    side: Mapping[str, Path | None] = field(default_factory=dict)  # files to copy, by path within the folder
+    left_out: tuple[str, ...] = ()  # files that are neither read nor copied
     parts: tuple[Part, ...] = ()  # files grouped as loaders group them
     recipe: dict[str, Any] | None = None  # of the merge that made it
     adapter: dict[str, Any] | None = None  # an adapter's config
@@ -60,3 +63,110 @@ class Checkpoint:
         path = self.files[tensor.file].path
         assert path is not None, "a dry run does not read tensors"
         return path
+
+
+def in_part(file: TensorFile) -> TensorFile:
+    """Return a file with its sub-folder prefixed to the names of its tensors."""
+    folder = folder_of(file.name)
+    if not folder:
+        return file
+    return replace(file, tensors=tuple(replace(each, name=folder + each.name) for each in file.tensors))
+
+
+def assemble(
+    role: str,
+    ref: str,
+    folder: Path | None,
+    files: dict[str, TensorFile],
+    contents: Contents,
+    tensors: dict[str, Tensor] | None = None,
+) -> Checkpoint:
+    """Return the checkpoint that open files make up, checked against their indexes.
+
+    Tensors that the model's own files hold in pieces are joined, unless `tensors` has them.
+    """
+    label = f"{role} {shown(ref)}"
+    for index, content in contents.indexes.items():
+        of_index = [each for part in contents.parts if part.index == index for each in part.files] or [*contents.own]
+        _check_index(content["weight_map"], files, of_index, index, label)
+    own = {name: files[name] for name in contents.own}
+    beside = [file for name, file in files.items() if name not in own]
+    if tensors is None and any(SHARDING in file.metadata for file in own.values()):
+        own, tensors = from_shards(own, role, label)
+        files = files | own
+    places = {
+        f"{folder_of(index)}{name}": f"{folder_of(index)}{file}"
+        for index, content in contents.indexes.items()
+        for name, file in content["weight_map"].items()
+    }
+    if tensors is None:
+        tensors, unread = _by_name(files.values(), places, role, ref)
+    else:
+        more, unread = _by_name(beside, places, role, ref)
+        twice = next((name for name in more if name in tensors), None)
+        if twice is not None:
+            raise _stored_twice(twice, "its own files", beside[0].name, role, ref)
+        tensors |= more
+    notes = [note for file in files.values() for note in file.notes]
+    if unread:
+        text = "{label} stores {count} tensors twice, first '{first}'; each is read from the file its index names"
+        notes.append(note("stored twice", text, label=label, count=len(unread), first=shown(unread[0].name)))
+    return Checkpoint(role, ref, folder, files, tensors, parts=contents.parts, unread=tuple(unread), notes=tuple(notes))
+
+
+def _by_name(
+    files: Iterable[TensorFile], places: Mapping[str, str], role: str, ref: str
+) -> tuple[dict[str, Tensor], list[TensorInfo]]:
+    """Return tensors by name, and the duplicates that an index says to read from another file."""
+    tensors: dict[str, Tensor] = {}
+    unread = []
+    file_of: dict[str, str] = {}
+    for file in files:
+        for tensor in file.tensors:
+            if tensor.name not in file_of:
+                pass
+            elif places.get(tensor.name) == file_of[tensor.name]:
+                unread.append(tensor)
+                continue
+            elif places.get(tensor.name) == file.name:
+                before = tensors[tensor.name]
+                assert isinstance(before, TensorInfo)
+                unread.append(before)
+            else:
+                raise _stored_twice(tensor.name, file_of[tensor.name], file.name, role, ref)
+            tensors[tensor.name] = tensor
+            file_of[tensor.name] = file.name
+    return tensors, unread
+
+
+def _stored_twice(name: str, one: str, other: str, role: str, ref: str) -> CheckpointError:
+    return CheckpointError(
+        f"{role} {shown(ref)} stores tensor '{shown(name)}' twice, in {shown(one)} and in {shown(other)}; leave one of"
+        f" the files out, {leave_out_option(other)}, or remove it"
+    )
+
+
+def _check_index(
+    weight_map: dict[str, str], files: Mapping[str, TensorFile], own: Sequence[str], index: str, where: str
+) -> None:
+    """Check that an index agrees with the headers of the files it names, `own`."""
+    folder = folder_of(index)
+    places: dict[str, set[str]] = {}
+    for name in own:
+        for tensor in files[name].tensors:
+            places.setdefault(tensor.name.removeprefix(folder), set()).add(name.removeprefix(folder))
+    if own == [MODEL] and set(weight_map) != set(places):
+        raise CheckpointError(f"{where} holds both {MODEL} and {index}, with different tensors; delete the stale one")
+    for name, file in weight_map.items():
+        if not places.get(name, set()) & {file, MODEL}:
+            place = f"is in {shown(min(places[name]))}" if name in places else "is in none of its files"
+            raise CheckpointError(
+                f"{where}: {index} says tensor '{shown(name)}' is in {shown(file)}, but it {place};"
+                " download the model again, or delete a stale index"
+            )
+    unnamed = sorted(set(places) - set(weight_map))
+    if unnamed:
+        raise CheckpointError(
+            f"{where} stores {len(unnamed)} tensors that its {index} does not name, first"
+            f" '{shown(unnamed[0])}'; download the model again, or delete a stale index"
+        )

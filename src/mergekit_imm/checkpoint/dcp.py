@@ -22,6 +22,7 @@ from .sharded import PlacedTensor, joined_pieces
 from .torch_file import tensor_at
 
 METADATA = ".metadata"
+FSDP_FOLDER = "pytorch_model_fsdp_0/"  # where accelerate keeps a sharded checkpoint
 # Training state that is stored with a model.
 _TRAINING_STATE = (
     "optimizer optimizers optim optimizer_states lr_scheduler lr_schedulers scheduler dataloader train_state rng_state"

@@ -15,21 +15,10 @@ from typing import Any
 from ..common.json_files import parse_json
 from ..common.messages import shown
 from ..errors import CheckpointError
+from ..model.config import CONFIG
 from ..options.recipe import RECIPE_FILE
-from .parts import (
-    MAIN,
-    Part,
-    component,
-    holds_parts,
-    matches,
-    parts_below,
-    parts_beside,
-    stem_of,
-)
-from .safetensors_file import HEADER_LIMIT, INDEX, MODEL
-from .side_files import is_side_file
-
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from .model_files import MAIN, Part, component, holds_parts, is_side_file, matches, parts_below, parts_beside, stem_of
+from .safetensors_file import ADAPTER, ADAPTER_CONFIG, HEADER_LIMIT, INDEX, MODEL
 
 # Characters that the hub allows in names, and git in branches and tags.
 _REF = re.compile(r"(\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@([^\s~^:?*\[\\]+))?", re.ASCII)
@@ -136,10 +125,10 @@ def list_remote(ref: str, leave_out: Sequence[str] = ()) -> Listing:
     with _one_line(ref), ThreadPoolExecutor(8) as pool:
         whole = _look_up(ref)
         repo, _ = _leave_out(whole, leave_out)
-        small = _read_small(repo, "config.json", INDEX, RECIPE_FILE, ADAPTER_CONFIG)
+        small = _read_small(repo, CONFIG, INDEX, RECIPE_FILE, ADAPTER_CONFIG)
         own, parts, _ = _files_to_read(repo, _parse_index(repo, small))
         small |= _read_small(repo, *(part.index for part in parts if part.index))
-        small |= _read_small(repo, *{f"{part.folder}config.json" for part in parts if part.folder})
+        small |= _read_small(repo, *{f"{part.folder}{CONFIG}" for part in parts if part.folder})
         files = [*own, *(name for part in parts for name in part.files)]
         headers = pool.map(lambda name: _read_header(repo, name), files)
         return Listing(repo.name, repo.commit, whole.sizes, small, dict(zip(files, headers, strict=True)))

@@ -127,7 +127,7 @@ class _View(Computed):
     @property
     def is_delta(self) -> bool:
         """As of the whole."""
-        return is_delta(self.whole)
+        return self.whole.is_delta
 
     @property
     def stored(self) -> int:
@@ -223,7 +223,7 @@ class Extended(Pieces):
     @property
     def is_delta(self) -> bool:
         """As of its own rows; the added ones are never read as a delta."""
-        return is_delta(self.own)
+        return self.own.is_delta
 
     @property
     def stored(self) -> int:
@@ -250,11 +250,6 @@ def leaves(tensor: Tensor, role: str) -> Iterator[Leaf]:
                 yield from leaves(found.tensor, found.role)
             elif hasattr(found, "stored") and hasattr(found, "output_dtype"):
                 yield from leaves(found, owner)
-
-
-def is_delta(tensor: Tensor | None) -> bool:
-    """Whether a tensor is a delta, to be added to the start."""
-    return isinstance(tensor, Computed) and tensor.is_delta
 
 
 def is_stored(tensor: Tensor) -> bool:

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from ..checkpoint import hub
 from ..common.checks import as_path
-from ..common.json_files import is_utf8
+from ..common.json_files import is_utf8, parse_json, read_small
 from ..common.messages import shown
-from ..common.notes import Note, note
+from ..common.notes import note
 from ..errors import CheckpointError
+from ..model.config import CONFIG
 from ..model.tensor_names import folder_of
 from ..options.recipe import RECIPE_FILE, parse_recipe, read_recipe
-from .assemble import assemble, in_part
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, assemble, in_part
 from .dcp import open_dcp
-from .detect import BIN, BIN_INDEX, adapter_file, bin_files, dcp_prefix, model_files, no_model
-from .folder import check_complete, check_links, parse_json_object, read_json_object, stamps_of, walk
-from .hub import ADAPTER, ADAPTER_CONFIG
 from .lazy_tensor import Tensor
-from .parts import ADAPTERS, Part, component, leave_out_option, matches, parts_below, parts_beside
-from .safetensors_file import INDEX, MODEL, TensorFile, open_tensorfile, parse_header
-from .side_files import is_side_file
-from .torch_file import open_torch_file
+from .model_files import (
+    ADAPTERS,
+    READ,
+    Contents,
+    Part,
+    ReadJson,
+    is_aside,
+    is_side_file,
+    leave_out_option,
+    matches,
+    sort_files,
+)
+from .safetensors_file import ADAPTER_CONFIG, INDEX, MODEL, Stamp, TensorFile, open_tensorfile, parse_header, stamp
+from .torch_file import BIN, BIN_INDEX, open_torch_file
+
+_DEPTH = 64  # of folders in a model
 
 
 def is_hub_id(ref: str | Path) -> bool:
     """Whether an input is a hub id: it has the form of one, and no such path exists."""
-    if isinstance(ref, PurePath) or hub.split_ref(str(ref)) is None:
+    if isinstance(ref, PurePath):
         return False
     try:
-        return not Path(ref).exists()
+        return not Path(ref).exists() and hub.split_ref(ref) is not None
     except OSError:
         return False
 
@@ -70,7 +80,8 @@ def open_checkpoint(
                 " `save_pretrained`"
             )
         file = open_tensorfile(path, path.name)
-        return assemble(role, text, path.parent, {path.name: file}, None, {})
+        whole = Contents((path.name,), (Part((path.name,)),), (path.name,))
+        return assemble(role, text, path.parent, {path.name: file}, whole)
     if not is_hub_id(ref):
         raise CheckpointError(
             f"{role} {shown(text)} does not exist; give a folder, a .safetensors file or a hub id org/name[@revision]"
@@ -87,132 +98,104 @@ def _from_folder(
     folder: Path, role: str, ref: str, copy_code: bool, outs: Sequence[Path] = (), leave_out: Sequence[str] = ()
 ) -> Checkpoint:
     label = f"{role} {shown(ref)}"
-
-    def read(path: str) -> dict[str, Any]:
-        return read_json_object(folder / path)
-
     try:
-        listed = sorted(walk(folder, outs))
+        listed = sorted(_walk(folder, outs))
     except OSError as error:
         raise CheckpointError(f"{label} cannot be listed: {error.strerror}") from error
     invalid = next((name for name in listed if not is_utf8(name)), None)
     if invalid is not None:
         raise CheckpointError(f"{label} holds '{shown(invalid)}', a name that is not valid UTF-8; rename or remove it")
-    everything = [name for name in listed if not matches(name, leave_out)]
-    check_links(folder, everything, label)
-    top = [name for name in everything if "/" not in name]
-    stamps = stamps_of(folder, everything, copy_code)
+    paths = [name for name in listed if not matches(name, leave_out)]
+    _check_links(folder, paths, label)
+    stamps = _stamps_of(folder, paths, copy_code)
 
-    # Which files are the model, and which are its other parts.
-    indexed_by = BIN_INDEX if bin_files(top) == [BIN_INDEX] else INDEX
-    index = read(indexed_by) if indexed_by in top else None
-    adapter = adapter_file(top) if role == "sft" else None
-    prefix = None if adapter else dcp_prefix(everything)
-    own = None if adapter or prefix is not None else component(top, read)
-    if own is None:
-        shown_ref = f"{ref} without what --leave-out names" if len(everything) < len(listed) else ref
-        names = (
-            [adapter] if adapter else [] if prefix is not None else model_files(top, index, role, shown_ref, everything)
-        )
-        own = Part(tuple(names), index=indexed_by if index is not None and MODEL not in names else None)
-    names = [*own.files]
-    beside, adapters = parts_below(everything, read)
-    beside = parts_beside(top, names) + beside
-    for part in (own, *beside):
-        check_complete(folder, part, label, leave_out)
+    def read(path: str) -> dict[str, Any]:
+        whole = folder / path
+        try:
+            content = read_small(whole)
+        except OSError as error:
+            raise CheckpointError(
+                f"{shown(whole)} cannot be read: {error.strerror}; copy or download it again"
+            ) from error
+        return _parse_json_object(content, str(whole))
 
-    files = {name: _opened(folder / name, name) for name in names}
+    given = f"{label} without what --leave-out names" if len(paths) < len(listed) else label
+    contents = sort_files(paths, read, role, ref, given, copy_code=copy_code)
+    for part in contents.parts:
+        _check_complete(folder, part, label, leave_out)
+    files = {name: _opened(folder / name, name) for name in contents.own}
     tensors: dict[str, Tensor] | None = None
     others: tuple[str, ...] = ()
-    if prefix is not None:
-        files, tensors, others = open_dcp(folder, prefix, role, label)
-        own = Part(tuple(files))
-    if not own.files and not beside:
-        raise CheckpointError(f"{label} {no_model(everything, ref)}")
-    files_beside = {name: _opened_beside(folder / name, name, label) for part in beside for name in part.files}
-
-    side = {
-        name: folder / name
-        for name in everything
-        if is_side_file(name, copy_code=copy_code) or (name.startswith(tuple(adapters)) and not name.endswith("/"))
-    }
-    unreadable = [name for name, path in side.items() if not path.is_file()]
-    if unreadable:
-        raise CheckpointError(
-            f"{label}: {shown(unreadable[0])} is a broken link or not a plain file; repair or remove it"
-        )
-
-    indexes = {} if index is None or adapter else {indexed_by: index}
-    indexes |= {path: read(path) for part in (own, *beside) if (path := part.index) and path not in indexes}
-    config = read("config.json") if "config.json" in top else None
-    parts = (own, *beside) if own.files else tuple(beside)
-    found = assemble(
-        role, ref, folder, files, config, side, parts=parts, files_beside=files_beside, indexes=indexes, tensors=tensors
-    )
-    configs = {f"{part.folder}config.json" for part in beside} & set(everything)
-    adapter_config = read(ADAPTER_CONFIG) if adapter else None
-    return replace(
-        found,
-        stamps=stamps,
-        left_out=(*_left_out(listed, found), *others),
-        adapter=adapter_config,
-        trained_on=adapter_config.get("base_model_name_or_path") if adapter_config else None,
-        adapters=tuple(adapters),
-        part_configs={folder_of(path): read(path) for path in sorted(configs) if "/" in path},
-        recipe=read_recipe(folder) if role == "start" else None,
-        notes=(*found.notes, *_note_of_adapter(top, adapter, label)),
-    )
+    if contents.dcp is not None:
+        files, tensors, others = open_dcp(folder, contents.dcp, role, label)
+        contents = replace(contents, parts=(Part(tuple(files)), *contents.parts), own=tuple(files))
+    for name in (name for part in contents.parts for name in part.files if name not in files):
+        try:
+            files[name] = _opened(folder / name, name)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; if it is not part of {label}, leave it out: {leave_out_option(name)}"
+            ) from error
+    unreadable = next((name for name in contents.side if not (folder / name).is_file()), None)
+    if unreadable is not None:
+        raise CheckpointError(f"{label}: {shown(unreadable)} is a broken link or not a plain file; repair or remove it")
+    found = _checkpoint(role, ref, folder, files, contents, listed, read, tensors)
+    recipe = read_recipe(folder) if role == "start" else None
+    return replace(found, stamps=stamps, left_out=(*found.left_out, *others), recipe=recipe)
 
 
 def _from_listing(
     listing: hub.Listing, role: str, ref: str, copy_code: bool, leave_out: Sequence[str] = ()
 ) -> Checkpoint:
-    everything = sorted(name for name in listing.sizes if not matches(name, leave_out))
-    top = [name for name in everything if "/" not in name]
-    small = {name: parse_json_object(content, f"{ref}/{name}") for name, content in listing.small.items()}
-    index = small.get(INDEX)
-    is_adapter = role == "sft" and adapter_file(top) == ADAPTER
-    own = None if is_adapter else component(top, small.__getitem__)
-    if own is None:
-        names = [ADAPTER] if is_adapter else model_files(top, index, role, ref, everything)
-        own = Part(tuple(names), index=INDEX if index is not None and MODEL not in names else None)
-    names = [*own.files]
-    beside, adapters = parts_below(everything, small.__getitem__)
-    beside = parts_beside(top, names) + beside
-    if not own.files and not beside:
-        raise CheckpointError(f"{role} {shown(ref)} {no_model(everything, ref)}")
+    label = f"{role} {shown(ref)}"
+    paths = sorted(name for name in listing.sizes if not matches(name, leave_out))
+    small = {name: _parse_json_object(content, f"{ref}/{name}") for name, content in listing.small.items()}
+    read = small.__getitem__
+    contents = sort_files(paths, read, role, ref, label, copy_code=copy_code, with_torch=False)
     files = {}
-    for part in (own, *beside):
+    for part in contents.parts:
         for name in part.files:
             if name not in listing.headers:
-                raise CheckpointError(
-                    f"{role} {shown(ref)} lacks {shown(name)} on the hub, which its {part.index or INDEX} names"
-                )
+                raise CheckpointError(f"{label} lacks {shown(name)} on the hub, which its {part.index or INDEX} names")
             files[name] = in_part(parse_header(listing.headers[name], name, listing.sizes[name], None))
-    side: dict[str, Path | None] = {
-        n: None for n in everything if is_side_file(n, copy_code=copy_code) or n.startswith(tuple(adapters))
-    }
-    indexes = {path: small[path] for part in (own, *beside) if (path := part.index)}
-    if index is not None and not is_adapter:
-        indexes[INDEX] = index
-    main = {name: files.pop(name) for name in names}
-    parts = (own, *beside) if own.files else tuple(beside)
-    config = small.get("config.json")
-    found = assemble(role, ref, None, main, config, side, parts=parts, files_beside=files, indexes=indexes)
+    found = _checkpoint(role, ref, None, files, contents, sorted(listing.sizes), read)
     content = listing.small.get(RECIPE_FILE) if role == "start" else None
+    recipe = None if content is None else parse_recipe(content, f"{ref}/{RECIPE_FILE}")
+    return replace(found, repo=listing.repo, commit=listing.commit, recipe=recipe)
+
+
+def _checkpoint(
+    role: str,
+    ref: str,
+    folder: Path | None,
+    files: dict[str, TensorFile],
+    contents: Contents,
+    listed: Sequence[str],
+    read: ReadJson,
+    tensors: dict[str, Tensor] | None = None,
+) -> Checkpoint:
+    """Return the checkpoint that open files make up, with what its small files say."""
+    config = read(CONFIG) if CONFIG in contents.paths else None
+    found = assemble(role, ref, folder, files, contents, tensors)
+    adapter = read(ADAPTER_CONFIG) if contents.adapter else None
+    configs = sorted({f"{part.folder}{CONFIG}" for part in contents.parts if part.folder} & {*contents.paths})
+    notes = found.notes
+    ignored = next((name for name in ADAPTERS if name in contents.paths), None)
+    if ignored is not None and adapter is None:
+        text = "{label} holds an adapter beside its weights, {file}, which is not merged"
+        notes = (*notes, note("adapter not merged", text, label=found.label, file=ignored))
+    used = {*files, *contents.side, *(part.index for part in contents.parts)}
+    used |= {INDEX} if MODEL in files else {BIN_INDEX} if BIN in files else set()
     return replace(
         found,
-        repo=listing.repo,
-        commit=listing.commit,
-        left_out=_left_out(sorted(listing.sizes), found),
-        recipe=None if content is None else parse_recipe(content, f"{ref}/{RECIPE_FILE}"),
-        adapter=small[ADAPTER_CONFIG] if is_adapter else None,
-        trained_on=small[ADAPTER_CONFIG].get("base_model_name_or_path") if is_adapter else None,
-        adapters=tuple(adapters),
-        part_configs={
-            folder_of(n): small[n] for part in beside if (n := f"{part.folder}config.json") in small and part.folder
-        },
-        notes=(*found.notes, *_note_of_adapter(top, ADAPTER if is_adapter else None, f"{role} {shown(ref)}")),
+        config=config,
+        side={name: folder / name if folder else None for name in contents.side},
+        left_out=tuple(name for name in listed if name not in used),
+        adapter=adapter,
+        trained_on=adapter.get("base_model_name_or_path") if adapter else None,
+        adapters=contents.adapters,
+        part_configs={folder_of(path): read(path) for path in configs},
+        notes=notes,
     )
 
 
@@ -220,25 +203,84 @@ def _opened(path: Path, name: str) -> TensorFile:
     return in_part(open_tensorfile(path, name) if name.endswith(".safetensors") else open_torch_file(path, name))
 
 
-def _opened_beside(path: Path, name: str, label: str) -> TensorFile:
-    """Open a file beside a model's own, which may not be part of the model."""
-    try:
-        return _opened(path, name)
-    except CheckpointError as error:
+def _walk(folder: Path, outs: Sequence[Path], prefix: str = "") -> list[str]:
+    """Return the relative paths of all files in a folder and below, with forward slashes.
+
+    Other merges and `outs` are skipped. Hidden and linked folders are not entered; they are listed with a trailing
+    slash.
+    """
+    if prefix.count("/") > _DEPTH:
+        raise CheckpointError(f"{shown(folder)} is more than {_DEPTH} folders deep in a model; move it away")
+    found = []
+    for entry in folder.iterdir():
+        if not entry.is_dir():
+            found.append(prefix + entry.name)
+        elif entry.is_symlink() or entry.name.startswith("."):
+            found.append(f"{prefix}{entry.name}/")
+        elif not (
+            entry.name.endswith(".partial")
+            or (entry / RECIPE_FILE).exists()
+            or any(out.exists() and entry.samefile(out) for out in outs)
+        ):
+            found += _walk(entry, outs, f"{prefix}{entry.name}/")
+    return found
+
+
+def _check_links(folder: Path, everything: Sequence[str], label: str) -> None:
+    """Raise CheckpointError for a link to a folder of weights elsewhere: links to folders are not followed."""
+    for name in everything:
+        if not name.endswith("/") or is_aside(name.rstrip("/")):
+            continue
+        linked = (folder / name).resolve()
+        if linked.is_relative_to(folder.resolve()):  # its target is listed anyway
+            continue
+        with suppress(OSError):
+            weights = next((each.name for each in linked.iterdir() if each.name.endswith(READ)), None)
+            if weights is not None:
+                raise CheckpointError(
+                    f"{label} holds weights, {shown(weights)}, in {shown(name)}, a link to another folder, which is not"
+                    f" followed: put a copy in its place, or leave it out: {leave_out_option(name)}"
+                )
+
+
+def _check_complete(folder: Path, part: Part, label: str, leave_out: Sequence[str]) -> None:
+    """Raise CheckpointError if a file that an index names is missing or named by --leave-out."""
+    shard = next((name for name in part.files if matches(name, leave_out)), None)
+    if shard is not None:
         raise CheckpointError(
-            f"{error}; if it is not part of {label}, leave it out: {leave_out_option(name)}"
-        ) from error
+            f"--leave-out names {shown(shard)} of {label}, a shard in {part.index or INDEX}; leave out no shard, or all"
+            " of them and the index"
+        )
+    missing = [name for name in part.files if not (folder / name).exists()]
+    if missing and (folder / missing[0]).is_symlink():
+        raise CheckpointError(f"{label}: {shown(missing[0])} is a broken link; copy or download the model again")
+    if missing:
+        raise CheckpointError(
+            f"{label} lacks {shown(missing[0])} ({len(missing)} of {len(part.files)} files), which its"
+            f" {part.index or INDEX} names; copy or download it again"
+        )
 
 
-def _note_of_adapter(top: Sequence[str], adapter: str | None, label: str) -> list[Note]:
-    found = next((name for name in ADAPTERS if name in top), None)
-    if found is None or adapter is not None:
-        return []
-    text = "{label} holds an adapter beside its weights, {file}, which is not merged"
-    return [note("adapter not merged", text, label=label, file=found)]
+def _stamps_of(folder: Path, everything: list[str], copy_code: bool) -> dict[Path, Stamp]:
+    """Return stamps of the small files, taken before they are read."""
+    small = [
+        name
+        for name in everything
+        if name in (RECIPE_FILE, ADAPTER_CONFIG) or ".index." in name or is_side_file(name, copy_code=copy_code)
+    ]
+    found = {}
+    for path in (folder / name for name in small):
+        with suppress(OSError):  # reported when the file is read
+            found[path] = stamp(path)
+    return found
 
 
-def _left_out(everything: list[str], found: Checkpoint) -> tuple[str, ...]:
-    used = {*found.files, *found.side, *(part.index for part in found.parts)}
-    used |= {INDEX} if MODEL in found.files else {BIN_INDEX} if BIN in found.files else set()
-    return tuple(name for name in everything if name not in used)
+def _parse_json_object(content: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object. Raises CheckpointError."""
+    try:
+        parsed = parse_json(content)
+    except ValueError as error:
+        raise CheckpointError(f"{shown(where)} is not JSON: {shown(error, 200)}; copy or download it again") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{shown(where)} is not a JSON object; copy or download it again")
+    return parsed

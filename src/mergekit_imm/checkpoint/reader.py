@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Files:
     def __init__(self, inputs: Mapping[str, Checkpoint]) -> None:
         self._inputs = inputs
         self._open: dict[Path, int] = {}
+        self._to_close = ExitStack()
         self._shared: dict[int, _Once] = {}  # by id: hashing a tensor of many pieces is slow
         self._lock = threading.Lock()
 
@@ -49,18 +50,24 @@ class Files:
         return self
 
     def __exit__(self, *_: object) -> None:  # noqa: D105
-        when_unused(self._close)
-
-    def _close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        when_unused(self._to_close.close)
 
     def read(self, role: str, tensor: Tensor, first: int, buffer: Raw) -> None:
         """Fill a buffer from byte `first` of a tensor."""
-        if isinstance(tensor, TensorInfo):
-            self._read(role, tensor, first, memoryview(buffer))  # type: ignore[arg-type]
-        else:
+        if not isinstance(tensor, TensorInfo):
             tensor.fill(self._reads, self._shared_of(tensor), first // (DTYPE_BITS[tensor.dtype] // 8), buffer)
+            return
+        path = self._inputs[role].path(tensor)
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = open_to_read(path)
+                self._to_close.callback(os.close, self._open[path])
+            descriptor = self._open[path]
+        begin, count = tensor.begin + first, len(buffer)
+        if count >= ANNOUNCED and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # only a hint: the disk reads ahead while the workers compute
+                os.posix_fadvise(descriptor, begin + AHEAD * count, count, os.POSIX_FADV_WILLNEED)
+        read_into(descriptor, memoryview(buffer), begin, path)  # type: ignore[arg-type]
 
     def _shared_of(self, tensor: Computed) -> Any:
         if type(tensor).shared is Computed.shared:
@@ -74,22 +81,6 @@ class Files:
 
     def _reads(self, role: str) -> Read:
         return functools.partial(self.read, role)
-
-    def _read(self, role: str, tensor: TensorInfo, first: int, buffer: memoryview) -> None:
-        path = self._inputs[role].path(tensor)
-        with self._lock:
-            if path not in self._open:
-                self._open[path] = open_to_read(path)
-            descriptor = self._open[path]
-        _announce(descriptor, tensor.begin + first + AHEAD * len(buffer), len(buffer))
-        read_into(descriptor, buffer, tensor.begin + first, path)
-
-
-def _announce(descriptor: int, offset: int, count: int) -> None:
-    """Ask the system to read ahead, so that the disk works while the workers compute."""
-    if count >= ANNOUNCED and hasattr(os, "posix_fadvise"):
-        with suppress(OSError):  # only a hint
-            os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
 
 
 def check_inputs(inputs: Mapping[str, Checkpoint]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from ..common.json_files import parse_json, plain_size, without_duplicates
 from ..common.messages import shown
@@ -27,6 +27,7 @@ MERGED = ("BF16", "F16", "F32", "F64")
 WHOLE = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's
 HEADER_LIMIT = 100_000_000  # safetensors' own
 _PAGE, _STRIDE, _EDGE = 4096, 16 << 20, 64 << 10
 
@@ -41,6 +42,8 @@ class TensorInfo:
     file: str  # name of the file within its checkpoint
     begin: int  # offset of its first byte in the file
     nbytes: int
+
+    is_delta: ClassVar[bool] = False  # a computed tensor may be one, to be added to the start
 
     @property
     def count(self) -> int:

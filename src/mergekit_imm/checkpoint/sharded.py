@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,22 +12,11 @@ from ..errors import CheckpointError
 from .lazy_tensor import Piece, Pieces, Tensor, renamed
 from .safetensors_file import DTYPE_BITS, TensorFile, TensorInfo
 
-_SHARDING = "DCP_SHARDING_INFO"  # metadata key of torch.distributed.checkpoint's HuggingFaceStorageWriter
-_OWN = (_SHARDING, "DCP_VERSION")
-_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+SHARDING = "DCP_SHARDING_INFO"  # metadata key of torch.distributed.checkpoint's HuggingFaceStorageWriter
+_OWN = (SHARDING, "DCP_VERSION")
 
 PlacedTensor = tuple[TensorInfo, tuple[int, ...]]  # a piece, and where in the tensor it begins
 _Box = tuple[tuple[int, ...], tuple[int, ...]]  # begin and end
-
-
-def are_shards(names: Sequence[str]) -> bool:
-    """Whether safetensors files are one model's, written rank by rank."""
-    return bool(names) and all(map(_SHARD.fullmatch, names))
-
-
-def is_sharded(files: Mapping[str, TensorFile]) -> bool:
-    """Whether the files' metadata says which piece of a larger tensor each tensor is."""
-    return any(_SHARDING in file.metadata for file in files.values())
 
 
 def from_shards(
@@ -62,7 +50,7 @@ def from_shards(
 
 def _places(file: TensorFile, where: str) -> dict[str, tuple[int, ...]]:
     try:
-        entries: Any = parse_json(file.metadata[_SHARDING].encode())
+        entries: Any = parse_json(file.metadata[SHARDING].encode())
         places = {name: tuple(entry["saved_offsets"]) for name, entry in entries.items()}
         if not all(type(number) is int and number >= 0 for place in places.values() for number in place):
             raise ValueError("an offset is not a number")
@@ -70,7 +58,7 @@ def _places(file: TensorFile, where: str) -> dict[str, tuple[int, ...]]:
             raise ValueError("it does not match the tensors of this file")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{where} has no {_SHARDING} or a damaged one: {shown(error, 200)}; copy it again"
+            f"{where} has no {SHARDING} or a damaged one: {shown(error, 200)}; copy it again"
         ) from error
     return places
 

@@ -27,6 +27,10 @@ from ..errors import CheckpointError
 from .safe_pickle import AGAIN, CURE, DTYPES, LIMIT, load_pickle, mapping, numbers
 from .safetensors_file import DTYPE_BITS, TensorFile, TensorInfo, open_to_read
 
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+FSDP_BIN = "pytorch_model_fsdp.bin"  # accelerate's name for a whole model that FSDP trained
+ADAPTER_BIN = "adapter_model.bin"
+
 _MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")  # under which trainers put a model
 _ENCRYPTED, _HAS_DESCRIPTOR = 1, 8  # flags of an entry
 _STORAGES = {

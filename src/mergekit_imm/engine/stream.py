@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from ..checkpoint.assemble import in_part
+from ..checkpoint.checkpoint import in_part
 from ..checkpoint.safetensors_file import TensorInfo, open_tensorfile
 from ..common.notes import note
 from ..common.threads import when_unused

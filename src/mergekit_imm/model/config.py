@@ -11,6 +11,7 @@ from typing import Any
 from ..common.messages import shown
 from ..errors import MismatchError
 
+CONFIG = "config.json"
 Config = Mapping[str, Any]
 # Settings that affect neither the set of tensors nor their shapes.
 _NO_TENSORS = re.compile(
@@ -30,7 +31,8 @@ def check_configs(configs: Mapping[str, tuple[str, Config | None]], renamed: Col
         for key in ("model_type", "architectures"):
             if role == "base" or not base or not config or not base.get(key) or config.get(key) == base[key]:
                 continue
-            if not _is_related(config, base, role in renamed):
+            has_part_in_common = role in renamed and _types(base) & _types(config)
+            if not is_other_class(config, base) and not has_part_in_common:
                 raise MismatchError(
                     f"{base_label} has {key} {shown(base[key])}, {label} has {shown(config.get(key) or 'none')};"
                     " they must be one architecture"
@@ -47,10 +49,6 @@ def is_other_class(config: Config | None, base: Config | None) -> bool:
     if config is None or base is None or None in kinds or kinds[0] == kinds[1]:
         return False
     return kinds[0] in _types(base) or kinds[1] in _types(config)
-
-
-def _is_related(config: Config, base: Config, renamed: bool) -> bool:
-    return is_other_class(config, base) or (renamed and bool(_types(base) & _types(config)))
 
 
 def _types(config: Config) -> set[str]:

@@ -7,8 +7,7 @@ finding is a bug in this program, not a fault of the inputs.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor, leaves
@@ -16,7 +15,7 @@ from ..checkpoint.safetensors_file import TensorInfo
 from ..common.json_files import parse_json
 from ..common.messages import shown
 from ..errors import PlanError
-from ..model.config import stated_tie
+from ..model.config import CONFIG, stated_tie
 from ..model.tensor_names import folder_of, is_output_head
 from .decide import Decided
 from .plan import Item, Plan
@@ -27,7 +26,23 @@ def check_tensors(decided: Decided, same_bytes: SameBytes) -> None:
     """Check that every tensor in the inputs' files is merged, kept, taken or copied. Raises PlanError."""
     for role, each in decided.used.items():
         _check_files(role, each)
-    _check_items(decided, same_bytes)
+    items = {out.name: item for item in decided.items for out in item.outs}
+    items |= {name: items[group.written[0]] for name, group in decided.ties.groups.items() if group.written[0] in items}
+    for role, each in decided.used.items():
+        for name, tensor in each.tensors.items():
+            item = items.get(name)
+            if item is None:
+                raise _fault(f"tensor '{shown(name)}' of {each.label} would not be used")
+            if item.action == ("take" if role == "base" else "keep") or (role == "start" and item.action == "take"):
+                continue
+            side = item.sides.get(role)
+            if side is None:
+                raise _fault(f"tensor '{shown(name)}' of {each.label} would not enter '{shown(item.name)}'")
+            if side is tensor or _same_leaves(side, tensor, role):
+                continue
+            other = each.tensors.get(side.name, side)
+            if name not in decided.ties.groups or not same_bytes(each, other, tensor):
+                raise _fault(f"tensor '{shown(name)}' of {each.label} is not what is read for '{shown(item.name)}'")
 
 
 def check_plan(plan: Plan, ties: Ties) -> None:
@@ -48,6 +63,9 @@ def check_plan(plan: Plan, ties: Ties) -> None:
 
 def _check_files(role: str, checkpoint: Checkpoint) -> None:
     """Check that a model's tensors are read from every byte its files hold."""
+    others = [tensor for tensor in _stored(checkpoint) if checkpoint.tensors.get(tensor.name) is not tensor]
+    if not others:
+        return  # each is read as it is stored
     ranges: dict[str, list[tuple[int, int]]] = {}
     for tensor in checkpoint.tensors.values():
         for owner, leaf in leaves(tensor, role):
@@ -57,7 +75,7 @@ def _check_files(role: str, checkpoint: Checkpoint) -> None:
     # A resized vocabulary may lose rows; of copies under one name, one is read.
     joined = {name: _joined(found) for name, found in ranges.items()}
     copies = {(tensor.name, tensor.shape) for tensor in _stored(checkpoint) if _covered(tensor, joined, whole=True)}
-    for tensor in _stored(checkpoint):
+    for tensor in others:
         if not tensor.nbytes or (tensor.file, tensor.begin) in unread or (tensor.name, tensor.shape) in copies:
             continue
         if not _covered(tensor, joined, whole=checkpoint.rows is None):
@@ -90,27 +108,6 @@ def _covered(tensor: TensorInfo, joined: Mapping[str, tuple[list[int], list[int]
     return at >= 0 and ends[at] >= (tensor.begin + tensor.nbytes if whole else tensor.begin + 1)
 
 
-def _check_items(decided: Decided, same_bytes: SameBytes) -> None:
-    """Check that every tensor of every input is used."""
-    items = {out.name: item for item in decided.items for out in item.outs}
-    items |= {name: items[group.written[0]] for name, group in decided.ties.groups.items() if group.written[0] in items}
-    for role, each in decided.used.items():
-        for name, tensor in each.tensors.items():
-            item = items.get(name)
-            if item is None:
-                raise _fault(f"tensor '{shown(name)}' of {each.label} would not be used")
-            if item.action == ("take" if role == "base" else "keep") or (role == "start" and item.action == "take"):
-                continue
-            side = item.sides.get(role)
-            if side is None:
-                raise _fault(f"tensor '{shown(name)}' of {each.label} would not enter '{shown(item.name)}'")
-            if side is tensor or _same_leaves(side, tensor, role):
-                continue
-            other = each.tensors.get(side.name, side)
-            if name not in decided.ties.groups or not same_bytes(each, other, tensor):
-                raise _fault(f"tensor '{shown(name)}' of {each.label} is not what is read for '{shown(item.name)}'")
-
-
 def _same_leaves(side: Tensor, tensor: Tensor, role: str) -> bool:
     read, wanted = ({(r, t.file, t.begin, t.nbytes) for r, t in leaves(one, role)} for one in (side, tensor))
     return bool(wanted) and wanted <= read
@@ -118,7 +115,7 @@ def _same_leaves(side: Tensor, tensor: Tensor, role: str) -> bool:
 
 def _check_tie(plan: Plan, folder: str, tied: bool | None, ties: Ties, written: Mapping[str, Item]) -> None:
     """Check that the config of a folder agrees with the tied tensors written there."""
-    path = f"{folder}config.json"
+    path = f"{folder}{CONFIG}"
     if path in plan.configs:
         says = stated_tie(parse_json(plan.configs[path]))
     elif path in plan.side:
@@ -131,20 +128,17 @@ def _check_tie(plan: Plan, folder: str, tied: bool | None, ties: Ties, written: 
             raise _fault(f"tensor '{shown(group.key)}' would not be written")
     if tied is None or not groups:
         return
-    heads = _heads(groups)
+    heads = [
+        (name, group.siblings[0])  # and the tensor that the base ties it to
+        for group in groups
+        for name in group.names
+        if is_output_head(name) and name != group.siblings[0]
+    ]
     apart = any(written[head].name != written[other].name for head, other in heads if {head, other} <= {*written})
     if apart and says is not False:
         raise _fault(f"{shown(path)} would say tied, and the tensors are not: '{shown(heads[0][0])}'")
     if says is False and tied:
         raise _fault(f"{shown(path)} would say untied, and '{shown(groups[0].key)}' is one tensor")
-
-
-def _heads(groups: Iterable[Any]) -> list[tuple[str, str]]:
-    """Return pairs of a head and the tensor that the base ties it to."""
-    pairs: Sequence[tuple[str, str]] = [
-        (name, group.siblings[0]) for group in groups for name in group.names if is_output_head(name)
-    ]
-    return [(head, other) for head, other in pairs if head != other]
 
 
 def _fault(what: str) -> PlanError:

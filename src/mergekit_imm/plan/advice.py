@@ -10,7 +10,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import is_stored
@@ -18,6 +17,7 @@ from ..common.messages import first_few, shown
 from ..model.config import Config, differences, is_other_class, says_tied, setting
 from ..model.tensor_names import is_input_embedding, layer_key, matcher, ready_option, stacks
 from ..options.options import MergeOptions
+from .plan import result_config
 
 _EXPERTS = re.compile(r".*\bexperts\.(\d+\.)?")  # the prefix of one expert, or of all in a layer
 _COUNTS_LAYERS = re.compile(r"layer|depth|block")
@@ -172,16 +172,6 @@ class Advice:
         if share > _MOST and not is_other_class(self.used["sft"].config, self.used["base"].config):
             return f"these are most of {side.label}, {share:.0%} of its elements: {TRAINED_FROM}"
         return ""
-
-
-def result_config(base: Checkpoint, sft: Checkpoint, options: MergeOptions, folder: str = "") -> dict[str, Any] | None:
-    """Return the config of the result, or of the part in `folder`: the sft's, or the base's.
-
-    It is the base's if names were mapped, the class differs, or the base's vocabulary is used: the sft's may not fit.
-    """
-    is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
-    chosen = None if is_other or options.vocab == "base" else sft.config_of(folder)
-    return base.config_of(folder) if chosen is None else chosen
 
 
 def _counts(one: Config | None, other: Config | None) -> tuple[str, int, int] | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
-from ..checkpoint.parts import SPLIT, leave_out_option
+from ..checkpoint.model_files import SPLIT, leave_out_option
 from ..checkpoint.safetensors_file import MERGED, WHOLE
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
@@ -49,8 +49,8 @@ def check_names(
     kept_names = {n for n in base.tensors if kept(n)} | set(groups)
     taken_names = {n for n in sft.tensors if taken(n)} | set(groups)
     for role, each in used.items():
-        if role == "base" or each.adapter is not None:  # an adapter's names were matched to the model's
-            continue
+        if each.adapter is not None or each.tensors.keys() == base.tensors.keys():
+            continue  # an adapter's names were matched to the model's
         lacking = set(base.tensors) - kept_names - set(each.tensors)
         surplus = set(each.tensors) - taken_names - set(base.tensors)
         if any(here != there for here, there in _vocabularies(used, role)):  # reported for those that both have
@@ -59,7 +59,8 @@ def check_names(
         deeper = kept_layers and advice.of_other_depth("--keep", kept_layers, "base", known=True)
         if deeper:
             complain(MismatchError(f"--keep cannot reconcile two depths: {deeper}"), kept_layers)
-        renamed = _alike(base, lacking, each, surplus)
+        shapes = {base.tensors[name].shape for name in lacking}
+        renamed = not shapes.isdisjoint(each.tensors[name].shape for name in surplus)  # perhaps the same tensors
         for file, found in _by_file(base, lacking):
             cure = _cure(advice, "--keep", found, "base", renamed and not file)
             _complain_of(found, base, each, file, cure, complain)
@@ -96,11 +97,6 @@ def _complain_of(
     )
     leave_out = f"; or leave the file out: {leave_out_option(file)}" if file and not needed else ""
     complain(MismatchError(f"{only_in(names, other.tensors, label, other.label)}; {cure}{leave_out}"), names)
-
-
-def _alike(one: Checkpoint, names: Collection[str], other: Checkpoint, others: Collection[str]) -> bool:
-    """Whether unmatched tensors of two models may be the same ones under other names."""
-    return not {one.tensors[n].shape for n in names}.isdisjoint(other.tensors[n].shape for n in others)
 
 
 def _cure(advice: Advice, option: str, names: Collection[str], extra: str, renamed: bool) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.lazy_tensor import Extended, Tensor, is_delta, is_stored
+from ..checkpoint.lazy_tensor import Extended, Tensor, is_stored
 from ..checkpoint.safetensors_file import DTYPE_BITS, MERGED, TensorInfo
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
@@ -158,7 +158,7 @@ def _item(
     if action == "merge" and p.sparsify != "dare" and constants.uses_mask:
         constants = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
         sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter does not change the others
-    if is_delta(sides.get("sft")):
+    if "sft" in sides and sides["sft"].is_delta:
         constants = replace(constants, is_delta=True)
     home = _output_file(key, sides.get("base"), source, used)
     outs = tuple(

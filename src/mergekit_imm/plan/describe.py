@@ -55,12 +55,21 @@ def description(
     inputs: Mapping[str, Checkpoint], items: Iterable[Item], plan: Plan | None, notes: Iterable[Note]
 ) -> dict[str, Any]:
     """Return the fields that both reports share; without a plan, those that are known."""
+    copied: dict[str, list[str]] = {}
+    for path, (role, _) in plan.side.items() if plan else ():
+        copied.setdefault(role, []).append(path)
     return {
         "kinds": kinds(items),
-        "renamed": renamed(inputs),
+        "renamed": [
+            {"role": role, "name": old, "in_base": new, "tensors": count}
+            for role, each in inputs.items()
+            if each.original_names
+            for old, new, count in rules_of(each.original_names)
+        ],
         "config_changes": dict(plan.config_changes) if plan else {},
-        "side_files": side_files(plan) if plan else {},
-        "left_out": left_out(inputs),
+        "side_files": copied,
+        # Of a start only the weights are used.
+        "left_out": {role: list(each.left_out) for role, each in inputs.items() if each.left_out and role != "start"},
         "notes": list(map(str, notes)),
     }
 
@@ -169,7 +178,9 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
         name = blanked(item.name)
         read = {role: s.sft if isinstance(s, Sparsified) else s for role, s in item.sides.items()}
         dtypes = tuple((role, side.dtype) for role, side in read.items())
-        drop = drop_of(item) if item.action == "merge" else None
+        sft, drop = item.sides.get("sft"), None
+        if item.action == "merge":  # the fraction of the delta's elements that is dropped
+            drop = sft.drop if isinstance(sft, Sparsified) else round(1 - item.constants.keep16 / 65536, 6)
         groups[name, item.action, dtypes, item.outs[0].dtype, drop].append(item)
     return [
         {
@@ -185,31 +196,3 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
         }
         for (name, action, dtypes, dtype, drop), items in groups.items()
     ]
-
-
-def drop_of(item: Item) -> float:
-    """Return the fraction of a delta's elements that is dropped."""
-    sft = item.sides.get("sft")
-    return sft.drop if isinstance(sft, Sparsified) else round(1 - item.constants.keep16 / 65536, 6)
-
-
-def renamed(inputs: Mapping[str, Checkpoint]) -> list[dict[str, Any]]:
-    """Return the rules by which names of the inputs become the base's."""
-    return [
-        {"role": role, "name": old, "in_base": new, "tensors": count}
-        for role, each in inputs.items()
-        for old, new, count in rules_of(each.original_names)
-    ]
-
-
-def side_files(plan: Plan) -> dict[str, list[str]]:
-    """Return the copied files by role."""
-    paths: dict[str, list[str]] = {}
-    for path, (role, _) in plan.side.items():
-        paths.setdefault(role, []).append(path)
-    return paths
-
-
-def left_out(inputs: Mapping[str, Checkpoint]) -> dict[str, list[str]]:
-    """Return the files that are neither weights nor copied, by role; only weights of a start are used."""
-    return {role: list(each.left_out) for role, each in inputs.items() if each.left_out and role != "start"}

@@ -12,10 +12,9 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
-from ..checkpoint.parts import SPLIT
+from ..checkpoint.model_files import SPLIT, is_side_file
 from ..checkpoint.reader import same_bytes
 from ..checkpoint.safetensors_file import MERGED, fingerprint
-from ..checkpoint.side_files import is_side_file
 from ..common.messages import bytes_text, shown
 from ..common.notes import Note, note
 from ..errors import MismatchError
@@ -25,10 +24,9 @@ from ..options.options import DTYPES, MergeOptions
 from ..options.recipe import history_of, make_recipe
 from ..transforms.kept_quantised import intact
 from .accounts import check_plan, check_tensors
-from .advice import result_config
 from .compatibility import copied_by
 from .decide import Decided, decide
-from .plan import Inputs, Item, Plan, same_place
+from .plan import Inputs, Item, Plan, result_config, same_place
 from .shard_layout import lay_out
 from .tied_embeddings import SameBytes, Ties
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import is_offline
 from ..checkpoint.lazy_tensor import Tensor
+from ..checkpoint.model_files import matches
 from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
-from ..checkpoint.parts import matches
 from ..checkpoint.reader import same_values
+from ..checkpoint.safetensors_file import MERGED
 from ..common.checks import as_path
 from ..common.json_files import is_utf8
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError
+from ..model.config import quantisation
 from ..model.tensor_names import matcher
 from ..options.options import MergeOptions, with_files_read
 from ..options.recipe import RECIPE_FILE
@@ -55,7 +57,8 @@ def open_inputs(
             )
             for role, ref in refs.items()
         }
-        check_left_out(inputs, first.leave_out)
+        if first.leave_out:
+            check_left_out(inputs, first.leave_out)
         models = prepared(without_same_start(inputs), first)
         known = first.iteration is not None
         return Inputs(models, several if known else tuple(replace(o, iteration=round_of(models)) for o in several))
@@ -116,9 +119,21 @@ def round_of(inputs: Mapping[str, Checkpoint]) -> int:
 
 def prepared(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
     """Return the inputs ready to merge: dequantised, under the base's names, whole tensors, adapters applied."""
-    inputs = matched(without_quantisation(inputs, options), options.rename)
-    inputs = without_kept(inputs, copied_by(options)) if options.keep or options.take else inputs
-    return resized(with_adapter(inputs, options), options)
+    inputs = without_quantisation(inputs, options)
+    if options.rename or not all(_has_names_of(inputs["base"], each) for each in inputs.values()):
+        inputs = matched(inputs, options.rename)
+    if options.keep or options.take:
+        inputs = without_kept(inputs, copied_by(options))
+    if inputs["sft"].adapter is not None:
+        inputs = with_adapter(inputs, options)
+    if options.vocab != "strict":
+        inputs = resized(inputs, options)
+    return inputs
+
+
+def _has_names_of(base: Checkpoint, other: Checkpoint) -> bool:
+    """Whether there is nothing to match: all names are the base's, and none can be of experts stored transposed."""
+    return other.tensors.keys() <= base.tensors.keys() and all(len(t.shape) != 3 for t in other.tensors.values())
 
 
 def without_quantisation(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
@@ -126,12 +141,12 @@ def without_quantisation(inputs: dict[str, Checkpoint], options: MergeOptions) -
 
     Raises CheckpointError for other quantised inputs, ArgumentError if no input is FP8.
     """
-    copied = copied_by(options)
     if not options.dequantize:
         for each in inputs.values():
-            check_unquantised(each, copied)
+            if quantisation(each.config) or not all(tensor.dtype in MERGED for tensor in each.tensors.values()):
+                check_unquantised(each, copied_by(options))
         return inputs
-    unquantised = {role: dequantized(each, copied) for role, each in inputs.items()}
+    unquantised = {role: dequantized(each, copied_by(options)) for role, each in inputs.items()}
     if all(unquantised[role] is each for role, each in inputs.items()):
         labels = ", ".join(each.label for each in inputs.values())
         raise ArgumentError(f"--dequantize is given, but no tensor is FP8 in {labels}; leave it out")
@@ -141,8 +156,6 @@ def without_quantisation(inputs: dict[str, Checkpoint], options: MergeOptions) -
 def with_adapter(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
     """Apply an sft that is an adapter to the start, which it was trained on."""
     adapter = inputs["sft"]
-    if adapter.adapter is None:
-        return inputs
     if "start" in inputs and options.reference == "base":
         raise ArgumentError(
             f"{adapter.label} is an adapter: its delta is relative to the start it was trained on; leave out"

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
+from ..checkpoint.model_files import OWN
 from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
-from ..checkpoint.side_files import OWN
 from ..common.notes import Note
+from ..model.config import is_other_class
 from ..numerics.mask import Arithmetic
 from ..options.options import MergeOptions
 from .shard_layout import OutputFile
@@ -148,3 +149,13 @@ def same_place(one: Checkpoint, other: Checkpoint) -> bool:
     if one.folder is None or other.folder is None:
         return (one.repo, one.commit) == (other.repo, other.commit) and one.repo is not None
     return one.folder.samefile(other.folder) and list(one.files) == list(other.files)
+
+
+def result_config(base: Checkpoint, sft: Checkpoint, options: MergeOptions, folder: str = "") -> dict[str, Any] | None:
+    """Return the config of the result, or of the part in `folder`: the sft's, or the base's.
+
+    It is the base's if names were mapped, the class differs, or the base's vocabulary is used: the sft's may not fit.
+    """
+    is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
+    chosen = None if is_other or options.vocab == "base" else sft.config_of(folder)
+    return base.config_of(folder) if chosen is None else chosen

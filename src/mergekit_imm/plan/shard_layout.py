@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.parts import Part, index_of, stem_of
+from ..checkpoint.model_files import Part, are_shards, index_of, stem_of
 from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo, build_header
-from ..checkpoint.sharded import are_shards
 
 SHARD_SIZE = 5_000_000_000  # bytes per file when the base has no layout to follow; long the default of transformers
 FileContent = tuple[dict[str, str], list[TensorInfo]]  # metadata, tensors in order

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.lazy_tensor import Tensor, is_delta, is_stored
+from ..checkpoint.lazy_tensor import Tensor, is_stored
 from ..checkpoint.safetensors_file import MERGED
 from ..common.messages import shown
 from ..errors import CheckpointError
@@ -65,7 +65,8 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
         said = stated_tie(config)
         embeddings = _embeddings(base, folder, config)
         sizes = {base.tensors[name].shape for name in embeddings}
-        own_heads = (_stores_another_head(base, shapes[folder, size], embeddings, same_bytes) for size in sizes)
+        several = [size for size in sizes if len(shapes[folder, size]) > 1]  # the others tie nothing
+        own_heads = (_stores_another_head(base, shapes[folder, size], embeddings, same_bytes) for size in several)
         if said is None and any(own_heads):
             said = False  # the config is silent, the tensors are not
         tied[folder] = None if config is None or (stated_tie(config) is None and said is False) else said is not False
@@ -73,11 +74,16 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
         groups |= found
         broken = broken or breaker
         apart = bool(breaker) and bool(tied[folder])
-        for size in sizes:
+        ties_in_memory = (  # loaded, the config of a T5 says tied, even if it stores a head
+            said is False
+            and "t5" in str((config or {}).get("model_type"))
+            and any(is_output_head(name) and folder_of(name) == folder for name in base.tensors)
+        )
+        for size in several:
             names = shapes[folder, size]
             own = [name for name in embeddings if base.tensors[name].shape == size]
             for members in _classes_of_base(used, own, names, said, same_bytes):
-                if said is False and "t5" in str((config or {}).get("model_type")) and _heads(base, folder):
+                if ties_in_memory:
                     _check_rows(used["sft"], base, members, ties_in_memory=True)
                 found, breaker, heads_apart = _split(used, members, same_bytes)
                 groups |= found
@@ -191,28 +197,21 @@ def _with_all_names(found: Mapping[str, Group], sft: Checkpoint) -> dict[str, Gr
 def _biases(
     used: Used, folder: str, shapes: Shapes, rows: Collection[int], same_bytes: SameBytes
 ) -> tuple[dict[str, Group], str]:
-    """Return the groups of head biases that the base stores under two names, and what breaks their tie."""
+    """Return the groups of head biases that the base stores under two names, and what breaks their tie.
+
+    The names are such as `lm_head.bias` and `lm_head.decoder.bias`, as in BERT.
+    """
     base = used["base"]
     groups: dict[str, Group] = {}
     broken = ""
-    for pair in _bias_pairs(base, folder, shapes, rows):
-        if len(_equal_classes(base, [name for name in pair if name in base.tensors], same_bytes)) == 1:
-            found, breaker, _ = _split(used, pair, same_bytes)
-            groups |= found
-            broken = broken or breaker
+    for names in (shapes.get((folder, (size,)), []) for size in sorted(rows)):
+        for pair in ([outer_bias(name), name] for name in names if outer_bias(name) in names):
+            stored = [name for name in pair if name in base.tensors]
+            if len(_equal_classes(base, stored, same_bytes)) == 1:
+                found, breaker, _ = _split(used, pair, same_bytes)
+                groups |= found
+                broken = broken or breaker
     return groups, broken
-
-
-def _bias_pairs(base: Checkpoint, folder: str, shapes: Shapes, rows: Collection[int]) -> list[list[str]]:
-    """Return pairs of names of one head bias, `lm_head.bias` and `lm_head.decoder.bias`, as in BERT."""
-    pairs = []
-    for size in sorted(rows):
-        names = shapes.get((folder, (size,)), [])
-        for name in names:
-            outer = outer_bias(name)
-            if outer in names and (name in base.tensors or outer in base.tensors):
-                pairs.append([outer, name])
-    return pairs
 
 
 def _split(used: Used, members: list[str], same_bytes: SameBytes) -> tuple[dict[str, Group], str, bool]:
@@ -263,7 +262,8 @@ def _classes_of_adapter(adapter: Checkpoint, members: list[str], same_bytes: Sam
     if len(whole) < len(held):
         one, *others = held.values()
         if others and (
-            any(map(is_delta, held.values())) or not all(same_bytes(adapter, one, other) for other in others)
+            any(tensor.is_delta for tensor in held.values())
+            or not all(same_bytes(adapter, one, other) for other in others)
         ):
             both = " and ".join(f"'{shown(name)}'" for name in sorted(held))
             raise CheckpointError(f"{adapter.label} changes {both}, which are one tensor; {MERGE_FIRST}")
@@ -285,11 +285,6 @@ def _is_copy(adapter: Checkpoint, bias: str) -> bool:
     """Whether an adapter holds the whole module of a bias, which PEFT copied to train it."""
     weight = adapter.tensors.get(f"{bias.removesuffix('bias')}weight")
     return weight is not None and is_stored(weight)
-
-
-def _heads(checkpoint: Checkpoint, folder: str) -> list[str]:
-    """Return the output heads that a checkpoint stores in a folder."""
-    return [name for name in checkpoint.tensors if folder_of(name) == folder and is_output_head(name)]
 
 
 def _check_rows(

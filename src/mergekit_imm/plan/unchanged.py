@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.lazy_tensor import Tensor, fill_as, is_delta
+from ..checkpoint.lazy_tensor import Tensor, fill_as
 from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
@@ -34,7 +34,7 @@ def _differs(item: Item, files: Files) -> bool:
     sft, role = item.sides["sft"], "start" if "start" in item.sides else "base"
     count = min(SAMPLED, sft.count)
     first = (sft.count - count) // 2
-    if is_delta(sft):
+    if sft.is_delta:
         return bool(_values(sft, "sft", first, count, files).any())
     return not np.array_equal(
         _values(sft, "sft", first, count, files), _values(item.sides[role], role, first, count, files), equal_nan=True

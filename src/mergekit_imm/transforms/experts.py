@@ -33,11 +33,7 @@ def fused_path(name: str) -> str | None:
 def single_layout(names: Iterable[str]) -> Layout | None:
     """Return the naming of a model that stores its experts one by one; None for other models."""
     ends = {found[3] for found in map(_EXPERT.fullmatch, names) if found}
-    return next((layout for layout in _LAYOUTS if {*_ends(layout)} <= ends), None)
-
-
-def _ends(layout: Layout) -> list[str]:
-    return [end for ends in layout.values() for end in ends]
+    return next((layout for layout in _LAYOUTS if {end for each in layout.values() for end in each} <= ends), None)
 
 
 def fused_shape(path: str, which: str, layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:

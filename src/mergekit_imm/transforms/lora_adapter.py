@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Computed, Tensor, renamed
-from ..checkpoint.parts import leave_out_option
+from ..checkpoint.model_files import leave_out_option
 from ..checkpoint.safetensors_file import MERGED, TensorInfo
 from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.parts import leave_out_option
+from ..checkpoint.model_files import leave_out_option
 from ..common.messages import shown
 from ..errors import MismatchError
 from ..model.config import says_tied

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
-from ..checkpoint.parts import leave_out_option
+from ..checkpoint.model_files import leave_out_option
 from ..checkpoint.safetensors_file import TensorInfo
 from ..common.messages import shown
 from ..errors import CheckpointError

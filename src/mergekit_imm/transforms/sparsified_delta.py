@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.lazy_tensor import Computed, Raw, Reads, Tensor, fill_as, is_delta
+from ..checkpoint.lazy_tensor import Computed, Raw, Reads, Tensor, fill_as
 from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..numerics.mask import KEEP_ALL
 from ..numerics.sparsifiers import keep_thresholds, trim_count
@@ -52,7 +52,7 @@ class Sparsified(Computed):
         """Return elements first..first+count of sft - start, each rounded once."""
         found = np.empty(count, np.float64 if self.exact else np.float32)
         fill_as(self.sft, self.dtype, reads("sft"), first, found.view(np.uint8))
-        if not is_delta(self.sft):
+        if not self.sft.is_delta:
             start = np.empty_like(found)
             fill_as(self.start, self.dtype, reads(self.origin), first, start.view(np.uint8))
             with np.errstate(all="ignore"):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.lazy_tensor import Extended, Piece, Tensor, is_delta, sliced
+from ..checkpoint.lazy_tensor import Extended, Piece, Tensor, sliced
 from ..checkpoint.safetensors_file import MERGED
 from ..common.messages import shown
 from ..common.notes import Note, note
@@ -21,15 +21,13 @@ Inputs = Mapping[str, Checkpoint]
 
 
 def resized(inputs: Inputs, options: MergeOptions) -> dict[str, Checkpoint]:
-    """Return the inputs with one vocabulary: base's or sft's as `vocab` says; unchanged if it is "strict".
+    """Return the inputs with one vocabulary: base's or sft's as `vocab` says.
 
     Tensors with a row for each token get the owner's number of rows: extra rows are cut off; missing ones are appended
     from the owner, as an `Extended`. With the base's vocabulary the sft's side files are left out. Raises MismatchError
     if an id means different tokens or tensors disagree on the number of rows, CheckpointError if tokens cannot be
     compared.
     """
-    if options.vocab == "strict":
-        return dict(inputs)
     used = {role: each for role, each in inputs.items() if role != "start" or options.reference == "start"}
     base, sft = used["base"], used["sft"]
     rows = _row_counts(used)
@@ -188,7 +186,7 @@ def _with_rows_of(name: str, role: str, used: Inputs, rows: Mapping[str, int], o
     own = sliced(tensor, role, name, 0, shaped(common)) if rows[role] > common else tensor
     if size == common:
         return own
-    if is_delta(whole):
+    if whole.is_delta:
         raise CheckpointError(
             f"{used[owner].label} has factors for tensor '{shown(name)}', which also change rows that"
             f" {used['base'].label} lacks; {MERGE_FIRST}"
@@ -215,7 +213,7 @@ def _owners_tensor(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
         each = used[role]
         tied = (
             _embeddings_and_heads(each).values()
-            if name in _all_embeddings_and_heads(used) and says_tied(used["base"].config)
+            if says_tied(used["base"].config) and any(name in _embeddings_and_heads(one) for one in used.values())
             else ()
         )
         if each.adapter is not None and is_input_embedding(name):
@@ -227,7 +225,3 @@ def _owners_tensor(name: str, used: Inputs, owner: str) -> tuple[str, Tensor]:
         f"tensor '{shown(name)}' has a row for each token, but {used[owner].label}, the owner of the vocabulary, lacks"
         " it; give --vocab the other model"
     )
-
-
-def _all_embeddings_and_heads(used: Inputs) -> set[str]:
-    return {name for each in used.values() for name in _embeddings_and_heads(each)}

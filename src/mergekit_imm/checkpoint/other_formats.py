@@ -1,4 +1,4 @@
-"""Which files of a folder hold the model, and the cure for formats that are not read."""
+"""Formats that are not read, and models in sub-folders: name them, and the cure."""
 
 from __future__ import annotations
 
@@ -7,20 +7,11 @@ import shlex
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePath, PurePosixPath
-from typing import Any
 
 from ..common.messages import shown
-from ..errors import CheckpointError
-from .dcp import METADATA
-from .hub import ADAPTER, ADAPTER_CONFIG
-from .parts import holds_parts, index_files
-from .safetensors_file import INDEX, MODEL
-from .sharded import are_shards
-
-BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-FSDP_BIN = "pytorch_model_fsdp.bin"  # accelerate's name for a whole model that FSDP trained
-ADAPTER_BIN = "adapter_model.bin"
-FSDP_FOLDER = "pytorch_model_fsdp_0/"  # where accelerate keeps a sharded checkpoint
+from .dcp import FSDP_FOLDER, METADATA
+from .safetensors_file import ADAPTER, ADAPTER_CONFIG
+from .torch_file import ADAPTER_BIN, BIN, FSDP_BIN
 
 # Formats that are recognised but not read: file and folder patterns, what they are, the cure. {here} is the folder as
 # typed; the first match is reported.
@@ -88,34 +79,6 @@ _OTHERS = (
         "use the safetensors checkpoint of this model",
     ),
 )
-
-
-def bin_files(top: Sequence[str]) -> list[str]:
-    """Return the torch.save file, or the index of several, that a folder holds instead of safetensors files.
-
-    >>> bin_files(["config.json", "pytorch_model.bin"]), bin_files(["model.safetensors", "pytorch_model.bin"])
-    (['pytorch_model.bin'], [])
-    """
-    if any(map(_is_model, top)):
-        return []
-    return [name for name in (BIN, BIN_INDEX, FSDP_BIN) if name in top][:1]
-
-
-def _is_model(name: str) -> bool:
-    """Whether a file name is that of a model in safetensors form; others may merely lie beside one."""
-    return name in (MODEL, INDEX) or re.fullmatch(r"(model|shard)-\d+-.*\.safetensors", name) is not None
-
-
-def dcp_prefix(files: Sequence[str]) -> str | None:
-    """Return where the only model of a folder is as a torch.distributed checkpoint ("" or "name/"); None if it is not.
-
-    >>> dcp_prefix(["config.json", "pytorch_model_fsdp_0/.metadata"]), dcp_prefix(["config.json"])
-    ('pytorch_model_fsdp_0/', None)
-    """
-    top = [name for name in files if "/" not in name]
-    if any(map(_is_model, top)) or bin_files(top) or "common.pt" in top:  # common.pt: Megatron
-        return None
-    return next((prefix for prefix in ("", FSDP_FOLDER) if f"{prefix}{METADATA}" in files), None)
 
 
 def other_form(files: Sequence[str], folders: Sequence[str], ref: str) -> str | None:
@@ -192,37 +155,3 @@ def no_model(files: Sequence[str], ref: str) -> str:
         return f"holds in '{shown(str(newest))}' {form}"
     form = other_form(top, folders, ref)
     return f"holds {form}" if form else "holds no *.safetensors file; is it a model folder?"
-
-
-def adapter_file(top: list[str]) -> str | None:
-    """Return the weights file of an adapter folder; None if it is not one."""
-    if ADAPTER_CONFIG not in top or MODEL in top or INDEX in top:
-        return None
-    return ADAPTER if ADAPTER in top else ADAPTER_BIN if ADAPTER_BIN in top and not bin_files(top) else None
-
-
-def model_files(top: list[str], index: dict[str, Any] | None, role: str, ref: str, everything: list[str]) -> list[str]:
-    """Return the files that are the model, in the order they are read and written.
-
-    Raises CheckpointError if there are none, or several candidates.
-    """
-    bins = bin_files(top)
-    if bins and bins != [BIN_INDEX]:
-        return bins
-    if index is not None:
-        named = index_files(index, f"{ref}/{BIN_INDEX if bins else INDEX}", ".bin" if bins else ".safetensors")
-        if MODEL not in top:
-            return named
-    if MODEL in top:
-        return [MODEL]
-    if holds_parts(top):
-        return []  # all weights are in parts
-    found = [n for n in top if n.endswith(".safetensors") and n != ADAPTER]
-    if len(found) == 1 or are_shards(found):
-        return found
-    if found:
-        raise CheckpointError(
-            f"{role} {shown(ref)} holds neither {MODEL} nor {INDEX}, but {len(found)} other safetensors files"
-            f" ({', '.join(map(shown, found[:4]))}{', …' if len(found) > 4 else ''}); give the one to use by its path"
-        )
-    raise CheckpointError(f"{role} {shown(ref)} {no_model(everything, ref)}")

@@ -1,4 +1,4 @@
-"""The parts of a model: which files of a folder and its sub-folders hold weights, and how they group.
+"""What each file of a model is, by its path: weights, and how they group; a file that is copied; or neither.
 
 sentence-transformers keeps modules in sub-folders (`2_Dense/`), diffusers the components of a pipeline, and trainers
 write extra weights beside a model or an adapter (`value_head.safetensors`). All of these are the model. Copies of the
@@ -7,19 +7,24 @@ weights in other formats, training state and files that match `--leave-out` are 
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
 
 from ..common.messages import shown
 from ..errors import CheckpointError
-from .safetensors_file import INDEX, MODEL, is_plain_name
-from .side_files import FOLDERS
+from ..options.recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE
+from .dcp import FSDP_FOLDER, METADATA
+from .other_formats import no_model
+from .safetensors_file import ADAPTER, ADAPTER_CONFIG, INDEX, MODEL, is_plain_name
+from .torch_file import ADAPTER_BIN, BIN, BIN_INDEX, FSDP_BIN
 
+OWN = (CARD_FILE, RECIPE_FILE, REPORT_FILE)  # what a merge writes itself
 READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # suffixes of weight files
 SPLIT = ("modules.json", "model_index.json")  # either marks a model of several parts
 
@@ -37,11 +42,34 @@ _COPIES = (
 ).split()
 _TWIN = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin")  # the same weights
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_RANK_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+_SAFETENSORS = re.compile(r"model\.safetensors(\.index\.json)?|(model|shard)-\d+-.*\.safetensors")
 _VARIANT = re.compile(  # `model.fp16.safetensors`, whole or in shards
     r"(pytorch_model|diffusion_pytorch_model|model)(-\d+-of-\d+)?\.[A-Za-z]\w*(-\d+-of-\d+)?\.(safetensors|bin)"
 )
 _INDEX_OF_VARIANT = re.compile(r"([a-z_]+)\.(?:safetensors|bin)\.index\.(\w+)\.json")
-ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTERS = (ADAPTER, ADAPTER_BIN)
+
+# Folders that hold copies of the weights in other formats, or the state of a training run.
+FOLDERS = (
+    "original onnx openvino coreml runs wandb swanlog mlruns lightning_logs tensorboard logs checkpoint-* global_step*"
+    " optimizer_* pytorch_model_fsdp_* __pycache__"
+).split()
+_WEIGHTS = (  # never copied as they are
+    ".bin .ckpt .distcp .engine .ggml .gguf .h5 .mlmodel .msgpack .nemo .npy .npz .onnx .onnx_data .ot "
+    ".pdparams .pickle .pkl .pt .pth .safetensors .tflite"
+).split()
+# What training leaves beside a model: arguments (with local paths), states, logs and plots. Optimizer and scheduler
+# states are caught by their suffix; a pipeline's `scheduler_config.json` belongs to the model.
+_LEFTOVERS = (
+    "*.index.json adapter_config.json *.partial *.lock *.log *.out events.out.tfevents.* "
+    "args.json args.yaml *_args.json *_args.yaml *_args.yml training_params.json training_config.* train_config.* "
+    "hyperparameters.yaml hparams.yaml llamaboard_config.yaml axolotl_config.y*ml torchtune_config.yaml "
+    "ds_config*.json deepspeed_config*.json fsdp_config.json accelerate_config.yaml additional_config.json "
+    "trainer_state.json tokens_state.json latest latest_checkpointed_iteration.txt zero_to_fp32.py "
+    "*_results.json *_results.csv trainer_log.jsonl logging.jsonl running_log.txt generated_predictions.jsonl "
+    "completions_*.parquet *_loss.png train_*.png training_*.png eval_*.png"
+).split()
 
 ReadJson = Callable[[str], dict[str, Any]]  # reads a JSON file of the model, by its path
 
@@ -58,9 +86,118 @@ class Part:
     @property
     def folder(self) -> str:
         """Their folder, the prefix of their tensors' names: "" or "2_Dense/"."""
-        if self.files[0].endswith("/.metadata"):  # torch.distributed names tensors without the folder
+        if self.files[0].endswith(f"/{METADATA}"):  # torch.distributed names tensors without the folder
             return ""
         return self.files[0][: self.files[0].rfind("/") + 1]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the files of a model are."""
+
+    paths: tuple[str, ...]  # of all files
+    parts: tuple[Part, ...]  # the weights: the model's own first, if it has any
+    own: tuple[str, ...]  # the model's own files; none if all weights are in parts
+    side: tuple[str, ...] = ()  # files to copy
+    indexes: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # by path
+    adapters: tuple[str, ...] = ()  # sub-folders with an adapter, which is not part of the model
+    adapter: str | None = None  # the weights of the adapter that this is
+    dcp: str | None = None  # where it is a torch.distributed checkpoint: "" or "name/"
+
+
+def sort_files(
+    paths: Sequence[str], read: ReadJson, role: str, ref: str, label: str, *, copy_code: bool, with_torch: bool = True
+) -> Contents:
+    """Say what each file of a model is. Without `with_torch`, files that torch saved are not weights, as on a hub.
+
+    Raises CheckpointError if none is a model, or if it is not clear which is, and for an invalid index.
+    """
+    read = functools.cache(read)
+    top = [name for name in paths if "/" not in name]
+    bins: list[str] = []  # the torch.save file, or the index of several
+    adapter = dcp = None
+    has_safetensors = any(map(_SAFETENSORS.fullmatch, top))  # others may merely lie beside a model
+    if with_torch and not has_safetensors:
+        bins = [name for name in (BIN, BIN_INDEX, FSDP_BIN) if name in top][:1]
+    if role == "sft" and ADAPTER_CONFIG in top and MODEL not in top and INDEX not in top:
+        formats = ADAPTERS if with_torch and not bins else (ADAPTER,)
+        adapter = next((name for name in formats if name in top), None)
+    if with_torch and not (has_safetensors or bins or adapter or "common.pt" in top):  # common.pt: Megatron
+        dcp = next((prefix for prefix in ("", FSDP_FOLDER) if f"{prefix}{METADATA}" in paths), None)
+    index_path = BIN_INDEX if bins == [BIN_INDEX] else INDEX
+    index = read(index_path) if index_path in top else None
+    own = component(top, read) if adapter is None and dcp is None else None
+    if own is None:
+        if adapter is not None:
+            names = [adapter]
+        else:
+            names = [] if dcp is not None else _own_files(top, bins, index, ref, label, paths)
+        own = Part(tuple(names), index=index_path if index is not None and MODEL not in names else None)
+    below, adapters = parts_below(paths, read)
+    parts = tuple(part for part in (own, *parts_beside(top, own.files), *below) if part.files)
+    if not parts and dcp is None:
+        raise CheckpointError(f"{label} {no_model(paths, ref)}")
+    of_adapters = tuple(adapters)
+    side = (
+        path
+        for path in paths
+        if is_side_file(path, copy_code=copy_code) or (path.startswith(of_adapters) and not path.endswith("/"))
+    )
+    indexes = {} if index is None else {index_path: index}
+    indexes |= {part.index: read(part.index) for part in parts if part.index}
+    return Contents(tuple(paths), parts, own.files, tuple(side), indexes, of_adapters, adapter, dcp)
+
+
+def _own_files(
+    top: Sequence[str], bins: list[str], index: dict[str, Any] | None, ref: str, label: str, paths: Sequence[str]
+) -> list[str]:
+    """Return the files that are the model, in the order they are read and written."""
+    if bins and bins != [BIN_INDEX]:
+        return bins
+    if index is not None:
+        named = index_files(index, f"{ref}/{BIN_INDEX if bins else INDEX}", ".bin" if bins else ".safetensors")
+        if MODEL not in top:
+            return named
+    if MODEL in top:
+        return [MODEL]
+    if holds_parts(top):
+        return []  # all weights are in parts
+    found = [n for n in top if n.endswith(".safetensors") and n != ADAPTER]
+    if len(found) == 1 or are_shards(found):
+        return found
+    if found:
+        raise CheckpointError(
+            f"{label} holds neither {MODEL} nor {INDEX}, but {len(found)} other safetensors files"
+            f" ({', '.join(map(shown, found[:4]))}{', …' if len(found) > 4 else ''}); give the one to use by its path"
+        )
+    raise CheckpointError(f"{label} {no_model(paths, ref)}")
+
+
+def is_side_file(path: str, *, copy_code: bool = False) -> bool:
+    """Whether a file of a model folder is copied into a merged one.
+
+    `path` is relative to the folder, with forward slashes. Everything is copied (tokenizer, chat template,
+    generation config, processors, sub-folders) except weights of any format, training leftovers, pickles,
+    hidden files, code (unless `copy_code`: it would run on the machine of whoever loads the model), links to
+    folders (which end in a slash), and the three files that a merge writes itself.
+
+    >>> is_side_file("tokenizer.json"), is_side_file("model.safetensors"), is_side_file("modeling_x.py")
+    (True, False, False)
+    """
+    *folders, name = PurePosixPath(path).parts
+    if path.endswith("/") or path in OWN or any(part.startswith(".") for part in (*folders, name)):
+        return False
+    if any(fnmatchcase(folder, pattern) for folder in folders for pattern in FOLDERS):
+        return False
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in _WEIGHTS or any(fnmatchcase(name, pattern) for pattern in _LEFTOVERS):
+        return False
+    return copy_code or suffix not in (".py", ".pyc")
+
+
+def are_shards(names: Sequence[str]) -> bool:
+    """Whether safetensors files are one model's, written rank by rank."""
+    return bool(names) and all(map(_RANK_SHARD.fullmatch, names))
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
@@ -82,7 +219,7 @@ def holds_parts(top: Iterable[str]) -> bool:
 
 def component(top: Sequence[str], read: ReadJson) -> Part | None:
     """Return the weights of a diffusers component that was saved alone; None for other folders."""
-    if holds_parts(top) or MODEL in top or INDEX in top or any(name.startswith("pytorch_model") for name in top):
+    if MODEL in top or INDEX in top or any(name.startswith("pytorch_model") for name in top) or holds_parts(top):
         return None
     return _main("", [name for name in top if name.startswith(MAIN[1])], read)
 
@@ -107,7 +244,7 @@ def parts_below(paths: Sequence[str], read: ReadJson) -> tuple[list[Part], list[
     parts: list[Part] = []
     adapters = []
     for folder, names in below.items():
-        if "adapter_config.json" in names:
+        if ADAPTER_CONFIG in names:
             adapters += [folder] if any(name in names for name in ADAPTERS) else []
             continue
         main = _main(folder, names, read)
