@@ -120,10 +120,10 @@ def actions(plan: Plan) -> dict[str, int]:
     return counts
 
 
-def written_files(plan: Plan, recipe: Mapping[str, Any], records: npt.NDArray[np.float64]) -> dict[str, bytes]:
-    """Return the small files that a merge generates, the recipe last."""
+def written_files(plan: Plan, recipe: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the small files that a merge generates, the recipe last. `found` are its statistics."""
     files: dict[str, bytes] = {**plan.indexes, **plan.configs}
-    files[REPORT_FILE] = to_json(statistics(plan, records))
+    files[REPORT_FILE] = to_json(found)
     files[CARD_FILE] = model_card(plan, recipe)
     files[RECIPE_FILE] = to_json(recipe)
     return files

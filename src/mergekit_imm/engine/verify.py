@@ -38,7 +38,7 @@ from ..plan.make_plan import make_plans
 from ..plan.open_inputs import prepared
 from ..plan.plan import Inputs, Plan, segments
 from ..ranks.ranks import ALONE, Ranks, on_leader, part_of_another, together
-from .report import written_files
+from .report import statistics, written_files
 from .workers import run_segments
 
 
@@ -184,7 +184,7 @@ def compare_folder(
         return compared
 
     def compare_small() -> tuple[list[str], list[str]]:
-        expected = written_files(plan, recipe, records)
+        expected = written_files(plan, recipe, statistics(plan, records))
         if sample < 1:
             del expected[REPORT_FILE]
         _compare_files(plan, folder, expected, cure)

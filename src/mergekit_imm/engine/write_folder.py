@@ -19,11 +19,11 @@ from ..options.recipe import differences, read_recipe, to_json, without_places
 from ..output import direct_io, journal, paths, publish
 from ..output.write_errors import lack_of_space, output_errors
 from ..plan.make_plan import recipes_of
-from ..plan.plan import Plan
-from ..plan.unchanged import is_unchanged, note_if_unchanged, note_of
+from ..plan.plan import Plan, same_place
+from ..plan.unchanged import note_if_unchanged, note_of
 from ..ranks.ranks import ALONE, Ranks, check_same, on_leader, together
 from .job import Job, errors_of
-from .report import MergeReport, written_files
+from .report import MergeReport, statistics, written_files
 from .stream import stream
 from .verify import compare_folder
 
@@ -179,12 +179,14 @@ def _write_beside(jobs: Sequence[Job], written: Sequence[Job]) -> None:
             _remove_foreign(job)
         for job in written:
             assert job.records is not None
-            if is_unchanged(job.plan, job.records):
-                job.notes.append(note_of(job.plan.inputs, "the norms of all deltas are 0"))
+            found = statistics(job.plan, job.records)
+            models = job.plan.inputs
+            if found.get("sft_equals_start") and not same_place(models["base"], models["sft"]):
+                job.notes.append(note_of(models, "the norms of all deltas are 0"))
             for path, (_, source) in job.plan.side.items():
                 assert source is not None
                 direct_io.copy_file(source, job.partial / path)
-            for path, content in written_files(job.plan, job.recipe, job.records).items():
+            for path, content in written_files(job.plan, job.recipe, found).items():
                 direct_io.write_file(job.partial / path, content)
 
 

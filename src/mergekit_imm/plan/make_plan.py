@@ -18,7 +18,7 @@ from ..checkpoint.safetensors_file import MERGED, fingerprint
 from ..common.messages import bytes_text, shown
 from ..common.notes import Note, note
 from ..errors import MismatchError
-from ..model.config import is_other_class, merged_config
+from ..model.config import CONFIG, is_other_class, merged_config
 from ..model.tensor_names import folder_of, is_embedding_or_head, is_input_embedding
 from ..options.options import DTYPES, MergeOptions
 from ..options.recipe import history_of, make_recipe
@@ -104,7 +104,7 @@ def assign_files(inputs: Mapping[str, Checkpoint], options: MergeOptions, decide
     for folder in ("", *base.part_configs):
         config, changed = _config(folder, items, inputs, used, decided.ties, options)
         if changed:
-            configs[f"{folder}config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            configs[f"{folder}{CONFIG}"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
             changes |= {folder + place: value for place, value in changed.items()}
     side, notes = _side_files(inputs, configs)
     notes = [*(note for each in inputs.values() for note in each.notes), *notes]
@@ -164,11 +164,13 @@ def _side_files(
     is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
     alone = [folder for folder in sft.adapters if folder not in base.adapters]
     side = {path: ("base", base.side[path]) for path in base.side}
+    moved = {folder_of(old): folder_of(new) for new, old in sft.original_names.items()}
+    moved = {old: new for old, new in moved.items() if old != new}
     for name, file in sft.side.items():
-        path = _destination(name, sft, base)
+        path = _destination(name, moved, base) if moved else name
         if path is None:
             continue
-        of_model = path.rpartition("/")[2] == "config.json" and folder_of(path) in ("", *base.part_configs)
+        of_model = path.rpartition("/")[2] == CONFIG and folder_of(path) in ("", *base.part_configs)
         of_adapter = name.startswith(tuple(alone)) and not is_side_file(name, copy_code=True)
         if not of_adapter and not (of_model and is_other and path in base.side):
             side[path] = ("sft", file)
@@ -184,12 +186,8 @@ def _side_files(
     return {path: source for path, source in side.items() if path not in configs}, notes
 
 
-def _destination(path: str, sft: Checkpoint, base: Checkpoint) -> str | None:
-    """Return the output path of a side file of the sft: it follows the tensors of its folder, which may move."""
-    moves = {(folder_of(old), folder_of(new)) for new, old in sft.original_names.items()}
-    moved = dict(each for each in moves if each[0] != each[1])
-    if not moved:
-        return path
+def _destination(path: str, moved: Mapping[str, str], base: Checkpoint) -> str | None:
+    """Return the output path of a side file of the sft: it follows the tensors of its folder, which have moved."""
     if path in SPLIT:
         return None  # it describes the folders of the sft
     folder = folder_of(path)

@@ -13,7 +13,7 @@ from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
 from ..common.notes import Note, note
-from .plan import Item, Plan, same_place
+from .plan import Item, same_place
 
 SAMPLED = 1024  # elements in the middle of each tensor
 
@@ -53,12 +53,6 @@ def note_if_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -
     if same_place(inputs["base"], inputs["sft"]) or not looks_unchanged(inputs, items):
         return []  # one folder given twice has its own note
     return [note_of(inputs, f"judging by {SAMPLED} elements of each tensor")]
-
-
-def is_unchanged(plan: Plan, records: npt.NDArray[np.float64]) -> bool:
-    """Whether every delta of a merge was zero, by the statistics `records` of all its segments."""
-    merged = any(item.action == "merge" for item in plan.items)
-    return merged and not records[:, 0].any() and not same_place(plan.inputs["base"], plan.inputs["sft"])
 
 
 def note_of(inputs: Mapping[str, Checkpoint], how: str) -> Note:
