@@ -15,8 +15,8 @@ import torch
 
 from checkpoints import random_state, read_model, write_model
 from mergekit_imm import MergeReport, merge_checkpoints
-from mergekit_imm.checkpoint.safetensors_file import DTYPE_BITS
 from mergekit_imm.errors import MergeError
+from mergekit_imm.numerics.dtypes import DTYPE_BITS
 
 UP0, UP1 = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
 NORM, HEAD, STEPS = "model.norm.weight", "lm_head.weight", "model.steps"

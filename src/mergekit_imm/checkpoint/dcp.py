@@ -15,8 +15,9 @@ from ..common.json_files import read_small
 from ..common.messages import shown
 from ..errors import CheckpointError
 from ..model.tensor_names import unwrapped
+from ..numerics.dtypes import TORCH_NAMES
 from .lazy_tensor import Tensor
-from .safe_pickle import AGAIN, DTYPES, Stub, load_pickle, mapping, numbers
+from .safe_pickle import AGAIN, Stub, load_pickle, mapping, numbers
 from .safetensors_file import TensorFile, TensorInfo, is_plain_name, open_to_read, stamp
 from .sharded import PlacedTensor, joined_pieces
 from .torch_file import tensor_at
@@ -68,7 +69,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("builtins", "getattr"): _ignored,  # Python 3.11.0 to 3.11.3 pickles enum members with it
     ("collections", "OrderedDict"): mapping,
     ("torch", "Size"): numbers,
-    **{("torch", name): dtype for name, dtype in DTYPES.items()},
+    **{("torch", name): dtype for name, dtype in TORCH_NAMES.items()},
     **{
         (module, name): _ignored
         for module in ("pathlib", "pathlib._local")

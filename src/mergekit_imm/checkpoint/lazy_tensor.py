@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .safetensors_file import DTYPE_BITS, TensorInfo
+from ..numerics.dtypes import DTYPE_BITS
+from .safetensors_file import TensorInfo
 
 Read = Callable[["Tensor", int, npt.NDArray[np.uint8]], None]  # fills a buffer from byte `first` of a tensor
 Reads = Callable[[str], Read]  # the Read of an input, by its role

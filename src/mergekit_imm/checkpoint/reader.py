@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from ..common.threads import when_unused
+from ..numerics.dtypes import DTYPE_BITS
 from .checkpoint import Checkpoint
 from .lazy_tensor import Computed, Raw, Read, Reads, Tensor, decoded
-from .safetensors_file import DTYPE_BITS, TensorInfo, check_unchanged, open_to_read, read_into
+from .safetensors_file import TensorInfo, check_unchanged, open_to_read, read_into
 
 COMPARED = 1 << 20  # elements at a time
 AHEAD = 8  # pieces of read-ahead: two for each worker

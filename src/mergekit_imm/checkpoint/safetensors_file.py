@@ -16,15 +16,7 @@ from ..common.json_files import parse_json, plain_size, without_duplicates
 from ..common.messages import shown
 from ..common.notes import Note
 from ..errors import ChangedError, CheckpointError
-
-# Bits per element of every dtype a header may name. MERGED are merged, WHOLE are copied, the rest is refused.
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-}  # fmt: skip
-MERGED = ("BF16", "F16", "F32", "F64")
-WHOLE = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+from ..numerics.dtypes import DTYPE_BITS
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's

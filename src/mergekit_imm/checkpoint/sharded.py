@@ -9,8 +9,9 @@ from typing import Any
 from ..common.json_files import parse_json
 from ..common.messages import shown
 from ..errors import CheckpointError
+from ..numerics.dtypes import DTYPE_BITS
 from .lazy_tensor import Piece, Pieces, Tensor, renamed
-from .safetensors_file import DTYPE_BITS, TensorFile, TensorInfo
+from .safetensors_file import TensorFile, TensorInfo
 
 SHARDING = "DCP_SHARDING_INFO"  # metadata key of torch.distributed.checkpoint's HuggingFaceStorageWriter
 _OWN = (SHARDING, "DCP_VERSION")

@@ -24,8 +24,9 @@ from ..common.json_files import plain_size
 from ..common.messages import shown
 from ..common.notes import note
 from ..errors import CheckpointError
-from .safe_pickle import AGAIN, CURE, DTYPES, LIMIT, load_pickle, mapping, numbers
-from .safetensors_file import DTYPE_BITS, TensorFile, TensorInfo, open_to_read
+from ..numerics.dtypes import DTYPE_BITS, TORCH_NAMES
+from .safe_pickle import AGAIN, CURE, LIMIT, load_pickle, mapping, numbers
+from .safetensors_file import TensorFile, TensorInfo, open_to_read
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 FSDP_BIN = "pytorch_model_fsdp.bin"  # accelerate's name for a whole model that FSDP trained
@@ -129,7 +130,7 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("torch.storage", "UntypedStorage"): "",
-    **{("torch", name): dtype for name, dtype in {**DTYPES, **_STORAGES}.items()},
+    **{("torch", name): dtype for name, dtype in {**TORCH_NAMES, **_STORAGES}.items()},
     **dict.fromkeys(_NO_TENSORS, _arguments),
 }
 

@@ -10,7 +10,8 @@ import click
 
 from ..common.messages import shown
 from ..common.version import __version__
-from ..options.options import DTYPES, LOOP_OPTIONS
+from ..numerics.dtypes import OUTPUT_DTYPES
+from ..options.options import LOOP_OPTIONS
 from .console import (
     CONTEXT,
     pictures_or_note,
@@ -69,7 +70,7 @@ Example:
 @options_of(
     *(name for name in LOOP_OPTIONS if name != "seed"),
     dtype={
-        "type": DtypeChoice(["base", *DTYPES]),
+        "type": DtypeChoice(["base", *OUTPUT_DTYPES]),
         "help": "Dtype of float tensors; base: that of the same tensor in BASE.",
     },
     keep={"help": "Copy matching tensors from the anchor; repeatable."},

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from ..options.options import SHORT_DTYPES, MergeOptions, RunOptions
+from ..numerics.dtypes import SHORT_NAMES
+from ..options.options import MergeOptions, RunOptions
 
 _FIELDS: dict[str, Field[Any]] = {each.name: each for each in (*fields(MergeOptions), *fields(RunOptions))}
 Command = Callable[..., Any]
@@ -19,7 +20,7 @@ class DtypeChoice(click.Choice):  # type: ignore[type-arg]  # generic in click 8
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the long name of a dtype."""
-        return super().convert(SHORT_DTYPES.get(value, value), param, ctx)
+        return super().convert(SHORT_NAMES.get(value, value), param, ctx)
 
 
 def options_of(*names: str, **changes: dict[str, Any]) -> Callable[[Command], Command]:

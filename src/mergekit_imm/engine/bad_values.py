@@ -9,9 +9,9 @@ import numpy as np
 
 from ..checkpoint.lazy_tensor import Raw, Tensor
 from ..checkpoint.reader import Files
-from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
 from ..errors import MismatchError, NonFiniteError
+from ..numerics.dtypes import DTYPE_BITS
 from ..plan.advice import Advice
 from ..plan.plan import Item, Plan
 

@@ -17,12 +17,13 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.open_checkpoint import open_checkpoint
-from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo, fingerprint, read_into
+from ..checkpoint.safetensors_file import TensorInfo, fingerprint, read_into
 from ..common.checks import as_path, is_number
 from ..common.messages import shown
 from ..common.threads import default_workers
 from ..errors import ArgumentError, CheckpointError, VerifyError
 from ..numerics.devices import Device, pick_device
+from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.statistics import RECORD
 from ..options.options import Progress, RunOptions
 from ..options.recipe import (

@@ -16,9 +16,10 @@ import numpy as np
 
 from ..checkpoint.lazy_tensor import Computed, Raw, Tensor
 from ..checkpoint.reader import Files
-from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
+from ..checkpoint.safetensors_file import TensorInfo
 from ..common.threads import in_threads
 from ..numerics.devices import Device
+from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.mask import BLOCK, Arithmetic, arithmetic
 from ..numerics.statistics import KEPT, RECORD, Record, is_finite, new_tally, to_record
 from ..output.direct_io import PAGE, place

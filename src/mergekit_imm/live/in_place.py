@@ -12,12 +12,12 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Raw, Tensor
 from ..checkpoint.reader import Files, check_inputs
-from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
 from ..common.threads import in_threads
 from ..engine.bad_values import check_equal, find_bad_values, or_other
 from ..engine.workers import CONVERT, base_start_sft
 from ..errors import NonFiniteError
+from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.mask import BLOCK
 from ..numerics.statistics import is_finite, new_tally
 from ..options.options import MergeOptions, Progress

@@ -22,13 +22,14 @@ from torch import nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor as LazyTensor
 from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
-from ..checkpoint.safetensors_file import MERGED, fingerprint
+from ..checkpoint.safetensors_file import fingerprint
 from ..common.json_files import parse_json, read_small
 from ..common.messages import shown
 from ..common.notes import note
 from ..common.threads import default_workers
 from ..errors import CheckpointError, MismatchError, PartialMergeError
 from ..model.tensor_names import is_embedding_or_head, ready_option, tied_key, unwrapped
+from ..numerics.dtypes import MERGED
 from ..options.options import MergeOptions, Progress, RunOptions, options_from, with_files_read
 from ..plan.accounts import check_tensors
 from ..plan.decide import Decided, decide

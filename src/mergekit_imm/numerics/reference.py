@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .dtypes import MERGED, TORCH_NAMES, WHOLE
 from .mask import (
     BLOCK,
     COUNTERS,
@@ -20,21 +21,7 @@ from .mask import (
 CHUNK = 1 << 18
 
 # Dtype in a safetensors header -> torch's.
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-}
+DTYPES = {code: getattr(torch, name) for name, code in TORCH_NAMES.items() if code in (*MERGED, *WHOLE)}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _QUIET_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000}

@@ -20,6 +20,7 @@ from ..common.checks import as_number, as_path, is_integer
 from ..common.messages import shown
 from ..errors import ArgumentError
 from ..model.rename_rules import parse_rename
+from ..numerics.dtypes import OUTPUT_DTYPES, SHORT_NAMES
 from ..numerics.mask import check_alpha, check_drop, check_round
 from ..numerics.sparsifiers import parse_sparsify
 from .layer_factors import (
@@ -31,8 +32,6 @@ from .layer_factors import (
     resolve_factors,
 )
 
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 LEAST_BARE_SIZE = 1_000_000  # bytes; a smaller number without a unit probably means GB
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
@@ -89,9 +88,9 @@ def _files(values: Any) -> tuple[str, ...]:
 def _dtype(value: Any) -> str:
     """Return "base", "start" or a long dtype name, given None, a long or short name, or a torch.dtype."""
     text = "base" if value is None else str(value).removeprefix("torch.")
-    text = SHORT_DTYPES.get(text, text)
-    if text not in ("base", "start", *DTYPES):
-        raise ArgumentError(f"dtype is {shown(text, 60)!r}; it must be one of base, start, {', '.join(DTYPES)}")
+    text = SHORT_NAMES.get(text, text)
+    if text not in ("base", "start", *OUTPUT_DTYPES):
+        raise ArgumentError(f"dtype is {shown(text, 60)!r}; it must be one of base, start, {', '.join(OUTPUT_DTYPES)}")
     return text
 
 
@@ -212,7 +211,7 @@ class MergeOptions(_Options):
         "base",
         "Dtype of float tensors; base, start: that of the same tensor in BASE or START.",
         _dtype,
-        choices=("base", "start", *DTYPES),
+        choices=("base", "start", *OUTPUT_DTYPES),
     )
     max_shard_size: int | None = _option(
         None, "Maximum size of an output file, e.g. 5GB.  [default: the files of BASE]", _size, metavar="SIZE"

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
 from ..checkpoint.model_files import SPLIT, leave_out_option
-from ..checkpoint.safetensors_file import MERGED, WHOLE
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
 from ..model.tensor_names import blanked, folder_of, is_embedding_or_head, matcher, only_in
+from ..numerics.dtypes import MERGED, WHOLE
 from ..options.options import MergeOptions
 from ..transforms.experts import is_fused
 from ..transforms.quantised_units import Copied

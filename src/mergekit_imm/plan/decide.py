@@ -8,14 +8,15 @@ from functools import cache
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Extended, Tensor, is_stored
-from ..checkpoint.safetensors_file import DTYPE_BITS, MERGED, TensorInfo
+from ..checkpoint.safetensors_file import TensorInfo
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
 from ..model.config import check_configs
 from ..model.tensor_names import folder_of, is_embedding_or_head, layer_key, ready_option
+from ..numerics.dtypes import DTYPE_BITS, MERGED, TORCH_NAMES
 from ..numerics.mask import arithmetic, mask_key
 from ..numerics.sparsifiers import parse_sparsify
-from ..options.options import DTYPES, MergeOptions, layer_factors_of
+from ..options.options import MergeOptions, layer_factors_of
 from ..transforms.kept_quantised import intact
 from ..transforms.sparsified_delta import LONGEST_ROW, Ranked, Trimmed
 from .compatibility import Complain, Selects, check_alike, check_names, copied_by, main_dtype, refuse, selector, side_of
@@ -147,7 +148,7 @@ def _item(
     source = sides["sft" if action == "take" else "base"]
     dtype = source.output_dtype
     if dtype in MERGED and not same_bytes:
-        dtype = DTYPES.get(p.dtype, output_dtype if output_dtype in MERGED else dtype)
+        dtype = TORCH_NAMES.get(p.dtype, output_dtype if output_dtype in MERGED else dtype)
     if action == "take" and used["sft"].adapter is not None and not is_stored(source):
         raise ArgumentError(
             f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, an adapter that stores only its"

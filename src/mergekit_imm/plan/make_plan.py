@@ -14,13 +14,14 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
 from ..checkpoint.model_files import SPLIT, is_side_file
 from ..checkpoint.reader import same_bytes
-from ..checkpoint.safetensors_file import MERGED, fingerprint
+from ..checkpoint.safetensors_file import fingerprint
 from ..common.messages import bytes_text, shown
 from ..common.notes import Note, note
 from ..errors import MismatchError
 from ..model.config import CONFIG, is_other_class, merged_config
 from ..model.tensor_names import folder_of, is_embedding_or_head, is_input_embedding
-from ..options.options import DTYPES, MergeOptions
+from ..numerics.dtypes import MERGED, TORCH_NAMES
+from ..options.options import MergeOptions
 from ..options.recipe import history_of, make_recipe
 from ..transforms.kept_quantised import intact
 from .accounts import check_plan, check_tensors
@@ -144,7 +145,7 @@ def _config(
     for item in members:
         if item.outs[0].dtype in MERGED:
             floats[item.outs[0].dtype] += item.source.count
-    names = {code: name for name, code in DTYPES.items()} | {"F64": "float64"}
+    names = {code: name for name, code in TORCH_NAMES.items()}
     return merged_config(
         config if config is sft.config_of(folder) else None,
         base.config_of(folder),

@@ -13,13 +13,13 @@ from ..checkpoint.lazy_tensor import Tensor
 from ..checkpoint.model_files import matches
 from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
 from ..checkpoint.reader import same_values
-from ..checkpoint.safetensors_file import MERGED
 from ..common.checks import as_path
 from ..common.json_files import is_utf8
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError
 from ..model.config import quantisation
 from ..model.tensor_names import matcher
+from ..numerics.dtypes import MERGED
 from ..options.options import MergeOptions, with_files_read
 from ..options.recipe import RECIPE_FILE
 from ..transforms.fp8 import check_unquantised, dequantized

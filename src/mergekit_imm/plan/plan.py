@@ -14,9 +14,10 @@ from typing import Any, Literal
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
 from ..checkpoint.model_files import OWN
-from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
+from ..checkpoint.safetensors_file import TensorInfo
 from ..common.notes import Note
 from ..model.config import is_other_class
+from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.mask import Arithmetic
 from ..options.options import MergeOptions
 from .shard_layout import OutputFile

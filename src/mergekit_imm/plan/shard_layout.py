@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.model_files import Part, are_shards, index_of, stem_of
-from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo, build_header
+from ..checkpoint.safetensors_file import TensorInfo, build_header
+from ..numerics.dtypes import DTYPE_BITS
 
 SHARD_SIZE = 5_000_000_000  # bytes per file when the base has no layout to follow; long the default of transformers
 FileContent = tuple[dict[str, str], list[TensorInfo]]  # metadata, tensors in order

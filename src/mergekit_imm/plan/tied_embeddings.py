@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor, is_stored
-from ..checkpoint.safetensors_file import MERGED
 from ..common.messages import shown
 from ..errors import CheckpointError
 from ..model.config import Config, stated_tie, vocabulary_sizes
@@ -25,6 +24,7 @@ from ..model.tensor_names import (
     outer_bias,
     tied_key,
 )
+from ..numerics.dtypes import MERGED
 from ..transforms.lora_config import MERGE_FIRST
 from ..transforms.lora_tensor import WithRows
 

@@ -10,9 +10,9 @@ import numpy.typing as npt
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor, fill_as
 from ..checkpoint.reader import Files
-from ..checkpoint.safetensors_file import DTYPE_BITS
 from ..common.messages import shown
 from ..common.notes import Note, note
+from ..numerics.dtypes import DTYPE_BITS
 from .plan import Item, same_place
 
 SAMPLED = 1024  # elements in the middle of each tensor

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
+from ..checkpoint.safetensors_file import TensorInfo
 from ..common.messages import shown
 from ..errors import OutputError
+from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.statistics import RECORD, Record
 from ..output.journal import ENTRY, JOURNAL, Entries, Journal, head_of
 from ..plan.plan import Plan, Segment, segments

@@ -8,12 +8,13 @@ from dataclasses import replace
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Computed, Tensor, renamed
 from ..checkpoint.model_files import leave_out_option
-from ..checkpoint.safetensors_file import MERGED, TensorInfo
+from ..checkpoint.safetensors_file import TensorInfo
 from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError
 from ..model.config import says_tied
 from ..model.rename_rules import mapping_note
 from ..model.tensor_names import is_input_embedding, is_output_head
+from ..numerics.dtypes import MERGED
 from .experts import fused_shape, single_layout, split_experts
 from .lora_config import MERGE_FIRST, read_settings, scaling_of
 from .lora_names import match_to_model, name_in_model

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..checkpoint.lazy_tensor import Tensor
-from ..checkpoint.safetensors_file import MERGED
 from ..common.messages import shown
+from ..numerics.dtypes import MERGED
 
 IsCopied = Callable[[str], bool]  # whether a tensor is copied unchanged
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.lazy_tensor import Computed, Raw, Reads, Tensor, fill_as
-from ..checkpoint.safetensors_file import DTYPE_BITS
+from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.mask import KEEP_ALL
 from ..numerics.sparsifiers import keep_thresholds, trim_count
 

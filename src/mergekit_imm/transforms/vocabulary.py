@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Extended, Piece, Tensor, sliced
-from ..checkpoint.safetensors_file import MERGED
 from ..common.messages import shown
 from ..common.notes import Note, note
 from ..errors import CheckpointError, MismatchError
 from ..model.config import says_tied
 from ..model.tensor_names import is_embedding_or_head, is_input_embedding, layer_key, ready_option
+from ..numerics.dtypes import MERGED
 from ..options.options import MergeOptions
 from .lora_config import MERGE_FIRST
 from .tokenizer_files import check_tokens
