@@ -12,7 +12,7 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from hashlib import blake2b
@@ -24,15 +24,13 @@ from typing import Any
 
 import numpy as np
 
-ENTRY = "mergekit_imm_loop"  # the function of an object file: it takes the address of the arguments, 8 bytes for each
+from .object_code import Function, function_of, machine_code, target
+
 _FORMAT = "1"
 _DIGEST = 32  # bytes
 _MASK = (1 << 64) - 1
 _lock = threading.Lock()
 _said: set[str] = set()
-_kept: list[Any] = []  # engines: their memory holds the code
-
-Entry = Callable[[Any], int]
 
 
 class Loop:
@@ -43,7 +41,7 @@ class Loop:
 
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, Function] = {}
 
     def __call__(self, *arguments: Any) -> None:
         """Call the function; compile it for arguments of this kind if no file holds it."""
@@ -59,17 +57,15 @@ class Loop:
         if entry((ctypes.c_uint64 * len(slots))(*slots)):
             raise RuntimeError(f"{self._name} failed for {kind}")  # a bug: the loops raise nothing
 
-    def _load(self, kind: str, arguments: tuple[Any, ...]) -> Entry:
+    def _load(self, kind: str, arguments: tuple[Any, ...]) -> Function:
         name = f"{self._name}-{self._key(kind)}.o"
         for folder in _folders():
             with suppress(OSError, RuntimeError):  # absent, or not of this machine after all
                 content = (folder / name).read_bytes()
                 code = content[_DIGEST:]
                 if blake2b(code, digest_size=_DIGEST).digest() == content[:_DIGEST]:
-                    return _entry_of(code)
+                    return function_of(code)
         say("note: compiling the loops of a merge for this CPU, once (a few seconds)")
-        from .numba_jit import machine_code
-
         code = machine_code(getattr(import_module(self._module), self._name), arguments)
         content = blake2b(code, digest_size=_DIGEST).digest() + code
         if not any(_is_written(folder, name, content) for folder in _folders()):
@@ -77,7 +73,7 @@ class Loop:
                 "note: no folder to keep the compiled loops in (a few seconds per run); set NUMBA_CACHE_DIR to a"
                 " writable one"
             )
-        return _entry_of(code)
+        return function_of(code)
 
     def _key(self, kind: str) -> str:
         import llvmlite.binding as llvm
@@ -92,34 +88,6 @@ def say(line: str) -> None:
     if line not in _said:
         _said.add(line)
         print(line, file=sys.stderr, flush=True)
-
-
-@cache
-def target() -> tuple[str, str]:
-    """Return the name of this CPU and its features, as LLVM has them.
-
-    Commands let LLVM use 512-bit vectors, which it avoids by default on CPUs where they were once slow.
-    """
-    import llvmlite.binding as llvm
-
-    found = llvm.get_host_cpu_features()
-    features = found.flatten()
-    if os.environ.get("MERGEKIT_IMM_WIDE_VECTORS") == "1" and found.get("avx512f"):
-        features += ",-prefer-256-bit"
-    return llvm.get_host_cpu_name(), features
-
-
-def target_machine() -> Any:
-    """Return LLVM's compiler for this CPU."""
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    name, features = target()
-    triple = llvm.Target.from_triple(llvm.get_process_triple())
-    return triple.create_target_machine(
-        cpu=name, features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
-    )
 
 
 @cache
@@ -153,20 +121,6 @@ def _is_written(folder: Path, name: str, content: bytes) -> bool:
             new.unlink()
         return False
     return True
-
-
-def _entry_of(code: bytes) -> Entry:
-    """Load an object file; return its function. Raises RuntimeError if it does not load."""
-    import llvmlite.binding as llvm
-
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    address = engine.get_function_address(ENTRY)
-    if not address:
-        raise RuntimeError(f"an object file lacks {ENTRY}")
-    _kept.append(engine)
-    return ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(address)
 
 
 def _flatten(value: Any, kinds: list[str], slots: list[int]) -> None:
