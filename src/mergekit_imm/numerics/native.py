@@ -59,16 +59,15 @@ class Loop:
 
     def _load(self, kind: str, arguments: tuple[Any, ...]) -> Function:
         name = f"{self._name}-{self._key(kind)}.o"
-        for folder in _folders():
+        for folder in folders():
             with suppress(OSError, RuntimeError):  # absent, or not of this machine after all
                 content = (folder / name).read_bytes()
                 code = content[_DIGEST:]
-                if blake2b(code, digest_size=_DIGEST).digest() == content[:_DIGEST]:
+                if content == with_digest(code):
                     return function_of(code)
         say("note: compiling the loops of a merge for this CPU, once (a few seconds)")
         code = machine_code(getattr(import_module(self._module), self._name), arguments)
-        content = blake2b(code, digest_size=_DIGEST).digest() + code
-        if not any(_is_written(folder, name, content) for folder in _folders()):
+        if not any(_is_written(folder, name, with_digest(code)) for folder in folders()):
             say(
                 "note: no folder to keep the compiled loops in (a few seconds per run); set NUMBA_CACHE_DIR to a"
                 " writable one"
@@ -81,6 +80,11 @@ class Loop:
         versions = version("numba"), version("llvmlite"), str(llvm.llvm_version_info)
         parts = (_FORMAT, self._module, self._name, kind, *target(), *versions, _source(self._module))
         return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def with_digest(code: bytes) -> bytes:
+    """Return the content of a file that keeps some code."""
+    return blake2b(code, digest_size=_DIGEST).digest() + code
 
 
 def say(line: str) -> None:
@@ -100,7 +104,7 @@ def _source(module: str) -> str:
     return "\0".join(path.read_text(encoding="utf-8") for path in dict.fromkeys(paths))
 
 
-def _folders() -> Iterator[Path]:
+def folders() -> Iterator[Path]:
     """Yield where compiled loops may be kept, the best place first."""
     if os.environ.get("NUMBA_CACHE_DIR"):
         yield Path(os.environ["NUMBA_CACHE_DIR"])
