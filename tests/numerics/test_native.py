@@ -38,7 +38,7 @@ def test_arguments_arrive_as_python_passes_them(
     found, expected = np.zeros((2, 7 + matrix.size))
     arguments = (numbers, flag, None, matrix, (np.float32(0.5), 2.5))
     LOOP(*arguments, found)
-    arrived.py_func(*arguments, expected)
+    arrived.py_func(*arguments, expected)  # type: ignore[attr-defined]
     assert found.tobytes() == expected.tobytes() or (np.isnan(single) and np.isnan(found[2]))
 
 
