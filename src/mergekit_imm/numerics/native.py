@@ -108,8 +108,9 @@ def folders() -> Iterator[Path]:
     """Yield where compiled loops may be kept, the best place first."""
     if os.environ.get("NUMBA_CACHE_DIR"):
         yield Path(os.environ["NUMBA_CACHE_DIR"])
+        return
     yield Path(__file__).with_name("__pycache__")
-    with suppress(RuntimeError):
+    with suppress(RuntimeError):  # no home
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergekit_imm"
 
 
