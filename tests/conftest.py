@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -31,6 +33,30 @@ def pytest_configure(config: pytest.Config) -> None:
     tempfile.tempdir = None
     if "not thorough" in config.option.markexpr:
         thorough.FEWER = 4
+    if not hasattr(config, "workerinput"):
+        _compile_loops()
+
+
+def _compile_loops() -> None:
+    """Compile the usual loops, as commands and as Python callers do, so that no test sees the note that says so."""
+    programs = [
+        subprocess.Popen([sys.executable, "-c", _LOOPS], env=os.environ | {"MERGEKIT_IMM_WIDE_VECTORS": wide})
+        for wide in ("0", "1")
+    ]
+    assert [program.wait() for program in programs] == [0, 0]
+
+
+_LOOPS = """
+import numpy as np
+from mergekit_imm.numerics.cpu import merge_span
+from mergekit_imm.numerics.mask import arithmetic
+from mergekit_imm.numerics.statistics import new_tally
+for dtype, width in (("F32", 4), ("BF16", 2)):
+    base, start, sft, out = ((np.zeros(1024 * width, np.uint8), dtype) for _ in range(4))
+    for begin in (base, start):
+        for drop in (0.5, 0):
+            merge_span(base, begin, sft, out, 1024, 0, (0, 0), arithmetic(alpha=0.5, drop=drop), new_tally())
+"""
 
 
 @pytest.fixture(scope="session", autouse=True)

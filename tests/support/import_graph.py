@@ -16,7 +16,7 @@ ROWS = (
     " evaluation synthesis analysis testing views cli __main__"
 ).split()
 ONE_ROW = {"errors", "common"}  # they import each other: errors format messages, checks raise errors
-BY_NAME = {"common.lazy", "cli.samples"}  # import by string: public names, and a user's encoder
+BY_NAME = {"common.lazy", "cli.samples", "numerics.native"}  # import by string: public names, and a user's encoder
 
 
 def modules(source: Path = SOURCE) -> dict[str, Path]:

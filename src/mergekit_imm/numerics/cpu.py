@@ -11,12 +11,24 @@ import numpy as np
 import numpy.typing as npt
 
 from .mask import BLOCK, Arithmetic
-from .numba_kernel import WORK, merge_blocks, merge_decoded_blocks
+from .native import Loop
 from .statistics import Tally, is_finite
 
 # Dtype in a safetensors header -> code for `merge_decoded_blocks`, and array dtype for `merge_blocks`.
 CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 _ARRAY_TYPES = {"BF16": np.uint32, "F16": np.int32, "F32": np.float32, "F64": np.float64}
+
+# A block's scratch memory, `work`: the words of even counters, word by word, then of odd ones; then sums of delta, base
+# and change. Gaps of sixteen keep stores from colliding with later loads.
+PAIRS = BLOCK // 4  # pairs of elements in half a block
+ROW = PAIRS + 16
+SUMS = 2 * PAIRS + 16
+WORK = SUMS + 3 * ROW
+
+merge_blocks = Loop("mergekit_imm.numerics.numba_kernel", "merge_blocks")
+merge_decoded_blocks = Loop("mergekit_imm.numerics.numba_kernel", "merge_decoded_blocks")
+
+_NONE = np.empty(0, np.uint8)  # no start: it is the base
 
 Bytes = npt.NDArray[np.uint8]
 Side = tuple[Bytes, str]  # raw elements, and their dtype in a safetensors header
@@ -94,8 +106,8 @@ def _merge_blocks(
     is_common = alike or (start_is_base and base[1] == out[1] and {base[1], sft[1]} == {"BF16", "F32"})
     before = tally.copy()
     for how in (fast, careful) if is_finite(before) and not (constants.is_identity or at_end) else (careful,):
+        work = np.zeros(WORK, wide)
         rest = (
-            np.zeros(WORK, wide),
             count,
             first // BLOCK,
             constants.uses_mask,
@@ -106,10 +118,10 @@ def _merge_blocks(
             tally,
         )
         if is_common:
-            merge_blocks(_typed(base), None if start_is_base else _typed(start), _typed(sft), _typed(out), *rest)
+            merge_blocks(_typed(base), _NONE if start_is_base else _typed(start), _typed(sft), _typed(out), work, *rest)
         else:
             sides = [part for raw, dtype in (base, start, sft) for part in (raw, CODES[dtype])]
-            merge_decoded_blocks(*sides, start_is_base, _typed(out), *rest)
+            merge_decoded_blocks(*sides, start_is_base, _typed(out), work, np.empty((3, BLOCK), wide), *rest)
         if how is careful or is_finite(tally):
             break
         tally[:] = before  # the fast path does not make NaN canonical: start over with the careful one

@@ -1,39 +1,23 @@
-"""Decorators for functions that numba compiles."""
+"""Decorators for functions that numba compiles for `native.Loop`."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 import numba
 from numba.extending import overload
 
-_notices: list[str] = []
+from .object_code import target
 
-
-# Let numba use 512-bit vectors, which LLVM avoids by default on CPUs where they were once slow. The setting affects all
-# that the process compiles, so only our own commands ask for it.
-if os.environ.get("MERGEKIT_IMM_WIDE_VECTORS") == "1" and numba.config.CPU_FEATURES is None:
-    _features = llvmlite.binding.get_host_cpu_features()
-    if _features.get("avx512f"):
-        numba.config.CPU_FEATURES = f"{_features.flatten()},-prefer-256-bit"
+# numba compiles for the features that `native` names, unless its user has chosen others.
+if numba.config.CPU_FEATURES is None:
+    numba.config.CPU_FEATURES = target()[1]
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compile a function at its first call, without the GIL; keep it in numba's cache."""
-    try:
-        return numba.njit(nogil=True, cache=True, **options)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # a read-only install and no writable home: compile in memory in every run
-        if not _notices:
-            _notices.append(
-                "note: no folder to cache the compiled kernel in (a few seconds per run);"
-                " set NUMBA_CACHE_DIR to a writable one"
-            )
-            print(_notices[0], file=sys.stderr)
-        return numba.njit(nogil=True, **options)(function)  # type: ignore[no-any-return]
+    """Compile a function at its first call: without the GIL, reference counts or checks of division."""
+    return numba.njit(nogil=True, error_model="numpy", _nrt=False, **options)(function)  # type: ignore[no-any-return]
 
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ which there are hundreds, are first decoded into tiles of one block (`_decode`).
 Nothing is contracted or reassociated (numba's default), so the bits are those of `reference.merge_flat`. Words and sums
 share one array, `work`, because the vectoriser gives up on comparing many addresses.
 
-All compiled code is in this one file: numba's cache only watches the file of the function called first.
+Called by `native.Loop`, so that numba is only imported to compile.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
@@ -22,18 +22,12 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
+from .cpu import PAIRS, ROW, SUMS
 from .mask import BLOCK, COUNTERS, PHILOX_BUMPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
 from .numba_jit import by_type, inline, jit
 from .statistics import KEPT, LANES, LARGEST
 
 _BF16, _F16, _F32, _F64 = range(4)  # dtype codes for `_decode`
-_PAIRS = BLOCK // 4  # pairs in half a block
-
-# Layout of `work`: the words of even counters, word by word, then of odd ones; then sums of delta, base and change.
-# Gaps of sixteen keep stores from colliding with later loads.
-_ROW = _PAIRS + 16
-_SUMS = 2 * _PAIRS + 16
-WORK = _SUMS + 3 * _ROW
 # Lengths of `how`: the common constants, or also those for rare cases; DELTA more if the sft side holds the delta.
 FAST, CAREFUL, DELTA = 3, 6, 1
 _u16, _u32, _u64, _f32, _f64 = np.uint16, np.uint32, np.uint64, np.float32, np.float64
@@ -67,7 +61,7 @@ def _fill(block, key0, key1, work):
                 p0, p1 = _u64(c0) * _M0, _u64(c2) * _M1
                 c0, c2 = _u32(p1 >> _u64(32)) ^ c1 ^ k0, _u32(p0 >> _u64(32)) ^ c3 ^ k1
                 c1, c3 = _u32(p1), _u32(p0)
-            at = _PAIRS * odd + j
+            at = PAIRS * odd + j
             work[at] = _as_float(_u32(c0), work[at])
             work[64 + at] = _as_float(_u32(c1), work[at])
             work[128 + at] = _as_float(_u32(c2), work[at])
@@ -131,9 +125,13 @@ def _decode(code, raw, tile):
         for i in range(BLOCK):
             tile[i] = _from_f16(_u32(_u32(halves[i]) << _u32(16)))
     elif code == _F32:
-        tile[:] = raw.view(_f32)
+        singles = raw.view(_f32)
+        for i in range(BLOCK):
+            tile[i] = singles[i]
     else:
-        tile[:] = raw.view(_f64)
+        doubles = raw.view(_f64)
+        for i in range(BLOCK):
+            tile[i] = doubles[i]
     return tile
 
 
@@ -265,18 +263,10 @@ def _delta_and_sft(start, sft, how):
 
 @by_type
 def _pair_or(elements, j, even, odd):
-    """Elements 2j and 2j+1 of a block, or `even` and `odd` if there is no block."""
-    if isinstance(elements, types.NoneType):
+    """Elements 2j and 2j+1 of a block, or `even` and `odd` for an array of bytes, which stands for no block."""
+    if elements.dtype == types.uint8:
         return lambda elements, j, even, odd: (even, odd)
     return lambda elements, j, even, odd: _pair(elements, j)
-
-
-@by_type
-def _cut(elements, first, last):
-    """A slice, or None for None."""
-    if isinstance(elements, types.NoneType):
-        return lambda elements, first, last: None
-    return lambda elements, first, last: elements[first:last]
 
 
 @by_type
@@ -310,23 +300,23 @@ def _merge_pair(base, start, sft, out, j, even_kept, odd_kept, how):
 @inline
 def _halve(work, n):
     for i in range(n):
-        work[_SUMS + i] += work[_SUMS + n + i]
-        work[_SUMS + _ROW + i] += work[_SUMS + _ROW + n + i]
-        work[_SUMS + 2 * _ROW + i] += work[_SUMS + 2 * _ROW + n + i]
+        work[SUMS + i] += work[SUMS + n + i]
+        work[SUMS + ROW + i] += work[SUMS + ROW + n + i]
+        work[SUMS + 2 * ROW + i] += work[SUMS + 2 * ROW + n + i]
 
 
 @jit
 def _merge_block(base, start, sft, out, work, limit, how, largest, tally):
     """Merge a block with the words in `work`; returns the largest change so far, and how many elements are kept."""
     kept = _u32(0)
-    for i in range(_PAIRS):
-        e, o = _u32(_as_word(work[i])), _u32(_as_word(work[_PAIRS + i]))
+    for i in range(PAIRS):
+        e, o = _u32(_as_word(work[i])), _u32(_as_word(work[PAIRS + i]))
         e_low, o_low = _u32(e << _u32(16)) <= limit, _u32(o << _u32(16)) <= limit
         low = _merge_pair(base, start, sft, out, i, e_low, o_low, how)
-        high = _merge_pair(base, start, sft, out, _PAIRS + i, e <= limit, o <= limit, how)
-        work[_SUMS + i] = low[0] + high[0]
-        work[_SUMS + _ROW + i] = low[1] + high[1]
-        work[_SUMS + 2 * _ROW + i] = low[2] + high[2]
+        high = _merge_pair(base, start, sft, out, PAIRS + i, e <= limit, o <= limit, how)
+        work[SUMS + i] = low[0] + high[0]
+        work[SUMS + ROW + i] = low[1] + high[1]
+        work[SUMS + 2 * ROW + i] = low[2] + high[2]
         largest = max(largest, max(low[3], high[3]))
         kept = _u32(kept + _u32(low[4] + high[4]))
     _halve(work, 128)
@@ -334,9 +324,9 @@ def _merge_block(base, start, sft, out, work, limit, how, largest, tally):
     _halve(work, 32)
     _halve(work, 16)
     for i in range(LANES):
-        tally[i] += _f64(work[_SUMS + i])
-        tally[LANES + i] += _f64(work[_SUMS + _ROW + i])
-        tally[2 * LANES + i] += _f64(work[_SUMS + 2 * _ROW + i])
+        tally[i] += _f64(work[SUMS + i])
+        tally[LANES + i] += _f64(work[SUMS + ROW + i])
+        tally[2 * LANES + i] += _f64(work[SUMS + 2 * ROW + i])
     return largest, kept
 
 
@@ -355,7 +345,7 @@ def _close(work, limit, largest, kept, count, tally):
     tally[LARGEST] = change if change > tally[LARGEST] else tally[LARGEST]  # skips NaN
     for r in range((count - 1) % BLOCK + 1, BLOCK):  # do not count the padding of the last block
         counter, word = r % COUNTERS, r // COUNTERS
-        bits = _u32(_as_word(work[_PAIRS * (counter % 2) + 64 * (word % 4) + counter // 2]))
+        bits = _u32(_as_word(work[PAIRS * (counter % 2) + 64 * (word % 4) + counter // 2]))
         if word < 4:
             bits = _u32(bits << _u32(16))
         kept -= 1 if bits <= limit else 0
@@ -364,14 +354,14 @@ def _close(work, limit, largest, kept, count, tally):
 
 @jit
 def merge_blocks(base, start, sft, out, work, count, block, uses_mask, key0, key1, limit, how, tally):
-    """Merge blocks of typed arrays, the last block padded with zeros. `start` is None if it is the base."""
+    """Merge blocks of typed arrays, the last block padded with zeros. `start` is empty bytes if it is the base."""
     blocks, kept, largest = (count + BLOCK - 1) // BLOCK, 0, _order(work[0])
     size, size_sft, size_out = len(base) // blocks, len(sft) // blocks, len(out) // blocks
     for b in range(blocks):
         if uses_mask:
             _fill(block + b, key0, key1, work)
         bases, sfts = base[size * b : size * (b + 1)], sft[size_sft * b : size_sft * (b + 1)]
-        starts, outs = _cut(start, size * b, size * (b + 1)), out[size_out * b : size_out * (b + 1)]
+        starts, outs = start[size * b : size * (b + 1)], out[size_out * b : size_out * (b + 1)]
         largest, some = _merge_block(bases, starts, sfts, outs, work, limit, how, largest, tally)
         kept += some
     _close(work, limit, largest, kept, count, tally)
@@ -388,6 +378,7 @@ def merge_decoded_blocks(
     start_is_base,
     out,
     work,
+    tiles,
     count,
     block,
     uses_mask,
@@ -397,11 +388,14 @@ def merge_decoded_blocks(
     how,
     tally,
 ):
-    """Like `merge_blocks`, for raw bytes of any dtypes, decoded into tiles; `start_is_base` leaves `start` unread."""
+    """Like `merge_blocks`, for raw bytes of any dtypes, decoded into three tiles of a block.
+
+    `start_is_base` leaves `start` unread.
+    """
     blocks, kept, largest = (count + BLOCK - 1) // BLOCK, 0, _order(work[0])
     size, size_start = len(base) // blocks, len(start) // blocks
     size_sft, size_out = len(sft) // blocks, len(out) // blocks
-    x, y, z = np.empty(BLOCK, work.dtype), np.empty(BLOCK, work.dtype), np.empty(BLOCK, work.dtype)
+    x, y, z = tiles[0], tiles[1], tiles[2]
     for b in range(blocks):
         if uses_mask:
             _fill(block + b, key0, key1, work)

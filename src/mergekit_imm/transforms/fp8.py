@@ -20,6 +20,7 @@ from ..common.notes import note
 from ..errors import CheckpointError, MismatchError
 from ..model.config import quantisation
 from ..model.tensor_names import ready_option
+from ..numerics.native import Loop
 from .quantised_units import FP8, Copied, Unit, pattern_of, scales_of, units_of
 
 _BLOCK = (128, 128)  # if the config does not say
@@ -40,6 +41,8 @@ _QUANTISER_FILES = ("hf_quant_config.json",)  # side files that describe the qua
 
 
 _NOTHING = Copied(lambda _: False, lambda _: False)
+
+dequantize = Loop("mergekit_imm.transforms.numba_loops", "dequantize")
 
 
 def check_unquantised(checkpoint: Checkpoint, copied: Copied) -> None:
@@ -301,8 +304,6 @@ class Dequantized(Computed):
 
     def compute(self, reads: Reads, shared: Any, first: int, out: Matrix) -> None:  # noqa: ARG002
         """Compute the elements from `first` on."""
-        from .numba_loops import dequantize
-
         read = reads(self.role)
         codes = np.empty(len(out), np.uint8)
         read(self.weight, first, codes)

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..checkpoint.lazy_tensor import Computed, Matrix, Reads, Tensor, matrix
+from ..numerics.native import Loop
+
+product = Loop("mergekit_imm.transforms.numba_loops", "product")
+rescale = Loop("mergekit_imm.transforms.numba_loops", "rescale")
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,6 @@ class LowRank(Computed):
 
     def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
         """Compute the elements from `first` on."""
-        from .numba_loops import product
-
         row, end = self.rows(first, len(out))
         read = reads("sft")
         if self.is_transposed:
@@ -85,8 +87,6 @@ class Rescaled(Computed):
 
     def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
         """Compute the elements from `first` on; norms need whole rows."""
-        from .numba_loops import rescale
-
         row, end = self.rows(first, len(out))
         whole = np.empty((end - row) * self.columns, np.float32)
         self.change.compute(reads, shared, row * self.columns, whole)
@@ -162,8 +162,6 @@ class OfExperts(Computed):
 
     def compute(self, reads: Reads, shared: tuple[Matrix, Matrix], first: int, out: Matrix) -> None:  # noqa: ARG002
         """Compute the elements from `first` on, expert by expert."""
-        from .numba_loops import product
-
         lefts, rights = shared
         columns = self.shape[2]
         at = 0

@@ -15,12 +15,17 @@ import numpy.typing as npt
 from ..checkpoint.lazy_tensor import Computed, Raw, Reads, Tensor, fill_as
 from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.mask import KEEP_ALL
+from ..numerics.native import Loop
 from ..numerics.sparsifiers import keep_thresholds, trim_count
 
 PIECE = 1 << 17  # elements worked on at a time
 LONGEST_ROW = 1 << 18  # elements that are ranked together
 
 Wide = npt.NDArray[Any]  # float32 or float64
+
+count_digits = Loop("mergekit_imm.transforms.numba_loops", "count_digits")
+drop_ranked = Loop("mergekit_imm.transforms.numba_loops", "drop_ranked")
+random_bits = Loop("mergekit_imm.transforms.numba_loops", "random_bits")
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,6 @@ class Trimmed(Sparsified):
 
     def shared(self, reads: Reads) -> int:
         """Return the magnitude bits of the K-th largest element, found sixteen at a time per pass over the tensor."""
-        from .numba_loops import count_digits
-
         wanted = self.count - trim_count(self.drop, self.count)  # its rank, from the smallest
         prefix = 0
         for shift in range(DTYPE_BITS[self.dtype] - 16, -1, -16):
@@ -117,8 +120,6 @@ class Ranked(Sparsified):
 
     def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
         """Fill a buffer with the elements from `first` on."""
-        from .numba_loops import drop_ranked, random_bits
-
         filled = out.view(np.float64 if self.exact else np.float32)
         end = first + len(filled)
         keep16, scale = _by_rank(self.row, self.drop, self.epsilon, self.dtype)
