@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argument_kinds import arrived
+from mergekit_imm.errors import ArgumentError
 from mergekit_imm.numerics import native, object_code
 from mergekit_imm.numerics.native import Loop
 
@@ -27,15 +29,23 @@ LOOP = Loop("argument_kinds", "arrived")
     st.booleans(),
     st.sampled_from(["i1", "u2", "f4", "f8", "u8"]),
     st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2)),
+    st.booleans(),
 )
 def test_arguments_arrive_as_python_passes_them(
-    whole: int, word: int, single: float, flag: bool, dtype: str, shape: tuple[int, int, int, int]
+    whole: int,
+    word: int,
+    single: float,
+    flag: bool,
+    dtype: str,
+    shape: tuple[int, int, int, int],
+    columns_first: bool,
 ) -> None:
     rows, columns, row_step, column_step = shape
     matrix = np.arange(rows * row_step * columns * column_step).astype(dtype)
     matrix = matrix.reshape(rows * row_step, columns * column_step)[::row_step, ::column_step]
     numbers = (whole, (np.uint32(word), np.float32(single)))
     found, expected = np.zeros((2, 7 + matrix.size))
+    matrix = np.asfortranarray(matrix) if columns_first else matrix
     arguments = (numbers, flag, None, matrix, (np.float32(0.5), 2.5))
     LOOP(*arguments, found)
     arrived.py_func(*arguments, expected)  # type: ignore[attr-defined]
@@ -102,9 +112,26 @@ def test_a_damaged_file_is_replaced(
     assert path.read_bytes() == good
 
 
-def test_the_code_of_another_cpu_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_other_cpus_and_settings_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "folders", lambda: iter([tmp_path]))
-    for target in (("cpu", "+one"), ("cpu", "+two"), ("other", "+one")):
+    for target, setting in ((("a", "+x"), "0"), (("a", "+y"), "0"), (("b", "+x"), "0"), (("a", "+x"), "1")):
         monkeypatch.setattr(native, "target", lambda target=target: target)
+        monkeypatch.setenv("NUMBA_BOUNDSCHECK", setting)
         Loop("argument_kinds", "arrived")((1, (2, 3)), True, None, np.ones((1, 1)), (1, 2), np.zeros(8))
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_note_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    native.say("note: this disk is full")
+
+
+def test_numba_without_its_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "folders", lambda: iter([tmp_path]))
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    with pytest.raises(ArgumentError, match=r"^NUMBA_DISABLE_JIT is set, .*; unset it$"):
+        Loop("argument_kinds", "arrived")((1, (2, 3)), True, None, np.ones((1, 1)), (1, 2), np.zeros(8))

@@ -147,3 +147,10 @@ def test_a_bare_size_of_a_caller_is_refused_and_one_in_a_recipe_is_bytes(tmp_pat
     for _ in range(2):
         report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", max_shard_size="10KB")
     assert (report.status, len(report.files)) == ("already merged", 2)
+
+
+@pytest.mark.parametrize("epsilon", ["0.1", "0.12345678", "1e-08"])
+def test_epsilon_is_kept_as_given(epsilon: str) -> None:
+    options = MergeOptions(sparsify=f"della:{epsilon}", drop=0.5)
+    assert options.sparsify == f"della:{epsilon}"
+    assert replace(options) == options

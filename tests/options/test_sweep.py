@@ -22,6 +22,7 @@ from commands import held_until, subprocess_of
 from mergekit_imm import ArgumentError, NonFiniteError, OutputError, merge_checkpoints
 from mergekit_imm.engine import workers
 from mergekit_imm.options.sweep import points
+from mergekit_imm.output import direct_io
 
 SHAPES = {"model.embed_tokens.weight": (301, 33), "model.layers.0.w": (1500, 1001), "model.norm.weight": (5,)}
 
@@ -150,6 +151,22 @@ def test_the_disk_must_hold_all_of_them(pair: tuple[Path, Path], tmp_path: Path)
         merge_checkpoints(*pair, tmp_path / "fits-{alpha}", alpha=[0.3, 0.5])
         with pytest.raises(OutputError, match=r"outputs up to \S+ need .* and the disk has"):
             merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5, 0.7])
+
+
+@pytest.mark.parametrize("full", ["o-0.3", "o-0.5"])
+def test_a_failed_write_names_its_output(
+    pair: tuple[Path, Path], tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file = direct_io.write_file
+
+    def fail(path: Path, content: bytes) -> None:
+        if path == tmp_path / f"{full}.partial" / "README.md":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_file(path, content)
+
+    monkeypatch.setattr(direct_io, "write_file", fail)
+    with pytest.raises(OutputError, match=rf"^\S+/{full} cannot be written: .* is kept in \S+/{full}\.partial;"):
+        merge_checkpoints(*pair, tmp_path / "o-{alpha}", alpha=[0.3, 0.5])
 
 
 def test_a_refused_input_leaves_nothing_of_any(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ..plan.plan import Plan
 from .report import MergeReport, actions
 from .workers import BUFFER, BUFFERS
 
-INTERPRETER = 190 << 20  # bytes of Python, numpy, numba and the compiled kernel; the largest value measured
+INTERPRETER = 190 << 20  # bytes, with numba, which only a first run loads; the largest value measured
 PER_TENSOR = 1024  # bytes of metadata
 
 
@@ -46,6 +45,10 @@ class Job:
         held = sum(map(_blocks, reused))
         sides = sum(path.stat().st_size for _, path in plan.side.values() if path is not None)
         self.needed = max(0, plan.bytes_to_write + sides - held)
+
+    def errors(self) -> AbstractContextManager[None]:
+        """Turn an OSError into an OutputError that names what was kept."""
+        return output_errors(self.out, self.partial)
 
     def report(self, status: str, refused: str = "") -> MergeReport:
         """Return what the merge did, or would do."""
@@ -75,15 +78,6 @@ class Job:
             refused=for_caller(refused),
             verified=self.verified is not None,
         )
-
-
-@contextmanager
-def errors_of(jobs: Sequence[Job]) -> Iterator[None]:
-    """Turn an OSError into an OutputError that names what was kept."""
-    with ExitStack() as stack:
-        for job in jobs:
-            stack.enter_context(output_errors(job.out, job.partial))
-        yield
 
 
 def _blocks(path: Path) -> int:

@@ -19,9 +19,10 @@ from ..options.recipe import to_json
 from ..output import direct_io, journal
 from ..output.write_errors import output_errors
 from ..plan.plan import segments
-from ..ranks.ledger import Ledger, Share, begin, share_of
+from ..ranks.ledger import Ledger, begin
 from ..ranks.ranks import Ranks, on_leader, together
-from .job import Job, errors_of
+from ..ranks.share import Share, share_of
+from .job import Job
 from .workers import Done, Task, run_segments, warm_up
 
 SYNC_BYTES, SYNC_SECONDS = 512 << 20, 5.0
@@ -55,7 +56,7 @@ class _Output:
 
     def sync(self) -> None:
         """Sync written files, then record their segments."""
-        with output_errors(self.job.out, self.job.partial):
+        with self.job.errors():
             for name in sorted(self.unsynced):
                 direct_io.sync(self.files[name].descriptor)
             self.unsynced.clear()
@@ -74,24 +75,25 @@ def stream(jobs: Sequence[Job], device: Device, progress: Progress | None, ranks
         finished = on_leader(ranks, lambda: [_prepare(job, ranks) for job in jobs])
 
         def write() -> list[_Output]:
-            with errors_of(jobs):
-                outputs = []
-                for job, done in zip(jobs, finished, strict=True):
+            outputs = []
+            for job, done in zip(jobs, finished, strict=True):
+                with job.errors():
                     ledger = Ledger(job.partial, to_json(job.recipe), job.plan.segment_count, done, ranks)
                     stack.callback(ledger.close)
                     outputs.append(_Output(job, ledger, stack))
+            with jobs[0].errors():
                 _write_share(outputs, device, progress, ranks)
-                return outputs
+            return outputs
 
         outputs = together(ranks, write)
-        parts = ranks.gather([(each.job.read, each.job.written, each.ledger.halves()) for each in outputs])
+        written = ranks.gather([(each.job.read, each.job.written, each.ledger.hand_over()) for each in outputs])
 
         def finish() -> None:
-            for output, *of_ranks in zip(outputs, *parts, strict=True):
-                with errors_of([output.job]):
-                    reads, writes, halves = zip(*of_ranks, strict=True)
+            for output, *of_ranks in zip(outputs, *written, strict=True):
+                with output.job.errors():
+                    reads, writes, parts = zip(*of_ranks, strict=True)
                     output.job.read, output.job.written = sum(reads), sum(writes)
-                    output.ledger.settle(halves)
+                    output.ledger.settle(parts)
                     _read_back(output.job)
 
         on_leader(ranks, finish)
@@ -103,7 +105,7 @@ def stream(jobs: Sequence[Job], device: Device, progress: Progress | None, ranks
 def _prepare(job: Job, ranks: Ranks) -> journal.Entries:
     """Create or reopen the files of a folder, preallocated, and its journals; return the finished segments."""
     plan, partial = job.plan, job.partial
-    with errors_of([job]):
+    with job.errors():
         if (partial / journal.JOURNAL).exists() and (
             journal.journal_format(partial) != (journal.VERSION, plan.segment_count)
             or any(_own_size(partial / name) != size for name, size in job.sizes.items())
@@ -128,7 +130,7 @@ def _prepare(job: Job, ranks: Ranks) -> journal.Entries:
 def _write_share(outputs: Sequence[_Output], device: Device, progress: Progress | None, ranks: Ranks) -> None:
     """Write this rank's share, until it is done or another rank has failed."""
     plans, ledger = [each.job.plan for each in outputs], outputs[0].ledger
-    share = share_of(plans[0], [each.ledger for each in outputs], ranks)
+    share = share_of(plans[0], [each.ledger.finished for each in outputs], ranks)
     warm_up(plans, device)
 
     def sink(number: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
@@ -161,7 +163,7 @@ def _write_share(outputs: Sequence[_Output], device: Device, progress: Progress 
                     progress(before + done * (total - before) // max(own, 1), total)
         for each in outputs:
             each.sync()
-    except Exception:
+    except BaseException:  # a signal too
         ledger.stop_others()
         raise
     if progress is not None:

@@ -76,9 +76,7 @@ def run_segments(
 ) -> Generator[Done | None, None, None]:
     """Process segments of plans on threads; yield each as it finishes, and None after 0.1 s without one.
 
-    The plans share inputs and file layout and differ in parameters. Segments start in order. Once those in progress
-    have ended, the failure of the first segment in that order is raised: the same one for any number of workers.
-    Closing the iterator stops the workers. `stop` is set when they must end; a `todo` that blocks must check it.
+    The plans share inputs and file layout and differ in parameters. Fails and stops as `in_threads` does.
     """
     with Files(plans[0].inputs) as files:
 
@@ -158,7 +156,7 @@ def _converted(item: Item) -> Mapping[str, Tensor]:
 
 
 def base_start_sft(raws: Mapping[str, T]) -> tuple[T, T, T]:
-    """Return what stands for each model: without a start it is the base; without an sft, as an adapter, the start."""
+    """Fill in missing models: no start means the base; no sft, as of an adapter, means the start."""
     base = raws["base"]
     start = raws.get("start", base)
     return base, start, raws.get("sft", start)

@@ -22,7 +22,7 @@ from ..plan.make_plan import recipes_of
 from ..plan.plan import Plan, same_place
 from ..plan.unchanged import note_if_unchanged, note_of
 from ..ranks.ranks import ALONE, Ranks, check_same, on_leader, together
-from .job import Job, errors_of
+from .job import Job
 from .report import MergeReport, statistics, written_files
 from .stream import stream
 from .verify import compare_folder
@@ -138,8 +138,8 @@ def _build(jobs: Sequence[Job], device: Device, options: RunOptions, ranks: Rank
             together(ranks, lambda: check_inputs(jobs[0].plan.inputs))  # by now their side files were read too
         except (NonFiniteError, MismatchError, ChangedError):
             if ranks.rank == 0:
-                with errors_of(jobs):
-                    for job in jobs:
+                for job in jobs:
+                    with job.errors():
                         journal.empty(job.partial)
             raise
         if options.verify:
@@ -149,9 +149,9 @@ def _build(jobs: Sequence[Job], device: Device, options: RunOptions, ranks: Rank
 
 def _lock_folders(jobs: Sequence[Job], stack: ExitStack) -> list[int]:
     """Create and lock every OUT.partial; return the indices of those to be written."""
-    # Sorted, so that two sweeps over the same outputs cannot deadlock.
+    # Sorted, so that of two sweeps over the same outputs one gets all the locks.
     for job in sorted(jobs, key=lambda job: str(job.partial.absolute())):
-        with errors_of([job]):
+        with job.errors():
             created = direct_io.make_folder(job.partial)
             if stack.enter_context(paths.locked(job.partial)) is None:
                 text = "the filesystem of {out} has no locks: make sure that nothing else merges there"
@@ -174,10 +174,11 @@ def _lock_folders(jobs: Sequence[Job], stack: ExitStack) -> list[int]:
 
 def _write_beside(jobs: Sequence[Job], written: Sequence[Job]) -> None:
     """Write all files beside the safetensors files; the recipe last, as it marks a complete folder."""
-    with errors_of(jobs):
-        for job in jobs:
+    for job in jobs:
+        with job.errors():
             _remove_foreign(job)
-        for job in written:
+            if job not in written:
+                continue
             assert job.records is not None
             found = statistics(job.plan, job.records)
             models = job.plan.inputs
@@ -193,7 +194,7 @@ def _write_beside(jobs: Sequence[Job], written: Sequence[Job]) -> None:
 def _publish(jobs: Sequence[Job]) -> None:
     """Move each OUT.partial to OUT."""
     for job in jobs:
-        with errors_of([job]):
+        with job.errors():
             publish.publish(job.out, replace=job.options.overwrite)
 
 
@@ -230,7 +231,7 @@ def _remove_foreign(job: Job) -> None:
             with suppress(OSError):
                 path.rmdir()  # if empty
         elif path.is_symlink() or name not in own:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def _verify(jobs: Sequence[Job], device: Device, progress: Progress | None, ranks: Ranks) -> None:

@@ -2,7 +2,7 @@
 
 Importing numba and loading one function from its own cache takes a second; loading an object file with llvmlite takes
 a few milliseconds. A file holds one loop for one kind of arguments. Its name is a digest of what the code depends on:
-the source, the CPU and its features, the versions of numba and llvmlite. Its content begins with a digest of the rest.
+the source, the CPU and its features, the versions and settings of numba. Its content begins with a digest of the rest.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class Loop:
         import llvmlite.binding as llvm
 
         versions = version("numba"), version("llvmlite"), str(llvm.llvm_version_info)
-        parts = (_FORMAT, self._module, self._name, kind, *target(), *versions, _source(self._module))
+        settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+        settings = [each for each in settings if not each.startswith("NUMBA_CACHE_DIR=")]
+        parts = (_FORMAT, self._module, self._name, kind, *target(), *versions, *settings, _source(self._module))
         return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -91,12 +93,13 @@ def say(line: str) -> None:
     """Say a line on stderr, once in a process."""
     if line not in _said:
         _said.add(line)
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 @cache
 def _source(module: str) -> str:
-    """Return the source that a module's code depends on: its own, and that of this package."""
+    """Return the source of a module and of this package: a compiled loop uses nothing else of ours."""
     spec = find_spec(module)
     assert spec is not None
     assert spec.origin is not None
@@ -115,7 +118,7 @@ def folders() -> Iterator[Path]:
 
 
 def _is_written(folder: Path, name: str, content: bytes) -> bool:
-    """Write a file at once; return whether the folder took it."""
+    """Write a file atomically; return whether the folder took it."""
     new = folder / f"{name}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +135,8 @@ def _flatten(value: Any, kinds: list[str], slots: list[int]) -> None:
     """Append the kind of an argument, and what numba passes for it: integers of at most 64 bits."""
     if isinstance(value, np.ndarray):
         flags = value.flags
-        layout = f"{'C' if flags.c_contiguous else 'A'}{'w' if flags.writeable else 'r'}{'a' if flags.aligned else 'u'}"
+        order = "C" if flags.c_contiguous else "F" if flags.f_contiguous else "A"
+        layout = f"{order}{'w' if flags.writeable else 'r'}{'a' if flags.aligned else 'u'}"
         kinds.append(f"{value.dtype.str}{value.ndim}{layout}")
         slots += (0, 0, value.size, value.itemsize, value.ctypes.data, *value.shape, *value.strides)
     elif value is None:

@@ -10,7 +10,7 @@ from numba.extending import overload
 
 from .object_code import target
 
-# numba compiles for the features that `native` names, unless its user has chosen others.
+# numba compiles for the features that `target` names, unless the user has chosen others.
 if numba.config.CPU_FEATURES is None:
     numba.config.CPU_FEATURES = target()[1]
 

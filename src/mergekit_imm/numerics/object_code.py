@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from ..errors import ArgumentError
+
 ENTRY = "mergekit_imm_loop"  # the function of an object file: it takes the address of the arguments, 8 bytes for each
 Function = Callable[[Any], int]
 _engines: list[Any] = []  # their memory holds the code
@@ -17,10 +19,14 @@ _engines: list[Any] = []  # their memory holds the code
 def target() -> tuple[str, str]:
     """Return the name of this CPU and its features, as LLVM has them.
 
-    Commands let LLVM use 512-bit vectors, which it avoids by default on CPUs where they were once slow.
+    Commands let LLVM use 512-bit vectors, which it avoids by default on CPUs where they were once slow. What the user
+    has chosen for numba comes first.
     """
     import llvmlite.binding as llvm
 
+    cpu, chosen = os.environ.get("NUMBA_CPU_NAME"), os.environ.get("NUMBA_CPU_FEATURES")
+    if cpu or chosen:
+        return cpu or llvm.get_host_cpu_name(), chosen or ""
     found = llvm.get_host_cpu_features()
     features = found.flatten()
     if os.environ.get("MERGEKIT_IMM_WIDE_VECTORS") == "1" and found.get("avx512f"):
@@ -49,6 +55,8 @@ def machine_code(function: Any, arguments: tuple[Any, ...]) -> bytes:
     import llvmlite.binding as llvm
     import numba
 
+    if numba.config.DISABLE_JIT:
+        raise ArgumentError("NUMBA_DISABLE_JIT is set, and a merge needs compiled loops; unset it")
     signature = tuple(map(numba.typeof, arguments))
     function.compile(signature)
     name = function.overloads[signature].fndesc.mangled_name

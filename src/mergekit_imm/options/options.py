@@ -250,7 +250,7 @@ class MergeOptions(_Options):
         check_round(self.seed, self.round)
         if self.sparsify != "dare":
             how = parse_sparsify(self.sparsify, self.drop)
-            object.__setattr__(self, "sparsify", how.kind + (f":{how.epsilon:g}" if how.kind == "della" else ""))
+            object.__setattr__(self, "sparsify", how.kind + (f":{how.epsilon!r}" if how.kind == "della" else ""))
         if self.layer_factors is not None and self.importance is not None:
             raise ArgumentError("--importance and --layer-factors are both given; a layer has one factor: give one")
         if self.importance is None and (self.shrink != 1 or self.clip is not None):

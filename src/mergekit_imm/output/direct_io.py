@@ -216,7 +216,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace a small file at once: after a crash the old one is there, or the new one, whole."""
+    """Replace a small file atomically: after a crash the old one is there, or the new one, whole."""
     new = path.with_name(path.name + ".new")
     write_file(new, content)
     new.rename(path)

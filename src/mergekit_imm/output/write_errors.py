@@ -1,4 +1,4 @@
-"""What may prevent writing, in one line with a cure: errors of the system, and too little space."""
+"""Why an output cannot be written, in one line with a cure: errors of the system, and too little space."""
 
 from __future__ import annotations
 

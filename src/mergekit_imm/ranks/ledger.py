@@ -1,7 +1,7 @@
-"""What of an output is certain to be on the disk, whichever rank wrote it, and which bytes of it are this rank's.
+"""Which segments of an output are safely on the disk, whichever rank wrote them.
 
-Behind it: a journal for each rank, the share of each, segments that two ranks complete together, and a file by which a
-rank that fails stops the others. One process alone is the case of a single rank.
+Behind it: a journal for each rank, segments that two ranks complete together, and a file by which a rank that fails
+stops the others. One process alone is the case of a single rank.
 
 OUT.partial/.imm_journal-N      The journal of rank N; rank 0 has the plain name.
 OUT.partial/.imm_journal.stop   Exists once a rank has failed.
@@ -9,25 +9,18 @@ OUT.partial/.imm_journal.stop   Exists once a rank has failed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from ..checkpoint.safetensors_file import TensorInfo
 from ..common.messages import shown
 from ..errors import OutputError
-from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.statistics import RECORD, Record
 from ..output.journal import ENTRY, JOURNAL, Entries, Journal, head_of
-from ..plan.plan import Plan, Segment, segments
 from .ranks import Ranks
 
-ALIGNED = 1 << 20
 STOP = f"{JOURNAL}.stop"
 
 
@@ -46,12 +39,12 @@ class Ledger:
 
     def __init__(self, folder: Path, recipe: bytes, count: int, finished: Entries, ranks: Ranks) -> None:
         """Open this rank's journal. `finished` is what `begin` returned on rank 0."""
-        self._folder, self._recipe, self._several = folder, recipe, ranks.size > 1
+        self._folder, self._recipe, self._several, self._leads = folder, recipe, ranks.size > 1, not ranks.rank
         self._journal = Journal(journal_of(folder, ranks.rank), recipe, count)
         self.finished = np.zeros(count, bool)
         self.records = np.zeros((count, RECORD))
         self._written: list[int] = []  # not synced yet
-        self._halves: list[int] = []  # another rank writes the rest
+        self._parts: list[int] = []  # segments of which another rank writes the rest
         self._enter(finished)
 
     def _enter(self, entries: Entries) -> None:
@@ -66,7 +59,7 @@ class Ledger:
     def note(self, segment: int, record: Record, *, whole: bool) -> None:
         """Note a segment that this rank has written, as a whole or in part."""
         self.records[segment] = record
-        (self._written if whole else self._halves).append(segment)
+        (self._written if whole else self._parts).append(segment)
 
     def commit(self) -> None:
         """Record the segments noted, after their bytes were synced."""
@@ -75,16 +68,18 @@ class Ledger:
             self.finished[self._written] = True
             self._written.clear()
 
-    def halves(self) -> Entries:
-        """Return the segments of which this rank wrote a part, for `settle`."""
-        return self._entries(self._halves)
+    def hand_over(self) -> Entries:
+        """Return the segments of which this rank wrote a part, for `settle`. Other ranks than 0 close their journal."""
+        if not self._leads:
+            self.close()
+        return self._entries(self._parts)
 
-    def settle(self, halves: Sequence[Entries]) -> None:
+    def settle(self, parts: Sequence[Entries]) -> None:
         """Take in what all ranks wrote, on rank 0, after the last has committed. Raises OutputError if any is missing.
 
-        `halves` are those of every rank: by now all their parts are on the disk.
+        `parts` is what every rank handed over: by now all parts of a segment are on the disk.
         """
-        shared = np.concatenate(halves)
+        shared = np.concatenate(parts)
         if len(shared):
             self._journal.append(shared)
             self._enter(shared)
@@ -125,73 +120,12 @@ def _take_in(folder: Path, own: Journal, recipe: bytes, count: int) -> Entries:
         rank = path.name.removeprefix(f"{JOURNAL}-")
         if rank.isdecimal() and rank.isascii() and head_of(path) == head_of(own.path):
             other = Journal(path, recipe, count)
-            found.append(other.entries[other.entries["segment"] < count])
+            found.append(other.entries)
             other.close()
     entries = np.concatenate(found)
     if len(entries):
         own.append(entries)
     for path in others:
         if path.is_symlink() or not path.is_dir():
-            path.unlink()
+            path.unlink(missing_ok=True)
     return entries
-
-
-@dataclass(frozen=True)
-class Share:
-    """The bytes of an output that one rank writes: begin..end of all its files, laid end to end.
-
-    Each file starts at a multiple of 1 MiB, and shares end at such, so no two ranks write to one block of the
-    filesystem. Both ranks compute a segment that spans an end; each writes its own part.
-    """
-
-    plan: Plan
-    starts: Mapping[str, int]  # where each file begins
-    begin: int
-    end: int
-
-    def clip(self, tensor: TensorInfo, first: int, count: int) -> tuple[int, int]:
-        """Return the range of bytes first..first+count of a tensor that is in the share, relative to `first`."""
-        at = self.starts[tensor.file] + tensor.begin + first
-        return min(max(self.begin - at, 0), count), min(max(self.end - at, 0), count)
-
-    def held(self, segment: Segment) -> int:
-        """Return how many of a segment's output bytes are in the share."""
-        total = 0
-        for out, first, count in _pieces(self.plan, segment):
-            low, high = self.clip(out, first, count)
-            total += high - low
-        return total
-
-
-def share_of(plan: Plan, ledgers: Sequence[Ledger], ranks: Ranks) -> Share:
-    """Return this rank's share of outputs with one layout (a sweep); every rank has as much left to write."""
-    starts, end = {}, 0
-    for file in plan.files:
-        starts[file.name] = end
-        end += -(-file.size // ALIGNED) * ALIGNED
-    cuts = [0, end]
-    if ranks.size > 1:
-        lacking = np.sum([~each.finished for each in ledgers], axis=0)
-        cuts = [0, *_cuts(plan, starts, lacking, ranks.size), end]
-    return Share(plan, starts, *list(pairwise(cuts))[ranks.rank])
-
-
-def _cuts(plan: Plan, starts: Mapping[str, int], lacking: npt.NDArray[np.integer], size: int) -> list[int]:
-    places, sizes = [], []
-    for segment in segments(plan):
-        out, first, count = next(_pieces(plan, segment))
-        places.append(starts[out.file] + out.begin + first)
-        sizes.append(count * len(plan.items[segment.item].outs) * int(lacking[segment.index]))
-    if not places:
-        return [0] * (size - 1)
-    done = np.cumsum(sizes)
-    goals = [int(done[-1]) * number // size for number in range(1, size)]
-    return [places[at] // ALIGNED * ALIGNED for at in np.searchsorted(done, goals).tolist()]
-
-
-def _pieces(plan: Plan, segment: Segment) -> Iterator[tuple[TensorInfo, int, int]]:
-    """Yield where a segment is written: tensor, first byte in it, number of bytes."""
-    item = plan.items[segment.item]
-    for out in item.outs:
-        width = 1 if item.raw else DTYPE_BITS[out.dtype] // 8
-        yield out, segment.first * width, segment.count * width
