@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from typing import TypeVar
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Extended, Tensor, is_stored
@@ -23,6 +24,8 @@ from .compatibility import Complain, Selects, check_alike, check_names, copied_b
 from .plan import Action, Item
 from .tied_embeddings import SameBytes, Ties, tied_groups
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Decided:
@@ -39,40 +42,49 @@ def decide(
     """Decide what happens to every tensor of a merge of base, sft and maybe start.
 
     `same_bytes` compares two tensors of one checkpoint; it is called only if one stores a tied tensor under several
-    names. Every problem goes to `complain`, and its tensors are left undecided. With the default, `refuse`, the first
-    problem raises MismatchError, CheckpointError or ArgumentError.
+    names. Every problem goes to `complain`, and its tensors are left undecided; all of them, if it is unknown which are
+    tied. With the default, `refuse`, the first problem raises MismatchError, CheckpointError or ArgumentError.
     """
     used = {r: c for r, c in inputs.items() if r != "start" or options.reference == "start"}
     base, sft = inputs["base"], inputs["sft"]
     wrong: set[str] = set()
 
-    def note(error: MergeError, names: Collection[str]) -> None:
+    def problem(error: MergeError, names: Collection[str]) -> None:
         complain(error, names)
         wrong.update(names)
 
+    def tried(step: Callable[[], T], otherwise: T) -> T:
+        try:
+            return step()
+        except MergeError as error:
+            problem(error, ())
+            return otherwise
+
     for folder in ("", *base.part_configs):
         configs = {r: (f"{c.label}{f' ({folder})' if folder else ''}", c.config_of(folder)) for r, c in inputs.items()}
-        try:
-            check_configs(configs, renamed=[role for role, each in inputs.items() if each.original_names])
-        except MergeError as error:
-            note(error, ())
+        renamed = [role for role, each in inputs.items() if each.original_names]
+        tried(partial(check_configs, configs, renamed=renamed), None)
     for folder in {*sft.adapters} & {part.folder for part in base.parts}:
-        note(
+        problem(
             CheckpointError(
                 f"{sft.label} holds an adapter in {shown(folder)}, where {base.label} has weights; merge it first:"
                 " peft's `merge_and_unload()`, then `save_pretrained`"
             ),
             [name for name in base.tensors if folder_of(name) == folder],
         )
-    ties = tied_groups(used, same_bytes)
+    ties = tried(partial(tied_groups, used, same_bytes), None)
+    if ties is not None:
+        check_names(used, options, ties.groups, problem)
+    selects = selector(options, base, sft, problem)
+    factors: dict[str, float] = tried(partial(layer_factors_of, options, base.tensors), {})
+    unconverted: frozenset[str] = frozenset()
+    if options.keep or options.take:
+        unconverted = tried(lambda: intact(base, sft, copied_by(options)).names, unconverted)
+    if ties is None:
+        return Decided([], used, Ties())
     groups = ties.groups
-    check_names(used, options, groups, note)
-    selects = selector(options, base, sft)
-    p = options
-    factors = layer_factors_of(options, base.tensors)
-    typed = inputs.get("start", base) if p.dtype == "start" else base  # sets the output dtypes
+    typed = inputs.get("start", base) if options.dtype == "start" else base  # sets the output dtypes
     main = main_dtype(typed)
-    unconverted = intact(base, sft, copied_by(p)).names if p.keep or p.take else frozenset()
 
     tensors: list[tuple[str, list[str], dict[str, Tensor], str]] = []  # key, output names, tensors by role, dtype
     done: set[str] = set(wrong)
@@ -86,13 +98,17 @@ def decide(
         done.update(group.names if group else [name])
         sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
         if "base" not in sides and not selects("take", written, key):  # from an adapter with another vocabulary
-            sides = _with_likeness(key, sides, base)
+            try:
+                sides = _with_likeness(key, sides, base)
+            except MergeError as error:
+                problem(error, written)
+                continue
         like = side_of(typed, name, group)
         tensors.append((key, written, sides, like.output_dtype if like is not None else main))
     compared = [
         (k, sides) for k, written, sides, _ in tensors if _action(k, written, sides, selects) in ("merge", "copy")
     ]
-    check_alike(compared, used, options, note)
+    check_alike(compared, used, options, problem)
     items: list[Item] = []
     for key, written, sides, output_dtype in tensors:
         if key in wrong:
@@ -101,7 +117,7 @@ def decide(
             same = not unconverted.isdisjoint(written)
             items.append(_item(key, written, sides, used, selects, factors, output_dtype, options, same_bytes=same))
         except MergeError as error:
-            note(error, [key])
+            problem(error, [key])
     return Decided(items, used, ties)
 
 
@@ -205,6 +221,8 @@ def _sparsified(key: str, sides: Mapping[str, Tensor], p: MergeOptions) -> dict[
         )
     if how.kind == "trim":
         return {**sides, "sft": Trimmed(key, sft.shape, sft, start, origin, exact, p.drop)}
+    if how.kind != "della":
+        raise ArgumentError(f"--sparsify {how.kind} is not implemented for checkpoints; use dare, trim or della")
     if (sft.shape[-1] if sft.shape else 1) > LONGEST_ROW:
         raise ArgumentError(
             f"tensor '{shown(key)}' has rows of {sft.shape[-1]} elements, but della ranks at most {LONGEST_ROW}; {cure}"

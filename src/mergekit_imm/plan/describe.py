@@ -84,22 +84,27 @@ def check(
     """
     refs = {"base": base, "sft": sft, "start": start}
     report = CheckReport(str(base), str(sft))
-    complaints: list[tuple[MergeError, Collection[str]]] = []
     try:
         # Any round will do: it only changes the mask.
         inputs = open_inputs(refs, replace(options, iteration=options.round), dry_run=True)
-        (one,) = inputs.options
-        equal = comparer(inputs.models)
-        decided = decide(inputs.models, one, equal, lambda *complaint: complaints.append(complaint))
-        plan = None if complaints else plan_of(inputs.models, one, decided, equal)
     except MergeError as error:
         report.problems.append(str(error))
         return report
-    models = inputs.models
+    models, (one,) = inputs.models, inputs.options
+    equal = comparer(models)
+    complaints: list[tuple[MergeError, Collection[str]]] = []
+    decided = decide(models, one, equal, lambda *complaint: complaints.append(complaint))
+    plan: Plan | None = None
+    unchanged: list[Note] = []
+    try:
+        plan = None if complaints else plan_of(models, one, decided, equal)
+        unchanged = note_if_unchanged(models, decided.items)
+    except MergeError as error:
+        complaints.append((error, ()))
     notes = [
         *(plan.notes if plan else (note for each in models.values() for note in each.notes)),
         *_other_tokens(models["base"], models["sft"], one.vocab),
-        *note_if_unchanged(models, decided.items),
+        *unchanged,
     ]
     shared = description(models, plan.items if plan else decided.items, plan, notes)
     shared["kinds"] += _refused({name for _, names in complaints for name in names}, list(decided.used.values()))
