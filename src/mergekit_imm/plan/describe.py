@@ -52,7 +52,7 @@ class CheckReport:
 
 
 def description(
-    inputs: Mapping[str, Checkpoint], items: Iterable[Item], plan: Plan | None, notes: Iterable[Note]
+    models: Mapping[str, Checkpoint], items: Iterable[Item], plan: Plan | None, notes: Iterable[Note]
 ) -> dict[str, Any]:
     """Return the fields that both reports share; without a plan, those that are known."""
     copied: dict[str, list[str]] = {}
@@ -62,14 +62,14 @@ def description(
         "kinds": kinds(items),
         "renamed": [
             {"role": role, "name": old, "in_base": new, "tensors": count}
-            for role, each in inputs.items()
+            for role, each in models.items()
             if each.original_names
             for old, new, count in rules_of(each.original_names)
         ],
         "config_changes": dict(plan.config_changes) if plan else {},
         "side_files": copied,
         # Of a start only the weights are used.
-        "left_out": {role: list(each.left_out) for role, each in inputs.items() if each.left_out and role != "start"},
+        "left_out": {role: list(each.left_out) for role, each in models.items() if each.left_out and role != "start"},
         "notes": list(map(str, notes)),
     }
 
@@ -155,11 +155,11 @@ def _input_description(each: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _refused(names: Collection[str], models: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+def _refused(names: Collection[str], checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     """Group refused tensors as `kinds` groups the others."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
     for name in sorted(names):
-        held = {each.role: each.tensors[name] for each in models if name in each.tensors}
+        held = {each.role: each.tensors[name] for each in checkpoints if name in each.tensors}
         dtypes = tuple((role, tensor.dtype) for role, tensor in held.items())
         groups.setdefault((blanked(name), dtypes), []).append(next(iter(held.values())).count if held else 0)
     return [

@@ -38,14 +38,14 @@ def make_plans(inputs: Inputs) -> list[Plan]:
     return [plan_of(inputs.models, each, decide(inputs.models, each, equal), equal) for each in inputs.options]
 
 
-def plan_of(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided, equal: SameBytes) -> Plan:
+def plan_of(models: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided, equal: SameBytes) -> Plan:
     """Plan a merge whose tensors are decided, and check that nothing is lost."""
-    plan = assign_files(inputs, options, decided)
+    plan = assign_files(models, options, decided)
     check_tensors(decided, equal)
     check_plan(plan, decided.ties)
     linked = [
         f"{each.label}/{name}"
-        for each in inputs.values()
+        for each in models.values()
         if each.role != "start"
         for name in each.left_out
         if name.endswith("/") and not Path(name).name.startswith(".")
@@ -69,18 +69,18 @@ def plan_of(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: De
                 files=files,
             )
         )
-    if same_place(inputs["base"], inputs["sft"]):
+    if same_place(models["base"], models["sft"]):
         notes.append(note("same model", "BASE and SFT are the same model; the result is that model"))
     return replace(plan, notes=tuple(notes))
 
 
-def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
+def comparer(models: Mapping[str, Checkpoint]) -> SameBytes:
     """Return a function that compares two tensors of an input; results are cached."""
 
     @functools.cache
     def compare(role: str, one: str, other: str) -> bool:
-        tensors = inputs[role].tensors
-        return same_bytes(inputs, (role, tensors[one]), (role, tensors[other]))
+        tensors = models[role].tensors
+        return same_bytes(models, (role, tensors[one]), (role, tensors[other]))
 
     def equal(checkpoint: Checkpoint, one: Tensor, other: Tensor) -> bool:
         # A dry run on a hub id downloads no tensors; trust the config that they are tied.
@@ -91,10 +91,10 @@ def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
     return equal
 
 
-def assign_files(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> Plan:
+def assign_files(models: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> Plan:
     """Assign output files to tensors, and add all other files. Raises MismatchError if paths conflict."""
     items, used, broken = decided.items, decided.used, decided.ties.broken
-    base = inputs["base"]
+    base = models["base"]
     placed, files, indexes = lay_out([out for item in items for out in item.outs], base, options.max_shard_size)
     items = [replace(item, outs=tuple(placed[out.name] for out in item.outs)) for item in items]
     order = {file.name: number for number, file in enumerate(files)}
@@ -103,18 +103,18 @@ def assign_files(inputs: Mapping[str, Checkpoint], options: MergeOptions, decide
     configs: dict[str, bytes] = {}
     changes: dict[str, Any] = {}
     for folder in ("", *base.part_configs):
-        config, changed = _config(folder, items, inputs, used, decided.ties, options)
+        config, changed = _config(folder, items, models, used, decided.ties, options)
         if changed:
             configs[f"{folder}{CONFIG}"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
             changes |= {folder + place: value for place, value in changed.items()}
-    side, notes = _side_files(inputs, configs)
-    notes = [*(note for each in inputs.values() for note in each.notes), *notes]
+    side, notes = _side_files(models, configs)
+    notes = [*(note for each in models.values() for note in each.notes), *notes]
     if broken:
         text = "{broken}: both are merged under their own names, and config.json says untied"
         notes.append(note("tie broken", text, broken=broken))
     plan = Plan(
         options=options,
-        inputs=inputs,
+        models=models,
         items=tuple(items),
         files=files,
         indexes=indexes,
@@ -130,13 +130,13 @@ def assign_files(inputs: Mapping[str, Checkpoint], options: MergeOptions, decide
 def _config(
     folder: str,
     items: Sequence[Item],
-    inputs: Mapping[str, Checkpoint],
+    models: Mapping[str, Checkpoint],
     used: Mapping[str, Checkpoint],
     ties: Ties,
     options: MergeOptions,
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Return the config of a part of the result, and the changes made to it."""
-    base, sft, p = inputs["base"], inputs["sft"], options
+    base, sft = models["base"], models["sft"]
     config = result_config(base, sft, options, folder)
     if (folder and not (config or {}).get("model_type")) or "_class_name" in (config or {}):
         return None, {}  # not a transformers config: another module, or a diffusers component
@@ -153,15 +153,17 @@ def _config(
         tied=ties.tied.get(folder),
         rows={item.source.shape[0] for item in members if is_input_embedding(item.name) and item.source.shape},
         resized=dict(each.rows for each in used.values() if each.rows),
-        quantised=intact(base, sft, copied_by(options)).settings if not folder and (p.keep or p.take) else None,
+        quantised=intact(base, sft, copied_by(options)).settings
+        if not folder and (options.keep or options.take)
+        else None,
     )
 
 
 def _side_files(
-    inputs: Mapping[str, Checkpoint], configs: Collection[str]
+    models: Mapping[str, Checkpoint], configs: Collection[str]
 ) -> tuple[dict[str, tuple[str, Path | None]], list[Note]]:
     """Return which other files to copy from which input (sft's first), and notes on adapters left out."""
-    base, sft = inputs["base"], inputs["sft"]
+    base, sft = models["base"], models["sft"]
     is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
     alone = [folder for folder in sft.adapters if folder not in base.adapters]
     side = {path: ("base", base.side[path]) for path in base.side}
@@ -201,27 +203,27 @@ def _check_paths(plan: Plan) -> None:
     """Raise MismatchError if one output path is both a file and a folder."""
     paths = {file.name for file in plan.files} | {*plan.beside}
 
-    def origin(path: str) -> str:
-        return plan.inputs[plan.side[path][0]].label if path in plan.side else "the merge"
+    def holder(path: str) -> str:
+        return plan.models[plan.side[path][0]].label if path in plan.side else "the merge"
 
     for path in plan.beside:
         for folder in map(str, PurePosixPath(path).parents):
             if folder in paths:
                 raise MismatchError(
-                    f"'{shown(folder)}' is a file of {origin(folder)}, but a folder in '{shown(path)}' of"
-                    f" {origin(path)}; rename or remove one of them"
+                    f"'{shown(folder)}' is a file of {holder(folder)}, but a folder in '{shown(path)}' of"
+                    f" {holder(path)}; rename or remove one of them"
                 )
 
 
 def recipes_of(plans: Sequence[Plan]) -> list[dict[str, Any]]:
     """Return the recipe of each plan, with the fingerprints of the shared inputs."""
-    models = plans[0].inputs
-    origins = {role: origin(each) for role, each in models.items()}
+    models = plans[0].models
+    entries = {role: recipe_entry(each) for role, each in models.items()}
     history = history_of(models["start"].recipe) if "start" in models else []
-    return [make_recipe(plan.options, origins, plan.config_changes, history) for plan in plans]
+    return [make_recipe(plan.options, entries, plan.config_changes, history) for plan in plans]
 
 
-def origin(each: Checkpoint) -> dict[str, Any]:
+def recipe_entry(each: Checkpoint) -> dict[str, Any]:
     """Return the recipe entry of an input: its place, and the fingerprints of its files."""
     return {
         "path": each.ref,
