@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from safetensors.torch import save_file
 
 from checkpoints import State, random_state, write_model
 from mergekit_imm import merge_checkpoints
+from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.errors import ArgumentError
 from mergekit_imm.numerics.sparsifiers import Sparsifier
 from mergekit_imm.options.options import MergeOptions
 from mergekit_imm.plan import decide
-from mergekit_imm.plan.describe import check
+from mergekit_imm.plan.describe import _input_description, check
 
 EMBED, HEAD, UP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
 SHAPES = {EMBED: (8, 16), UP: (16, 32), "norm.weight": (16,)}
@@ -106,3 +108,11 @@ def test_a_sparsifier_without_a_form_for_checkpoints_is_refused(
     monkeypatch.setattr(decide, "parse_sparsify", lambda *_: Sparsifier("magnitude"))
     with pytest.raises(ArgumentError, match="magnitude is not implemented for checkpoints"):
         merge_checkpoints(base, sft, tmp_path / "out", sparsify="trim", drop=0.5)
+
+
+def test_a_form_without_a_name_is_told_by_its_files(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base", random_state(SHAPES))
+    base = open_checkpoint(folder, "base")
+    (file,) = base.files.values()
+    assert _input_description(base)["form"] == "safetensors"
+    assert _input_description(replace(base, files={"model.gguf": file}))["form"] == ".gguf files"

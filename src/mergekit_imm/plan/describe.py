@@ -25,6 +25,9 @@ from .unchanged import note_if_unchanged
 
 DEFAULTS = MergeOptions()
 
+# Forms of input by the suffix of their files; the first that a model has names it.
+_FORMS = {".distcp": "torch.distributed checkpoint", ".bin": "PyTorch files", ".safetensors": "safetensors"}
+
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -137,14 +140,8 @@ def _input_description(each: Checkpoint) -> dict[str, Any]:
         form = "LoRA adapter"
         stored = [tensor for file in each.files.values() for tensor in file.tensors]  # not the tensors it changes
     else:
-        suffixes = {Path(name).suffix for name in each.files}
-        form = (
-            "torch.distributed checkpoint"
-            if ".distcp" in suffixes
-            else "PyTorch files"
-            if ".bin" in suffixes
-            else "safetensors"
-        )
+        suffixes = dict.fromkeys(Path(name).suffix for name in each.files)
+        form = next((form for suffix, form in _FORMS.items() if suffix in suffixes), f"{', '.join(suffixes)} files")
     return {
         "role": each.role,
         "path": each.ref,

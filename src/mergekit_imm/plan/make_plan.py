@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,7 +14,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
 from ..checkpoint.model_files import SPLIT, is_side_file
 from ..checkpoint.reader import same_bytes
-from ..checkpoint.safetensors_file import fingerprint
+from ..checkpoint.safetensors_file import TensorInfo, fingerprint
 from ..common.messages import bytes_text, shown
 from ..common.notes import Note, note
 from ..errors import MismatchError
@@ -28,7 +28,7 @@ from .accounts import check_plan, check_tensors
 from .compatibility import copied_by
 from .decide import Decided, decide
 from .plan import Inputs, Item, Plan, result_config, same_place
-from .shard_layout import lay_out
+from .shard_layout import OutputFile, lay_out
 from .tied_embeddings import SameBytes, Ties
 
 
@@ -40,38 +40,10 @@ def make_plans(inputs: Inputs) -> list[Plan]:
 
 def plan_of(models: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided, equal: SameBytes) -> Plan:
     """Plan a merge whose tensors are decided, and check that nothing is lost."""
-    plan = assign_files(models, options, decided)
+    plan = unchecked_plan(models, options, decided)
     check_tensors(decided, equal)
     check_plan(plan, decided.ties)
-    linked = [
-        f"{each.label}/{name}"
-        for each in models.values()
-        if each.role != "start"
-        for name in each.left_out
-        if name.endswith("/") and not Path(name).name.startswith(".")
-    ]
-    notes = list(plan.notes)
-    if linked:
-        more = ", …" if len(linked) > 4 else ""
-        listed = ", ".join(map(shown, linked[:4])) + more
-        notes.append(note("links left out", "left out, because they are links to folders: {links}", links=listed))
-    limit = options.max_shard_size
-    larger = [out for item in plan.items for out in item.outs if limit is not None and out.nbytes > limit]
-    if larger:
-        first = max(larger, key=lambda out: out.nbytes)
-        files = "it has a file of its own" if len(larger) == 1 else f"{len(larger)} tensors have files of their own"
-        notes.append(
-            note(
-                "large tensor",
-                "'{name}' has {size}, more than --max-shard-size: {files}, because tensors are not split",
-                name=shown(first.name),
-                size=bytes_text(first.nbytes),
-                files=files,
-            )
-        )
-    if same_place(models["base"], models["sft"]):
-        notes.append(note("same model", "BASE and SFT are the same model; the result is that model"))
-    return replace(plan, notes=tuple(notes))
+    return plan
 
 
 def comparer(models: Mapping[str, Checkpoint]) -> SameBytes:
@@ -91,27 +63,12 @@ def comparer(models: Mapping[str, Checkpoint]) -> SameBytes:
     return equal
 
 
-def assign_files(models: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> Plan:
-    """Assign output files to tensors, and add all other files. Raises MismatchError if paths conflict."""
-    items, used, broken = decided.items, decided.used, decided.ties.broken
-    base = models["base"]
-    placed, files, indexes = lay_out([out for item in items for out in item.outs], base, options.max_shard_size)
-    items = [replace(item, outs=tuple(placed[out.name] for out in item.outs)) for item in items]
-    order = {file.name: number for number, file in enumerate(files)}
-    items.sort(key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
-
-    configs: dict[str, bytes] = {}
-    changes: dict[str, Any] = {}
-    for folder in ("", *base.part_configs):
-        config, changed = _config(folder, items, models, used, decided.ties, options)
-        if changed:
-            configs[f"{folder}{CONFIG}"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-            changes |= {folder + place: value for place, value in changed.items()}
-    side, notes = _side_files(models, configs)
-    notes = [*(note for each in models.values() for note in each.notes), *notes]
-    if broken:
-        text = "{broken}: both are merged under their own names, and config.json says untied"
-        notes.append(note("tie broken", text, broken=broken))
+def unchecked_plan(models: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> Plan:
+    """Return the plan, not compared with the files of the inputs. Raises MismatchError if paths conflict."""
+    outs = [out for item in decided.items for out in item.outs]
+    placed, files, indexes = lay_out(outs, models["base"], options.max_shard_size)
+    items = _in_order(decided.items, placed, files)
+    configs, changes = _configs(items, models, decided, options)
     plan = Plan(
         options=options,
         models=models,
@@ -120,11 +77,32 @@ def assign_files(models: Mapping[str, Checkpoint], options: MergeOptions, decide
         indexes=indexes,
         configs=configs,
         config_changes=changes,
-        side=dict(sorted(side.items())),
-        notes=tuple(notes),
+        side=_side_files(models, configs),
+        notes=tuple(_notes(models, items, decided.ties, options)),
     )
     _check_paths(plan)
     return plan
+
+
+def _in_order(items: Sequence[Item], placed: Mapping[str, TensorInfo], files: Sequence[OutputFile]) -> list[Item]:
+    """Return the items with their places in the output files, in the order of the output."""
+    order = {file.name: number for number, file in enumerate(files)}
+    items = [replace(item, outs=tuple(placed[out.name] for out in item.outs)) for item in items]
+    return sorted(items, key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
+
+
+def _configs(
+    items: Sequence[Item], models: Mapping[str, Checkpoint], decided: Decided, options: MergeOptions
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Return the changed config.json files by path, and the changes."""
+    configs: dict[str, bytes] = {}
+    changes: dict[str, Any] = {}
+    for folder in ("", *models["base"].part_configs):
+        config, changed = _config(folder, items, models, decided.used, decided.ties, options)
+        if changed:
+            configs[f"{folder}{CONFIG}"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            changes |= {folder + place: value for place, value in changed.items()}
+    return configs, changes
 
 
 def _config(
@@ -159,13 +137,11 @@ def _config(
     )
 
 
-def _side_files(
-    models: Mapping[str, Checkpoint], configs: Collection[str]
-) -> tuple[dict[str, tuple[str, Path | None]], list[Note]]:
-    """Return which other files to copy from which input (sft's first), and notes on adapters left out."""
+def _side_files(models: Mapping[str, Checkpoint], configs: Collection[str]) -> dict[str, tuple[str, Path | None]]:
+    """Return which other files to copy from which input, by path: the sft's first."""
     base, sft = models["base"], models["sft"]
     is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
-    alone = [folder for folder in sft.adapters if folder not in base.adapters]
+    alone = _adapters_alone(models)
     side = {path: ("base", base.side[path]) for path in base.side}
     moved = {folder_of(old): folder_of(new) for new, old in sft.original_names.items()}
     moved = {old: new for old, new in moved.items() if old != new}
@@ -177,16 +153,12 @@ def _side_files(
         of_adapter = name.startswith(tuple(alone)) and not is_side_file(name, copy_code=True)
         if not of_adapter and not (of_model and is_other and path in base.side):
             side[path] = ("sft", file)
-    notes = [
-        note(
-            "adapter not merged",
-            "{label} holds an adapter in {folder}, which is not merged; to merge it, give that folder as SFT",
-            label=sft.label,
-            folder=shown(folder),
-        )
-        for folder in alone
-    ]
-    return {path: source for path, source in side.items() if path not in configs}, notes
+    return {path: side[path] for path in sorted(side) if path not in configs}
+
+
+def _adapters_alone(models: Mapping[str, Checkpoint]) -> list[str]:
+    """Return the folders of adapters in the sft that the base does not have."""
+    return [folder for folder in models["sft"].adapters if folder not in models["base"].adapters]
 
 
 def _destination(path: str, moved: Mapping[str, str], base: Checkpoint) -> str | None:
@@ -197,6 +169,49 @@ def _destination(path: str, moved: Mapping[str, str], base: Checkpoint) -> str |
     if folder not in moved or (not folder and path in base.side):
         return path
     return moved[folder] + path.removeprefix(folder)
+
+
+def _notes(
+    models: Mapping[str, Checkpoint], items: Sequence[Item], ties: Ties, options: MergeOptions
+) -> Iterator[Note]:
+    """Yield what a user should know of a plan."""
+    for each in models.values():
+        yield from each.notes
+    for folder in _adapters_alone(models):
+        yield note(
+            "adapter not merged",
+            "{label} holds an adapter in {folder}, which is not merged; to merge it, give that folder as SFT",
+            label=models["sft"].label,
+            folder=shown(folder),
+        )
+    if ties.broken:
+        text = "{broken}: both are merged under their own names, and config.json says untied"
+        yield note("tie broken", text, broken=ties.broken)
+    linked = [
+        f"{each.label}/{name}"
+        for each in models.values()
+        if each.role != "start"
+        for name in each.left_out
+        if name.endswith("/") and not Path(name).name.startswith(".")
+    ]
+    if linked:
+        more = ", …" if len(linked) > 4 else ""
+        listed = ", ".join(map(shown, linked[:4])) + more
+        yield note("links left out", "left out, because they are links to folders: {links}", links=listed)
+    limit = options.max_shard_size
+    larger = [out for item in items for out in item.outs if limit is not None and out.nbytes > limit]
+    if larger:
+        first = max(larger, key=lambda out: out.nbytes)
+        files = "it has a file of its own" if len(larger) == 1 else f"{len(larger)} tensors have files of their own"
+        yield note(
+            "large tensor",
+            "'{name}' has {size}, more than --max-shard-size: {files}, because tensors are not split",
+            name=shown(first.name),
+            size=bytes_text(first.nbytes),
+            files=files,
+        )
+    if same_place(models["base"], models["sft"]):
+        yield note("same model", "BASE and SFT are the same model; the result is that model")
 
 
 def _check_paths(plan: Plan) -> None:
