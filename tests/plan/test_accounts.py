@@ -14,7 +14,7 @@ from mergekit_imm.errors import PlanError
 from mergekit_imm.options.options import MergeOptions
 from mergekit_imm.plan.accounts import check_plan, check_tensors
 from mergekit_imm.plan.decide import Decided, decide
-from mergekit_imm.plan.make_plan import assign_files, comparer
+from mergekit_imm.plan.make_plan import comparer, unchecked_plan
 from mergekit_imm.plan.open_inputs import open_inputs
 from mergekit_imm.plan.plan import Plan
 
@@ -39,7 +39,7 @@ def planned(folder: Path, *, apart: bool = False) -> tuple[Decided, Plan]:
     inputs = open_inputs({"base": folder / "base", "sft": folder / "sft"}, MergeOptions())
     (options,) = inputs.options
     decided = decide(inputs.models, options, comparer(inputs.models))
-    return decided, assign_files(inputs.models, options, decided)
+    return decided, unchecked_plan(inputs.models, options, decided)
 
 
 def refuse(decided: Decided, plan: Plan) -> None:

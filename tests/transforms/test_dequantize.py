@@ -22,7 +22,7 @@ from fp8 import FP8, MODELOPT, RAGGED, SMALL, Block, Quantiser, compressed, floa
 from mergekit_imm import CheckpointError, NonFiniteError, merge_checkpoints, verify
 from mergekit_imm.checkpoint.safetensors_file import TensorInfo
 from mergekit_imm.numerics import cuda, devices
-from mergekit_imm.transforms.fp8 import Dequantized, _fit, _table
+from mergekit_imm.transforms.fp8 import Dequantised, _fit, _table
 from models import fine_tuned, load, new_model
 from refused import CONFIG, MODEL, UP0, Models, write_models
 from thorough import others
@@ -371,7 +371,7 @@ def test_any_piece_of_a_weight_is_that_piece(
         source = (codes if tensor.name == "w" else scales).reshape(-1).view(np.uint8)
         buffer[:] = source[first : first + len(buffer)]
 
-    tensor = Dequantized("w", tuple(shape), weight, scale, "base", *fit)
+    tensor = Dequantised("w", tuple(shape), weight, scale, "base", *fit)
     edges = sorted({0, codes.size, *(cut for cut in cuts if cut < codes.size)})
     for first, end in pairwise(edges):
         out = np.full(end - first, np.float32(7))

@@ -213,7 +213,7 @@ def checkpoint_change(
     (plan,) = make_plans(open_inputs({"base": base, "sft": sft}, options))
     # Notes on the merged vocabulary do not apply: nothing is merged.
     notes = [str(note) for note in plan.notes if note.code != "vocabulary"]
-    rows = sorted({each.rows[0] for each in plan.inputs.values() if each.rows})
+    rows = sorted({each.rows[0] for each in plan.models.values() if each.rows})
     if len(rows) > 1:
         notes.append(f"note: the vocabularies have {rows[0]} and {rows[-1]} rows; the first {rows[0]} are compared")
     measured = tuple(item for item in plan.items if item.action == "merge")
@@ -231,12 +231,12 @@ def checkpoint_change(
                 done_bytes += done.bytes_written
                 if progress is not None:
                     progress(done_bytes, total)
-    check_inputs(plan.inputs)
+    check_inputs(plan.models)
     found = statistics(plan, records)["tensors"]
     shapes = {item.name: item.source.shape for item in measured}
     bad = next((name for name, each in found.items() if None in (each["delta_norm"], each["base_norm"])), None)
     if bad is not None:
-        label = plan.inputs["base" if found[bad]["base_norm"] is None else "sft"].label
+        label = plan.models["base" if found[bad]["base_norm"] is None else "sft"].label
         raise NonFiniteError(
             f"tensor '{shown(bad)}' of {label} holds NaN or infinity; train or save the model again, or leave it out:"
             f" {ready_option('--keep', bad)}"

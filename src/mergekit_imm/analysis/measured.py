@@ -30,7 +30,7 @@ from ..output.direct_io import replace_file
 from ..output.paths import expanded
 from ..output.result_folder import is_result
 from ..output.write_errors import output_errors
-from ..plan.make_plan import origin
+from ..plan.make_plan import recipe_entry
 from .calibration import Lines, Tokens, batches, read_lines, tokenised
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def measure_importance(
         "cut_sequences": sum(each.cut > 0 for each in sequences),
         "cut_tokens": sum(each.cut for each in sequences),
         "dtype": own,
-        "model": origin(checkpoint),
+        "model": recipe_entry(checkpoint),
         "data": {"file": lines.name, "blake2b": lines.blake2b, "examples": lines.available},
     }
     with output_errors(target):

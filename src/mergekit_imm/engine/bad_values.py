@@ -82,11 +82,11 @@ def check_values(
     found = find_bad_values(item, raws, out, allow_nonfinite=plan.options.allow_nonfinite)
     if found is None:
         return
-    advice = Advice(plan.inputs, plan.options)
+    advice = Advice(plan.models, plan.options)
     if found.role is not None:
         bad, element = _count_nonfinite(item.sides[found.role], found.role, files)
         raise NonFiniteError(
-            f"tensor '{shown(item.name)}' of {plan.inputs[found.role].label} has {bad} NaN or infinite of"
+            f"tensor '{shown(item.name)}' of {plan.models[found.role].label} has {bad} NaN or infinite of"
             f" {item.source.count} elements, the first at index {element}; train or save it again, let them through"
             f" with --allow-nonfinite{or_other(item, found.role, advice)}"
         )

@@ -53,7 +53,7 @@ class Job:
     def report(self, status: str, refused: str = "") -> MergeReport:
         """Return what the merge did, or would do."""
         now = time.perf_counter()
-        tensors = sum(len(each.tensors) for each in self.plan.inputs.values())
+        tensors = sum(len(each.tensors) for each in self.plan.models.values())
         seconds = {"plan": self.planned - self.began, "total": now - self.began}
         if self.streamed is not None:
             seconds["stream"] = self.streamed
@@ -74,7 +74,7 @@ class Job:
             workers=self.workers,
             device=self.options.device,
             seconds={key: round(value, 6) for key, value in seconds.items()},
-            **description(self.plan.inputs, self.plan.items, self.plan, self.notes),
+            **description(self.plan.models, self.plan.items, self.plan, self.notes),
             refused=for_caller(refused),
             verified=self.verified is not None,
         )

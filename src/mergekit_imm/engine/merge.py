@@ -233,7 +233,6 @@ def iter_merged(
     >>> names = [name for name, tensor in iter_merged(base_folder, sft_folder, alpha=0.5)]
     """
     given = locals()
-    check_platform()
     import torch
 
     from ..numerics.reference import DTYPES

@@ -52,8 +52,8 @@ def hub_ids(inputs: Mapping[str, Checkpoint]) -> list[str]:
 def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
     """Return the README.md of a merged model: tags, the recipe as a table, how to reproduce the merge."""
     o = plan.options
-    inputs = {role: each.ref + (f" @ {each.commit}" if each.commit else "") for role, each in plan.inputs.items()}
-    models = hub_ids(plan.inputs)
+    inputs = {role: each.ref + (f" @ {each.commit}" if each.commit else "") for role, each in plan.models.items()}
+    models = hub_ids(plan.models)
     lists = [name for name in MERGE_DEFAULTS if isinstance(getattr(o, name), tuple) and name != "clip"]
     rows = [
         *((f"`{role}`", _cell(ref)) for role, ref in inputs.items()),
@@ -72,7 +72,7 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
         *((f"`{name}`", _cell(" ".join(getattr(o, name)))) for name in lists if getattr(o, name)),
         *((("`vocab`", f"the {o.vocab}'s"),) if o.vocab != "strict" else ()),
     ]
-    refs = {role: each.ref for role, each in plan.inputs.items()}
+    refs = {role: each.ref for role, each in plan.models.items()}
     start = ["--start", refs["start"]] if "start" in refs else []
     command = ["imm-merge", refs["base"], refs["sft"], *start, *as_arguments(o)]
 

@@ -91,7 +91,7 @@ def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
         **({"sft_equals_start": True} if layers and not records[:, 0].any() else {}),
         # Not for hub ids: there it depends on the cache.
         "left_out": {
-            role: list(each.left_out) for role, each in plan.inputs.items() if not each.repo and role != "start"
+            role: list(each.left_out) for role, each in plan.models.items() if not each.repo and role != "start"
         },
     }
 

@@ -62,7 +62,7 @@ def warm_up(plans: Sequence[Plan], device: Device) -> None:
             *inputs, out = ((np.zeros(BLOCK * DTYPE_BITS[dtype] // 8, np.uint8), dtype) for dtype in dtypes)
             raws = dict(zip(roles, inputs, strict=True))
             base, start, sft = base_start_sft(raws)
-            device.merge(base, start, sft, out, BLOCK, 0, item.key, constants, new_tally())
+            device.merge(base, start, sft, out, BLOCK, 0, item.mask_key, constants, new_tally())
 
 
 def run_segments(
@@ -78,7 +78,7 @@ def run_segments(
 
     The plans share inputs and file layout and differ in parameters. Fails and stops as `in_threads` does.
     """
-    with Files(plans[0].inputs) as files:
+    with Files(plans[0].models) as files:
 
         def worker() -> Callable[[Task], Done]:
             buffer = device.buffer(min(BUFFER, max(LEAST, BUFFERS // workers)))
@@ -134,7 +134,8 @@ def _merge(
         base, start, sft = base_start_sft(raws)
         for number, tally in tallies.items():
             each = plans[number].items[segment.item]
-            device.merge(base, start, sft, out, count, first, each.key, CONVERT if converted else each.constants, tally)
+            constants = CONVERT if converted else each.constants
+            device.merge(base, start, sft, out, count, first, each.mask_key, constants, tally)
             if isinstance(sides.get("sft"), Sparsified):
                 # The sparsifier already dropped elements; correct the kernel's kept count.
                 tally[KEPT] += count_kept(*raws["sft"]) - count
@@ -174,7 +175,7 @@ def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: S
         for other, side in others:
             mirror = buffer[step + PAGE : step + PAGE + count]
             files.read(other, side, first, mirror)
-            check_equal(item, first, (role, content), (other, mirror), Advice(plan.inputs, plan.options))
+            check_equal(item, first, (role, content), (other, mirror), Advice(plan.models, plan.options))
         for number in wanted:
             for target in item.outs:
                 sink(number, target, first, memoryview(content))  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ def write(
     check_same(ranks, [job.recipe for job in jobs])
     if options.dry_run:
         for job in jobs:
-            job.notes += note_if_unchanged(job.plan.inputs, job.plan.items)
+            job.notes += note_if_unchanged(job.plan.models, job.plan.items)
     whole, lacking, recipes = on_leader(ranks, lambda: _check_outputs(jobs, options))
     for job, recipe in zip(jobs, recipes, strict=True):
         job.recipe = recipe
@@ -76,7 +76,7 @@ def check_apart(outs: Sequence[Path], inputs: Mapping[str, Path]) -> None:
 
 def _jobs(plans: Sequence[Plan], outs: Sequence[Path], options: RunOptions, began: float) -> list[Job]:
     """Return jobs with their recipes; without, in a dry run on a hub id, which has no files to fingerprint."""
-    unread = any(each.folder is None for each in plans[0].inputs.values())
+    unread = any(each.folder is None for each in plans[0].models.values())
     recipes: list[dict[str, Any]] = [{} for _ in plans] if unread else recipes_of(plans)
     return [Job(*each, options, began) for each in zip(plans, recipes, outs, strict=True)]
 
@@ -135,7 +135,7 @@ def _build(jobs: Sequence[Job], device: Device, options: RunOptions, ranks: Rank
         try:
             stream(to_write, device, advance, ranks)
             on_leader(ranks, lambda: _write_beside(jobs, to_write))
-            together(ranks, lambda: check_inputs(jobs[0].plan.inputs))  # by now their side files were read too
+            together(ranks, lambda: check_inputs(jobs[0].plan.models))  # by now their side files were read too
         except (NonFiniteError, MismatchError, ChangedError):
             if ranks.rank == 0:
                 for job in jobs:
@@ -181,7 +181,7 @@ def _write_beside(jobs: Sequence[Job], written: Sequence[Job]) -> None:
                 continue
             assert job.records is not None
             found = statistics(job.plan, job.records)
-            models = job.plan.inputs
+            models = job.plan.models
             if found.get("sft_equals_start") and not same_place(models["base"], models["sft"]):
                 job.notes.append(note_of(models, "the norms of all deltas are 0"))
             for path, (_, source) in job.plan.side.items():
@@ -217,8 +217,8 @@ def _take_begun(job: Job) -> None:
             continue
         if found is not None and without_places(found) == without_places(job.recipe):
             places = {role: str(entry["path"]) for role, entry in found["inputs"].items()}
-            inputs = {role: dataclasses.replace(each, ref=places[role]) for role, each in job.plan.inputs.items()}
-            job.plan, job.recipe = dataclasses.replace(job.plan, inputs=inputs), found
+            models = {role: dataclasses.replace(each, ref=places[role]) for role, each in job.plan.models.items()}
+            job.plan, job.recipe = dataclasses.replace(job.plan, models=models), found
             return
 
 

@@ -153,7 +153,7 @@ class InPlaceMerge:
         out: tuple[Raw, str] = (buffers[3][: span.count * DTYPE_BITS[target.dtype] // 8], target.dtype)
         constants = item.constants if item.action == "merge" else CONVERT
         tally = new_tally()
-        merge_span(base, start, sft, out, span.count, span.low, item.key, constants, tally)
+        merge_span(base, start, sft, out, span.count, span.low, item.mask_key, constants, tally)
         if not is_finite(tally):
             self._check_values(span, raws, out)
         return out[0]

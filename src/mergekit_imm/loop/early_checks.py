@@ -17,7 +17,7 @@ from ..model.rename_rules import parse_rename
 from ..numerics.mask import arithmetic
 from ..options.options import MergeOptions, RunOptions, layer_factors_of, options_from, with_files_read
 from ..plan.compatibility import selector
-from ..plan.open_inputs import without_quantisation
+from ..plan.open_inputs import dequantised_or_refused
 
 
 def keywords(function: Callable[..., Any]) -> set[str]:
@@ -39,7 +39,7 @@ def check_options(
     p = several[0]
     opened = open_checkpoint(base, "base", dry_run=True, leave_out=p.leave_out)
     if not p.dequantize:  # maybe only the trained model is FP8
-        without_quantisation({"base": opened}, p)
+        dequantised_or_refused({"base": opened}, p)
     taken = tuple(each for each in p.take if any(re.search(each, name) for name in opened.tensors))
     selector(replace(p, take=taken), opened, opened)
     _check_last_rename(p.rename, opened)

@@ -47,7 +47,7 @@ def check_tensors(decided: Decided, same_bytes: SameBytes) -> None:
 
 def check_plan(plan: Plan, ties: Ties) -> None:
     """Check that every name the base stores is written exactly once, and that configs match. Raises PlanError."""
-    base = plan.inputs["base"]
+    base = plan.models["base"]
     written: dict[str, Item] = {}
     for item in plan.items:
         for out in item.outs:
@@ -119,7 +119,7 @@ def _check_tie(plan: Plan, folder: str, tied: bool | None, ties: Ties, written: 
     if path in plan.configs:
         says = stated_tie(parse_json(plan.configs[path]))
     elif path in plan.side:
-        says = stated_tie(plan.inputs[plan.side[path][0]].config_of(folder))
+        says = stated_tie(plan.models[plan.side[path][0]].config_of(folder))
     else:
         return
     groups = [group for name, group in ties.groups.items() if folder_of(name) == folder]

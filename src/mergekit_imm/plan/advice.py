@@ -102,10 +102,10 @@ class Advice:
         shapes = {each.tensors[name].shape for each in self.used.values() if name in each.tensors}
         if layer_key(name) is not None or not any(shape and shape[0] in self._rows for shape in shapes):
             return set()
-        models = [each for each in self.used.values() if says_tied(each.config)]
+        tying = [each for each in self.used.values() if says_tied(each.config)]
         return {
             other
-            for each in (self.used.values() if models else ())
+            for each in (self.used.values() if tying else ())
             for other, tensor in each.tensors.items()
             if tensor.shape in shapes and layer_key(other) is None
         }

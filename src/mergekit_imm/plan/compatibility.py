@@ -114,21 +114,22 @@ def copied_by(options: MergeOptions) -> Copied:
     return Copied(matcher(options.keep), matcher(options.take))
 
 
-def selector(options: MergeOptions, base: Checkpoint, sft: Checkpoint) -> Selects:
+def selector(options: MergeOptions, base: Checkpoint, sft: Checkpoint, complain: Complain = refuse) -> Selects:
     """Check the patterns against the names; return a predicate: does an option name one of these tensors?"""
     every = [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]
     for option in ("keep", "take", "no_drop"):
         names = every if option == "take" else list(base.tensors)
         for pattern in getattr(options, option):
             if not any(re.search(pattern, name) for name in names):
-                raise ArgumentError(
+                unknown = ArgumentError(
                     f"--{option.replace('_', '-')} '{shown(pattern)}' matches none of the {len(names)} tensor names,"
                     f" such as {shown(names[0]) if names else ''!r}"
                 )
+                complain(unknown, ())
     matchers = {option: matcher(getattr(options, option)) for option in ("keep", "take", "no_drop")}
-    for name in base.tensors:
-        if matchers["keep"](name) and matchers["take"](name):
-            raise ArgumentError(f"tensor '{shown(name)}' is both kept and taken; change --keep or --take")
+    both = [name for name in base.tensors if matchers["keep"](name) and matchers["take"](name)]
+    if both:
+        complain(ArgumentError(f"tensor '{shown(both[0])}' is both kept and taken; change --keep or --take"), both)
     return lambda option, names, key: any(map(matchers[option], {*names, key}))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from typing import TypeVar
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Extended, Tensor, is_stored
@@ -23,6 +24,8 @@ from .compatibility import Complain, Selects, check_alike, check_names, copied_b
 from .plan import Action, Item
 from .tied_embeddings import SameBytes, Ties, tied_groups
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Decided:
@@ -34,45 +37,54 @@ class Decided:
 
 
 def decide(
-    inputs: Mapping[str, Checkpoint], options: MergeOptions, same_bytes: SameBytes, complain: Complain = refuse
+    models: Mapping[str, Checkpoint], options: MergeOptions, same_bytes: SameBytes, complain: Complain = refuse
 ) -> Decided:
     """Decide what happens to every tensor of a merge of base, sft and maybe start.
 
     `same_bytes` compares two tensors of one checkpoint; it is called only if one stores a tied tensor under several
-    names. Every problem goes to `complain`, and its tensors are left undecided. With the default, `refuse`, the first
-    problem raises MismatchError, CheckpointError or ArgumentError.
+    names. Every problem goes to `complain`, and its tensors are left undecided; all of them, if it is unknown which are
+    tied. With the default, `refuse`, the first problem raises MismatchError, CheckpointError or ArgumentError.
     """
-    used = {r: c for r, c in inputs.items() if r != "start" or options.reference == "start"}
-    base, sft = inputs["base"], inputs["sft"]
+    used = {r: c for r, c in models.items() if r != "start" or options.reference == "start"}
+    base, sft = models["base"], models["sft"]
     wrong: set[str] = set()
 
-    def note(error: MergeError, names: Collection[str]) -> None:
+    def problem(error: MergeError, names: Collection[str]) -> None:
         complain(error, names)
         wrong.update(names)
 
-    for folder in ("", *base.part_configs):
-        configs = {r: (f"{c.label}{f' ({folder})' if folder else ''}", c.config_of(folder)) for r, c in inputs.items()}
+    def tried(step: Callable[[], T], otherwise: T) -> T:
         try:
-            check_configs(configs, renamed=[role for role, each in inputs.items() if each.original_names])
+            return step()
         except MergeError as error:
-            note(error, ())
+            problem(error, ())
+            return otherwise
+
+    for folder in ("", *base.part_configs):
+        configs = {r: (f"{c.label}{f' ({folder})' if folder else ''}", c.config_of(folder)) for r, c in models.items()}
+        renamed = [role for role, each in models.items() if each.original_names]
+        tried(partial(check_configs, configs, renamed=renamed), None)
     for folder in {*sft.adapters} & {part.folder for part in base.parts}:
-        note(
+        problem(
             CheckpointError(
                 f"{sft.label} holds an adapter in {shown(folder)}, where {base.label} has weights; merge it first:"
                 " peft's `merge_and_unload()`, then `save_pretrained`"
             ),
             [name for name in base.tensors if folder_of(name) == folder],
         )
-    ties = tied_groups(used, same_bytes)
+    ties = tried(partial(tied_groups, used, same_bytes), None)
+    if ties is not None:
+        check_names(used, options, ties.groups, problem)
+    selects = selector(options, base, sft, problem)
+    factors: dict[str, float] = tried(partial(layer_factors_of, options, base.tensors), {})
+    unconverted: frozenset[str] = frozenset()
+    if options.keep or options.take:
+        unconverted = tried(lambda: intact(base, sft, copied_by(options)).names, unconverted)
+    if ties is None:
+        return Decided([], used, Ties())
     groups = ties.groups
-    check_names(used, options, groups, note)
-    selects = selector(options, base, sft)
-    p = options
-    factors = layer_factors_of(options, base.tensors)
-    typed = inputs.get("start", base) if p.dtype == "start" else base  # sets the output dtypes
+    typed = models.get("start", base) if options.dtype == "start" else base  # sets the output dtypes
     main = main_dtype(typed)
-    unconverted = intact(base, sft, copied_by(p)).names if p.keep or p.take else frozenset()
 
     tensors: list[tuple[str, list[str], dict[str, Tensor], str]] = []  # key, output names, tensors by role, dtype
     done: set[str] = set(wrong)
@@ -86,26 +98,32 @@ def decide(
         done.update(group.names if group else [name])
         sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
         if "base" not in sides and not selects("take", written, key):  # from an adapter with another vocabulary
-            sides = _with_likeness(key, sides, base)
+            try:
+                sides = _paired_with_embedding(key, sides, base)
+            except MergeError as error:
+                problem(error, written)
+                continue
         like = side_of(typed, name, group)
         tensors.append((key, written, sides, like.output_dtype if like is not None else main))
     compared = [
         (k, sides) for k, written, sides, _ in tensors if _action(k, written, sides, selects) in ("merge", "copy")
     ]
-    check_alike(compared, used, options, note)
+    check_alike(compared, used, options, problem)
     items: list[Item] = []
     for key, written, sides, output_dtype in tensors:
         if key in wrong:
             continue
+        keep_dtype = not unconverted.isdisjoint(written)
         try:
-            same = not unconverted.isdisjoint(written)
-            items.append(_item(key, written, sides, used, selects, factors, output_dtype, options, same_bytes=same))
+            items.append(
+                _item(key, written, sides, used, selects, factors, output_dtype, options, keep_dtype=keep_dtype)
+            )
         except MergeError as error:
-            note(error, [key])
+            problem(error, [key])
     return Decided(items, used, ties)
 
 
-def _with_likeness(key: str, sides: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
+def _paired_with_embedding(key: str, sides: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
     """Pair a head that only an adapter stores with the base's embedding; their shapes differ, which is refused."""
     width = next(iter(sides.values())).shape[1:]
     alike = (
@@ -139,26 +157,26 @@ def _item(
     output_dtype: str,
     options: MergeOptions,
     *,
-    same_bytes: bool = False,
+    keep_dtype: bool = False,
 ) -> Item:
-    p = options
     action = _action(key, written, sides, selects)
     if action == "keep":
         sides = {"base": sides["base"]}
     source = sides["sft" if action == "take" else "base"]
     dtype = source.output_dtype
-    if dtype in MERGED and not same_bytes:
-        dtype = TORCH_NAMES.get(p.dtype, output_dtype if output_dtype in MERGED else dtype)
+    if dtype in MERGED and not keep_dtype:
+        dtype = TORCH_NAMES.get(options.dtype, output_dtype if output_dtype in MERGED else dtype)
     if action == "take" and used["sft"].adapter is not None and not is_stored(source):
         raise ArgumentError(
             f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, an adapter that stores only its"
             " change; merge the adapter first, or leave out --take"
         )
     factor = factors.get(layer_key(key) or "", 1.0)
-    constants = _arithmetic(alpha=p.alpha, drop=0.0 if selects("no_drop", written, key) else p.drop, factor=factor)
-    if action == "merge" and p.sparsify != "dare" and constants.uses_mask:
-        constants = _arithmetic(alpha=p.alpha, drop=0.0, factor=factor)
-        sides = _sparsified(key, sides, p) if "sft" in sides else sides  # an adapter does not change the others
+    drop = 0.0 if selects("no_drop", written, key) else options.drop
+    constants = _arithmetic(alpha=options.alpha, drop=drop, factor=factor)
+    if action == "merge" and options.sparsify != "dare" and constants.uses_mask:
+        constants = _arithmetic(alpha=options.alpha, drop=0.0, factor=factor)
+        sides = _sparsified(key, sides, options) if "sft" in sides else sides  # an adapter does not change the others
     if "sft" in sides and sides["sft"].is_delta:
         constants = replace(constants, is_delta=True)
     home = _output_file(key, sides.get("base"), source, used)
@@ -167,12 +185,12 @@ def _item(
     )
     if action == "take":
         sides = {"sft": source}
-    item = Item(key, action, sides, outs, constants, mask_key(key, p.seed, p.round))
+    item = Item(key, action, sides, outs, constants, mask_key(key, options.seed, options.round))
     extended = [side.own.count for side in sides.values() if isinstance(side, Extended)]
     if action != "merge" or not extended:
         return item
     # An adapter leaves the rest to the start it was trained on, which may store a head that the base ties.
-    owners = ("sft", "start", "base") if p.vocab == "sft" else ("base",)
+    owners = ("sft", "start", "base") if options.vocab == "sft" else ("base",)
     return replace(item, common=extended[0], owner=next(role for role in owners if role in sides))
 
 
@@ -192,11 +210,12 @@ def _output_file(key: str, base_tensor: Tensor | None, source: Tensor, used: Map
     return next((each for each in there if not each.beside), there[0]).files[-1]
 
 
-def _sparsified(key: str, sides: Mapping[str, Tensor], p: MergeOptions) -> dict[str, Tensor]:
+def _sparsified(key: str, sides: Mapping[str, Tensor], options: MergeOptions) -> dict[str, Tensor]:
     """Replace the sft by its delta with elements dropped by trim or della."""
-    how = parse_sparsify(p.sparsify, p.drop)
+    how = parse_sparsify(options.sparsify, options.drop)
     sft, origin = sides["sft"], "start" if "start" in sides else "base"
-    start, exact = sides[origin], any(side.dtype == "F64" for side in sides.values())
+    exact = any(side.dtype == "F64" for side in sides.values())
+    delta = (key, sft.shape, sft, sides[origin], origin, exact, options.drop)
     cure = f"merge it without dropping, {ready_option('--no-drop', key)}, or use --sparsify dare"
     if any(isinstance(side, Extended) for side in sides.values()):
         raise ArgumentError(
@@ -204,12 +223,11 @@ def _sparsified(key: str, sides: Mapping[str, Tensor], p: MergeOptions) -> dict[
             f" {cure}"
         )
     if how.kind == "trim":
-        return {**sides, "sft": Trimmed(key, sft.shape, sft, start, origin, exact, p.drop)}
+        return {**sides, "sft": Trimmed(*delta)}
+    if how.kind != "della":
+        raise ArgumentError(f"--sparsify {how.kind} is not implemented for checkpoints; use dare, trim or della")
     if (sft.shape[-1] if sft.shape else 1) > LONGEST_ROW:
         raise ArgumentError(
             f"tensor '{shown(key)}' has rows of {sft.shape[-1]} elements, but della ranks at most {LONGEST_ROW}; {cure}"
         )
-    return {
-        **sides,
-        "sft": Ranked(key, sft.shape, sft, start, origin, exact, p.drop, how.epsilon, mask_key(key, p.seed, p.round)),
-    }
+    return {**sides, "sft": Ranked(*delta, how.epsilon, mask_key(key, options.seed, options.round))}

@@ -25,6 +25,9 @@ from .unchanged import note_if_unchanged
 
 DEFAULTS = MergeOptions()
 
+# Forms of input by the suffix of their files; the first that a model has names it.
+_FORMS = {".distcp": "torch.distributed checkpoint", ".bin": "PyTorch files", ".safetensors": "safetensors"}
+
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -52,7 +55,7 @@ class CheckReport:
 
 
 def description(
-    inputs: Mapping[str, Checkpoint], items: Iterable[Item], plan: Plan | None, notes: Iterable[Note]
+    models: Mapping[str, Checkpoint], items: Iterable[Item], plan: Plan | None, notes: Iterable[Note]
 ) -> dict[str, Any]:
     """Return the fields that both reports share; without a plan, those that are known."""
     copied: dict[str, list[str]] = {}
@@ -62,14 +65,14 @@ def description(
         "kinds": kinds(items),
         "renamed": [
             {"role": role, "name": old, "in_base": new, "tensors": count}
-            for role, each in inputs.items()
+            for role, each in models.items()
             if each.original_names
             for old, new, count in rules_of(each.original_names)
         ],
         "config_changes": dict(plan.config_changes) if plan else {},
         "side_files": copied,
         # Of a start only the weights are used.
-        "left_out": {role: list(each.left_out) for role, each in inputs.items() if each.left_out and role != "start"},
+        "left_out": {role: list(each.left_out) for role, each in models.items() if each.left_out and role != "start"},
         "notes": list(map(str, notes)),
     }
 
@@ -84,22 +87,27 @@ def check(
     """
     refs = {"base": base, "sft": sft, "start": start}
     report = CheckReport(str(base), str(sft))
-    complaints: list[tuple[MergeError, Collection[str]]] = []
     try:
         # Any round will do: it only changes the mask.
         inputs = open_inputs(refs, replace(options, iteration=options.round), dry_run=True)
-        (one,) = inputs.options
-        equal = comparer(inputs.models)
-        decided = decide(inputs.models, one, equal, lambda *complaint: complaints.append(complaint))
-        plan = None if complaints else plan_of(inputs.models, one, decided, equal)
     except MergeError as error:
         report.problems.append(str(error))
         return report
-    models = inputs.models
+    models, (one,) = inputs.models, inputs.options
+    equal = comparer(models)
+    complaints: list[tuple[MergeError, Collection[str]]] = []
+    decided = decide(models, one, equal, lambda *complaint: complaints.append(complaint))
+    plan: Plan | None = None
+    unchanged: list[Note] = []
+    try:
+        plan = None if complaints else plan_of(models, one, decided, equal)
+        unchanged = note_if_unchanged(models, decided.items)
+    except MergeError as error:
+        complaints.append((error, ()))
     notes = [
         *(plan.notes if plan else (note for each in models.values() for note in each.notes)),
         *_other_tokens(models["base"], models["sft"], one.vocab),
-        *note_if_unchanged(models, decided.items),
+        *unchanged,
     ]
     shared = description(models, plan.items if plan else decided.items, plan, notes)
     shared["kinds"] += _refused({name for _, names in complaints for name in names}, list(decided.used.values()))
@@ -132,14 +140,8 @@ def _input_description(each: Checkpoint) -> dict[str, Any]:
         form = "LoRA adapter"
         stored = [tensor for file in each.files.values() for tensor in file.tensors]  # not the tensors it changes
     else:
-        suffixes = {Path(name).suffix for name in each.files}
-        form = (
-            "torch.distributed checkpoint"
-            if ".distcp" in suffixes
-            else "PyTorch files"
-            if ".bin" in suffixes
-            else "safetensors"
-        )
+        suffixes = dict.fromkeys(Path(name).suffix for name in each.files)
+        form = next((form for suffix, form in _FORMS.items() if suffix in suffixes), f"{', '.join(suffixes)} files")
     return {
         "role": each.role,
         "path": each.ref,
@@ -150,11 +152,11 @@ def _input_description(each: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _refused(names: Collection[str], models: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+def _refused(names: Collection[str], checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     """Group refused tensors as `kinds` groups the others."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
     for name in sorted(names):
-        held = {each.role: each.tensors[name] for each in models if name in each.tensors}
+        held = {each.role: each.tensors[name] for each in checkpoints if name in each.tensors}
         dtypes = tuple((role, tensor.dtype) for role, tensor in held.items())
         groups.setdefault((blanked(name), dtypes), []).append(next(iter(held.values())).count if held else 0)
     return [

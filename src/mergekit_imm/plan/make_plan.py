@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,7 +14,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
 from ..checkpoint.model_files import SPLIT, is_side_file
 from ..checkpoint.reader import same_bytes
-from ..checkpoint.safetensors_file import fingerprint
+from ..checkpoint.safetensors_file import TensorInfo, fingerprint
 from ..common.messages import bytes_text, shown
 from ..common.notes import Note, note
 from ..errors import MismatchError
@@ -28,7 +28,7 @@ from .accounts import check_plan, check_tensors
 from .compatibility import copied_by
 from .decide import Decided, decide
 from .plan import Inputs, Item, Plan, result_config, same_place
-from .shard_layout import lay_out
+from .shard_layout import OutputFile, lay_out
 from .tied_embeddings import SameBytes, Ties
 
 
@@ -38,49 +38,21 @@ def make_plans(inputs: Inputs) -> list[Plan]:
     return [plan_of(inputs.models, each, decide(inputs.models, each, equal), equal) for each in inputs.options]
 
 
-def plan_of(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided, equal: SameBytes) -> Plan:
+def plan_of(models: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided, equal: SameBytes) -> Plan:
     """Plan a merge whose tensors are decided, and check that nothing is lost."""
-    plan = assign_files(inputs, options, decided)
+    plan = unchecked_plan(models, options, decided)
     check_tensors(decided, equal)
     check_plan(plan, decided.ties)
-    linked = [
-        f"{each.label}/{name}"
-        for each in inputs.values()
-        if each.role != "start"
-        for name in each.left_out
-        if name.endswith("/") and not Path(name).name.startswith(".")
-    ]
-    notes = list(plan.notes)
-    if linked:
-        more = ", …" if len(linked) > 4 else ""
-        listed = ", ".join(map(shown, linked[:4])) + more
-        notes.append(note("links left out", "left out, because they are links to folders: {links}", links=listed))
-    limit = options.max_shard_size
-    larger = [out for item in plan.items for out in item.outs if limit is not None and out.nbytes > limit]
-    if larger:
-        first = max(larger, key=lambda out: out.nbytes)
-        files = "it has a file of its own" if len(larger) == 1 else f"{len(larger)} tensors have files of their own"
-        notes.append(
-            note(
-                "large tensor",
-                "'{name}' has {size}, more than --max-shard-size: {files}, because tensors are not split",
-                name=shown(first.name),
-                size=bytes_text(first.nbytes),
-                files=files,
-            )
-        )
-    if same_place(inputs["base"], inputs["sft"]):
-        notes.append(note("same model", "BASE and SFT are the same model; the result is that model"))
-    return replace(plan, notes=tuple(notes))
+    return plan
 
 
-def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
+def comparer(models: Mapping[str, Checkpoint]) -> SameBytes:
     """Return a function that compares two tensors of an input; results are cached."""
 
     @functools.cache
     def compare(role: str, one: str, other: str) -> bool:
-        tensors = inputs[role].tensors
-        return same_bytes(inputs, (role, tensors[one]), (role, tensors[other]))
+        tensors = models[role].tensors
+        return same_bytes(models, (role, tensors[one]), (role, tensors[other]))
 
     def equal(checkpoint: Checkpoint, one: Tensor, other: Tensor) -> bool:
         # A dry run on a hub id downloads no tensors; trust the config that they are tied.
@@ -91,52 +63,58 @@ def comparer(inputs: Mapping[str, Checkpoint]) -> SameBytes:
     return equal
 
 
-def assign_files(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> Plan:
-    """Assign output files to tensors, and add all other files. Raises MismatchError if paths conflict."""
-    items, used, broken = decided.items, decided.used, decided.ties.broken
-    base = inputs["base"]
-    placed, files, indexes = lay_out([out for item in items for out in item.outs], base, options.max_shard_size)
-    items = [replace(item, outs=tuple(placed[out.name] for out in item.outs)) for item in items]
-    order = {file.name: number for number, file in enumerate(files)}
-    items.sort(key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
-
-    configs: dict[str, bytes] = {}
-    changes: dict[str, Any] = {}
-    for folder in ("", *base.part_configs):
-        config, changed = _config(folder, items, inputs, used, decided.ties, options)
-        if changed:
-            configs[f"{folder}{CONFIG}"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-            changes |= {folder + place: value for place, value in changed.items()}
-    side, notes = _side_files(inputs, configs)
-    notes = [*(note for each in inputs.values() for note in each.notes), *notes]
-    if broken:
-        text = "{broken}: both are merged under their own names, and config.json says untied"
-        notes.append(note("tie broken", text, broken=broken))
+def unchecked_plan(models: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> Plan:
+    """Return the plan, not compared with the files of the inputs. Raises MismatchError if paths conflict."""
+    outs = [out for item in decided.items for out in item.outs]
+    placed, files, indexes = lay_out(outs, models["base"], options.max_shard_size)
+    items = _in_order(decided.items, placed, files)
+    configs, changes = _configs(items, models, decided, options)
     plan = Plan(
         options=options,
-        inputs=inputs,
+        models=models,
         items=tuple(items),
         files=files,
         indexes=indexes,
         configs=configs,
         config_changes=changes,
-        side=dict(sorted(side.items())),
-        notes=tuple(notes),
+        side=_side_files(models, configs),
+        notes=tuple(_notes(models, items, decided.ties, options)),
     )
     _check_paths(plan)
     return plan
 
 
+def _in_order(items: Sequence[Item], placed: Mapping[str, TensorInfo], files: Sequence[OutputFile]) -> list[Item]:
+    """Return the items with their places in the output files, in the order of the output."""
+    order = {file.name: number for number, file in enumerate(files)}
+    items = [replace(item, outs=tuple(placed[out.name] for out in item.outs)) for item in items]
+    return sorted(items, key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
+
+
+def _configs(
+    items: Sequence[Item], models: Mapping[str, Checkpoint], decided: Decided, options: MergeOptions
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Return the changed config.json files by path, and the changes."""
+    configs: dict[str, bytes] = {}
+    changes: dict[str, Any] = {}
+    for folder in ("", *models["base"].part_configs):
+        config, changed = _config(folder, items, models, decided.used, decided.ties, options)
+        if changed:
+            configs[f"{folder}{CONFIG}"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            changes |= {folder + place: value for place, value in changed.items()}
+    return configs, changes
+
+
 def _config(
     folder: str,
     items: Sequence[Item],
-    inputs: Mapping[str, Checkpoint],
+    models: Mapping[str, Checkpoint],
     used: Mapping[str, Checkpoint],
     ties: Ties,
     options: MergeOptions,
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Return the config of a part of the result, and the changes made to it."""
-    base, sft, p = inputs["base"], inputs["sft"], options
+    base, sft = models["base"], models["sft"]
     config = result_config(base, sft, options, folder)
     if (folder and not (config or {}).get("model_type")) or "_class_name" in (config or {}):
         return None, {}  # not a transformers config: another module, or a diffusers component
@@ -153,17 +131,17 @@ def _config(
         tied=ties.tied.get(folder),
         rows={item.source.shape[0] for item in members if is_input_embedding(item.name) and item.source.shape},
         resized=dict(each.rows for each in used.values() if each.rows),
-        quantised=intact(base, sft, copied_by(options)).settings if not folder and (p.keep or p.take) else None,
+        quantised=intact(base, sft, copied_by(options)).settings
+        if not folder and (options.keep or options.take)
+        else None,
     )
 
 
-def _side_files(
-    inputs: Mapping[str, Checkpoint], configs: Collection[str]
-) -> tuple[dict[str, tuple[str, Path | None]], list[Note]]:
-    """Return which other files to copy from which input (sft's first), and notes on adapters left out."""
-    base, sft = inputs["base"], inputs["sft"]
+def _side_files(models: Mapping[str, Checkpoint], configs: Collection[str]) -> dict[str, tuple[str, Path | None]]:
+    """Return which other files to copy from which input, by path: the sft's first."""
+    base, sft = models["base"], models["sft"]
     is_other = bool(sft.original_names) or is_other_class(sft.config, base.config)
-    alone = [folder for folder in sft.adapters if folder not in base.adapters]
+    alone = _adapters_alone(models)
     side = {path: ("base", base.side[path]) for path in base.side}
     moved = {folder_of(old): folder_of(new) for new, old in sft.original_names.items()}
     moved = {old: new for old, new in moved.items() if old != new}
@@ -175,16 +153,12 @@ def _side_files(
         of_adapter = name.startswith(tuple(alone)) and not is_side_file(name, copy_code=True)
         if not of_adapter and not (of_model and is_other and path in base.side):
             side[path] = ("sft", file)
-    notes = [
-        note(
-            "adapter not merged",
-            "{label} holds an adapter in {folder}, which is not merged; to merge it, give that folder as SFT",
-            label=sft.label,
-            folder=shown(folder),
-        )
-        for folder in alone
-    ]
-    return {path: source for path, source in side.items() if path not in configs}, notes
+    return {path: side[path] for path in sorted(side) if path not in configs}
+
+
+def _adapters_alone(models: Mapping[str, Checkpoint]) -> list[str]:
+    """Return the folders of adapters in the sft that the base does not have."""
+    return [folder for folder in models["sft"].adapters if folder not in models["base"].adapters]
 
 
 def _destination(path: str, moved: Mapping[str, str], base: Checkpoint) -> str | None:
@@ -197,31 +171,74 @@ def _destination(path: str, moved: Mapping[str, str], base: Checkpoint) -> str |
     return moved[folder] + path.removeprefix(folder)
 
 
+def _notes(
+    models: Mapping[str, Checkpoint], items: Sequence[Item], ties: Ties, options: MergeOptions
+) -> Iterator[Note]:
+    """Yield what a user should know of a plan."""
+    for each in models.values():
+        yield from each.notes
+    for folder in _adapters_alone(models):
+        yield note(
+            "adapter not merged",
+            "{label} holds an adapter in {folder}, which is not merged; to merge it, give that folder as SFT",
+            label=models["sft"].label,
+            folder=shown(folder),
+        )
+    if ties.broken:
+        text = "{broken}: both are merged under their own names, and config.json says untied"
+        yield note("tie broken", text, broken=ties.broken)
+    linked = [
+        f"{each.label}/{name}"
+        for each in models.values()
+        if each.role != "start"
+        for name in each.left_out
+        if name.endswith("/") and not Path(name).name.startswith(".")
+    ]
+    if linked:
+        more = ", …" if len(linked) > 4 else ""
+        listed = ", ".join(map(shown, linked[:4])) + more
+        yield note("links left out", "left out, because they are links to folders: {links}", links=listed)
+    limit = options.max_shard_size
+    larger = [out for item in items for out in item.outs if limit is not None and out.nbytes > limit]
+    if larger:
+        first = max(larger, key=lambda out: out.nbytes)
+        files = "it has a file of its own" if len(larger) == 1 else f"{len(larger)} tensors have files of their own"
+        yield note(
+            "large tensor",
+            "'{name}' has {size}, more than --max-shard-size: {files}, because tensors are not split",
+            name=shown(first.name),
+            size=bytes_text(first.nbytes),
+            files=files,
+        )
+    if same_place(models["base"], models["sft"]):
+        yield note("same model", "BASE and SFT are the same model; the result is that model")
+
+
 def _check_paths(plan: Plan) -> None:
     """Raise MismatchError if one output path is both a file and a folder."""
     paths = {file.name for file in plan.files} | {*plan.beside}
 
-    def origin(path: str) -> str:
-        return plan.inputs[plan.side[path][0]].label if path in plan.side else "the merge"
+    def holder(path: str) -> str:
+        return plan.models[plan.side[path][0]].label if path in plan.side else "the merge"
 
     for path in plan.beside:
         for folder in map(str, PurePosixPath(path).parents):
             if folder in paths:
                 raise MismatchError(
-                    f"'{shown(folder)}' is a file of {origin(folder)}, but a folder in '{shown(path)}' of"
-                    f" {origin(path)}; rename or remove one of them"
+                    f"'{shown(folder)}' is a file of {holder(folder)}, but a folder in '{shown(path)}' of"
+                    f" {holder(path)}; rename or remove one of them"
                 )
 
 
 def recipes_of(plans: Sequence[Plan]) -> list[dict[str, Any]]:
     """Return the recipe of each plan, with the fingerprints of the shared inputs."""
-    models = plans[0].inputs
-    origins = {role: origin(each) for role, each in models.items()}
+    models = plans[0].models
+    entries = {role: recipe_entry(each) for role, each in models.items()}
     history = history_of(models["start"].recipe) if "start" in models else []
-    return [make_recipe(plan.options, origins, plan.config_changes, history) for plan in plans]
+    return [make_recipe(plan.options, entries, plan.config_changes, history) for plan in plans]
 
 
-def origin(each: Checkpoint) -> dict[str, Any]:
+def recipe_entry(each: Checkpoint) -> dict[str, Any]:
     """Return the recipe entry of an input: its place, and the fingerprints of its files."""
     return {
         "path": each.ref,

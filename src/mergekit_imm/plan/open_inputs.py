@@ -22,7 +22,7 @@ from ..model.tensor_names import matcher
 from ..numerics.dtypes import MERGED
 from ..options.options import MergeOptions, with_files_read
 from ..options.recipe import RECIPE_FILE
-from ..transforms.fp8 import check_unquantised, dequantized
+from ..transforms.fp8 import check_unquantised, dequantised
 from ..transforms.kept_quantised import without_kept
 from ..transforms.lora_adapter import applied
 from ..transforms.match_names import matched
@@ -51,15 +51,15 @@ def open_inputs(
     first = several[0]
 
     def opened(dry_run: bool) -> Inputs:
-        inputs = {
+        models = {
             role: open_checkpoint(
                 ref, role, copy_code=first.copy_code, dry_run=dry_run, outs=outs, leave_out=first.leave_out
             )
             for role, ref in refs.items()
         }
         if first.leave_out:
-            check_left_out(inputs, first.leave_out)
-        models = prepared(without_same_start(inputs), first)
+            check_left_out(models, first.leave_out)
+        models = prepared(without_same_start(models), first)
         known = first.iteration is not None
         return Inputs(models, several if known else tuple(replace(o, iteration=round_of(models)) for o in several))
 
@@ -85,97 +85,97 @@ def check_platform() -> None:
         )
 
 
-def check_left_out(inputs: Mapping[str, Checkpoint], leave_out: Sequence[str]) -> None:
+def check_left_out(models: Mapping[str, Checkpoint], leave_out: Sequence[str]) -> None:
     """Raise ArgumentError for a --leave-out pattern that matches no file of the inputs."""
-    if any(each.repo for each in inputs.values()) and is_offline():
+    if any(each.repo for each in models.values()) and is_offline():
         return  # files left out were never downloaded
     for pattern in leave_out:
-        if not any(matches(path, [pattern]) for each in inputs.values() for path in each.left_out):
-            labels = ", ".join(each.label for each in inputs.values())
+        if not any(matches(path, [pattern]) for each in models.values() for path in each.left_out):
+            labels = ", ".join(each.label for each in models.values())
             raise ArgumentError(
                 f"--leave-out {shown(pattern)} names no file of {labels}; give the path in the model, such as"
                 " value_head.safetensors or 2_Dense"
             )
 
 
-def without_same_start(inputs: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
+def without_same_start(models: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
     """Return the inputs, without the start if it is the base."""
-    same = "start" in inputs and same_place(inputs["start"], inputs["base"])
-    return {role: each for role, each in inputs.items() if role != "start" or not same}
+    same = "start" in models and same_place(models["start"], models["base"])
+    return {role: each for role, each in models.items() if role != "start" or not same}
 
 
-def round_of(inputs: Mapping[str, Checkpoint]) -> int:
+def round_of(models: Mapping[str, Checkpoint]) -> int:
     """Return the round of a merge: start's plus 1, or 0 without start. Raises ArgumentError."""
-    if "start" not in inputs:
+    if "start" not in models:
         return 0
-    recipe = inputs["start"].recipe
+    recipe = models["start"].recipe
     if recipe is None:
         raise ArgumentError(
-            f"{inputs['start'].label} has no {RECIPE_FILE} with its round; give the round of this merge with"
+            f"{models['start'].label} has no {RECIPE_FILE} with its round; give the round of this merge with"
             " --iteration N (counted from 0)"
         )
     return int(recipe["parameters"]["iteration"]) + 1
 
 
-def prepared(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
+def prepared(models: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
     """Return the inputs ready to merge: dequantised, under the base's names, whole tensors, adapters applied."""
-    inputs = without_quantisation(inputs, options)
-    if options.rename or not all(_has_names_of(inputs["base"], each) for each in inputs.values()):
-        inputs = matched(inputs, options.rename)
+    models = dequantised_or_refused(models, options)
+    if options.rename or not all(_has_names_of(models["base"], each) for each in models.values()):
+        models = matched(models, options.rename)
     if options.keep or options.take:
-        inputs = without_kept(inputs, copied_by(options))
-    if inputs["sft"].adapter is not None:
-        inputs = with_adapter(inputs, options)
+        models = without_kept(models, copied_by(options))
+    if models["sft"].adapter is not None:
+        models = with_adapter(models, options)
     if options.vocab != "strict":
-        inputs = resized(inputs, options)
-    return inputs
+        models = resized(models, options)
+    return models
 
 
 def _has_names_of(base: Checkpoint, other: Checkpoint) -> bool:
-    """Whether there is nothing to match: all names are the base's, and none can be of experts stored transposed."""
+    """Whether names already match: each is one of the base's, and no tensor could be transposed experts."""
     return other.tensors.keys() <= base.tensors.keys() and all(len(t.shape) != 3 for t in other.tensors.values())
 
 
-def without_quantisation(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
-    """Dequantise FP8 weights if --dequantize is given.
+def dequantised_or_refused(models: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
+    """Return the models with FP8 weights dequantised if --dequantize is given, else unchanged.
 
-    Raises CheckpointError for other quantised inputs, ArgumentError if no input is FP8.
+    Raises CheckpointError for quantised weights that are left, ArgumentError if no model is FP8.
     """
     if not options.dequantize:
-        for each in inputs.values():
+        for each in models.values():
             if quantisation(each.config) or not all(tensor.dtype in MERGED for tensor in each.tensors.values()):
                 check_unquantised(each, copied_by(options))
-        return inputs
-    unquantised = {role: dequantized(each, copied_by(options)) for role, each in inputs.items()}
-    if all(unquantised[role] is each for role, each in inputs.items()):
-        labels = ", ".join(each.label for each in inputs.values())
+        return models
+    unquantised = {role: dequantised(each, copied_by(options)) for role, each in models.items()}
+    if all(unquantised[role] is each for role, each in models.items()):
+        labels = ", ".join(each.label for each in models.values())
         raise ArgumentError(f"--dequantize is given, but no tensor is FP8 in {labels}; leave it out")
     return unquantised
 
 
-def with_adapter(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
+def with_adapter(models: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
     """Apply an sft that is an adapter to the start, which it was trained on."""
-    adapter = inputs["sft"]
-    if "start" in inputs and options.reference == "base":
+    adapter = models["sft"]
+    if "start" in models and options.reference == "base":
         raise ArgumentError(
             f"{adapter.label} is an adapter: its delta is relative to the start it was trained on; leave out"
             " --reference base"
         )
-    model = inputs.get("start", inputs["base"])
+    model = models.get("start", models["base"])
 
     def equal(one: Tensor, other: Tensor) -> bool:
         if model.folder is None or adapter.folder is None:
             return True  # a dry run on a hub id; the merge compares them
-        return same_values(inputs, ("sft", one), (model.role, other))
+        return same_values(models, ("sft", one), (model.role, other))
 
-    return {**inputs, "sft": applied(adapter, model, equal, options.rename, matcher(options.take))}
+    return {**models, "sft": applied(adapter, model, equal, options.rename, matcher(options.take))}
 
 
-def places_of(inputs: Mapping[str, Checkpoint]) -> dict[str, Path]:
+def places_of(models: Mapping[str, Checkpoint]) -> dict[str, Path]:
     """Return every file and folder of the inputs, by a label for messages."""
     return {
         f"{role} file {name}" if name else role: path
-        for role, each in inputs.items()
+        for role, each in models.items()
         if each.folder is not None
         for name, path in [
             ("", each.folder),

@@ -37,7 +37,7 @@ class Item:
     sides: Mapping[str, Tensor]  # by role (base, start, sft): the tensors to read
     outs: tuple[TensorInfo, ...]  # one, or one for each name of a tied tensor
     constants: Arithmetic
-    key: tuple[int, int]
+    mask_key: tuple[int, int]
     common: int | None = None  # merge this many elements only
     owner: str = "base"  # role that supplies the rest, unchanged
 
@@ -101,7 +101,7 @@ class Plan:
     """Everything that a merge reads and writes."""
 
     options: MergeOptions
-    inputs: Mapping[str, Checkpoint]
+    models: Mapping[str, Checkpoint]
     items: tuple[Item, ...]
     files: tuple[OutputFile, ...]
     indexes: Mapping[str, bytes]  # index files by path

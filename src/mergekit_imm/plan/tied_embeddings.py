@@ -148,7 +148,7 @@ def _classes_of_base(
     classes = _equal_classes(base, _ordered(name for name in named if name in base.tensors), same_bytes)
     tied = [members for members in classes if {*members} & {*embeddings}]
     rest = [name for name in named if not any(name in members for members in tied)]
-    models = [each for each in used.values() if each.adapter is None]
+    whole = [each for each in used.values() if each.adapter is None]
     for name in rest:
         # Unless the config says untied, heads are tied by name too, whether or not the base stores them.
         is_head = is_output_head(name) and base.config_of(folder_of(name)) is not None
@@ -157,7 +157,7 @@ def _classes_of_base(
             owner = owner or tied[0][0]
         for members in tied:
             if owner in members or (
-                name not in base.tensors and any(_equals(each, name, members, same_bytes) for each in models)
+                name not in base.tensors and any(_equals(each, name, members, same_bytes) for each in whole)
             ):
                 members.append(name)
                 break

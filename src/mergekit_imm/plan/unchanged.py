@@ -18,15 +18,15 @@ from .plan import Item, same_place
 SAMPLED = 1024  # elements in the middle of each tensor
 
 
-def looks_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -> bool:
+def looks_unchanged(models: Mapping[str, Checkpoint], items: Sequence[Item]) -> bool:
     """Whether sft and start agree in the middle of every merged tensor; stops at the first difference.
 
     False if files cannot be read, as in a dry run on a hub id.
     """
     merged = [item for item in items if item.action == "merge" and "sft" in item.sides]
-    if not merged or any(each.folder is None for each in inputs.values()):
+    if not merged or any(each.folder is None for each in models.values()):
         return False
-    with Files(inputs) as files:
+    with Files(models) as files:
         return not any(_differs(item, files) for item in merged)
 
 
@@ -48,16 +48,16 @@ def _values(tensor: Tensor, role: str, first: int, count: int, files: Files) -> 
     return raw.view(np.float64 if dtype == "F64" else np.float32).astype(np.float64)
 
 
-def note_if_unchanged(inputs: Mapping[str, Checkpoint], items: Sequence[Item]) -> list[Note]:
+def note_if_unchanged(models: Mapping[str, Checkpoint], items: Sequence[Item]) -> list[Note]:
     """Return a note if the sft looks like its start, before a merge."""
-    if same_place(inputs["base"], inputs["sft"]) or not looks_unchanged(inputs, items):
+    if same_place(models["base"], models["sft"]) or not looks_unchanged(models, items):
         return []  # one folder given twice has its own note
-    return [note_of(inputs, f"judging by {SAMPLED} elements of each tensor")]
+    return [note_of(models, f"judging by {SAMPLED} elements of each tensor")]
 
 
-def note_of(inputs: Mapping[str, Checkpoint], how: str) -> Note:
+def note_of(models: Mapping[str, Checkpoint], how: str) -> Note:
     """Return the note that sft equals start, and where the trained weights may be; `how` says what was compared."""
-    sft, start = inputs["sft"], inputs.get("start", inputs["base"])
+    sft, start = models["sft"], models.get("start", models["base"])
     cure = "was it trained, and saved?"
     if sft.adapters:
         cure = f"the trained weights may be the adapter in {shown(sft.adapters[0])}: give that folder as SFT"

@@ -116,7 +116,7 @@ def _check_units(
     raise CheckpointError(message)
 
 
-def dequantized(checkpoint: Checkpoint, copied: Copied) -> Checkpoint:
+def dequantised(checkpoint: Checkpoint, copied: Copied) -> Checkpoint:
     """Return a checkpoint with FP8 weights multiplied by their scales; unchanged if it has none.
 
     The scales are removed, and so are those of activations, with a note. Raises CheckpointError for methods that are
@@ -144,7 +144,7 @@ def dequantized(checkpoint: Checkpoint, copied: Copied) -> Checkpoint:
             continue
         scales = scales_of(name, tensors)
         if len(scales) == 1:
-            weights[name] = _dequantized(tensors[name], tensors[scales[0]], block, checkpoint)
+            weights[name] = _dequantised(tensors[name], tensors[scales[0]], block, checkpoint)
             gone.add(scales[0])
         elif not copied.is_copied(name):
             beside = f"{len(scales)} tensors of scales" if scales else "no scales"
@@ -228,7 +228,7 @@ def _is_only_for_fp8(name: str, tensor: Tensor, fp8: set[str]) -> bool:
     return tensor.count == 1 and _OF_CACHE.search(name) is not None
 
 
-def _dequantized(weight: Tensor, scale: Tensor, block: tuple[int, int] | None, checkpoint: Checkpoint) -> Dequantized:
+def _dequantised(weight: Tensor, scale: Tensor, block: tuple[int, int] | None, checkpoint: Checkpoint) -> Dequantised:
     if scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0"):
         raise CheckpointError(
             f"{checkpoint.label} stores the scales '{shown(scale.name)}' as {scale.dtype}; only F32, BF16, F16 and"
@@ -242,7 +242,7 @@ def _dequantized(weight: Tensor, scale: Tensor, block: tuple[int, int] | None, c
             f" scales '{shown(scale.name)}' are {list(scale.shape)}; they must be {blocks}one for each row, or one:"
             " download it again"
         )
-    return Dequantized(weight.name, weight.shape, weight, scale, checkpoint.role, *fit)
+    return Dequantised(weight.name, weight.shape, weight, scale, checkpoint.role, *fit)
 
 
 Pair = tuple[int, int]
@@ -279,7 +279,7 @@ def _size(count: int, scales: int, block: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class Dequantized(Computed):
+class Dequantised(Computed):
     """An FP8 weight times its scales; the last two dimensions are matrices, divided into blocks.
 
     value[i, j] = float32(weight[i, j]) * float32(scale[i // block[0], j // block[1]])

@@ -13,7 +13,7 @@ from ..common.messages import shown
 from ..common.notes import note
 from ..errors import CheckpointError
 from ..model.tensor_names import ready_option
-from .fp8 import Dequantized, stated_quantisation
+from .fp8 import Dequantised, stated_quantisation
 from .quantised_units import Copied, units_of
 
 
@@ -73,7 +73,7 @@ def intact(base: Checkpoint, sft: Checkpoint, chosen: Copied) -> Intact:
     for each, copied in ((base, chosen.kept), (sft, chosen.taken)):
         if each.adapter is not None:
             continue
-        said = None if any(isinstance(t, Dequantized) for t in each.tensors.values()) else stated_quantisation(each)
+        said = None if any(isinstance(t, Dequantised) for t in each.tensors.values()) else stated_quantisation(each)
         units = [unit for unit in units_of(each.tensors, said=said is not None) if all(map(copied, unit.names))]
         names.update(name for unit in units for name in unit.names)
         if units:

@@ -1,4 +1,4 @@
-"""Inner loops of computed tensors, compiled by numba: low-rank products, dequantization, sparsifiers by magnitude.
+"""Inner loops of computed tensors, compiled by numba: low-rank products, dequantisation, sparsifiers by magnitude.
 
 BLAS is not used: its order of additions, and so its bits, depends on block shape and machine.
 """
