@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from mergekit_imm import __main__, merge_checkpoints
 from mergekit_imm.cli import main as main  # here, and not in each fork
+from mergekit_imm.cli import merge as merge_command  # noqa: F401
 from mergekit_imm.engine import stream
 from mergekit_imm.errors import MergeError
 from mergekit_imm.output import direct_io

@@ -45,6 +45,8 @@ if __name__ == "__main__":
     os.environ["MERGEKIT_IMM_WIDE_VECTORS"] = "1"  # set by commands before they load the kernel
     from mergekit_imm import __main__
     from mergekit_imm.cli import main  # noqa: F401
+    from mergekit_imm.cli import merge as merge_command  # noqa: F401
+    from mergekit_imm.cli import verify as verify_command  # noqa: F401
     from mergekit_imm.engine import merge, verify  # noqa: F401
     from mergekit_imm.numerics import cpu  # noqa: F401
 

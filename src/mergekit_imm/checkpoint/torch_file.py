@@ -10,7 +10,6 @@ import io
 import math
 import os
 import struct
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -183,9 +182,14 @@ class _Archive:
         last = self.file.read_at(size - 22, 22)  # zipfile would search for the end further in front
         if not (last.startswith(b"PK\5\6") and last.endswith(b"\0\0")):
             raise ValueError("it does not end as a zip archive does")
-        with zipfile.ZipFile(self.file, metadata_encoding="utf-8") as archive:
-            entries = archive.infolist()
-            directory = archive.start_dir
+        import zipfile  # slow to import, and few models need it
+
+        try:
+            with zipfile.ZipFile(self.file, metadata_encoding="utf-8") as archive:
+                entries = archive.infolist()
+                directory = archive.start_dir
+        except zipfile.BadZipFile as error:
+            raise ValueError(str(error)) from error
         self.entries = {entry.orig_filename: entry for entry in entries}
         if len(self.entries) < len(entries):
             ((name, _),) = Counter(entry.orig_filename for entry in entries).most_common(1)
@@ -295,7 +299,7 @@ def _refusing(where: str) -> Iterator[None]:
     """Turn every defect of an archive into a CheckpointError of one line."""
     try:
         yield
-    except (ValueError, LookupError, OverflowError, NotImplementedError, struct.error, zipfile.BadZipFile) as error:
+    except (ValueError, LookupError, OverflowError, NotImplementedError, struct.error) as error:
         raise CheckpointError(f"{where} is no whole file of torch.save: {shown(error, 200)}; {AGAIN}") from error
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error

@@ -1,4 +1,7 @@
-"""Run a command by its name: `imm-merge` and its siblings, `python -m mergekit_imm merge|verify|loop|analyze`."""
+"""Run a command by its name: `imm-merge` and its siblings, `python -m mergekit_imm merge|verify|loop|analyze`.
+
+Each command is imported when it runs, so that the help of one does not wait for the others.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +11,46 @@ from typing import NoReturn
 import click
 
 from ..common.version import __version__
-from .analyze import analyze_command
 from .console import run_and_exit
-from .loop import loop_command
-from .merge import merge_command
-from .verify import verify_command
+
+Arguments = list[str] | None  # None: those of the process
 
 
-def imm_merge() -> NoReturn:
+def imm_merge(arguments: Arguments = None) -> NoReturn:
     """Run `imm-merge`."""
-    run_and_exit(merge_command)
+    from .merge import merge_command
+
+    run_and_exit(merge_command, arguments)
 
 
-def imm_verify() -> NoReturn:
+def imm_verify(arguments: Arguments = None) -> NoReturn:
     """Run `imm-verify`."""
-    run_and_exit(verify_command)
+    from .verify import verify_command
+
+    run_and_exit(verify_command, arguments)
 
 
-def imm_loop() -> NoReturn:
+def imm_loop(arguments: Arguments = None) -> NoReturn:
     """Run `imm-loop`."""
-    run_and_exit(loop_command)
+    from .loop import loop_command
+
+    run_and_exit(loop_command, arguments)
 
 
-def imm_analyze() -> NoReturn:
+def imm_analyze(arguments: Arguments = None) -> NoReturn:
     """Run `imm-analyze`."""
-    run_and_exit(analyze_command)
+    from .analyze import analyze_command
+
+    run_and_exit(analyze_command, arguments)
 
 
 def main() -> NoReturn:
     """Run `python -m mergekit_imm merge|verify|loop|analyze`."""
-    commands: dict[str, click.Command] = {
-        "merge": merge_command,
-        "verify": verify_command,
-        "loop": loop_command,
-        "analyze": analyze_command,
-    }
+    commands = {"merge": imm_merge, "verify": imm_verify, "loop": imm_loop, "analyze": imm_analyze}
     arguments = sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:]  # `torchrun -m mergekit_imm -- merge`
     name = arguments[0] if arguments else ""
     if name in commands:
-        run_and_exit(commands[name], arguments[1:])
+        commands[name](arguments[1:])
     if name == "--version":
         click.echo(f"mergekit_imm, version {__version__}")
         sys.exit(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import filecmp
 import os
-import random
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -150,6 +149,8 @@ def compare_folder(
     mine = part_of_another(ranks, len(everything))
     chosen = everything[mine]
     if sample < 1:
+        import random
+
         chosen = random.sample(everything, max(1, round(sample * len(everything)))) if everything else []
         chosen.sort(key=lambda segment: segment.index)
     records = np.zeros((len(everything), RECORD))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from ..common.checks import as_number, is_integer, is_number
 from ..errors import ArgumentError
@@ -33,6 +32,8 @@ def mask_key(name: str, seed: int = 0, iteration: int = 0) -> tuple[int, int]:
     >>> [hex(k) for k in mask_key("model.layers.0.mlp.up_proj.weight")]
     ['0x37734ecd', '0x6ff7e38a']
     """
+    from hashlib import blake2b  # loads OpenSSL, which --help need not wait for
+
     digest = blake2b(f"{seed}\0{iteration}\0{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 

@@ -11,7 +11,6 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 from ..common.checks import as_number, as_path, is_integer
 from ..common.messages import shown
 from ..errors import ArgumentError
-from ..model.rename_rules import parse_rename
 from ..numerics.dtypes import OUTPUT_DTYPES, SHORT_NAMES
 from ..numerics.mask import check_alpha, check_drop, check_round
 from ..numerics.sparsifiers import parse_sparsify
@@ -71,6 +69,8 @@ def _regexes(name: str, values: Any) -> tuple[str, ...]:
 
 
 def _renames(values: Any) -> tuple[str, ...]:
+    from ..model.rename_rules import parse_rename  # only for who renames: --help must not wait
+
     rules = _patterns("rename", values)
     for rule in rules:
         parse_rename(rule)
@@ -377,6 +377,8 @@ def check_keywords(given: Iterable[str], known: Collection[str], what: str) -> N
     for name in given:
         if name in known:
             continue
+        from difflib import get_close_matches
+
         near = get_close_matches(name, sorted(known), n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"its options are {', '.join(sorted(known))}"
         raise ArgumentError(f"'{shown(name)}' is not an option of {what}; {hint}")
