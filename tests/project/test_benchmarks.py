@@ -72,14 +72,15 @@ def test_the_405_b_layout(tmp_path: Path) -> None:
 
 
 @linux
-@pytest.mark.parametrize("direct", [False, True])
-def test_floor_reads_and_writes_as_many_bytes(tiny: list[Path], tmp_path: Path, direct: bool) -> None:
+@pytest.mark.parametrize("reads", floor.READS)
+@pytest.mark.parametrize("writes", floor.WRITES)
+def test_floor_reads_and_writes_as_many_bytes(tiny: list[Path], tmp_path: Path, reads: str, writes: str) -> None:
     try:
-        result = floor.copy(tiny[:2], tmp_path / "out", workers=2, direct=direct)
+        result = floor.copy(tiny[:2], tmp_path / "out", workers=2, reads=reads, writes=writes)
     except OSError as error:
-        if not direct:
+        if (reads, writes) == ("hint", "cached"):
             raise
-        pytest.skip(f"this filesystem has no O_DIRECT: {error}")
+        pytest.skip(f"this filesystem has no O_DIRECT or RWF_DONTCACHE: {error}")
     size = (tiny[0] / "model.safetensors").stat().st_size
     assert (result["bytes_read"], result["bytes_written"]) == (2 * size, size)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tiny[0] / "model.safetensors").read_bytes()
@@ -87,7 +88,7 @@ def test_floor_reads_and_writes_as_many_bytes(tiny: list[Path], tmp_path: Path, 
 
 def test_floor_refuses_inputs_of_other_sizes(tiny: list[Path], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="same safetensors files"):
-        floor.copy([tiny[0], tmp_path], tmp_path / "out", workers=1, direct=False)
+        floor.copy([tiny[0], tmp_path], tmp_path / "out", workers=1, reads="hint", writes="cached")
 
 
 def test_script_by_hand_is_the_same_merge(tiny: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
