@@ -85,6 +85,9 @@ def test_any_range_is_read_whole(
             _files(path, tensor) as files,
         ):
             found = files.read_placed("base", tensor, first, size, buffer, at)
+            used = files._open[path].direct is not None
+        if direct in ("offered", "short"):
+            assert used == bool(opened)
         assert buffer[found : found + size].tobytes() == content[begin + first : begin + count]
         assert at <= found
         assert (buffer[:at] == 7).all()
