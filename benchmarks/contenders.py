@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from floor import READS
 from measure import measured, memory
 from pair import SHARD, parameter_count
 from peers.mergekit_dare import write_config
@@ -15,7 +16,9 @@ from peers.mergekit_dare import write_config
 HERE = Path(__file__).parent
 ALPHA, DROP = 0.5, 0.9
 PEERS = ("mergekit", "sd-mecha", "by-hand")
-OURS = ("imm-merge", "imm-merge --start", "floor buffered", "floor direct")
+# The floors, by how they read and write.
+FLOORS = {f"floor {reads}/{writes}": (reads, writes) for reads in READS for writes in ("direct", "dontcache")}
+OURS = ("imm-merge", "imm-merge --start", *FLOORS)
 
 # Peers get no network: mergekit would ask the hub about the names of folders.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -76,9 +79,10 @@ def command(contender: str, job: Job) -> list[str]:
             start = ["--start", str(job.start), "--iteration", "1"] if contender.endswith("--start") else []
             options = ["--alpha", numbers[0], "--drop", numbers[1], "--json", "-o", out]
             return [imm_merge(), *pair, *start, *options]
-        case "floor buffered" | "floor direct":
-            direct = ["--direct"] if contender.endswith("direct") else []
-            return [sys.executable, f"{HERE}/floor.py", *pair, out, "--workers", str(job.workers), *direct]
+        case floor if floor in FLOORS:
+            reads, writes = FLOORS[floor]
+            options = ["--workers", str(job.workers), "--reads", reads, "--writes", writes]
+            return [sys.executable, f"{HERE}/floor.py", *pair, out, *options]
         case "mergekit":
             config = job.folder / "mergekit.yml"
             write_config(config, job.base, job.sft, alpha=ALPHA, drop=DROP)

@@ -1,10 +1,13 @@
 """The I/O floor of a merge: the same reads and as many written bytes, with no arithmetic.
 
-    python benchmarks/floor.py BASE SFT [START] OUT [--workers 2] [--direct]
+    python benchmarks/floor.py BASE SFT [START] OUT [--workers 4] [--reads hint] [--writes direct]
 
 Threads take pieces of 2 MiB in the order of the files, read that piece of every input, and write one buffer of as many
-bytes to a preallocated file. The time ends when every file is on the disk (fdatasync). With --direct the writes go
-past the page cache (O_DIRECT). Prints JSON: seconds, bytes_read, bytes_written.
+bytes to a preallocated file. The time ends when every file is on the disk (fdatasync).
+
+Reads go through the page cache, announced eight pieces ahead (hint), or past it (direct: O_DIRECT). Writes go past it
+(direct), through it and out of it again (dontcache: RWF_DONTCACHE, Linux 6.14), or stay in it (cached). Prints JSON:
+seconds, cpu_seconds, bytes_read, bytes_written.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ import time
 from pathlib import Path
 
 PIECE = 2 << 20
+AHEAD = 8  # pieces
 ALIGNED = 4096  # what O_DIRECT asks of addresses, offsets and lengths
+DONTCACHE = 0x80
+READS, WRITES = ("hint", "direct"), ("direct", "dontcache", "cached")
 
 
 def sizes_of(sources: list[Path]) -> dict[str, int]:
@@ -30,18 +36,19 @@ def sizes_of(sources: list[Path]) -> dict[str, int]:
     return found[0]
 
 
-def copy(sources: list[Path], out: Path, *, workers: int, direct: bool) -> dict[str, float]:
+def copy(sources: list[Path], out: Path, *, workers: int, reads: str, writes: str) -> dict[str, float]:
     """Read all sources and write as many bytes as one of them has; return seconds and bytes."""
     sizes = sizes_of(sources)
     out.mkdir()
-    began = time.perf_counter()
-    inputs = {name: [os.open(source / name, os.O_RDONLY) for source in sources] for name in sizes}
+    began, cpu = time.perf_counter(), time.process_time()
+    to_read = os.O_RDONLY | (os.O_DIRECT if reads == "direct" else 0)
+    to_write = os.O_WRONLY | os.O_CREAT | (os.O_DIRECT if writes == "direct" else 0)
+    inputs = {name: [os.open(source / name, to_read) for source in sources] for name in sizes}
     outputs: dict[str, int] = {}
     pieces: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
     for name, size in sizes.items():
-        flags = os.O_WRONLY | os.O_CREAT | (os.O_DIRECT if direct else 0)
-        outputs[name] = os.open(out / name, flags, 0o666)
-        os.posix_fallocate(outputs[name], 0, size + -size % ALIGNED if direct else size)
+        outputs[name] = os.open(out / name, to_write, 0o666)
+        os.posix_fallocate(outputs[name], 0, size + -size % ALIGNED)
         for at in range(0, size, PIECE):
             pieces.put((name, at))
     counts: list[tuple[int, int]] = []
@@ -58,9 +65,12 @@ def copy(sources: list[Path], out: Path, *, workers: int, direct: bool) -> dict[
                     break
                 count = min(PIECE, sizes[name] - at)
                 for descriptor, buffer in zip(inputs[name], buffers, strict=True):
-                    read += _whole(os.preadv, descriptor, buffer[:count], at)
-                rounded = count + -count % ALIGNED if direct else count
-                written += _whole(os.pwritev, outputs[name], buffers[0][:rounded], at) - (rounded - count)
+                    if reads == "hint":
+                        os.posix_fadvise(descriptor, at + AHEAD * PIECE, PIECE, os.POSIX_FADV_WILLNEED)
+                    read += _read(descriptor, buffer, at, count)
+                whole = count + -count % ALIGNED if writes == "direct" else count
+                written += _write(outputs[name], buffers[0][:whole], at, DONTCACHE if writes == "dontcache" else 0)
+                written -= whole - count
             counts.append((read, written))
         except BaseException as error:
             failures.append(error)
@@ -73,27 +83,34 @@ def copy(sources: list[Path], out: Path, *, workers: int, direct: bool) -> dict[
     if failures:
         raise failures[0]
     for name, descriptor in outputs.items():
-        if direct:
-            os.ftruncate(descriptor, sizes[name])
+        os.ftruncate(descriptor, sizes[name])
         os.fdatasync(descriptor)
-    seconds = time.perf_counter() - began
+    took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
     for descriptor in [*outputs.values(), *(each for group in inputs.values() for each in group)]:
         os.close(descriptor)
     return {
-        "seconds": round(seconds, 6),
+        **{name: round(value, 6) for name, value in took.items()},
         "bytes_read": sum(read for read, _ in counts),
         "bytes_written": sum(written for _, written in counts),
     }
 
 
-def _whole(call, descriptor: int, buffer: memoryview, at: int) -> int:  # type: ignore[no-untyped-def]
-    """Read or write all of a buffer."""
+def _read(descriptor: int, buffer: memoryview, at: int, count: int) -> int:
+    """Read `count` bytes into a buffer of whole pages."""
     done = 0
-    while done < len(buffer):
-        moved = call(descriptor, [buffer[done:]], at + done)
+    while done < count:
+        moved = os.preadv(descriptor, [buffer[done : count + -count % ALIGNED]], at + done)
         if not moved:
             raise OSError("unexpected end of file")
         done += moved
+    return count
+
+
+def _write(descriptor: int, buffer: memoryview, at: int, flags: int) -> int:
+    """Write all of a buffer."""
+    done = 0
+    while done < len(buffer):
+        done += os.pwritev(descriptor, [buffer[done:]], at + done, flags)
     return done
 
 
@@ -101,7 +118,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--direct", action="store_true")
-    arguments = parser.parse_args()
-    print(json.dumps(copy(arguments.sources, arguments.out, workers=arguments.workers, direct=arguments.direct)))
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--reads", choices=READS, default="hint")
+    parser.add_argument("--writes", choices=WRITES, default="direct")
+    a = parser.parse_args()
+    print(json.dumps(copy(a.sources, a.out, workers=a.workers, reads=a.reads, writes=a.writes)))

@@ -15,8 +15,6 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 NAMES = {
     "imm-merge": "imm-merge",
     "imm-merge --start": "imm-merge, three inputs",
-    "floor direct": "floor, direct",
-    "floor buffered": "floor, buffered",
     "mergekit": "mergekit",
     "sd-mecha": "sd-mecha",
     "by-hand": "script by hand",
@@ -66,12 +64,22 @@ def floor(results: Mapping[str, Any]) -> str:
     rows = []
     for size, entry in results["sizes"].items():
         for cache in ("warm", "cold"):
-            for name in ("imm-merge", "floor direct", "floor buffered"):
+            for name in ("imm-merge", *sorted(name for name in entry["summary"] if name.startswith("floor "))):
                 it = entry["summary"].get(name, {}).get(cache)
                 if it:
                     rate = (it["read"]["median"] + it["written"]["median"]) / it["stream"]["median"] / 1e9
-                    rows.append([size, cache, NAMES[name], spread(it["stream"]), f"{rate:.2f}", spread(it["wall"])])
-    return table(["model", "inputs", "what", "streaming s", "GB/s", "whole command s"], rows)
+                    rows.append(
+                        [
+                            size,
+                            cache,
+                            NAMES.get(name, name.replace(" ", ", ")),
+                            spread(it["stream"]),
+                            f"{rate:.2f}",
+                            spread(it["wall"]),
+                            f"{it['cpu']['median']:.1f}",
+                        ]
+                    )
+    return table(["model", "inputs", "what", "streaming s", "GB/s", "whole command s", "CPU s"], rows)
 
 
 def peers(results: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import reference
 from checkpoints import State, files_of, random_state, read_model, same_bits, write_model
 from mergekit_imm import dare_merge, iter_merged, merge_checkpoints
+from mergekit_imm.engine.workers import MARGIN
 from mergekit_imm.errors import NonFiniteError
 from mergekit_imm.numerics.cpu import merge_span
 from mergekit_imm.numerics.cuda import merge_span as merge_span_on_torch
@@ -145,7 +146,7 @@ def test_any_cut_of_the_work_gives_the_same_bytes(data: st.DataObject) -> None:
             buffer = data.draw(st.sampled_from([1 << 23, 40 * BLOCK, 100_000]))
             with (
                 patch("mergekit_imm.plan.plan.SEGMENT_ELEMENTS", record),
-                patch("mergekit_imm.engine.workers.BUFFER", buffer),
+                patch("mergekit_imm.engine.workers.BUFFER", MARGIN + buffer),
             ):
                 merge_checkpoints(
                     root / "base",
@@ -201,7 +202,7 @@ def test_whole_folders_are_equal_across_runs_workers_buffers_and_working_directo
         elsewhere = tmp_path / f"cwd{number}"
         elsewhere.mkdir()
         monkeypatch.chdir(elsewhere)
-        with patch("mergekit_imm.engine.workers.BUFFER", buffer):
+        with patch("mergekit_imm.engine.workers.BUFFER", MARGIN + buffer):
             merge_checkpoints(base, sft, tmp_path / f"out{number}", drop=0.9, workers=workers)
         folders.append(files_of(tmp_path / f"out{number}"))
     assert folders[0] == folders[1] == folders[2]

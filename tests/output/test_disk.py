@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from checkpoints import files_of, random_state, write_model
 from commands import subprocess_of
 from mergekit_imm import OutputError, merge_checkpoints
+from mergekit_imm.common import pages
 from mergekit_imm.output import direct_io
 
 # A block of odd tensors, so that pieces share pages, and one that spans several segments.
@@ -54,9 +55,9 @@ def write_in_pieces(path: Path, content: bytes, cuts: list[int], aligned: bool, 
         random.Random(seed).shuffle(pieces)
 
         def write(some: list[tuple[int, int]]) -> None:
-            buffer = np.empty(len(content) + 2 * direct_io.PAGE, np.uint8)
+            buffer = np.empty(len(content) + 2 * pages.PAGE, np.uint8)
             for first, end in some:
-                at = direct_io.place(buffer, 5, first) if aligned else 5
+                at = pages.place(buffer, 5, first) if aligned else 5
                 buffer[at : at + end - first] = np.frombuffer(content[first:end], np.uint8)
                 direct_io.write_at(handle, memoryview(buffer[at : at + end - first]), first)  # type: ignore[arg-type]
 
@@ -89,8 +90,8 @@ def test_any_pieces_in_any_order_make_the_file(
     content = random.Random(seed).randbytes(size)
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(direct_io, "_is_local", (lambda _: False) if not direct else direct_io._is_local),
-        patch.object(direct_io, "PAGE", max(page, direct_io.PAGE)),
+        patch.object(pages, "_is_local", (lambda _: False) if not direct else pages._is_local),
+        patch.object(pages, "PAGE", max(page, pages.PAGE)),
     ):
         path = Path(folder) / "file"
         cuts = [min(max(0, cut * page + odd // 2), size) for cut in cuts]
@@ -98,7 +99,7 @@ def test_any_pieces_in_any_order_make_the_file(
 
 
 def test_pages_bypass_the_cache_where_they_can(tmp_path: Path) -> None:
-    handle = direct_io.open_output(tmp_path / "file", 4 * direct_io.PAGE)
+    handle = direct_io.open_output(tmp_path / "file", 4 * pages.PAGE)
     try:
         if not handle.direct:
             pytest.skip("not a filesystem that is written past the cache")
@@ -109,22 +110,22 @@ def test_pages_bypass_the_cache_where_they_can(tmp_path: Path) -> None:
             written.append((descriptor == handle.descriptor, offset, len(content)))
             return pwrite(descriptor, content, offset)
 
-        buffer = np.arange(5 * direct_io.PAGE, dtype=np.uint64).view(np.uint8)
-        at = direct_io.place(buffer, 0, 100)
+        buffer = np.arange(5 * pages.PAGE, dtype=np.uint64).view(np.uint8)
+        at = pages.place(buffer, 0, 100)
         with patch("os.pwrite", watched):
-            direct_io.write_at(handle, memoryview(buffer[at : at + 3 * direct_io.PAGE]), 100)  # type: ignore[arg-type]
-        page = direct_io.PAGE
+            direct_io.write_at(handle, memoryview(buffer[at : at + 3 * pages.PAGE]), 100)  # type: ignore[arg-type]
+        page = pages.PAGE
         assert sorted(written) == [(False, 100, page - 100), (False, 3 * page, 100), (True, page, 2 * page)]
     finally:
         handle.close()
 
 
 def test_a_place_is_where_the_file_has_it() -> None:
-    buffer = np.empty(5 * direct_io.PAGE, np.uint8)
-    for at, offset in ((0, 0), (17, 0), (17, 4097), (direct_io.PAGE, 12345)):
-        found = direct_io.place(buffer, at, offset)
-        assert at <= found < at + direct_io.PAGE
-        assert (buffer.ctypes.data + found - offset) % direct_io.PAGE == 0
+    buffer = np.empty(5 * pages.PAGE, np.uint8)
+    for at, offset in ((0, 0), (17, 0), (17, 4097), (pages.PAGE, 12345)):
+        found = pages.place(buffer, at, offset)
+        assert at <= found < at + pages.PAGE
+        assert (buffer.ctypes.data + found - offset) % pages.PAGE == 0
 
 
 # Python as on a machine with pages of another size. Counts what bypasses the cache, which must be whole pages.
@@ -151,7 +152,7 @@ print(direct)
 @pytest.mark.parametrize("size", [16384, 65536])
 def test_pages_of_other_sizes_give_the_same_bytes(tmp_path: Path, size: int) -> None:
     """As arm64 has them: what shares a page of the cache must not be written past it."""
-    if size < direct_io.PAGE:
+    if size < pages.PAGE:
         pytest.skip("this system has larger pages")
     for i, role in enumerate(("base", "sft")):
         write_model(tmp_path / role, random_state(SHAPES, seed=i))
@@ -167,7 +168,7 @@ def test_pages_of_other_sizes_give_the_same_bytes(tmp_path: Path, size: int) -> 
 
 @pytest.mark.parametrize(
     ("mask", "memory", "offset", "direct"),
-    [(0x2000, 4, 512, True), (0x2000, 512, 2 * direct_io.PAGE, False), (0x2000, 0, 0, False), (0, 0, 0, True)],
+    [(0x2000, 4, 512, True), (0x2000, 512, 2 * pages.PAGE, False), (0x2000, 0, 0, False), (0, 0, 0, True)],
     ids=["smaller blocks", "larger blocks", "never direct", "not said"],
 )
 def test_a_filesystem_says_what_direct_writes_it_takes(
@@ -182,7 +183,7 @@ def test_a_filesystem_says_what_direct_writes_it_takes(
         found.raw = struct.pack("I148xII", mask, memory, offset).ljust(256, b"\0")
         return 0
 
-    with patch.object(direct_io.libc, "statx", statx, create=True):
+    with patch.object(pages.libc, "statx", statx, create=True):
         handle = direct_io.open_output(tmp_path / "file", 1)
     handle.close()
     assert handle.direct == direct
@@ -262,7 +263,7 @@ def short_reads() -> Iterator[None]:
 @contextlib.contextmanager
 def no_fallocate() -> Iterator[None]:
     with (
-        patch.object(direct_io.libc, "fallocate", lambda *_: -1, create=True),
+        patch.object(pages.libc, "fallocate", lambda *_: -1, create=True),
         patch("ctypes.get_errno", lambda: errno.EOPNOTSUPP),
     ):
         yield

@@ -29,6 +29,7 @@ from mergekit_imm import (
     merge_checkpoints,
     verify,
 )
+from mergekit_imm.engine import workers
 from mergekit_imm.transforms.numba_loops import product
 from models import LAYOUTS, load, new_model
 from thorough import others
@@ -247,7 +248,10 @@ def test_any_number_of_workers_and_any_pieces_give_the_same_bytes(tmp_path: Path
     train(tmp_path, *KINDS[kind])
     given = (tmp_path / "base", tmp_path / "adapter")
     merge_checkpoints(*given, tmp_path / "one", drop=0.5, workers=1)
-    with patch("mergekit_imm.engine.workers.BUFFER", 16 * 4096), patch("mergekit_imm.plan.plan.SEGMENT_ELEMENTS", 1024):
+    with (
+        patch("mergekit_imm.engine.workers.BUFFER", workers.MARGIN + 15 * 4096),
+        patch("mergekit_imm.plan.plan.SEGMENT_ELEMENTS", 1024),
+    ):
         merge_checkpoints(*given, tmp_path / "other", drop=0.5, workers=5)
     one, other = files_of(tmp_path / "one"), files_of(tmp_path / "other")
     del one["imm_report.json"], other["imm_report.json"]  # sums of other pieces

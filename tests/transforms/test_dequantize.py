@@ -21,6 +21,7 @@ from checkpoints import State, files_of, read_model, same_bits, write_model
 from fp8 import FP8, MODELOPT, RAGGED, SMALL, Block, Quantiser, compressed, float32_of, ragged_state, theirs, write_fp8
 from mergekit_imm import CheckpointError, NonFiniteError, merge_checkpoints, verify
 from mergekit_imm.checkpoint.safetensors_file import TensorInfo
+from mergekit_imm.engine import workers
 from mergekit_imm.numerics import cuda, devices
 from mergekit_imm.transforms.fp8 import Dequantised, _fit, _table
 from models import fine_tuned, load, new_model
@@ -251,7 +252,10 @@ def test_an_adapter_on_an_fp8_base(fp8_llama: Path, tmp_path: Path) -> None:
 def test_workers_pieces_sweeps_and_the_path_of_gpus_give_the_same_bytes(fp8_llama: Path, tmp_path: Path) -> None:
     given = (fp8_llama / "base", fp8_llama / "sft")
     merge_checkpoints(*given, tmp_path / "one", drop=0.5, workers=1, dequantize=True)
-    with patch("mergekit_imm.engine.workers.BUFFER", 16 * 4096), patch("mergekit_imm.plan.plan.SEGMENT_ELEMENTS", 1024):
+    with (
+        patch("mergekit_imm.engine.workers.BUFFER", workers.MARGIN + 15 * 4096),
+        patch("mergekit_imm.plan.plan.SEGMENT_ELEMENTS", 1024),
+    ):
         merge_checkpoints(*given, tmp_path / "two", drop=0.5, workers=5, dequantize=True)
     device = devices.Device(cuda.merge_span_on("cpu"), cuda.buffer)
     with patch("mergekit_imm.engine.write_folder.pick_device", lambda _: device):

@@ -7,11 +7,13 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..common import pages
 from ..common.threads import when_unused
 from ..numerics.dtypes import DTYPE_BITS
 from .checkpoint import Checkpoint
@@ -37,12 +39,25 @@ class _Once:
             return self._value
 
 
-class Files:
-    """Read-only handles on the inputs' files, opened on first use."""
+@dataclass
+class _File:
+    """An input file: its descriptor, and one that reads whole pages past the cache, if there is one."""
 
-    def __init__(self, inputs: Mapping[str, Checkpoint]) -> None:
-        self._inputs = inputs
-        self._open: dict[Path, int] = {}
+    path: Path
+    descriptor: int
+    direct: int | None
+
+
+class Files:
+    """Read-only handles on the inputs' files, opened on first use.
+
+    With `past_cache`, `read_placed` reads from the disk what is not in the page cache, and leaves it out of there: for
+    models larger than memory, which would evict each other.
+    """
+
+    def __init__(self, inputs: Mapping[str, Checkpoint], *, past_cache: bool = False) -> None:
+        self._inputs, self._past_cache = inputs, past_cache
+        self._open: dict[Path, _File] = {}
         self._to_close = ExitStack()
         self._shared: dict[int, _Once] = {}  # by id: hashing a tensor of many pieces is slow
         self._lock = threading.Lock()
@@ -58,17 +73,50 @@ class Files:
         if not isinstance(tensor, TensorInfo):
             tensor.fill(self._reads, self._shared_of(tensor), first // (DTYPE_BITS[tensor.dtype] // 8), buffer)
             return
+        file, begin, count = self._file(role, tensor), tensor.begin + first, len(buffer)
+        if count >= ANNOUNCED and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # only a hint: the disk reads ahead while the workers compute
+                os.posix_fadvise(file.descriptor, begin + AHEAD * count, count, os.POSIX_FADV_WILLNEED)
+        read_into(file.descriptor, memoryview(buffer), begin, file.path)  # type: ignore[arg-type]
+
+    def read_placed(self, role: str, tensor: Tensor, first: int, count: int, buffer: Raw, at: int) -> int:
+        """Read `count` bytes of a tensor into a buffer, from `at` or after it on; return where they begin.
+
+        Takes at most `count` + 3 * pages.PAGE bytes of the buffer.
+        """
+        begin = tensor.begin + first if isinstance(tensor, TensorInfo) else 0
+        # Arrays at an address that is not a multiple of 8 would be copied again.
+        if not isinstance(tensor, TensorInfo) or not self._past_cache or count < ANNOUNCED or begin % 8:
+            self.read(role, tensor, first, buffer[at : at + count])
+            return at
+        file = self._file(role, tensor)
+        if file.direct is None or pages.is_cached(file.descriptor, begin, count):
+            self.read(role, tensor, first, buffer[at : at + count])
+            return at
+        before = begin % pages.PAGE
+        page = pages.place(buffer, at, 0)
+        whole = -(-(before + count) // pages.PAGE) * pages.PAGE
+        done = _read_pages(file, memoryview(buffer[page : page + whole]), begin - before)  # type: ignore[arg-type]
+        at = page + before
+        if done < before + count:  # the end of the file, or not offered after all
+            kept = max(0, done - before)
+            rest = memoryview(buffer[at + kept : at + count])  # type: ignore[arg-type]
+            read_into(file.descriptor, rest, begin + kept, file.path)
+        return at
+
+    def _file(self, role: str, tensor: TensorInfo) -> _File:
         path = self._inputs[role].path(tensor)
         with self._lock:
             if path not in self._open:
-                self._open[path] = open_to_read(path)
-                self._to_close.callback(os.close, self._open[path])
-            descriptor = self._open[path]
-        begin, count = tensor.begin + first, len(buffer)
-        if count >= ANNOUNCED and hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # only a hint: the disk reads ahead while the workers compute
-                os.posix_fadvise(descriptor, begin + AHEAD * count, count, os.POSIX_FADV_WILLNEED)
-        read_into(descriptor, memoryview(buffer), begin, path)  # type: ignore[arg-type]
+                file = _File(path, open_to_read(path), None)
+                self._to_close.callback(os.close, file.descriptor)
+                if self._past_cache:
+                    with suppress(OSError):  # the other descriptor will do
+                        file.direct = pages.open_direct(path, os.O_RDONLY)
+                if file.direct is not None:
+                    self._to_close.callback(os.close, file.direct)
+                self._open[path] = file
+            return self._open[path]
 
     def _shared_of(self, tensor: Computed) -> Any:
         if type(tensor).shared is Computed.shared:
@@ -82,6 +130,21 @@ class Files:
 
     def _reads(self, role: str) -> Read:
         return functools.partial(self.read, role)
+
+
+def _read_pages(file: _File, buffer: memoryview, offset: int) -> int:
+    """Read whole pages past the cache; return how many bytes were read before the end of the file or a refusal."""
+    done = 0
+    while done < len(buffer) and file.direct is not None:
+        try:
+            got = os.preadv(file.direct, [buffer[done:]], offset + done)
+        except OSError:
+            file.direct = None  # reading through the cache will do, or say what is wrong
+            break
+        done += got
+        if got == 0 or done % pages.PAGE:
+            break
+    return done
 
 
 def check_inputs(inputs: Mapping[str, Checkpoint]) -> None:

@@ -17,20 +17,21 @@ import numpy as np
 from ..checkpoint.lazy_tensor import Computed, Raw, Tensor
 from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import TensorInfo
+from ..common.pages import PAGE, place, room_for_cache
 from ..common.threads import in_threads
 from ..numerics.devices import Device
 from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.mask import BLOCK, Arithmetic, arithmetic
 from ..numerics.statistics import KEPT, RECORD, Record, is_finite, new_tally, to_record
-from ..output.direct_io import PAGE, place
 from ..plan.advice import Advice
 from ..plan.plan import Item, Plan, Segment
 from ..transforms.sparsified_delta import Sparsified, count_kept
 from .bad_values import check_equal, check_values
 
 BUFFERS = 64 << 20  # of all workers together
-BUFFER = (8 << 20) + PAGE  # of one: a segment of three 16-bit inputs and its output fits, wherever a page begins
-LEAST = (64 << 10) + PAGE  # of one, however many there are: a block of any dtypes fits
+MARGIN = 16 * PAGE  # three inputs and an output begin and end within pages
+BUFFER = (8 << 20) + MARGIN  # of one: a segment of three 16-bit inputs and its output fits
+LEAST = (64 << 10) + MARGIN  # of one, however many there are: a block of any dtypes fits
 
 Sink = Callable[[int, TensorInfo, int, memoryview], None]  # index of the plan, tensor, first byte in it, bytes
 Task = tuple[Segment, Sequence[int]]  # a segment, and the indices of the plans that lack it
@@ -78,7 +79,9 @@ def run_segments(
 
     The plans share inputs and file layout and differ in parameters. Fails and stops as `in_threads` does.
     """
-    with Files(plans[0].models) as files:
+    # What fits into memory goes through the cache: the next merge of these models finds it there.
+    large = 2 * plans[0].bytes_to_read > room_for_cache()
+    with Files(plans[0].models, past_cache=large) as files:
 
         def worker() -> Callable[[Task], Done]:
             buffer = device.buffer(min(BUFFER, max(LEAST, BUFFERS // workers)))
@@ -118,17 +121,17 @@ def _merge(
     out_dtype, out_begin = item.outs[0].dtype, item.outs[0].begin
     widths = {role: DTYPE_BITS[side.dtype] // 8 for role, side in sides.items()}
     out_width = DTYPE_BITS[out_dtype] // 8
-    step = max(1, (len(buffer) - PAGE) // (sum(widths.values()) + out_width) // BLOCK) * BLOCK
+    step = max(1, (len(buffer) - MARGIN) // (sum(widths.values()) + out_width) // BLOCK) * BLOCK
     tallies = {number: new_tally() for number in wanted}
     for first in range(segment.first, segment.first + segment.count, step):
         count = min(step, segment.first + segment.count - first)
         raws: dict[str, tuple[Raw, str]] = {}
         at = 0
         for role, side in sides.items():
-            raw = buffer[at : at + count * widths[role]]
-            files.read(roles[role], side, first * widths[role], raw)
-            raws[role] = (raw, side.dtype)
-            at += step * widths[role]
+            size = count * widths[role]
+            at = files.read_placed(roles[role], side, first * widths[role], size, buffer, at)
+            raws[role] = (buffer[at : at + size], side.dtype)
+            at = (at + size) // PAGE * PAGE + 2 * PAGE  # what follows may have been read too
         at = place(buffer, at, out_begin + first * out_width)
         out = (buffer[at : at + count * out_width], out_dtype)
         base, start, sft = base_start_sft(raws)
@@ -165,7 +168,7 @@ def base_start_sft(raws: Mapping[str, T]) -> tuple[T, T, T]:
 
 def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: Sink) -> None:
     segment, wanted = task
-    step = (len(buffer) - PAGE) // 2
+    step = (len(buffer) - MARGIN) // 2
     for first in range(segment.first, segment.first + segment.count, step):
         count = min(step, segment.first + segment.count - first)
         (role, source), *others = item.sides.items()

@@ -15,26 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
-
+from ..common import pages
 from ..common.messages import shown
+from ..common.pages import NOT_OFFERED, address, libc, open_direct
 from ..errors import CheckpointError
 
-# Windows has neither; what needs them is refused there first.
+# Windows has none; what needs it is refused there first.
 if sys.platform != "win32":
     import fcntl
-libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else None
 
-# The unit of direct writes. At least a page of this system's cache: if a part of a page bypassed the cache, the rest,
-# written through it, could put back old bytes. At least 4096, which suits the blocks of every usual disk.
-PAGE = max(4096, os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0)
-# f_type of statfs(2): ext2 to 4, xfs, f2fs, overlayfs (which passes on what is below)
-_LOCAL = (0xEF53, 0x58465342, 0xF2F52010, 0x794C7630)
-_NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
-_AT_FDCWD = -100
-_STATX_DIOALIGN = 0x2000
 _SYNC_FILE_RANGE_WRITE = 2
 _SEND_AT = 64 << 10  # bytes; fewer may wait for others to follow
 
@@ -62,39 +53,14 @@ def open_output(path: Path, size: int | None) -> Handle:
     try:
         if size is not None:
             allocate(descriptor, size)
-        if _is_local(path) and _takes_pages(path):
-            try:
-                direct = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
-            except OSError as error:
-                if error.errno not in _NOT_OFFERED:
-                    raise
-            else:
-                os.close(descriptor)
-                return Handle(path, direct, True)
+        direct = open_direct(path, os.O_RDWR)
+        if direct is not None:
+            os.close(descriptor)
+            return Handle(path, direct, True)
     except BaseException:
         os.close(descriptor)
         raise
     return Handle(path, descriptor, False)
-
-
-def _is_local(path: Path) -> bool:
-    if sys.platform != "linux":
-        return False
-    status = ctypes.create_string_buffer(512)  # struct statfs, of which f_type is the first word
-    if libc.statfs(os.fsencode(path), status) != 0:
-        return False
-    return int.from_bytes(status.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) & 0xFFFFFFFF in _LOCAL
-
-
-def _takes_pages(path: Path) -> bool:
-    """Whether direct writes of PAGE bytes suit a file; where the system does not say, `write_at` finds out."""
-    status = ctypes.create_string_buffer(256)  # struct statx
-    if not hasattr(libc, "statx") or libc.statx(_AT_FDCWD, os.fsencode(path), 0, _STATX_DIOALIGN, status) != 0:
-        return True
-    mask, memory, offset = (int.from_bytes(status.raw[at : at + 4], sys.byteorder) for at in (0, 152, 156))
-    if not mask & _STATX_DIOALIGN:
-        return True
-    return memory > 0 and offset > 0 and PAGE % memory == PAGE % offset == 0  # zeros: never direct
 
 
 def allocate(descriptor: int, size: int) -> None:
@@ -107,21 +73,21 @@ def allocate(descriptor: int, size: int) -> None:
         if libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
             return
         error = ctypes.get_errno()
-        if error not in _NOT_OFFERED:
+        if error not in NOT_OFFERED:
             raise OSError(error, os.strerror(error))
 
 
 def write_at(handle: Handle, content: memoryview, offset: int) -> None:
     """Write all of a buffer at an offset of a file, and start its way to the disk.
 
-    Pages bypass the cache if address and offset agree modulo PAGE: see `place`.
+    Pages bypass the cache if address and offset agree modulo pages.PAGE: see `pages.place`.
     """
     if not handle.direct:
         _write_through_cache(handle.descriptor, content, offset)
         return
     end = offset + len(content)
-    first, last = -(-offset // PAGE) * PAGE, end // PAGE * PAGE
-    if first < last and (_address(content) - offset) % PAGE == 0:
+    first, last = -(-offset // pages.PAGE) * pages.PAGE, end // pages.PAGE * pages.PAGE
+    if first < last and (address(content) - offset) % pages.PAGE == 0:
         written = _write_pages(handle.descriptor, content[first - offset : last - offset], first)
     else:
         first = written = offset
@@ -134,26 +100,17 @@ def write_at(handle: Handle, content: memoryview, offset: int) -> None:
                 os.close(descriptor)
 
 
-def place(buffer: np.ndarray[tuple[int], np.dtype[np.uint8]], at: int, offset: int) -> int:
-    """Return the first index >= at of a buffer whose address agrees with `offset` of a file modulo PAGE."""
-    return at + (offset - buffer.ctypes.data - at) % PAGE
-
-
-def _address(content: memoryview) -> int:
-    return int(np.frombuffer(content, np.uint8).ctypes.data)
-
-
-def _write_pages(descriptor: int, pages: memoryview, offset: int) -> int:
+def _write_pages(descriptor: int, content: memoryview, offset: int) -> int:
     """Write pages for as long as the disk accepts them; return the offset after the last byte written."""
-    while pages:
+    while content:
         try:
-            done = os.pwrite(descriptor, pages, offset)
+            done = os.pwrite(descriptor, content, offset)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             break  # larger blocks than a page, or another rule: the cache takes it
-        pages, offset = pages[done:], offset + done
-        if done % PAGE:
+        content, offset = content[done:], offset + done
+        if done % pages.PAGE:
             break
     return offset
 
@@ -192,7 +149,7 @@ def _full_sync(descriptor: int) -> bool:
     try:
         fcntl.fcntl(descriptor, command)
     except OSError as error:
-        if error.errno not in _NOT_OFFERED:
+        if error.errno not in NOT_OFFERED:
             raise
         return False
     return True

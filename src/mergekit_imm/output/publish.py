@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.messages import shown
+from ..common.pages import libc
 from ..errors import OutputError
-from .direct_io import libc, sync_folder, write_file
+from .direct_io import sync_folder, write_file
 from .journal import JOURNAL
 from .paths import is_occupied, locked, marker_of, old_of, partial_of
 from .write_errors import output_errors

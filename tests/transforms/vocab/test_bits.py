@@ -17,6 +17,7 @@ import strategies
 from checkpoints import files_of, random_state, read_model, same_bits, write_model
 from loading import EMBED
 from mergekit_imm import MergeError, NonFiniteError, iter_merged, merge_checkpoints
+from mergekit_imm.engine import workers
 from thorough import examples
 from vocabularies import Options
 
@@ -112,7 +113,10 @@ def test_any_pieces_any_workers_and_the_path_of_gpus_give_the_same_bytes(
 
     given = wide / "base", wide / "sft"
     one = merge_checkpoints(*given, tmp_path / "one", vocab=vocab, workers=1)
-    with patch("mergekit_imm.engine.workers.BUFFER", 16 * 4096), patch("mergekit_imm.plan.plan.SEGMENT_ELEMENTS", 1024):
+    with (
+        patch("mergekit_imm.engine.workers.BUFFER", workers.MARGIN + 15 * 4096),
+        patch("mergekit_imm.plan.plan.SEGMENT_ELEMENTS", 1024),
+    ):
         merge_checkpoints(*given, tmp_path / "pieces", vocab=vocab, workers=3, verify=True)
     device = devices.Device(cuda.merge_span_on("cpu"), cuda.buffer)
     with patch("mergekit_imm.engine.write_folder.pick_device", lambda _: device):
