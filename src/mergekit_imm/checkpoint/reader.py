@@ -74,7 +74,7 @@ class Files:
             tensor.fill(self._reads, self._shared_of(tensor), first // (DTYPE_BITS[tensor.dtype] // 8), buffer)
             return
         file, begin, count = self._file(role, tensor), tensor.begin + first, len(buffer)
-        if count >= ANNOUNCED and hasattr(os, "posix_fadvise"):
+        if count >= ANNOUNCED and hasattr(os, "posix_fadvise") and file.direct is None:
             with suppress(OSError):  # only a hint: the disk reads ahead while the workers compute
                 os.posix_fadvise(file.descriptor, begin + AHEAD * count, count, os.POSIX_FADV_WILLNEED)
         read_into(file.descriptor, memoryview(buffer), begin, file.path)  # type: ignore[arg-type]
@@ -115,6 +115,8 @@ class Files:
                         file.direct = pages.open_direct(path, os.O_RDONLY)
                 if file.direct is not None:
                     self._to_close.callback(os.close, file.direct)
+                    with suppress(OSError):  # what is read ahead would look cached, and then be read through the cache
+                        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
                 self._open[path] = file
             return self._open[path]
 
