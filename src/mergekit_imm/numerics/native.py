@@ -25,6 +25,7 @@ import numpy as np
 
 from .object_code import Function, function_of, machine_code, target
 
+COMPILING = "note: compiling the loops of a merge for this CPU, once (a few seconds)"
 _FORMAT = "1"
 _DIGEST = 32  # bytes
 _MASK = (1 << 64) - 1
@@ -64,7 +65,7 @@ class Loop:
                 code = content[_DIGEST:]
                 if content == with_digest(code):
                     return function_of(code)
-        say("note: compiling the loops of a merge for this CPU, once (a few seconds)")
+        say(COMPILING)
         code = machine_code(getattr(import_module(self._module), self._name), arguments)
         if not any(_is_written(folder, name, with_digest(code)) for folder in folders()):
             say(
