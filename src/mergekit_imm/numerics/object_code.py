@@ -66,9 +66,14 @@ def machine_code(function: Any, arguments: tuple[Any, ...]) -> bytes:
         if not each.is_declaration and each.name != ENTRY:
             each.linkage = "internal"
     machine = target_machine()
-    passes = llvm.create_new_module_pass_manager()
-    passes.add_global_dead_code_eliminate_pass()
-    passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
+    if hasattr(llvm, "create_module_pass_manager"):  # llvmlite before 0.45
+        legacy = llvm.create_module_pass_manager()
+        legacy.add_global_dce_pass()
+        legacy.run(module)
+    else:
+        passes = llvm.create_new_module_pass_manager()
+        passes.add_global_dead_code_eliminate_pass()
+        passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
     return bytes(machine.emit_object(module))
 
 
