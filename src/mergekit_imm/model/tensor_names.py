@@ -235,6 +235,8 @@ def only_in(one: Iterable[str], other: Iterable[str], one_label: str, other_labe
 
 def matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
     """Return a function that tells whether any of the patterns is found in a name."""
+    if not patterns:
+        return lambda _: False  # asked for each tensor: quick
     compiled = [re.compile(pattern) for pattern in patterns]
     return lambda name: any(pattern.search(name) for pattern in compiled)
 

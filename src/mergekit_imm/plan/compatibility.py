@@ -116,6 +116,8 @@ def copied_by(options: MergeOptions) -> Copied:
 
 def selector(options: MergeOptions, base: Checkpoint, sft: Checkpoint, complain: Complain = refuse) -> Selects:
     """Check the patterns against the names; return a predicate: does an option name one of these tensors?"""
+    if not (options.keep or options.take or options.no_drop):
+        return lambda *_: False
     every = [*base.tensors, *(name for name in sft.tensors if name not in base.tensors)]
     for option in ("keep", "take", "no_drop"):
         names = every if option == "take" else list(base.tensors)
