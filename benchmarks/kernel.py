@@ -72,7 +72,7 @@ def case(name: str) -> tuple[Callable[[], None], Callable[[], None], int]:
 def measure(name: str, seconds: float) -> dict[str, float]:
     """Time a case in turns; ns per parameter."""
     kernel, memcpy, moved = case(name)
-    kernel()  # compiled, or loaded from numba's cache
+    kernel()  # compiled, or loaded
     memcpy()
     times: dict[str, list[int]] = {"kernel": [], "memcpy": []}
     end = time.perf_counter() + seconds

@@ -4,7 +4,7 @@
 
 The model of 405 B parameters has the names, shapes and 191 shards of Llama 3.1's, as sparse files: real headers and no
 data, so it takes no disk. Its merge would be refused for want of 812 GB: the dry run is told that the disk has room.
-The first merge compiles the kernel, which numba then caches.
+The first merge compiles the kernel, which later ones load.
 """
 
 from __future__ import annotations

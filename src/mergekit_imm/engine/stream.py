@@ -144,12 +144,12 @@ def _write_share(outputs: Sequence[_Output], device: Device, progress: Progress 
     try:
         with closing(results):  # the workers stop before the files close: a descriptor may be reused
             for result in results:
-                for number in result.records if result is not None else ():
-                    assert result is not None
+                if result is not None:
                     held = share.held(result.segment)
-                    outputs[number].note(result, number, held)
-                    waiting += held
-                    done += held
+                    for number in result.records:
+                        outputs[number].note(result, number, held)
+                        waiting += held
+                        done += held
                 now = time.perf_counter()
                 if waiting >= SYNC_BYTES or (waiting and now - synced >= SYNC_SECONDS):
                     for each in outputs:
