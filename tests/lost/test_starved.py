@@ -105,15 +105,19 @@ def test_a_disk_that_becomes_read_only_while_it_is_written(pair: Path, monkeypat
 
 def write_fails(number: int, nth: int) -> Callable[[pytest.MonkeyPatch], None]:
     def apply(patch: pytest.MonkeyPatch) -> None:
-        calls, pwrite = [0], os.pwrite
+        calls = [0]
 
-        def failing(descriptor: int, *arguments: object) -> int:
-            calls[0] += 1
-            if calls[0] >= nth:
-                raise OSError(number, os.strerror(number))
-            return pwrite(descriptor, *arguments)  # type: ignore[arg-type]
+        def failing(write: Callable[..., int]) -> Callable[..., int]:
+            def counted(*arguments: object) -> int:
+                calls[0] += 1
+                if calls[0] >= nth:
+                    raise OSError(number, os.strerror(number))
+                return write(*arguments)
 
-        patch.setattr(os, "pwrite", failing)
+            return counted
+
+        for name in ("pwrite", "pwritev"):
+            patch.setattr(os, name, failing(getattr(os, name)))
 
     return apply
 

@@ -78,6 +78,10 @@ class _Process:
             content += piece
         return content
 
+    def run_at(self, address: int, count: int) -> list[tuple[int, int]]:
+        """Return address and length of each buffer of an array of struct iovec."""
+        return list(struct.iter_unpack("QQ", self.bytes_at(address, 16 * count)))
+
     def path_at(self, address: int, folder: int) -> Path:
         content = b""
         while b"\0" not in content:
@@ -106,7 +110,7 @@ def _about(process: _Process, name: str, args: tuple[int, ...], root: Path) -> C
     def inode(path: Path) -> int:
         return path.stat().st_ino
 
-    if name in ("write", "pwrite64", "fsync", "fdatasync", "ftruncate", "fallocate"):
+    if name in ("write", "pwrite64", "pwritev", "pwritev2", "fsync", "fdatasync", "ftruncate", "fallocate"):
         descriptor = _signed(args[0])
         try:
             path = process.path_of(descriptor)
@@ -123,9 +127,10 @@ def _about(process: _Process, name: str, args: tuple[int, ...], root: Path) -> C
             assert args[1] == 0, "only plain preallocation is modelled"
             size = max(args[2] + args[3], path.stat().st_size)
             return lambda _: [Call("size", node, name=path.name, offset=size)]
-        content = process.bytes_at(args[1], args[2])
+        pieces = process.run_at(args[1], args[2]) if name.startswith("pwritev") else [(args[1], args[2])]
+        content = b"".join(process.bytes_at(*piece) for piece in pieces)
         at = int(Path(f"/proc/{process.pid}/fdinfo/{descriptor}").read_text().split()[1])
-        offset = args[3] if name == "pwrite64" else at
+        offset = at if name == "write" else args[3]
         return lambda done: [Call("write", node, name=path.name, offset=offset, data=content[:done])]
     if name in ("openat", "open", "creat"):
         path = process.path_at(*((args[1], _signed(args[0])) if name == "openat" else (args[0], _AT_FDCWD)))

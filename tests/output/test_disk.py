@@ -66,7 +66,7 @@ def write_in_pieces(path: Path, content: bytes, cuts: list[int], aligned: bool, 
             thread.start()
         for thread in threads:
             thread.join()
-        direct_io.sync(handle.descriptor)
+        direct_io.sync_output(handle)
     finally:
         handle.close()
     return path.read_bytes()
@@ -99,25 +99,94 @@ def test_any_pieces_in_any_order_make_the_file(
 
 
 def test_pages_bypass_the_cache_where_they_can(tmp_path: Path) -> None:
-    handle = direct_io.open_output(tmp_path / "file", 4 * pages.PAGE)
+    handle = direct_io.open_output(tmp_path / "file", 8 * pages.PAGE)
     try:
         if not handle.direct:
             pytest.skip("not a filesystem that is written past the cache")
-        written = []
-        pwrite = os.pwrite
+        buffer = np.arange(8 * pages.PAGE, dtype=np.uint64).view(np.uint8)
+        page, at = pages.PAGE, pages.place(buffer, 0, 100)
 
-        def watched(descriptor: int, content: Any, offset: int) -> int:
-            written.append((descriptor == handle.descriptor, offset, len(content)))
-            return pwrite(descriptor, content, offset)
+        def write(begin: int, end: int) -> None:
+            piece = buffer[at + begin - 100 : at + end - 100]
+            direct_io.write_at(handle, memoryview(piece), begin)  # type: ignore[arg-type]
 
-        buffer = np.arange(5 * pages.PAGE, dtype=np.uint64).view(np.uint8)
-        at = pages.place(buffer, 0, 100)
-        with patch("os.pwrite", watched):
-            direct_io.write_at(handle, memoryview(buffer[at : at + 3 * pages.PAGE]), 100)  # type: ignore[arg-type]
-        page = pages.PAGE
-        assert sorted(written) == [(False, 100, page - 100), (False, 3 * page, 100), (True, page, 2 * page)]
+        with watched_writes() as written:
+            write(100, 3 * page + 100)
+            assert written == [(handle.descriptor, page, [2 * page])]
+            write(3 * page + 100, 5 * page)  # completes a page, which goes with the rest
+            assert written[1:] == [(handle.descriptor, 3 * page, [page, page])]
+            write(7 * page - 9, 7 * page)
+            write(5 * page + 9, 7 * page - 9)
+            write(5 * page, 5 * page + 9)
+            assert written[2:] == [(handle.descriptor, 6 * page, [page]), (handle.descriptor, 5 * page, [page])]
+            direct_io.sync_output(handle)
+            [(through_cache, *rest)] = written[4:]
+            assert through_cache != handle.descriptor
+            assert rest == [100, [page - 100]]
+        assert (tmp_path / "file").read_bytes() == bytes(100) + buffer[at : at + 7 * page - 100].tobytes() + bytes(page)
     finally:
         handle.close()
+
+
+@contextlib.contextmanager
+def watched_writes() -> Iterator[list[tuple[int, int, list[int]]]]:
+    """Yields a list that grows by (descriptor, offset, lengths) with every write."""
+    written: list[tuple[int, int, list[int]]] = []
+    pwrite, pwritev = os.pwrite, os.pwritev
+
+    def one(descriptor: int, content: memoryview, offset: int) -> int:
+        written.append((descriptor, offset, [len(content)]))
+        return pwrite(descriptor, content, offset)
+
+    def several(descriptor: int, run: list[memoryview], offset: int) -> int:
+        written.append((descriptor, offset, [len(content) for content in run]))
+        return pwritev(descriptor, run, offset)
+
+    with patch("os.pwrite", one), patch("os.pwritev", several):
+        yield written
+
+
+def test_a_sync_waits_for_shared_pages_that_another_thread_writes(tmp_path: Path) -> None:
+    """And writes them itself if that thread fails: the piece that came first counts as written."""
+    page = pages.PAGE
+    for fails in (False, True):
+        handle = direct_io.open_output(tmp_path / f"file {fails}", 2 * page)
+        if not handle.direct:
+            handle.close()
+            pytest.skip("not a filesystem that is written past the cache")
+        buffer = np.full(3 * page, 7, np.uint8)
+        at = pages.place(buffer, 0, 0)
+        started, go_on, errors = threading.Event(), threading.Event(), []
+        pwritev = os.pwritev
+
+        def slow(descriptor: int, run: list[memoryview], offset: int) -> int:
+            started.set()
+            assert go_on.wait(60)
+            if fails:  # noqa: B023
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return pwritev(descriptor, run, offset)  # noqa: B023
+
+        def complete() -> None:
+            try:
+                direct_io.write_at(handle, memoryview(buffer[at + 50 : at + page]), 50)  # type: ignore[arg-type] # noqa: B023
+            except OSError as error:
+                errors.append(error.errno)  # noqa: B023
+
+        with patch("os.pwritev", slow):
+            direct_io.write_at(handle, memoryview(buffer[at : at + 50]), 0)  # type: ignore[arg-type]
+            writer = threading.Thread(target=complete)
+            writer.start()
+            assert started.wait(60)
+            syncer = threading.Thread(target=direct_io.sync_output, args=(handle,))
+            syncer.start()
+            syncer.join(0.05)
+            assert syncer.is_alive()
+            go_on.set()
+            writer.join(60)
+            syncer.join(60)
+        handle.close()
+        assert errors == [errno.EIO] * fails
+        assert (tmp_path / f"file {fails}").read_bytes() == b"\x07" * page + bytes(page)
 
 
 def test_a_place_is_where_the_file_has_it() -> None:
@@ -131,17 +200,18 @@ def test_a_place_is_where_the_file_has_it() -> None:
 # Python as on a machine with pages of another size. Counts what bypasses the cache, which must be whole pages.
 OTHER_PAGES = """
 import fcntl, os, sys
-size, sysconf, pwrite, direct = int(sys.argv.pop(1)), os.sysconf, os.pwrite, 0
+size, sysconf, pwritev, direct = int(sys.argv.pop(1)), os.sysconf, os.pwritev, 0
 os.sysconf = lambda name: size if name == "SC_PAGE_SIZE" else sysconf(name)
 import numpy
-def watched(descriptor, content, offset):
+def watched(descriptor, run, offset):
     global direct
-    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+    assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
+    for content in run:
         address = numpy.frombuffer(content, numpy.uint8).ctypes.data
         assert address % size == offset % size == len(content) % size == 0, (address, offset, len(content))
-        direct += 1
-    return pwrite(descriptor, content, offset)
-os.pwrite = watched
+    direct += 1
+    return pwritev(descriptor, run, offset)
+os.pwritev = watched
 from mergekit_imm import merge_checkpoints
 merge_checkpoints("base", "sft", sys.argv[1], drop=0.9, workers=3)
 print(direct)
@@ -248,8 +318,15 @@ def test_the_cache_of_the_drive_is_emptied_where_the_system_offers_it(tmp_path: 
 
 @contextlib.contextmanager
 def short_writes() -> Iterator[None]:
-    pwrite = os.pwrite
-    with patch("os.pwrite", lambda fd, content, at: pwrite(fd, memoryview(content)[: max(1, len(content) // 3)], at)):
+    pwrite, pwritev = os.pwrite, os.pwritev
+
+    def third(content: memoryview) -> memoryview:
+        return content[: max(1, len(content) // 3)]
+
+    with (
+        patch("os.pwrite", lambda fd, content, at: pwrite(fd, third(memoryview(content)), at)),
+        patch("os.pwritev", lambda fd, run, at: pwritev(fd, [*run[:-1], third(run[-1])], at)),
+    ):
         yield
 
 
@@ -284,14 +361,7 @@ def no_direct_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_direct_writes() -> Iterator[None]:
-    pwrite = os.pwrite
-
-    def refused(descriptor: int, content: Any, offset: int) -> int:
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return pwrite(descriptor, content, offset)
-
-    with patch("os.pwrite", refused):
+    with patch("os.pwritev", side_effect=OSError(errno.EINVAL, "Invalid argument")):
         yield
 
 

@@ -45,7 +45,8 @@ class _File:
 
     path: Path
     descriptor: int
-    direct: int | None
+    announced: bool  # whether to say what will be read; no use where the cache holds it all
+    direct: int | None = None
 
 
 class Files:
@@ -74,7 +75,7 @@ class Files:
             tensor.fill(self._reads, self._shared_of(tensor), first // (DTYPE_BITS[tensor.dtype] // 8), buffer)
             return
         file, begin, count = self._file(role, tensor), tensor.begin + first, len(buffer)
-        if count >= ANNOUNCED and hasattr(os, "posix_fadvise") and file.direct is None:
+        if count >= ANNOUNCED and file.announced and file.direct is None:
             with suppress(OSError):  # only a hint: the disk reads ahead while the workers compute
                 os.posix_fadvise(file.descriptor, begin + AHEAD * count, count, os.POSIX_FADV_WILLNEED)
         read_into(file.descriptor, memoryview(buffer), begin, file.path)  # type: ignore[arg-type]
@@ -108,8 +109,11 @@ class Files:
         path = self._inputs[role].path(tensor)
         with self._lock:
             if path not in self._open:
-                file = _File(path, open_to_read(path), None)
-                self._to_close.callback(os.close, file.descriptor)
+                descriptor = open_to_read(path)
+                self._to_close.callback(os.close, descriptor)
+                size = os.fstat(descriptor).st_size
+                cached = pages.cached_bytes(descriptor, 0, size)
+                file = _File(path, descriptor, hasattr(os, "posix_fadvise") and (cached is None or cached < size))
                 if self._past_cache:
                     with suppress(OSError):  # the other descriptor will do
                         file.direct = pages.open_direct(path, os.O_RDONLY)

@@ -60,15 +60,21 @@ def _takes_pages(path: Path) -> bool:
     return memory > 0 and offset > 0 and PAGE % memory == PAGE % offset == 0  # zeros: never direct
 
 
-def is_cached(descriptor: int, offset: int, count: int) -> bool:
-    """Whether most of a range of a file is in the page cache; also where the system does not say."""
+def cached_bytes(descriptor: int, offset: int, count: int) -> int | None:
+    """Return how many bytes of a range of a file are in the page cache, in pages; None where the system does not say."""
     if sys.platform != "linux":
-        return True
+        return None
     found = (ctypes.c_uint64 * 5)()  # struct cachestat, of which the number of cached pages is the first
     asked = (ctypes.c_uint64 * 2)(offset, count)
     if libc.syscall(_CACHESTAT, descriptor, asked, found, 0) != 0:
-        return True
-    return int(found[0]) * os.sysconf("SC_PAGE_SIZE") * 2 >= count
+        return None
+    return int(found[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def is_cached(descriptor: int, offset: int, count: int) -> bool:
+    """Whether most of a range of a file is in the page cache; also where the system does not say."""
+    found = cached_bytes(descriptor, offset, count)
+    return found is None or found * 2 >= count
 
 
 def room_for_cache() -> int:

@@ -58,7 +58,7 @@ class _Output:
         """Sync written files, then record their segments."""
         with self.job.errors():
             for name in sorted(self.unsynced):
-                direct_io.sync(self.files[name].descriptor)
+                direct_io.sync_output(self.files[name])
             self.unsynced.clear()
             self.ledger.commit()
 
@@ -120,7 +120,7 @@ def _prepare(job: Job, ranks: Ranks) -> journal.Entries:
             direct_io.make_folder(path.parent)
             with closing(direct_io.open_output(path, file.size)) as handle:
                 direct_io.write_at(handle, memoryview(file.head), 0)
-                direct_io.sync(handle.descriptor)  # before another machine writes after it
+                direct_io.sync_output(handle)  # before another machine writes after it
             job.written += len(file.head)
         for folder in {partial, *((partial / name).parent for name in job.sizes)}:
             direct_io.sync_folder(folder)  # a record is useless if its file is not in the folder after a crash

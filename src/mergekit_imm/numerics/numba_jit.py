@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,9 @@ from .object_code import target
 # numba compiles for the features that `target` names, unless the user has chosen others.
 if numba.config.CPU_FEATURES is None:
     numba.config.CPU_FEATURES = target()[1]
+
+# Whether the CPU itself converts float16 to float32 and back: all of ARM's with 64 bits, and Intel's and AMD's of 2013.
+HAS_FLOAT16 = platform.machine().lower() in ("aarch64", "arm64") or "+f16c" in target()[1].split(",")
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -20,11 +20,13 @@ Called by `native.Loop`, so that numba is only imported to compile.
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.extending import intrinsic
 
 from .cpu import PAIRS, ROW, SUMS
 from .mask import BLOCK, COUNTERS, PHILOX_BUMPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
-from .numba_jit import by_type, inline, jit
+from .numba_jit import HAS_FLOAT16, by_type, inline, jit
 from .statistics import KEPT, LANES, LARGEST
 
 _BF16, _F16, _F32, _F64 = range(4)  # dtype codes for `_decode`
@@ -87,15 +89,58 @@ def _as_word(x):
 # --- decoding: one function per dtype
 
 
+@intrinsic
+def _widen(_context, _word):
+    """The float16 in the low half of a word, as float32: one instruction of the CPU."""
+
+    def code(_context, builder, _signature, arguments):
+        half = builder.bitcast(builder.trunc(arguments[0], ir.IntType(16)), ir.HalfType())
+        return builder.fpext(half, ir.FloatType())
+
+    return types.float32(types.uint32), code
+
+
+@intrinsic
+def _narrow(_context, _x):
+    """The bits of the float16 nearest to a float32."""
+
+    def code(_context, builder, _signature, arguments):
+        half = builder.fptrunc(arguments[0], ir.HalfType())
+        return builder.zext(builder.bitcast(half, ir.IntType(16)), ir.IntType(32))
+
+    return types.uint32(types.float32), code
+
+
 @inline
-def _from_f16(high):
-    """Decode a float16 in the high half of a word: shift exponent and mantissa into place, and multiply by 2^112.
+def _shift_up(word):
+    """Decode a float16: shift exponent and mantissa into place, and multiply by 2^112.
 
     Exact, also for subnormals. A result of at least 2^16 was an infinity or NaN.
     """
+    high = _u32(_u32(word) << _u32(16))
     size = _f32(_u32(_u32(high & _u32(0x7FFF0000)) >> _u32(3)).view(_f32) * _f32(2.0**112))
     special = _u32(0x7F800000) if size >= _f32(65536) else _u32(0)
     return _u32(_u32(size.view(_u32) | special) | _u32(high & _u32(0x80000000))).view(_f32)
+
+
+@inline
+def _round_down(x):
+    """Round a float32 to float16; returns its bits.
+
+    Below 2^-14, adding 0.5 rounds to float16's subnormal grid; above, integer arithmetic rounds the mantissa.
+    """
+    bits = _f32(x).view(_u32)
+    size, sign = _u32(bits & _u32(0x7FFFFFFF)), _u32(bits & _u32(0x80000000))
+    normal = _u32(_u32(size + _u32(0xFFF) + ((size >> _u32(13)) & _u32(1))) & _u32(0xFFFFE000))
+    shifted = _f32(_u32(size).view(_f32) + _f32(0.5))
+    tiny, huge = size < _u32(0x38800000), size >= _u32(0x477FF000)
+    half = _u32(shifted.view(_u32) - _u32(0x3F000000)) if tiny else _u32(_u32(normal - _u32(0x38000000)) >> _u32(13))
+    half = _u32(0x7C00) if huge else half
+    return _u32(half | _u32(sign >> _u32(16)))
+
+
+# The low half of a word as float32, and the bits of a float32 as float16.
+_from_f16, _to_f16_bits = (_widen, _narrow) if HAS_FLOAT16 else (_shift_up, _round_down)
 
 
 @by_type
@@ -108,8 +153,8 @@ def _pair(elements, j):
         )
     if elements.dtype == types.int32:
         return lambda elements, j: (
-            _from_f16(_u32(_u32(elements[j]) << _u32(16))),
             _from_f16(_u32(elements[j])),
+            _from_f16(_u32(_u32(elements[j]) >> _u32(16))),
         )
     return lambda elements, j: (elements[2 * j], elements[2 * j + 1])
 
@@ -123,7 +168,7 @@ def _decode(code, raw, tile):
             tile[i] = _u32(_u32(halves[i]) << _u32(16)).view(_f32)
     elif code == _F16:
         for i in range(BLOCK):
-            tile[i] = _from_f16(_u32(_u32(halves[i]) << _u32(16)))
+            tile[i] = _from_f16(_u32(halves[i]))
     elif code == _F32:
         singles = raw.view(_f32)
         for i in range(BLOCK):
@@ -156,23 +201,10 @@ def _to_bf16(x, how):
 
 @inline
 def _to_f16(x, how):
-    """Round to float16; returns its bits, and the bits of its value as a float32.
-
-    Below 2^-14, adding 0.5 rounds to float16's subnormal grid; above, integer arithmetic rounds the mantissa.
-    """
-    bits = _f32(x).view(_u32)
-    size, sign = _u32(bits & _u32(0x7FFFFFFF)), _u32(bits & _u32(0x80000000))
-    normal = _u32(_u32(size + _u32(0xFFF) + ((size >> _u32(13)) & _u32(1))) & _u32(0xFFFFE000))
-    shifted = _f32(_u32(size).view(_f32) + _f32(0.5))
-    tiny, huge = size < _u32(0x38800000), size >= _u32(0x477FF000)
-    value = _f32(shifted - _f32(0.5)).view(_u32) if tiny else normal
-    value = _u32(0x7F800000) if huge else value
-    half = _u32(shifted.view(_u32) - _u32(0x3F000000)) if tiny else _u32(_u32(normal - _u32(0x38000000)) >> _u32(13))
-    half = _u32(0x7C00) if huge else half
-    return (
-        _unless_nan(x, how, _u32(half | _u32(sign >> _u32(16))), _u32(0x7E00)),
-        _unless_nan(x, how, _u32(value | sign), _u32(0x7FC00000)),
-    )
+    """Round to float16; returns its bits, and the bits of its value as a float32."""
+    half = _to_f16_bits(_f32(x))
+    value = _f32(_from_f16(half)).view(_u32)
+    return _unless_nan(x, how, half, _u32(0x7E00)), _unless_nan(x, how, value, _u32(0x7FC00000))
 
 
 @by_type
@@ -227,10 +259,10 @@ def _choose(mask, one, other):
     """`one` where the mask is all ones, `other` where it is zero; a branch would prevent vectorisation."""
     if one == types.float32:
         return lambda mask, one, other: _u32(
-            _u32(_f32(one).view(_u32) & mask) | _u32(_f32(other).view(_u32) & _u32(~mask))
+            _u32(_u32(_f32(one).view(_u32) ^ _f32(other).view(_u32)) & mask) ^ _f32(other).view(_u32)
         ).view(_f32)
     return lambda mask, one, other: _u64(
-        _u64(_f64(one).view(_u64) & mask) | _u64(_f64(other).view(_u64) & _u64(~mask))
+        _u64(_u64(_f64(one).view(_u64) ^ _f64(other).view(_u64)) & mask) ^ _f64(other).view(_u64)
     ).view(_f64)
 
 

@@ -1,8 +1,9 @@
 """Write the bytes of output files and force them to the disk.
 
 On a local disk whole pages bypass the page cache (O_DIRECT): the system neither copies them nor makes the writer wait
-for other pages, and cached inputs stay cached. The rest (pages that two pieces share, other filesystems) goes through
-the cache, and its writing starts at once.
+for other pages, and cached inputs stay cached. A page that several pieces share waits in memory for all of them: a write
+through the cache would lock the file, and every other write would wait. What is left of it, and other filesystems, go
+through the cache.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Condition
 from typing import BinaryIO
+
+import numpy as np
 
 from ..common import pages
 from ..common.messages import shown
@@ -30,6 +34,17 @@ _SYNC_FILE_RANGE_WRITE = 2
 _SEND_AT = 64 << 10  # bytes; fewer may wait for others to follow
 
 
+class _Page:
+    """A page of a file that several pieces share, and which bytes of it are there."""
+
+    def __init__(self) -> None:
+        room = np.empty(2 * pages.PAGE, np.uint8)
+        at = pages.place(room, 0, 0)
+        self.content = memoryview(room[at : at + pages.PAGE])  # type: ignore[arg-type]
+        self.pieces: list[tuple[int, int]] = []
+        self.lacks = pages.PAGE
+
+
 @dataclass(frozen=True)
 class Handle:
     """An output file that is being written."""
@@ -37,6 +52,9 @@ class Handle:
     path: Path
     descriptor: int
     direct: bool  # the descriptor takes whole pages only, and they bypass the cache
+    shared: dict[int, _Page] = field(default_factory=dict)  # by offset: pages that lack a piece
+    in_flight: dict[int, _Page] = field(default_factory=dict)  # by offset: shared pages that are being written
+    landed: Condition = field(default_factory=Condition)  # guards both
 
     def close(self) -> None:
         """Close the file."""
@@ -78,44 +96,87 @@ def allocate(descriptor: int, size: int) -> None:
 
 
 def write_at(handle: Handle, content: memoryview, offset: int) -> None:
-    """Write all of a buffer at an offset of a file, and start its way to the disk.
+    """Write all of a buffer at an offset of a file, or keep a part of it until other pieces of its page come, or `sync`.
 
-    Pages bypass the cache if address and offset agree modulo pages.PAGE: see `pages.place`.
+    Pages bypass the cache if address and offset agree modulo pages.PAGE: see `pages.place`. No two pieces overlap.
     """
-    if not handle.direct:
-        _write_through_cache(handle.descriptor, content, offset)
-        return
     end = offset + len(content)
-    first, last = -(-offset // pages.PAGE) * pages.PAGE, end // pages.PAGE * pages.PAGE
-    if first < last and (address(content) - offset) % pages.PAGE == 0:
-        written = _write_pages(handle.descriptor, content[first - offset : last - offset], first)
-    else:
-        first = written = offset
-    for piece, begin in ((content[: first - offset], offset), (content[written - offset :], written)):
-        if piece:
-            descriptor = os.open(handle.path, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                _write_through_cache(descriptor, piece, begin)
-            finally:
-                os.close(descriptor)
+    if not handle.direct or (address(content) - offset) % pages.PAGE:
+        _write_through_cache(handle, content, offset)
+        return
+    begin, stop = -(-offset // pages.PAGE) * pages.PAGE, end // pages.PAGE * pages.PAGE  # of whole pages
+    run = [content[begin - offset : stop - offset]] if begin < stop else []
+    own: dict[int, _Page] = {}
+    with handle.landed:
+        if offset < begin and (page := _shared(handle, content[: begin - offset], offset)):
+            begin -= pages.PAGE
+            own[begin] = page
+            run.insert(0, page.content)
+        if end > stop >= offset and (page := _shared(handle, content[stop - offset :], stop)):
+            own[stop] = page
+            run.append(page.content)
+        handle.in_flight.update(own)
+    try:
+        _write_pages(handle, run, begin)
+    except BaseException:
+        with handle.landed:  # other pieces are certain only once `sync` has written them
+            handle.shared.update(own)
+        raise
+    finally:
+        if own:
+            with handle.landed:
+                for at in own:
+                    del handle.in_flight[at]
+                handle.landed.notify_all()
 
 
-def _write_pages(descriptor: int, content: memoryview, offset: int) -> int:
-    """Write pages for as long as the disk accepts them; return the offset after the last byte written."""
-    while content:
+def _shared(handle: Handle, piece: memoryview, offset: int) -> _Page | None:
+    """Put a piece into the page that it shares; return the page if that was the last piece."""
+    before = offset % pages.PAGE
+    page = handle.shared.get(offset - before)
+    if page is None:
+        page = handle.shared[offset - before] = _Page()
+    page.content[before : before + len(piece)] = piece
+    page.pieces.append((before, before + len(piece)))
+    page.lacks -= len(piece)
+    return None if page.lacks else handle.shared.pop(offset - before)
+
+
+def _write_pages(handle: Handle, run: list[memoryview], offset: int) -> None:
+    """Write pages that follow each other for as long as the disk accepts them, and what it does not through the cache."""
+    while run:
         try:
-            done = os.pwrite(descriptor, content, offset)
+            done = os.pwritev(handle.descriptor, run, offset)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            break  # larger blocks than a page, or another rule: the cache takes it
-        content, offset = content[done:], offset + done
+            break  # larger blocks than a page, or another rule
+        run, offset = _rest(run, done), offset + done
         if done % pages.PAGE:
             break
-    return offset
+    for content in run:
+        _write_through_cache(handle, content, offset)
+        offset += len(content)
 
 
-def _write_through_cache(descriptor: int, content: memoryview, offset: int) -> None:
+def _rest(run: list[memoryview], done: int) -> list[memoryview]:
+    """Return what follows the first `done` bytes of some buffers."""
+    while run and done >= len(run[0]):
+        done -= len(run[0])
+        run = run[1:]
+    return [run[0][done:], *run[1:]] if run else []
+
+
+def _write_through_cache(handle: Handle, content: memoryview, offset: int) -> None:
+    descriptor = os.open(handle.path, os.O_WRONLY | os.O_CLOEXEC) if handle.direct else handle.descriptor
+    try:
+        _write_all(descriptor, content, offset)
+    finally:
+        if handle.direct:
+            os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
     begin, length = offset, len(content)
     while content:
         done = os.pwrite(descriptor, content, offset)
@@ -123,6 +184,19 @@ def _write_through_cache(descriptor: int, content: memoryview, offset: int) -> N
     # Otherwise dirty pages pile up until a writer has to wait for all of them.
     if sys.platform == "linux" and length >= _SEND_AT:
         libc.sync_file_range(descriptor, ctypes.c_int64(begin), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
+
+
+def sync_output(handle: Handle) -> None:
+    """Write what is left of shared pages, and force all bytes of the pieces written so far to the disk."""
+    with handle.landed:
+        before = set(handle.in_flight)
+        handle.landed.wait_for(lambda: before.isdisjoint(handle.in_flight))
+        left = dict(handle.shared)
+        handle.shared.clear()
+    for at, page in left.items():
+        for begin, end in page.pieces:
+            _write_through_cache(handle, page.content[begin:end], at + begin)
+    sync(handle.descriptor)
 
 
 def sync(descriptor: int) -> None:
