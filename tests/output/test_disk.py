@@ -146,47 +146,47 @@ def watched_writes() -> Iterator[list[tuple[int, int, list[int]]]]:
         yield written
 
 
-def test_a_sync_waits_for_shared_pages_that_another_thread_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_sync_waits_for_shared_pages_that_another_thread_writes(tmp_path: Path, fails: bool) -> None:
     """And writes them itself if that thread fails: the piece that came first counts as written."""
     page = pages.PAGE
-    for fails in (False, True):
-        handle = direct_io.open_output(tmp_path / f"file {fails}", 2 * page)
-        if not handle.direct:
-            handle.close()
-            pytest.skip("not a filesystem that is written past the cache")
-        buffer = np.full(3 * page, 7, np.uint8)
-        at = pages.place(buffer, 0, 0)
-        started, go_on, errors = threading.Event(), threading.Event(), []
-        pwritev = os.pwritev
-
-        def slow(descriptor: int, run: list[memoryview], offset: int) -> int:
-            started.set()
-            assert go_on.wait(60)
-            if fails:  # noqa: B023
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return pwritev(descriptor, run, offset)  # noqa: B023
-
-        def complete() -> None:
-            try:
-                direct_io.write_at(handle, memoryview(buffer[at + 50 : at + page]), 50)  # type: ignore[arg-type] # noqa: B023
-            except OSError as error:
-                errors.append(error.errno)  # noqa: B023
-
-        with patch("os.pwritev", slow):
-            direct_io.write_at(handle, memoryview(buffer[at : at + 50]), 0)  # type: ignore[arg-type]
-            writer = threading.Thread(target=complete)
-            writer.start()
-            assert started.wait(60)
-            syncer = threading.Thread(target=direct_io.sync_output, args=(handle,))
-            syncer.start()
-            syncer.join(0.05)
-            assert syncer.is_alive()
-            go_on.set()
-            writer.join(60)
-            syncer.join(60)
+    handle = direct_io.open_output(tmp_path / "file", 2 * page)
+    if not handle.direct:
         handle.close()
-        assert errors == [errno.EIO] * fails
-        assert (tmp_path / f"file {fails}").read_bytes() == b"\x07" * page + bytes(page)
+        pytest.skip("not a filesystem that is written past the cache")
+    buffer = np.full(3 * page, 7, np.uint8)
+    at = pages.place(buffer, 0, 0)
+    started, go_on, errors = threading.Event(), threading.Event(), []
+    pwritev = os.pwritev
+
+    def slow(descriptor: int, run: list[memoryview], offset: int) -> int:
+        started.set()
+        assert go_on.wait(60)
+        if fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pwritev(descriptor, run, offset)
+
+    def complete() -> None:
+        try:
+            direct_io.write_at(handle, memoryview(buffer[at + 50 : at + page]), 50)  # type: ignore[arg-type]
+        except OSError as error:
+            errors.append(error.errno)
+
+    with patch("os.pwritev", slow):
+        direct_io.write_at(handle, memoryview(buffer[at : at + 50]), 0)  # type: ignore[arg-type]
+        writer = threading.Thread(target=complete)
+        writer.start()
+        assert started.wait(60)
+        syncer = threading.Thread(target=direct_io.sync_output, args=(handle,))
+        syncer.start()
+        syncer.join(0.05)
+        assert syncer.is_alive()
+        go_on.set()
+        writer.join(60)
+        syncer.join(60)
+    handle.close()
+    assert errors == [errno.EIO] * fails
+    assert (tmp_path / "file").read_bytes() == b"\x07" * page + bytes(page)
 
 
 def test_a_place_is_where_the_file_has_it() -> None:

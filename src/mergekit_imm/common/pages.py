@@ -61,7 +61,7 @@ def _takes_pages(path: Path) -> bool:
 
 
 def cached_bytes(descriptor: int, offset: int, count: int) -> int | None:
-    """Return how many bytes of a range of a file are in the page cache, in pages; None where the system does not say."""
+    """Return the bytes of the pages of a range of a file that are in the cache; None where the system does not say."""
     if sys.platform != "linux":
         return None
     found = (ctypes.c_uint64 * 5)()  # struct cachestat, of which the number of cached pages is the first

@@ -1,9 +1,9 @@
 """Write the bytes of output files and force them to the disk.
 
 On a local disk whole pages bypass the page cache (O_DIRECT): the system neither copies them nor makes the writer wait
-for other pages, and cached inputs stay cached. A page that several pieces share waits in memory for all of them: a write
-through the cache would lock the file, and every other write would wait. What is left of it, and other filesystems, go
-through the cache.
+for other pages, and cached inputs stay cached. A page that several pieces share waits in memory for all of them: a
+write through the cache would lock the file, and every other write would wait. What a sync finds there, and what other
+filesystems take, goes through the cache.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def allocate(descriptor: int, size: int) -> None:
 
 
 def write_at(handle: Handle, content: memoryview, offset: int) -> None:
-    """Write all of a buffer at an offset of a file, or keep a part of it until other pieces of its page come, or `sync`.
+    """Write all of a buffer at an offset of a file; keep what shares a page with other pieces until they or a sync come.
 
     Pages bypass the cache if address and offset agree modulo pages.PAGE: see `pages.place`. No two pieces overlap.
     """
@@ -143,7 +143,7 @@ def _shared(handle: Handle, piece: memoryview, offset: int) -> _Page | None:
 
 
 def _write_pages(handle: Handle, run: list[memoryview], offset: int) -> None:
-    """Write pages that follow each other for as long as the disk accepts them, and what it does not through the cache."""
+    """Write pages that follow each other, and through the cache what the disk does not accept."""
     while run:
         try:
             done = os.pwritev(handle.descriptor, run, offset)
