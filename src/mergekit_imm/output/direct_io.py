@@ -96,7 +96,7 @@ def allocate(descriptor: int, size: int) -> None:
 
 
 def write_at(handle: Handle, content: memoryview, offset: int) -> None:
-    """Write all of a buffer at an offset of a file; keep what shares a page with other pieces until they or a sync come.
+    """Write a buffer at an offset of a file; what shares a page with other pieces waits for them, or for a sync.
 
     Pages bypass the cache if address and offset agree modulo pages.PAGE: see `pages.place`. No two pieces overlap.
     """
