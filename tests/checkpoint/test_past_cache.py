@@ -82,6 +82,7 @@ def test_any_range_is_read_whole(
         size = count - first
         with (
             patch.object(reader, "ANNOUNCED", 1),
+            patch.object(reader, "ROOM", 7 * PAGE),
             patch.object(pages, "is_cached", lambda *_: cached),
             patch.object(reader, "pages", _Pages(open_direct)),
             patch.object(os, "preadv", some),
@@ -89,10 +90,14 @@ def test_any_range_is_read_whole(
         ):
             found = files.read_placed("base", tensor, first, size, buffer, at)
             used = files._open[path].direct is not None
+            plain = np.empty(size, np.uint8)
+            files.read("base", tensor, first, plain)
         if direct in ("offered", "short"):
             assert used == bool(opened)
         assert buffer[found : found + size].tobytes() == content[begin + first : begin + count]
+        assert plain.tobytes() == content[begin + first : begin + count]
         assert at <= found
+        assert buffer[found:].ctypes.data % 8 == 0 == buffer.ctypes.data % 8
         assert (buffer[:at] == 7).all()
         assert (buffer[at + size + 3 * PAGE :] == 7).all()
 

@@ -23,6 +23,7 @@ from .safetensors_file import TensorInfo, check_unchanged, open_to_read, read_in
 COMPARED = 1 << 20  # elements at a time
 AHEAD = 8  # pieces of read-ahead: two for each worker
 ANNOUNCED = 64 << 10  # bytes; read-ahead does not pay for smaller pieces
+ROOM = 2 << 20  # bytes at a time from past the cache to where a caller wants them
 SHARED = 4  # tensors to keep shared values of: workers finish one while others begin the next
 
 
@@ -52,8 +53,8 @@ class _File:
 class Files:
     """Read-only handles on the inputs' files, opened on first use.
 
-    With `past_cache`, `read_placed` reads from the disk what is not in the page cache, and leaves it out of there: for
-    models larger than memory, which would evict each other.
+    With `past_cache` they read from the disk what is not in the page cache, and leave it out of there: for models
+    larger than memory, which would evict each other.
     """
 
     def __init__(self, inputs: Mapping[str, Checkpoint], *, past_cache: bool = False) -> None:
@@ -75,34 +76,31 @@ class Files:
             tensor.fill(self._reads, self._shared_of(tensor), first // (DTYPE_BITS[tensor.dtype] // 8), buffer)
             return
         file, begin, count = self._file(role, tensor), tensor.begin + first, len(buffer)
-        if count >= ANNOUNCED and file.announced and file.direct is None:
-            with suppress(OSError):  # only a hint: the disk reads ahead while the workers compute
-                os.posix_fadvise(file.descriptor, begin + AHEAD * count, count, os.POSIX_FADV_WILLNEED)
-        read_into(file.descriptor, memoryview(buffer), begin, file.path)  # type: ignore[arg-type]
+        if not _skips_cache(file, begin, count):
+            _read_through_cache(file, begin, buffer)
+            return
+        room = np.empty(min(count, ROOM) + 3 * pages.PAGE, np.uint8)
+        for done in range(0, count, ROOM):
+            some = min(count - done, ROOM)
+            at = _read_past_cache(file, begin + done, some, room, 0)
+            buffer[done : done + some] = room[at : at + some]
 
     def read_placed(self, role: str, tensor: Tensor, first: int, count: int, buffer: Raw, at: int) -> int:
         """Read `count` bytes of a tensor into a buffer, from `at` or after it on; return where they begin.
 
         Takes at most `count` + 3 * pages.PAGE bytes of the buffer.
         """
-        begin = tensor.begin + first if isinstance(tensor, TensorInfo) else 0
-        # Arrays at an address that is not a multiple of 8 would be copied again.
-        if not isinstance(tensor, TensorInfo) or not self._past_cache or count < ANNOUNCED or begin % 8:
+        if isinstance(tensor, TensorInfo):
+            file, begin = self._file(role, tensor), tensor.begin + first
+            if _skips_cache(file, begin, count):
+                found = _read_past_cache(file, begin, count, buffer, at)
+                odd = begin % 8  # arrays at such an address would be copied again
+                if odd:
+                    buffer[found - odd : found - odd + count] = buffer[found : found + count]
+                return found - odd
+            _read_through_cache(file, begin, buffer[at : at + count])
+        else:
             self.read(role, tensor, first, buffer[at : at + count])
-            return at
-        file = self._file(role, tensor)
-        if file.direct is None or pages.is_cached(file.descriptor, begin, count):
-            self.read(role, tensor, first, buffer[at : at + count])
-            return at
-        before = begin % pages.PAGE
-        page = pages.place(buffer, at, 0)
-        whole = -(-(before + count) // pages.PAGE) * pages.PAGE
-        done = _read_pages(file, memoryview(buffer[page : page + whole]), begin - before)  # type: ignore[arg-type]
-        at = page + before
-        if done < before + count:  # the end of the file, or not offered after all
-            kept = max(0, done - before)
-            rest = memoryview(buffer[at + kept : at + count])  # type: ignore[arg-type]
-            read_into(file.descriptor, rest, begin + kept, file.path)
         return at
 
     def _file(self, role: str, tensor: TensorInfo) -> _File:
@@ -136,6 +134,34 @@ class Files:
 
     def _reads(self, role: str) -> Read:
         return functools.partial(self.read, role)
+
+
+def _skips_cache(file: _File, begin: int, count: int) -> bool:
+    """Whether to read a range of a file past the cache."""
+    return count >= ANNOUNCED and file.direct is not None and not pages.is_cached(file.descriptor, begin, count)
+
+
+def _read_through_cache(file: _File, begin: int, buffer: Raw) -> None:
+    """Fill a buffer from a file, and announce what will probably be read after it."""
+    count = len(buffer)
+    if count >= ANNOUNCED and file.announced and file.direct is None:
+        with suppress(OSError):  # only a hint: the disk reads ahead while the workers compute
+            os.posix_fadvise(file.descriptor, begin + AHEAD * count, count, os.POSIX_FADV_WILLNEED)
+    read_into(file.descriptor, memoryview(buffer), begin, file.path)  # type: ignore[arg-type]
+
+
+def _read_past_cache(file: _File, begin: int, count: int, buffer: Raw, at: int) -> int:
+    """Read a range of a file into whole pages of a buffer, from `at` or after it on; return where the range begins."""
+    before = begin % pages.PAGE
+    page = pages.place(buffer, at, 0)
+    whole = -(-(before + count) // pages.PAGE) * pages.PAGE
+    done = _read_pages(file, memoryview(buffer[page : page + whole]), begin - before)  # type: ignore[arg-type]
+    at = page + before
+    if done < before + count:  # the end of the file, or not offered after all
+        kept = max(0, done - before)
+        rest = memoryview(buffer[at + kept : at + count])  # type: ignore[arg-type]
+        read_into(file.descriptor, rest, begin + kept, file.path)
+    return at
 
 
 def _read_pages(file: _File, buffer: memoryview, offset: int) -> int:

@@ -172,12 +172,14 @@ def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: S
     for first in range(segment.first, segment.first + segment.count, step):
         count = min(step, segment.first + segment.count - first)
         (role, source), *others = item.sides.items()
+        found = files.read_placed(role, source, first, count, buffer, 0)
         at = place(buffer, 0, item.outs[0].begin + first)
         content = buffer[at : at + count]
-        files.read(role, source, first, content)
+        if found != at:
+            content[:] = buffer[found : found + count]
         for other, side in others:
-            mirror = buffer[step + PAGE : step + PAGE + count]
-            files.read(other, side, first, mirror)
+            found = files.read_placed(other, side, first, count, buffer, step + 4 * PAGE)
+            mirror = buffer[found : found + count]
             check_equal(item, first, (role, content), (other, mirror), Advice(plan.models, plan.options))
         for number in wanted:
             for target in item.outs:
