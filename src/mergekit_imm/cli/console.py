@@ -34,6 +34,8 @@ def run_and_exit(command: click.Command, arguments: Sequence[str] | None = None)
 
 def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
     os.environ.setdefault("MERGEKIT_IMM_WIDE_VECTORS", "1")  # see `target` in numerics/object_code.py
+    if command.name in ("imm-merge", "imm-verify"):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # they multiply no matrices, and idle threads of numpy spin
     _allow_open_files()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
