@@ -15,7 +15,7 @@ from peers.mergekit_dare import write_config
 
 HERE = Path(__file__).parent
 ALPHA, DROP = 0.5, 0.9
-PEERS = ("mergekit", "sd-mecha", "by-hand")
+PEERS = ("mergekit", "mergekit-same", "sd-mecha", "by-hand")
 # The floors, by how they read and write.
 FLOORS = {f"floor {reads}/{writes}": (reads, writes) for reads in READS for writes in ("direct", "dontcache")}
 OURS = ("imm-merge", "imm-merge --start", *FLOORS)
@@ -83,9 +83,9 @@ def command(contender: str, job: Job) -> list[str]:
             reads, writes = FLOORS[floor]
             options = ["--workers", str(job.workers), "--reads", reads, "--writes", writes]
             return [sys.executable, f"{HERE}/floor.py", *pair, out, *options]
-        case "mergekit":
+        case "mergekit" | "mergekit-same":
             config = job.folder / "mergekit.yml"
-            write_config(config, job.base, job.sft, alpha=ALPHA, drop=DROP)
+            write_config(config, job.base, job.sft, alpha=ALPHA, drop=DROP, same=contender == "mergekit-same")
             options = ["--no-copy-tokenizer", "--no-write-model-card"]
             return [str(job.peers_python.with_name("mergekit-yaml")), str(config), out, *options]
         case "sd-mecha":
@@ -100,7 +100,7 @@ def why_not(contender: str, size: str) -> str | None:
     model = 2 * parameter_count(size)
     if contender == "sd-mecha" and model > SHARD:
         return "reads single files only; this model has several"
-    need = {"mergekit": min(model, 5e9) * 3.5, "by-hand": 3 * model, "sd-mecha": 1.5 * model}.get(contender, 0)
+    need = {"by-hand": 3 * model, "sd-mecha": 1.5 * model}.get(contender, min(model, 5e9) * 3.5)
     if need > memory()["MemAvailable"]:
         return f"would need about {need / 1e9:.0f} GB of memory; {memory()['MemAvailable'] / 1e9:.0f} GB are free"
     return None

@@ -9,6 +9,8 @@ from typing import Any
 from pair import SIZES
 
 SPEED = {"qwen2.5-1.5b": 20, "qwen2.5-7b": 10}  # times as fast as mergekit
+KERNEL = {"bf16": 0.55, "f16": 0.8}  # ns per parameter
+WAIT = {"tiny merge": 0.5, "tiny merge, kernel not compiled yet": 3, "dry run, 405 B": 2}  # seconds
 FROM_HALF_A_BILLION = list(SIZES)[list(SIZES).index("qwen2.5-0.5b") :]
 
 Goal = dict[str, Any]
@@ -19,6 +21,7 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
     found: list[Goal] = []
     for size, entry in results["sizes"].items():
         found += [*_floor(size, entry["summary"]), *_peers(size, entry["summary"])]
+    found += _cpu(results)
     return [*found, *_memory(results["sizes"]), *_scaling(results["sizes"]), *_alone(results)]
 
 
@@ -50,13 +53,30 @@ def _floor(size: str, summary: Mapping[str, Any]) -> Iterator[Goal]:
         yield goal("whole process: that + 0.6 s", where, ours["wall"]["median"], "s", most=limit)
 
 
+def _cpu(results: Mapping[str, Any]) -> Iterator[Goal]:
+    """What a merge computes beside the input and output of the floor that takes least, and the arithmetic."""
+    kernel = results.get("kernel", {}).get("bf16", {}).get("kernel_min")
+    for size, entry in results["sizes"].items():
+        for cache, ours in entry["summary"].get("imm-merge", {}).items():
+            floors = [it[cache]["cpu"]["median"] for name, it in entry["summary"].items() if _is_floor(name, it, cache)]
+            if kernel and floors and "cpu" in ours:
+                beyond = ours["cpu"]["median"] - min(floors) - kernel * entry["parameters"] / 1e9
+                most = 3 if size == "qwen2.5-7b" else None
+                where = f"{size}, {cache}"
+                yield goal("CPU seconds beyond the floor's and the kernel's", where, beyond, "s", most=most)
+
+
+def _is_floor(name: str, it: Mapping[str, Any], cache: str) -> bool:
+    return name.startswith("floor ") and "cpu" in it.get(cache, {})
+
+
 def _peers(size: str, summary: Mapping[str, Any]) -> Iterator[Goal]:
-    for peer in ("mergekit", "sd-mecha", "by-hand"):
+    for peer in ("mergekit", "mergekit-same", "sd-mecha", "by-hand"):
         for cache, theirs in summary.get(peer, {}).items():
             ours = summary.get("imm-merge", {}).get(cache)
             if ours is None:
                 continue
-            asked = peer == "mergekit" and size in SPEED
+            asked = peer.startswith("mergekit") and size in SPEED
             speed = theirs["wall"]["median"] / ours["wall"]["median"]
             yield goal(f"times as fast as {peer}", size, speed, "times", least=SPEED[size] if asked else None)
             less = theirs["peak"]["median"] / ours["peak"]["median"]
@@ -97,7 +117,9 @@ def _scaling(sizes: Mapping[str, Any]) -> Iterator[Goal]:
 
 def _alone(results: Mapping[str, Any]) -> Iterator[Goal]:
     for name, it in results.get("kernel", {}).items():
-        yield goal("kernel on one core", name, it["kernel_min"], "ns/parameter")
+        yield goal("kernel on one core", name, it["kernel_min"], "ns/parameter", most=KERNEL.get(name))
         yield goal("kernel / memcpy of the same bytes", name, it["kernel_min"] / it["memcpy_min"], "times")
     for name, it in results.get("startup", {}).items():
-        yield goal(f"time of: {name}", f"{it['peak']['median'] / 1e6:.0f} MB", it["wall"]["median"], "s")
+        yield goal(
+            f"time of: {name}", f"{it['peak']['median'] / 1e6:.0f} MB", it["wall"]["median"], "s", most=WAIT.get(name)
+        )

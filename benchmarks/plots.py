@@ -22,6 +22,7 @@ COLORS = {
     "imm-merge": "#3584d6",
     "imm-merge --start": "#3584d6",
     "mergekit": "#dd7b33",
+    "mergekit-same": "#b8860b",
     "sd-mecha": "#a06cc8",
     "by-hand": "#36a57a",
 }
@@ -29,10 +30,11 @@ LABELS = {
     "imm-merge": "imm-merge",
     "imm-merge --start": "imm-merge, three inputs",
     "mergekit": "mergekit",
+    "mergekit-same": "mergekit, same formula",
     "sd-mecha": "sd-mecha",
     "by-hand": "script by hand",
 }
-PEERS = ("mergekit", "sd-mecha", "by-hand")
+PEERS = ("mergekit", "mergekit-same", "sd-mecha", "by-hand")
 FLOOR = "#909090"
 
 
@@ -219,6 +221,35 @@ def kernel(results: Mapping[str, Any]) -> Figure | None:
     return picture
 
 
+def beside(results: Mapping[str, Any]) -> Figure | None:
+    """Time and memory of the largest models that others merged too: what a newcomer sees first."""
+    panels = [
+        (size, cache, [row for row in rows if row[0] != "imm-merge --start"])
+        for size, cache, rows in list(with_peers(results))[-2:]
+    ]
+    if not panels:
+        return None
+    heights = [len(rows) for _, _, rows in panels]
+    picture = figure(8, 0.55 * len(panels) + 0.3 * sum(heights))
+    grid = picture.subplots(len(panels), 2, squeeze=False, gridspec_kw={"height_ratios": heights}, sharey="row")
+    for line, (size, _, rows) in zip(grid, panels, strict=True):
+        for axes, key, unit, form in ((line[0], "wall", 1, "{:.1f} s"), (line[1], "peak", 1e9, "{:.2g} GB")):
+            values = [it[key]["median"] / unit for _, it in rows]
+            axes.barh(range(len(rows)), values, color=[COLORS[name] for name, _ in rows], height=0.7)
+            for row, value in enumerate(values):
+                where = {"textcoords": "offset points", "va": "center", "color": TEXT, "fontsize": 9}
+                axes.annotate(form.format(value), (value, row), (4, 0), **where)
+            axes.set_yticks(range(len(rows)), [LABELS[name] for name, _ in rows])
+            axes.set_xlim(0, 1.25 * max(values))
+            axes.set_xticks([])
+            billions = results["sizes"][size]["parameters"] / 1e9
+            plain(axes, f"{billions:.1f} billion parameters, {'time' if key == 'wall' else 'memory'}")
+            axes.spines["bottom"].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+        line[0].invert_yaxis()
+    return picture
+
+
 def main() -> None:
     """Draw all pictures that the results have numbers for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,7 +257,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
     arguments = parser.parse_args()
     results = json.loads((arguments.result or newest()).read_text())
-    for name, draw in {"time": time, "memory": memory, "scaling": scaling, "kernel": kernel}.items():
+    pictures = {"beside": beside, "time": time, "memory": memory, "scaling": scaling, "kernel": kernel}
+    for name, draw in pictures.items():
         picture = draw(results)
         if picture is not None:
             picture.savefig(arguments.out / f"bench-{name}.png", transparent=True)

@@ -16,10 +16,11 @@ NAMES = {
     "imm-merge": "imm-merge",
     "imm-merge --start": "imm-merge, three inputs",
     "mergekit": "mergekit",
+    "mergekit-same": "mergekit, same formula",
     "sd-mecha": "sd-mecha",
     "by-hand": "script by hand",
 }
-PEERS = ("mergekit", "sd-mecha", "by-hand")
+PEERS = ("mergekit", "mergekit-same", "sd-mecha", "by-hand")
 NOTHING = "Not measured in this run."
 
 
