@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from collections.abc import Sequence
@@ -59,13 +58,13 @@ def test_a_tied_head_comes_with_its_embedding(tmp_path: Path) -> None:
 
 
 def test_other_orders_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="^order is 'size'; it must be 'files' or 'layers'$"):
+    with pytest.raises(ArgumentError, match=r"^order is 'size'; it must be 'files' or 'layers'$"):
         iter_merged("nowhere", "nowhere", order="size")
 
 
 def open_files(folder: Path) -> list[str]:
-    links = [f"/proc/self/fd/{each}" for each in os.listdir("/proc/self/fd")]
-    return [os.readlink(link) for link in links if os.path.exists(link) and str(folder) in os.readlink(link)]
+    links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    return [str(link) for link in links if folder in link.parents]
 
 
 def merging() -> list[str]:
@@ -76,10 +75,11 @@ def merging() -> list[str]:
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_a_caller_that_stops_early_leaves_no_thread_and_no_open_file(taken: int, tmp_path: Path) -> None:
     base, sft = models(tmp_path, LAYERED)
-    tensors: Any = iter_merged(base, sft, order="layers", workers=3)
-    for _ in range(taken):
-        next(tensors)
     with patch("mergekit_imm.engine.merge.AHEAD", 0):  # workers wait for the caller
+        tensors: Any = iter_merged(base, sft, order="layers", workers=3)
+        for _ in range(taken):
+            next(tensors)
+            assert open_files(tmp_path)
         tensors.close()
     assert (merging(), open_files(tmp_path)) == ([], [])
 
