@@ -232,8 +232,7 @@ class InPlaceMerge:
         merge_span(base, start, sft, *rest, tally)
         if not is_finite(tally) and not span.is_one_run:
             # Elements of other processes, merged with zeros, may be too large: once more without them.
-            for raw, dtype in raws.values():
-                raw.view(f"u{DTYPE_BITS[dtype] // 8}")[~span.mask] = 0
+            _clear(span, *raws.values())
             tally = new_tally()
             merge_span(base, start, sft, *rest, tally)
         if not is_finite(tally):
@@ -260,14 +259,23 @@ class InPlaceMerge:
     def _check_equal(self, span: _Span, base: Raw, buffers: Raw, files: Files) -> None:
         item = span.update.item
         for role, side in item.sides.items():
-            if role != "base":
-                other = self._read(role, side, span, buffers, files)
-                width = DTYPE_BITS[side.dtype] // 8
-                differing = np.flatnonzero((base != other) & span.mask.repeat(width))
-                if len(differing):  # name the element in the whole tensor
-                    place = int(differing[0])
-                    first = span.element(place // width) * width + place % width - place
-                    check_equal(item, first, ("base", base), (role, other), self.advice)
+            if role == "base":
+                continue
+            other = self._read(role, side, span, buffers, files)
+            if not span.is_one_run:
+                _clear(span, (base, side.dtype), (other, side.dtype))
+            differing = np.flatnonzero(base != other)
+            if len(differing):  # name the element in the whole tensor
+                width, place = DTYPE_BITS[side.dtype] // 8, int(differing[0])
+                first = span.element(place // width) * width + place % width - place
+                check_equal(item, first, ("base", base), (role, other), self.advice)
+
+
+def _clear(span: _Span, *raws: tuple[Raw, str]) -> None:
+    """Set what other processes hold to zero."""
+    absent = ~span.mask
+    for raw, dtype in raws:
+        raw.view(f"u{DTYPE_BITS[dtype] // 8}")[absent] = 0
 
 
 def _bytes(span: _Span) -> int:
