@@ -29,7 +29,7 @@ from live_ranks import WORLDS
 from mergekit_imm import MismatchError, NonFiniteError, merge_into
 from mergekit_imm.live.local_shards import boxes, held, live_tensors
 from mergekit_imm.ranks.ranks import ALONE
-from modules import SHAPES, Model, fresh, naive, put, state_of, write_models
+from modules import SHAPES, Model, fresh, naive, put, state_of, values_of, write_models
 
 
 @st.composite
@@ -72,11 +72,7 @@ def assert_placed(mesh: tuple[int, ...], placements: list[Placement], shapes: di
             assert live.shape == shapes[name]
             found: dict[int, float] = {}
             for each in held(live, 0, live.count):
-                views = boxes(each.tensor, each.inside, each.inside + each.count)
-                values = [value for _, view in views for value in view.flatten().tolist()]
-                runs = zip(each.firsts.tolist(), each.counts.tolist(), strict=True)
-                indices = [index for first, count in runs for index in range(first, first + count)]
-                found |= dict(zip(indices, values, strict=True))
+                found |= values_of(each)
             assert all(index == value for index, value in found.items())
             assert len(found) == local(model, name).numel()
 

@@ -182,7 +182,8 @@ class InPlaceMerge:
         read at once and then copied.
         """
         width = DTYPE_BITS[side.dtype] // 8
-        raw, scratch = buffers[0][: span.count * width], buffers[-1]
+        raw: Raw = buffers[0][: span.count * width]
+        scratch = buffers[-1]
         if span.is_one_run:
             (run,) = span.held
             begin = int(span.places(run.firsts)[0]) * width
@@ -201,19 +202,24 @@ class InPlaceMerge:
                     _copy(each, source, side.dtype)
                 copy_runs(source, _offsets(each.counts), raw, span.places(each.firsts), each.counts, width)
         else:
-            size = BLOCK * width
-            cuts = np.flatnonzero((np.diff(span.blocks) - 1) * size > GAP) + 1
-            for one, other in itertools.pairwise((0, *cuts.tolist(), len(span.blocks))):
-                blocks, target = span.blocks[one:other], raw[one * size : other * size]
-                first, end = int(blocks[0]) * BLOCK, min((int(blocks[-1]) + 1) * BLOCK, side.count)
-                is_dense = end - first <= len(target) // width
-                source = (target if is_dense else scratch)[: (end - first) * width]
-                files.read(role, side, first * width, source)
-                if not is_dense:
-                    counts = np.minimum(BLOCK, end - blocks * BLOCK)
-                    copy_runs(source, blocks * BLOCK - first, target, np.arange(len(blocks)) * BLOCK, counts, width)
-                target[len(target) - max(0, (int(blocks[-1]) + 1) * BLOCK - end) * width :] = 0
+            self._read_blocks(role, side, span, raw, scratch, files)
         return raw
+
+    def _read_blocks(self, role: str, side: Tensor, span: _Span, raw: Raw, scratch: Raw, files: Files) -> None:
+        """Read the blocks of a span from a file, with the blocks between them if these are few."""
+        width = DTYPE_BITS[side.dtype] // 8
+        size = BLOCK * width
+        cuts = np.flatnonzero((np.diff(span.blocks) - 1) * size > GAP) + 1
+        for one, other in itertools.pairwise((0, *cuts.tolist(), len(span.blocks))):
+            firsts, target = span.blocks[one:other] * BLOCK, raw[one * size : other * size]
+            first, end = int(firsts[0]), min(int(firsts[-1]) + BLOCK, side.count)
+            is_whole = end - first <= len(firsts) * BLOCK  # no block between
+            source = (target if is_whole else scratch)[: (end - first) * width]
+            files.read(role, side, first * width, source)
+            counts = np.minimum(BLOCK, end - firsts)
+            if not is_whole:
+                copy_runs(source, firsts - first, target, np.arange(len(firsts)) * BLOCK, counts, width)
+            target[len(target) - size + int(counts[-1]) * width :] = 0  # beyond the end of the tensor
 
     def _merge(self, span: _Span, buffers: Raw, files: Files) -> Raw:
         from ..numerics.cpu import merge_span
