@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from ..plan.open_inputs import check_platform, open_inputs, places_of
 from ..plan.plan import Item, Plan, segments
 from ..ranks.ranks import ALONE, Ranks, together
 from .report import MergeReport
-from .workers import Task, run_segments
+from .workers import Also, Task, run_segments
 
 if TYPE_CHECKING:
     import torch
@@ -181,24 +181,33 @@ def merge_checkpoints(
     >>> [report.out for report in reports]
     ['out-0.3', 'out-0.7']
     """
-    given, began = locals(), time.perf_counter()
+    return merged(locals())
+
+
+def merged(given: Mapping[str, Any], also: Also | None = None) -> MergeReport | list[MergeReport]:
+    """Merge as `merge_checkpoints` does with these arguments; tell `also` of each piece that is merged.
+
+    Whoever is told may write more from the same reading, in the workers' threads.
+    """
+    began = time.perf_counter()
     check_platform()
     from .write_folder import check_apart, checked_outs, write  # not on every platform
 
-    ranks = ranks or ALONE
+    ranks = given.get("ranks") or ALONE
     run_options = options_from(given, RunOptions)
 
     def planned() -> tuple[list[Plan], list[Path]]:
-        name = str(as_path("out", out, "a folder to make"))
+        name = str(as_path("out", given["out"], "a folder to make"))
         merges = sweep(name, given)
         outs, options = checked_outs(name, [place for place, _ in merges]), [each for _, each in merges]
-        inputs = open_inputs({"base": base, "sft": sft, "start": start}, options, outs=outs, dry_run=dry_run)
+        refs = {role: given.get(role) for role in ("base", "sft", "start")}
+        inputs = open_inputs(refs, options, outs=outs, dry_run=run_options.dry_run)
         check_apart(outs, places_of(inputs.models) | files_of(options[0]))
         return make_plans(inputs), outs
 
     plans, outs = together(ranks, planned)
-    reports = write(plans, outs, run_options, ranks=ranks, began=began)
-    return reports if any(is_list(given[name]) for name in SWEPT) else reports[0]
+    reports = write(plans, outs, run_options, ranks=ranks, began=began, also=also)
+    return reports if any(is_list(given.get(name)) for name in SWEPT) else reports[0]
 
 
 def iter_merged(
