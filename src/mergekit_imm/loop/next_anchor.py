@@ -23,7 +23,7 @@ from ..checkpoint.lazy_tensor import Raw
 from ..common.pages import PAGE, place
 from ..common.threads import when_unused
 from ..numerics.dtypes import DTYPE_BITS
-from ..numerics.statistics import Tally, is_finite, new_tally, to_record
+from ..numerics.statistics import Record, Tally, is_finite, new_tally, to_record
 from ..options.options import MergeOptions, options_from
 from ..options.recipe import to_json
 from ..output import direct_io
@@ -113,19 +113,24 @@ class NextAnchor:
             if self._left.get(key := (plan.items[segment.item].name, segment.first)) == 0
             and is_finite(self._tallies[key])
         ]
-        with suppress(OSError):
-            for handle in self._files.values():
-                direct_io.sync(handle.descriptor)
-            for folder in {self._folder, *((self._folder / name).parent for name in self._files)}:
-                direct_io.sync_folder(folder)
-            recipe = to_json(recipes_of([plan])[0])
-            with closing(Journal(self._folder / JOURNAL, recipe, plan.segment_count)) as journal:
-                journal.append(np.array(entries, ENTRY))
-            with suppress(FileNotFoundError):
-                partial.rmdir()
-            self._folder.rename(partial)
-            direct_io.sync_folder(partial.parent)
-            resume()
+        try:
+            self._become_unfinished(partial, plan, entries)
+        except OSError:
+            return
+        resume()
+
+    def _become_unfinished(self, partial: Path, plan: Plan, entries: list[tuple[int, Record]]) -> None:
+        for handle in self._files.values():
+            direct_io.sync(handle.descriptor)
+        for folder in {self._folder, *((self._folder / name).parent for name in self._files)}:
+            direct_io.sync_folder(folder)
+        recipe = to_json(recipes_of([plan])[0])
+        with closing(Journal(self._folder / JOURNAL, recipe, plan.segment_count)) as journal:
+            journal.append(np.array(entries, ENTRY))
+        with suppress(FileNotFoundError):
+            partial.rmdir()
+        self._folder.rename(partial)
+        direct_io.sync_folder(partial.parent)
 
     def discard(self) -> None:
         """Close the files and remove what was not handed over."""

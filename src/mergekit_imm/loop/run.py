@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..common.json_files import is_utf8, parse_json, read_small
 from ..common.messages import shown
 from ..engine.merge import merged
 from ..engine.report import MergeReport
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, MergeError, OutputError
 from ..options.options import MERGE_DEFAULTS
 from ..options.recipe import RECIPE_FILE, REPORT_FILE
 from ..output import direct_io
@@ -157,6 +158,10 @@ def _round(loop: _Loop, number: int) -> None:
         f"{number}/stop",
         stopped=f"round {number} was not accepted: {refusal}; the loop ends with the model before it",
     )
+    following = loop.place(number + 1, "anchor")
+    shutil.rmtree(following, ignore_errors=True)  # of the merge that was not accepted
+    with suppress(OSError):
+        following.parent.rmdir()
 
 
 def _baseline_round(loop: _Loop, number: int) -> None:
@@ -256,7 +261,8 @@ def _merge(loop: _Loop, number: int, alpha: float) -> None:
     }
     following = None
     if moves and number + 1 < settings.rounds:
-        following = NextAnchor(_anchor_merge(loop, number + 1), like=start)
+        with suppress(MergeError):  # its own merge says so
+            following = NextAnchor(_anchor_merge(loop, number + 1), like=start)
     try:
         report = merged(given, None if following is None else following.add)
         assert isinstance(report, MergeReport)
