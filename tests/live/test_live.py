@@ -98,7 +98,7 @@ def expected() -> State:
     return naive(SFT)
 
 
-@pytest.mark.parametrize(("step", "workers"), [(1 << 18, 1), (1024, 3)])
+@pytest.mark.parametrize(("step", "workers"), [(2 << 20, 1), (8192, 3)])
 def test_live_is_what_the_formulas_say(folder: Path, expected: State, step: int, workers: int) -> None:
     model = fresh()
     where = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
@@ -127,7 +127,7 @@ def test_memory_of_any_strides(folder: Path, expected: State) -> None:
 
     model = put(fresh(), turned)
     assert not any(parameter.is_contiguous() for parameter in model.parameters() if parameter.numel() > 2)
-    with patch("mergekit_imm.live.in_place.STEP", 1024):
+    with patch("mergekit_imm.live.in_place.STEP", 8192):
         merge_into(model, folder / "base", start=folder / "start", **OPTIONS)
     assert_is(model, expected)
 

@@ -26,11 +26,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from checkpoints import State, random_state, same_bits, write_model
 from commands import HUNG
 from live_ranks import WORLDS
-from mergekit_imm import MismatchError, merge_into
-from mergekit_imm.live.in_place import TensorUpdate, _spans
-from mergekit_imm.live.local_shards import lines, live_tensors
+from mergekit_imm import MismatchError, NonFiniteError, merge_into
+from mergekit_imm.live.local_shards import boxes, held, live_tensors
 from mergekit_imm.ranks.ranks import ALONE
-from modules import SHAPES, Model, fresh, naive, put, state_of, write_models
+from modules import SHAPES, Model, fresh, naive, put, state_of, values_of, write_models
 
 
 @st.composite
@@ -72,10 +71,8 @@ def assert_placed(mesh: tuple[int, ...], placements: list[Placement], shapes: di
         for name, live in live_tensors(model).items():
             assert live.shape == shapes[name]
             found: dict[int, float] = {}
-            for span in _spans([TensorUpdate(None, live)]):  # type: ignore[arg-type]
-                for run in span.runs:
-                    for at, elements in lines(run):
-                        found |= {run.first + at + i: value for i, value in enumerate(elements.tolist())}
+            for each in held(live, 0, live.count):
+                found |= values_of(each)
             assert all(index == value for index, value in found.items())
             assert len(found) == local(model, name).numel()
 
@@ -107,7 +104,7 @@ def test_placements_that_are_refused() -> None:
         break
 
 
-@given(placed(), st.sampled_from([1, 4096]))
+@given(placed(), st.sampled_from([0, 8192]))
 @settings(max_examples=15, deadline=None)
 def test_a_rank_has_its_slice_of_the_whole(case: Any, gap: int) -> None:
     """With tensors of several blocks, and one rank at a time."""
@@ -124,6 +121,70 @@ def test_a_rank_has_its_slice_of_the_whole(case: Any, gap: int) -> None:
                 merge_into(one, there, drop=0.5, workers=2)
             for name in shapes:
                 assert same_bits(local(one, name), local(other, name))
+
+
+def columns_merged(sft: State, folder: Path, drop: float = 0.5) -> Iterator[tuple[int, nn.Module]]:
+    """Merge the columns of each of two ranks, alone."""
+    for rank, ranks in enumerate(on_each_rank((2,))):
+        model = distributed(sft, ranks, [Shard(1)])
+        with patch("mergekit_imm.live.merge_into.Ranks.of_group", return_value=ALONE):
+            merge_into(model, folder, drop=drop)
+        yield rank, model
+
+
+@pytest.mark.parametrize("columns", [600, 6000])
+def test_what_another_rank_holds_cannot_be_too_large(columns: int, tmp_path: Path) -> None:
+    """A rank reads the base's elements between its own; it does not have the model's."""
+    base = random_state({"h.w": (9, columns)}, dtype=torch.float16)
+    base["h.w"][:, columns // 2 :: 7] = 60_000.0
+    sft = {"h.w": base["h.w"] * 0.99}
+    write_model(tmp_path, base)
+    whole = fresh(sft)
+    merge_into(whole, tmp_path, drop=0.9)
+    for rank, model in columns_merged(sft, tmp_path, drop=0.9):
+        expected = state_of(whole)["h.w"].tensor_split(2, dim=1)[rank].contiguous()
+        assert same_bits(local(model, "h.w"), expected)
+
+
+@pytest.mark.parametrize("columns", [600, 6000])
+def test_only_the_rank_that_holds_a_bad_value_refuses_it(columns: int, tmp_path: Path) -> None:
+    base = random_state({"h.w": (9, columns)})
+    sft = random_state({"h.w": (9, columns)}, seed=1)
+    bad = (3, columns - 2)
+    base["h.w"][bad] = torch.nan
+    write_model(tmp_path, base)
+    merged = columns_merged(sft, tmp_path)
+    assert next(merged)[0] == 0
+    with pytest.raises(NonFiniteError, match=rf"'h\.w' of base .* at index {3 * columns + bad[1]} \(1 such"):
+        next(merged)
+
+
+def test_integers_in_columns_are_compared(tmp_path: Path) -> None:
+    base: State = {"h.w": torch.ones(4, 4), "h.table": torch.arange(9 * 600).view(9, 600)}
+    write_model(tmp_path, base)
+    sft = {name: tensor.clone() for name, tensor in base.items()}
+    assert [rank for rank, _ in columns_merged(sft, tmp_path)] == [0, 1]
+    sft["h.table"][5, 500] += 1
+    merged = columns_merged(sft, tmp_path)
+    assert next(merged)[0] == 0
+    with pytest.raises(MismatchError, match=rf"'h\.table' .* differs at element {5 * 600 + 500} between"):
+        next(merged)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_part_of_a_tensor_of_any_strides(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    order = data.draw(st.permutations(range(len(sizes))))
+    tensor = torch.arange(int(torch.tensor(sizes).prod())).view(sizes).permute(*order)
+    first = data.draw(st.integers(0, tensor.numel()))
+    end = data.draw(st.integers(first, tensor.numel()))
+    found = torch.full((end - first,), -1)
+    views = list(boxes(tensor, first, end))
+    for at, view in views:
+        found[at : at + view.numel()] = view.flatten()
+    assert torch.equal(found, tensor.flatten()[first:end])
+    assert len(views) <= max(1, 2 * tensor.ndim - 1)
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def keywords_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     ("function", "lacking", "own"),
     [
         (merge_checkpoints, set(), {"start", "ranks"}),
-        (iter_merged, {"max_shard_size", "copy_code", *RUN} - {"device", "workers"}, {"start"}),
+        (iter_merged, {"max_shard_size", "copy_code", *RUN} - {"device", "workers"}, {"start", "order"}),
         (
             merge_into,
             {"sparsify", "dtype", "max_shard_size", "vocab", "copy_code", "device", "overwrite", "restart", "verify"},

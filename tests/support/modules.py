@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import reference
 from checkpoints import State, random_state, same_bits, write_model
+from mergekit_imm.live.local_shards import Held, boxes
 
 OPTIONS: dict[str, Any] = {"alpha": 0.3, "drop": 0.5, "seed": 3, "iteration": 2}
 
@@ -46,6 +47,14 @@ def put(model: torch.nn.Module, change: Callable[[str, Tensor], Tensor]) -> torc
 def state_of(model: nn.Module) -> State:
     state = model.state_dict().items()
     return {name: tensor.detach().clone() for name, tensor in state if isinstance(tensor, Tensor)}
+
+
+def values_of(each: Held) -> dict[int, float]:
+    """Return held elements by their index in the whole tensor."""
+    views = boxes(each.tensor, each.inside, each.inside + each.count)
+    values = [value for _, view in views for value in view.flatten().tolist()]
+    runs = zip(each.firsts.tolist(), each.counts.tolist(), strict=True)
+    return dict(zip([first + i for first, count in runs for i in range(count)], values, strict=True))
 
 
 def assert_is(model: nn.Module, expected: State) -> None:

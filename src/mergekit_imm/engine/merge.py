@@ -6,15 +6,20 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
+import numpy as np
+
+from ..checkpoint.lazy_tensor import Raw
 from ..checkpoint.reader import check_inputs
 from ..checkpoint.safetensors_file import TensorInfo
 from ..common.checks import as_path
 from ..common.messages import shown
 from ..common.threads import default_workers
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
+from ..model.tensor_names import loading_order
 from ..numerics.devices import Device, pick_device
 from ..options.options import MergeOptions, Progress, RunOptions, files_of, options_from
 from ..options.sweep import SWEPT, is_list, sweep
@@ -23,7 +28,7 @@ from ..plan.open_inputs import check_platform, open_inputs, places_of
 from ..plan.plan import Item, Plan, segments
 from ..ranks.ranks import ALONE, Ranks, together
 from .report import MergeReport
-from .workers import Task, run_segments
+from .workers import Also, Task, run_segments
 
 if TYPE_CHECKING:
     import torch
@@ -176,24 +181,33 @@ def merge_checkpoints(
     >>> [report.out for report in reports]
     ['out-0.3', 'out-0.7']
     """
-    given, began = locals(), time.perf_counter()
+    return merged(locals())
+
+
+def merged(given: Mapping[str, Any], also: Also | None = None) -> MergeReport | list[MergeReport]:
+    """Merge as `merge_checkpoints` does with these arguments; tell `also` of each piece that is merged.
+
+    Whoever is told may write more from the same reading, in the workers' threads.
+    """
+    began = time.perf_counter()
     check_platform()
     from .write_folder import check_apart, checked_outs, write  # not on every platform
 
-    ranks = ranks or ALONE
+    ranks = given.get("ranks") or ALONE
     run_options = options_from(given, RunOptions)
 
     def planned() -> tuple[list[Plan], list[Path]]:
-        name = str(as_path("out", out, "a folder to make"))
+        name = str(as_path("out", given["out"], "a folder to make"))
         merges = sweep(name, given)
         outs, options = checked_outs(name, [place for place, _ in merges]), [each for _, each in merges]
-        inputs = open_inputs({"base": base, "sft": sft, "start": start}, options, outs=outs, dry_run=dry_run)
+        refs = {role: given.get(role) for role in ("base", "sft", "start")}
+        inputs = open_inputs(refs, options, outs=outs, dry_run=run_options.dry_run)
         check_apart(outs, places_of(inputs.models) | files_of(options[0]))
         return make_plans(inputs), outs
 
     plans, outs = together(ranks, planned)
-    reports = write(plans, outs, run_options, ranks=ranks, began=began)
-    return reports if any(is_list(given[name]) for name in SWEPT) else reports[0]
+    reports = write(plans, outs, run_options, ranks=ranks, began=began, also=also)
+    return reports if any(is_list(given.get(name)) for name in SWEPT) else reports[0]
 
 
 def iter_merged(
@@ -222,15 +236,23 @@ def iter_merged(
     device: str = "cpu",
     workers: int | None = None,
     allow_nonfinite: bool = False,
+    order: str = "files",
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Merge two checkpoints and yield (name, tensor) pairs, as model loaders take them; write nothing.
 
-    Arguments as in `merge_checkpoints`; the bits are those it would write. Tensors are on the CPU, in the order
-    of the base's files; a tied tensor is yielded under each name the base stores. Memory: the yielded tensor and the
-    next; more only while less than 64 MiB wait.
-    Headers are checked before the first tensor; after the last, that no input changed meanwhile. Raises MergeError.
+    Args:
+        order: "files": the order of the base's files; "layers": embeddings first, then layer 0, 1, 2, … (of each stack
+            of layers in turn), then the rest, such as the last norm and the head.
+        all others: as in `merge_checkpoints`.
 
-    >>> names = [name for name, tensor in iter_merged(base_folder, sft_folder, alpha=0.5)]
+    The bits are those that `merge_checkpoints` would write. Tensors are on the CPU; a tied tensor is yielded under each
+    name the base stores. Workers merge the next tensors while the caller uses this one. Memory: the yielded tensor and
+    the next; more only while less than 64 MiB wait. Headers are checked before the first tensor; after the last, that
+    no input changed meanwhile. Closing the iterator stops the workers and closes the files. Raises MergeError.
+
+    >>> for name, tensor in iter_merged(base_folder, sft_folder, alpha=0.5, order="layers"):
+    ...     print(name, tuple(tensor.shape))
+    model.layers.0.w (8, 8)
     """
     given = locals()
     import torch
@@ -238,8 +260,12 @@ def iter_merged(
     from ..numerics.reference import DTYPES
 
     options, run_options = options_from(given, MergeOptions), options_from(given, RunOptions)
+    if order not in ("files", "layers"):
+        raise ArgumentError(f"order is {shown(repr(order), 60)}; it must be 'files' or 'layers'")
     inputs = open_inputs({"base": base, "sft": sft, "start": start}, options)
     (plan,) = make_plans(inputs)
+    if order == "layers":
+        plan = replace(plan, items=tuple(sorted(plan.items, key=lambda item: loading_order(item.name))))
     computes = pick_device(run_options.device)
     for item in plan.items:
         if item.outs[0].dtype not in DTYPES:
@@ -251,10 +277,7 @@ def iter_merged(
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for item, content in _contents(plan, run_options.workers or default_workers(), computes):
             out = item.outs[0]
-            if content:
-                tensor = torch.frombuffer(content, dtype=DTYPES[out.dtype]).view(out.shape)
-            else:
-                tensor = torch.empty(out.shape, dtype=DTYPES[out.dtype])
+            tensor = torch.from_numpy(content).view(DTYPES[out.dtype]).view(out.shape)
             for each in item.outs:
                 yield each.name, tensor
         check_inputs(inputs.models)
@@ -262,12 +285,14 @@ def iter_merged(
     return tensors()
 
 
-def _contents(plan: Plan, workers: int, device: Device) -> Iterator[tuple[Item, bytearray]]:
+def _contents(plan: Plan, workers: int, device: Device) -> Iterator[tuple[Item, Raw]]:
     """Yield each item of a plan with its bytes, in order, from one pool of workers.
 
     Workers run ahead of the caller by at most AHEAD bytes.
     """
-    contents: dict[str, bytearray] = {}
+    import torch
+
+    contents: dict[str, Raw] = {}
     left = [item.segment_count for item in plan.items]
     room, stop = threading.Condition(), threading.Event()
     front = 0  # the item the caller waits for
@@ -280,12 +305,12 @@ def _contents(plan: Plan, workers: int, device: Device) -> Iterator[tuple[Item, 
                 with room:
                     while segment.item > front and sum(map(len, contents.values())) > AHEAD and not stop.is_set():
                         room.wait(0.1)
-                    contents[name] = bytearray(item.outs[0].nbytes)
+                    contents[name] = torch.empty(item.outs[0].nbytes, dtype=torch.uint8).numpy()
             yield segment, (0,)
 
     def sink(_: int, tensor: TensorInfo, first: int, piece: memoryview) -> None:
         if tensor.name in contents:  # not under its other names
-            memoryview(contents[tensor.name])[first : first + len(piece)] = piece
+            contents[tensor.name][first : first + len(piece)] = piece
 
     with closing(run_segments([plan], todo(), sink, workers=workers, device=device, stop=stop)) as results:
         for front, item in enumerate(plan.items):
@@ -294,7 +319,7 @@ def _contents(plan: Plan, workers: int, device: Device) -> Iterator[tuple[Item, 
                 if done is not None:
                     left[done.segment.item] -= 1
             with room:
-                content = contents.pop(item.outs[0].name, bytearray())
+                content = contents.pop(item.outs[0].name, np.empty(0, np.uint8))
                 room.notify_all()
             yield item, content
         for _ in results:  # exhaust it: failures are raised at the end

@@ -23,7 +23,7 @@ from ..ranks.ledger import Ledger, begin
 from ..ranks.ranks import Ranks, on_leader, together
 from ..ranks.share import Share, share_of
 from .job import Job
-from .workers import Done, Task, run_segments, warm_up
+from .workers import Also, Done, Task, run_segments, warm_up
 
 SYNC_BYTES, SYNC_SECONDS = 512 << 20, 5.0
 
@@ -63,7 +63,9 @@ class _Output:
             self.ledger.commit()
 
 
-def stream(jobs: Sequence[Job], device: Device, progress: Progress | None, ranks: Ranks) -> None:
+def stream(
+    jobs: Sequence[Job], device: Device, progress: Progress | None, ranks: Ranks, also: Also | None = None
+) -> None:
     """Write the safetensors files of all jobs, or what they lack, from a single read of the inputs.
 
     Sets `records` of each job, one row per segment; they are complete on rank 0 only.
@@ -82,7 +84,7 @@ def stream(jobs: Sequence[Job], device: Device, progress: Progress | None, ranks
                     stack.callback(ledger.close)
                     outputs.append(_Output(job, ledger, stack))
             with jobs[0].errors():
-                _write_share(outputs, device, progress, ranks)
+                _write_share(outputs, device, progress, ranks, also)
             return outputs
 
         outputs = together(ranks, write)
@@ -127,7 +129,9 @@ def _prepare(job: Job, ranks: Ranks) -> journal.Entries:
     return finished
 
 
-def _write_share(outputs: Sequence[_Output], device: Device, progress: Progress | None, ranks: Ranks) -> None:
+def _write_share(
+    outputs: Sequence[_Output], device: Device, progress: Progress | None, ranks: Ranks, also: Also | None
+) -> None:
     """Write this rank's share, until it is done or another rank has failed."""
     plans, ledger = [each.job.plan for each in outputs], outputs[0].ledger
     share = share_of(plans[0], [each.ledger.finished for each in outputs], ranks)
@@ -140,7 +144,7 @@ def _write_share(outputs: Sequence[_Output], device: Device, progress: Progress 
     before, own = _amounts(outputs, share) if progress is not None else (0, 0)
     done = waiting = 0
     synced = looked = time.perf_counter()
-    results = run_segments(plans, _todo(outputs, share), sink, workers=outputs[0].job.workers, device=device)
+    results = run_segments(plans, _todo(outputs, share), sink, workers=outputs[0].job.workers, device=device, also=also)
     try:
         with closing(results):  # the workers stop before the files close: a descriptor may be reused
             for result in results:

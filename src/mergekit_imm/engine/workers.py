@@ -35,6 +35,8 @@ LEAST = (64 << 10) + MARGIN  # of one, however many there are: a block of any dt
 
 Sink = Callable[[int, TensorInfo, int, memoryview], None]  # index of the plan, tensor, first byte in it, bytes
 Task = tuple[Segment, Sequence[int]]  # a segment, and the indices of the plans that lack it
+# Told of each merged piece of the first plan: item, segment, first element, count, base and result as read and written.
+Also = Callable[[Item, Segment, int, int, tuple[Raw, str], tuple[Raw, str]], None]
 T = TypeVar("T")
 
 
@@ -74,6 +76,7 @@ def run_segments(
     workers: int,
     device: Device,
     stop: threading.Event | None = None,
+    also: Also | None = None,
 ) -> Generator[Done | None, None, None]:
     """Process segments of plans on threads; yield each as it finishes, and None after 0.1 s without one.
 
@@ -85,19 +88,21 @@ def run_segments(
 
         def worker() -> Callable[[Task], Done]:
             buffer = device.buffer(min(BUFFER, max(LEAST, BUFFERS // workers)))
-            return lambda task: _process(plans, task, buffer, files, sink, device)
+            return lambda task: _process(plans, task, buffer, files, sink, device, also)
 
         yield from in_threads(todo, worker, workers, stop)
 
 
-def _process(plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink: Sink, device: Device) -> Done:
+def _process(
+    plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink: Sink, device: Device, also: Also | None
+) -> Done:
     segment, wanted = task
     item = plans[0].items[segment.item]
     if item.raw:
         _copy(plans[0], item, task, buffer, files, sink)
         records = {number: np.zeros(RECORD) for number in wanted}
     else:
-        records = _merge(plans, task, buffer, files, sink, device)
+        records = _merge(plans, task, buffer, files, sink, device, also)
     read = sum(_bytes_read(side, segment, raw=item.raw) for side in item.sides.values())
     return Done(segment, records, read, item.bytes_written(segment.count))
 
@@ -110,7 +115,7 @@ def _bytes_read(side: Tensor, segment: Segment, *, raw: bool) -> int:
 
 
 def _merge(
-    plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink: Sink, device: Device
+    plans: Sequence[Plan], task: Task, buffer: Raw, files: Files, sink: Sink, device: Device, also: Also | None
 ) -> dict[int, Record]:
     segment, wanted = task
     item = plans[0].items[segment.item]
@@ -148,6 +153,8 @@ def _merge(
                 check_values(plans[number], each, {roles[r]: raw for r, raw in raws.items()}, out, first, files, merge)
             for target in each.outs:
                 sink(number, target, first * out_width, memoryview(out[0]))  # type: ignore[arg-type]
+            if also is not None and number == 0 and not converted:
+                also(each, segment, first, count, base, out)
     return {number: to_record(tally) for number, tally in tallies.items()}
 
 

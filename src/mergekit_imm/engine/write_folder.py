@@ -26,10 +26,17 @@ from .job import Job
 from .report import MergeReport, statistics, written_files
 from .stream import stream
 from .verify import compare_folder
+from .workers import Also
 
 
 def write(
-    plans: Sequence[Plan], outs: Sequence[Path], options: RunOptions, *, ranks: Ranks = ALONE, began: float
+    plans: Sequence[Plan],
+    outs: Sequence[Path],
+    options: RunOptions,
+    *,
+    ranks: Ranks = ALONE,
+    began: float,
+    also: Also | None = None,
 ) -> list[MergeReport]:
     """Execute plans with the same inputs, or only report what they would do (dry run); return a report for each.
 
@@ -50,7 +57,7 @@ def write(
     if not options.dry_run and (left or options.verify):
         device = together(ranks, lambda: pick_device(options.device))
         if left:
-            _build(left, device, options, ranks)
+            _build(left, device, options, ranks, also)
         if options.verify:
             _verify([job for job in jobs if job not in left], device, options.progress, ranks)
     done = "dry run" if options.dry_run else "merged"
@@ -115,7 +122,7 @@ def _what_is_there(job: Job) -> str:
     return "lacks files of this merge" if found else "is not empty"
 
 
-def _build(jobs: Sequence[Job], device: Device, options: RunOptions, ranks: Ranks) -> None:
+def _build(jobs: Sequence[Job], device: Device, options: RunOptions, ranks: Ranks, also: Also | None) -> None:
     """Create each job's folder from its plan, or resume an unfinished one.
 
     With `verify`, everything is recomputed and compared before a folder appears. Rank 0 creates, locks and publishes
@@ -133,7 +140,7 @@ def _build(jobs: Sequence[Job], device: Device, options: RunOptions, ranks: Rank
         unwritten = on_leader(ranks, lambda: _lock_folders(jobs, stack))
         to_write = [jobs[number] for number in unwritten]
         try:
-            stream(to_write, device, advance, ranks)
+            stream(to_write, device, advance, ranks, also)
             on_leader(ranks, lambda: _write_beside(jobs, to_write))
             together(ranks, lambda: check_inputs(jobs[0].plan.models))  # by now their side files were read too
         except (NonFiniteError, MismatchError, ChangedError):

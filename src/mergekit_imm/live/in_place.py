@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -19,14 +21,18 @@ from ..engine.workers import CONVERT, base_start_sft
 from ..errors import NonFiniteError
 from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.mask import BLOCK
+from ..numerics.native import Loop
+from ..numerics.reference import DTYPES
 from ..numerics.statistics import is_finite, new_tally
 from ..options.options import MergeOptions, Progress
 from ..plan.advice import Advice
 from ..plan.plan import Item
-from .local_shards import Run, lines, origins
+from .local_shards import Held, Indices, boxes, held
 
-STEP = 1 << 18  # elements per span: at most 2 MiB each of base, start, model and result
-GAP = 4 * BLOCK  # elements; a larger gap splits a span
+STEP = 2 << 20  # bytes at a time, each of what is read, base, start, model and result
+GAP = 64 << 10  # bytes; a smaller gap is read as well: that takes less time than another read
+
+copy_runs = Loop("mergekit_imm.live.numba_scatter", "copy_runs")
 
 
 @dataclass(frozen=True)
@@ -43,41 +49,77 @@ class TensorUpdate:
         return self.item.action == "copy" or (self.item.action == "keep" and base.dtype == self.target.dtype)
 
 
-@dataclass(frozen=True)
+_Range = tuple[TensorUpdate, int, int]  # elements of a tensor: first, end
+
+
+@dataclass(frozen=True, eq=False)
 class _Span:
-    """Elements of a tensor that this process holds, consecutive but for small gaps."""
+    """Elements of a tensor that this process holds, in the blocks of 1024 that they lie in; these are computed."""
 
     update: TensorUpdate
-    runs: tuple[Run, ...]
-
-    @property
-    def low(self) -> int:
-        """The first element to compute."""
-        return self.runs[0].first // BLOCK * BLOCK
+    held: tuple[Held, ...]  # at least one
+    blocks: Indices  # their numbers in the whole tensor; ascending
 
     @property
     def count(self) -> int:
         """The number of elements to compute."""
-        return self.runs[-1].first + self.runs[-1].count - self.low
+        return len(self.blocks) * BLOCK
 
     @property
     def here(self) -> int:
         """How many of them this process holds."""
-        return sum(run.count for run in self.runs)
+        return sum(each.count for each in self.held)
+
+    @property
+    def first(self) -> int | Indices:
+        """The first element to compute if all follow each other, else of each block."""
+        low, high = int(self.blocks[0]), int(self.blocks[-1])
+        return low * BLOCK if high - low + 1 == len(self.blocks) else self.blocks * BLOCK
+
+    @property
+    def is_one_run(self) -> bool:
+        """Whether the elements follow each other."""
+        return len(self.held) == 1 and len(self.held[0].firsts) == 1
+
+    def places(self, firsts: Indices) -> Indices:
+        """Return where elements are in the blocks."""
+        slots: Indices = np.searchsorted(self.blocks, firsts // BLOCK) * BLOCK + firsts % BLOCK
+        return slots
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Which elements of the blocks this process holds."""
+        edges = np.zeros(self.count + 1, np.int64)
+        for each in self.held:
+            places = self.places(each.firsts)
+            np.add.at(edges, places, 1)
+            np.add.at(edges, places + each.counts, -1)
+        return edges[:-1].cumsum() > 0
+
+    def element(self, place: int) -> int:
+        """Return the index of an element in the whole tensor."""
+        return int(self.blocks[place // BLOCK]) * BLOCK + place % BLOCK
 
 
-def _spans(updates: Sequence[TensorUpdate]) -> Iterator[_Span]:
+def _ranges(updates: Sequence[TensorUpdate]) -> Iterator[_Range]:
     for update in updates:
-        for first in range(0, update.target.count, STEP):
-            span: list[Run] = []
-            found = origins(update.target, first, min(first + STEP, update.target.count))
-            for run in sorted(found, key=lambda run: run.first):
-                if span and run.first - span[-1].first - span[-1].count > GAP:
-                    yield _Span(update, tuple(span))
-                    span = []
-                span.append(run)
-            if span:
-                yield _Span(update, tuple(span))
+        dtypes = (update.target.dtype, *(side.dtype for side in update.item.sides.values()))
+        step = STEP * 8 // max(DTYPE_BITS[dtype] for dtype in dtypes)
+        for first in range(0, update.target.count, step):
+            yield update, first, min(first + step, update.target.count)
+
+
+def _span(update: TensorUpdate, first: int, end: int) -> _Span | None:
+    """Return what this process holds of elements first..end; None if that is nothing."""
+    found = tuple(held(update.target, first, end))
+    if not found:
+        return None
+    low = first // BLOCK
+    edges = np.zeros((end - 1) // BLOCK - low + 2, np.int64)
+    for each in found:
+        np.add.at(edges, each.firsts // BLOCK - low, 1)
+        np.add.at(edges, (each.firsts + each.counts - 1) // BLOCK - low + 1, -1)
+    return _Span(update, found, np.flatnonzero(edges.cumsum()) + low)
 
 
 class InPlaceMerge:
@@ -94,17 +136,26 @@ class InPlaceMerge:
         self.inputs, self.options, self.updates, self.workers = inputs, options, updates, workers
         self.progress, self.done = progress, 0
         self.advice = Advice(inputs, options)
-        self.total = 2 * sum(_bytes(span) for span in _spans(updates)) if progress is not None else 0
+        self.total = 0
+        if progress is not None:
+            self.total = 2 * sum(
+                _bytes(span) for span in itertools.starmap(_span, _ranges(updates)) if span is not None
+            )
 
     def run(self, *, write: bool) -> None:
         """Compute everything; write it if `write`. Raises NonFiniteError, MismatchError, CheckpointError."""
         with Files(self.inputs) as files:
 
-            def worker() -> Callable[[_Span], int]:
-                buffers = np.empty((4, STEP + BLOCK, 8), np.uint8).reshape(4, -1)
-                return lambda span: self._process(span, buffers, files, write)
+            def worker() -> Callable[[_Range], int]:
+                buffers = np.empty((5, STEP + 16 * BLOCK), np.uint8)
 
-            with closing(in_threads(_spans(self.updates), worker, self.workers)) as results:
+                def process(task: _Range) -> int:
+                    span = _span(*task)
+                    return 0 if span is None else self._process(span, buffers, files, write)
+
+                return process
+
+            with closing(in_threads(_ranges(self.updates), worker, self.workers)) as results:
                 for nbytes in results:
                     self.done += nbytes or 0
                     if self.progress is not None:
@@ -114,31 +165,61 @@ class InPlaceMerge:
     def _process(self, span: _Span, buffers: Raw, files: Files, write: bool) -> int:
         item = span.update.item
         if span.update.raw:
-            out = self._read("base", item.sides["base"], span, buffers[0], files)
+            out = self._read("base", item.sides["base"], span, buffers, files)
             if item.action == "copy":
-                self._check_equal(span, out, buffers[1], files)
+                self._check_equal(span, out, buffers[1:], files)
                 return _bytes(span)
         else:
             out = self._merge(span, buffers, files)
         if write:
-            _put(span, out)
+            _put(span, out, buffers[-1])
         return _bytes(span)
 
-    def _read(self, role: str, side: Tensor, span: _Span, buffer: Raw, files: Files) -> Raw:
-        """Read the elements of a span (the sft's from the model) into a buffer; zeros where this process holds none."""
+    def _read(self, role: str, side: Tensor, span: _Span, buffers: Raw, files: Files) -> Raw:
+        """Read a span (the sft's from the model) into the first buffer.
+
+        Of an sft, what other processes hold is zero; so are the ends of a single run. The last buffer is for what is
+        read at once and then copied.
+        """
         width = DTYPE_BITS[side.dtype] // 8
-        raw = buffer[: span.count * width]
-        if span.here < span.count:
+        raw: Raw = buffers[0][: span.count * width]
+        scratch = buffers[-1]
+        if span.is_one_run:
+            (run,) = span.held
+            begin = int(span.places(run.firsts)[0]) * width
+            end = begin + run.count * width
+            raw[:begin], raw[end:] = 0, 0
+            if role == "sft":
+                _copy(run, raw[begin:end], side.dtype)
+            else:
+                files.read(role, side, int(run.firsts[0]) * width, raw[begin:end])
+        elif role == "sft":
             raw[:] = 0
-        for run in span.runs:
-            begin = (run.first - span.low) * width
-            part = raw[begin : begin + run.count * width]
-            if role != "sft":
-                files.read(role, side, run.first * width, part)
-                continue
-            for at, elements in lines(run):
-                _elements(part, at, elements).copy_(elements)
+            for each in span.held:
+                source = _in_memory(each, side.dtype)
+                if source is None:
+                    source = scratch[: each.count * width]
+                    _copy(each, source, side.dtype)
+                copy_runs(source, _offsets(each.counts), raw, span.places(each.firsts), each.counts, width)
+        else:
+            self._read_blocks(role, side, span, raw, scratch, files)
         return raw
+
+    def _read_blocks(self, role: str, side: Tensor, span: _Span, raw: Raw, scratch: Raw, files: Files) -> None:
+        """Read the blocks of a span from a file, with the blocks between them if these are few."""
+        width = DTYPE_BITS[side.dtype] // 8
+        size = BLOCK * width
+        cuts = np.flatnonzero((np.diff(span.blocks) - 1) * size > GAP) + 1
+        for one, other in itertools.pairwise((0, *cuts.tolist(), len(span.blocks))):
+            firsts, target = span.blocks[one:other] * BLOCK, raw[one * size : other * size]
+            first, end = int(firsts[0]), min(int(firsts[-1]) + BLOCK, side.count)
+            is_whole = end - first <= len(firsts) * BLOCK  # no block between
+            source = (target if is_whole else scratch)[: (end - first) * width]
+            files.read(role, side, first * width, source)
+            counts = np.minimum(BLOCK, end - firsts)
+            if not is_whole:
+                copy_runs(source, firsts - first, target, np.arange(len(firsts)) * BLOCK, counts, width)
+            target[len(target) - size + int(counts[-1]) * width :] = 0  # beyond the end of the tensor
 
     def _merge(self, span: _Span, buffers: Raw, files: Files) -> Raw:
         from ..numerics.cpu import merge_span
@@ -146,14 +227,20 @@ class InPlaceMerge:
         item, target = span.update.item, span.update.target
         sides = item.sides if item.action == "merge" else {"base": item.sides["base"]}
         raws = {
-            role: (self._read(role, side, span, buffer, files), side.dtype)
-            for (role, side), buffer in zip(sides.items(), buffers, strict=False)
+            role: (self._read(role, side, span, buffers[number:], files), side.dtype)
+            for number, (role, side) in enumerate(sides.items())
         }
         base, start, sft = base_start_sft(raws)
         out: tuple[Raw, str] = (buffers[3][: span.count * DTYPE_BITS[target.dtype] // 8], target.dtype)
         constants = item.constants if item.action == "merge" else CONVERT
         tally = new_tally()
-        merge_span(base, start, sft, out, span.count, span.low, item.mask_key, constants, tally)
+        rest = (out, span.count, span.first, item.mask_key, constants)
+        merge_span(base, start, sft, *rest, tally)
+        if not is_finite(tally) and not span.is_one_run:
+            # Elements of other processes, merged with zeros, may be too large: once more without them.
+            _clear(span, *raws.values())
+            tally = new_tally()
+            merge_span(base, start, sft, *rest, tally)
         if not is_finite(tally):
             self._check_values(span, raws, out)
         return out[0]
@@ -163,7 +250,7 @@ class InPlaceMerge:
         found = find_bad_values(item, raws, out, allow_nonfinite=self.options.allow_nonfinite)
         if found is None:
             return
-        element = span.low + found.first
+        element = span.element(found.first)
         if found.role is not None:
             raise NonFiniteError(
                 f"tensor '{shown(item.name)}' of {self.inputs[found.role].label} is NaN or infinite at index {element}"
@@ -175,28 +262,72 @@ class InPlaceMerge:
             f" dtype {out[1]}; use a model of a wider dtype"
         )
 
-    def _check_equal(self, span: _Span, base: Raw, buffer: Raw, files: Files) -> None:
+    def _check_equal(self, span: _Span, base: Raw, buffers: Raw, files: Files) -> None:
         item = span.update.item
         for role, side in item.sides.items():
-            if role != "base":
-                other = self._read(role, side, span, buffer, files)
-                first = span.low * DTYPE_BITS[side.dtype] // 8
+            if role == "base":
+                continue
+            other = self._read(role, side, span, buffers, files)
+            if not span.is_one_run:
+                _clear(span, (base, side.dtype), (other, side.dtype))
+            differing = np.flatnonzero(base != other)
+            if len(differing):  # name the element in the whole tensor
+                width, place = DTYPE_BITS[side.dtype] // 8, int(differing[0])
+                first = span.element(place // width) * width + place % width - place
                 check_equal(item, first, ("base", base), (role, other), self.advice)
+
+
+def _clear(span: _Span, *raws: tuple[Raw, str]) -> None:
+    """Set what other processes hold to zero."""
+    absent = ~span.mask
+    for raw, dtype in raws:
+        raw.view(f"u{DTYPE_BITS[dtype] // 8}")[absent] = 0
 
 
 def _bytes(span: _Span) -> int:
     return span.here * DTYPE_BITS[span.update.target.dtype] // 8
 
 
-def _elements(raw: Raw, at: int, like: torch.Tensor) -> torch.Tensor:
-    """View the elements of a buffer from `at` on as a tensor of the length and dtype of `like`."""
-    width = like.element_size()
-    return torch.from_numpy(raw[at * width : (at + len(like)) * width]).view(like.dtype)
+def _offsets(counts: Indices) -> Indices:
+    offsets: Indices = np.cumsum(counts) - counts
+    return offsets
 
 
-def _put(span: _Span, out: Raw) -> None:
-    width = DTYPE_BITS[span.update.target.dtype] // 8
-    for run in span.runs:
-        begin = (run.first - span.low) * width
-        for at, elements in lines(run):
-            elements.copy_(_elements(out[begin : begin + run.count * width], at, elements))
+def _in_memory(each: Held, dtype: str) -> Raw | None:
+    """Return the bytes of held elements where they lie in memory in a row, in this dtype; None if they do not."""
+    tensor = each.tensor
+    if not tensor.is_contiguous() or tensor.device.type != "cpu" or tensor.dtype != DTYPES[dtype]:
+        return None
+    flat: Raw = tensor.view(-1)[each.inside : each.inside + each.count].view(torch.uint8).numpy()
+    return flat
+
+
+def _copy(each: Held, raw: Raw, dtype: str, *, back: bool = False) -> None:
+    """Copy held elements into a buffer of their bytes in a dtype; `back`: out of it."""
+    there = _in_memory(each, dtype)
+    if there is not None:  # torch would start threads of its own
+        one, other = (there, raw) if back else (raw, there)
+        one[:] = other
+        return
+    elements = torch.from_numpy(raw).view(DTYPES[dtype])
+    for at, view in boxes(each.tensor, each.inside, each.inside + each.count):
+        piece = elements[at : at + view.numel()].view(view.shape)
+        view.copy_(piece) if back else piece.copy_(view)
+
+
+def _put(span: _Span, out: Raw, scratch: Raw) -> None:
+    dtype = span.update.target.dtype
+    width = DTYPE_BITS[dtype] // 8
+    for each in span.held:
+        places = span.places(each.firsts)
+        if span.is_one_run:
+            begin = int(places[0]) * width
+            _copy(each, out[begin : begin + each.count * width], dtype, back=True)
+            continue
+        target = _in_memory(each, dtype)
+        if target is not None:
+            copy_runs(out, places, target, _offsets(each.counts), each.counts, width)
+        else:
+            staged = scratch[: each.count * width]
+            copy_runs(out, places, staged, _offsets(each.counts), each.counts, width)
+            _copy(each, staged, dtype, back=True)

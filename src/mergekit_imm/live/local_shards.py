@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
@@ -16,6 +19,8 @@ from ..checkpoint.lazy_tensor import Tensor as LazyTensor
 from ..common.messages import shown
 from ..errors import MismatchError
 from ..numerics.reference import DTYPES
+
+Indices = npt.NDArray[np.int64]
 
 HEADER_DTYPES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -61,14 +66,19 @@ class Live(Computed):
         return replace(self, shape=(self.shape[0], self.shape[2], self.shape[1]), parts=tuple(parts))
 
 
-@dataclass(frozen=True)
-class Run:
-    """Consecutive elements of a whole tensor, and where this process holds them."""
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Elements of a whole tensor that follow each other in a tensor in memory, row-major: run after run."""
 
-    first: int  # in the whole tensor
-    count: int
     tensor: Tensor
-    inside: int  # index of the first in `tensor`, row-major
+    inside: int  # index of the first in `tensor`
+    firsts: Indices  # of each run, in the whole tensor; ascending
+    counts: Indices
+
+    @property
+    def count(self) -> int:
+        """The number of elements."""
+        return int(self.counts.sum())
 
 
 def live_tensors(model: nn.Module) -> dict[str, Live]:
@@ -214,11 +224,11 @@ def _parts(name: str, tensor: Tensor) -> tuple[Part, ...]:
         local, spans = tensor.detach(), [[(0, size)] for size in tensor.shape]
     else:
         local, spans = tensor.to_local().detach(), _spans(name, tensor)
-        held = tuple(sum(count for _, count in each) for each in spans)
-        if local.numel() == 0 and 0 in held:
+        sizes = tuple(sum(count for _, count in each) for each in spans)
+        if local.numel() == 0 and 0 in sizes:
             return ()
-        if held != tuple(local.shape):
-            raise _strange(name, tensor, f"holds {list(local.shape)} instead of {list(held)}")
+        if sizes != tuple(local.shape):
+            raise _strange(name, tensor, f"holds {list(local.shape)} instead of {list(sizes)}")
     found = []
     for box in itertools.product(*(_with_places(each) for each in spans)):
         view = local
@@ -283,36 +293,65 @@ def _strange(name: str, tensor: DTensor, what: str) -> MismatchError:
     )
 
 
-def origins(tensor: LazyTensor, first: int, end: int) -> Iterator[Run]:
-    """Yield the runs of elements first..end of a tensor (live, or made of live ones) that this process holds."""
+def held(tensor: LazyTensor, first: int, end: int) -> Iterator[Held]:
+    """Yield which of elements first..end of a tensor (live, or made of live ones) this process holds, part by part."""
     if isinstance(tensor, Slice):
-        for run in origins(tensor.whole, tensor.first + first, tensor.first + end):
-            yield Run(run.first - tensor.first, run.count, run.tensor, run.inside)
+        for each in held(tensor.whole, tensor.first + first, tensor.first + end):
+            yield replace(each, firsts=each.firsts - tensor.first)
     elif isinstance(tensor, Pieces):
         for piece in tensor.pieces:
             for at, begin, count in runs(tensor.shape, piece.place, piece.tensor.shape, first, end):
-                for run in origins(piece.tensor, begin, begin + count):
-                    yield Run(at + run.first - begin, run.count, run.tensor, run.inside)
+                for each in held(piece.tensor, begin, begin + count):
+                    yield replace(each, firsts=each.firsts + (at - begin))
     else:
         assert isinstance(tensor, Live)
         for part in tensor.parts:
-            for at, inside, count in runs(tensor.shape, part.place, tuple(part.tensor.shape), first, end):
-                yield Run(at, count, part.tensor, inside)
+            numbers, firsts, counts = _in_box(tensor.shape, part.place, part.tensor.shape, first, end)
+            if len(firsts):
+                yield Held(part.tensor, int(numbers[0]), firsts, counts)
 
 
-def lines(run: Run) -> Iterator[tuple[int, Tensor]]:
-    """Yield the elements of a run as 1-D views, each with its offset in the run."""
-    tensor = run.tensor
+def _in_box(
+    whole: tuple[int, ...], place: tuple[int, ...], sizes: tuple[int, ...], first: int, end: int
+) -> tuple[Indices, Indices, Indices]:
+    """Return which of elements first..end of a tensor lie in a box: runs of (index in the box, in the tensor, count).
+
+    As `runs`, but as arrays: a matrix that is cut by columns has a run in every row.
+    """
+    if not whole:
+        whole, place, sizes = (1,), (0,), (1,)
+    split = len(whole) - 1  # the last dimension that the box does not span; those after it are contiguous
+    while split > 0 and sizes[split] == whole[split]:
+        split -= 1
+    size, length, begin = (each[split] * math.prod(whole[split + 1 :]) for each in (sizes, whole, place))
+    lines = np.arange(first // length, -(-end // length))
+    numbers, rest, kept, step = np.zeros_like(lines), lines, np.full(lines.shape, fill_value=True), 1
+    for dim in reversed(range(split)):
+        rest, digits = np.divmod(rest, whole[dim])
+        digits -= place[dim]
+        kept &= (digits >= 0) & (digits < sizes[dim])
+        numbers += digits * step
+        step *= sizes[dim]
+    begins = lines * length + begin
+    low, high = np.maximum(begins, first), np.minimum(begins + size, end)
+    kept &= low < high
+    return (numbers * size + low - begins)[kept], low[kept], (high - low)[kept]
+
+
+def boxes(tensor: Tensor, first: int, end: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield elements first..end of a tensor, row-major, as few views, each with the offset of its first."""
     if tensor.is_contiguous():
-        yield 0, tensor.view(-1)[run.inside : run.inside + run.count]
+        yield 0, tensor.view(-1)[first:end]
         return
-    done, columns = 0, tensor.shape[-1]
-    while done < run.count:
-        row, at = divmod(run.inside + done, columns)
-        index: list[int] = []
-        for size in reversed(tensor.shape[:-1]):
-            row, digit = divmod(row, size)
-            index.insert(0, digit)
-        count = min(columns - at, run.count - done)
-        yield done, tensor[tuple(index)][at : at + count]
-        done += count
+    inner = math.prod(tensor.shape[1:])
+    at = first
+    while at < end:
+        row, skip = divmod(at, inner)
+        if skip or end - at < inner:  # a part of a row
+            stop = min(end, (row + 1) * inner)
+            for offset, view in boxes(tensor[row], skip, skip + stop - at):
+                yield at - first + offset, view
+        else:
+            stop = end // inner * inner
+            yield at - first, tensor[row : stop // inner]
+        at = stop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 from ..checkpoint.open_checkpoint import open_checkpoint
 from ..common.json_files import is_utf8, parse_json, read_small
 from ..common.messages import shown
-from ..engine.merge import merge_checkpoints
-from ..errors import CheckpointError, OutputError
+from ..engine.merge import merged
+from ..engine.report import MergeReport
+from ..errors import CheckpointError, MergeError, OutputError
+from ..options.options import MERGE_DEFAULTS
 from ..options.recipe import RECIPE_FILE, REPORT_FILE
 from ..output import direct_io
 from ..output.paths import expanded, locked
@@ -21,6 +24,7 @@ from ..output.write_errors import output_errors
 from ..schedules import parse_schedule
 from .commands import Echo, filled, run_command
 from .early_checks import check_options
+from .next_anchor import NextAnchor
 from .state import (
     EVALUATE_MERGED,
     LOCK,
@@ -142,18 +146,22 @@ def _round(loop: _Loop, number: int) -> None:
         if not loop.has(step_of(number, MERGE, alpha)):
             _merge(loop, number, alpha)
             loop.finish(step_of(number, MERGE, alpha), alphas={**loop.state.alphas, str(number): alpha})
-        merged, step = loop.place(number, "merged"), step_of(number, EVALUATE_MERGED, alpha)
+        model, step = loop.place(number, "merged"), step_of(number, EVALUATE_MERGED, alpha)
         if settings.evaluate is not None and not loop.has(step):
-            _evaluate(loop, step, f"{number}/merged", str(merged), number, loop.place(number, "merged.json"))
+            _evaluate(loop, step, f"{number}/merged", str(model), number, loop.place(number, "merged.json"))
         refusal = _gate_refusal(loop.state, number)
         if not refusal:
-            loop.finish(f"{number}/accept", model=str(merged))
+            loop.finish(f"{number}/accept", model=str(model))
             return
         loop.tell(f"round {number}: not accepted with alpha {alpha:g}: {refusal}")
     loop.finish(
         f"{number}/stop",
         stopped=f"round {number} was not accepted: {refusal}; the loop ends with the model before it",
     )
+    following = loop.place(number + 1, "anchor")
+    shutil.rmtree(following, ignore_errors=True)  # of the merge that was not accepted
+    with suppress(OSError):
+        following.parent.rmdir()
 
 
 def _baseline_round(loop: _Loop, number: int) -> None:
@@ -206,42 +214,67 @@ def _command(loop: _Loop, template: str, values: Mapping[str, str], what: str, n
     run_command(name, command, log, held=loop.held, echo=loop.echo)
 
 
+def _anchor_merge(loop: _Loop, number: int) -> dict[str, Any]:
+    """Return the arguments of the merge that makes a round's anchor, which moves."""
+    kept = anchor_decay(loop.settings.anchor)
+    return {
+        **MERGE_DEFAULTS,
+        "base": loop.anchor(number - 1),
+        "sft": loop.start(number),
+        "out": loop.place(number, "anchor"),
+        "alpha": kept,
+        "drop": 0,
+        "iteration": number,
+        "overwrite": True,
+        "vocab": loop.settings.options.get("vocab", "strict"),
+        "dtype": "float32",  # a round may move it by less than the resolution of 16-bit floats
+    }
+
+
 def _merge(loop: _Loop, number: int, alpha: float) -> None:
-    """Merge a round; first update a moving anchor."""
+    """Merge a round; first update a moving anchor, if the round before has not, and then begin the next."""
     settings = loop.settings
     kept = anchor_decay(settings.anchor)
-    if number and kept not in (0, 1):
-        before, merged = loop.anchor(number - 1), loop.start(number)
-        loop.tell(f"round {number}: anchor: {kept:g} x {before} + {1 - kept:g} x {merged}")
-        merge_checkpoints(
-            before,
-            merged,
-            loop.place(number, "anchor"),
-            alpha=kept,
-            drop=0,
-            iteration=number,
-            overwrite=True,
-            vocab=settings.options.get("vocab", "strict"),
-            dtype="float32",  # a round may move it by less than the resolution of 16-bit floats
-        )
+    moves = kept not in (0, 1)
+    if number and moves:
+        before, result = loop.anchor(number - 1), loop.start(number)
+        loop.tell(f"round {number}: anchor: {kept:g} x {before} + {1 - kept:g} x {result}")
+        merged(_anchor_merge(loop, number))
     anchor, start = loop.anchor(number), loop.start(number)
     drop = parse_schedule(settings.drop, settings.rounds)(number)
     loop.tell(f"round {number}: merge: alpha {alpha:g}, drop {drop:g}, anchor {anchor}")
     dtype = settings.options.get("dtype", "base")
     if dtype == "base" and anchor not in (settings.base, start):
         dtype = "start"  # the previous merged model, which has the base's dtypes
-    report = merge_checkpoints(
-        anchor,
-        loop.place(number, "sft"),
-        loop.place(number, "merged"),
-        start=start if start != anchor else None,
-        overwrite=True,
-        **{**settings.options, "iteration": number, "alpha": alpha, "drop": drop, "dtype": dtype},
-    )
-    for note in report.notes:
-        loop.tell(note)
-    for name in (RECIPE_FILE, REPORT_FILE):  # they outlive the model
-        direct_io.write_file(loop.place(number, name), (loop.place(number, "merged") / name).read_bytes())
+    given = {
+        **MERGE_DEFAULTS,
+        **settings.options,
+        "base": anchor,
+        "sft": loop.place(number, "sft"),
+        "out": loop.place(number, "merged"),
+        "start": start if start != anchor else None,
+        "iteration": number,
+        "alpha": alpha,
+        "drop": drop,
+        "dtype": dtype,
+        "overwrite": True,
+    }
+    following = None
+    if moves and number + 1 < settings.rounds:
+        with suppress(MergeError):  # its own merge says so
+            following = NextAnchor(_anchor_merge(loop, number + 1), like=start)
+    try:
+        report = merged(given, None if following is None else following.add)
+        assert isinstance(report, MergeReport)
+        for note in report.notes:
+            loop.tell(note)
+        for name in (RECIPE_FILE, REPORT_FILE):  # they outlive the model
+            direct_io.write_file(loop.place(number, name), (loop.place(number, "merged") / name).read_bytes())
+        if following is not None:
+            following.hand_over(lambda: merged(_anchor_merge(loop, number + 1)))
+    finally:
+        if following is not None:
+            following.discard()
 
 
 def _evaluate(loop: _Loop, step: str, key: str, model: str, number: int, path: Path) -> None:

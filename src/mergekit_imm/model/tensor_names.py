@@ -124,6 +124,20 @@ def layer_order(key: str) -> tuple[str, int]:
     return key.rpartition(".")[0], int(key.rpartition(".")[2])
 
 
+def loading_order(name: str) -> tuple[int, str, int]:
+    """Return the sort key of a tensor where models are loaded layer by layer: embeddings, layers, the rest.
+
+    >>> names = ["lm_head.weight", "h.10.w", "h.2.w", "wte.weight", "embeddings.norm.weight"]
+    >>> sorted(names, key=loading_order)
+    ['wte.weight', 'embeddings.norm.weight', 'h.2.w', 'h.10.w', 'lm_head.weight']
+    """
+    key = layer_key(name)
+    if key is not None:
+        return (1, *layer_order(key))
+    is_embedding = is_input_embedding(name) or any(map(_EMBEDDING.search, unwrapped(name).split(".")))
+    return (0 if is_embedding and not is_output_head(name) else 2, "", 0)
+
+
 def thirds(layers: Sequence[str]) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
     """Return the early, the middle and the late layers: third t of N are floor(t N / 3) to floor((t + 1) N / 3) - 1.
 

@@ -40,15 +40,16 @@ def merge_span(
     sft: Side,
     out: Side,
     count: int,
-    first: int,
+    first: int | npt.NDArray[np.int64],
     key: tuple[int, int],
     constants: Arithmetic,
     tally: Tally,
 ) -> None:
     """Merge elements first..first+count of one tensor into `out`, and add their statistics to `tally`.
 
-    `first` is a multiple of 1024, and each buffer begins with element `first`. Pass the base's buffer as `start` if
-    start is the base. With `constants.is_delta`, `sft` holds the delta. Same bits as `reference.merge_flat`.
+    `first` is a multiple of 1024, and each buffer begins with element `first`. Or `first` has the first element of each
+    block of 1024, any blocks of the tensor, and the buffers hold these, one after the other. Pass the base's buffer as
+    `start` if start is the base. With `constants.is_delta`, `sft` holds the delta. Same bits as `reference.merge_flat`.
     """
     start_is_base = start[0] is base[0]
     whole = count - count % BLOCK
@@ -83,7 +84,7 @@ def _merge_blocks(
     sft: Side,
     out: Side,
     count: int,
-    first: int,
+    first: int | npt.NDArray[np.int64],
     key: tuple[int, int],
     constants: Arithmetic,
     tally: Tally,

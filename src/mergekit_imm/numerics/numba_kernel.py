@@ -384,6 +384,14 @@ def _close(work, limit, largest, kept, count, tally):
     tally[KEPT] += kept
 
 
+@by_type
+def _number(block, b):
+    """The number of the b-th block: `block` is the number of the first of a row of blocks, or an array of numbers."""
+    if isinstance(block, types.Array):
+        return lambda block, b: block[b]
+    return lambda block, b: block + b
+
+
 @jit
 def merge_blocks(base, start, sft, out, work, count, block, uses_mask, key0, key1, limit, how, tally):
     """Merge blocks of typed arrays, the last block padded with zeros. `start` is empty bytes if it is the base."""
@@ -391,7 +399,7 @@ def merge_blocks(base, start, sft, out, work, count, block, uses_mask, key0, key
     size, size_sft, size_out = len(base) // blocks, len(sft) // blocks, len(out) // blocks
     for b in range(blocks):
         if uses_mask:
-            _fill(block + b, key0, key1, work)
+            _fill(_number(block, b), key0, key1, work)
         bases, sfts = base[size * b : size * (b + 1)], sft[size_sft * b : size_sft * (b + 1)]
         starts, outs = start[size * b : size * (b + 1)], out[size_out * b : size_out * (b + 1)]
         largest, some = _merge_block(bases, starts, sfts, outs, work, limit, how, largest, tally)
@@ -430,7 +438,7 @@ def merge_decoded_blocks(
     x, y, z = tiles[0], tiles[1], tiles[2]
     for b in range(blocks):
         if uses_mask:
-            _fill(block + b, key0, key1, work)
+            _fill(_number(block, b), key0, key1, work)
         _decode(base_code, base[size * b : size * (b + 1)], x)
         _decode(sft_code, sft[size_sft * b : size_sft * (b + 1)], z)
         begin = x if start_is_base else _decode(start_code, start[size_start * b : size_start * (b + 1)], y)

@@ -20,8 +20,9 @@ from mergekit_imm import MismatchError, dare_merge, merge_checkpoints, merge_int
 from mergekit_imm.checkpoint.lazy_tensor import sliced, transposed
 from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.reader import Files
-from mergekit_imm.live.local_shards import Live, Part, lines, origins
+from mergekit_imm.live.local_shards import Live, Part, held
 from models import fine_tuned
+from modules import values_of
 
 FUSED = ("experts.gate_up_proj", "experts.down_proj")
 
@@ -298,9 +299,7 @@ def test_a_part_of_a_tensor_in_memory_is_a_part_of_the_transposed() -> None:
     whole = torch.arange(120).reshape(4, 6, 5).float()
     parts = (Part(whole[:, 1:3].clone(), (0, 1, 0)), Part(whole[2:, 4:].clone(), (2, 4, 0)))
     live = transposed(Live("w", (4, 6, 5), "F32", parts, "somewhere"), "sft")
-    flat, seen = whole.transpose(1, 2).reshape(-1), 0
-    for run in origins(live, 0, live.count):
-        for at, elements in lines(run):
-            assert elements.tolist() == flat[run.first + at : run.first + at + len(elements)].tolist()
-            seen += len(elements)
-    assert seen == sum(part.tensor.numel() for part in parts)
+    flat = whole.transpose(1, 2).flatten().tolist()
+    found = [each for part in held(live, 0, live.count) for each in values_of(part).items()]
+    assert all(flat[index] == value for index, value in found)
+    assert len(dict(found)) == len(found) == sum(part.tensor.numel() for part in parts)
