@@ -48,13 +48,13 @@ def apart(model: str) -> dict[str, bytes]:
 
 def test_the_files_are_those_of_a_merge_of_its_own(model: str, apart: dict[str, bytes]) -> None:
     read: list[tuple[str, str]] = []
-    fill = Files.read
+    placed = Files.read_placed
 
-    def reading(files: Files, role: str, tensor: Any, first: int, buffer: Any) -> None:
+    def reading(files: Files, role: str, tensor: Any, *rest: Any) -> int:
         read.append((str(files._inputs[role].path(tensor)), tensor.name))
-        fill(files, role, tensor, first, buffer)
+        return placed(files, role, tensor, *rest)
 
-    with patch.object(Files, "read", reading):
+    with patch.object(Files, "read_placed", reading):
         run_loop(settings(model), "run")
     assert results(Path("run")) == apart
     counts = [read.count((f"run/round-1/{each}/model.safetensors", "model.layers.0.w")) for each in ("anchor", "sft")]

@@ -121,7 +121,7 @@ class NextAnchor:
 
     def _become_unfinished(self, partial: Path, plan: Plan, entries: list[tuple[int, Record]]) -> None:
         for handle in self._files.values():
-            direct_io.sync(handle.descriptor)
+            direct_io.sync_output(handle)
         for folder in {self._folder, *((self._folder / name).parent for name in self._files)}:
             direct_io.sync_folder(folder)
         recipe = to_json(recipes_of([plan])[0])
