@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -21,6 +22,8 @@ from ..numerics.dtypes import DTYPE_BITS
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's
 HEADER_LIMIT = 100_000_000  # safetensors' own
+_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_INTEGERS = {int}  # what the numbers of a header are
 _PAGE, _STRIDE, _EDGE = 4096, 16 << 20, 64 << 10
 
 
@@ -99,9 +102,10 @@ def parse_header(header: bytes, name: str, size: int, path: Path | None) -> Tens
     try:
         content = parse_json(header, without_duplicates)
         metadata = content.pop("__metadata__", None) or {}
-        tensors = [_tensor(key, entry, name, len(header) + 8) for key, entry in content.items()]
+        tensors = _tensors(content, name, len(header) + 8)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{where} has a malformed header: {shown(error, 300)}") from error
+    del content
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
     end = len(header) + 8
     for tensor in tensors:
@@ -119,19 +123,23 @@ def parse_header(header: bytes, name: str, size: int, path: Path | None) -> Tens
     return TensorFile(name, path, size, metadata, tuple(tensors))
 
 
-def _tensor(name: str, entry: dict[str, Any], file: str, data: int) -> TensorInfo:
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
-        raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if not all(type(x) is int and x >= 0 for x in (*shape, begin, end)):
-        raise ValueError(f"tensor {name!r} has shape {shape} at bytes {begin}..{end}")
-    bits = DTYPE_BITS[dtype]
-    for size in shape:
-        bits *= size
-    if bits != (end - begin) * 8:
-        raise ValueError(f"tensor {name!r}, {dtype} {list(shape)}, does not fill its bytes {begin}..{end}")
-    return TensorInfo(sys.intern(name), sys.intern(dtype), shape, file, data + begin, end - begin)  # models share them
+def _tensors(entries: dict[str, dict[str, Any]], file: str, data: int) -> list[TensorInfo]:
+    tensors = []
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one of each, however many tensors have it
+    for name, entry in entries.items():
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        if dtype not in DTYPE_BITS:
+            raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        numbers = (*shape, begin, end)
+        if {*map(type, numbers)} != _INTEGERS or min(numbers) < 0:
+            raise ValueError(f"tensor {name!r} has shape {shape} at bytes {begin}..{end}")
+        if DTYPE_BITS[dtype] * math.prod(shape) != (end - begin) * 8:
+            raise ValueError(f"tensor {name!r}, {dtype} {list(shape)}, does not fill its bytes {begin}..{end}")
+        shape = shapes.setdefault(shape, shape)
+        # Models share names and dtypes.
+        tensors.append(TensorInfo(sys.intern(name), sys.intern(dtype), shape, file, data + begin, end - begin))
+    return tensors
 
 
 def build_header(
@@ -141,13 +149,18 @@ def build_header(
 
     Returns the file's first bytes (length and header), the offset of each tensor, and the file's size.
     """
-    content: dict[str, Any] = {"__metadata__": metadata}
+    written = [f'{{"__metadata__":{_json(metadata)}']
     begins, end = [], 0
+    shapes: dict[tuple[int, ...], str] = {}
     for name, dtype, shape, nbytes in tensors:
-        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        if shape not in shapes:
+            shapes[shape] = _json(shape)
+        written.append(
+            f'{_json(name)}:{{"dtype":"{dtype}","shape":{shapes[shape]},"data_offsets":[{end},{end + nbytes}]}}'
+        )
         begins.append(end)
         end += nbytes
-    header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    header = f"{','.join(written)}}}".encode()
     header += b" " * (-len(header) % 8)
     head = len(header).to_bytes(8, "little") + header
     if len(header) > HEADER_LIMIT:

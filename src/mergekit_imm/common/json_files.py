@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 DEPTH = 64  # far deeper than any config; Python's own limit is about a thousand
 SIZE = 256 << 20  # bytes; the index of a million tensors takes half of it
 
-Pairs = Callable[[Iterable[tuple[str, Any]]], dict[str, Any]]
+Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
 
 
 def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
@@ -23,8 +24,8 @@ def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
         raise ValueError("it is nested too deeply") from None
     level = [parsed]
     for _ in range(DEPTH + 1):
-        containers = [each for each in level if isinstance(each, dict | list)]
-        level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
+        objects, lists = ([each for each in level if type(each) is kind] for kind in (dict, list))
+        level = [*chain.from_iterable(map(dict.values, objects)), *chain.from_iterable(lists)]
     if level:
         raise ValueError(f"it is nested more than {DEPTH} levels deep")
     if rb"\u" in content:
@@ -32,13 +33,13 @@ def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
     return parsed
 
 
-def without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a mapping of the pairs. Raises ValueError for a name that appears twice."""
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the name {key!r} appears twice")
-        content[key] = value
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the name {twice!r} appears twice")
     return content
 
 

@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
 from os.path import commonprefix
 
 from ..common.messages import shown
@@ -34,6 +33,7 @@ _GENERIC = ("weight", "gamma", "beta")  # parameter names that tell nothing, unl
 # Characters of a pattern: up to the first, list kinds of names one by one; beyond the second, advise no pattern.
 _READABLE, _LONGEST = 160, 2000
 
+_LAYER = re.compile(r"(?:[^.]*\.)*?[0-9]+(?![^.])")
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -45,11 +45,8 @@ def layer_key(name: str) -> str | None:
     >>> layer_key("model.embed_tokens.weight") is None
     True
     """
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isascii() and part.isdigit():
-            return ".".join(parts[: i + 1])
-    return None
+    found = _LAYER.match(name)
+    return found[0] if found else None
 
 
 def folder_of(name: str) -> str:
@@ -95,14 +92,13 @@ def weight_kind(name: str, shape: Sequence[int]) -> str:
     return "other"
 
 
-@cache
 def blanked(name: str) -> str:
     """Return a name with * for each number: the name of a kind of tensors.
 
     >>> blanked("model.layers.3.mlp.up_proj.weight")
     'model.layers.*.mlp.up_proj.weight'
     """
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return ".".join(["*" if part.isdigit() else part for part in name.split(".")])
 
 
 def stacks(names: Iterable[str]) -> dict[str, set[str]]:

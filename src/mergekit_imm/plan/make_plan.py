@@ -87,8 +87,11 @@ def unchecked_plan(models: Mapping[str, Checkpoint], options: MergeOptions, deci
 def _in_order(items: Sequence[Item], placed: Mapping[str, TensorInfo], files: Sequence[OutputFile]) -> list[Item]:
     """Return the items with their places in the output files, in the order of the output."""
     order = {file.name: number for number, file in enumerate(files)}
-    items = [replace(item, outs=tuple(placed[out.name] for out in item.outs)) for item in items]
-    return sorted(items, key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
+    found = []
+    for item in items:
+        outs = tuple([placed[out.name] for out in item.outs])
+        found.append(replace(item, outs=outs))
+    return sorted(found, key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
 
 
 def _configs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.model_files import Part, are_shards, index_of, stem_of
@@ -59,26 +59,30 @@ def lay_out(
             names = several if total > 1 else [f"{stem}.safetensors"]
             index = index_of(part.folder, part.stem) if total > 1 else None
         of_index: dict[str, TensorInfo] = {}
+        folder = part.folder
         for name, (metadata, tensors) in zip(names, shards, strict=True):
             ordered = _aligned(tensors)
             head, begins, size = build_header(
-                ((t.name.removeprefix(part.folder), t.dtype, t.shape, t.nbytes) for t in ordered),
+                ((t.name.removeprefix(folder), t.dtype, t.shape, t.nbytes) for t in ordered),
                 {**metadata, "format": "pt"},
             )
             files.append(OutputFile(name, head, size))
-            of_index |= {t.name: replace(t, file=name, begin=begin) for t, begin in zip(ordered, begins, strict=True)}
+            for t, begin in zip(ordered, begins, strict=True):
+                of_index[t.name] = TensorInfo(t.name, t.dtype, t.shape, name, begin, t.nbytes)
         placed |= of_index
         if index is not None:
-            indexes[index] = _index(of_index, part.folder)
+            indexes[index] = _index(of_index, folder)
     return placed, tuple(files), indexes
 
 
 def _index(placed: dict[str, TensorInfo], folder: str) -> bytes:
-    content = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in placed.values())},
-        "weight_map": {name.removeprefix(folder): placed[name].file.removeprefix(folder) for name in sorted(placed)},
-    }
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    """Write an index as `json.dumps(..., indent=2)` does; with an indent, that is slow, and lists every token."""
+    total = sum(tensor.nbytes for tensor in placed.values())
+    weight_map = {name.removeprefix(folder): placed[name].file.removeprefix(folder) for name in sorted(placed)}
+    lines = json.dumps(weight_map, separators=(",\n    ", ": "), ensure_ascii=False)[1:-1]
+    return (
+        f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{\n    {lines}\n  }}\n}}\n'
+    ).encode()
 
 
 def _as_in_base(outs: Sequence[TensorInfo], base: Checkpoint, part: Part) -> list[FileContent]:
