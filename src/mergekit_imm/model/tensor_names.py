@@ -13,14 +13,20 @@ from ..errors import ArgumentError
 
 # Input embeddings and output heads, which `tie_word_embeddings` makes one tensor, by the last components of their names
 # in today's architectures. A name missing here is handled as an ordinary tensor.
-_INPUT_EMBEDDING = re.compile(
-    r"(^|[./])(embed_tokens|tokens_embed|wte|word_embeddings?|tok_embeddings|embed_in|embeddings|embedding|shared)"
-    r"\.weight$"
+_INPUT_EMBEDDINGS = tuple(
+    f"{module}.weight"
+    for module in (
+        "embed_tokens tokens_embed wte word_embedding word_embeddings tok_embeddings embed_in embeddings embedding shared"
+    ).split()
 )
-_OUTPUT_HEAD = re.compile(
-    r"((^|[./])(lm_head|generator_lm_head|lm_loss|embed_out|output|output_layer|output_projection|proj_out|vocab_projector"
-    r"|pred_layer\.proj|lm_head\.out_proj|(predictions|lm_head|mlm_score|head)\.decoder)|(^|/)decoder)\.weight$"
+_OUTPUT_HEADS = tuple(
+    f"{module}.weight"
+    for module in (
+        "lm_head generator_lm_head lm_loss embed_out output output_layer output_projection proj_out vocab_projector"
+        " pred_layer.proj lm_head.out_proj predictions.decoder lm_head.decoder mlm_score.decoder head.decoder"
+    ).split()
 )
+_DECODER = "decoder.weight"  # a head if it is a module of the model itself
 
 # Kinds of tensors by the name of module or parameter; `weight_kind` tries them in its own order.
 _SCALE = re.compile(r"(^|_)(scale|scales|scale_inv|zeros|qzeros|g_idx)$|^(A_log|inv_freq)$")  # of other forms, of scans
@@ -164,12 +170,19 @@ def resolve_layers(values: Mapping[str, float], names: Iterable[str]) -> dict[st
 
 def is_input_embedding(name: str) -> bool:
     """Whether a name is that of an input embedding, which names a tied tensor."""
-    return bool(_INPUT_EMBEDDING.search(name))
+    return _is_of(name, _INPUT_EMBEDDINGS)
 
 
 def is_output_head(name: str) -> bool:
     """Whether a name is that of an output head, which `tie_word_embeddings` may tie to the embedding."""
-    return bool(_OUTPUT_HEAD.search(name))
+    return _is_of(name, _OUTPUT_HEADS) or name == _DECODER or name.endswith(f"/{_DECODER}")
+
+
+def _is_of(name: str, ends: tuple[str, ...]) -> bool:
+    """Whether a name is one of these, or ends in one as its last components."""
+    if not name.endswith(ends):  # nearly always
+        return False
+    return any(name == end or name.endswith((f".{end}", f"/{end}")) for end in ends)
 
 
 def unwrapped(name: str) -> str:

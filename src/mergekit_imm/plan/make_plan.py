@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -87,10 +85,19 @@ def unchecked_plan(models: Mapping[str, Checkpoint], options: MergeOptions, deci
 def _in_order(items: Sequence[Item], placed: Mapping[str, TensorInfo], files: Sequence[OutputFile]) -> list[Item]:
     """Return the items with their places in the output files, in the order of the output."""
     order = {file.name: number for number, file in enumerate(files)}
-    found = []
-    for item in items:
-        outs = tuple([placed[out.name] for out in item.outs])
-        found.append(replace(item, outs=outs))
+    found = [
+        Item(
+            each.name,
+            each.action,
+            each.sides,
+            tuple([placed[out.name] for out in each.outs]),
+            each.constants,
+            each.mask_key,
+            each.common,
+            each.owner,
+        )
+        for each in items
+    ]
     return sorted(found, key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
 
 
@@ -122,15 +129,16 @@ def _config(
     if (folder and not (config or {}).get("model_type")) or "_class_name" in (config or {}):
         return None, {}  # not a transformers config: another module, or a diffusers component
     members = [item for item in items if folder_of(item.name) == folder]
-    floats = Counter[str]()
+    floats: dict[str, int] = {}
     for item in members:
-        if item.outs[0].dtype in MERGED:
-            floats[item.outs[0].dtype] += item.source.count
+        dtype = item.outs[0].dtype
+        if dtype in MERGED:
+            floats[dtype] = floats.get(dtype, 0) + item.source.count
     names = {code: name for name, code in TORCH_NAMES.items()}
     return merged_config(
         config if config is sft.config_of(folder) else None,
         base.config_of(folder),
-        dtype=names[floats.most_common(1)[0][0]] if floats else None,
+        dtype=names[max(floats, key=floats.__getitem__)] if floats else None,
         tied=ties.tied.get(folder),
         rows={item.source.shape[0] for item in members if is_input_embedding(item.name) and item.source.shape},
         resized=dict(each.rows for each in used.values() if each.rows),
