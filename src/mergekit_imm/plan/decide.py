@@ -10,6 +10,7 @@ from typing import TypeVar
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Extended, Tensor, is_stored
 from ..checkpoint.safetensors_file import TensorInfo
+from ..common.garbage import uncollected
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
 from ..model.config import check_configs
@@ -37,6 +38,7 @@ class Decided:
     ties: Ties
 
 
+@uncollected()
 def decide(
     models: Mapping[str, Checkpoint], options: MergeOptions, same_bytes: SameBytes, complain: Complain = refuse
 ) -> Decided:
@@ -87,6 +89,7 @@ def decide(
     typed = models.get("start", base) if options.dtype == "start" else base  # sets the output dtypes
     main = cache(partial(main_dtype, typed))
 
+    stored = {role: each.tensors for role, each in used.items()}
     tensors: list[_Named] = []
     done: set[str] = set(wrong)
     for name in _every_name(base, groups, sft):
@@ -97,7 +100,10 @@ def decide(
         if group is not None:
             key, written = group.key, group.written
             done.update(group.names)
-        sides = {role: side for role, each in used.items() if (side := side_of(each, name, group)) is not None}
+        if group is None:
+            sides = {role: there[name] for role, there in stored.items() if name in there}
+        else:
+            sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
         like = side_of(typed, name, group)
         if "base" not in sides and not selects("take", written, key):  # from an adapter with another vocabulary
             try:
@@ -110,14 +116,16 @@ def decide(
     compared = ((key, sides) for key, _, action, sides, _ in tensors if action in ("merge", "copy"))
     check_alike(compared, used, options, problem)
     items: list[Item] = []
+    draw = (options.seed, options.round)  # shared
     for key, written, action, sides, output_dtype in tensors:
         if key in wrong:
             continue
         keep_dtype = not unconverted.isdisjoint(written)
         try:
-            items.append(
-                _item(key, written, action, sides, used, selects, factors, output_dtype, options, keep_dtype=keep_dtype)
+            item = _item(
+                key, written, action, sides, used, selects, factors, output_dtype, options, draw, keep_dtype=keep_dtype
             )
+            items.append(item)
         except MergeError as error:
             problem(error, [key])
     return Decided(items, used, ties)
@@ -165,6 +173,7 @@ def _item(
     factors: Mapping[str, float],
     output_dtype: str,
     options: MergeOptions,
+    draw: tuple[int, int],
     *,
     keep_dtype: bool = False,
 ) -> Item:
@@ -192,7 +201,7 @@ def _item(
     outs = tuple([TensorInfo(name, dtype, source.shape, home, 0, nbytes) for name in written])
     if action == "take":
         sides = {"sft": source}
-    item = Item(key, action, sides, outs, constants, mask_key(key, options.seed, options.round))
+    item = Item(key, action, sides, outs, constants, draw)
     extended = [side.own.count for side in sides.values() if isinstance(side, Extended)]
     if action != "merge" or not extended:
         return item

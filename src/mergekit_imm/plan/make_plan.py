@@ -13,6 +13,7 @@ from ..checkpoint.lazy_tensor import Tensor
 from ..checkpoint.model_files import SPLIT, is_side_file
 from ..checkpoint.reader import same_bytes
 from ..checkpoint.safetensors_file import TensorInfo, fingerprint
+from ..common.garbage import uncollected
 from ..common.messages import bytes_text, shown
 from ..common.notes import Note, note
 from ..errors import MismatchError
@@ -36,6 +37,7 @@ def make_plans(inputs: Inputs) -> list[Plan]:
     return [plan_of(inputs.models, each, decide(inputs.models, each, equal), equal) for each in inputs.options]
 
 
+@uncollected()
 def plan_of(models: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided, equal: SameBytes) -> Plan:
     """Plan a merge whose tensors are decided, and check that nothing is lost."""
     plan = unchecked_plan(models, options, decided)
@@ -92,7 +94,7 @@ def _in_order(items: Sequence[Item], placed: Mapping[str, TensorInfo], files: Se
             each.sides,
             tuple([placed[out.name] for out in each.outs]),
             each.constants,
-            each.mask_key,
+            each.draw,
             each.common,
             each.owner,
         )

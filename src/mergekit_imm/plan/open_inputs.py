@@ -14,6 +14,7 @@ from ..checkpoint.model_files import matches
 from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
 from ..checkpoint.reader import same_values
 from ..common.checks import as_path
+from ..common.garbage import uncollected
 from ..common.json_files import is_utf8
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError
@@ -32,6 +33,7 @@ from .make_plan import make_plans
 from .plan import Inputs, same_place
 
 
+@uncollected()
 def open_inputs(
     refs: Mapping[str, str | Path | None],
     options: MergeOptions | Sequence[MergeOptions],
