@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 from ..common.json_files import parse_json, plain_size, without_duplicates
 from ..common.messages import shown
@@ -70,28 +71,39 @@ class TensorFile:
     notes: tuple[Note, ...] = ()  # what was found in it besides tensors
 
 
+_in_use: WeakValueDictionary[tuple[Any, ...], TensorFile] = WeakValueDictionary()  # by name, size and header
+
+
 def open_tensorfile(path: Path, name: str) -> TensorFile:
     """Read the header of a safetensors file, validated by the safetensors library. Reads no tensor.
 
+    A file of the same name, size and header as one in use shares its tensors: base and sft are mostly stored alike.
     Raises CheckpointError if the file is missing, truncated or malformed.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         plain_size(path)
-        with safe_open(path, framework="numpy"):
-            pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
+            header = file.read(min(length, HEADER_LIMIT))
             status = os.fstat(file.fileno())
+        key = (name, status.st_size, length, blake2b(header).digest())
+        found = _in_use.get(key)
+        if found is None:
+            with safe_open(path, framework="numpy"):
+                pass
     except SafetensorError as error:
         raise CheckpointError(
             f"{shown(path)} is not a whole safetensors file: {shown(error, 300)}; copy or download it again"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
-    return replace(parse_header(header, name, status.st_size, path), written=status.st_mtime_ns)
+    if found is not None:
+        return replace(found, path=path, written=status.st_mtime_ns)
+    file = replace(parse_header(header, name, status.st_size, path), written=status.st_mtime_ns)
+    _in_use[key] = file
+    return file
 
 
 def parse_header(header: bytes, name: str, size: int, path: Path | None) -> TensorFile:

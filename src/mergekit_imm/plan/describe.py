@@ -189,12 +189,12 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
             "name": name,
             "action": action,
             "tensors": len(items),
-            "elements": sum(item.source.count for item in items),
+            "elements": sum([item.source.count for item in items]),
             "read": dict(dtypes),
             "write": dtype,
             "drop": drop,
-            "bytes_read": sum(side.stored for item in items for side in item.sides.values()),
-            "bytes_written": sum(out.nbytes for item in items for out in item.outs),
+            "bytes_read": sum([side.stored for item in items for side in item.sides.values()]),
+            "bytes_written": sum([out.nbytes for item in items for out in item.outs]),
         }
         for (name, action, dtypes, dtype, drop), items in groups.items()
     ]
