@@ -45,9 +45,7 @@ def check_names(
     """Complain about tensors that only one model has and no option permits."""
     base, sft = used["base"], used["sft"]
     others = {  # an adapter's names were matched to the model's
-        role: each
-        for role, each in used.items()
-        if each.adapter is None and each.tensors.keys() != base.tensors.keys()
+        role: each for role, each in used.items() if each.adapter is None and each.tensors.keys() != base.tensors.keys()
     }
     if not others:
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.model_files import Part, are_shards, index_of, stem_of
 from ..checkpoint.safetensors_file import TensorInfo, build_header
 from ..numerics.dtypes import DTYPE_BITS
+from ..options.recipe import to_json
 
 SHARD_SIZE = 5_000_000_000  # bytes per file when the base has no layout to follow; long the default of transformers
 FileContent = tuple[dict[str, str], list[TensorInfo]]  # metadata, tensors in order
@@ -58,7 +58,7 @@ def lay_out(
             several = [f"{stem}-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
             names = several if total > 1 else [f"{stem}.safetensors"]
             index = index_of(part.folder, part.stem) if total > 1 else None
-        of_index: dict[str, TensorInfo] = {}
+        of_index: list[TensorInfo] = []
         folder = part.folder
         for name, (metadata, tensors) in zip(names, shards, strict=True):
             ordered = _aligned(tensors)
@@ -68,21 +68,21 @@ def lay_out(
             )
             files.append(OutputFile(name, head, size))
             for t, begin in zip(ordered, begins, strict=True):
-                of_index[t.name] = TensorInfo(t.name, t.dtype, t.shape, name, begin, t.nbytes)
-        placed |= of_index
+                of_index.append(TensorInfo(t.name, t.dtype, t.shape, name, begin, t.nbytes))
+        placed |= {each.name: each for each in of_index}
         if index is not None:
             indexes[index] = _index(of_index, folder)
     return placed, tuple(files), indexes
 
 
-def _index(placed: dict[str, TensorInfo], folder: str) -> bytes:
-    """Write an index as `json.dumps(..., indent=2)` does; with an indent, that is slow, and lists every token."""
-    total = sum(tensor.nbytes for tensor in placed.values())
-    weight_map = {name.removeprefix(folder): placed[name].file.removeprefix(folder) for name in sorted(placed)}
-    lines = json.dumps(weight_map, separators=(",\n    ", ": "), ensure_ascii=False)[1:-1]
-    return (
-        f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{\n    {lines}\n  }}\n}}\n'
-    ).encode()
+def _index(placed: list[TensorInfo], folder: str) -> bytes:
+    names = sorted(placed, key=lambda tensor: tensor.name)
+    return to_json(
+        {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in placed)},
+            "weight_map": {each.name.removeprefix(folder): each.file.removeprefix(folder) for each in names},
+        }
+    )
 
 
 def _as_in_base(outs: Sequence[TensorInfo], base: Checkpoint, part: Part) -> list[FileContent]:
