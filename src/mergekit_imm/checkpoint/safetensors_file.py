@@ -29,9 +29,7 @@ _INTEGERS = {int}  # what the numbers of a header are
 _PAGE, _STRIDE, _EDGE = 4096, 16 << 20, 64 << 10
 
 
-@dataclass(
-    slots=True, unsafe_hash=True
-)  # never changed; frozen ones take four times as long to make, and plans millions
+@dataclass(slots=True, unsafe_hash=True)  # never changed, but frozen ones take four times as long to make
 class TensorInfo:
     """Where one tensor lies on disk."""
 

@@ -6,8 +6,8 @@ import errno
 import functools
 import json
 import stat
-from collections.abc import Callable, Collection, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -54,25 +54,29 @@ def indented(value: Any, line: str = "\n") -> Iterator[str]:
     True
     """
     inner = f"{line}  "
-    if isinstance(value, Iterator) or any(isinstance(each, _NESTS) for each in _members(value)):
-        is_list = isinstance(value, list | tuple)
-        begin = "[" if is_list else "{"
-        for each in value.items() if isinstance(value, dict) else value:
+    if not isinstance(value, _NESTS):
+        yield _compact(inner)(value)
+        return
+    is_list = isinstance(value, list | tuple)
+    members = iter(value.items() if isinstance(value, dict) else value)
+    begin, end = "[]" if is_list else "{}"
+    first = begin
+    if isinstance(value, Iterator) or any(
+        isinstance(each, _NESTS) for each in (value.values() if isinstance(value, dict) else value)
+    ):
+        for each in members:
             key, member = ("", each) if is_list else (f"{_compact(inner)(each[0])}: ", each[1])
             yield f"{begin}{inner}{key}"
             yield from indented(member, inner)
             begin = ","
-        yield f"{line}{']' if is_list else '}'}" if begin == "," else "{}"
-        return
-    text = _compact(inner)(value)
-    yield f"{text[0]}{inner}{text[1:-1]}{line}{text[-1]}" if _members(value) else text
+    else:
+        while block := list(islice(members, 10_000)):
+            yield f"{begin}{inner}{_compact(inner)(block if is_list else dict(block))[1:-1]}"
+            begin = ","
+    yield f"{line}{end}" if begin == "," else f"{first}{end}"
 
 
 _NESTS = (dict, list, tuple, Iterator)
-
-
-def _members(value: Any) -> Collection[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
 
 
 @functools.cache

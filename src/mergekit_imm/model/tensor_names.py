@@ -16,7 +16,8 @@ from ..errors import ArgumentError
 _INPUT_EMBEDDINGS = tuple(
     f"{module}.weight"
     for module in (
-        "embed_tokens tokens_embed wte word_embedding word_embeddings tok_embeddings embed_in embeddings embedding shared"
+        "embed_tokens tokens_embed wte word_embedding word_embeddings tok_embeddings embed_in embeddings embedding"
+        " shared"
     ).split()
 )
 _OUTPUT_HEADS = tuple(

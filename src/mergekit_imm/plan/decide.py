@@ -101,10 +101,10 @@ def decide(
             key, written = group.key, group.written
             done.update(group.names)
         if group is None:
-            sides = {role: there[name] for role, there in stored.items() if name in there}
+            sides = {role: side for role, there in stored.items() if (side := there.get(name))}
         else:
             sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
-        like = side_of(typed, name, group)
+        like = sides.get("base") if typed is base else side_of(typed, name, group)
         if "base" not in sides and not selects("take", written, key):  # from an adapter with another vocabulary
             try:
                 sides = _paired_with_embedding(key, sides, base)

@@ -69,7 +69,7 @@ def lay_out(
             files.append(OutputFile(name, head, size))
             for t, begin in zip(ordered, begins, strict=True):
                 of_index.append(TensorInfo(t.name, t.dtype, t.shape, name, begin, t.nbytes))
-        placed |= {each.name: each for each in of_index}
+        placed.update((each.name, each) for each in of_index)
         if index is not None:
             indexes[index] = _index(of_index, folder)
     return placed, tuple(files), indexes
