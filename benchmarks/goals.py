@@ -9,6 +9,7 @@ from typing import Any
 from pair import SIZES
 
 SPEED = {"qwen2.5-1.5b": 20, "qwen2.5-7b": 10}  # times as fast as mergekit
+PLANS = {"dry run": (20, 1500), "merge": (None, 2000)}  # seconds and MB, of a million tensors
 FROM_HALF_A_BILLION = list(SIZES)[list(SIZES).index("qwen2.5-0.5b") :]
 
 Goal = dict[str, Any]
@@ -100,4 +101,9 @@ def _alone(results: Mapping[str, Any]) -> Iterator[Goal]:
         yield goal("kernel on one core", name, it["kernel_min"], "ns/parameter")
         yield goal("kernel / memcpy of the same bytes", name, it["kernel_min"] / it["memcpy_min"], "times")
     for name, it in results.get("startup", {}).items():
-        yield goal(f"time of: {name}", f"{it['peak']['median'] / 1e6:.0f} MB", it["wall"]["median"], "s")
+        most = 2 if name.startswith("dry run") else None
+        yield goal(f"time of: {name}", f"{it['peak']['median'] / 1e6:.0f} MB", it["wall"]["median"], "s", most=most)
+    for name, it in results.get("plans", {}).items():
+        seconds, megabytes = PLANS[name.partition(",")[0]]
+        yield goal("time", name, it["wall"]["median"], "s", most=seconds)
+        yield goal("peak memory", name, it["peak"]["max"] / 1e6, "MB", most=megabytes)
