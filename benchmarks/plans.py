@@ -22,7 +22,7 @@ from pathlib import Path
 
 from contenders import imm_merge
 from measure import measured
-from pair import header, tiles
+from pair import Tensors, header, tiles
 from startup import spread
 
 EXPERTS, SHAPE = 512, (2, 4)  # in a layer; of each tensor
@@ -45,7 +45,9 @@ def make_experts(folder: Path, tensors: int, tile: bytes) -> None:
     """Write a model of so many tensors, cut from `tile`."""
     folder.mkdir(parents=True)
     left = islice(names(), tensors)
-    files = [[(name, SHAPE) for name in islice(left, IN_A_FILE)] for _ in range(-(-tensors // IN_A_FILE))]
+    files: list[Tensors] = [
+        [(name, SHAPE) for name in islice(left, IN_A_FILE)] for _ in range(-(-tensors // IN_A_FILE))
+    ]
     weight_map: dict[str, str] = {}
     total = 0
     for number, content in enumerate(files, 1):

@@ -134,7 +134,7 @@ def _by_name(
 
 def _place(name: str, indexes: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Return the file that the indexes name for a tensor."""
-    for index, content in reversed(indexes.items()):
+    for index, content in reversed([*indexes.items()]):
         folder = folder_of(index)
         file = content["weight_map"].get(name.removeprefix(folder)) if name.startswith(folder) else None
         if file is not None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -101,9 +102,9 @@ def open_tensorfile(path: Path, name: str) -> TensorFile:
         raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
     if found is not None:
         return replace(found, path=path, written=status.st_mtime_ns)
-    file = replace(parse_header(header, name, status.st_size, path), written=status.st_mtime_ns)
-    _in_use[key] = file
-    return file
+    parsed = replace(parse_header(header, name, status.st_size, path), written=status.st_mtime_ns)
+    _in_use[key] = parsed
+    return parsed
 
 
 def parse_header(header: bytes, name: str, size: int, path: Path | None) -> TensorFile:
@@ -119,7 +120,7 @@ def parse_header(header: bytes, name: str, size: int, path: Path | None) -> Tens
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{where} has a malformed header: {shown(error, 300)}") from error
     del content
-    tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
+    tensors.sort(key=attrgetter("begin", "nbytes"))
     end = len(header) + 8
     for tensor in tensors:
         if tensor.begin != end:

@@ -6,7 +6,7 @@ import errno
 import functools
 import json
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 DEPTH = 64  # far deeper than any config; Python's own limit is about a thousand
 SIZE = 256 << 20  # bytes; the index of a million tensors takes half of it
 
-Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
+Pairs = Callable[[list[tuple[str, Any]]], Any]
 
 
 def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
@@ -25,7 +25,8 @@ def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
         raise ValueError("it is nested too deeply") from None
     level = [parsed]
     for _ in range(DEPTH + 1):
-        objects, lists = ([each for each in level if type(each) is kind] for kind in (dict, list))
+        objects: list[dict[str, Any]] = [each for each in level if type(each) is dict]
+        lists: list[list[Any]] = [each for each in level if type(each) is list]
         level = [*chain.from_iterable(map(dict.values, objects)), *chain.from_iterable(lists)]
     if level:
         raise ValueError(f"it is nested more than {DEPTH} levels deep")
@@ -47,7 +48,7 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def indented(value: Any, line: str = "\n") -> Iterator[str]:
     """Yield, in pieces, what json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) returns, in less time.
 
-    `json` has no C code for indents: here it encodes whatever holds no other mapping or list. An iterator stands for a
+    `json` has no C code for indents: here it encodes whatever holds no other mapping or list. A generator stands for a
     mapping of its pairs, which then need not be in memory at once. `line` begins the line of the closing bracket.
 
     >>> "".join(indented({"a": [], "b": {"c": 1}})) == json.dumps({"a": [], "b": {"c": 1}}, indent=2)
@@ -61,8 +62,8 @@ def indented(value: Any, line: str = "\n") -> Iterator[str]:
     members = iter(value.items() if isinstance(value, dict) else value)
     begin, end = "[]" if is_list else "{}"
     first = begin
-    if isinstance(value, Iterator) or any(
-        isinstance(each, _NESTS) for each in (value.values() if isinstance(value, dict) else value)
+    if isinstance(value, Generator) or any(
+        issubclass(kind, _NESTS) for kind in {*map(type, value.values() if isinstance(value, dict) else value)}
     ):
         for each in members:
             key, member = ("", each) if is_list else (f"{_compact(inner)(each[0])}: ", each[1])
@@ -76,7 +77,7 @@ def indented(value: Any, line: str = "\n") -> Iterator[str]:
     yield f"{line}{end}" if begin == "," else f"{first}{end}"
 
 
-_NESTS = (dict, list, tuple, Iterator)
+_NESTS = (dict, list, tuple, Generator)
 
 
 @functools.cache

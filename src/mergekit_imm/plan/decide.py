@@ -96,7 +96,8 @@ def decide(
         if name in done:
             continue
         group = groups.get(name)
-        key, written = name, (name,)
+        key = name
+        written: tuple[str, ...] = (name,)
         if group is not None:
             key, written = group.key, group.written
             done.update(group.names)

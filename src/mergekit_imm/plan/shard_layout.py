@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.model_files import Part, are_shards, index_of, stem_of
@@ -69,14 +70,15 @@ def lay_out(
             files.append(OutputFile(name, head, size))
             for t, begin in zip(ordered, begins, strict=True):
                 of_index.append(TensorInfo(t.name, t.dtype, t.shape, name, begin, t.nbytes))
-        placed.update((each.name, each) for each in of_index)
+        for each in of_index:
+            placed[each.name] = each
         if index is not None:
             indexes[index] = _index(of_index, folder)
     return placed, tuple(files), indexes
 
 
 def _index(placed: list[TensorInfo], folder: str) -> bytes:
-    names = sorted(placed, key=lambda tensor: tensor.name)
+    names = sorted(placed, key=attrgetter("name"))
     return to_json(
         {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in placed)},
