@@ -29,7 +29,7 @@ def test_long_values_in_pieces() -> None:
 
 def test_pairs_stand_for_a_mapping() -> None:
     pairs = ((name, {"n": n}) for n, name in enumerate("ab"))
-    none = (pair for pair in ())
+    none = (pair for pair in list[tuple[str, int]]())
     expected = {"all": {"a": {"n": 0}, "b": {"n": 1}}, "none": {}}
     assert "".join(indented({"all": pairs, "none": none})) == json.dumps(expected, indent=2)
 
