@@ -11,6 +11,7 @@ from pair import SIZES
 SPEED = {"qwen2.5-1.5b": 20, "qwen2.5-7b": 10}  # times as fast as mergekit
 KERNEL = {"bf16": 0.55, "f16": 0.8}  # ns per parameter
 WAIT = {"tiny merge": 0.5, "tiny merge, kernel not compiled yet": 3, "dry run, 405 B": 2}  # seconds
+PLANS = {"dry run": (20, 1500), "merge": (None, 2000)}  # seconds and MB, of a million tensors
 FROM_HALF_A_BILLION = list(SIZES)[list(SIZES).index("qwen2.5-0.5b") :]
 
 Goal = dict[str, Any]
@@ -123,3 +124,7 @@ def _alone(results: Mapping[str, Any]) -> Iterator[Goal]:
         yield goal(
             f"time of: {name}", f"{it['peak']['median'] / 1e6:.0f} MB", it["wall"]["median"], "s", most=WAIT.get(name)
         )
+    for name, it in results.get("plans", {}).items():
+        seconds, megabytes = PLANS[name.partition(",")[0]]
+        yield goal("time", name, it["wall"]["median"], "s", most=seconds)
+        yield goal("peak memory", name, it["peak"]["max"] / 1e6, "MB", most=megabytes)

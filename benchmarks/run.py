@@ -27,12 +27,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import plans
 import startup
 from contenders import ALPHA, DROP, HERE, OURS, PEERS, Job, imm_merge, make_models, run, why_not
 from goals import goals
 from measure import FailedError, cpu_name, evict, git_version, machine, measured, memory, versions, warm
 from pair import SIZES, parameter_count
 
+PARTS = ("startup", "plans", "kernel", "sizes")
 Runs = dict[str, dict[str, list[dict[str, float]]]]  # contender, warm or cold, round
 
 
@@ -164,6 +166,9 @@ def measure_all(arguments: argparse.Namespace, root: Path, path: Path) -> dict[s
     if "startup" in arguments.parts:
         say("help, dry run, first merge")
         results["startup"] = startup.measure(root / "startup", 5)
+    if "plans" in arguments.parts:
+        say(f"a model of {plans.NUMBER} tensors")
+        results["plans"] = plans.measure(root / "plans")
     if "kernel" in arguments.parts:
         say("kernel")
         results["kernel"] = kernel_times({})
@@ -228,7 +233,7 @@ def main() -> None:
     parser.add_argument("--peers", type=names, default=list(PEERS), help=f"of {', '.join(PEERS)}")
     parser.add_argument("--peer-sizes", type=names, help="sizes that peers merge too (default: all)")
     parser.add_argument("--peers-python", type=Path, default=HERE.parent / ".venv-peers" / "bin" / "python")
-    parser.add_argument("--parts", type=names, default=["startup", "kernel", "sizes"], help="what to measure")
+    parser.add_argument("--parts", type=names, default=list(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--add", action="store_true", help="to what today's result file holds, keep the rest of it")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result files")
     arguments = parser.parse_args()
@@ -237,7 +242,7 @@ def main() -> None:
     for given, known in (
         (arguments.sizes + arguments.peer_sizes, SIZES),
         (arguments.peers, PEERS),
-        (arguments.parts, ("startup", "kernel", "sizes")),
+        (arguments.parts, PARTS),
     ):
         if unknown := set(given) - set(known):
             parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")

@@ -151,6 +151,15 @@ def startup(results: Mapping[str, Any]) -> str:
     return table(["command", "s", "peak memory MB"], rows)
 
 
+def plans(results: Mapping[str, Any]) -> str:
+    """A model of many tensors."""
+    rows = [
+        [name, spread(it["wall"]), spread(it["cpu"]), f"{it['peak']['median'] / 1e6:.0f}"]
+        for name, it in results.get("plans", {}).items()
+    ]
+    return table(["command", "s", "CPU s", "peak memory MB"], rows)
+
+
 def goals(results: Mapping[str, Any]) -> str:
     """Goals with a limit, and whether they are met."""
     rows = [
@@ -180,6 +189,7 @@ def main() -> None:
         "memory": memory(results),
         "kernel": kernel(results),
         "startup": startup(results),
+        "plans": plans(results),
         "goals": goals(results),
     }
     update("numbers.md", parts, __doc__)

@@ -20,6 +20,7 @@ import goals
 import kernel
 import measure
 import pair
+import plans
 import run
 import startup
 from mergekit_imm import merge_checkpoints
@@ -69,6 +70,16 @@ def test_the_405_b_layout(tmp_path: Path) -> None:
     assert len(set(index["weight_map"].values())) == 191
     assert index["metadata"]["total_size"] == 2 * 405_853_388_800
     assert sum(file.stat().st_blocks * 512 for file in (tmp_path / "llama").iterdir()) < 10_000_000
+
+
+def test_models_of_many_tensors_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "IN_A_FILE", 700)
+    plans.make_both(tmp_path, 2000)
+    report = merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out")
+    assert (report.tensors["merged"], len(report.files)) == (2000, 3)
+    names = load_file(tmp_path / "out" / report.files[0])
+    assert list(names)[:1] == ["model.embed_tokens.weight"]
+    assert "model.layers.0.mlp.experts.7.up_proj.weight" in names
 
 
 @linux

@@ -232,7 +232,7 @@ def checkpoint_change(
                 if progress is not None:
                     progress(done_bytes, total)
     check_inputs(plan.models)
-    found = statistics(plan, records)["tensors"]
+    found = dict(statistics(plan, records)["tensors"])
     shapes = {item.name: item.source.shape for item in measured}
     bad = next((name for name, each in found.items() if None in (each["delta_norm"], each["base_norm"])), None)
     if bad is not None:

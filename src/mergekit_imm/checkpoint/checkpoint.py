@@ -94,15 +94,10 @@ def assemble(
     if tensors is None and any(SHARDING in file.metadata for file in own.values()):
         own, tensors = from_shards(own, role, label)
         files = files | own
-    places = {
-        f"{folder_of(index)}{name}": f"{folder_of(index)}{file}"
-        for index, content in contents.indexes.items()
-        for name, file in content["weight_map"].items()
-    }
     if tensors is None:
-        tensors, unread = _by_name(files.values(), places, role, ref)
+        tensors, unread = _by_name(files.values(), contents, role, ref)
     else:
-        more, unread = _by_name(beside, places, role, ref)
+        more, unread = _by_name(beside, contents, role, ref)
         twice = next((name for name in more if name in tensors), None)
         if twice is not None:
             raise _stored_twice(twice, "its own files", beside[0].name, role, ref)
@@ -115,28 +110,36 @@ def assemble(
 
 
 def _by_name(
-    files: Iterable[TensorFile], places: Mapping[str, str], role: str, ref: str
+    files: Iterable[TensorFile], contents: Contents, role: str, ref: str
 ) -> tuple[dict[str, Tensor], list[TensorInfo]]:
     """Return tensors by name, and the duplicates that an index says to read from another file."""
     tensors: dict[str, Tensor] = {}
-    unread = []
-    file_of: dict[str, str] = {}
+    unread: list[TensorInfo] = []
     for file in files:
         for tensor in file.tensors:
-            if tensor.name not in file_of:
-                pass
-            elif places.get(tensor.name) == file_of[tensor.name]:
-                unread.append(tensor)
+            before = tensors.setdefault(tensor.name, tensor)
+            if before is tensor:
                 continue
-            elif places.get(tensor.name) == file.name:
-                before = tensors[tensor.name]
-                assert isinstance(before, TensorInfo)
+            assert isinstance(before, TensorInfo)
+            place = _place(tensor.name, contents.indexes)
+            if place == before.file:
+                unread.append(tensor)
+            elif place == tensor.file:
                 unread.append(before)
+                tensors[tensor.name] = tensor
             else:
-                raise _stored_twice(tensor.name, file_of[tensor.name], file.name, role, ref)
-            tensors[tensor.name] = tensor
-            file_of[tensor.name] = file.name
+                raise _stored_twice(tensor.name, before.file, tensor.file, role, ref)
     return tensors, unread
+
+
+def _place(name: str, indexes: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return the file that the indexes name for a tensor."""
+    for index, content in reversed([*indexes.items()]):
+        folder = folder_of(index)
+        file = content["weight_map"].get(name.removeprefix(folder)) if name.startswith(folder) else None
+        if file is not None:
+            return f"{folder}{file}"
+    return None
 
 
 def _stored_twice(name: str, one: str, other: str, role: str, ref: str) -> CheckpointError:
@@ -151,20 +154,20 @@ def _check_index(
 ) -> None:
     """Check that an index agrees with the headers of the files it names, `own`."""
     folder = folder_of(index)
-    places: dict[str, set[str]] = {}
-    for name in own:
-        for tensor in files[name].tensors:
-            places.setdefault(tensor.name.removeprefix(folder), set()).add(name.removeprefix(folder))
-    if own == [MODEL] and set(weight_map) != set(places):
+    held = {name.removeprefix(folder): {t.name.removeprefix(folder) for t in files[name].tensors} for name in own}
+    stored = set[str]().union(*held.values())
+    if own == [MODEL] and weight_map.keys() != stored:
         raise CheckpointError(f"{where} holds both {MODEL} and {index}, with different tensors; delete the stale one")
+    none: set[str] = set()
     for name, file in weight_map.items():
-        if not places.get(name, set()) & {file, MODEL}:
-            place = f"is in {shown(min(places[name]))}" if name in places else "is in none of its files"
+        if name not in held.get(file, none) and name not in held.get(MODEL, none):
+            places = [each for each, names in held.items() if name in names]
+            place = f"is in {shown(min(places))}" if places else "is in none of its files"
             raise CheckpointError(
                 f"{where}: {index} says tensor '{shown(name)}' is in {shown(file)}, but it {place};"
                 " download the model again, or delete a stale index"
             )
-    unnamed = sorted(set(places) - set(weight_map))
+    unnamed = sorted(stored - weight_map.keys())
     if unnamed:
         raise CheckpointError(
             f"{where} stores {len(unnamed)} tensors that its {index} does not name, first"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 from ..common.json_files import parse_json, plain_size, without_duplicates
 from ..common.messages import shown
@@ -21,10 +24,13 @@ from ..numerics.dtypes import DTYPE_BITS
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's
 HEADER_LIMIT = 100_000_000  # safetensors' own
+_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_Entry = tuple[Any, tuple[Any, ...], Any, Any]  # dtype, shape, first byte, end
+_INTEGERS = {int}  # what the numbers of a header are
 _PAGE, _STRIDE, _EDGE = 4096, 16 << 20, 64 << 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # never changed, but frozen ones take four times as long to make
 class TensorInfo:
     """Where one tensor lies on disk."""
 
@@ -66,28 +72,39 @@ class TensorFile:
     notes: tuple[Note, ...] = ()  # what was found in it besides tensors
 
 
+_in_use: WeakValueDictionary[tuple[Any, ...], TensorFile] = WeakValueDictionary()  # by name, size and header
+
+
 def open_tensorfile(path: Path, name: str) -> TensorFile:
     """Read the header of a safetensors file, validated by the safetensors library. Reads no tensor.
 
+    A file of the same name, size and header as one in use shares its tensors: base and sft are mostly stored alike.
     Raises CheckpointError if the file is missing, truncated or malformed.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         plain_size(path)
-        with safe_open(path, framework="numpy"):
-            pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
+            header = file.read(min(length, HEADER_LIMIT))
             status = os.fstat(file.fileno())
+        key = (name, status.st_size, length, blake2b(header).digest())
+        found = _in_use.get(key)
+        if found is None:
+            with safe_open(path, framework="numpy"):
+                pass
     except SafetensorError as error:
         raise CheckpointError(
             f"{shown(path)} is not a whole safetensors file: {shown(error, 300)}; copy or download it again"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
-    return replace(parse_header(header, name, status.st_size, path), written=status.st_mtime_ns)
+    if found is not None:
+        return replace(found, path=path, written=status.st_mtime_ns)
+    parsed = replace(parse_header(header, name, status.st_size, path), written=status.st_mtime_ns)
+    _in_use[key] = parsed
+    return parsed
 
 
 def parse_header(header: bytes, name: str, size: int, path: Path | None) -> TensorFile:
@@ -97,12 +114,13 @@ def parse_header(header: bytes, name: str, size: int, path: Path | None) -> Tens
     """
     where = shown(path or name)
     try:
-        content = parse_json(header, without_duplicates)
+        content = parse_json(header, _object)
         metadata = content.pop("__metadata__", None) or {}
-        tensors = [_tensor(key, entry, name, len(header) + 8) for key, entry in content.items()]
+        tensors = _tensors(content, name, len(header) + 8)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{where} has a malformed header: {shown(error, 300)}") from error
-    tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
+    del content
+    tensors.sort(key=attrgetter("begin", "nbytes"))
     end = len(header) + 8
     for tensor in tensors:
         if tensor.begin != end:
@@ -119,19 +137,33 @@ def parse_header(header: bytes, name: str, size: int, path: Path | None) -> Tens
     return TensorFile(name, path, size, metadata, tuple(tensors))
 
 
-def _tensor(name: str, entry: dict[str, Any], file: str, data: int) -> TensorInfo:
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
-        raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if not all(type(x) is int and x >= 0 for x in (*shape, begin, end)):
-        raise ValueError(f"tensor {name!r} has shape {shape} at bytes {begin}..{end}")
-    bits = DTYPE_BITS[dtype]
-    for size in shape:
-        bits *= size
-    if bits != (end - begin) * 8:
-        raise ValueError(f"tensor {name!r}, {dtype} {list(shape)}, does not fill its bytes {begin}..{end}")
-    return TensorInfo(sys.intern(name), sys.intern(dtype), shape, file, data + begin, end - begin)  # models share them
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
+    """Return an object of a header; of the entry of a tensor what is needed, which takes less memory."""
+    content = without_duplicates(pairs)
+    if type(content.get("data_offsets")) is not list:
+        return content
+    begin, end = content["data_offsets"]
+    return content["dtype"], tuple(content["shape"]), begin, end
+
+
+def _tensors(entries: dict[str, Any], file: str, data: int) -> list[TensorInfo]:
+    tensors = []
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one of each, however many tensors have it
+    for name, entry in entries.items():
+        if type(entry) is not tuple:
+            raise ValueError(f"tensor {name!r} has no data_offsets")
+        dtype, shape, begin, end = entry
+        if dtype not in DTYPE_BITS:
+            raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        numbers = (*shape, begin, end)
+        if {*map(type, numbers)} != _INTEGERS or min(numbers) < 0:
+            raise ValueError(f"tensor {name!r} has shape {shape} at bytes {begin}..{end}")
+        if DTYPE_BITS[dtype] * math.prod(shape) != (end - begin) * 8:
+            raise ValueError(f"tensor {name!r}, {dtype} {list(shape)}, does not fill its bytes {begin}..{end}")
+        shape = shapes.setdefault(shape, shape)
+        # Models share names and dtypes.
+        tensors.append(TensorInfo(sys.intern(name), sys.intern(dtype), shape, file, data + begin, end - begin))
+    return tensors
 
 
 def build_header(
@@ -141,13 +173,18 @@ def build_header(
 
     Returns the file's first bytes (length and header), the offset of each tensor, and the file's size.
     """
-    content: dict[str, Any] = {"__metadata__": metadata}
+    written = [f'{{"__metadata__":{_json(metadata)}']
     begins, end = [], 0
+    shapes: dict[tuple[int, ...], str] = {}
     for name, dtype, shape, nbytes in tensors:
-        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        if shape not in shapes:
+            shapes[shape] = _json(shape)
+        written.append(
+            f'{_json(name)}:{{"dtype":"{dtype}","shape":{shapes[shape]},"data_offsets":[{end},{end + nbytes}]}}'
+        )
         begins.append(end)
         end += nbytes
-    header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    header = f"{','.join(written)}}}".encode()
     header += b" " * (-len(header) % 8)
     head = len(header).to_bytes(8, "little") + header
     if len(header) > HEADER_LIMIT:

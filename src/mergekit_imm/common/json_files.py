@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 DEPTH = 64  # far deeper than any config; Python's own limit is about a thousand
 SIZE = 256 << 20  # bytes; the index of a million tensors takes half of it
 
-Pairs = Callable[[Iterable[tuple[str, Any]]], dict[str, Any]]
+Pairs = Callable[[list[tuple[str, Any]]], Any]
 
 
 def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
@@ -23,8 +25,9 @@ def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
         raise ValueError("it is nested too deeply") from None
     level = [parsed]
     for _ in range(DEPTH + 1):
-        containers = [each for each in level if isinstance(each, dict | list)]
-        level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
+        objects: list[dict[str, Any]] = [each for each in level if type(each) is dict]
+        lists: list[list[Any]] = [each for each in level if type(each) is list]
+        level = [*chain.from_iterable(map(dict.values, objects)), *chain.from_iterable(lists)]
     if level:
         raise ValueError(f"it is nested more than {DEPTH} levels deep")
     if rb"\u" in content:
@@ -32,14 +35,55 @@ def parse_json(content: bytes, pairs: Pairs | None = None) -> Any:
     return parsed
 
 
-def without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a mapping of the pairs. Raises ValueError for a name that appears twice."""
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the name {key!r} appears twice")
-        content[key] = value
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the name {twice!r} appears twice")
     return content
+
+
+def indented(value: Any, line: str = "\n") -> Iterator[str]:
+    """Yield, in pieces, what json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) returns, in less time.
+
+    `json` has no C code for indents: here it encodes whatever holds no other mapping or list. A generator stands for a
+    mapping of its pairs, which then need not be in memory at once. `line` begins the line of the closing bracket.
+
+    >>> "".join(indented({"a": [], "b": {"c": 1}})) == json.dumps({"a": [], "b": {"c": 1}}, indent=2)
+    True
+    """
+    inner = f"{line}  "
+    if not isinstance(value, _NESTS):
+        yield _compact(inner)(value)
+        return
+    is_list = isinstance(value, list | tuple)
+    members = iter(value.items() if isinstance(value, dict) else value)
+    begin, end = "[]" if is_list else "{}"
+    first = begin
+    if isinstance(value, Generator) or any(
+        issubclass(kind, _NESTS) for kind in {*map(type, value.values() if isinstance(value, dict) else value)}
+    ):
+        for each in members:
+            key, member = ("", each) if is_list else (f"{_compact(inner)(each[0])}: ", each[1])
+            yield f"{begin}{inner}{key}"
+            yield from indented(member, inner)
+            begin = ","
+    else:
+        while block := list(islice(members, 10_000)):
+            yield f"{begin}{inner}{_compact(inner)(block if is_list else dict(block))[1:-1]}"
+            begin = ","
+    yield f"{line}{end}" if begin == "," else f"{first}{end}"
+
+
+_NESTS = (dict, list, tuple, Generator)
+
+
+@functools.cache
+def _compact(line: str) -> Callable[[Any], str]:
+    """Return an encoder that begins a line before each member but the first."""
+    return json.JSONEncoder(separators=(f",{line}", ": "), ensure_ascii=False, allow_nan=False).encode
 
 
 def read_small(path: Path) -> bytes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from ..model.tensor_names import layer_key
 from ..options.recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
-from ..plan.plan import Plan
+from ..plan.plan import Item, Plan
 from .model_card import model_card
 
 OUTSIDE = "outside the layers"
@@ -64,29 +65,25 @@ def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
     """Combine the records of all segments (one row each) into statistics per tensor and per layer.
 
     Sums of squares are added with math.fsum, so the order does not matter. A value that is not finite is None.
+    The entries of the tensors are an iterator of pairs, made as they are written.
     """
-    tensors: dict[str, Any] = {}
-    layers: dict[str, list[npt.NDArray[np.float64]]] = defaultdict(list)
+    layers: dict[str, array[int]] = defaultdict(lambda: array("q"))  # segments
     counts: dict[str, int] = defaultdict(int)
-    at = 0
-    for item in plan.items:
-        rows = records[at : at + item.segment_count]
-        at += item.segment_count
-        entry: dict[str, Any] = {"action": item.action, "elements": item.source.count}
+    for item, of_item in _segments(plan):
         if item.action == "merge":
             layer = layer_key(item.name) or OUTSIDE
-            layers[layer].append(rows)
+            layers[layer].extend(of_item)
             counts[layer] += item.source.count
-            entry |= _summary(rows, item.source.count)
-        tensors[item.name] = entry
     return {
         "format": "mergekit_imm report",
         "version": 2,
         "layers": {
-            layer: {"elements": counts[layer], **_summary(np.concatenate(rows), counts[layer])}
-            for layer, rows in layers.items()
+            layer: {"elements": counts[layer], **_summary(records[of_layer], counts[layer])}
+            for layer, of_layer in layers.items()
         },
-        "tensors": tensors,
+        "tensors": (
+            (item.name, _entry(item, records[of_item.start : of_item.stop])) for item, of_item in _segments(plan)
+        ),
         # Only if true, so that reports of earlier versions still compare equal.
         **({"sft_equals_start": True} if layers and not records[:, 0].any() else {}),
         # Not for hub ids: there it depends on the cache.
@@ -96,14 +93,27 @@ def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
+def _segments(plan: Plan) -> Iterator[tuple[Item, range]]:
+    """Yield each item with the indices of its segments."""
+    at = 0
+    for item in plan.items:
+        yield item, range(at, at := at + item.segment_count)
+
+
+def _entry(item: Item, rows: npt.NDArray[np.float64]) -> dict[str, Any]:
+    count = item.source.count
+    return {"action": item.action, "elements": count, **(_summary(rows, count) if item.action == "merge" else {})}
+
+
 def _summary(rows: npt.NDArray[np.float64], elements: int) -> dict[str, Any]:
-    delta, base, change = (math.fsum(column) if np.isfinite(column).all() else math.nan for column in rows[:, :3].T)
+    *squares, largest, kept = rows.T.tolist()
+    delta, base, change = (math.fsum(column) if all(map(math.isfinite, column)) else math.nan for column in squares)
     return {
-        "kept_share": float(rows[:, 4].sum()) / elements if elements else None,
+        "kept_share": math.fsum(kept) / elements if elements else None,
         "delta_norm": _number(delta**0.5),
         "base_norm": _number(base**0.5),
         "change_norm": _number(change**0.5),
-        "largest_change": _number(float(rows[:, 3].max(initial=0.0))),
+        "largest_change": max(largest, default=0.0) if all(map(math.isfinite, largest)) else None,
     }
 
 

@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
 from os.path import commonprefix
 
 from ..common.messages import shown
@@ -14,14 +13,21 @@ from ..errors import ArgumentError
 
 # Input embeddings and output heads, which `tie_word_embeddings` makes one tensor, by the last components of their names
 # in today's architectures. A name missing here is handled as an ordinary tensor.
-_INPUT_EMBEDDING = re.compile(
-    r"(^|[./])(embed_tokens|tokens_embed|wte|word_embeddings?|tok_embeddings|embed_in|embeddings|embedding|shared)"
-    r"\.weight$"
+_INPUT_EMBEDDINGS = tuple(
+    f"{module}.weight"
+    for module in (
+        "embed_tokens tokens_embed wte word_embedding word_embeddings tok_embeddings embed_in embeddings embedding"
+        " shared"
+    ).split()
 )
-_OUTPUT_HEAD = re.compile(
-    r"((^|[./])(lm_head|generator_lm_head|lm_loss|embed_out|output|output_layer|output_projection|proj_out|vocab_projector"
-    r"|pred_layer\.proj|lm_head\.out_proj|(predictions|lm_head|mlm_score|head)\.decoder)|(^|/)decoder)\.weight$"
+_OUTPUT_HEADS = tuple(
+    f"{module}.weight"
+    for module in (
+        "lm_head generator_lm_head lm_loss embed_out output output_layer output_projection proj_out vocab_projector"
+        " pred_layer.proj lm_head.out_proj predictions.decoder lm_head.decoder mlm_score.decoder head.decoder"
+    ).split()
 )
+_DECODER = "decoder.weight"  # a head if it is a module of the model itself
 
 # Kinds of tensors by the name of module or parameter; `weight_kind` tries them in its own order.
 _SCALE = re.compile(r"(^|_)(scale|scales|scale_inv|zeros|qzeros|g_idx)$|^(A_log|inv_freq)$")  # of other forms, of scans
@@ -34,6 +40,7 @@ _GENERIC = ("weight", "gamma", "beta")  # parameter names that tell nothing, unl
 # Characters of a pattern: up to the first, list kinds of names one by one; beyond the second, advise no pattern.
 _READABLE, _LONGEST = 160, 2000
 
+_LAYER = re.compile(r"(?:[^.]*\.)*?[0-9]+(?![^.])")
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -45,11 +52,8 @@ def layer_key(name: str) -> str | None:
     >>> layer_key("model.embed_tokens.weight") is None
     True
     """
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isascii() and part.isdigit():
-            return ".".join(parts[: i + 1])
-    return None
+    found = _LAYER.match(name)
+    return found[0] if found else None
 
 
 def folder_of(name: str) -> str:
@@ -95,14 +99,13 @@ def weight_kind(name: str, shape: Sequence[int]) -> str:
     return "other"
 
 
-@cache
 def blanked(name: str) -> str:
     """Return a name with * for each number: the name of a kind of tensors.
 
     >>> blanked("model.layers.3.mlp.up_proj.weight")
     'model.layers.*.mlp.up_proj.weight'
     """
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return ".".join(["*" if part.isdigit() else part for part in name.split(".")])
 
 
 def stacks(names: Iterable[str]) -> dict[str, set[str]]:
@@ -182,12 +185,19 @@ def resolve_layers(values: Mapping[str, float], names: Iterable[str]) -> dict[st
 
 def is_input_embedding(name: str) -> bool:
     """Whether a name is that of an input embedding, which names a tied tensor."""
-    return bool(_INPUT_EMBEDDING.search(name))
+    return _is_of(name, _INPUT_EMBEDDINGS)
 
 
 def is_output_head(name: str) -> bool:
     """Whether a name is that of an output head, which `tie_word_embeddings` may tie to the embedding."""
-    return bool(_OUTPUT_HEAD.search(name))
+    return _is_of(name, _OUTPUT_HEADS) or name == _DECODER or name.endswith(f"/{_DECODER}")
+
+
+def _is_of(name: str, ends: tuple[str, ...]) -> bool:
+    """Whether a name is one of these, or ends in one as its last components."""
+    if not name.endswith(ends):  # nearly always
+        return False
+    return any(name == end or name.endswith((f".{end}", f"/{end}")) for end in ends)
 
 
 def unwrapped(name: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ..common.json_files import parse_json, read_small
+from ..common.json_files import indented, parse_json, read_small
 from ..common.messages import shown
 from ..errors import CheckpointError
 from .options import MERGE_DEFAULTS, MergeOptions
@@ -139,8 +140,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "")
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
-    """Encode a recipe or report."""
-    written = bytearray()  # piece by piece: a report of 10,000 tensors would be in memory several times
-    for piece in json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False).iterencode(content):
-        written += piece.encode()
-    return bytes(written) + b"\n"
+    """Encode a recipe, a report or an index."""
+    written = BytesIO()  # piece by piece: a report of a million tensors would be in memory several times
+    for piece in indented(content):
+        written.write(piece.encode())
+    written.write(b"\n")
+    return written.getvalue()

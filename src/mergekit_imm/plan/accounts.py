@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor, leaves
@@ -54,7 +55,7 @@ def check_plan(plan: Plan, ties: Ties) -> None:
             if out.name in written:
                 raise _fault(f"tensor '{shown(out.name)}' would be written twice")
             written[out.name] = item
-    for tensor in _stored(base):
+    for tensor in () if base.tensors.keys() <= written.keys() else _stored(base):
         if tensor.name in base.tensors and tensor.name not in written:
             raise _fault(f"tensor '{shown(tensor.name)}' of {base.label} would not be written")
     for folder, tied in ties.tied.items():
@@ -63,9 +64,9 @@ def check_plan(plan: Plan, ties: Ties) -> None:
 
 def _check_files(role: str, checkpoint: Checkpoint) -> None:
     """Check that a model's tensors are read from every byte its files hold."""
-    others = [tensor for tensor in _stored(checkpoint) if checkpoint.tensors.get(tensor.name) is not tensor]
-    if not others:
+    if all(one is other for one, other in zip_longest(checkpoint.tensors.values(), _stored(checkpoint))):
         return  # each is read as it is stored
+    others = [tensor for tensor in _stored(checkpoint) if checkpoint.tensors.get(tensor.name) is not tensor]
     ranges: dict[str, list[tuple[int, int]]] = {}
     for tensor in checkpoint.tensors.values():
         for owner, leaf in leaves(tensor, role):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
@@ -20,7 +20,7 @@ from ..transforms.tokenizer_files import token_differences
 from .advice import SAVE_ALIKE, Advice
 from .tied_embeddings import Group
 
-Selects = Callable[[str, list[str], str], bool]  # option, names, key
+Selects = Callable[[str, Sequence[str], str], bool]  # option, names, key
 Sides = tuple[str, Mapping[str, Tensor]]  # a tensor's key, and the tensor in each input by role
 Complain = Callable[[MergeError, Collection[str]], None]  # called with an error and the tensors it is about
 
@@ -44,13 +44,16 @@ def check_names(
 ) -> None:
     """Complain about tensors that only one model has and no option permits."""
     base, sft = used["base"], used["sft"]
+    others = {  # an adapter's names were matched to the model's
+        role: each for role, each in used.items() if each.adapter is None and each.tensors.keys() != base.tensors.keys()
+    }
+    if not others:
+        return
     advice = Advice(used, options)
     kept, taken = matcher(options.keep), matcher(options.take)
     kept_names = {n for n in base.tensors if kept(n)} | set(groups)
     taken_names = {n for n in sft.tensors if taken(n)} | set(groups)
-    for role, each in used.items():
-        if each.adapter is not None or each.tensors.keys() == base.tensors.keys():
-            continue  # an adapter's names were matched to the model's
+    for role, each in others.items():
         lacking = set(base.tensors) - kept_names - set(each.tensors)
         surplus = set(each.tensors) - taken_names - set(base.tensors)
         if any(here != there for here, there in _vocabularies(used, role)):  # reported for those that both have
@@ -136,7 +139,7 @@ def selector(options: MergeOptions, base: Checkpoint, sft: Checkpoint, complain:
 
 
 def check_alike(
-    tensors: Sequence[Sides], used: Mapping[str, Checkpoint], options: MergeOptions, complain: Complain
+    tensors: Iterable[Sides], used: Mapping[str, Checkpoint], options: MergeOptions, complain: Complain
 ) -> None:
     """Complain about tensors that differ in shape or kind of dtype, once for each kind of tensor."""
     advice = Advice(used, options)

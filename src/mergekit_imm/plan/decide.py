@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TypeVar
@@ -10,6 +10,7 @@ from typing import TypeVar
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Extended, Tensor, is_stored
 from ..checkpoint.safetensors_file import TensorInfo
+from ..common.garbage import uncollected
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
 from ..model.config import check_configs
@@ -22,9 +23,10 @@ from ..transforms.kept_quantised import intact
 from ..transforms.sparsified_delta import LONGEST_ROW, Ranked, Trimmed
 from .compatibility import Complain, Selects, check_alike, check_names, copied_by, main_dtype, refuse, selector, side_of
 from .plan import Action, Item
-from .tied_embeddings import SameBytes, Ties, tied_groups
+from .tied_embeddings import Group, SameBytes, Ties, tied_groups
 
 T = TypeVar("T")
+_Named = tuple[str, tuple[str, ...], Action, dict[str, Tensor], str]  # key, output names, action, sides by role, dtype
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Decided:
     ties: Ties
 
 
+@uncollected()
 def decide(
     models: Mapping[str, Checkpoint], options: MergeOptions, same_bytes: SameBytes, complain: Complain = refuse
 ) -> Decided:
@@ -84,43 +87,57 @@ def decide(
         return Decided([], used, Ties())
     groups = ties.groups
     typed = models.get("start", base) if options.dtype == "start" else base  # sets the output dtypes
-    main = main_dtype(typed)
+    main = cache(partial(main_dtype, typed))
 
-    tensors: list[tuple[str, list[str], dict[str, Tensor], str]] = []  # key, output names, tensors by role, dtype
+    stored = {role: each.tensors for role, each in used.items()}
+    tensors: list[_Named] = []
     done: set[str] = set(wrong)
-    # Groups include heads that only the start or an adapter stores.
-    for name in dict.fromkeys([*base.tensors, *groups, *sft.tensors]):
+    for name in _every_name(base, groups, sft):
         if name in done:
             continue
         group = groups.get(name)
-        written = list(group.written) if group else [name]
-        key = group.key if group else name
-        done.update(group.names if group else [name])
-        sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
+        key = name
+        written: tuple[str, ...] = (name,)
+        if group is not None:
+            key, written = group.key, group.written
+            done.update(group.names)
+        if group is None:
+            sides = {role: side for role, there in stored.items() if (side := there.get(name))}
+        else:
+            sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
+        like = sides.get("base") if typed is base else side_of(typed, name, group)
         if "base" not in sides and not selects("take", written, key):  # from an adapter with another vocabulary
             try:
                 sides = _paired_with_embedding(key, sides, base)
             except MergeError as error:
                 problem(error, written)
                 continue
-        like = side_of(typed, name, group)
-        tensors.append((key, written, sides, like.output_dtype if like is not None else main))
-    compared = [
-        (k, sides) for k, written, sides, _ in tensors if _action(k, written, sides, selects) in ("merge", "copy")
-    ]
+        action = _action(key, written, sides, selects)
+        tensors.append((key, written, action, sides, like.output_dtype if like is not None else main()))
+    compared = ((key, sides) for key, _, action, sides, _ in tensors if action in ("merge", "copy"))
     check_alike(compared, used, options, problem)
     items: list[Item] = []
-    for key, written, sides, output_dtype in tensors:
+    draw = (options.seed, options.round)  # shared
+    for key, written, action, sides, output_dtype in tensors:
         if key in wrong:
             continue
         keep_dtype = not unconverted.isdisjoint(written)
         try:
-            items.append(
-                _item(key, written, sides, used, selects, factors, output_dtype, options, keep_dtype=keep_dtype)
+            item = _item(
+                key, written, action, sides, used, selects, factors, output_dtype, options, draw, keep_dtype=keep_dtype
             )
+            items.append(item)
         except MergeError as error:
             problem(error, [key])
     return Decided(items, used, ties)
+
+
+def _every_name(base: Checkpoint, groups: Mapping[str, Group], sft: Checkpoint) -> Iterator[str]:
+    """Yield every name once, the base's first. Groups include heads that only the start or an adapter stores."""
+    yield from base.tensors
+    yield from (name for name in groups if name not in base.tensors)
+    if not sft.tensors.keys() <= base.tensors.keys():
+        yield from (name for name in sft.tensors if name not in base.tensors and name not in groups)
 
 
 def _paired_with_embedding(key: str, sides: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
@@ -138,7 +155,7 @@ def _paired_with_embedding(key: str, sides: dict[str, Tensor], base: Checkpoint)
 _arithmetic = cache(arithmetic)  # shared by all tensors with the same numbers
 
 
-def _action(key: str, written: list[str], sides: Mapping[str, Tensor], selects: Selects) -> Action:
+def _action(key: str, written: Sequence[str], sides: Mapping[str, Tensor], selects: Selects) -> Action:
     """Return what happens to a tensor. `check_alike` makes sure that it can be merged."""
     if selects("keep", written, key) and "base" in sides:
         return "keep"
@@ -149,17 +166,18 @@ def _action(key: str, written: list[str], sides: Mapping[str, Tensor], selects: 
 
 def _item(
     key: str,
-    written: list[str],
+    written: Sequence[str],
+    action: Action,
     sides: dict[str, Tensor],
     used: Mapping[str, Checkpoint],
     selects: Selects,
     factors: Mapping[str, float],
     output_dtype: str,
     options: MergeOptions,
+    draw: tuple[int, int],
     *,
     keep_dtype: bool = False,
 ) -> Item:
-    action = _action(key, written, sides, selects)
     if action == "keep":
         sides = {"base": sides["base"]}
     source = sides["sft" if action == "take" else "base"]
@@ -171,7 +189,7 @@ def _item(
             f"tensor '{shown(key)}' cannot be taken from {used['sft'].label}, an adapter that stores only its"
             " change; merge the adapter first, or leave out --take"
         )
-    factor = factors.get(layer_key(key) or "", 1.0)
+    factor = factors.get(layer_key(key) or "", 1.0) if factors else 1.0
     drop = 0.0 if selects("no_drop", written, key) else options.drop
     constants = _arithmetic(alpha=options.alpha, drop=drop, factor=factor)
     if action == "merge" and options.sparsify != "dare" and constants.uses_mask:
@@ -180,12 +198,11 @@ def _item(
     if "sft" in sides and sides["sft"].is_delta:
         constants = replace(constants, is_delta=True)
     home = _output_file(key, sides.get("base"), source, used)
-    outs = tuple(
-        TensorInfo(name, dtype, source.shape, home, 0, source.count * DTYPE_BITS[dtype] // 8) for name in written
-    )
+    nbytes = source.count * DTYPE_BITS[dtype] // 8
+    outs = tuple([TensorInfo(name, dtype, source.shape, home, 0, nbytes) for name in written])
     if action == "take":
         sides = {"sft": source}
-    item = Item(key, action, sides, outs, constants, mask_key(key, options.seed, options.round))
+    item = Item(key, action, sides, outs, constants, draw)
     extended = [side.own.count for side in sides.values() if isinstance(side, Extended)]
     if action != "merge" or not extended:
         return item
@@ -196,10 +213,11 @@ def _item(
 
 def _output_file(key: str, base_tensor: Tensor | None, source: Tensor, used: Mapping[str, Checkpoint]) -> str:
     """Return the output file of a tensor: that of the base, or the counterpart of the sft's file."""
-    base, folder = used["base"], folder_of(key)
+    base = used["base"]
     home = base.file_of.get(base_tensor.name) if base_tensor is not None else None
     if home is not None:
         return home
+    folder = folder_of(key)
     there = [part for part in base.parts if part.folder == folder]
     if isinstance(source, TensorInfo) and base_tensor is None:
         part = next((part for part in used["sft"].parts if source.file in part.files), None)

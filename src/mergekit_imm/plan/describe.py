@@ -178,8 +178,8 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Item]] = defaultdict(list)
     for item in items:
         name = blanked(item.name)
-        read = {role: s.sft if isinstance(s, Sparsified) else s for role, s in item.sides.items()}
-        dtypes = tuple((role, side.dtype) for role, side in read.items())
+        read = [(role, s.sft if isinstance(s, Sparsified) else s) for role, s in item.sides.items()]
+        dtypes = tuple([(role, side.dtype) for role, side in read])
         sft, drop = item.sides.get("sft"), None
         if item.action == "merge":  # the fraction of the delta's elements that is dropped
             drop = sft.drop if isinstance(sft, Sparsified) else round(1 - item.constants.keep16 / 65536, 6)
@@ -189,12 +189,12 @@ def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
             "name": name,
             "action": action,
             "tensors": len(items),
-            "elements": sum(item.source.count for item in items),
+            "elements": sum([item.source.count for item in items]),
             "read": dict(dtypes),
             "write": dtype,
             "drop": drop,
-            "bytes_read": sum(side.stored for item in items for side in item.sides.values()),
-            "bytes_written": sum(out.nbytes for item in items for out in item.outs),
+            "bytes_read": sum([side.stored for item in items for side in item.sides.values()]),
+            "bytes_written": sum([out.nbytes for item in items for out in item.outs]),
         }
         for (name, action, dtypes, dtype, drop), items in groups.items()
     ]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +13,7 @@ from ..checkpoint.lazy_tensor import Tensor
 from ..checkpoint.model_files import SPLIT, is_side_file
 from ..checkpoint.reader import same_bytes
 from ..checkpoint.safetensors_file import TensorInfo, fingerprint
+from ..common.garbage import uncollected
 from ..common.messages import bytes_text, shown
 from ..common.notes import Note, note
 from ..errors import MismatchError
@@ -38,6 +37,7 @@ def make_plans(inputs: Inputs) -> list[Plan]:
     return [plan_of(inputs.models, each, decide(inputs.models, each, equal), equal) for each in inputs.options]
 
 
+@uncollected()
 def plan_of(models: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided, equal: SameBytes) -> Plan:
     """Plan a merge whose tensors are decided, and check that nothing is lost."""
     plan = unchecked_plan(models, options, decided)
@@ -87,8 +87,20 @@ def unchecked_plan(models: Mapping[str, Checkpoint], options: MergeOptions, deci
 def _in_order(items: Sequence[Item], placed: Mapping[str, TensorInfo], files: Sequence[OutputFile]) -> list[Item]:
     """Return the items with their places in the output files, in the order of the output."""
     order = {file.name: number for number, file in enumerate(files)}
-    items = [replace(item, outs=tuple(placed[out.name] for out in item.outs)) for item in items]
-    return sorted(items, key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
+    found = [
+        Item(
+            each.name,
+            each.action,
+            each.sides,
+            tuple([placed[out.name] for out in each.outs]),
+            each.constants,
+            each.draw,
+            each.common,
+            each.owner,
+        )
+        for each in items
+    ]
+    return sorted(found, key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
 
 
 def _configs(
@@ -119,15 +131,16 @@ def _config(
     if (folder and not (config or {}).get("model_type")) or "_class_name" in (config or {}):
         return None, {}  # not a transformers config: another module, or a diffusers component
     members = [item for item in items if folder_of(item.name) == folder]
-    floats = Counter[str]()
+    floats: dict[str, int] = {}
     for item in members:
-        if item.outs[0].dtype in MERGED:
-            floats[item.outs[0].dtype] += item.source.count
+        dtype = item.outs[0].dtype
+        if dtype in MERGED:
+            floats[dtype] = floats.get(dtype, 0) + item.source.count
     names = {code: name for name, code in TORCH_NAMES.items()}
     return merged_config(
         config if config is sft.config_of(folder) else None,
         base.config_of(folder),
-        dtype=names[floats.most_common(1)[0][0]] if floats else None,
+        dtype=names[max(floats, key=floats.__getitem__)] if floats else None,
         tied=ties.tied.get(folder),
         rows={item.source.shape[0] for item in members if is_input_embedding(item.name) and item.source.shape},
         resized=dict(each.rows for each in used.values() if each.rows),

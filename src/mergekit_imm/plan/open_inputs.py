@@ -14,6 +14,7 @@ from ..checkpoint.model_files import matches
 from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
 from ..checkpoint.reader import same_values
 from ..common.checks import as_path
+from ..common.garbage import uncollected
 from ..common.json_files import is_utf8
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError
@@ -32,6 +33,7 @@ from .make_plan import make_plans
 from .plan import Inputs, same_place
 
 
+@uncollected()
 def open_inputs(
     refs: Mapping[str, str | Path | None],
     options: MergeOptions | Sequence[MergeOptions],
@@ -133,7 +135,7 @@ def prepared(models: dict[str, Checkpoint], options: MergeOptions) -> dict[str, 
 
 def _has_names_of(base: Checkpoint, other: Checkpoint) -> bool:
     """Whether names already match: each is one of the base's, and no tensor could be transposed experts."""
-    return other.tensors.keys() <= base.tensors.keys() and all(len(t.shape) != 3 for t in other.tensors.values())
+    return other.tensors.keys() <= base.tensors.keys() and 3 not in {len(t.shape) for t in other.tensors.values()}
 
 
 def dequantised_or_refused(models: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
@@ -143,7 +145,7 @@ def dequantised_or_refused(models: dict[str, Checkpoint], options: MergeOptions)
     """
     if not options.dequantize:
         for each in models.values():
-            if quantisation(each.config) or not all(tensor.dtype in MERGED for tensor in each.tensors.values()):
+            if quantisation(each.config) or not {tensor.dtype for tensor in each.tensors.values()} <= {*MERGED}:
                 check_unquantised(each, copied_by(options))
         return models
     unquantised = {role: dequantised(each, copied_by(options)) for role, each in models.items()}

@@ -18,7 +18,7 @@ from ..checkpoint.safetensors_file import TensorInfo
 from ..common.notes import Note
 from ..model.config import is_other_class
 from ..numerics.dtypes import DTYPE_BITS
-from ..numerics.mask import Arithmetic
+from ..numerics.mask import Arithmetic, mask_key
 from ..options.options import MergeOptions
 from .shard_layout import OutputFile
 
@@ -28,7 +28,7 @@ SEGMENT_BYTES = 4 << 20  # bytes of a segment that is copied unchanged
 Action = Literal["merge", "keep", "take", "copy"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # never changed; not frozen, as TensorInfo
 class Item:
     """One tensor of the output: its inputs, what happens to them, and where the result goes."""
 
@@ -37,7 +37,7 @@ class Item:
     sides: Mapping[str, Tensor]  # by role (base, start, sft): the tensors to read
     outs: tuple[TensorInfo, ...]  # one, or one for each name of a tied tensor
     constants: Arithmetic
-    mask_key: tuple[int, int]
+    draw: tuple[int, int]  # seed and round of the mask
     common: int | None = None  # merge this many elements only
     owner: str = "base"  # role that supplies the rest, unchanged
 
@@ -45,6 +45,11 @@ class Item:
     def source(self) -> Tensor:
         """The tensor that sets the shape; for a copied item, the tensor copied."""
         return self.sides["sft" if self.action == "take" else "base"]
+
+    @property
+    def mask_key(self) -> tuple[int, int]:
+        """The Philox key of its mask."""
+        return mask_key(self.name, *self.draw)
 
     @property
     def raw(self) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import attrgetter
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.model_files import Part, are_shards, index_of, stem_of
 from ..checkpoint.safetensors_file import TensorInfo, build_header
 from ..numerics.dtypes import DTYPE_BITS
+from ..options.recipe import to_json
 
 SHARD_SIZE = 5_000_000_000  # bytes per file when the base has no layout to follow; long the default of transformers
 FileContent = tuple[dict[str, str], list[TensorInfo]]  # metadata, tensors in order
@@ -58,27 +59,32 @@ def lay_out(
             several = [f"{stem}-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
             names = several if total > 1 else [f"{stem}.safetensors"]
             index = index_of(part.folder, part.stem) if total > 1 else None
-        of_index: dict[str, TensorInfo] = {}
+        of_index: list[TensorInfo] = []
+        folder = part.folder
         for name, (metadata, tensors) in zip(names, shards, strict=True):
             ordered = _aligned(tensors)
             head, begins, size = build_header(
-                ((t.name.removeprefix(part.folder), t.dtype, t.shape, t.nbytes) for t in ordered),
+                ((t.name.removeprefix(folder), t.dtype, t.shape, t.nbytes) for t in ordered),
                 {**metadata, "format": "pt"},
             )
             files.append(OutputFile(name, head, size))
-            of_index |= {t.name: replace(t, file=name, begin=begin) for t, begin in zip(ordered, begins, strict=True)}
-        placed |= of_index
+            for t, begin in zip(ordered, begins, strict=True):
+                of_index.append(TensorInfo(t.name, t.dtype, t.shape, name, begin, t.nbytes))
+        for each in of_index:
+            placed[each.name] = each
         if index is not None:
-            indexes[index] = _index(of_index, part.folder)
+            indexes[index] = _index(of_index, folder)
     return placed, tuple(files), indexes
 
 
-def _index(placed: dict[str, TensorInfo], folder: str) -> bytes:
-    content = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in placed.values())},
-        "weight_map": {name.removeprefix(folder): placed[name].file.removeprefix(folder) for name in sorted(placed)},
-    }
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+def _index(placed: list[TensorInfo], folder: str) -> bytes:
+    names = sorted(placed, key=attrgetter("name"))
+    return to_json(
+        {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in placed)},
+            "weight_map": {each.name.removeprefix(folder): each.file.removeprefix(folder) for each in names},
+        }
+    )
 
 
 def _as_in_base(outs: Sequence[TensorInfo], base: Checkpoint, part: Part) -> list[FileContent]:

@@ -115,10 +115,10 @@ def _embeddings(base: Checkpoint, folder: str, config: Config | None) -> list[st
         name
         for name, tensor in base.tensors.items()
         if len(tensor.shape) == 2
+        and layer_key(name) is None
         and (is_embedding_or_head(name) or tensor.shape[0] in sizes)
         and folder_of(name) == folder
         and tensor.dtype in MERGED
-        and layer_key(name) is None
     )
     return (
         [name for name in matrices if is_input_embedding(name)]
