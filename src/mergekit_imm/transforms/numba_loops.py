@@ -7,17 +7,16 @@ BLAS is not used: its order of additions, and so its bits, depends on block shap
 from __future__ import annotations
 
 import numpy as np
-
 from numba import types
 
 from ..numerics.mask import BLOCK, COUNTERS, PHILOX_BUMPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
-from ..numerics.numba_jit import by_type, inline, jit
+from ..numerics.numba_jit import by_type, jit
 
 TILE = BLOCK  # columns of a product at a time: they stay in the cache over k
 
 _M0, _M1 = (np.uint64(x) for x in PHILOX_MULTIPLIERS)
 _B0, _B1 = (np.uint32(x) for x in PHILOX_BUMPS)
-_32 = np.uint64(32)
+_32, _HALF = np.uint64(32), np.uint32(16)
 
 
 # --- arrays of any dtype: uint16 stands for bfloat16, floats for themselves
@@ -78,7 +77,7 @@ def _dot(factors, lines, rank, scaling, out):
 
 @jit
 def rescaled(left, right, columns, scaling, weight, magnitude, first, work, squares, out):
-    """Fill `out` with elements of weight + scaling * (left @ right) from `first` on, each row rescaled to its magnitude.
+    """Fill `out` with elements of weight + scaling * (left @ right) from `first` on, each row with a given norm.
 
     Norms are summed in float64, in row order: of eight rows at a time, as each addition waits for the one before.
     `work` holds eight rows, `squares` [8, columns] what the L1 cache takes of them.
@@ -156,50 +155,185 @@ def dequantize(codes, table, scales, begin, matrix, grid, block, first, out):
 # --- sparsifiers by magnitude
 
 
-@jit
-def count_digits(bits, prefix, shift, counts):
-    """Histogram the sixteen bits above `shift` of the numbers whose higher bits equal `prefix`."""
-    for i in range(len(bits)):
-        high = np.uint64(bits[i]) >> np.uint64(shift)
-        if high >> np.uint64(16) == np.uint64(prefix):
-            counts[high & np.uint64(0xFFFF)] += 1
+@by_type
+def _subtract(values, start, first):
+    """Subtract elements of the start from `first` on from values; None means that these are a delta."""
+    if start == types.none:
+        return lambda values, start, first: None
+
+    def subtract(values, start, first):
+        some = start[first : first + len(values)]  # with start[first + j], numba would check for negative indices
+        for j in range(len(values)):
+            values[j] = values[j] - _number(some[j])
+
+    return subtract
 
 
 @jit
-def random_bits(first, key0, key1, out):
-    """Fill `out` with the sixteen random bits of elements `first` on (see `numerics.mask`)."""
-    e = 0
-    while e < len(out):
-        at = first + e
-        block, inside = at // BLOCK, at % BLOCK
-        word, lane = (inside % (4 * COUNTERS)) // COUNTERS, inside % COUNTERS
-        shift = np.uint32(16 * (inside // (4 * COUNTERS)))
-        run = min(COUNTERS - lane, len(out) - e)  # one word and one half
-        for j in range(run):
-            counter = np.uint64(COUNTERS * block + lane + j)
-            c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> _32), np.uint32(0), np.uint32(0)
-            k0, k1 = np.uint32(key0), np.uint32(key1)
-            for _ in range(PHILOX_ROUNDS):
-                p0, p1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
-                c0, c1 = np.uint32(np.uint32(p1 >> _32) ^ c1 ^ k0), np.uint32(p1)
-                c2, c3 = np.uint32(np.uint32(p0 >> _32) ^ c3 ^ k1), np.uint32(p0)
-                k0, k1 = np.uint32(k0 + _B0), np.uint32(k1 + _B1)
-            chosen = c0 if word == 0 else c1 if word == 1 else c2 if word == 2 else c3
-            out[e + j] = np.uint16(chosen >> shift)
-        e += run
+def _difference(sft, start, first, values):
+    """Fill `values` with elements of sft - start from `first` on, each rounded once."""
+    some = sft[first : first + len(values)]
+    for j in range(len(values)):
+        values[j] = _number(some[j])
+    _subtract(values, start, first)
+
+
+@by_type
+def _magnitude(x):
+    """The bits of a float without the sign: integers that order floats by magnitude, NaN last."""
+    if x == types.float32:
+        return lambda x: np.uint32(np.float32(x).view(np.uint32) & np.uint32(0x7FFFFFFF))
+    return lambda x: np.uint64(np.float64(x).view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
 
 
 @jit
-def drop_ranked(delta, order, bits, keep16, scale):
-    """Drop elements of one row, ranked by `order`, smallest first; dropped ones become -0.0.
+def count_magnitudes(sft, start, low, shift, values, bits, counts, below):
+    """Count the magnitudes of a delta, as integers: those under `low`, and the others by (magnitude - low) >> shift.
 
-    NaN and infinity are kept. A delta of -0.0 becomes 0.0, so that -0.0 marks what was dropped.
+    Those beyond the last count are left out. The rows of `counts`, one or two, are to be added up: where many are
+    equal, an element waits for the count of the one before. `values` and `bits` are scratch that fits the L1 cache.
     """
-    for rank in range(len(order)):
-        i = order[rank]
-        if not np.isfinite(delta[i]):
-            continue
-        if np.uint32(bits[i]) < keep16[rank]:
-            delta[i] = delta[i] * scale[rank] + delta.dtype.type(0)
-        else:
-            delta[i] = -delta.dtype.type(0)
+    most, odd, kind = counts.shape[1], len(counts) - 1, bits.dtype.type
+    for first in range(0, len(sft), len(values)):
+        some = values[: min(len(values), len(sft) - first)]
+        _difference(sft, start, first, some)
+        under = np.uint32(0)
+        for j in range(len(some)):
+            size = _magnitude(some[j])
+            under += np.uint32(size < low)
+            bits[j] = kind(size - low) >> shift  # very large if under `low`
+        below[0] += under
+        for j in range(len(some)):
+            if bits[j] < most:
+                counts[j & odd, bits[j]] += np.uint32(1)
+
+
+@jit
+def keep_largest(sft, start, least, out):
+    """Fill `out` with the delta where its magnitude, as an integer, is at least `least`, and with -0.0 elsewhere.
+
+    A delta of -0.0 becomes 0.0, so that -0.0 marks what was dropped.
+    """
+    zero = out.dtype.type(0)
+    for first in range(0, len(out), BLOCK):
+        some = out[first : first + BLOCK]
+        _difference(sft, start, first, some)
+        for j in range(len(some)):
+            some[j] = some[j] + zero if _magnitude(some[j]) >= least else -zero
+
+
+@jit
+def count_undropped(delta, total):
+    """Count the elements of a sparsified delta that are not -0.0."""
+    dropped = _bits(-delta.dtype.type(0))
+    count = np.int64(0)
+    for j in range(len(delta)):
+        count += _bits(delta[j]) != dropped
+    total[0] += count
+
+
+@by_type
+def _bits(x):
+    if x == types.float32:
+        return lambda x: np.float32(x).view(np.uint32)
+    return lambda x: np.float64(x).view(np.uint64)
+
+
+@jit
+def random_bits(block, key0, key1, out):
+    """Fill `out` with the sixteen random bits of the elements of whole blocks (see `numerics.mask`)."""
+    for first in range(0, len(out), BLOCK):
+        counter = np.uint64(COUNTERS) * np.uint64(block + first // BLOCK)
+        _random_block(np.uint32(counter), np.uint32(counter >> _32), key0, key1, out[first : first + BLOCK])
+
+
+@jit
+def _random_block(low, high, key0, key1, out):
+    for j in range(COUNTERS):
+        c0, c1, c2, c3 = np.uint32(low + np.uint32(j)), high, np.uint32(0), np.uint32(0)
+        k0, k1 = key0, key1
+        for _ in range(PHILOX_ROUNDS):
+            p0, p1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
+            c0, c1 = np.uint32(np.uint32(p1 >> _32) ^ c1 ^ k0), np.uint32(p1)
+            c2, c3 = np.uint32(np.uint32(p0 >> _32) ^ c3 ^ k1), np.uint32(p0)
+            k0, k1 = np.uint32(k0 + _B0), np.uint32(k1 + _B1)
+        out[j], out[4 * COUNTERS + j] = np.uint16(c0), np.uint16(c0 >> _HALF)
+        out[COUNTERS + j], out[5 * COUNTERS + j] = np.uint16(c1), np.uint16(c1 >> _HALF)
+        out[2 * COUNTERS + j], out[6 * COUNTERS + j] = np.uint16(c2), np.uint16(c2 >> _HALF)
+        out[3 * COUNTERS + j], out[7 * COUNTERS + j] = np.uint16(c3), np.uint16(c3 >> _HALF)
+
+
+@jit
+def drop_by_rank(sft, start, drawn, keep16, scale, keys, orders, most, counts, out):
+    """Fill `out` with rows of the delta, in which elements are kept or dropped by their rank in magnitude.
+
+    The element of rank r, smallest first, ties by index, is multiplied by scale[r] if its random bits are less than
+    keep16[r], and else becomes -0.0; NaN and infinity are kept. A delta of -0.0 becomes 0.0. Ranks come from a radix
+    sort of as many bits as tell the magnitudes of a row apart, at most `most` in a pass; the last pass needs no order.
+    """
+    row, kind = len(keys), keys.dtype.type
+    zero = out.dtype.type(0)
+    infinity = _magnitude(out.dtype.type(np.inf))
+    for first in range(0, len(out), row):
+        values, bits = out[first : first + row], drawn[first : first + row]
+        _difference(sft, start, first, values)
+        width = _narrow(values, keys)
+        passes = max(1, (width + most - 1) // most)
+        digit = (width + passes - 1) // passes
+        some, mask = counts[: 1 << digit], kind((1 << digit) - 1)
+        for number in range(passes):
+            source, target, shift = orders[number & 1], orders[(number & 1) ^ 1], kind(number * digit)
+            _begins(keys, shift, mask, some)
+            if number < passes - 1:
+                for j in range(row):
+                    i = source[j] if number else np.uint32(j)
+                    at = (keys[i] >> shift) & mask
+                    target[some[at]] = i
+                    some[at] += np.uint32(1)
+                continue
+            for j in range(row):
+                i = source[j] if number else np.uint32(j)
+                at = (keys[i] >> shift) & mask
+                rank = some[at]
+                some[at] += np.uint32(1)
+                x = values[i]
+                kept = x * scale[rank] + zero if bits[i] < keep16[rank] else -zero
+                values[i] = kept if _magnitude(x) < infinity else x
+
+
+@jit
+def _narrow(values, keys):
+    """Fill `keys` with small integers in the order of the magnitudes of values; return how many bits they have.
+
+    Zero stays zero, the smallest of the others becomes one, and bits that are zero in all are left out.
+    """
+    kind = keys.dtype.type
+    common, low = kind(0), ~kind(0)
+    for j in range(len(values)):
+        size = _magnitude(values[j])
+        keys[j] = size
+        common |= size
+        low = min(low, size if size else ~kind(0))
+    shift = kind(0)
+    while common and not (common >> shift) & kind(1):
+        shift += kind(1)
+    less, largest = kind((low >> shift) - kind(1)), kind(0)
+    for j in range(len(keys)):
+        key = kind((keys[j] >> shift) - less) if keys[j] else kind(0)
+        keys[j] = key
+        largest = max(largest, key)
+    width = 0
+    while largest >> kind(width):
+        width += 1
+    return width
+
+
+@jit
+def _begins(keys, shift, mask, counts):
+    """Fill `counts` with the number of keys that have a smaller digit than each."""
+    counts[:] = np.uint32(0)
+    for j in range(len(keys)):
+        counts[(keys[j] >> shift) & mask] += np.uint32(1)
+    total = np.uint32(0)
+    for at in range(len(counts)):
+        total, counts[at] = np.uint32(total + counts[at]), total
