@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 
 from ..numerics.mask import BLOCK, COUNTERS, PHILOX_BUMPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
-from ..numerics.numba_jit import by_type, jit
+from ..numerics.numba_jit import by_type, inline, jit
 
 TILE = BLOCK  # columns of a product at a time: they stay in the cache over k
 
@@ -270,35 +270,54 @@ def drop_by_rank(sft, start, drawn, keep16, scale, keys, orders, most, counts, o
     The element of rank r, smallest first, ties by index, is multiplied by scale[r] if its random bits are less than
     keep16[r], and else becomes -0.0; NaN and infinity are kept. A delta of -0.0 becomes 0.0. Ranks come from a radix
     sort of as many bits as tell the magnitudes of a row apart, at most `most` in a pass; the last pass needs no order.
+    A pass runs through both halves of a row at once: an element waits for the count of the one before if they are equal.
     """
     row, kind = len(keys), keys.dtype.type
-    zero = out.dtype.type(0)
-    infinity = _magnitude(out.dtype.type(np.inf))
+    half = row // 2
     for first in range(0, len(out), row):
         values, bits = out[first : first + row], drawn[first : first + row]
         _difference(sft, start, first, values)
         width = _narrow(values, keys)
         passes = max(1, (width + most - 1) // most)
         digit = (width + passes - 1) // passes
-        some, mask = counts[: 1 << digit], kind((1 << digit) - 1)
+        some, mask = counts[:, : 1 << digit], kind((1 << digit) - 1)
         for number in range(passes):
             source, target, shift = orders[number & 1], orders[(number & 1) ^ 1], kind(number * digit)
-            _begins(keys, shift, mask, some)
-            if number < passes - 1:
+            if number == 0:
                 for j in range(row):
-                    i = source[j] if number else np.uint32(j)
-                    at = (keys[i] >> shift) & mask
-                    target[some[at]] = i
-                    some[at] += np.uint32(1)
-                continue
-            for j in range(row):
-                i = source[j] if number else np.uint32(j)
-                at = (keys[i] >> shift) & mask
-                rank = some[at]
-                some[at] += np.uint32(1)
-                x = values[i]
-                kept = x * scale[rank] + zero if bits[i] < keep16[rank] else -zero
-                values[i] = kept if _magnitude(x) < infinity else x
+                    source[j] = np.uint32(j)
+            _begins(keys, source, half, shift, mask, some)
+            low, high = some[0], some[1]
+            if number < passes - 1:
+                for j in range(half):
+                    _place(source[j], keys, shift, mask, low, target)
+                    _place(source[half + j], keys, shift, mask, high, target)
+                if row & 1:
+                    _place(source[row - 1], keys, shift, mask, high, target)
+            else:
+                for j in range(half):
+                    _drop(source[j], keys, shift, mask, low, values, bits, keep16, scale)
+                    _drop(source[half + j], keys, shift, mask, high, values, bits, keep16, scale)
+                if row & 1:
+                    _drop(source[row - 1], keys, shift, mask, high, values, bits, keep16, scale)
+
+
+@inline
+def _place(i, keys, shift, mask, counts, target):
+    at = (keys[i] >> shift) & mask
+    target[counts[at]] = i
+    counts[at] += np.uint32(1)
+
+
+@inline
+def _drop(i, keys, shift, mask, counts, values, bits, keep16, scale):
+    at = (keys[i] >> shift) & mask
+    rank = counts[at]
+    counts[at] = np.uint32(rank + np.uint32(1))
+    x, zero = values[i], values.dtype.type(0)
+    kept = x * scale[rank] + zero
+    dropped = kept if bits[i] < keep16[rank] else -zero
+    values[i] = dropped if _magnitude(x) < _magnitude(values.dtype.type(np.inf)) else x
 
 
 @jit
@@ -329,11 +348,16 @@ def _narrow(values, keys):
 
 
 @jit
-def _begins(keys, shift, mask, counts):
-    """Fill `counts` with the number of keys that have a smaller digit than each."""
+def _begins(keys, order, half, shift, mask, counts):
+    """Fill `counts` with the place of the first key of each digit: in the first half of an order, and in the second."""
     counts[:] = np.uint32(0)
-    for j in range(len(keys)):
-        counts[(keys[j] >> shift) & mask] += np.uint32(1)
+    low, high = counts[0], counts[1]
+    for j in range(half):
+        low[(keys[order[j]] >> shift) & mask] += np.uint32(1)
+        high[(keys[order[half + j]] >> shift) & mask] += np.uint32(1)
+    if len(keys) & 1:
+        high[(keys[order[len(keys) - 1]] >> shift) & mask] += np.uint32(1)
     total = np.uint32(0)
-    for at in range(len(counts)):
-        total, counts[at] = np.uint32(total + counts[at]), total
+    for at in range(counts.shape[1]):
+        total, low[at] = np.uint32(total + low[at]), total
+        total, high[at] = np.uint32(total + high[at]), total

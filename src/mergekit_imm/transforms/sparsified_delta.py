@@ -23,7 +23,7 @@ from ..numerics.sparsifiers import keep_thresholds, trim_count
 PIECE = 1 << 18  # elements worked on at a time
 LONGEST_ROW = 1 << 18  # elements that are ranked together
 DIGIT = 11  # bits of magnitudes sorted at a time: what the L1 cache takes of their counts
-SAMPLE = 1 << 17  # elements, from which a threshold is guessed
+SAMPLE = 1 << 16  # elements, from which a threshold is guessed
 SAMPLED = 1 << 12  # of them that are read together
 
 Wide = npt.NDArray[Any]  # float32 or float64
@@ -164,7 +164,7 @@ class Threshold:
     def _advance(self, reads: Reads) -> None:
         """Choose the next pass, or find the threshold in the one that is done."""
         done, count, (wide, bits) = self._pass, self._tensor.count, self._tensor.wide
-        if done is None and bits is np.uint32 and count >= 8 * SAMPLE:
+        if done is None and bits is np.uint32 and count >= 16 * SAMPLE:
             low = max(0, self._guess(reads) - (2 << 16))
             self._pass = _Pass(count, low, shift=0, size=4 << 16)
             return
@@ -218,7 +218,9 @@ class Ranked(Sparsified):
         filled = out.view(wide)
         end = first + len(filled)
         keep16, scale = _by_rank(row, self.drop, self.epsilon, self.dtype)
-        scratch = np.empty(row, bits), np.empty((2, row), np.uint32), DIGIT, np.empty(1 << DIGIT, np.uint32)
+        # Rows of counts that are a multiple of 4 KiB apart would slow each other down.
+        counts = np.empty((2, (1 << DIGIT) + 16), np.uint32)
+        scratch = np.empty(row, bits), np.empty((2, row), np.uint32), DIGIT, counts
         key = np.uint32(self.key[0]), np.uint32(self.key[1])
         for begin, finish in _in_whole_rows(first, end, row):
             block = begin // BLOCK
