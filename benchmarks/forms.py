@@ -27,6 +27,7 @@ from pair import shapes
 if TYPE_CHECKING:  # imported where it is used: who measures memory must not have it loaded
     from torch import Tensor
 
+SIZE = "qwen2.5-0.5b"
 RANK, PROCESSES = 16, 2
 PLAIN = "plain"
 # The folder of each form's sft, and its options.
@@ -147,7 +148,7 @@ def against_plain(runs: Mapping[str, list[dict[str, float]]]) -> dict[str, dict[
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="qwen2.5-0.5b")
+    parser.add_argument("--size", default=SIZE)
     parser.add_argument("--runs", type=int, default=3, help="rounds (default 3)")
     parser.add_argument("--only", default=",".join(FORMS), help="forms, at commas")
     parser.add_argument("--json", action="store_true")

@@ -27,12 +27,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import forms
 import startup
 from contenders import ALPHA, DROP, HERE, OURS, PEERS, Job, imm_merge, make_models, run, why_not
 from goals import goals
 from measure import FailedError, cpu_name, evict, git_version, machine, measured, memory, versions, warm
 from pair import SIZES, parameter_count
 
+PARTS = ("startup", "kernel", "forms", "sizes")
 Runs = dict[str, dict[str, list[dict[str, float]]]]  # contender, warm or cold, round
 
 
@@ -168,6 +170,10 @@ def measure_all(arguments: argparse.Namespace, root: Path, path: Path) -> dict[s
         say("kernel")
         command = [sys.executable, str(HERE / "kernel.py"), "--json", "--seconds", "2"]
         results["kernel"] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    if "forms" in arguments.parts:
+        say("other forms of input, and sparsifiers")
+        results["forms"] = forms.against_plain(forms.measure(forms.SIZE, root / "forms", arguments.runs))
+        shutil.rmtree(root / "forms")
     for size in arguments.sizes if "sizes" in arguments.parts else []:
         here = peers if size in arguments.peer_sizes else []
         measured_size = measure_size(size, root, here, results["settings"]["workers"], arguments)
@@ -215,7 +221,7 @@ def main() -> None:
     parser.add_argument("--peers", type=names, default=list(PEERS), help=f"of {', '.join(PEERS)}")
     parser.add_argument("--peer-sizes", type=names, help="sizes that peers merge too (default: all)")
     parser.add_argument("--peers-python", type=Path, default=HERE.parent / ".venv-peers" / "bin" / "python")
-    parser.add_argument("--parts", type=names, default=["startup", "kernel", "sizes"], help="what to measure")
+    parser.add_argument("--parts", type=names, default=list(PARTS), help="what to measure")
     parser.add_argument("--add", action="store_true", help="to what today's result file holds, keep the rest of it")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result files")
     arguments = parser.parse_args()
@@ -224,7 +230,7 @@ def main() -> None:
     for given, known in (
         (arguments.sizes + arguments.peer_sizes, SIZES),
         (arguments.peers, PEERS),
-        (arguments.parts, ("startup", "kernel", "sizes")),
+        (arguments.parts, PARTS),
     ):
         if unknown := set(given) - set(known):
             parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Sparsified deltas as they are read, in any pieces: against sorting, on ties, zeros, NaN and infinity of every dtype."""
+"""Sparsified deltas as they are read, in any pieces, against sorting: ties, zeros, NaN and infinity, every dtype."""
 
 from __future__ import annotations
 

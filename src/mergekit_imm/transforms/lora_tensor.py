@@ -16,7 +16,7 @@ rescaled = Loop("mergekit_imm.transforms.numba_loops", "rescaled")
 
 
 def tiled(right: Matrix) -> Matrix:
-    """Return a right factor [..., rank, columns] in tiles of columns, [..., tiles, rank * BLOCK], as `product` takes it.
+    """Return a right factor [..., rank, columns] in tiles of columns, [..., tiles, rank * BLOCK], for `product`.
 
     The last tile is filled up with zeros. Lines begin at cache lines: those that do not take twice as long to load.
     """

@@ -270,7 +270,7 @@ def drop_by_rank(sft, start, drawn, keep16, scale, keys, orders, most, counts, o
     The element of rank r, smallest first, ties by index, is multiplied by scale[r] if its random bits are less than
     keep16[r], and else becomes -0.0; NaN and infinity are kept. A delta of -0.0 becomes 0.0. Ranks come from a radix
     sort of as many bits as tell the magnitudes of a row apart, at most `most` in a pass; the last pass needs no order.
-    A pass runs through both halves of a row at once: an element waits for the count of the one before if they are equal.
+    A pass runs through both halves of a row at once: an element waits for the count of the one before, if equal.
     """
     row, kind = len(keys), keys.dtype.type
     half = row // 2
