@@ -53,14 +53,14 @@ def make(size: str, folder: Path) -> None:
     """Make every form of the sft, beside it."""
     import torch
     from safetensors.torch import save_file
-    from torch import multiprocessing
+    from torch.multiprocessing.spawn import spawn
 
     for form in ("bin", "dcp", "lora", "dora"):
         (folder / form).mkdir()
     for form in ("bin", "dcp"):
         shutil.copy(folder / "sft" / "config.json", folder / form)
     torch.save(state_of(folder / "sft"), folder / "bin" / "pytorch_model.bin")
-    multiprocessing.spawn(save_share, (folder,), PROCESSES)
+    spawn(save_share, (folder,), PROCESSES)  # type: ignore[no-untyped-call]
     factors = dict(factors_of(size))
     base = state_of(folder / "base")
     norms = {
@@ -76,7 +76,7 @@ def make(size: str, folder: Path) -> None:
 def save_share(rank: int, folder: Path) -> None:
     """Save the sft with torch.distributed.checkpoint, as one of the ranks that hold it in pieces."""
     import torch.distributed as dist
-    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint.state_dict_saver import save
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 

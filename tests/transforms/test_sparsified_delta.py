@@ -109,16 +109,16 @@ def test_any_piece_matches_sorting(
             inputs[role] = open_checkpoint(Path(folder) / role, role)
         sides = inputs["sft"].tensors[NAME], inputs["base"].tensors[NAME]
         given = (NAME, shape, *sides, "base", wide is np.float64, drop)
-        tensor = Trimmed(*given) if kind == "trim" else Ranked(*given, min(drop, 0.05), mask_key(NAME, 5, 2))
-        found = np.empty(len(delta), wide)
+        thinned = Trimmed(*given) if kind == "trim" else Ranked(*given, min(drop, 0.05), mask_key(NAME, 5, 2))
+        found: np.ndarray[Any, Any] = np.empty(len(delta), wide)
         middle = int(cut * len(delta))
         with Files(inputs) as files:
             for first, part in ((0, found[:middle]), (middle, found[middle:])):
-                files.read("sft", tensor, first * found.itemsize, part.view(np.uint8))
+                files.read("sft", thinned, first * found.itemsize, part.view(np.uint8))
     bits = f"u{found.itemsize}"
     same_nan = np.isnan(found) & np.isnan(expected)
     assert np.array_equal(np.where(same_nan, 0, found.view(bits)), np.where(same_nan, 0, expected.view(bits)))
-    assert count_kept(found.view(np.uint8), tensor.dtype) == kept.sum()
+    assert count_kept(found.view(np.uint8), thinned.dtype) == kept.sum()
 
 
 @pytest.mark.parametrize("skewed", [False, True])
