@@ -120,6 +120,10 @@ def _alone(results: Mapping[str, Any]) -> Iterator[Goal]:
     for name, it in results.get("kernel", {}).items():
         yield goal("kernel on one core", name, it["kernel_min"], "ns/parameter", most=KERNEL.get(name))
         yield goal("kernel / memcpy of the same bytes", name, it["kernel_min"] / it["memcpy_min"], "times")
+    for name, it in results.get("forms", {}).items():
+        if name != "plain":
+            most = 2 if name in ("trim", "della") else 1.5
+            yield goal("against a plain merge", name, it["ratio"], "times", most=most)
     for name, it in results.get("startup", {}).items():
         yield goal(
             f"time of: {name}", f"{it['peak']['median'] / 1e6:.0f} MB", it["wall"]["median"], "s", most=WAIT.get(name)

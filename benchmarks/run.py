@@ -27,6 +27,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import forms
 import plans
 import startup
 from contenders import ALPHA, DROP, HERE, OURS, PEERS, Job, imm_merge, make_models, run, why_not
@@ -34,7 +35,7 @@ from goals import goals
 from measure import FailedError, cpu_name, evict, git_version, machine, measured, memory, versions, warm
 from pair import SIZES, parameter_count
 
-PARTS = ("startup", "plans", "kernel", "sizes")
+PARTS = ("startup", "plans", "kernel", "forms", "sizes")
 Runs = dict[str, dict[str, list[dict[str, float]]]]  # contender, warm or cold, round
 
 
@@ -175,6 +176,10 @@ def measure_all(arguments: argparse.Namespace, root: Path, path: Path) -> dict[s
         if "AVX-512" in results["machine"]["vector"]:  # many machines have no more than AVX2
             older = kernel_times(AVX2, "--only", "bf16", "--only", "f16")
             results["kernel"] |= {f"{name}, AVX2 alone": it for name, it in older.items()}
+    if "forms" in arguments.parts:
+        say("other forms of input, and sparsifiers")
+        results["forms"] = forms.against_plain(forms.measure(forms.SIZE, root / "forms", arguments.runs))
+        shutil.rmtree(root / "forms")
     for size in arguments.sizes if "sizes" in arguments.parts else []:
         here = peers if size in arguments.peer_sizes else []
         measured_size = measure_size(size, root, here, results["settings"]["workers"], arguments)

@@ -160,6 +160,15 @@ def plans(results: Mapping[str, Any]) -> str:
     return table(["command", "s", "CPU s", "peak memory MB"], rows)
 
 
+def forms(results: Mapping[str, Any]) -> str:
+    """Each form of input against a plain merge."""
+    rows = [
+        [name, f"{it['wall']:.2f}", f"{it['ratio']:.2f}", f"{it['cpu']:.2f}", f"{it['cpu_ratio']:.2f}"]
+        for name, it in results.get("forms", {}).items()
+    ]
+    return table(["sft", "s", "times a plain merge", "CPU s", "times"], rows)
+
+
 def goals(results: Mapping[str, Any]) -> str:
     """Goals with a limit, and whether they are met."""
     rows = [
@@ -190,6 +199,7 @@ def main() -> None:
         "kernel": kernel(results),
         "startup": startup(results),
         "plans": plans(results),
+        "forms": forms(results),
         "goals": goals(results),
     }
     update("numbers.md", parts, __doc__)

@@ -321,7 +321,7 @@ def test_trim_threshold_is_computed_once(tmp_path: Path, monkeypatch: pytest.Mon
     models(tmp_path, {NAME: (1500, 999), "v": (5000,)}, [torch.bfloat16] * 3)
     computed, shared = [], sparsified_delta.Trimmed.shared
 
-    def counted(self: sparsified_delta.Trimmed, reads: Any) -> int:
+    def counted(self: sparsified_delta.Trimmed, reads: Any) -> sparsified_delta.Threshold:
         computed.append(self.name)
         return shared(self, reads)
 

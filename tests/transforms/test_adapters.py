@@ -30,7 +30,7 @@ from mergekit_imm import (
     verify,
 )
 from mergekit_imm.engine import workers
-from mergekit_imm.transforms.numba_loops import product
+from mergekit_imm.transforms.lora_tensor import product, rescaled, tiled
 from models import LAYOUTS, load, new_model
 from thorough import others
 
@@ -209,7 +209,7 @@ def test_the_bits_are_those_of_the_formulas(
 
 
 @given(
-    rank=st.integers(1, 9),
+    rank=st.integers(1, 20),
     rows=st.integers(1, 40),
     columns=st.integers(1, 2100),
     scaling=st.floats(0.01, 100),
@@ -228,8 +228,42 @@ def test_any_piece_of_a_product_is_that_piece(
     for first, end in pairwise(edges):
         out = np.full(end - first, np.nan, np.float32)
         row = first // columns
-        product(left[row:], right, np.float32(scaling), first - row * columns, out)
+        product(left[row:], tiled(right), columns, np.float32(scaling), first - row * columns, out)
         assert out.tobytes() == whole[first:end].tobytes()
+
+
+@given(
+    rank=st.integers(1, 20),
+    rows=st.integers(1, 20),
+    columns=st.integers(1, 1100),
+    bfloat16=st.booleans(),
+    place=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=50, deadline=None)
+def test_any_piece_of_rescaled_rows_is_that_piece(
+    rank: int, rows: int, columns: int, bfloat16: bool, place: tuple[float, float], seed: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    left, right, weight = (
+        draw.normal(size=shape).astype(np.float32) for shape in ((rows, rank), (rank, columns), (rows, columns))
+    )
+    magnitude = draw.normal(size=rows).astype(np.float32)
+    bits = (weight.view(np.uint32) >> 16).astype(np.uint16)
+    if bfloat16:
+        weight = (bits.astype(np.uint32) << 16).view(np.float32)
+    moved = weight + reference.product(left, right, 0.5)
+    norms = [float(np.cumsum(np.square(row.astype(np.float64)))[-1]) for row in moved]
+    factors = magnitude / np.sqrt(np.array(norms)).astype(np.float32)
+    whole = (factors[:, None] * moved).reshape(-1)
+    first, last = sorted(int(share * (rows * columns - 1)) for share in place)
+    row, end = first // columns, last // columns + 1
+    out = np.full(last + 1 - first, np.nan, np.float32)
+    work, squares = np.empty(8 * columns, np.float32), np.empty((8, 512), np.float64)
+    held = (bits if bfloat16 else weight)[row:end].reshape(-1)
+    rows_of = (left[row:end], tiled(right), columns, np.float32(0.5), held, magnitude[row:end])
+    rescaled(*rows_of, first - row * columns, work, squares, out)
+    assert out.tobytes() == whole[first : last + 1].tobytes()
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,17 @@ def fill_as(tensor: Tensor, dtype: str, read: Read, first: int, out: Raw) -> Non
     out.view({"F32": np.float32, "F64": np.float64}[dtype])[:] = values
 
 
+def numbers(tensor: Tensor, dtype: str, read: Read, first: int, count: int) -> npt.NDArray[Any]:
+    """Return elements of a tensor as compiled loops take them: the bits of BF16 as uint16, the others in `dtype`."""
+    if tensor.dtype == "BF16":
+        bits = np.empty(count, np.uint16)
+        read(tensor, 2 * first, bits.view(np.uint8))
+        return bits
+    found = np.empty(count, {"F32": np.float32, "F64": np.float64}[dtype])
+    fill_as(tensor, dtype, read, first, found.view(np.uint8))
+    return found
+
+
 def matrix(tensor: Tensor, read: Read, first: int, shape: tuple[int, ...]) -> Matrix:
     """Return elements of a BF16, F16 or F32 tensor from `first` on, decoded exactly to float32, in a shape."""
     width = DTYPE_BITS[tensor.dtype] // 8

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..checkpoint.lazy_tensor import Computed, Matrix, Reads, Tensor, matrix
+from ..checkpoint.lazy_tensor import Computed, Matrix, Reads, Tensor, matrix, numbers
+from ..numerics.mask import BLOCK
 from ..numerics.native import Loop
 
 product = Loop("mergekit_imm.transforms.numba_loops", "product")
-rescale = Loop("mergekit_imm.transforms.numba_loops", "rescale")
+rescaled = Loop("mergekit_imm.transforms.numba_loops", "rescaled")
+
+
+def tiled(right: Matrix) -> Matrix:
+    """Return a right factor [..., rank, columns] in tiles of columns, [..., tiles, rank * BLOCK], for `product`.
+
+    The last tile is filled up with zeros. Lines begin at cache lines: those that do not take twice as long to load.
+    """
+    *lead, rank, columns = right.shape
+    shape = (*lead, -(-columns // BLOCK), rank, BLOCK)
+    raw = np.zeros(4 * math.prod(shape) + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    tiles = raw[begin : begin + 4 * math.prod(shape)].view(np.float32).reshape(shape)
+    for at in range(0, columns, BLOCK):
+        some = right[..., at : at + BLOCK]
+        tiles[..., at // BLOCK, :, : some.shape[-1]] = some
+    return tiles.reshape(*shape[:-2], rank * BLOCK)
 
 
 @dataclass(frozen=True)
@@ -44,22 +62,25 @@ class LowRank(Computed):
         return self.left.stored + (self.right.stored if self.right else 0)
 
     def shared(self, reads: Reads) -> Matrix:
-        """Return the right factor."""
+        """Return the right factor, in tiles."""
         if self.right is None:
-            return np.ones((1, 1), np.float32)
+            return tiled(np.ones((1, 1), np.float32))
         whole = matrix(self.right, reads("sft"), 0, self.right.shape)
-        return np.ascontiguousarray(whole.T) if self.is_transposed else whole
+        return tiled(whole.T if self.is_transposed else whole)
+
+    def left_rows(self, reads: Reads, row: int, end: int) -> Matrix:
+        """Return rows of the left factor."""
+        read = reads("sft")
+        if self.is_transposed:
+            lines = [matrix(self.left, read, k * self.shape[0] + row, (end - row, 1)) for k in range(self.rank)]
+            return np.hstack(lines)
+        return matrix(self.left, read, row * self.rank, (end - row, self.rank))
 
     def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
         """Compute the elements from `first` on."""
         row, end = self.rows(first, len(out))
-        read = reads("sft")
-        if self.is_transposed:
-            lines = [matrix(self.left, read, k * self.shape[0] + row, (end - row, 1)) for k in range(self.rank)]
-            left = np.hstack(lines)
-        else:
-            left = matrix(self.left, read, row * self.rank, (end - row, self.rank))
-        product(left, shared, np.float32(self.scaling), first - row * self.columns, out)
+        left = self.left_rows(reads, row, end)
+        product(left, shared, self.columns, np.float32(self.scaling), first - row * self.columns, out)
 
 
 @dataclass(frozen=True)
@@ -82,18 +103,18 @@ class Rescaled(Computed):
         return self.change.stored + self.magnitude.stored
 
     def shared(self, reads: Reads) -> Matrix:
-        """Return the right factor."""
+        """Return the right factor, in tiles."""
         return self.change.shared(reads)
 
     def compute(self, reads: Reads, shared: Matrix, first: int, out: Matrix) -> None:
         """Compute the elements from `first` on; norms need whole rows."""
         row, end = self.rows(first, len(out))
-        whole = np.empty((end - row) * self.columns, np.float32)
-        self.change.compute(reads, shared, row * self.columns, whole)
-        weight = matrix(self.weight, reads(self.role), row * self.columns, (end - row, self.columns))
-        magnitude = matrix(self.magnitude, reads("sft"), row, (end - row, 1))
-        rescale(weight, whole.reshape(weight.shape), magnitude.reshape(-1))
-        out[:] = whole[first - row * self.columns :][: len(out)]
+        left = self.change.left_rows(reads, row, end)
+        weight = numbers(self.weight, "F32", reads(self.role), row * self.columns, (end - row) * self.columns)
+        magnitude = matrix(self.magnitude, reads("sft"), row, (end - row,))
+        work, squares = np.empty(8 * self.columns, np.float32), np.empty((8, BLOCK // 2), np.float64)
+        scaling, first = np.float32(self.change.scaling), first - row * self.columns
+        rescaled(left, shared, self.columns, scaling, weight, magnitude, first, work, squares, out)
 
 
 @dataclass(frozen=True)
@@ -151,14 +172,14 @@ class OfExperts(Computed):
         return self.a.stored + self.b.stored
 
     def shared(self, reads: Reads) -> tuple[Matrix, Matrix]:
-        """Return left and right factors, stacked by expert."""
+        """Return left and right factors, stacked by expert; the right ones in tiles."""
         experts = self.shape[0]
         rank = self.a.shape[0] // experts
         read = reads("sft")
         a = matrix(self.a, read, 0, (experts, rank, self.a.shape[1]))
         b = matrix(self.b, read, 0, (self.b.shape[0], rank, experts)).transpose(2, 0, 1)
         factors = (a.transpose(0, 2, 1), b.transpose(0, 2, 1)) if self.is_transposed else (b, a)
-        return np.ascontiguousarray(factors[0]), np.ascontiguousarray(factors[1])
+        return np.ascontiguousarray(factors[0]), tiled(factors[1])
 
     def compute(self, reads: Reads, shared: tuple[Matrix, Matrix], first: int, out: Matrix) -> None:  # noqa: ARG002
         """Compute the elements from `first` on, expert by expert."""
@@ -170,5 +191,6 @@ class OfExperts(Computed):
             count = min(self.columns - inside, len(out) - at)
             row, end = inside // columns, (inside + count - 1) // columns + 1
             piece = out[at : at + count]
-            product(lefts[expert, row:end], rights[expert], np.float32(self.scaling), inside - row * columns, piece)
+            left = lefts[expert, row:end]
+            product(left, rights[expert], columns, np.float32(self.scaling), inside - row * columns, piece)
             at += count

@@ -5,6 +5,8 @@ A dropped element is -0.0: adding it changes no value, and it differs from a del
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,20 +14,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.lazy_tensor import Computed, Raw, Reads, Tensor, fill_as
+from ..checkpoint.lazy_tensor import Computed, Raw, Reads, Tensor, numbers
 from ..numerics.dtypes import DTYPE_BITS
-from ..numerics.mask import KEEP_ALL
+from ..numerics.mask import BLOCK, KEEP_ALL
 from ..numerics.native import Loop
 from ..numerics.sparsifiers import keep_thresholds, trim_count
 
-PIECE = 1 << 17  # elements worked on at a time
+PIECE = 1 << 18  # elements worked on at a time
 LONGEST_ROW = 1 << 18  # elements that are ranked together
+DIGIT = 11  # bits of magnitudes sorted at a time: what the L1 cache takes of their counts
+SAMPLE = 1 << 16  # elements, from which a threshold is guessed
+SAMPLED = 1 << 12  # of them that are read together
 
 Wide = npt.NDArray[Any]  # float32 or float64
+Counts = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]  # of magnitudes in a window, and of those below it
 
-count_digits = Loop("mergekit_imm.transforms.numba_loops", "count_digits")
-drop_ranked = Loop("mergekit_imm.transforms.numba_loops", "drop_ranked")
+count_magnitudes = Loop("mergekit_imm.transforms.numba_loops", "count_magnitudes")
+count_undropped = Loop("mergekit_imm.transforms.numba_loops", "count_undropped")
+keep_largest = Loop("mergekit_imm.transforms.numba_loops", "keep_largest")
 random_bits = Loop("mergekit_imm.transforms.numba_loops", "random_bits")
+drop_by_rank = Loop("mergekit_imm.transforms.numba_loops", "drop_by_rank")
 
 
 @dataclass(frozen=True)
@@ -53,54 +61,140 @@ class Sparsified(Computed):
         """Bytes of the sft; those of the start count where the merge reads it."""
         return self.sft.stored
 
-    def delta(self, reads: Reads, first: int, count: int) -> Wide:
-        """Return elements first..first+count of sft - start, each rounded once."""
-        found = np.empty(count, np.float64 if self.exact else np.float32)
-        fill_as(self.sft, self.dtype, reads("sft"), first, found.view(np.uint8))
-        if not self.sft.is_delta:
-            start = np.empty_like(found)
-            fill_as(self.start, self.dtype, reads(self.origin), first, start.view(np.uint8))
-            with np.errstate(all="ignore"):
-                np.subtract(found, start, out=found)
-        return found
+    @property
+    def wide(self) -> tuple[type[np.floating[Any]], type[np.unsignedinteger[Any]]]:
+        """The type of the arithmetic, and that of its bits."""
+        return (np.float64, np.uint64) if self.exact else (np.float32, np.uint32)
 
-
-def magnitudes(delta: Wide) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """Return the bits of floats without the sign: integers that order them by magnitude, NaN last."""
-    if delta.dtype == np.float64:
-        return delta.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF)
-    return delta.view(np.uint32) & np.uint32(0x7FFFFFFF)
+    def operands(self, reads: Reads, first: int, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+        """Return elements first..first+count of the sft and of the start; None for the start of a delta."""
+        sft = numbers(self.sft, self.dtype, reads("sft"), first, count)
+        start = None if self.sft.is_delta else numbers(self.start, self.dtype, reads(self.origin), first, count)
+        return sft, start
 
 
 @dataclass(frozen=True)
 class Trimmed(Sparsified):
     """The K largest elements by magnitude, K = (1 - drop) * count, and ties with the K-th; not rescaled."""
 
-    def shared(self, reads: Reads) -> int:
-        """Return the magnitude bits of the K-th largest element, found sixteen at a time per pass over the tensor."""
-        wanted = self.count - trim_count(self.drop, self.count)  # its rank, from the smallest
-        prefix = 0
-        for shift in range(DTYPE_BITS[self.dtype] - 16, -1, -16):
-            counts = np.zeros(1 << 16, np.int64)
-            for first in range(0, self.count, PIECE):
-                bits = magnitudes(self.delta(reads, first, min(PIECE, self.count - first)))
-                count_digits(bits, prefix, shift, counts)
-            below = np.cumsum(counts)
-            digit = int(np.searchsorted(below, wanted, side="right"))
-            wanted -= int(below[digit - 1]) if digit else 0
-            prefix = prefix << 16 | digit
-        infinity = np.array([np.inf], np.float64 if self.exact else np.float32)
-        return min(prefix, int(magnitudes(infinity)[0]))  # if more than K are NaN, keep infinities too
+    def shared(self, reads: Reads) -> Threshold:  # noqa: ARG002
+        """Return the search for the K-th largest magnitude."""
+        return Threshold(self)
 
-    def fill(self, reads: Reads, shared: int, first: int, out: Raw) -> None:
+    def fill(self, reads: Reads, shared: Threshold, first: int, out: Raw) -> None:
         """Fill a buffer with the elements from `first` on."""
-        filled = out.view(np.float64 if self.exact else np.float32)
+        least, filled = shared.find(reads), out.view(self.wide[0])
         for begin in range(0, len(filled), PIECE):
             piece = filled[begin : begin + PIECE]
-            delta = self.delta(reads, first + begin, len(piece))
-            kept = magnitudes(delta) >= shared
-            delta += 0.0  # -0.0 marks dropped elements
-            piece[:] = np.where(kept, delta, delta.dtype.type(-0.0))
+            keep_largest(*self.operands(reads, first + begin, len(piece)), least, piece)
+
+
+class _Pass:
+    """One reading of a tensor, shared out in pieces among the threads that need its result."""
+
+    def __init__(self, count: int, low: int, shift: int, size: int) -> None:
+        self.low, self.shift = low, shift
+        self.counts, self.below = np.zeros(size, np.int64), 0
+        self._left = list(range(0, count, PIECE))[::-1]
+        self._running = 0
+        self._changed = threading.Condition()
+
+    def is_done(self) -> bool:
+        """Whether all pieces are counted."""
+        with self._changed:
+            return not self._left and not self._running
+
+    def join(self, count: Callable[[_Pass, int, Counts], None]) -> None:
+        """Count pieces until all are counted; one that failed is left to the threads that wait."""
+        while self._begins():
+            first: int | None = None
+            own = np.zeros((1 if self.shift == 0 else 2, len(self.counts)), np.uint32), np.zeros(1, np.int64)
+            try:
+                while (first := self._next()) is not None:
+                    count(self, first, own)
+            finally:
+                with self._changed:
+                    if first is not None:
+                        self._left.append(first)
+                    for row in own[0]:
+                        self.counts += row
+                    self.below += int(own[1][0])
+                    self._running -= 1
+                    self._changed.notify_all()
+
+    def _begins(self) -> bool:
+        """Wait until there is something to count, or all is counted; say which."""
+        with self._changed:
+            while self._running and not self._left:
+                self._changed.wait()
+            self._running += bool(self._left)
+            return bool(self._left)
+
+    def _next(self) -> int | None:
+        with self._changed:
+            return self._left.pop() if self._left else None
+
+
+class Threshold:
+    """The magnitude, as an integer, of the K-th largest element; threads that ask for it share the work.
+
+    A pass over the tensor counts the magnitudes in a window: first, all by their highest bits, then those with the
+    highest bits of the K-th by the next ones. A sample of float32 often tells a window that is small enough to count
+    every magnitude in it, and holds the K-th: then one pass is enough.
+    """
+
+    def __init__(self, tensor: Trimmed) -> None:
+        self._tensor, self._rank = tensor, tensor.count - trim_count(tensor.drop, tensor.count)  # from the smallest
+        self._lock = threading.Lock()
+        self._pass: _Pass | None = None
+        self._found: np.unsignedinteger[Any] | None = None
+
+    def find(self, reads: Reads) -> np.unsignedinteger[Any]:
+        """Return it."""
+        while True:
+            with self._lock:
+                if self._found is None and (self._pass is None or self._pass.is_done()):
+                    self._advance(reads)
+                if self._found is not None:
+                    return self._found
+                current = self._pass
+            assert current is not None
+            current.join(lambda window, first, counts: self._count(reads, window, first, counts))
+
+    def _advance(self, reads: Reads) -> None:
+        """Choose the next pass, or find the threshold in the one that is done."""
+        done, count, (wide, bits) = self._pass, self._tensor.count, self._tensor.wide
+        if done is None and bits is np.uint32 and count >= 16 * SAMPLE:
+            low = max(0, self._guess(reads) - (2 << 16))
+            self._pass = _Pass(count, low, shift=0, size=4 << 16)
+            return
+        if done is None or not 0 <= self._rank - done.below < done.counts.sum():
+            self._pass = _Pass(count, 0, shift=DTYPE_BITS[self._tensor.dtype] - 16, size=1 << 15)
+            return
+        at = int(np.searchsorted(np.cumsum(done.counts), self._rank - done.below, side="right"))
+        low = done.low + (at << done.shift)
+        if done.shift:
+            self._pass = _Pass(count, low, done.shift - 16, size=1 << 16)
+        else:  # if more than K are NaN, keep infinities too
+            self._found = bits(min(low, int(wide(np.inf).view(bits))))
+
+    def _guess(self, reads: Reads) -> int:
+        """Return the magnitude of this rank in a sample."""
+        pieces, count = SAMPLE // SAMPLED, self._tensor.count
+        sample = np.empty((pieces, SAMPLED), np.float32)
+        for number, piece in enumerate(sample):
+            operands = self._tensor.operands(reads, number * count // pieces, SAMPLED)
+            keep_largest(*operands, np.uint32(0), piece)  # all
+        magnitudes = sample.reshape(-1).view(np.uint32) & np.uint32(0x7FFFFFFF)
+        rank = self._rank * SAMPLE // count
+        return int(np.partition(magnitudes, rank)[rank])
+
+    def _count(self, reads: Reads, window: _Pass, first: int, counts: Counts) -> None:
+        """Count a piece of the tensor in a window."""
+        wide, bits = self._tensor.wide
+        operands = self._tensor.operands(reads, first, min(PIECE, self._tensor.count - first))
+        scratch = np.empty(4 * BLOCK, wide), np.empty(4 * BLOCK, bits)
+        count_magnitudes(*operands, bits(window.low), bits(window.shift), *scratch, *counts)
 
 
 @dataclass(frozen=True)
@@ -120,32 +214,34 @@ class Ranked(Sparsified):
 
     def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
         """Fill a buffer with the elements from `first` on."""
-        filled = out.view(np.float64 if self.exact else np.float32)
+        row, (wide, bits) = self.row, self.wide
+        filled = out.view(wide)
         end = first + len(filled)
-        keep16, scale = _by_rank(self.row, self.drop, self.epsilon, self.dtype)
-        step = max(1, PIECE // self.row)
-        for line in range(first // self.row, -(-end // self.row), step):
-            lines = min(step, -(-end // self.row) - line)
-            begin = line * self.row
-            delta = self.delta(reads, begin, lines * self.row)
-            bits = np.empty(len(delta), np.uint16)
-            random_bits(begin, *self.key, bits)
-            rows = delta.reshape(lines, self.row)
-            for values, order, drawn in zip(rows, _orders(rows), bits.reshape(rows.shape), strict=True):
-                drop_ranked(values, order, drawn, keep16, scale)
-            low, high = max(first, begin), min(end, begin + len(delta))
-            filled[low - first : high - first] = delta[low - begin : high - begin]
+        keep16, scale = _by_rank(row, self.drop, self.epsilon, self.dtype)
+        # Rows of counts that are a multiple of 4 KiB apart would slow each other down.
+        counts = np.empty((2, (1 << DIGIT) + 16), np.uint32)
+        scratch = np.empty(row, bits), np.empty((2, row), np.uint32), DIGIT, counts
+        key = np.uint32(self.key[0]), np.uint32(self.key[1])
+        for begin, finish in _in_whole_rows(first, end, row):
+            block = begin // BLOCK
+            drawn = np.empty((-(-finish // BLOCK) - block) * BLOCK, np.uint16)
+            random_bits(block, *key, drawn)
+            is_inside = first <= begin and finish <= end
+            delta = filled[begin - first : finish - first] if is_inside else np.empty(finish - begin, wide)
+            operands = self.operands(reads, begin, finish - begin)
+            drop_by_rank(*operands, drawn[begin - block * BLOCK :], keep16, scale, *scratch, delta)
+            if not is_inside:
+                low, high = max(first, begin), min(end, finish)
+                filled[low - first : high - first] = delta[low - begin : high - begin]
 
 
-def _orders(rows: Wide) -> npt.NDArray[Any]:
-    """Return the indices of each row's elements by magnitude, smallest first, ties by index."""
-    sizes = magnitudes(rows)
-    if sizes.dtype == np.uint64:
-        return np.argsort(sizes, axis=1, kind="stable")
-    # Sort keys of magnitude and index: the same as a stable argsort, but faster.
-    keys = (sizes.astype(np.uint64) << np.uint64(32)) | np.arange(rows.shape[1], dtype=np.uint64)
-    keys.sort(axis=1)
-    return keys.view(np.uint32)[:, 0::2]  # the lower half of each 64 bits
+def _in_whole_rows(first: int, end: int, row: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of whole rows that hold elements first..end; those that reach beyond them are single rows."""
+    begin, step = first // row * row, max(1, PIECE // row) * row
+    while begin < end:
+        finish = min(begin + step, end // row * row) if first <= begin and begin + row <= end else begin + row
+        yield begin, finish
+        begin = finish
 
 
 @cache
@@ -158,5 +254,6 @@ def _by_rank(row: int, drop: float, epsilon: float, dtype: str) -> tuple[npt.NDA
 
 def count_kept(raw: Raw, dtype: str) -> int:
     """Count the elements of a sparsified delta that were kept."""
-    bits, dropped = (np.uint64, 1 << 63) if dtype == "F64" else (np.uint32, 1 << 31)
-    return int(np.count_nonzero(raw.view(bits) != bits(dropped)))
+    kept = np.zeros(1, np.int64)
+    count_undropped(raw.view({"F32": np.float32, "F64": np.float64}[dtype]), kept)
+    return int(kept[0])
