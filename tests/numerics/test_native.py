@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from argument_kinds import arrived
 from mergekit_imm.errors import ArgumentError
 from mergekit_imm.numerics import native, object_code
 from mergekit_imm.numerics.native import Loop
+from mergekit_imm.numerics.numba_jit import jit
+from mergekit_imm.numerics.object_code import machine_code
 
 LOOP = Loop("argument_kinds", "arrived")
 
@@ -135,3 +138,14 @@ def test_numba_without_its_compiler_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
     with pytest.raises(ArgumentError, match=r"^NUMBA_DISABLE_JIT is set, .*; unset it$"):
         Loop("argument_kinds", "arrived")((1, (2, 3)), True, None, np.ones((1, 1)), (1, 2), np.zeros(8))
+
+
+def test_a_loop_that_calls_what_only_numba_has_is_refused() -> None:
+    """A later run would load it without numba, and crash."""
+
+    @jit
+    def reshapes(values: Any) -> None:
+        values.reshape((2, -1))[0, 0] = 1
+
+    with pytest.raises(RuntimeError, match="compiled loops must do without"):
+        machine_code(reshapes, (np.zeros(8, np.float32),))

@@ -74,7 +74,13 @@ def machine_code(function: Any, arguments: tuple[Any, ...]) -> bytes:
         passes = llvm.create_new_module_pass_manager()
         passes.add_global_dead_code_eliminate_pass()
         passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
-    return bytes(machine.emit_object(module))
+    code = bytes(machine.emit_object(module))
+    process: Any = ctypes.CDLL(None if os.name == "posix" else "msvcrt")  # with the mathematical functions of C
+    called = {each.name for each in module.functions if each.is_declaration and not each.name.startswith("llvm.")}
+    lacking = sorted(each for each in called if not hasattr(process, each))
+    if lacking:  # a later run, without numba, would crash
+        raise RuntimeError(f"{function.__name__} calls {', '.join(lacking)}; compiled loops must do without")
+    return code
 
 
 def _entry(function: Any) -> str:
