@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# What `make bench` measures; the defaults take ten minutes on two cores.
+# What `make bench` measures; the defaults take half an hour on two cores.
 SIZES ?= made-up-0.1b qwen2.5-0.5b qwen2.5-1.5b
 PEER_SIZES ?= qwen2.5-0.5b
 RUNS ?= 3

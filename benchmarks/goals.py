@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from contenders import PEERS
 from pair import SIZES
 
 SPEED = {"qwen2.5-1.5b": 20, "qwen2.5-7b": 10}  # times as fast as mergekit
@@ -72,7 +73,7 @@ def _is_floor(name: str, it: Mapping[str, Any], cache: str) -> bool:
 
 
 def _peers(size: str, summary: Mapping[str, Any]) -> Iterator[Goal]:
-    for peer in ("mergekit", "mergekit-same", "sd-mecha", "by-hand"):
+    for peer in PEERS:
         for cache, theirs in summary.get(peer, {}).items():
             ours = summary.get("imm-merge", {}).get(cache)
             if ours is None:
@@ -124,6 +125,10 @@ def _alone(results: Mapping[str, Any]) -> Iterator[Goal]:
         if name != "plain":
             most = 2 if name in ("trim", "della") else 1.5
             yield goal("against a plain merge", name, it["ratio"], "times", most=most)
+    for name, it in results.get("live", {}).items():
+        if name != it["against"]:  # 1.25: 0.8 times the rate
+            most = 2 if name.startswith("merge_into") else 1.25
+            yield goal(f"time against {it['against']}", name, it["ratio"], "times", most=most)
     for name, it in results.get("startup", {}).items():
         yield goal(
             f"time of: {name}", f"{it['peak']['median'] / 1e6:.0f} MB", it["wall"]["median"], "s", most=WAIT.get(name)

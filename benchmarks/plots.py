@@ -16,6 +16,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from contenders import PEERS
+
 HERE = Path(__file__).parent
 TEXT, LINES = "#808080", "#80808055"
 COLORS = {
@@ -34,7 +36,6 @@ LABELS = {
     "sd-mecha": "sd-mecha",
     "by-hand": "script by hand",
 }
-PEERS = ("mergekit", "mergekit-same", "sd-mecha", "by-hand")
 FLOOR = "#909090"
 
 

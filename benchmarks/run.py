@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import forms
+import in_memory
 import plans
 import startup
 from contenders import ALPHA, DROP, HERE, OURS, PEERS, Job, imm_merge, make_models, run, why_not
@@ -35,7 +36,7 @@ from goals import goals
 from measure import FailedError, cpu_name, evict, git_version, machine, measured, memory, versions, warm
 from pair import SIZES, parameter_count
 
-PARTS = ("startup", "plans", "kernel", "forms", "sizes")
+PARTS = ("startup", "plans", "kernel", "forms", "live", "sizes")
 Runs = dict[str, dict[str, list[dict[str, float]]]]  # contender, warm or cold, round
 
 
@@ -180,6 +181,10 @@ def measure_all(arguments: argparse.Namespace, root: Path, path: Path) -> dict[s
         say("other forms of input, and sparsifiers")
         results["forms"] = forms.against_plain(forms.measure(forms.SIZE, root / "forms", arguments.runs))
         shutil.rmtree(root / "forms")
+    if "live" in arguments.parts:
+        say("models in memory")
+        results["live"] = in_memory.measure(in_memory.SIZE, root / "live", arguments.runs)
+        shutil.rmtree(root / "live")
     for size in arguments.sizes if "sizes" in arguments.parts else []:
         here = peers if size in arguments.peer_sizes else []
         measured_size = measure_size(size, root, here, results["settings"]["workers"], arguments)

@@ -169,6 +169,15 @@ def forms(results: Mapping[str, Any]) -> str:
     return table(["sft", "s", "times a plain merge", "CPU s", "times"], rows)
 
 
+def live(results: Mapping[str, Any]) -> str:
+    """Models in memory."""
+    rows = [
+        [f"`{name}`" if "merge to" not in name else name, f"{it['seconds']:.2f}", f"{it['ratio']:.2f}", it["against"]]
+        for name, it in results.get("live", {}).items()
+    ]
+    return table(["what", "s", "times", "of"], rows)
+
+
 def goals(results: Mapping[str, Any]) -> str:
     """Goals with a limit, and whether they are met."""
     rows = [
@@ -200,6 +209,7 @@ def main() -> None:
         "startup": startup(results),
         "plans": plans(results),
         "forms": forms(results),
+        "live": live(results),
         "goals": goals(results),
     }
     update("numbers.md", parts, __doc__)

@@ -14,8 +14,10 @@ import pytest
 from checkpoints import files_of, random_state, write_model
 from loops import CONFIG, asked
 from mergekit_imm.checkpoint.reader import Files
+from mergekit_imm.loop import next_anchor
 from mergekit_imm.loop.next_anchor import NextAnchor
 from mergekit_imm.loop.run import run_loop
+from mergekit_imm.output import direct_io
 from thorough import others
 
 
@@ -81,10 +83,11 @@ def killed(place: str, after: int) -> Iterator[None]:
 
         return counting
 
-    import mergekit_imm.loop.next_anchor as module
     from mergekit_imm.engine import stream
 
-    holder: Any = {"add": NextAnchor, "hand_over": NextAnchor, "Journal": module, "recipes_of": module}.get(place)
+    holder: Any = {"add": NextAnchor, "hand_over": NextAnchor, "Journal": next_anchor, "recipes_of": next_anchor}.get(
+        place
+    )
     holder = holder or {"_become_unfinished": NextAnchor, "_read_back": stream, "rename": Path}[place]
     with patch.object(holder, place, wrapped(getattr(holder, place))):
         tidy = NextAnchor.discard
@@ -107,18 +110,20 @@ def test_a_killed_loop_resumes(place: str, after: int, model: str, apart: dict[s
     assert not list(Path("run").rglob("*.begun")) + list(Path("run").rglob("*.partial"))
 
 
-def test_a_full_disk_leaves_it_to_its_own_merge(model: str, apart: dict[str, bytes]) -> None:
-    from mergekit_imm.output import direct_io
-
-    opened = direct_io.open_output
+@pytest.mark.parametrize("room", [next_anchor.SPARE, 1 << 40])
+def test_a_full_disk_leaves_it_to_its_own_merge(room: int, model: str, apart: dict[str, bytes]) -> None:
+    """A disk with less room than the merge may need for its other files, or one that fills up."""
+    opened, begun = direct_io.open_output, []
 
     def full(path: Path, size: int | None) -> direct_io.Handle:
         if path.parent.name.endswith(".begun"):
+            begun.append(path)
             raise OSError(errno.ENOSPC, "No space left on device")
         return opened(path, size)
 
-    with patch.object(direct_io, "open_output", full):
+    with patch.object(direct_io, "open_output", full), patch.object(next_anchor, "disk_of", lambda _: (0, room)):
         run_loop(settings(model), "run")
+    assert bool(begun) == (room > next_anchor.SPARE)
     assert results(Path("run")) == apart
 
 

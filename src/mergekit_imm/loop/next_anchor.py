@@ -10,6 +10,8 @@ and gives the same bytes as if it had begun itself. A folder left by a killed lo
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -29,11 +31,13 @@ from ..options.recipe import to_json
 from ..output import direct_io
 from ..output.journal import ENTRY, JOURNAL, Journal
 from ..output.paths import is_occupied, partial_of
+from ..output.write_errors import disk_of
 from ..plan.make_plan import make_plans, recipes_of
 from ..plan.open_inputs import open_inputs
 from ..plan.plan import Item, Plan, Segment, segments
 
 Side = tuple[Raw, str]
+SPARE = 1 << 30  # bytes of the disk to leave to the merge: it comes first
 
 
 class NextAnchor:
@@ -90,6 +94,8 @@ class NextAnchor:
         with self._lock:
             if self._files:
                 return
+            if disk_of(self._out)[1] < self._plan.bytes_to_write + SPARE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             direct_io.make_folder(self._folder)
             for file in self._plan.files:
                 path = self._folder / file.name

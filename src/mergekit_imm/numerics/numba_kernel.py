@@ -1,7 +1,7 @@
 """The merge formula compiled by numba, on blocks of 1024 elements, with the GIL released.
 
 A pair of 16-bit elements is one 32-bit word, so all work is in 32-bit lanes without widening or narrowing, and one pass
-over memory decodes, merges, rounds and measures (`_merge_block`). Random words come from a separate function (`_fill`),
+over memory decodes, merges, rounds and measures (`_merge_block`). Random words come from a separate function (`fill`),
 which leaves a block's words in the L1 cache: in the same loop their 64-bit products would take all registers and halve
 the lanes. The layout of the mask fits: with the words of even counters next to those of odd ones, the low halves belong
 to the first 256 pairs of a block, in order, and the high halves to the rest.
@@ -42,7 +42,7 @@ _B0, _B1 = (_u32(x) for x in PHILOX_BUMPS)
 
 
 @jit
-def _fill(block, key0, key1, work):
+def fill(block, key0, key1, work):
     """Write the random words of a block's 128 counters: Philox4x32-10, with the first two rounds simplified.
 
     A block's counters differ only in their low word, so they share the first product of the second round.
@@ -399,7 +399,7 @@ def merge_blocks(base, start, sft, out, work, count, block, uses_mask, key0, key
     size, size_sft, size_out = len(base) // blocks, len(sft) // blocks, len(out) // blocks
     for b in range(blocks):
         if uses_mask:
-            _fill(_number(block, b), key0, key1, work)
+            fill(_number(block, b), key0, key1, work)
         bases, sfts = base[size * b : size * (b + 1)], sft[size_sft * b : size_sft * (b + 1)]
         starts, outs = start[size * b : size * (b + 1)], out[size_out * b : size_out * (b + 1)]
         largest, some = _merge_block(bases, starts, sfts, outs, work, limit, how, largest, tally)
@@ -438,7 +438,7 @@ def merge_decoded_blocks(
     x, y, z = tiles[0], tiles[1], tiles[2]
     for b in range(blocks):
         if uses_mask:
-            _fill(_number(block, b), key0, key1, work)
+            fill(_number(block, b), key0, key1, work)
         _decode(base_code, base[size * b : size * (b + 1)], x)
         _decode(sft_code, sft[size_sft * b : size_sft * (b + 1)], z)
         begin = x if start_is_base else _decode(start_code, start[size_start * b : size_start * (b + 1)], y)

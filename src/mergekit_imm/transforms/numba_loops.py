@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from ..numerics.mask import BLOCK, COUNTERS, PHILOX_BUMPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
+from ..numerics.cpu import PAIRS
+from ..numerics.mask import BLOCK, COUNTERS
 from ..numerics.numba_jit import by_type, inline, jit
+from ..numerics.numba_kernel import fill
 
 TILE = BLOCK  # columns of a product at a time: they stay in the cache over k
 
-_M0, _M1 = (np.uint64(x) for x in PHILOX_MULTIPLIERS)
-_B0, _B1 = (np.uint32(x) for x in PHILOX_BUMPS)
-_32, _HALF = np.uint64(32), np.uint32(16)
+_HALF = np.uint32(16)
 
 
 # --- arrays of any dtype: uint16 stands for bfloat16, floats for themselves
@@ -240,27 +240,22 @@ def _bits(x):
 
 
 @jit
-def random_bits(block, key0, key1, out):
-    """Fill `out` with the sixteen random bits of the elements of whole blocks (see `numerics.mask`)."""
+def random_bits(block, key0, key1, work, out):
+    """Fill `out` with the sixteen random bits of the elements of whole blocks (see `numerics.mask`).
+
+    `work` is float32 scratch, as of a merge: words of even counters, then of odd ones.
+    """
+    words = work.view(np.uint32)
     for first in range(0, len(out), BLOCK):
-        counter = np.uint64(COUNTERS) * np.uint64(block + first // BLOCK)
-        _random_block(np.uint32(counter), np.uint32(counter >> _32), key0, key1, out[first : first + BLOCK])
-
-
-@jit
-def _random_block(low, high, key0, key1, out):
-    for j in range(COUNTERS):
-        c0, c1, c2, c3 = np.uint32(low + np.uint32(j)), high, np.uint32(0), np.uint32(0)
-        k0, k1 = key0, key1
-        for _ in range(PHILOX_ROUNDS):
-            p0, p1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
-            c0, c1 = np.uint32(np.uint32(p1 >> _32) ^ c1 ^ k0), np.uint32(p1)
-            c2, c3 = np.uint32(np.uint32(p0 >> _32) ^ c3 ^ k1), np.uint32(p0)
-            k0, k1 = np.uint32(k0 + _B0), np.uint32(k1 + _B1)
-        out[j], out[4 * COUNTERS + j] = np.uint16(c0), np.uint16(c0 >> _HALF)
-        out[COUNTERS + j], out[5 * COUNTERS + j] = np.uint16(c1), np.uint16(c1 >> _HALF)
-        out[2 * COUNTERS + j], out[6 * COUNTERS + j] = np.uint16(c2), np.uint16(c2 >> _HALF)
-        out[3 * COUNTERS + j], out[7 * COUNTERS + j] = np.uint16(c3), np.uint16(c3 >> _HALF)
+        fill(block + first // BLOCK, key0, key1, work)
+        some = out[first : first + BLOCK]
+        for word in range(4):
+            low, high = some[COUNTERS * word :], some[COUNTERS * (4 + word) :]
+            even = words[COUNTERS // 2 * word :]
+            odd = words[PAIRS + COUNTERS // 2 * word :]
+            for j in range(COUNTERS // 2):
+                low[2 * j], low[2 * j + 1] = np.uint16(even[j]), np.uint16(odd[j])
+                high[2 * j], high[2 * j + 1] = np.uint16(even[j] >> _HALF), np.uint16(odd[j] >> _HALF)
 
 
 @jit

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.lazy_tensor import Computed, Raw, Reads, Tensor, numbers
+from ..numerics.cpu import WORK
 from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.mask import BLOCK, KEEP_ALL
 from ..numerics.native import Loop
@@ -222,10 +223,11 @@ class Ranked(Sparsified):
         counts = np.empty((2, (1 << DIGIT) + 16), np.uint32)
         scratch = np.empty(row, bits), np.empty((2, row), np.uint32), DIGIT, counts
         key = np.uint32(self.key[0]), np.uint32(self.key[1])
+        work = np.empty(WORK, np.float32)
         for begin, finish in _in_whole_rows(first, end, row):
             block = begin // BLOCK
             drawn = np.empty((-(-finish // BLOCK) - block) * BLOCK, np.uint16)
-            random_bits(block, *key, drawn)
+            random_bits(block, *key, work, drawn)
             is_inside = first <= begin and finish <= end
             delta = filled[begin - first : finish - first] if is_inside else np.empty(finish - begin, wide)
             operands = self.operands(reads, begin, finish - begin)
