@@ -4,7 +4,7 @@
 
 Two processes hold the model in halves, by rows (`Shard(0)`) or by columns (`Shard(1)`), and merge at once; the time is
 that of the slower. `iter_merged` yields every tensor; the merge to the disk has the same inputs. Warm, without the
-start of Python; each case runs once in every round.
+start of Python or the import of torch; each case runs once in every round.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def seconds_of(case: str, folder: Path) -> float:
         dimension = int(case[-2])
         spawn(merge_share, (folder, dimension), PROCESSES)  # type: ignore[no-untyped-call]
         return max(float((folder / f"seconds-{rank}").read_text()) for rank in range(PROCESSES))
+    import torch  # noqa: F401 - `iter_merged` needs it, and its import takes longer than a merge
+
     from mergekit_imm import iter_merged, merge_checkpoints
 
     pair = folder / "base", folder / "sft"

@@ -163,5 +163,5 @@ def git_version(folder: Path) -> str:
         return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
 
     commit = git("rev-parse", "--short=10", "HEAD").stdout.strip()
-    changed = git("diff", "--quiet", "HEAD", "--", "../src", ".", ":!results").returncode == 1
+    changed = git("diff", "--quiet", "HEAD", "--", "../src", ".", ":!results", ":!results.json").returncode == 1
     return commit + "+" * changed if commit else "unknown"

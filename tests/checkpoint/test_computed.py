@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import reference
+from adapters import train
 from checkpoints import random_state, read_model, same_bits, write_model
 from mergekit_imm import merge_checkpoints
 from mergekit_imm.checkpoint.lazy_tensor import Piece, Pieces, Tensor, sliced
 from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.reader import Files
-from transforms.test_adapters import train
 
 Array = npt.NDArray[Any]
 

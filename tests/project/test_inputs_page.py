@@ -15,7 +15,7 @@ ROWS = {
     "a hub id": "checkpoint/test_hub_merge.py::test_a_pair_on_a_hub_is_planned_refused_merged_and_merged_again_offline",
     "a LoRA adapter, as `SFT`": "transforms/test_adapters.py::test_it_is_what_peft_s_own_merge_gives",
     "another adapter (PiSSA and others that change their base, IA3, …)":
-        "transforms/test_adapters.py::test_what_is_not_plain_lora_is_refused_by_name",
+        "transforms/test_adapters_refused.py::test_what_is_not_plain_lora_is_refused_by_name",
     "PyTorch files": "checkpoint/test_torch_save.py::test_a_model_of_transformers_is_merged_and_loaded",
     "a `torch.distributed` checkpoint": "checkpoint/test_pieces.py::test_pieces_of_ranks_are_merged_as_the_whole",
     "safetensors that ranks wrote, in pieces":

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import reference
 from checkpoints import State, random_state, same_bits, write_model
+from mergekit_imm import MergeError, MismatchError, merge_into
 from mergekit_imm.live.local_shards import Held, boxes
 
 OPTIONS: dict[str, Any] = {"alpha": 0.3, "drop": 0.5, "seed": 3, "iteration": 2}
@@ -102,3 +104,13 @@ def write_models(folder: Path) -> Path:
     write_model(folder / "start", START)
     torch.save({name: tensor.float() for name, tensor in SFT.items()}, folder / "sft.pt")
     return folder
+
+
+def refused(model: Any, base: Path, match: str, error: type[MergeError] = MismatchError, **options: Any) -> None:
+    """Merge, expecting an error and a model as before."""
+    before = state_of(model) if isinstance(model, nn.Module) else {}
+    with pytest.raises(error, match=match) as caught:
+        merge_into(model, base, **{"drop": 0.5, **options})
+    assert str(caught.value).isprintable()
+    after = state_of(model) if isinstance(model, nn.Module) else {}
+    assert [n for n, t in before.items() if not t.is_meta and not same_bits(t, after[n])] == []

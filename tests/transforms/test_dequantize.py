@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 import reference
+from adapters import adapted
 from checkpoints import State, files_of, read_model, same_bits, write_model
 from fp8 import FP8, MODELOPT, RAGGED, SMALL, Block, Quantiser, compressed, float32_of, ragged_state, theirs, write_fp8
 from mergekit_imm import CheckpointError, NonFiniteError, merge_checkpoints, verify
@@ -27,7 +28,6 @@ from mergekit_imm.transforms.fp8 import Dequantised, _fit, _table
 from models import fine_tuned, load, new_model
 from refused import CONFIG, MODEL, UP0, Models, write_models
 from thorough import others
-from transforms.test_adapters import adapted
 
 UP = UP0.removesuffix(".weight")
 

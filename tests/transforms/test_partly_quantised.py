@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import reference
+from adapters import adapted
 from checkpoints import State, read_model, same_bits, write_model
 from fp8 import FP8, SMALL, float32_of, fp8_state, theirs
 from mergekit_imm import CheckpointError, MismatchError, merge_checkpoints, verify
 from mergekit_imm.transforms.quantised_units import pattern_of
 from models import fine_tuned, new_model
 from refused import CONFIG, SHAPES, UP0, UP1, Models, shown_options, write_models
-from transforms.test_adapters import adapted
 
 MLP = re.compile(r"\.mlp\.\w+_proj\.weight$")
 
