@@ -9,10 +9,11 @@ def _begin(name: str) -> None:
         _open_standard_streams()
     try:
         from .cli import main
+
+        getattr(main, name)()
     except KeyboardInterrupt:  # during imports; afterwards the commands handle it
         sys.stderr.write("error: interrupted; nothing was started\n")
         sys.exit(130)
-    getattr(main, name)()
 
 
 def _open_standard_streams() -> None:

@@ -107,6 +107,25 @@ main()
 """
 
 
+INTERRUPTED = """
+import sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == sys.argv[-1]:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from mergekit_imm import __main__
+__main__.imm_merge()
+"""
+
+
+@pytest.mark.parametrize("module", ["cli.main", "cli.merge", "options.options"])
+def test_an_interrupt_while_the_command_loads_is_one_line(module: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, f"mergekit_imm.{module}"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "error: interrupted; nothing was started\n")
+
+
 def test_a_signal_in_a_callback_of_a_library_is_not_lost(large: Path) -> None:
     """As when it comes while numba loads the kernel: no traceback, and the merge stops all the same."""
     code = held_until("stopping()").replace("\nmain()\n", IN_A_CALLBACK)
