@@ -44,9 +44,13 @@ def is_other_class(config: Config | None, base: Config | None) -> bool:
 
     >>> is_other_class({"model_type": "m_text"}, {"model_type": "m", "text_config": {"model_type": "m_text"}})
     True
+    >>> is_other_class({"model_type": []}, {"model_type": "m"})
+    False
     """
     kinds = [each.get("model_type") if each else None for each in (config, base)]
-    if config is None or base is None or None in kinds or kinds[0] == kinds[1]:
+    if config is None or base is None or kinds[0] == kinds[1]:
+        return False
+    if not all(isinstance(kind, str) for kind in kinds):  # none, or of a damaged config
         return False
     return kinds[0] in _types(base) or kinds[1] in _types(config)
 
