@@ -46,7 +46,8 @@ def keywords_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         (iter_merged, {"max_shard_size", "copy_code", *RUN} - {"device", "workers"}, {"start", "order"}),
         (
             merge_into,
-            {"sparsify", "dtype", "max_shard_size", "vocab", "copy_code", "device", "overwrite", "restart", "verify"},
+            {"sparsify", "dtype", "max_shard_size", "vocab", "copy_code", "device"}
+            | {"overwrite", "restart", "verify", "digests"},
             {"start"},
         ),
     ],

@@ -18,13 +18,13 @@ from typing import Any
 
 from ..common.messages import shown
 from ..errors import CheckpointError
-from ..options.recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE
+from ..options.recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, STATEMENT_FILE
 from .dcp import FSDP_FOLDER, METADATA
 from .other_formats import no_model
 from .safetensors_file import ADAPTER, ADAPTER_CONFIG, INDEX, MODEL, is_plain_name
 from .torch_file import ADAPTER_BIN, BIN, BIN_INDEX, FSDP_BIN
 
-OWN = (CARD_FILE, RECIPE_FILE, REPORT_FILE)  # what a merge writes itself
+OWN = (CARD_FILE, RECIPE_FILE, REPORT_FILE)  # what every merge writes itself
 READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # suffixes of weight files
 SPLIT = ("modules.json", "model_index.json")  # either marks a model of several parts
 
@@ -68,7 +68,8 @@ _LEFTOVERS = (
     "ds_config*.json deepspeed_config*.json fsdp_config.json accelerate_config.yaml additional_config.json "
     "trainer_state.json tokens_state.json latest latest_checkpointed_iteration.txt zero_to_fp32.py "
     "*_results.json *_results.csv trainer_log.jsonl logging.jsonl running_log.txt generated_predictions.jsonl "
-    "completions_*.parquet *_loss.png train_*.png training_*.png eval_*.png"
+    "completions_*.parquet *_loss.png train_*.png training_*.png eval_*.png "
+    "model.sig *.sigstore.json"  # signatures of other bytes
 ).split()
 
 ReadJson = Callable[[str], dict[str, Any]]  # reads a JSON file of the model, by its path
@@ -178,14 +179,14 @@ def is_side_file(path: str, *, copy_code: bool = False) -> bool:
 
     `path` is relative to the folder, with forward slashes. Everything is copied (tokenizer, chat template,
     generation config, processors, sub-folders) except weights of any format, training leftovers, pickles,
-    hidden files, code (unless `copy_code`: it would run on the machine of whoever loads the model), links to
-    folders (which end in a slash), and the three files that a merge writes itself.
+    hidden files, signatures, code (unless `copy_code`: it would run on the machine of whoever loads the model), links
+    to folders (which end in a slash), and the files that a merge writes itself.
 
     >>> is_side_file("tokenizer.json"), is_side_file("model.safetensors"), is_side_file("modeling_x.py")
     (True, False, False)
     """
     *folders, name = PurePosixPath(path).parts
-    if path.endswith("/") or path in OWN or any(part.startswith(".") for part in (*folders, name)):
+    if path.endswith("/") or path in (*OWN, STATEMENT_FILE) or any(part.startswith(".") for part in (*folders, name)):
         return False
     if any(fnmatchcase(folder, pattern) for folder in folders for pattern in FOLDERS):
         return False

@@ -90,7 +90,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
     is_flag=True,
     help="Report whether each SFT can be merged into BASE; needs no OUT.",
 )
-@options_of("overwrite", "restart", "verify")
+@options_of("overwrite", "restart", "verify", "digests")
 @click.option("-q", "--quiet", is_flag=True, help="Hide the progress bar, notes and the final line.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")

@@ -36,6 +36,7 @@ class Job:
         self.streamed: float | None = None
         self.verified: float | None = None
         self.read = self.written = 0
+        self.digests: dict[str, str] = {}  # sha256 of every file, once asked for
         self.records: npt.NDArray[np.float64] | None = None  # statistics, one row for each segment, once streamed
         self.notes = list(plan.notes)
         self.sizes = {file.name: file.size for file in plan.files}
@@ -77,6 +78,7 @@ class Job:
             **description(self.plan.models, self.plan.items, self.plan, self.notes),
             refused=for_caller(refused),
             verified=self.verified is not None,
+            digests=self.digests,
         )
 
 

@@ -61,6 +61,7 @@ class _Keywords(TypedDict, total=False):
     overwrite: bool
     restart: bool
     verify: bool
+    digests: bool
     allow_nonfinite: bool
     copy_code: bool
     dry_run: bool
@@ -124,6 +125,7 @@ def merge_checkpoints(
     overwrite: bool = False,
     restart: bool = False,
     verify: bool = False,
+    digests: bool = False,
     allow_nonfinite: bool = False,
     copy_code: bool = False,
     dry_run: bool = False,
@@ -163,6 +165,8 @@ def merge_checkpoints(
         overwrite: replace an `out` with other contents.
         restart: do not resume an unfinished merge.
         verify: recompute everything and compare every byte, before `out` appears (or in an existing `out`).
+        digests: hash every file of `out` (sha256, in the report) and write an unsigned in-toto statement of the merge
+            for sigstore's model-signing, imm_statement.json.
         allow_nonfinite: accept NaN and infinity in the inputs.
         copy_code: copy *.py files too.
         dry_run: plan and check everything, write nothing. The report's `refused` says if there is too little space.

@@ -31,6 +31,7 @@ class MergeReport:
     merges of a sweep share one read and one clock; each report has the whole amounts. `renamed`: renaming rules applied
     to sft and start, with the number of tensors. `notes`: worth knowing, not errors. `refused`: the shortage of space
     that would stop the merge (dry runs). `verified`: every byte was recomputed and compared before the folder appeared.
+    `digests`: the sha256 of every file, if asked for.
     """
 
     status: str
@@ -55,6 +56,7 @@ class MergeReport:
     notes: list[str] = field(default_factory=list)
     refused: str = ""
     verified: bool = False
+    digests: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""

@@ -28,6 +28,7 @@ from ..options.options import Progress, RunOptions
 from ..options.recipe import (
     RECIPE_FILE,
     REPORT_FILE,
+    STATEMENT_FILE,
     history_of,
     make_recipe,
     options_in,
@@ -38,6 +39,7 @@ from ..plan.make_plan import make_plans
 from ..plan.open_inputs import prepared
 from ..plan.plan import Inputs, Plan, segments
 from ..ranks.ranks import ALONE, Ranks, on_leader, part_of_another, together
+from .provenance import file_digests, stated_digests
 from .report import statistics, written_files
 from .workers import run_segments
 
@@ -115,18 +117,27 @@ def verify(
             f"{shown(folder / RECIPE_FILE)}: its {shown(wrong[0])} differs from this merge's; merge again"
         )
 
-    return replace(
-        compare_folder(
-            plan,
-            recipe,
-            folder,
-            sample=sample,
-            workers=run_options.workers or default_workers(),
-            device=pick_device(run_options.device),
-            progress=progress,
-        ),
-        out=str(out),
+    workers = run_options.workers or default_workers()
+    report = compare_folder(
+        plan,
+        recipe,
+        folder,
+        sample=sample,
+        workers=workers,
+        device=pick_device(run_options.device),
+        progress=progress,
     )
+    stated = stated_digests(folder) if sample == 1 else None
+    if stated is not None:
+        found = file_digests(folder, report.files_compared, workers=workers)
+        wrong = [name for name in (*found, *stated) if found.get(name) != stated.get(name)]
+        if wrong:
+            raise VerifyError(
+                f"{shown(folder / STATEMENT_FILE)} has another digest of {shown(wrong[0])} than the file, which is as its"
+                " recipe makes it; remove the statement, and make it again with --digests"
+            )
+        report.files_compared.append(STATEMENT_FILE)
+    return replace(report, out=str(out))
 
 
 def compare_folder(
@@ -192,7 +203,7 @@ def compare_folder(
         _compare_files(plan, folder, expected, cure)
         compared = [*(file.name for file in plan.files), *plan.side, *expected]
         there = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
-        return compared, [name for name in there if name not in {*compared, REPORT_FILE}]
+        return compared, [name for name in there if name not in {*compared, REPORT_FILE, STATEMENT_FILE}]
 
     compared = together(ranks, recompute)
     for part, of_rank in ranks.gather((mine, records[mine])):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..common.notes import note
 from ..errors import ArgumentError, ChangedError, CheckpointError, MismatchError, NonFiniteError, OutputError
 from ..numerics.devices import Device, pick_device
 from ..options.options import Progress, RunOptions
-from ..options.recipe import differences, read_recipe, to_json, without_places
+from ..options.recipe import STATEMENT_FILE, differences, read_recipe, to_json, without_places
 from ..output import direct_io, journal, paths, publish
 from ..output.write_errors import lack_of_space, output_errors
 from ..plan.make_plan import recipes_of
@@ -23,6 +23,7 @@ from ..plan.plan import Plan, same_place
 from ..plan.unchanged import note_if_unchanged, note_of
 from ..ranks.ranks import ALONE, Ranks, check_same, on_leader, together
 from .job import Job
+from .provenance import file_digests, statement
 from .report import MergeReport, statistics, written_files
 from .stream import stream
 from .verify import compare_folder
@@ -54,14 +55,17 @@ def write(
     for job, recipe in zip(jobs, recipes, strict=True):
         job.recipe = recipe
     left = [job for job, done in zip(jobs, whole, strict=True) if not done]
-    if not options.dry_run and (left or options.verify):
+    if not options.dry_run and (left or options.verify or options.digests):
         device = together(ranks, lambda: pick_device(options.device))
         if left:
             _build(left, device, options, ranks, also)
+        done = [job for job in jobs if job not in left]
         if options.verify:
-            _verify([job for job in jobs if job not in left], device, options.progress, ranks)
-    done = "dry run" if options.dry_run else "merged"
-    return [job.report(done, lacking) if job in left else job.report("already merged") for job in jobs]
+            _verify(done, device, options.progress, ranks)
+        if options.digests:
+            on_leader(ranks, lambda: _state(done))
+    status = "dry run" if options.dry_run else "merged"
+    return [job.report(status, lacking) if job in left else job.report("already merged") for job in jobs]
 
 
 def checked_outs(out: str, names: Sequence[str]) -> list[Path]:
@@ -130,7 +134,7 @@ def _build(jobs: Sequence[Job], device: Device, options: RunOptions, ranks: Rank
     stays for the next attempt, unless an input was refused.
     """
     bytes_to_write = sum(job.plan.bytes_to_write for job in jobs)
-    total = bytes_to_write * (2 if options.verify else 1)
+    total = bytes_to_write * (1 + options.verify + options.digests)
 
     def advance(done: int, _: int) -> None:
         if options.progress is not None:
@@ -151,6 +155,8 @@ def _build(jobs: Sequence[Job], device: Device, options: RunOptions, ranks: Rank
             raise
         if options.verify:
             _verify(jobs, device, lambda done, _: advance(bytes_to_write + done, 0), ranks)
+        if options.digests:
+            on_leader(ranks, lambda: _state(jobs, lambda done: advance(total - bytes_to_write + done, 0)))
         on_leader(ranks, lambda: _publish(jobs))
 
 
@@ -196,6 +202,29 @@ def _write_beside(jobs: Sequence[Job], written: Sequence[Job]) -> None:
                 direct_io.copy_file(source, job.partial / path)
             for path, content in written_files(job.plan, job.recipe, found).items():
                 direct_io.write_file(job.partial / path, content)
+
+
+def _state(jobs: Sequence[Job], advance: Callable[[int], None] = lambda _: None) -> None:
+    """Hash the files of each folder, published or not, and write its statement; tell `advance` of the bytes."""
+    before = 0
+
+    def add(size: int) -> None:
+        nonlocal before
+        before += size
+        advance(min(before, sum(job.plan.bytes_to_write for job in jobs)))
+
+    for job in jobs:
+        with job.errors():
+            folder = job.partial if job.partial.is_dir() else job.out
+            job.digests = file_digests(folder, job.whole, workers=job.workers, advance=add)
+            path, content = folder / STATEMENT_FILE, to_json(statement(job.recipe, job.digests))
+            if path.exists() and path.read_bytes() != content:
+                raise OutputError(
+                    f"{shown(path)} is not the statement of what {shown(folder)} holds; `imm-verify {shown(job.out)}`"
+                    " tells whether the merge is as it was: if so remove the statement, else merge again"
+                )
+            if not path.exists():
+                direct_io.replace_file(path, content)
 
 
 def _publish(jobs: Sequence[Job]) -> None:

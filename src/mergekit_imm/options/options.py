@@ -281,6 +281,7 @@ class RunOptions(_Options):
     overwrite: bool = _option(False, "Replace OUT if it holds something else.")
     restart: bool = _option(False, "Discard an unfinished merge and start over.")
     verify: bool = _option(False, "Recompute the merge and compare every byte before OUT appears.")
+    digests: bool = _option(False, "Hash every file of OUT; write an in-toto statement, imm_statement.json.")
     progress: Progress | None = _option(None, "")
 
 

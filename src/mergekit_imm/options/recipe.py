@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from .options import MERGE_DEFAULTS, MergeOptions
 
 RECIPE_FILE, REPORT_FILE, CARD_FILE = "imm_recipe.json", "imm_report.json", "README.md"
+STATEMENT_FILE = "imm_statement.json"  # with --digests
 RECIPE_FORMAT, RECIPE_VERSION = "mergekit_imm recipe", 1
 
 # Options that the first recipes lack. Recipes store them only when used, except these two.

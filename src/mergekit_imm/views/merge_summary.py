@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.messages import bytes_text, first_few, shown
 from ..engine.report import MergeReport
+from ..options.recipe import STATEMENT_FILE
 from ..plan.describe import CheckReport
 from .tables import aligned
 
@@ -18,13 +19,18 @@ def finished(report: MergeReport, several: bool) -> str:
     """Return the line that ends a merge."""
     if report.status == "already merged":
         compared = ", every byte compared" if report.verified else ""
-        return f"{shown(report.out)} already merged: it holds exactly this merge{compared}"
+        return f"{shown(report.out)} already merged: it holds exactly this merge{compared}{_stated(report)}"
     seconds, moved = report.seconds["total"], report.bytes_read + report.bytes_written
     rate = f" ({moved / seconds / 1e9:.2f} GB/s read and written)" if moved >= 1e8 and not several else ""
     return (
         f"merged {sum(report.tensors.values())} tensors, {count_text(report.parameter_count)} parameters, into"
         f" {shown(report.out)} in {seconds:.1f} s{rate}{', every byte compared' if report.verified else ''}"
+        f"{_stated(report)}"
     )
+
+
+def _stated(report: MergeReport) -> str:
+    return f", digests of {len(report.digests)} files in {STATEMENT_FILE}" if report.digests else ""
 
 
 def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
