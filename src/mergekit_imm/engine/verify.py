@@ -133,8 +133,8 @@ def verify(
         wrong = [name for name in (*found, *stated) if found.get(name) != stated.get(name)]
         if wrong:
             raise VerifyError(
-                f"{shown(folder / STATEMENT_FILE)} has another digest of {shown(wrong[0])} than the file, which is as its"
-                " recipe makes it; remove the statement, and make it again with --digests"
+                f"{shown(folder / STATEMENT_FILE)} has another digest of {shown(wrong[0])} than the file, which is as"
+                " its recipe makes it; remove the statement, and make it again with --digests"
             )
         report.files_compared.append(STATEMENT_FILE)
     return replace(report, out=str(out))
