@@ -201,7 +201,8 @@ def _item(
     if "sft" in sides and sides["sft"].is_delta:
         constants = replace(constants, is_delta=True)
     home = _output_file(key, sides.get("base"), source, used)
-    if isinstance(source, TensorInfo) and (source.name, source.dtype, source.file) == (key, dtype, home) and written == (key,):
+    outs: tuple[TensorInfo, ...]
+    if isinstance(source, TensorInfo) and source.file == home and source.dtype == dtype and written == (source.name,):
         outs = (source,)
     else:
         nbytes = source.count * DTYPE_BITS[dtype] // 8
@@ -209,8 +210,10 @@ def _item(
     if action == "take":
         sides = {"sft": source}
     item = Item(key, action, sides, outs, constants, draw)
+    if action != "merge" or options.vocab == "strict":
+        return item
     extended = [side.own.count for side in sides.values() if isinstance(side, Extended)]
-    if action != "merge" or not extended:
+    if not extended:
         return item
     # An adapter leaves the rest to the start it was trained on, which may store a head that the base ties.
     owners = ("sft", "start", "base") if options.vocab == "sft" else ("base",)
