@@ -203,7 +203,7 @@ def _item(
     home = _output_file(key, sides.get("base"), source, used)
     outs: tuple[TensorInfo, ...]
     if isinstance(source, TensorInfo) and source.file == home and source.dtype == dtype and written == (source.name,):
-        outs = (source,)
+        outs = (source,)  # which is often all that the layout asks for
     else:
         nbytes = source.count * DTYPE_BITS[dtype] // 8
         outs = tuple([TensorInfo(name, dtype, source.shape, home, 0, nbytes) for name in written])

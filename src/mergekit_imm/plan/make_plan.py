@@ -85,7 +85,7 @@ def unchecked_plan(models: Mapping[str, Checkpoint], options: MergeOptions, deci
 
 
 def _in_order(items: Sequence[Item], placed: Mapping[str, TensorInfo], files: Sequence[OutputFile]) -> list[Item]:
-    """Return the items with their places in the output files, in the order of the output."""
+    """Give the items their places in the output files, and return them in the order of the output."""
     order = {file.name: number for number, file in enumerate(files)}
     for each in items:
         each.outs = tuple([placed[out.name] for out in each.outs])

@@ -96,7 +96,8 @@ class _Pass:
 
     def __init__(self, count: int, low: int, shift: int, size: int) -> None:
         self.low, self.shift = low, shift
-        self.counts, self.below = np.zeros(size, np.uint32 if count < 1 << 32 else np.uint64), 0
+        self.counts: npt.NDArray[Any] = np.zeros(size, np.uint32 if count < 1 << 32 else np.uint64)
+        self.below = 0
         self._left = list(range(0, count, PIECE))[::-1]
         self._running = 0
         self._changed = threading.Condition()
@@ -140,9 +141,9 @@ class _Pass:
 class Threshold:
     """The magnitude, as an integer, of the K-th largest element; threads that ask for it share the work.
 
-    In a small tensor it is selected in memory. Else a pass over the tensor counts the magnitudes in a window: first, all
-    by their highest bits, then those with the highest bits of the K-th by the next ones. A sample of float32 often tells
-    a window that is small enough to count every magnitude in it, and holds the K-th: then one pass is enough.
+    In a small tensor it is selected in memory. Else a pass over the tensor counts the magnitudes in a window: first,
+    all by their highest bits, then those with the highest bits of the K-th by the next ones. A sample of float32 often
+    tells a window that is small enough to count every magnitude in it, and holds the K-th: then one pass is enough.
     """
 
     def __init__(self, tensor: Trimmed) -> None:
@@ -190,7 +191,7 @@ class Threshold:
         return bits(min(magnitude, int(wide(np.inf).view(bits))))
 
     def _ranked(self, reads: Reads, places: Sequence[int], some: int) -> int:
-        """Return the magnitude of this rank among the `some` elements at each of the places, all of them or a sample."""
+        """Return the magnitude of this rank among `some` elements from each of the places on: a sample, or all."""
         wide, bits = self._tensor.wide
         found = np.empty((len(places), some), wide)
         for first, piece in zip(places, found, strict=True):
