@@ -31,7 +31,7 @@ import forms
 import in_memory
 import plans
 import startup
-from contenders import ALPHA, DROP, HERE, OURS, PEERS, Job, imm_merge, make_models, run, why_not
+from contenders import ALPHA, DROP, HERE, OURS, PEERS, Job, command, make_models, run, why_not
 from goals import goals
 from measure import FailedError, cpu_name, evict, git_version, machine, measured, memory, versions, warm
 from pair import SIZES, parameter_count
@@ -125,11 +125,15 @@ def measure_size(size: str, root: Path, peers: Sequence[str], workers: int, argu
 
 
 def warm_up(root: Path) -> int:
-    """Merge a tiny pair, so that the kernel is compiled and cached; return how many workers a merge uses."""
-    folder = root / "warm-up"
-    make_models("tiny", folder)
-    command = [imm_merge(), f"{folder}/base", f"{folder}/sft", "--json", "-o", f"{folder}/out"]
-    _, printed = measured(command)
+    """Merge tiny models, two and three, so that the kernels are compiled and cached; return a merge's workers.
+
+    Compiling takes twice the memory of a merge: it would be measured in place of the first model with a start.
+    """
+    job = Job("tiny", root / "warm-up", 0, Path())
+    make_models(job.size, job.folder, start=True)
+    for contender in ("imm-merge", "imm-merge --start"):
+        _, printed = measured(command(contender, job))
+        shutil.rmtree(job.out)
     return int(json.loads(printed)["workers"])
 
 

@@ -75,6 +75,7 @@ def ranked(delta: reference.Array, row: int, drop: float, epsilon: float) -> tup
     numbers=st.sampled_from(["gauss", "coarse", "sparse", "special"]),
     drop=st.sampled_from([0.1, 0.2, 0.5, 0.9]),
     digit=st.sampled_from([2, 8, 11]),
+    whole=st.sampled_from([0, 700, 1 << 20]),
     cut=st.floats(0, 1),
     seed=st.integers(0, 999),
 )
@@ -85,6 +86,7 @@ def test_any_piece_matches_sorting(
     numbers: str,
     drop: float,
     digit: int,
+    whole: int,
     cut: float,
     seed: int,
 ) -> None:
@@ -101,7 +103,7 @@ def test_any_piece_matches_sorting(
     expected = np.where(kept, thin + wide(0), wide(-0.0))  # -0.0 is what was dropped
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.multiple(sparsified_delta, SAMPLE=64, SAMPLED=16, PIECE=500, DIGIT=digit),
+        patch.multiple(sparsified_delta, WHOLE=whole, SAMPLE=64, SAMPLED=16, PIECE=500, DIGIT=digit),
     ):
         inputs = {}
         for role, tensor in (("base", start), ("sft", sft)):
@@ -142,7 +144,7 @@ def test_a_threshold_is_right_whatever_the_sample_says(tmp_path: Path, skewed: f
 
         return reading
 
-    with Files(inputs) as files, patch.multiple(sparsified_delta, SAMPLE=64, SAMPLED=16, PIECE=999):
+    with Files(inputs) as files, patch.multiple(sparsified_delta, WHOLE=0, SAMPLE=64, SAMPLED=16, PIECE=999):
         found = sparsified_delta.Threshold(tensor).find(partial(counted, files))
     assert int(found) == np.sort(sizes(delta.numpy()[0]))[-10000]
     passes = sum(read) // (2 * 4 * 20000)
@@ -166,7 +168,7 @@ def test_what_one_thread_cannot_read_is_left_to_the_next(tmp_path: Path) -> None
             raise ChangedError(role)
         return partial(files.read, role)
 
-    with Files(inputs) as files, patch.object(sparsified_delta, "PIECE", 1000):
+    with Files(inputs) as files, patch.multiple(sparsified_delta, WHOLE=0, PIECE=1000):
         for _ in range(3):
             with pytest.raises(ChangedError):
                 threshold.find(reads)

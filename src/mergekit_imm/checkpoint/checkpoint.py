@@ -154,8 +154,16 @@ def _check_index(
 ) -> None:
     """Check that an index agrees with the headers of the files it names, `own`."""
     folder = folder_of(index)
+    where_held: dict[str, str] = {}
+    for name in own:
+        names = [tensor.name for tensor in files[name].tensors]
+        if folder:
+            names = [each.removeprefix(folder) for each in names]
+        where_held |= dict.fromkeys(names, name.removeprefix(folder))
+    if weight_map == where_held:  # nearly always
+        return
     held = {name.removeprefix(folder): {t.name.removeprefix(folder) for t in files[name].tensors} for name in own}
-    stored = set[str]().union(*held.values())
+    stored = where_held.keys()
     if own == [MODEL] and weight_map.keys() != stored:
         raise CheckpointError(f"{where} holds both {MODEL} and {index}, with different tensors; delete the stale one")
     none: set[str] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -56,11 +57,13 @@ def open_checkpoint(
     dry_run: bool = False,
     outs: Sequence[Path] = (),
     leave_out: Sequence[str] = (),
+    indexes: dict[bytes, Any] | None = None,
 ) -> Checkpoint:
     """Read the headers of a model: a local folder, a .safetensors file, or `org/name[@revision]`.
 
     An existing path wins over a hub id. A single file has tensors only, no config. Folders in `outs` and files or
-    folders that match `leave_out` (paths in the model, or patterns) are not part of the model. Raises CheckpointError.
+    folders that match `leave_out` (paths in the model, or patterns) are not part of the model. `indexes` keeps parsed
+    indexes by digest, for models stored alike that are opened together. Raises CheckpointError.
     """
     text = str(as_path(role, ref))
     text = text.rstrip("/") or text  # shell completion adds a slash
@@ -72,7 +75,7 @@ def open_checkpoint(
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{role} {shown(text)} cannot be opened: {getattr(error, 'strerror', error)}") from error
     if path.is_dir():
-        return _from_folder(path, role, text, copy_code, outs, leave_out)
+        return _from_folder(path, role, text, copy_code, outs, leave_out, indexes)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(
@@ -95,7 +98,13 @@ def open_checkpoint(
 
 
 def _from_folder(
-    folder: Path, role: str, ref: str, copy_code: bool, outs: Sequence[Path] = (), leave_out: Sequence[str] = ()
+    folder: Path,
+    role: str,
+    ref: str,
+    copy_code: bool,
+    outs: Sequence[Path] = (),
+    leave_out: Sequence[str] = (),
+    indexes: dict[bytes, Any] | None = None,
 ) -> Checkpoint:
     label = f"{role} {shown(ref)}"
     try:
@@ -117,7 +126,12 @@ def _from_folder(
             raise CheckpointError(
                 f"{shown(whole)} cannot be read: {error.strerror}; copy or download it again"
             ) from error
-        return _parse_json_object(content, str(whole))
+        if indexes is None or path not in (INDEX, BIN_INDEX):
+            return _parse_json_object(content, str(whole))
+        digest = blake2b(content).digest()
+        if digest not in indexes:
+            indexes[digest] = _parse_json_object(content, str(whole))
+        return indexes[digest]  # type: ignore[no-any-return]
 
     given = f"{label} without what --leave-out names" if len(paths) < len(listed) else label
     contents = sort_files(paths, read, role, ref, given, copy_code=copy_code)

@@ -16,6 +16,7 @@ from ..checkpoint.lazy_tensor import Raw
 from ..checkpoint.reader import check_inputs
 from ..checkpoint.safetensors_file import TensorInfo
 from ..common.checks import as_path
+from ..common.garbage import uncollected
 from ..common.messages import shown
 from ..common.threads import default_workers
 from ..errors import ArgumentError, CheckpointError
@@ -209,7 +210,8 @@ def merged(given: Mapping[str, Any], also: Also | None = None) -> MergeReport | 
         check_apart(outs, places_of(inputs.models) | files_of(options[0]))
         return make_plans(inputs), outs
 
-    plans, outs = together(ranks, planned)
+    with uncollected():
+        plans, outs = together(ranks, planned)
     reports = write(plans, outs, run_options, ranks=ranks, began=began, also=also)
     return reports if any(is_list(given.get(name)) for name in SWEPT) else reports[0]
 

@@ -106,7 +106,8 @@ def _merge_blocks(
     alike, start_is_base = base[1] == start[1] == sft[1], start[0] is base[0]
     is_common = alike or (start_is_base and base[1] == out[1] and {base[1], sft[1]} == {"BF16", "F32"})
     before = tally.copy()
-    for how in (fast, careful) if is_finite(before) and not (constants.is_identity or at_end) else (careful,):
+    is_rare = at_end or (constants.is_identity and not constants.is_delta)  # the fast path adds a delta times 1
+    for how in (fast, careful) if is_finite(before) and not is_rare else (careful,):
         work = np.zeros(WORK, wide)
         rest = (
             count,

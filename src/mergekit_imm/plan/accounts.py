@@ -7,6 +7,7 @@ finding is a bug in this program, not a fault of the inputs.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 
@@ -32,6 +33,8 @@ def check_tensors(decided: Decided, same_bytes: SameBytes) -> None:
     for role, each in decided.used.items():
         for name, tensor in each.tensors.items():
             item = items.get(name)
+            if item is not None and item.action == "merge" and item.sides.get(role) is tensor:
+                continue  # nearly always
             if item is None:
                 raise _fault(f"tensor '{shown(name)}' of {each.label} would not be used")
             if item.action == ("take" if role == "base" else "keep") or (role == "start" and item.action == "take"):
@@ -49,12 +52,10 @@ def check_tensors(decided: Decided, same_bytes: SameBytes) -> None:
 def check_plan(plan: Plan, ties: Ties) -> None:
     """Check that every name the base stores is written exactly once, and that configs match. Raises PlanError."""
     base = plan.models["base"]
-    written: dict[str, Item] = {}
-    for item in plan.items:
-        for out in item.outs:
-            if out.name in written:
-                raise _fault(f"tensor '{shown(out.name)}' would be written twice")
-            written[out.name] = item
+    written = {out.name: item for item in plan.items for out in item.outs}
+    if len(written) < sum([len(item.outs) for item in plan.items]):
+        names = Counter(out.name for item in plan.items for out in item.outs)
+        raise _fault(f"tensor '{shown(max(names, key=names.__getitem__))}' would be written twice")
     for tensor in () if base.tensors.keys() <= written.keys() else _stored(base):
         if tensor.name in base.tensors and tensor.name not in written:
             raise _fault(f"tensor '{shown(tensor.name)}' of {base.label} would not be written")

@@ -16,7 +16,7 @@ from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
 from ..model.config import check_configs
 from ..model.tensor_names import folder_of, is_embedding_or_head, layer_key, ready_option
 from ..numerics.dtypes import DTYPE_BITS, MERGED, TORCH_NAMES
-from ..numerics.mask import arithmetic, mask_key
+from ..numerics.mask import Arithmetic, arithmetic, mask_key
 from ..numerics.sparsifiers import parse_sparsify
 from ..options.options import MergeOptions, layer_factors_of
 from ..transforms.kept_quantised import intact
@@ -89,7 +89,7 @@ def decide(
     typed = models.get("start", base) if options.dtype == "start" else base  # sets the output dtypes
     main = cache(partial(main_dtype, typed))
 
-    stored = {role: each.tensors for role, each in used.items()}
+    finders = [(role, each.tensors.get) for role, each in used.items()]
     tensors: list[_Named] = []
     done: set[str] = set(wrong)
     for name in _every_name(base, groups, sft):
@@ -102,7 +102,7 @@ def decide(
             key, written = group.key, group.written
             done.update(group.names)
         if group is None:
-            sides = {role: side for role, there in stored.items() if (side := there.get(name))}
+            sides = {role: side for role, find in finders if (side := find(name))}
         else:
             sides = {role: side for role, each in used.items() if (side := side_of(each, name, group))}
         like = sides.get("base") if typed is base else side_of(typed, name, group)
@@ -152,7 +152,10 @@ def _paired_with_embedding(key: str, sides: dict[str, Tensor], base: Checkpoint)
     return {"base": embedding, **sides}
 
 
-_arithmetic = cache(arithmetic)  # shared by all tensors with the same numbers
+@cache
+def _arithmetic(alpha: float, drop: float, factor: float) -> Arithmetic:
+    """Return the constants of a merge, shared by all tensors with the same numbers."""
+    return arithmetic(alpha=alpha, drop=drop, factor=factor)
 
 
 def _action(key: str, written: Sequence[str], sides: Mapping[str, Tensor], selects: Selects) -> Action:
@@ -191,20 +194,26 @@ def _item(
         )
     factor = factors.get(layer_key(key) or "", 1.0) if factors else 1.0
     drop = 0.0 if selects("no_drop", written, key) else options.drop
-    constants = _arithmetic(alpha=options.alpha, drop=drop, factor=factor)
+    constants = _arithmetic(options.alpha, drop, factor)
     if action == "merge" and options.sparsify != "dare" and constants.uses_mask:
-        constants = _arithmetic(alpha=options.alpha, drop=0.0, factor=factor)
+        constants = _arithmetic(options.alpha, 0.0, factor)
         sides = _sparsified(key, sides, options) if "sft" in sides else sides  # an adapter does not change the others
     if "sft" in sides and sides["sft"].is_delta:
         constants = replace(constants, is_delta=True)
     home = _output_file(key, sides.get("base"), source, used)
-    nbytes = source.count * DTYPE_BITS[dtype] // 8
-    outs = tuple([TensorInfo(name, dtype, source.shape, home, 0, nbytes) for name in written])
+    outs: tuple[TensorInfo, ...]
+    if isinstance(source, TensorInfo) and source.file == home and source.dtype == dtype and written == (source.name,):
+        outs = (source,)  # which is often all that the layout asks for
+    else:
+        nbytes = source.count * DTYPE_BITS[dtype] // 8
+        outs = tuple([TensorInfo(name, dtype, source.shape, home, 0, nbytes) for name in written])
     if action == "take":
         sides = {"sft": source}
     item = Item(key, action, sides, outs, constants, draw)
+    if action != "merge" or options.vocab == "strict":
+        return item
     extended = [side.own.count for side in sides.values() if isinstance(side, Extended)]
-    if action != "merge" or not extended:
+    if not extended:
         return item
     # An adapter leaves the rest to the start it was trained on, which may store a head that the base ties.
     owners = ("sft", "start", "base") if options.vocab == "sft" else ("base",)
@@ -214,6 +223,8 @@ def _item(
 def _output_file(key: str, base_tensor: Tensor | None, source: Tensor, used: Mapping[str, Checkpoint]) -> str:
     """Return the output file of a tensor: that of the base, or the counterpart of the sft's file."""
     base = used["base"]
+    if isinstance(base_tensor, TensorInfo) and not base.unread:
+        return base_tensor.file
     home = base.file_of.get(base_tensor.name) if base_tensor is not None else None
     if home is not None:
         return home

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..common.notes import Note, note
 from ..errors import MergeError
 from ..model.rename_rules import rules_of
 from ..model.tensor_names import blanked, is_embedding_or_head
+from ..numerics.mask import KEEP_ALL
 from ..options.options import MergeOptions
 from ..transforms.sparsified_delta import Sparsified
 from ..transforms.tokenizer_files import check_tokens
@@ -173,28 +175,32 @@ def _refused(names: Collection[str], checkpoints: Sequence[Checkpoint]) -> list[
     ]
 
 
+@cache
+def _dropped(keep16: int) -> float:
+    return round(1 - keep16 / KEEP_ALL, 6)
+
+
 def kinds(items: Iterable[Item]) -> list[dict[str, Any]]:
     """Group tensors by kind: the name without its numbers, and what happens to them."""
     groups: dict[tuple[Any, ...], list[Item]] = defaultdict(list)
     for item in items:
-        name = blanked(item.name)
-        read = [(role, s.sft if isinstance(s, Sparsified) else s) for role, s in item.sides.items()]
-        dtypes = tuple([(role, side.dtype) for role, side in read])
-        sft, drop = item.sides.get("sft"), None
+        sides, drop = item.sides, None
+        sft = sides.get("sft")
         if item.action == "merge":  # the fraction of the delta's elements that is dropped
-            drop = sft.drop if isinstance(sft, Sparsified) else round(1 - item.constants.keep16 / 65536, 6)
-        groups[name, item.action, dtypes, item.outs[0].dtype, drop].append(item)
+            drop = sft.drop if isinstance(sft, Sparsified) else _dropped(item.constants.keep16)
+        dtypes = tuple([side.sft.dtype if isinstance(side, Sparsified) else side.dtype for side in sides.values()])
+        groups[blanked(item.name), item.action, tuple(sides), dtypes, item.outs[0].dtype, drop].append(item)
     return [
         {
             "name": name,
             "action": action,
             "tensors": len(items),
             "elements": sum([item.source.count for item in items]),
-            "read": dict(dtypes),
+            "read": dict(zip(roles, dtypes, strict=True)),
             "write": dtype,
             "drop": drop,
             "bytes_read": sum([side.stored for item in items for side in item.sides.values()]),
             "bytes_written": sum([out.nbytes for item in items for out in item.outs]),
         }
-        for (name, action, dtypes, dtype, drop), items in groups.items()
+        for (name, action, roles, dtypes, dtype, drop), items in groups.items()
     ]

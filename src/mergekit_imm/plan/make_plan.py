@@ -85,22 +85,11 @@ def unchecked_plan(models: Mapping[str, Checkpoint], options: MergeOptions, deci
 
 
 def _in_order(items: Sequence[Item], placed: Mapping[str, TensorInfo], files: Sequence[OutputFile]) -> list[Item]:
-    """Return the items with their places in the output files, in the order of the output."""
+    """Give the items their places in the output files, and return them in the order of the output."""
     order = {file.name: number for number, file in enumerate(files)}
-    found = [
-        Item(
-            each.name,
-            each.action,
-            each.sides,
-            tuple([placed[out.name] for out in each.outs]),
-            each.constants,
-            each.draw,
-            each.common,
-            each.owner,
-        )
-        for each in items
-    ]
-    return sorted(found, key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
+    for each in items:
+        each.outs = tuple([placed[out.name] for out in each.outs])
+    return sorted(items, key=lambda item: (order[item.outs[0].file], item.outs[0].begin, item.name))
 
 
 def _configs(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import is_offline
@@ -53,12 +54,20 @@ def open_inputs(
     first = several[0]
 
     def opened(dry_run: bool) -> Inputs:
+        indexes: dict[bytes, Any] = {}
         models = {
             role: open_checkpoint(
-                ref, role, copy_code=first.copy_code, dry_run=dry_run, outs=outs, leave_out=first.leave_out
+                ref,
+                role,
+                copy_code=first.copy_code,
+                dry_run=dry_run,
+                outs=outs,
+                leave_out=first.leave_out,
+                indexes=indexes,
             )
             for role, ref in refs.items()
         }
+        indexes.clear()
         if first.leave_out:
             check_left_out(models, first.leave_out)
         models = prepared(without_same_start(models), first)

@@ -28,7 +28,7 @@ SEGMENT_BYTES = 4 << 20  # bytes of a segment that is copied unchanged
 Action = Literal["merge", "keep", "take", "copy"]
 
 
-@dataclass(slots=True)  # never changed; not frozen, as TensorInfo
+@dataclass(slots=True)  # changed only by its layout; not frozen, as TensorInfo
 class Item:
     """One tensor of the output: its inputs, what happens to them, and where the result goes."""
 

@@ -69,7 +69,8 @@ def lay_out(
             )
             files.append(OutputFile(name, head, size))
             for t, begin in zip(ordered, begins, strict=True):
-                of_index.append(TensorInfo(t.name, t.dtype, t.shape, name, begin, t.nbytes))
+                is_there = t.begin == begin and t.file == name  # as in the base
+                of_index.append(t if is_there else TensorInfo(t.name, t.dtype, t.shape, name, begin, t.nbytes))
         for each in of_index:
             placed[each.name] = each
         if index is not None:

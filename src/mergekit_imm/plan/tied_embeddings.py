@@ -63,7 +63,7 @@ def tied_groups(used: Used, same_bytes: SameBytes) -> Ties:
     for folder in dict.fromkeys(map(folder_of, base.tensors)):
         config = base.config_of(folder)
         said = stated_tie(config)
-        embeddings = _embeddings(base, folder, config)
+        embeddings = _embeddings(base, folder, config, shapes)
         sizes = {base.tensors[name].shape for name in embeddings}
         several = [size for size in sizes if len(shapes[folder, size]) > 1]  # the others tie nothing
         own_heads = (_stores_another_head(base, shapes[folder, size], embeddings, same_bytes) for size in several)
@@ -101,24 +101,27 @@ Shapes = dict[tuple[str, tuple[int, ...]], list[str]]
 def _candidates(used: Used) -> Shapes:
     """Return the vectors and matrices outside the layers, of all inputs, by folder and shape."""
     found: dict[tuple[str, tuple[int, ...]], dict[str, None]] = {}
+    seen: dict[str, Tensor] = {}
     for each in used.values():
-        for name, tensor in each.tensors.items():
+        before, seen = seen, each.tensors
+        for name, tensor in seen.items():
+            if before.get(name) is tensor:  # inputs stored alike share their tensors
+                continue
             if 1 <= len(tensor.shape) <= 2 and tensor.dtype in MERGED and layer_key(name) is None:
                 found.setdefault((folder_of(name), tensor.shape), {})[name] = None
     return {key: list(names) for key, names in found.items()}
 
 
-def _embeddings(base: Checkpoint, folder: str, config: Config | None) -> list[str]:
+def _embeddings(base: Checkpoint, folder: str, config: Config | None, shapes: Shapes) -> list[str]:
     """Return the base's input embeddings in a folder: by name, else by their rows, else its heads."""
     sizes = vocabulary_sizes(config)
     matrices = sorted(
         name
-        for name, tensor in base.tensors.items()
-        if len(tensor.shape) == 2
-        and layer_key(name) is None
-        and (is_embedding_or_head(name) or tensor.shape[0] in sizes)
-        and folder_of(name) == folder
-        and tensor.dtype in MERGED
+        for (where, shape), names in shapes.items()
+        if where == folder and len(shape) == 2
+        for name in names
+        if (own := base.tensors.get(name)) and own.shape == shape and own.dtype in MERGED
+        if is_embedding_or_head(name) or shape[0] in sizes
     )
     return (
         [name for name in matrices if is_input_embedding(name)]

@@ -6,7 +6,7 @@ A dropped element is -0.0: adding it changes no value, and it differs from a del
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,6 +24,7 @@ from ..numerics.sparsifiers import keep_thresholds, trim_count
 PIECE = 1 << 18  # elements worked on at a time
 LONGEST_ROW = 1 << 18  # elements that are ranked together
 DIGIT = 11  # bits of magnitudes sorted at a time: what the L1 cache takes of their counts
+WHOLE = 1 << 20  # elements of a tensor that is held in memory: of one segment, which one thread merges alone
 SAMPLE = 1 << 16  # elements, from which a threshold is guessed
 SAMPLED = 1 << 12  # of them that are read together
 
@@ -95,7 +96,8 @@ class _Pass:
 
     def __init__(self, count: int, low: int, shift: int, size: int) -> None:
         self.low, self.shift = low, shift
-        self.counts, self.below = np.zeros(size, np.int64), 0
+        self.counts: npt.NDArray[Any] = np.zeros(size, np.uint32 if count < 1 << 32 else np.uint64)
+        self.below = 0
         self._left = list(range(0, count, PIECE))[::-1]
         self._running = 0
         self._changed = threading.Condition()
@@ -139,9 +141,9 @@ class _Pass:
 class Threshold:
     """The magnitude, as an integer, of the K-th largest element; threads that ask for it share the work.
 
-    A pass over the tensor counts the magnitudes in a window: first, all by their highest bits, then those with the
-    highest bits of the K-th by the next ones. A sample of float32 often tells a window that is small enough to count
-    every magnitude in it, and holds the K-th: then one pass is enough.
+    In a small tensor it is selected in memory. Else a pass over the tensor counts the magnitudes in a window: first,
+    all by their highest bits, then those with the highest bits of the K-th by the next ones. A sample of float32 often
+    tells a window that is small enough to count every magnitude in it, and holds the K-th: then one pass is enough.
     """
 
     def __init__(self, tensor: Trimmed) -> None:
@@ -164,31 +166,40 @@ class Threshold:
 
     def _advance(self, reads: Reads) -> None:
         """Choose the next pass, or find the threshold in the one that is done."""
-        done, count, (wide, bits) = self._pass, self._tensor.count, self._tensor.wide
+        done, count, bits = self._pass, self._tensor.count, self._tensor.wide[1]
+        if done is None and count <= WHOLE:
+            self._found = self._least(self._ranked(reads, [0], count))
+            return
         if done is None and bits is np.uint32 and count >= 16 * SAMPLE:
-            low = max(0, self._guess(reads) - (2 << 16))
+            places = [number * SAMPLED * count // SAMPLE for number in range(SAMPLE // SAMPLED)]
+            low = max(0, self._ranked(reads, places, SAMPLED) - (2 << 16))
             self._pass = _Pass(count, low, shift=0, size=4 << 16)
             return
         if done is None or not 0 <= self._rank - done.below < done.counts.sum():
             self._pass = _Pass(count, 0, shift=DTYPE_BITS[self._tensor.dtype] - 16, size=1 << 15)
             return
-        at = int(np.searchsorted(np.cumsum(done.counts), self._rank - done.below, side="right"))
+        at = int(np.searchsorted(np.cumsum(done.counts, dtype=np.int64), self._rank - done.below, side="right"))
         low = done.low + (at << done.shift)
         if done.shift:
             self._pass = _Pass(count, low, done.shift - 16, size=1 << 16)
-        else:  # if more than K are NaN, keep infinities too
-            self._found = bits(min(low, int(wide(np.inf).view(bits))))
+        else:
+            self._found = self._least(low)
 
-    def _guess(self, reads: Reads) -> int:
-        """Return the magnitude of this rank in a sample."""
-        pieces, count = SAMPLE // SAMPLED, self._tensor.count
-        sample = np.empty((pieces, SAMPLED), np.float32)
-        for number, piece in enumerate(sample):
-            operands = self._tensor.operands(reads, number * count // pieces, SAMPLED)
-            keep_largest(*operands, np.uint32(0), piece)  # all
-        magnitudes = sample.reshape(-1).view(np.uint32) & np.uint32(0x7FFFFFFF)
-        rank = self._rank * SAMPLE // count
-        return int(np.partition(magnitudes, rank)[rank])
+    def _least(self, magnitude: int) -> np.unsignedinteger[Any]:
+        """Return the threshold for a K-th largest magnitude: if more than K are NaN, infinities are kept too."""
+        wide, bits = self._tensor.wide
+        return bits(min(magnitude, int(wide(np.inf).view(bits))))
+
+    def _ranked(self, reads: Reads, places: Sequence[int], some: int) -> int:
+        """Return the magnitude of this rank among `some` elements from each of the places on: a sample, or all."""
+        wide, bits = self._tensor.wide
+        found = np.empty((len(places), some), wide)
+        for first, piece in zip(places, found, strict=True):
+            keep_largest(*self._tensor.operands(reads, first, some), bits(0), piece)  # all
+        rank = self._rank * found.size // self._tensor.count
+        magnitudes = np.abs(found, out=found).reshape(-1).view(bits)
+        magnitudes.partition(rank)
+        return int(magnitudes[rank])
 
     def _count(self, reads: Reads, window: _Pass, first: int, counts: Counts) -> None:
         """Count a piece of the tensor in a window."""
