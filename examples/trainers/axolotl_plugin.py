@@ -6,7 +6,7 @@ from mergekit_imm import IMMCallback
 
 class IMMArgs(BaseModel):
     imm_base: str
-    imm_round: int = 0
+    imm_round: int
 
 
 class IMMPlugin(BasePlugin):

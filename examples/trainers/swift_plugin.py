@@ -12,7 +12,7 @@ class MergeAtEnd(IMMCallback):
 
     def on_train_end(self, *args, **kwargs):
         super().on_train_end(*args, **kwargs)
-        self.trainer.save_model(os.environ["IMM_OUT"])
+        self.trainer.save_model(os.environ["IMM_OUT"])  # ms-swift saves its last checkpoint before this
 
 
 callbacks_map["imm"] = MergeAtEnd
