@@ -2,8 +2,8 @@
 
     python docs/scripts/trainers.py [--checkout NAME=FOLDER ...] [NAME ...]
 
-Each trainer that runs gets a virtual environment of its own, which sees the packages of the Python that runs this (torch,
-and the library) beneath its own pinned ones. Its recipe trains a tiny model; what it saves must be what `imm-merge`
+Each trainer that runs gets a virtual environment of its own, which sees the packages of the Python that runs this
+(torch, and the library) beneath its own pinned ones. Its recipe trains a tiny model; what it saves must be what `imm-merge`
 makes of the checkpoint that the trainer wrote before the merge, to the bit. Of the others the published package is
 downloaded, or a checkout given, and the signatures and options that the recipe uses are looked for in it. Versions,
 commands and signatures are in trainers.json. Needs pip's index, and 1.5 GB of disk.
@@ -27,7 +27,10 @@ from typing import Any
 
 RECIPES = Path(__file__).parents[2] / "examples" / "trainers"
 TRAINERS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-SHOWN = ("torch", "transformers", "trl", "peft")
+VERSIONS = """
+from importlib.metadata import version
+print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft")))
+"""
 
 
 def check(command: str | list[str], folder: Path, env: Mapping[str, str] | None = None) -> str:
@@ -62,13 +65,16 @@ def run(trainer: Mapping[str, Any], folder: Path) -> str:
     for file in RECIPES.iterdir():
         shutil.copy(file, folder)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"PATH": f"{folder / 'venv' / 'bin'}{os.pathsep}{env['PATH']}", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    env |= {
+        "PATH": f"{folder / 'venv' / 'bin'}{os.pathsep}{env['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+    }
     check(["venv/bin/python", "tiny.py"], folder, env)
     check(f"{trainer['run']} {trainer['on_cpu']}", folder, env)
     (trained,) = folder.glob(trainer["trained"])
     found = check(["venv/bin/python", "-c", COMPARE, str(trained)], folder, env).splitlines()[-1]
-    versions = "import importlib.metadata as m; print(', '.join(f'{n} {m.version(n)}' for n in %r))" % (SHOWN,)
-    return f"{found}; with {check(['venv/bin/python', '-c', versions], folder, env).strip()}"
+    return f"{found}; with {check(['venv/bin/python', '-c', VERSIONS], folder, env).strip()}"
 
 
 COMPARE = """
@@ -88,9 +94,12 @@ print(f"{len(saved)} tensors merged, {dtype}, the same bits as imm-merge")
 """
 
 
-def source(name: str, trainer: Mapping[str, Any], folder: Path) -> Path:
+def source(trainer: Mapping[str, Any], folder: Path) -> Path:
     """Download the package of a trainer into a folder; return the folder with its source."""
-    check([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), trainer["download"]], folder)
+    check(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), trainer["download"]],
+        folder,
+    )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "source")
@@ -141,7 +150,7 @@ def main() -> None:
             if "run" in trainer:
                 said = run(trainer, folder)
             elif name in checkouts or "download" in trainer:
-                place = Path(checkouts[name]) if name in checkouts else source(name, trainer, folder)
+                place = Path(checkouts[name]) if name in checkouts else source(trainer, folder)
                 wrong = differences(trainer, place)
                 failed |= bool(wrong)
                 said = "; ".join(wrong) or "the source has the hooks and options of the recipe"

@@ -1,5 +1,5 @@
-import os
 import sys
+from pathlib import Path
 
 import ray
 from skyrl.train.config import SkyRLTrainConfig
@@ -12,13 +12,12 @@ from mergekit_imm import Rounds
 
 class MergeAtEnd(TrainingCallback):
     def __init__(self, cfg, base, iteration):
-        self.out = cfg.trainer.export_path
+        self.out = Path(cfg.trainer.export_path)
         self.rounds = Rounds(base, start=cfg.trainer.policy.model.path, iteration=iteration)  # checks them now
 
     def on_train_end(self, trainer, callback_input, control):
-        sft = os.path.join(self.out, "sft")
-        trainer.dispatch.save_hf_model("policy", sft, trainer.tokenizer)
-        self.rounds.merge(sft, os.path.join(self.out, "merged"))
+        trainer.dispatch.save_hf_model("policy", str(self.out / "sft"), trainer.tokenizer)
+        self.rounds.merge(self.out / "sft", self.out / "merged")
 
 
 @ray.remote(num_cpus=1)

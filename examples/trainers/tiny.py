@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import torch
 import transformers
@@ -16,7 +17,5 @@ config = transformers.Qwen2Config(
 torch.manual_seed(0)
 transformers.AutoModelForCausalLM.from_config(config).save_pretrained("base")
 tokenizer.save_pretrained("base")
-with open("data.jsonl", "w") as data:
-    for a in range(10):
-        for b in range(10):
-            print(json.dumps({"prompt": f"{a}+{b}=", "completion": str(a + b)}), file=data)
+rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
+Path("data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

@@ -1,4 +1,4 @@
-"""The recipes of docs/trainers.md: TRL's trains a model, those that need GPUs are called as their trainers call them."""
+"""The recipes of docs/trainers.md: TRL's trains a model; those for GPUs are called as their trainers call them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+import transformers
 
 import mergekit_imm
 from checkpoints import State, random_state, read_model, same_bits, write_model
+from commands import HUNG
 from loops import PYTHON, TRAINER
 from mergekit_imm import CheckpointError, MergeError
 from mergekit_imm.testing import naive_merge
@@ -93,8 +94,9 @@ def assert_merged(out: Path, sft: State, start: str, **options: Any) -> None:
     base, begin, found = (read_model(each) for each in (Path("base"), Path(start), out))
     assert sorted(found) == sorted(base)
     for name, tensor in found.items():
-        arrays = [np.asarray(each[name]).ravel() for each in (base, sft, begin)]
-        assert np.array_equal(np.asarray(tensor).ravel(), naive_merge(*arrays, "F32", name=name, **options)), name
+        one, tuned, first = (each[name].float().numpy().ravel() for each in (base, sft, begin))
+        expected = naive_merge(one, tuned, first, "F32", name=name, **options)
+        assert same_bits(tensor, torch.from_numpy(expected).view(tensor.shape)), name
 
 
 def verl_config(**changes: Any) -> Any:
@@ -174,7 +176,9 @@ def test_verl_s_engine_sends_the_merged_model_from_the_first_rank_alone(
 def test_skyrl_saves_and_merges_at_the_end(
     monkeypatch: pytest.MonkeyPatch, recipe: Any, models: State, tmp_path: Path
 ) -> None:
-    experiment = recorded("SkyRL", "BasePPOExp", get_trainer="return self.made", run="return self.get_trainer(*range(8))")
+    experiment = recorded(
+        "SkyRL", "BasePPOExp", get_trainer="return self.made", run="return self.get_trainer(*range(8))"
+    )
     experiment.made = recorded("SkyRL", "RayPPOTrainer", add_callback="self.callback = callback")()
     dispatch = recorded("SkyRL", "WorkerDispatch")()
     config = SimpleNamespace(
@@ -206,6 +210,25 @@ def test_skyrl_saves_and_merges_at_the_end(
         module.run(config, "base", 2)
 
 
+def test_trl_trains_and_merges_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint at the last step, before the merge, is the fine-tuned model."""
+    monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+
+    def python(file: str, *arguments: str) -> None:
+        command = [sys.executable, str(RECIPES / file), *arguments]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=HUNG)
+
+    python("tiny.py")
+    for number, start in enumerate(["base", "round-0"]):
+        out = f"round-{number}"
+        python("trl_sft.py", "base", start, "data.jsonl", out, str(number))
+        (checkpoint,) = Path(f"{out}-training").glob("checkpoint-*")
+        assert_merged(Path(out), read_model(checkpoint), start, alpha=0.5, drop=0.2, iteration=number)
+    _, info = transformers.AutoModelForCausalLM.from_pretrained("round-1", output_loading_info=True)
+    assert not any(info.values())
+
+
 FAKE = """#!{python}
 import pathlib, subprocess, sys
 arguments = dict(zip(sys.argv[1:], sys.argv[2:] + [""]))
@@ -233,12 +256,14 @@ def test_a_loop_around_a_trainer_gives_it_options_that_it_has(
         (tmp_path / folder / "tokenizer.json").write_text("{}")
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin" / program
-    fake.write_text(FAKE.format(python=sys.executable, names=names, trainer=[shlex.split(PYTHON)[0], *shlex.split(TRAINER)]))
+    fake.write_text(
+        FAKE.format(python=sys.executable, names=names, trainer=[shlex.split(PYTHON)[0], *shlex.split(TRAINER)])
+    )
     fake.chmod(0o755)
     environment = {**os.environ, "PATH": f"{fake.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    subprocess.run(["sh", str(RECIPES / file)], env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(["sh", str(RECIPES / file)], env=environment, check=True, capture_output=True, timeout=HUNG)
     merged = [tmp_path / "run" / f"round-{number}" / "merged" for number in range(3)]
-    sft = {each: tensor + np.float32(0.01) for each, tensor in read_model(merged[1]).items()}
+    sft = {each: tensor + torch.tensor(0.01) for each, tensor in read_model(merged[1]).items()}
     assert_merged(merged[2], sft, str(merged[1]), alpha=0.5, drop=0.2, iteration=2)
     used = set((tmp_path / "options").read_text().split()) - {"--module"}  # deepspeed's own
     (known,) = TRAINERS[name]["options"].values()
@@ -255,8 +280,8 @@ def test_the_page_has_the_recipes_as_they_are() -> None:
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_page_names_the_versions_and_the_commands_that_ran(name: str) -> None:
     trainer = TRAINERS[name]
-    row = next(line for line in PAGE.splitlines() if line.startswith(f"| {name} "))
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| [{name}]("))
     assert trainer["version"] in row
-    assert ("| yes" in row) == ("run" in trainer)
+    assert ("| yes, one round |" in row) == ("run" in trainer)
     flat = re.sub(r"\s*\\\n\s*", " ", PAGE)
     assert trainer.get("run", "") in flat
