@@ -3,8 +3,8 @@
     python docs/scripts/trainers.py [--checkout NAME=FOLDER ...] [NAME ...]
 
 Each trainer that runs gets a virtual environment of its own, which sees the packages of the Python that runs this
-(torch, and the library) beneath its own pinned ones. Its recipe trains a tiny model; what it saves must be what `imm-merge`
-makes of the checkpoint that the trainer wrote before the merge, to the bit. Of the others the published package is
+(torch, and the library) beneath its own pinned ones. Its recipe trains a tiny model; what it saves must have the bits
+that `imm-merge` makes of the checkpoint that the trainer wrote before the merge. Of the others the published package is
 downloaded, or a checkout given, and the signatures and options that the recipe uses are looked for in it. Versions,
 commands and signatures are in trainers.json. Needs pip's index, and 1.5 GB of disk.
 """
@@ -65,11 +65,8 @@ def run(trainer: Mapping[str, Any], folder: Path) -> str:
     for file in RECIPES.iterdir():
         shutil.copy(file, folder)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {
-        "PATH": f"{folder / 'venv' / 'bin'}{os.pathsep}{env['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "disabled",
-    }
+    env["PATH"] = f"{folder / 'venv' / 'bin'}{os.pathsep}{env['PATH']}"
+    env |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "AXOLOTL_DO_NOT_TRACK": "1"}  # nothing is sent
     check(["venv/bin/python", "tiny.py"], folder, env)
     check(f"{trainer['run']} {trainer['on_cpu']}", folder, env)
     (trained,) = folder.glob(trainer["trained"])
