@@ -56,7 +56,7 @@ def comparer(models: Mapping[str, Checkpoint]) -> SameBytes:
 
     def equal(checkpoint: Checkpoint, one: Tensor, other: Tensor) -> bool:
         # A dry run on a hub id downloads no tensors; trust the config that they are tied.
-        if checkpoint.folder is None:
+        if checkpoint.folder is None and checkpoint.repo:
             return is_embedding_or_head(one.name) and is_embedding_or_head(other.name)
         return compare(checkpoint.role, one.name, other.name)
 
