@@ -1,7 +1,7 @@
 """Merge an adapter in memory, PEFT's, into its model, and the model back towards its base, without saving either.
 
-The adapter is the sft of the merge, read from memory by the code that reads adapters on disk; the result is written into
-the model's frozen weights. So the bits are those of `merge_checkpoints` with the saved adapter.
+The adapter is the sft of the merge, read from memory by the code that reads adapters on disk; the result is written
+into the model's frozen weights. So the bits are those of `merge_checkpoints` with the saved adapter.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def _tensors(wrapped: Any, name: str) -> dict[str, Any]:
     """Return an adapter's tensors as PEFT saves them, whole. Raises MismatchError for what is trained beside it."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
+    # The state is given, because PEFT warns of shapes in one that it takes itself.
+    state = get_peft_model_state_dict(wrapped, wrapped.state_dict(), name, save_embedding_layers=False)
     held = {tensor.data_ptr() for tensor in state.values() if not isinstance(tensor, DTensor)}
     found: dict[str, Any] = {}
     for key, tensor in state.items():

@@ -61,7 +61,7 @@ class Rounds:
             raise ArgumentError(
                 f"options have '{twice[0]}', which is a parameter of Rounds: Rounds(..., {twice[0]}=...)"
             )
-        check_keywords(self.options, keywords(merge_checkpoints) - own - {"dry_run"}, "Rounds")
+        check_keywords(self.options, keywords(merge_checkpoints) - own - {"dry_run", "as_adapter"}, "Rounds")
         numbers = {name: value for name, value in self.numbers().items() if name != "start"}
         check_options(self.base, numbers)
 
