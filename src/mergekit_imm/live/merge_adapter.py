@@ -128,7 +128,7 @@ def merge_adapter(
         wrapped.base_model.unload()
         for path, tensor in narrowed.items():
             module, _, last = path.rpartition(".")
-            inner.get_submodule(module).register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+            inner.get_submodule(module).register_parameter(last, nn.Parameter(tensor))
         _untie(inner)
         wrapped.save_pretrained = _SavesMerged(wrapped, inner)
     return inner, report
