@@ -43,11 +43,11 @@ def keywords_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     ("function", "lacking", "own"),
     [
         (merge_checkpoints, set(), {"start", "ranks"}),
-        (iter_merged, {"max_shard_size", "copy_code", *RUN} - {"device", "workers"}, {"start", "order"}),
+        (iter_merged, {"max_shard_size", "copy_code", "as_adapter", *RUN} - {"device", "workers"}, {"start", "order"}),
         (
             merge_into,
-            {"sparsify", "dtype", "max_shard_size", "vocab", "copy_code", "device"}
-            | {"overwrite", "restart", "verify", "digests"},
+            {"sparsify", "dtype", "max_shard_size", "vocab", "copy_code", "as_adapter"}
+            | {"device", "overwrite", "restart", "verify", "digests"},
             {"start"},
         ),
     ],
@@ -107,36 +107,39 @@ USED: dict[str, Any] = {
     "allow_nonfinite": True,
     "copy_code": True,
     "leave_out": ("v.safetensors",),
+    "as_adapter": True,
 }
+# What excludes each other: only a merge with the first has none of the second.
+OF_AN_ADAPTER = {"as_adapter": True, "drop": 0.0, "iteration": 2, "layer_factors": "lines:0.5,1"}
+OTHERS = {name: value for name, value in USED.items() if name not in ("as_adapter", "layer_factors")}
 
 
 def test_a_recipe_holds_each_of_them_and_gives_it_back() -> None:
     assert set(USED) == set(MERGE_DEFAULTS)
-    for first in ("importance", "layer_factors"):  # they exclude each other
-        lacking = {"layer_factors"} if first == "importance" else {"importance", "shrink", "clip"}
-        options = MergeOptions(**{name: value for name, value in USED.items() if name not in lacking})
+    for values in (OTHERS, OF_AN_ADAPTER):
+        options = MergeOptions(**values)
         inputs: dict[str, dict[str, Any]] = {role: {"path": role, "files": {}} for role in ("base", "sft")}
         recipe = make_recipe(options, inputs, {}, [])
         assert options_in(parse_recipe(to_json(recipe), "recipe")) == options
-        assert set(recipe["parameters"]) | lacking == set(USED) | lacking
+        assert {*values} <= {*recipe["parameters"]}
     plain = make_recipe(MergeOptions(), {}, {}, [])["parameters"]
-    assert set(USED) - set(plain) == {"shrink", "clip", "layer_factors", "sparsify", "leave_out"}
+    assert set(USED) - set(plain) == {"shrink", "clip", "layer_factors", "sparsify", "leave_out", "as_adapter"}
     assert json.loads(json.dumps(plain)) == plain
 
 
 def test_the_words_of_a_command_mean_the_same_options() -> None:
-    options = MergeOptions(
-        **{name: value for name, value in USED.items() if name not in ("importance", "shrink", "clip")}
-    )
-    words = as_arguments(options)
-    parsed = merge_command.make_context("imm-merge", ["base", "sft", *shlex.split(shlex.join(words))]).params
-    numbers = {name: type(USED[name])(parsed[name][0]) for name in SWEPT}
-    assert options_from({**parsed, **numbers}, MergeOptions) == options
+    of_a_file = ("importance", "shrink", "clip")
+    for values in ({name: value for name, value in OTHERS.items() if name not in of_a_file}, OF_AN_ADAPTER):
+        options = MergeOptions(**values)
+        words = as_arguments(options)
+        parsed = merge_command.make_context("imm-merge", ["base", "sft", *shlex.split(shlex.join(words))]).params
+        numbers = {name: type(USED[name])(parsed[name][0]) for name in SWEPT}
+        assert options_from({**parsed, **numbers}, MergeOptions) == options
 
 
 def test_options_stay_what_they_are_when_one_is_replaced() -> None:
-    options = MergeOptions(**{name: value for name, value in USED.items() if name != "layer_factors"})
-    assert replace(options, iteration=7) == MergeOptions(**{**USED, "layer_factors": None, "iteration": 7})
+    for values in (OTHERS, OF_AN_ADAPTER):
+        assert replace(MergeOptions(**values), iteration=7) == MergeOptions(**{**values, "iteration": 7})
 
 
 def test_a_bare_size_of_a_caller_is_refused_and_one_in_a_recipe_is_bytes(tmp_path: Path) -> None:

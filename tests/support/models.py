@@ -221,6 +221,11 @@ def save(model: Any, folder: Path, voice: str, shard: str = "5GB") -> Path:
     """Write a model with a tokenizer, chat template and generation config, each marked with `voice`."""
     model.generation_config = transformers.GenerationConfig(max_new_tokens=len(voice), stop_strings=[voice])
     model.save_pretrained(folder, max_shard_size=shard)
+    return save_tokenizer(folder, voice)
+
+
+def save_tokenizer(folder: Path, voice: str = "voice") -> Path:
+    """Write a tokenizer with a chat template, marked with `voice`."""
     words = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "merge", "back", voice])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()

@@ -33,6 +33,7 @@ class Checkpoint:
     parts: tuple[Part, ...] = ()  # files grouped as loaders group them
     recipe: dict[str, Any] | None = None  # of the merge that made it
     adapter: dict[str, Any] | None = None  # an adapter's config
+    adapter_config: dict[str, Any] | None = None  # the same, as its file has it
     trained_on: Any = None  # the model an adapter's config names, a path or a hub id
     original_names: Mapping[str, str] = field(default_factory=dict)  # base's name -> differing name in the file
     repo: str | None = None

@@ -45,6 +45,11 @@ class Computed:
         return False
 
     @property
+    def is_whole(self) -> bool:
+        """Whether its elements are held as they are, in memory."""
+        return False
+
+    @property
     def count(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -254,8 +259,9 @@ def leaves(tensor: Tensor, role: str) -> Iterator[Leaf]:
 
 
 def is_stored(tensor: Tensor) -> bool:
-    """Whether a tensor's own values are stored on disk, not computed."""
-    return isinstance(tensor.own if isinstance(tensor, Extended) else tensor, TensorInfo)
+    """Whether a tensor's own values are stored, not computed."""
+    own = tensor.own if isinstance(tensor, Extended) else tensor
+    return isinstance(own, TensorInfo) or own.is_whole
 
 
 def runs(

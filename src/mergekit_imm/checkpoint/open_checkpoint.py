@@ -206,6 +206,7 @@ def _checkpoint(
         side={name: folder / name if folder else None for name in contents.side},
         left_out=tuple(name for name in listed if name not in used),
         adapter=adapter,
+        adapter_config=adapter,
         trained_on=adapter.get("base_model_name_or_path") if adapter else None,
         adapters=contents.adapters,
         part_configs={folder_of(path): read(path) for path in configs},

@@ -69,6 +69,7 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
     "vocab",
     "rename",
     "dequantize",
+    "as_adapter",
     "keep",
     "take",
     "no_drop",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _LISTS = ("keep", "leave-out", "no-drop", "rename", "take")
-_FLAGS = ("allow-nonfinite", "copy-code", "dequantize", "dry-run", "overwrite", "restart", "verify")
+_FLAGS = ("allow-nonfinite", "as-adapter", "copy-code", "dequantize", "dry-run", "overwrite", "restart", "verify")
 _OTHERS = (
     "alpha base batch-size clip device drop dtype encoder importance iteration layer-factors max-length max-shard-size"
     " reference sample seed sft shrink sparsify start vocab workers"

@@ -11,7 +11,7 @@ from ..checkpoint.lazy_tensor import Raw, Tensor
 from ..checkpoint.reader import Files
 from ..common.messages import shown
 from ..errors import MismatchError, NonFiniteError
-from ..numerics.dtypes import DTYPE_BITS
+from ..numerics.dtypes import DTYPE_BITS, MERGED
 from ..plan.advice import Advice
 from ..plan.plan import Item, Plan
 
@@ -95,6 +95,20 @@ def check_values(
     raise NonFiniteError(
         f"tensor '{shown(item.name)}': the merged value of element {first + found.first}{merge} is too large for the"
         f" output dtype {out[1]}; use {wider}"
+    )
+
+
+def check_taken(plan: Plan, item: Item, content: Raw, files: Files) -> None:
+    """Raise NonFiniteError if a piece of an adapter, copied as it is, holds NaN or infinity."""
+    from ..numerics.cpu import finite_elements
+
+    (role, side), *_ = item.sides.items()
+    if side.dtype not in MERGED or plan.options.allow_nonfinite or finite_elements(content, side.dtype).all():
+        return
+    bad, element = _count_nonfinite(side, role, files)
+    raise NonFiniteError(
+        f"tensor '{shown(item.name)}' of {plan.models[role].label} has {bad} NaN or infinite of {side.count} elements,"
+        f" the first at index {element}; train or save it again, or let them through with --allow-nonfinite"
     )
 
 

@@ -57,6 +57,7 @@ class _Keywords(TypedDict, total=False):
     rename: Sequence[str]
     leave_out: Sequence[str]
     dequantize: bool
+    as_adapter: bool
     device: str
     workers: int | None
     overwrite: bool
@@ -121,6 +122,7 @@ def merge_checkpoints(
     rename: Sequence[str] = (),
     leave_out: Sequence[str] = (),
     dequantize: bool = False,
+    as_adapter: bool = False,
     device: str = "cpu",
     workers: int | None = None,
     overwrite: bool = False,
@@ -161,6 +163,8 @@ def merge_checkpoints(
             not.
         leave_out: paths of files or folders in the inputs that are not weights of the model ("vit.pt").
         dequantize: multiply FP8 weights by their stored scales; the output is bfloat16.
+        as_adapter: write an adapter again, whose change to the base is the merge's. `sft` is a LoRA adapter trained on
+            the base, `drop` is 0, and there is no `start`.
         device: "cpu", or "cuda" to compute the same bits on a GPU.
         workers: threads; None: min(4, 2 x CPUs).
         overwrite: replace an `out` with other contents.

@@ -71,7 +71,9 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
         ("dtype", "as in the base" if o.dtype == "base" else o.dtype),
         *((f"`{name}`", _cell(" ".join(getattr(o, name)))) for name in lists if getattr(o, name)),
         *((("`vocab`", f"the {o.vocab}'s"),) if o.vocab != "strict" else ()),
+        *((("result", "an adapter of the base: the factors of `sft`, scaled"),) if o.as_adapter else ()),
     ]
+    relation = "adapter" if o.as_adapter else "merge"
     refs = {role: each.ref for role, each in plan.models.items()}
     start = ["--start", refs["start"]] if "start" in refs else []
     command = ["imm-merge", refs["base"], refs["sft"], *start, *as_arguments(o)]
@@ -79,18 +81,18 @@ def model_card(plan: Plan, recipe: Mapping[str, Any]) -> bytes:
     lines = [
         "---",
         *(
-            ("base_model:", *(f"- {json.dumps(model)}" for model in models), "base_model_relation: merge")
+            ("base_model:", *(f"- {json.dumps(model)}" for model in models), f"base_model_relation: {relation}")
             if models
             else ()
         ),
-        "library_name: transformers",
+        f"library_name: {'peft' if o.as_adapter else 'transformers'}",
         "tags:",
         "- merge",
         "- mergekit_imm",
         "- imm",
         "---",
         "",
-        "# A merged model",
+        "# A merged adapter" if o.as_adapter else "# A merged model",
         "",
         "A fine-tuned model pulled back towards its base (iterative model merging,",
         "[arXiv 2503.02103](https://arxiv.org/abs/2503.02103)):",

@@ -87,7 +87,7 @@ def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:
             (item.name, _entry(item, records[of_item.start : of_item.stop])) for item, of_item in _segments(plan)
         ),
         # Only if true, so that reports of earlier versions still compare equal.
-        **({"sft_equals_start": True} if layers and not records[:, 0].any() else {}),
+        **({"sft_equals_start": True} if layers and not plan.options.as_adapter and not records[:, 0].any() else {}),
         # Not for hub ids: there it depends on the cache.
         "left_out": {
             role: list(each.left_out) for role, each in plan.models.items() if not each.repo and role != "start"

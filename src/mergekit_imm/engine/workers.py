@@ -26,7 +26,7 @@ from ..numerics.statistics import KEPT, RECORD, Record, is_finite, new_tally, to
 from ..plan.advice import Advice
 from ..plan.plan import Item, Plan, Segment
 from ..transforms.sparsified_delta import Sparsified, count_kept
-from .bad_values import check_equal, check_values
+from .bad_values import check_equal, check_taken, check_values
 
 BUFFERS = 64 << 20  # of all workers together
 MARGIN = 16 * PAGE  # three inputs and an output begin and end within pages
@@ -188,6 +188,8 @@ def _copy(plan: Plan, item: Item, task: Task, buffer: Raw, files: Files, sink: S
             found = files.read_placed(other, side, first, count, buffer, step + 4 * PAGE)
             mirror = buffer[found : found + count]
             check_equal(item, first, (role, content), (other, mirror), Advice(plan.models, plan.options))
+        if plan.options.as_adapter:
+            check_taken(plan, item, content, files)
         for number in wanted:
             for target in item.outs:
                 sink(number, target, first, memoryview(content))  # type: ignore[arg-type]

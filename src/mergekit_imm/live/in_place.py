@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from ..common.messages import shown
 from ..common.threads import in_threads
 from ..engine.bad_values import check_equal, find_bad_values, or_other
 from ..engine.workers import CONVERT, base_start_sft
-from ..errors import NonFiniteError
+from ..errors import MismatchError, NonFiniteError
 from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.mask import BLOCK
 from ..numerics.native import Loop
@@ -41,6 +42,7 @@ class TensorUpdate:
 
     item: Item
     target: Tensor
+    frozen: str = ""  # role of the input that the target must equal until it is written; "": it was trained itself
 
     @property
     def raw(self) -> bool:
@@ -144,16 +146,23 @@ class InPlaceMerge:
 
     def run(self, *, write: bool) -> None:
         """Compute everything; write it if `write`. Raises NonFiniteError, MismatchError, CheckpointError."""
+        self._each(partial(self._process, write=write))
+
+    def check_frozen(self) -> None:
+        """Compare what is in memory with the input it must equal. Raises MismatchError, CheckpointError."""
+        self._each(self._compare_frozen)
+
+    def _each(self, process: Callable[[_Span, Raw, Files], int]) -> None:
         with Files(self.inputs) as files:
 
             def worker() -> Callable[[_Range], int]:
                 buffers = np.empty((5, STEP + 16 * BLOCK), np.uint8)
 
-                def process(task: _Range) -> int:
+                def of_task(task: _Range) -> int:
                     span = _span(*task)
-                    return 0 if span is None else self._process(span, buffers, files, write)
+                    return 0 if span is None else process(span, buffers, files)
 
-                return process
+                return of_task
 
             with closing(in_threads(_ranges(self.updates), worker, self.workers)) as results:
                 for nbytes in results:
@@ -162,7 +171,29 @@ class InPlaceMerge:
                         self.progress(self.done, self.total)
         check_inputs(self.inputs)
 
-    def _process(self, span: _Span, buffers: Raw, files: Files, write: bool) -> int:
+    def _compare_frozen(self, span: _Span, buffers: Raw, files: Files) -> int:
+        from ..numerics.cpu import merge_span
+
+        update = span.update
+        if not update.frozen:
+            return 0
+        side, dtype = update.item.sides[update.frozen], update.target.dtype
+        width = DTYPE_BITS[dtype] // 8
+        origin = self._read(update.frozen, side, span, buffers, files), side.dtype
+        expected: tuple[Raw, str] = (buffers[1][: span.count * width], dtype)
+        merge_span(origin, origin, origin, expected, span.count, span.first, update.item.mask_key, CONVERT, new_tally())
+        there = self._read("sft", update.target, span, buffers[2:], files)
+        differing = (expected[0].view(f"u{width}") != there.view(f"u{width}")) & span.mask
+        if differing.any():
+            element = span.element(int(differing.argmax()))
+            raise MismatchError(
+                f"tensor '{shown(update.item.name)}' of the model with the adapter is not that of"
+                f" {self.inputs[update.frozen].label}, first at element {element}; give as `start` the model that the"
+                " adapter is trained on, or load that one"
+            )
+        return 0
+
+    def _process(self, span: _Span, buffers: Raw, files: Files, *, write: bool) -> int:
         item = span.update.item
         if span.update.raw:
             out = self._read("base", item.sides["base"], span, buffers, files)
@@ -176,7 +207,7 @@ class InPlaceMerge:
         return _bytes(span)
 
     def _read(self, role: str, side: Tensor, span: _Span, buffers: Raw, files: Files) -> Raw:
-        """Read a span (the sft's from the model) into the first buffer.
+        """Read a span (from the model, if it lies there) into the first buffer.
 
         Of an sft, what other processes hold is zero; so are the ends of a single run. The last buffer is for what is
         read at once and then copied.
@@ -184,16 +215,17 @@ class InPlaceMerge:
         width = DTYPE_BITS[side.dtype] // 8
         raw: Raw = buffers[0][: span.count * width]
         scratch = buffers[-1]
+        lives = role == "sft" and (side is span.update.target or self.inputs["sft"].adapter is None)
         if span.is_one_run:
             (run,) = span.held
             begin = int(span.places(run.firsts)[0]) * width
             end = begin + run.count * width
             raw[:begin], raw[end:] = 0, 0
-            if role == "sft":
+            if lives:
                 _copy(run, raw[begin:end], side.dtype)
             else:
                 files.read(role, side, int(run.firsts[0]) * width, raw[begin:end])
-        elif role == "sft":
+        elif lives:
             raw[:] = 0
             for each in span.held:
                 source = _in_memory(each, side.dtype)

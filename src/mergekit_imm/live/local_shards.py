@@ -90,10 +90,16 @@ def live_tensors(model: nn.Module) -> dict[str, Live]:
     _check_modules(model)
     state = model.state_dict(keep_vars=True)  # FSDP2 reshards its parameters here
     _check_whole(model, state)
+    return live(state)
+
+
+def live(state: Mapping[str, object]) -> dict[str, Live]:
+    """Return what this process holds of each tensor of a state. Raises MismatchError for one that cannot be merged."""
     found: dict[str, Live] = {}
     known: dict[Hashable, Live] = {}
     for name, tensor in state.items():
         check_tensor(name, tensor)
+        assert isinstance(tensor, Tensor)
         parts = _parts(name, tensor)
         memory = _memory(parts) or id(tensor)
         if memory not in known:

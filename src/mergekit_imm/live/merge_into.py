@@ -21,6 +21,7 @@ from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor as LazyTensor
+from ..checkpoint.lazy_tensor import is_stored
 from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
 from ..checkpoint.safetensors_file import fingerprint
 from ..common.json_files import parse_json, read_small
@@ -116,16 +117,26 @@ def merge_into(
     >>> model.w.data
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
-    given = locals()
+    return merged_into(locals(), lambda: (live_tensors(model), None))
+
+
+def merged_into(
+    given: Mapping[str, Any], opened: Callable[[], tuple[dict[str, Live], Checkpoint | None]]
+) -> LiveReport:
+    """Merge as `merge_into` does with these arguments. `opened` returns the tensors to write, and an adapter or None.
+
+    The adapter, trained on the model, is then the sft, and the model's tensors must be the start's, or the adapter's.
+    """
+    model, dry_run, iteration, progress = (given[name] for name in ("model", "dry_run", "iteration", "progress"))
     ranks = Ranks.of_group() if is_distributed(model) and dist.is_initialized() else ALONE
 
-    def checked() -> tuple[dict[str, str | Path], MergeOptions, int, dict[str, Live]]:
+    def checked() -> tuple[dict[str, str | Path], MergeOptions, int, dict[str, Live], Checkpoint | None]:
         check_platform()
-        refs = input_refs({"base": base, "start": start})
+        refs = input_refs({"base": given["base"], "start": given["start"]})
         options = with_files_read(options_from(given, MergeOptions))
-        return refs, options, options_from(given, RunOptions).workers or default_workers(), live_tensors(model)
+        return refs, options, options_from(given, RunOptions).workers or default_workers(), *opened()
 
-    refs, options, threads, state = together(ranks, checked)
+    refs, options, threads, state, adapter = together(ranks, checked)
     places = {id(live): number for number, live in enumerate(state.values())}
     _check_same(ranks, lambda: [(name, live.shape, live.dtype, places[id(live)]) for name, live in state.items()])
     equal = _equal_embeddings(state, ranks)
@@ -133,19 +144,21 @@ def merge_into(
     def planned() -> tuple[dict[str, Checkpoint], MergeOptions, Decided, list[TensorUpdate]]:
         if any(is_hub_id(ref) for ref in refs.values()):  # check the headers before hours of downloading
             there = _opened(refs, options, dry_run=True)
-            _plan(there, model, state, equal, options)
+            _plan(there, model, state, adapter, equal, options)
         inputs = without_same_start(_opened(refs, options, dry_run=dry_run))
         here = replace(options, iteration=round_of(inputs)) if iteration is None else options
-        inputs, decided = _plan(inputs, model, state, equal, here)
-        return inputs, here, decided, _updates(decided, inputs["sft"])
+        inputs, decided, live = _plan(inputs, model, state, adapter, equal, here)
+        return inputs, here, decided, _updates(decided, live, inputs["sft"])
 
     inputs, here, decided, updates = together(ranks, planned)
+    merge = InPlaceMerge(inputs, here, updates, threads, progress)
+    if adapter is not None and not any(each.folder is None for each in inputs.values() if each is not inputs["sft"]):
+        together(ranks, merge.check_frozen)
     if dry_run:
         return _report(inputs, here, decided)
     files = [file for each in inputs.values() for file in each.files.values()]
     actions = [(update.item.name, update.item.action, update.item.constants) for update in updates]
     _check_same(ranks, lambda: (here, actions, [fingerprint(file) for file in files]))
-    merge = InPlaceMerge(inputs, here, updates, threads, progress)
     together(ranks, lambda: merge.run(write=False))
     try:
         together(ranks, lambda: merge.run(write=True))
@@ -185,10 +198,23 @@ def _check_same(ranks: Ranks, data: Callable[[], object]) -> None:
 
 
 def _plan(
-    inputs: dict[str, Checkpoint], model: nn.Module, state: Mapping[str, Live], equal: _Equal, options: MergeOptions
-) -> tuple[dict[str, Checkpoint], Decided]:
-    """Return the inputs under the base's names, with the model as sft, and the action for every tensor."""
-    inputs = prepared({**inputs, "sft": _checkpoint(model, state, inputs["base"])}, options)
+    inputs: dict[str, Checkpoint],
+    model: nn.Module,
+    state: Mapping[str, Live],
+    adapter: Checkpoint | None,
+    equal: _Equal,
+    options: MergeOptions,
+) -> tuple[dict[str, Checkpoint], Decided, Checkpoint]:
+    """Return the inputs under the base's names, the action for every tensor, and the model under the base's names.
+
+    The sft is the adapter, if there is one, else the model.
+    """
+    live = {**inputs, "sft": _checkpoint(model, state, inputs["base"])}
+    if adapter is None:
+        inputs = prepared(live, options)
+        live = inputs
+    else:
+        inputs, live = prepared({**inputs, "sft": adapter}, options), prepared(live, options)
     compare = comparer(inputs)
 
     def same(checkpoint: Checkpoint, one: LazyTensor, other: LazyTensor) -> bool:
@@ -196,10 +222,10 @@ def _plan(
             return compare(checkpoint, one, other)
         return one.memory == other.memory or frozenset((one.memory, other.memory)) in equal
 
-    _check_vocabularies(inputs["base"], inputs["sft"])
+    _check_vocabularies(inputs["base"], live["sft"])
     decided = decide(inputs, options, same)
     check_tensors(decided, same)
-    return inputs, decided
+    return inputs, decided, live["sft"]
 
 
 def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -> Checkpoint:
@@ -295,26 +321,48 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return all(torch.equal(a.view(torch.uint8), b.to(a.device).view(torch.uint8)) for a, b in pieces)
 
 
-def _updates(decided: Decided, sft: Checkpoint) -> list[TensorUpdate]:
+def _updates(decided: Decided, live: Checkpoint, sft: Checkpoint) -> list[TensorUpdate]:
     """Pair each item with the model's tensors it updates, and check that they can hold the result."""
     updates = []
     owners: dict[Hashable, str] = {}
     for item in decided.items:
         group = decided.ties.groups.get(item.name)
-        found = [sft.tensors[name] for name in (group.names if group else [item.name]) if name in sft.tensors]
-        targets = {target.memory if isinstance(target, Live) else id(target): target for target in found}
+        found = [live.tensors[name] for name in (group.names if group else [item.name]) if name in live.tensors]
+        if not found and sft is not live and item.action != "keep":
+            raise MismatchError(
+                f"tensor '{shown(item.name)}' of the base is not in {live.label}; is it the base's model?"
+            )
+        targets = {_memory_of(target): target for target in found}
         for memory, target in targets.items():
             if owners.setdefault(memory, item.name) != item.name:
                 why = decided.ties.broken or "the base has two"
                 raise MismatchError(
-                    f"'{shown(owners[memory])}' and '{shown(item.name)}' are one tensor in {sft.label}, but {why};"
+                    f"'{shown(owners[memory])}' and '{shown(item.name)}' are one tensor in {live.label}, but {why};"
                     " give the model two (clone one of them), or save it and use merge_checkpoints"
                 )
             if item.action == "take":
                 continue
-            _check_fits(item, target, sft)
-            updates.append(TensorUpdate(item, target))
+            _check_fits(item, target, live)
+            updates.append(TensorUpdate(item, target) if sft is live else _of_adapter(item, target, sft))
+    surplus = [name for name, each in live.tensors.items() if _memory_of(each) not in owners] if sft is not live else []
+    if surplus:
+        raise MismatchError(f"tensor '{shown(surplus[0])}' of {live.label} is not in the base; is it the base's model?")
     return updates
+
+
+def _of_adapter(item: Item, target: LazyTensor, sft: Checkpoint) -> TensorUpdate:
+    """Return the update of a tensor of an adapter's model: trained whole, or frozen until the merge."""
+    change = item.sides.get("sft")
+    if change is None or not is_stored(change):
+        frozen = "start" if "start" in item.sides else "base"
+        return TensorUpdate(item, target, frozen if item.action == "merge" else "")
+    # The adapter's copy may be the target's own memory: of two equal ones each is read where it is written.
+    own = sft.tensors.get(target.name, change)
+    return TensorUpdate(replace(item, sides={**item.sides, "sft": own}), target)
+
+
+def _memory_of(target: LazyTensor) -> Hashable:
+    return target.memory if isinstance(target, Live) else id(target)
 
 
 def _check_fits(item: Item, target: LazyTensor, sft: Checkpoint) -> None:

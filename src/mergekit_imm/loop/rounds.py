@@ -61,7 +61,7 @@ class Rounds:
             raise ArgumentError(
                 f"options have '{twice[0]}', which is a parameter of Rounds: Rounds(..., {twice[0]}=...)"
             )
-        check_keywords(self.options, keywords(merge_checkpoints) - own - {"dry_run"}, "Rounds")
+        check_keywords(self.options, keywords(merge_checkpoints) - own - {"dry_run", "as_adapter"}, "Rounds")
         numbers = {name: value for name, value in self.numbers().items() if name != "start"}
         check_options(self.base, numbers)
 
@@ -86,10 +86,15 @@ class Rounds:
     ) -> Rounds:
         """Merge the trained model into `out`, where the next round starts; return the state after this round.
 
-        `sft` is a checkpoint, merged by `merge_checkpoints`; or a model in memory, or a mapping of names to tensors,
-        merged in place by `merge_into` and then saved in `out` by `save(sft, out)`, or else by the model's
-        `save_pretrained`; a mapping as one safetensors file, with shared tensors under the names the base stores. If
-        several ranks hold the model, every rank calls this, with a `save` that all can call. Raises MergeError.
+        `sft` is a checkpoint, or an adapter on disk, merged by `merge_checkpoints`; or a model in memory, or a mapping
+        of names to tensors, merged in place by `merge_into` and then saved in `out` by `save(sft, out)`, or else by the
+        model's `save_pretrained`; a mapping as one safetensors file, with shared tensors under the names the base
+        stores. If several ranks hold the model, every rank calls this, with a `save` that all can call. Raises
+        MergeError.
+
+        A PEFT model's adapter is merged into its model, which must be `start`; `out` is a whole model, with the bits of
+        a merge of the saved adapter in the dtypes of the model. `sft.get_base_model()` is then that model, without
+        adapter: give it to `get_peft_model` for the next round, and make a new optimizer.
 
         Everything is checked before memory changes, including that `out` is free; without `save`, `out` appears only
         when complete. If saving fails all the same (a full disk), the model in memory is already merged: this object
@@ -98,6 +103,7 @@ class Rounds:
         if isinstance(sft, str | Path):
             merge_checkpoints(self.base, sft, out, **self.numbers())
             return self._after(out)
+        from ..live.merge_adapter import merge_adapter, peft_model
         from ..live.merge_into import merge_into
 
         check_keywords(self.options, keywords(merge_into), "a merge in memory")
@@ -108,7 +114,8 @@ class Rounds:
                 " this Rounds; if the model was loaded and trained again since, create a new Rounds"
             )
         with saving(sft, Path(out), self.base, save) as write:
-            merge_into(module, self.base, **self.numbers())
+            merge = merge_into if peft_model(module) is None else merge_adapter
+            merge(module, self.base, **self.numbers())
             return self._written(module, write, out)
 
     def save_merged(
@@ -231,5 +238,8 @@ def _module_of(sft: torch.nn.Module | Mapping[str, torch.Tensor], save: object) 
 def _local_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     """Return the non-empty parts of a model's tensors that this process holds."""
     from ..live.local_shards import live_tensors
+    from ..live.merge_adapter import own_tensors, peft_model
 
-    return [part.tensor for live in live_tensors(module).values() for part in live.parts]
+    wrapped = peft_model(module)
+    tensors = live_tensors(module) if wrapped is None else own_tensors(wrapped)
+    return [part.tensor for live in tensors.values() for part in live.parts]

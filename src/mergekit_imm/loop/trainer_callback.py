@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
     raise extra_error("IMMCallback", "transformers", "analyze") from error
 
 from ..checkpoint.open_checkpoint import open_checkpoint
-from ..live.local_shards import check_tensor
+from ..live.merge_adapter import has_adapters, merge_adapter, peft_model
 from ..live.merge_into import merge_into
 from ..options.options import check_keywords
 from ..plan.open_inputs import round_of, without_same_start
@@ -33,9 +33,11 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         base: the model to pull back to, as in `merge_into`.
         every: "end" (of training), "epoch", or a number of steps.
-        merge_adapter: for a PEFT model: at the end, merge the adapter into its model, and that back towards `base`. The
-            result is `callback.model`; `trainer.save_model` and the PEFT model's `save_pretrained` then save it, a full
-            model without adapter. If False, a model with adapters is not merged, and a warning says so.
+        merge_adapter: for a PEFT model: at the end, merge the adapter into its model, and that back towards `base`: the
+            bits of `merge_checkpoints` with the saved adapter. The result is `callback.model`, without adapter, in the
+            dtypes of the model; `trainer.save_model` and the PEFT model's `save_pretrained` then save it whole. The
+            model under the adapter must be `start`. If False, a model with adapters is not merged, and a warning says
+            so.
         options: alpha, drop, seed, start, iteration, and so on, as in `merge_into`.
 
     Every rank merges what it holds (single process, DDP, FSDP2), once. The optimizer's state does not change: after a
@@ -58,7 +60,10 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
                 " give reference='base', or merge at the end and train each round separately"
             )
         if every != "end" and merge_adapter:
-            raise ArgumentError(f"every is {every!r}; an adapter can only be merged at the end")
+            raise ArgumentError(
+                f"every is {every!r}; an adapter can only be merged at the end: what the trainer saved after that would"
+                " be an adapter on a model that is not on disk; leave `every` out"
+            )
         check_keywords(options, keywords(merge_into) - {"dry_run"}, "IMMCallback")
         check_options(base, options)
         self.base, self.every, self.merge_adapter, self.options = base, every, merge_adapter, options
@@ -79,7 +84,7 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
                 " merge; save the model, and merge it with merge_checkpoints"
             )
         model = kwargs["model"]
-        if not _has_adapters(model):
+        if not has_adapters(model):
             merge_into(model, self.base, iteration=self._iteration(), dry_run=True, **self.options)
         elif not self.merge_adapter:
             logger.warning(
@@ -87,15 +92,14 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
                 " merge_adapter=True",
                 self.base,
             )
-        elif not hasattr(model, "merge_and_unload"):
+        elif peft_model(model) is None:
             raise ArgumentError(
                 f"merge_adapter is given, but this {type(model).__name__} has no merge_and_unload: its adapters are not"
                 " a PeftModel's, or cannot be merged; give the trainer what peft.get_peft_model"
                 " returns, or save the adapter and merge it with merge_checkpoints"
             )
         else:
-            for name, parameter in model.named_parameters():
-                check_tensor(name, parameter)
+            merge_adapter(model, self.base, iteration=self._iteration(), dry_run=True, **self.options)
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         """Merge if `every` is "end"."""
@@ -117,38 +121,19 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
         return None if first is None else first + self.merges
 
     def _merge(self, model: Any) -> None:
-        adapted = None
-        if _has_adapters(model):
-            if not self.merge_adapter:
-                return
-            model, adapted = model.merge_and_unload(), model
-        report = merge_into(model, self.base, iteration=self._iteration(), **self.options)
-        if adapted is not None:  # the trainer still holds it and would save an empty adapter
-            adapted.save_pretrained = _SavesMerged(adapted, model)
+        options = {"iteration": self._iteration(), **self.options}
+        if not has_adapters(model):
+            report = merge_into(model, self.base, **options)
+        elif self.merge_adapter:
+            model, report = merge_adapter(model, self.base, **options)
             logger.warning(
                 "the adapter is merged into its base: trainer.save_model now saves the merged %s, not an adapter",
                 type(model).__name__,
             )
+        else:
+            return
         self.model = model
         self.merges += 1
         logger.info("merged %s towards %s, round %d", dict(report.tensors), self.base, report.iteration)
         for note in report.notes:
             logger.info(note)
-
-
-class _SavesMerged:
-    """Replacement for a PEFT model's `save_pretrained` after the merge: saves the inner model."""
-
-    def __init__(self, adapted: Any, merged: Any) -> None:
-        self.merged = merged
-        self.prefix = next(name for name, each in adapted.named_modules() if each is merged) + "."
-
-    def __call__(self, folder: str | Path, state_dict: dict[str, Any] | None = None, **options: Any) -> Any:
-        """Save the inner model; strip the PEFT model's prefix from the names of a gathered state_dict."""
-        if state_dict is not None:
-            state_dict = {name.removeprefix(self.prefix): tensor for name, tensor in state_dict.items()}
-        return self.merged.save_pretrained(folder, state_dict=state_dict, **options)
-
-
-def _has_adapters(model: Any) -> bool:
-    return any(type(module).__module__.startswith("peft.") for module in model.modules())

@@ -244,6 +244,10 @@ class MergeOptions(_Options):
         late=True,
     )
 
+    as_adapter: bool = _option(
+        False, "Write an adapter again, not a whole model: SFT is one, --drop is 0, no --start.", late=True
+    )
+
     def __post_init__(self) -> None:
         """Check the values, then those that depend on each other."""
         super().__post_init__()
@@ -255,6 +259,8 @@ class MergeOptions(_Options):
             raise ArgumentError("--importance and --layer-factors are both given; a layer has one factor: give one")
         if self.importance is None and (self.shrink != 1 or self.clip is not None):
             raise ArgumentError("--shrink and --clip change the factors of --importance, and none is given")
+        if self.as_adapter:
+            _check_as_adapter(self)
         if self.importance is not None:
             read = isinstance(self.importance, Mapping)
             importance_factors(self.importance if read else {"0": 1.0}, shrink=self.shrink, clip=self.clip)  # type: ignore[arg-type]
@@ -263,6 +269,25 @@ class MergeOptions(_Options):
     def round(self) -> int:
         """The round that keys the mask: `iteration`, or 0 while that is unknown."""
         return 0 if self.iteration is None else self.iteration
+
+
+def _check_as_adapter(options: MergeOptions) -> None:
+    """Raise ArgumentError for options with which no adapter is the result."""
+    if options.drop != 0:
+        raise ArgumentError(
+            f"--as-adapter is given with --drop {options.drop:g}: what is left of an adapter's change after dropping is"
+            " no product of small factors; give --drop 0, or leave out --as-adapter"
+        )
+    if options.alpha == 1:
+        raise ArgumentError(
+            "--as-adapter is given with --alpha 1: the result is the base, without a change; use a smaller --alpha"
+        )
+    for name in ("sparsify", "dtype", "max_shard_size", "keep", "take", "vocab"):
+        if getattr(options, name) != MERGE_DEFAULTS[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise ArgumentError(
+                f"--as-adapter and {option} are both given; {option} is for a whole model: leave one out"
+            )
 
 
 @dataclass(frozen=True)

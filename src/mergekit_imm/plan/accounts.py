@@ -63,6 +63,15 @@ def check_plan(plan: Plan, ties: Ties) -> None:
         _check_tie(plan, folder, tied, ties, written)
 
 
+def check_adapter(plan: Plan) -> None:
+    """Check that every tensor of an adapter's files is written once, in its shape. Raises PlanError."""
+    stored = sorted((tensor.name, tensor.shape) for tensor in _stored(plan.models["sft"]))
+    written = sorted((out.name, out.shape) for item in plan.items for out in item.outs)
+    if stored != written:
+        lost = next((name for name, _ in stored if name not in dict(written)), stored[0][0])
+        raise _fault(f"tensor '{shown(lost)}' of {plan.models['sft'].label} would not be written once")
+
+
 def _check_files(role: str, checkpoint: Checkpoint) -> None:
     """Check that a model's tensors are read from every byte its files hold."""
     if all(one is other for one, other in zip_longest(checkpoint.tensors.values(), _stored(checkpoint))):

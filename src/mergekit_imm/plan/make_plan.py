@@ -23,12 +23,14 @@ from ..numerics.dtypes import MERGED, TORCH_NAMES
 from ..options.options import MergeOptions
 from ..options.recipe import history_of, make_recipe
 from ..transforms.kept_quantised import intact
-from .accounts import check_plan, check_tensors
+from .accounts import check_adapter, check_plan, check_tensors
+from .as_adapter import adapter_plan
 from .compatibility import copied_by
 from .decide import Decided, decide
 from .plan import Inputs, Item, Plan, result_config, same_place
 from .shard_layout import OutputFile, lay_out
 from .tied_embeddings import SameBytes, Ties
+from .unchanged import note_if_unchanged
 
 
 def make_plans(inputs: Inputs) -> list[Plan]:
@@ -40,6 +42,12 @@ def make_plans(inputs: Inputs) -> list[Plan]:
 @uncollected()
 def plan_of(models: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided, equal: SameBytes) -> Plan:
     """Plan a merge whose tensors are decided, and check that nothing is lost."""
+    if options.as_adapter:
+        check_tensors(decided, equal)
+        notes = (*_notes(models, (), decided.ties, options), *note_if_unchanged(models, decided.items))
+        plan = adapter_plan(models, options, decided, notes)
+        check_adapter(plan)
+        return plan
     plan = unchecked_plan(models, options, decided)
     check_tensors(decided, equal)
     check_plan(plan, decided.ties)
@@ -56,7 +64,7 @@ def comparer(models: Mapping[str, Checkpoint]) -> SameBytes:
 
     def equal(checkpoint: Checkpoint, one: Tensor, other: Tensor) -> bool:
         # A dry run on a hub id downloads no tensors; trust the config that they are tied.
-        if checkpoint.folder is None:
+        if checkpoint.folder is None and checkpoint.repo:
             return is_embedding_or_head(one.name) and is_embedding_or_head(other.name)
         return compare(checkpoint.role, one.name, other.name)
 

@@ -175,7 +175,7 @@ def with_adapter(models: dict[str, Checkpoint], options: MergeOptions) -> dict[s
     model = models.get("start", models["base"])
 
     def equal(one: Tensor, other: Tensor) -> bool:
-        if model.folder is None or adapter.folder is None:
+        if any(each.folder is None and each.repo for each in (model, adapter)):
             return True  # a dry run on a hub id; the merge compares them
         return same_values(models, ("sft", one), (model.role, other))
 

@@ -62,7 +62,7 @@ def lay_out(
         of_index: list[TensorInfo] = []
         folder = part.folder
         for name, (metadata, tensors) in zip(names, shards, strict=True):
-            ordered = _aligned(tensors)
+            ordered = aligned(tensors)
             head, begins, size = build_header(
                 ((t.name.removeprefix(folder), t.dtype, t.shape, t.nbytes) for t in ordered),
                 {**metadata, "format": "pt"},
@@ -111,7 +111,7 @@ def _new_shards(outs: Sequence[TensorInfo], limit: int | None, metadata: dict[st
     return shards
 
 
-def _aligned(tensors: list[TensorInfo]) -> list[TensorInfo]:
+def aligned(tensors: list[TensorInfo]) -> list[TensorInfo]:
     """Keep the order unless it would misalign a tensor for its dtype; then sort by width, widest first."""
     end = 0
     for tensor in tensors:

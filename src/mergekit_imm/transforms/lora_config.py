@@ -85,10 +85,15 @@ def _is_pattern(key: str, value: object) -> bool:
 
 def scaling_of(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """Return rank and scaling of a module: by the first pattern that ends its name, else the adapter's defaults."""
-
-    def chosen(pattern: Mapping[str, Any], default: Any) -> Any:
-        return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-    rank = chosen(config["rank_pattern"], config["r"])
-    alpha = chosen(config["alpha_pattern"], config["lora_alpha"])
+    rank, alpha = _chosen(config["rank_pattern"], module, config["r"]), alpha_of(config, module)
     return rank, alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
+
+
+def alpha_of(config: Mapping[str, Any], module: str) -> float:
+    """Return the lora_alpha of a module, chosen in the same way."""
+    alpha: float = _chosen(config["alpha_pattern"], module, config["lora_alpha"])
+    return alpha
+
+
+def _chosen(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)

@@ -68,6 +68,13 @@ def sort_parts(adapter: Checkpoint) -> Parts:
     return parts
 
 
+def module_of(key: str) -> str:
+    """Return the module that a factor belongs to, as PEFT names it."""
+    found = _FACTOR.fullmatch(without_wrappers(key))
+    assert found is not None
+    return found.group(1)
+
+
 def file_of(tensor: Tensor) -> str:
     """Return the file that holds a tensor; "" for a computed one."""
     return tensor.file if isinstance(tensor, TensorInfo) else ""

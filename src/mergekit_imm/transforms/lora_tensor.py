@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -144,6 +145,28 @@ class WithRows(Computed):
                 begin = place * self.columns - first
                 line = shared[number]
                 out[max(0, begin) : begin + self.columns] = line[max(0, -begin) : len(out) - begin]
+
+
+@dataclass(frozen=True)
+class Rows(Computed):
+    """Some rows of a weight: rows[n] = weight[places[n]]."""
+
+    weight: Tensor
+    role: str  # of the input that holds the weight
+    places: tuple[int, ...]
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the rows."""
+        return self.weight.stored * len(self.places) // max(1, self.weight.shape[0])
+
+    def compute(self, reads: Reads, shared: Any, first: int, out: Matrix) -> None:  # noqa: ARG002
+        """Compute the elements from `first` on."""
+        row, end = self.rows(first, len(out))
+        for number in range(row, end):
+            line = matrix(self.weight, reads(self.role), self.places[number] * self.columns, (self.columns,))
+            begin = number * self.columns - first
+            out[max(0, begin) : begin + self.columns] = line[max(0, -begin) : len(out) - begin]
 
 
 @dataclass(frozen=True)

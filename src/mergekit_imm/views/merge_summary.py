@@ -103,9 +103,13 @@ def _beside(report: MergeReport | CheckReport) -> list[str]:
             f"  {len(names)} other files from {role}: {', '.join(map(shown, names))}"
             for role, names in report.side_files.items()
         ),
-        *(f"  config.json: {key} = {json.dumps(value)}" for key, value in report.config_changes.items()),
+        *(f"  {_config_of(key)}: {key} = {json.dumps(value)}" for key, value in report.config_changes.items()),
         *(f"  left out of {role}: {', '.join(map(shown, names))}" for role, names in report.left_out.items()),
     ]
+
+
+def _config_of(key: str) -> str:
+    return "adapter_config.json" if key in ("lora_alpha", "alpha_pattern") else "config.json"
 
 
 def table(kinds: Sequence[Mapping[str, Any]], with_start: bool) -> list[str]:
