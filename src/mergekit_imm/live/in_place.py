@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -145,22 +145,32 @@ class InPlaceMerge:
     def run(self, *, write: bool) -> None:
         """Compute everything; write it if `write`. Raises NonFiniteError, MismatchError, CheckpointError."""
         with Files(self.inputs) as files:
-
-            def worker() -> Callable[[_Range], int]:
-                buffers = np.empty((5, STEP + 16 * BLOCK), np.uint8)
-
-                def process(task: _Range) -> int:
-                    span = _span(*task)
-                    return 0 if span is None else self._process(span, buffers, files, write)
-
-                return process
-
-            with closing(in_threads(_ranges(self.updates), worker, self.workers)) as results:
-                for nbytes in results:
-                    self.done += nbytes or 0
-                    if self.progress is not None:
-                        self.progress(self.done, self.total)
+            self._in_threads(_ranges(self.updates), self.workers, files, write)
         check_inputs(self.inputs)
+
+    def merge(self, update: TensorUpdate, files: Files) -> None:
+        """Compute and write one tensor. Raises as `run`; a part of it may be written then."""
+        ranges = list(_ranges([update]))
+        if len(ranges) == 1:  # a thread would take longer to start
+            self._processor(files, write=True)(ranges[0])
+        else:
+            self._in_threads(ranges, min(self.workers, len(ranges)), files, True)
+
+    def _in_threads(self, ranges: Iterable[_Range], workers: int, files: Files, write: bool) -> None:
+        with closing(in_threads(ranges, lambda: self._processor(files, write), workers)) as results:
+            for nbytes in results:
+                self.done += nbytes or 0
+                if self.progress is not None:
+                    self.progress(self.done, self.total)
+
+    def _processor(self, files: Files, write: bool) -> Callable[[_Range], int]:
+        buffers = np.empty((5, STEP + 16 * BLOCK), np.uint8)
+
+        def process(task: _Range) -> int:
+            span = _span(*task)
+            return 0 if span is None else self._process(span, buffers, files, write)
+
+        return process
 
     def _process(self, span: _Span, buffers: Raw, files: Files, write: bool) -> int:
         item = span.update.item

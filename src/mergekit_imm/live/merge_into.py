@@ -21,13 +21,12 @@ from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor as LazyTensor
-from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
+from ..checkpoint.open_checkpoint import is_hub_id
 from ..checkpoint.safetensors_file import fingerprint
-from ..common.json_files import parse_json, read_small
 from ..common.messages import shown
 from ..common.notes import note
 from ..common.threads import default_workers
-from ..errors import CheckpointError, MismatchError, PartialMergeError
+from ..errors import MismatchError, PartialMergeError
 from ..model.tensor_names import is_embedding_or_head, ready_option, tied_key, unwrapped
 from ..numerics.dtypes import MERGED
 from ..options.options import MergeOptions, Progress, RunOptions, options_from, with_files_read
@@ -35,7 +34,6 @@ from ..plan.accounts import check_tensors
 from ..plan.decide import Decided, decide
 from ..plan.make_plan import comparer
 from ..plan.open_inputs import (
-    check_left_out,
     check_platform,
     input_refs,
     prepared,
@@ -45,6 +43,7 @@ from ..plan.open_inputs import (
 from ..plan.plan import Item
 from ..ranks.ranks import ALONE, Ranks, together
 from .in_place import InPlaceMerge, TensorUpdate
+from .inputs import check_vocabularies, opened, placer
 from .local_shards import Live, Part, is_distributed, live_tensors
 
 COMPARED = 1 << 18  # elements per comparison
@@ -132,9 +131,9 @@ def merge_into(
 
     def planned() -> tuple[dict[str, Checkpoint], MergeOptions, Decided, list[TensorUpdate]]:
         if any(is_hub_id(ref) for ref in refs.values()):  # check the headers before hours of downloading
-            there = _opened(refs, options, dry_run=True)
+            there = opened(refs, options, dry_run=True)
             _plan(there, model, state, equal, options)
-        inputs = without_same_start(_opened(refs, options, dry_run=dry_run))
+        inputs = without_same_start(opened(refs, options, dry_run=dry_run))
         here = replace(options, iteration=round_of(inputs)) if iteration is None else options
         inputs, decided = _plan(inputs, model, state, equal, here)
         return inputs, here, decided, _updates(decided, inputs["sft"])
@@ -166,14 +165,6 @@ def _report(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: De
     return LiveReport(dict(counts), options.round, list(map(str, notes)))
 
 
-def _opened(refs: Mapping[str, str | Path], options: MergeOptions, *, dry_run: bool = False) -> dict[str, Checkpoint]:
-    found = {
-        role: open_checkpoint(ref, role, dry_run=dry_run, leave_out=options.leave_out) for role, ref in refs.items()
-    }
-    check_left_out(found, options.leave_out)
-    return found
-
-
 def _check_same(ranks: Ranks, data: Callable[[], object]) -> None:
     """Raise MismatchError unless all ranks have equal data."""
     text = together(ranks, lambda: repr(data()) if ranks.size > 1 else "")
@@ -196,7 +187,9 @@ def _plan(
             return compare(checkpoint, one, other)
         return one.memory == other.memory or frozenset((one.memory, other.memory)) in equal
 
-    _check_vocabularies(inputs["base"], inputs["sft"])
+    check_vocabularies(
+        inputs["base"], inputs["sft"], "save it, and use merge_checkpoints with vocab='base' or vocab='sft'"
+    )
     decided = decide(inputs, options, same)
     check_tensors(decided, same)
     return inputs, decided
@@ -204,7 +197,8 @@ def _plan(
 
 def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -> Checkpoint:
     """Return the model as an input. A shared tensor keeps the names the base stores, or one if it stores none."""
-    state = _by_path(state, base)
+    placed = placer(base)
+    state = {placed(name): live for name, live in state.items()}
     names: dict[int, list[str]] = {}
     for each, live in state.items():
         names.setdefault(id(live), []).append(each)
@@ -220,45 +214,10 @@ def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -
     return Checkpoint("sft", f"model {type(model).__name__}", None, {}, tensors, kinds or None, {}, ())
 
 
-def _by_path(state: Mapping[str, Live], base: Checkpoint) -> Mapping[str, Live]:
-    """Return the tensors of a model of numbered modules (sentence-transformers) under their paths in the base.
-
-    The base's modules.json maps numbers to folders. The attribute that holds the inner model is dropped from names.
-    """
-    file = base.side.get("modules.json")
-    if file is None:
-        return state
-    try:
-        modules = parse_json(read_small(file))
-        folders = {str(each["idx"]): f"{each['path']}/" if each["path"] else "" for each in modules}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{shown(file)} is not a list of modules: {shown(error, 200)}; download it again"
-        ) from error
-
-    def placed(name: str) -> str:
-        number, _, rest = unwrapped(name).partition(".")
-        paths = [folders.get(number, "") + each for each in (rest, rest.partition(".")[2]) if number in folders]
-        return next((path for path in paths if path in base.tensors), name)
-
-    return {placed(name): live for name, live in state.items()}
-
-
 def _kinds(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return only the model types of a config and its nested configs."""
     found = {key: _kinds(value) for key, value in config.items() if key.endswith("config") and isinstance(value, dict)}
     return found | ({"model_type": config["model_type"]} if config.get("model_type") else {})
-
-
-def _check_vocabularies(base: Checkpoint, sft: Checkpoint) -> None:
-    for name, tensor in sft.tensors.items():
-        there = base.tensors.get(name)
-        if there is not None and is_embedding_or_head(name) and there.shape != tensor.shape:
-            raise MismatchError(
-                f"tensor '{shown(name)}' is {list(there.shape)} in {base.label} and {list(tensor.shape)} in"
-                f" {sft.label}; a model in memory needs a base of the same vocabulary: save it, and use"
-                " merge_checkpoints with vocab='base' or vocab='sft'"
-            )
 
 
 _Equal = frozenset[frozenset[Hashable]]  # pairs of memory keys with the same values
