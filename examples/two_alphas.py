@@ -45,7 +45,7 @@ def model_at(alpha: float) -> Any:
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         try:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompt, alpha = request["prompt"], request["alpha"]

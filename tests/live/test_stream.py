@@ -180,8 +180,11 @@ def test_what_is_complete_comes_at_once(tmp_path: Path) -> None:
             yield name, tensor
 
     seen = [(name, len(taken)) for name, _ in merged_stream(stream(), tmp_path / "base")]
-    wanted = [(f"model.layers.{layer}.self_attn.qkv_proj.{end}", 6 * layer + 5 + number)
-              for layer in range(2) for number, end in enumerate(("bias", "weight"))]
+    wanted = [
+        (f"model.layers.{layer}.self_attn.qkv_proj.{end}", 6 * layer + 5 + number)
+        for layer in range(2)
+        for number, end in enumerate(("bias", "weight"))
+    ]
     assert seen == [*wanted, ("model.norm.weight", 13)]
 
 
@@ -262,8 +265,8 @@ def test_the_round_is_that_of_the_start(folder: Path, tmp_path: Path) -> None:
         merged_stream((), folder / "base", start=folder / "start")
     merge_checkpoints(folder / "base", folder / "start", tmp_path / "round", iteration=4)
     one, other = (
-        collected(merged_stream(SFT.items(), folder / "base", start=tmp_path / "round", **each))
-        for each in ({}, {"iteration": 5})
+        collected(merged_stream(SFT.items(), folder / "base", start=tmp_path / "round", iteration=iteration))
+        for iteration in (None, 5)
     )
     assert_same(one, other)
 
@@ -306,9 +309,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
             del tensor
         print(peak() - before)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     (tmp_path / "base" / "model.safetensors").unlink()
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 120e6

@@ -106,16 +106,44 @@ def bad(name: str, value: Callable[[Tensor], Tensor]) -> tuple[str, Tensor]:
     ("pair", "match", "error"),
     [
         (FIRST, "tensor 'h.0.w' came twice in the stream", MismatchError),
-        (("module.h.0.w", SFT["h.0.w"]), "two tensors of the stream would become 'h.0.w' of base .*: 'h.0.w' and 'mod", MismatchError),
-        (("h.1.v", torch.ones(3)), r"1 tensor is in sft stream only, not in base .*take=\[r\"\^h\\.1\\.v\$\"\]", MismatchError),
-        (("rotary.inv_freq", torch.ones(3)), "1 tensor is in sft stream only, not in base .*'rotary.inv_freq'", MismatchError),
-        (bad("norm.w", lambda t: t[:5]), r"'norm.w' is BF16 \[8\] in base .* and F32 \[5\] in sft stream; shapes", MismatchError),
-        (bad("norm.w", lambda t: t.view(2, 4)), r"'norm.w' is BF16 \[8\] in base .* and F32 \[2, 4\] in sft", MismatchError),
+        (
+            ("module.h.0.w", SFT["h.0.w"]),
+            "two tensors of the stream would become 'h.0.w' of base .*: 'h.0.w' and 'mod",
+            MismatchError,
+        ),
+        (
+            ("h.1.v", torch.ones(3)),
+            r"1 tensor is in sft stream only, not in base .*take=\[r\"\^h\\.1\\.v\$\"\]",
+            MismatchError,
+        ),
+        (
+            ("rotary.inv_freq", torch.ones(3)),
+            "1 tensor is in sft stream only, not in base .*'rotary.inv_freq'",
+            MismatchError,
+        ),
+        (
+            bad("norm.w", lambda t: t[:5]),
+            r"'norm.w' is BF16 \[8\] in base .* and F32 \[5\] in sft stream; shapes",
+            MismatchError,
+        ),
+        (
+            bad("norm.w", lambda t: t.view(2, 4)),
+            r"'norm.w' is BF16 \[8\] in base .* and F32 \[2, 4\] in sft",
+            MismatchError,
+        ),
         (bad("norm.w", lambda t: t.int()), "integers can be merged neither", MismatchError),
-        (bad("embed_tokens.weight", lambda t: t[:5]), r"is \[7, 44\] in base .* and \[5, 44\] in sft stream;", MismatchError),
+        (
+            bad("embed_tokens.weight", lambda t: t[:5]),
+            r"is \[7, 44\] in base .* and \[5, 44\] in sft stream;",
+            MismatchError,
+        ),
         (bad("norm.w", lambda t: t.to(torch.float8_e4m3fn)), "'norm.w' of the stream is torch.float8", MismatchError),
         (bad("norm.w", lambda t: t.to("meta")), "'norm.w' of the stream is on the meta device", MismatchError),
-        (bad("norm.w", lambda t: t * torch.nan), "'norm.w' of sft stream is NaN or infinite at index 0", NonFiniteError),
+        (
+            bad("norm.w", lambda t: t * torch.nan),
+            "'norm.w' of sft stream is NaN or infinite at index 0",
+            NonFiniteError,
+        ),
         (bad("norm.w", lambda t: t.index_fill(0, torch.tensor(7), torch.inf)), "infinite at index 7", NonFiniteError),
         (("h.1.q_proj.lora_A.default.weight", torch.ones(3)), "is a part of an adapter: merge it first", MismatchError),
         (("h.1.q_proj.base_layer.weight", torch.ones(3)), "is a part of an adapter: merge it first", MismatchError),
@@ -181,7 +209,9 @@ def test_parts_of_a_fused_tensor_that_never_came(tmp_path: Path) -> None:
 
 
 def test_rules_and_patterns_that_match_nothing(folder: Path) -> None:
-    refused(SFT.items(), folder / "base", r"rename=.* changes none of the 5 tensor names", ArgumentError, rename=["^x=y"])
+    refused(
+        SFT.items(), folder / "base", r"rename=.* changes none of the 5 tensor names", ArgumentError, rename=["^x=y"]
+    )
     refused(SFT.items(), folder / "base", r'take=\[r"typo"\] matches none of the 5', ArgumentError, take=["typo"])
 
 
@@ -206,7 +236,7 @@ def test_a_base_that_changes_on_the_way(change: str, tmp_path: Path) -> None:
                 os.truncate(file, 1024) if change == "cut" else os.utime(file, ns=(1, 1))
             yield each
 
-    with pytest.raises(CheckpointError, match="was changed or cut off|was written or removed"):
+    with pytest.raises(CheckpointError, match=r"was changed or cut off|was written or removed"):
         list(merged_stream(stream(), base, **OPTIONS))
 
 

@@ -17,11 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import random_state, same_bits, write_model
-from mergekit_imm import ArgumentError, MismatchError, dare_merge
+from mergekit_imm import ArgumentError, MismatchError, NonFiniteError, dare_merge
 from mergekit_imm.live.vllm_loader import register
 
-SHAPES = {"lm_head.weight": (40, 8), "model.layers.1.mlp.w": (9, 8), "model.layers.0.mlp.w": (9, 8),
-          "model.embed_tokens.weight": (40, 8), "model.norm.weight": (8,)}
+SHAPES = {
+    "lm_head.weight": (40, 8),
+    "model.layers.1.mlp.w": (9, 8),
+    "model.layers.0.mlp.w": (9, 8),
+    "model.embed_tokens.weight": (40, 8),
+    "model.norm.weight": (8,),
+}
 RECORDED = "vllm.model_executor.model_loader"
 
 
@@ -101,7 +106,9 @@ def test_it_loads_the_merged_model_layer_by_layer(alpha: float, loaders: Any, pa
     model = Model()
     loader.load_weights(model, config_of(base))
     states = [random_state(SHAPES, seed=seed) for seed in range(2)]
-    expected = dare_merge(*states, alpha=alpha, drop=0.5, seed=3) | {"model.norm.weight": states[0]["model.norm.weight"]}
+    expected = dare_merge(*states, alpha=alpha, drop=0.5, seed=3) | {
+        "model.norm.weight": states[0]["model.norm.weight"]
+    }
     assert all(same_bits(model.loaded[name], tensor) for name, tensor in expected.items())
     names = [*model.loaded]
     assert names[:3] == ["model.embed_tokens.weight", "model.layers.0.mlp.w", "model.layers.1.mlp.w"]
@@ -116,7 +123,7 @@ def test_the_end_is_checked_though_the_model_stops_before(loaders: Any, pair: tu
     state["model.norm.weight"][3] = torch.nan
     write_model(Path(sft), state)
     model: Any = SimpleNamespace(load_weights=next)
-    with pytest.raises(Exception, match="'model.norm.weight' of sft .* has 1 NaN"):
+    with pytest.raises(NonFiniteError, match=r"'model.norm.weight' of sft .* has 1 NaN"):
         loader_of(loaders, {"sft": sft}).load_weights(model, config_of(base))
 
 
@@ -124,8 +131,11 @@ def test_the_end_is_checked_though_the_model_stops_before(loaders: Any, pair: tu
     ("extra", "match"),
     [
         ({}, "takes the fine-tuned model from model_loader_extra_config, which is without sft"),
-        ([], "which is a list of 0; give --model-loader-extra-config '{\"sft\""),
-        ({"sft": "SFT", "aplha": 0.5}, "has 'aplha', which load format mergekit_imm does not know; it takes sft, start,"),
+        ([], 'which is a list of 0; give --model-loader-extra-config \'{"sft"'),
+        (
+            {"sft": "SFT", "aplha": 0.5},
+            "has 'aplha', which load format mergekit_imm does not know; it takes sft, start,",
+        ),
         ({"sft": "SFT", "order": "files"}, "has 'order', which"),
         ({"sft": "SFT", "alpha": 2}, "alpha is 2; it is the weight of the base"),
     ],

@@ -49,7 +49,9 @@ def test_two_alphas_in_turn(tmp_path: Path) -> None:
     assert expected[0.1] != expected[0.9]
 
     command = [sys.executable, str(EXAMPLE), "base", "sft", "0.1", "0.9", "--port", "0", "--new-tokens", "12"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
         try:
             assert server.stdout is not None
             found = re.match(r"(http://\S+) serves alpha 0.1 and 0.9", server.stdout.readline())

@@ -1,7 +1,8 @@
 """The ranks of training runs that merge their model in place: `python live_ranks.py FOLDER`, for each size of WORLDS.
 
 FOLDER holds `base`, `start` and `sft.pt`, a state dict of float tensors. For each layout of the model each rank stores
-what it became, as whole tensors, in WORLD-LAYOUT-RANK.pt and, merged as a stream, in WORLD-LAYOUT stream-RANK.pt, and the errors of refused merges.
+what it became, as whole tensors, in WORLD-LAYOUT-RANK.pt; merged as a stream, in WORLD-LAYOUT stream-RANK.pt; and the
+errors of refused merges.
 """
 
 from __future__ import annotations

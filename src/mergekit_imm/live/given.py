@@ -97,5 +97,5 @@ def digest(tensor: torch.Tensor) -> bytes:
     local = local_of(tensor)
     found = blake2b(repr((tensor.dtype, tuple(tensor.shape), tuple(local.shape))).encode(), digest_size=16)
     for index, _ in boxes(local.shape):
-        found.update(in_box(local, index).cpu().contiguous().view(torch.uint8).numpy())
+        found.update(in_box(local, index).cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
     return found.digest()

@@ -25,10 +25,10 @@ def opened(refs: Mapping[str, str | Path], options: MergeOptions, *, dry_run: bo
 
 
 def placer(base: Checkpoint) -> Callable[[str], str]:
-    """Return a function that maps the names of a model of numbered modules (sentence-transformers) to paths in the base.
+    """Return a function that maps names of numbered modules (sentence-transformers) to paths in the base.
 
     The base's modules.json maps numbers to folders. The attribute that holds the inner model is dropped from names.
-    Other names, and those of other models, stay.
+    Names of other models stay.
     """
     file = base.side.get("modules.json")
     if file is None:

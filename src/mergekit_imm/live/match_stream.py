@@ -1,8 +1,8 @@
 """Match the names of a stream to the base's one by one, as they come.
 
-A name that the base has is taken at once. For another, those of its layer that came before are looked at with it, by the
-rules for whole models (`transforms.match_names`). What a match needs more tensors for, parts of a fused one, waits. When
-all names are known, the caller matches them together, and compares.
+A name that the base has is taken at once. For another, the rules for whole models (`transforms.match_names`) look at it
+together with those of its layer that wait. Parts of a tensor that the base stores fused wait until it is whole. When all
+names are known, the caller matches them together, and compares.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ class StreamNames:
         if is_stack:
             seen[name] = tensor
         try:
-            found = with_base_names(
-                Checkpoint("sft", "stream", None, {}, dict(own)), replace(self._base, tensors=base)
-            )
+            found = with_base_names(Checkpoint("sft", "stream", None, {}, dict(own)), replace(self._base, tensors=base))
         except MismatchError:
             if not (is_stack or single):
                 raise
@@ -111,12 +109,14 @@ class StreamNames:
         if single or waits_for_others(name, base):
             return made
         del waiting[name]
-        pairs = {one: other for one, other in self._learned.values()}
+        pairs = dict(self._learned.values())
         new_name = (carried(name, pairs) if is_output_head(name) else None) or name
         return {**made, new_name: replace(tensor, name=new_name)}
 
     def _learn(self, name: str, tensor: Given, made: Named) -> None:
-        new = next((each for each, side in made.items() if isinstance(side, Given) and side.given == tensor.given), name)
+        new = next(
+            (each for each, side in made.items() if isinstance(side, Given) and side.given == tensor.given), name
+        )
         if new != name:
             self._learned.setdefault(rule_of(name, new), (name, new))
 

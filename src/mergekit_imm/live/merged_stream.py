@@ -10,11 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -25,9 +23,7 @@ from ..common.checks import described
 from ..common.messages import shown
 from ..common.threads import default_workers
 from ..errors import ArgumentError, CheckpointError, MismatchError
-from ..model.config import stated_tie
 from ..model.rename_rules import apply_rules
-from ..model.tensor_names import folder_of, is_embedding_or_head, layer_key
 from ..numerics.dtypes import MERGED
 from ..numerics.reference import DTYPES
 from ..options.options import MergeOptions, RunOptions, options_from, with_files_read
@@ -44,15 +40,14 @@ from ..plan.open_inputs import (
     without_same_start,
 )
 from ..plan.plan import Item
-from ..plan.tied_embeddings import Group, SameBytes
-from ..ranks.ranks import Ranks
 from ..transforms.kept_quantised import without_kept
 from ..transforms.match_names import matched
-from .given import Given, Values, digest, givens, header, layout
+from .given import Given, Values, givens, header, layout
 from .in_place import InPlaceMerge, TensorUpdate
 from .inputs import check_vocabularies, opened
 from .local_shards import HEADER_DTYPES, Live, check_kind, local_of, parts_of
 from .match_stream import StreamNames
+from .stream_ties import StreamTies, comes_first
 
 _OF_PEFT = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.")
 
@@ -144,17 +139,19 @@ class _Stream:
         self._held: dict[str, torch.Tensor] = {}  # copies of tensors that wait, by name in the stream
         self._made_of: dict[str, str] = {}  # the base's name -> the stream's
         self._done: dict[str, _Record] = {}  # by key
-        self._ties = _Ties()
         self._models = _ready(inputs, options)
+        self._ties = StreamTies(self._base)
         self._stand_in, self._plan = self._planned({})
         self._names = StreamNames(self._base, options.rename)
-        self._items = {name: item for item in self._plan.items for name in (item.name, *(out.name for out in item.outs))}
+        self._items = {
+            name: item for item in self._plan.items for name in (item.name, *(out.name for out in item.outs))
+        }
 
     @property
     def _base(self) -> Checkpoint:
         return self._models["base"]
 
-    def _planned(self, given: Mapping[str, Given]) -> tuple[Checkpoint, Decided]:
+    def _planned(self, given: Mapping[str, Tensor]) -> tuple[Checkpoint, Decided]:
         """Plan the merge of these tensors, under the base's names, and of stand-ins for all others of the base."""
         sft = Checkpoint("sft", "stream", None, {}, {**self._base.tensors, **given})
         models, options = {**self._models, "sft": sft}, self._options
@@ -163,14 +160,16 @@ class _Stream:
             # The others may name what only the stream has.
             known = [each for each in options.take if any(re.search(each, name) for name in sft.tensors)]
             options = replace(options, take=tuple(known))
-        decided = decide(models, options, self._ties.same(comparer(models), self._base))
+        decided = decide(models, options, self._ties.same(comparer(models)))
         return models["sft"], decided
 
     def _planned_whole(self) -> Decided:
         """Plan the merge of the stream that has ended, as of a saved model."""
-        sft = Checkpoint("sft", "stream", None, {}, {self._names.placed(name): each for name, each in self._came.items()})
+        sft = Checkpoint(
+            "sft", "stream", None, {}, {self._names.placed(name): each for name, each in self._came.items()}
+        )
         models = prepared({**self._inputs, "sft": sft}, self._options)
-        same = self._ties.same(comparer(models), models["base"])
+        same = self._ties.same(comparer(models))
         decided = decide(models, self._options, same)
         check_tensors(decided, same)
         return decided
@@ -194,7 +193,8 @@ class _Stream:
         made = self._names.match(given)
         if name in self._names.waiting:
             self._held[name] = _copy(tensor)
-        values = Values({**self._held, name: tensor})
+        tensors = {**self._held, name: tensor}
+        values = Values(tensors)
         for new, side in made.items():
             names = [part.given for part in givens(side)]
             before = self._made_of.setdefault(new, names[0])
@@ -203,9 +203,9 @@ class _Stream:
                     f"two tensors of the stream would become '{shown(new)}' of {self._base.label}: '{shown(before)}'"
                     f" and '{shown(names[0])}'; change rename, or leave one of them out"
                 )
-            if not isinstance(side, Given) and isinstance(tensor, DTensor):
+            if not isinstance(side, Given) and any(isinstance(tensors[each], DTensor) for each in names):
                 raise MismatchError(
-                    f"tensor '{shown(name)}' of the stream is a DTensor, and {self._base.label} has its elements"
+                    f"tensor '{shown(names[0])}' of the stream is a DTensor, and {self._base.label} has its elements"
                     f" in other tensors, such as '{shown(new)}'; give whole tensors: (name, tensor.full_tensor())"
                 )
             yield from self._matched(new, side, values, merge, files)
@@ -215,13 +215,14 @@ class _Stream:
     def _matched(self, name: str, side: Tensor, values: Values, merge: InPlaceMerge, files: Files) -> Named:
         """Yield a tensor under its name in the base, merged; what may be tied to another, once that is known."""
         item = self._items.get(name)
-        if isinstance(side, Given) and self._may_be_tied(name, side):
-            self._ties.came(name, side, values.of(side))
-            group = self._plan.ties.groups.get(name)
-            if item is None or (group is not None and not _comes_first(name, item, group)):
-                self._ties.wait(name)
+        groups = self._plan.ties.groups
+        if isinstance(side, Given) and self._ties.concerns(name, side, groups):
+            group = groups.get(name)
+            waits = item is None or (group is not None and not comes_first(name, item, group))
+            self._ties.add(name, side, values.of(side), waits=waits)
+            if waits:
                 self._held.setdefault(side.given, _copy(values.of(side)))
-            else:
+            elif item is not None:
                 yield from self._done_with(item, side, values, merge, files)
             yield from self._untied(merge, files)
         elif item is not None:
@@ -234,39 +235,20 @@ class _Stream:
             if any(each.name == name for each in decided.items):
                 raise MismatchError(f"tensor '{shown(name)}' of the stream is not in {self._base.label}")
 
-    def _may_be_tied(self, name: str, side: Given) -> bool:
-        if layer_key(name) is not None or not 1 <= len(side.shape) <= 2 or side.dtype not in MERGED:
-            return False
-        if name in self._plan.ties.groups:
-            return True
-        denied = stated_tie(self._base.config_of(folder_of(name))) is False
-        return not denied and side.shape in self._tied_shapes
-
-    @cached_property
-    def _tied_shapes(self) -> set[tuple[int, ...]]:
-        """The shapes of embeddings and heads, and of the biases of heads."""
-        ends = [tensor.shape for name, tensor in self._base.tensors.items() if is_embedding_or_head(name)]
-        return {*ends, *(shape[:1] for shape in ends)}
-
     def _untied(self, merge: InPlaceMerge, files: Files) -> Named:
         """Yield the tensors that wait for others that they may be tied to, if all of these are there."""
-        if not self._ties.waiting:
+        if not self._ties.pending:
             return
-        _, decided = self._planned(self._ties.given)
-        for name in [*self._ties.pending]:
-            group = decided.ties.groups.get(name)
-            names = {name} if group is None else {*group.siblings}
-            if all(each in self._ties.given for each in names if each in self._base.tensors):
-                self._ties.pending.discard(name)
-        values = Values(self._held)
+        _, decided = self._planned(self._ties.came)
+        self._ties.settle(decided.ties.groups)
+        wait = self._ties.waiting | self._names.waiting
         for item in decided.items:
             side = item.sides.get("sft")
-            ready = isinstance(side, Given) and side.given in self._held and side.given not in self._ties.waiting
-            if ready and item.name not in self._done and side.given not in self._names.waiting:
-                yield from self._done_with(item, side, values, merge, files)
+            if isinstance(side, Given) and side.given in self._held and side.given not in wait:
+                yield from self._done_with(item, side, Values(self._held), merge, files)
 
     def _rest(self, merge: InPlaceMerge, files: Files) -> Named:
-        """Yield what waited to the end, and what is kept and did not come. Raises MismatchError if anything is missing."""
+        """Yield what waited, and what is kept and did not come. Raises MismatchError if anything is missing."""
         decided = self._planned_whole()
         values = Values(self._held)
         records = {item.name: _record(item) for item in decided.items}
@@ -281,9 +263,7 @@ class _Stream:
             if item.name not in self._done:
                 yield from self._done_with(item, item.sides.get("sft"), values, merge, files)
 
-    def _done_with(
-        self, item: Item, side: Tensor | None, values: Values, merge: InPlaceMerge, files: Files
-    ) -> Named:
+    def _done_with(self, item: Item, side: Tensor | None, values: Values, merge: InPlaceMerge, files: Files) -> Named:
         """Yield a planned tensor, merged with what the stream gave for it, under each name that the base stores."""
         if item.name in self._done:
             return
@@ -321,44 +301,6 @@ def _record(item: Item) -> _Record:
     return _Record(item.action, constants, tuple(out.name for out in item.outs), made_of)
 
 
-class _Ties:
-    """The tensors that came and may be tied: their headers by the base's names, and digests, to compare them."""
-
-    def __init__(self) -> None:
-        self.given: dict[str, Given] = {}
-        self.pending: set[str] = set()  # names of those that wait
-        self._digests: dict[str, bytes] = {}
-
-    @property
-    def waiting(self) -> set[str]:
-        """The names in the stream of those that wait."""
-        return {self.given[name].given for name in self.pending}
-
-    def came(self, name: str, side: Given, tensor: torch.Tensor) -> None:
-        self.given[name] = side
-        found = digest(tensor)
-        if isinstance(tensor, DTensor) and dist.is_initialized():
-            found = b"".join(Ranks.of_group().gather(found))  # equal on one rank is not equal
-        self._digests[side.given] = found
-
-    def wait(self, name: str) -> None:
-        self.pending.add(name)
-
-    def same(self, compare: SameBytes, base: Checkpoint) -> SameBytes:
-        """Return a function that compares tensors of one input; of the stream, what did not come may be equal."""
-
-        def equal(checkpoint: Checkpoint, one: Tensor, other: Tensor) -> bool:
-            if checkpoint.role != "sft":
-                return compare(checkpoint, one, other)
-            sides = [each for each in (one, other) if isinstance(each, Given)]
-            if not sides:
-                return compare(base, one, other)
-            digests = {self._digests.get(each.given) for each in sides}
-            return len(sides) == 1 or (len(digests) == 1 and None not in digests)
-
-        return equal
-
-
 def _ready(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Checkpoint]:
     """Return base and start, dequantised, under the base's names."""
     models = dequantised_or_refused(inputs, options)
@@ -369,12 +311,6 @@ def _ready(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Ch
         before, names = names, apply_rules(names, [rule])
         rules += [rule] if names != before else []
     return matched(models, rules)
-
-
-def _comes_first(name: str, item: Item, group: Group) -> bool:
-    """Whether a tied tensor is merged the same, under this name alone, whatever comes under its other names."""
-    whole = {*group.names} == {*group.siblings}
-    return whole and group.siblings[0] == name and [out.name for out in item.outs] == [name]
 
 
 def _checked(pair: object) -> tuple[str, torch.Tensor]:
@@ -419,7 +355,9 @@ def _result(item: Item, given: torch.Tensor | None, merge: InPlaceMerge, files: 
     copied = torch.empty(local.shape, dtype=local.dtype)
     if not kept:
         copied.copy_(local)
-    live = Live(item.name, tuple(given.shape), HEADER_DTYPES[given.dtype], parts_of(item.name, given, copied), id(copied))
+    live = Live(
+        item.name, tuple(given.shape), HEADER_DTYPES[given.dtype], parts_of(item.name, given, copied), id(copied)
+    )
     sides = item.sides if kept else {**item.sides, "sft": live}
     merge.merge(TensorUpdate(replace(item, sides=sides), live), files)
     if item.action == "copy":

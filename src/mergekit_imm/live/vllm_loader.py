@@ -1,6 +1,7 @@
 """A loader for vLLM that merges while it loads: no merged checkpoint is written.
 
-    vllm serve BASE --tokenizer SFT --load-format mergekit_imm --model-loader-extra-config '{"sft": "SFT", "alpha": 0.5}'
+    vllm serve BASE --tokenizer SFT --load-format mergekit_imm \\
+        --model-loader-extra-config '{"sft": "SFT", "alpha": 0.5}'
 
 vLLM finds `register` by the entry point `mergekit_imm` of the group `vllm.general_plugins`. The model is the base; the
 extra config has `sft` and the options of `iter_merged`. Every rank of tensor or pipeline parallelism merges the whole
@@ -58,8 +59,8 @@ def merged_weights(base: str, revision: str | None, extra: Any) -> Iterator[tupl
     if not isinstance(extra, dict) or not extra.get("sft"):
         what = described(extra) if not isinstance(extra, dict) else f"without sft: {shown(extra)}"
         raise ArgumentError(
-            f"load format {LOAD_FORMAT} takes the fine-tuned model from model_loader_extra_config, which is {what}; give"
-            ' --model-loader-extra-config \'{"sft": "FOLDER", "alpha": 0.5}\''
+            f"load format {LOAD_FORMAT} takes the fine-tuned model from model_loader_extra_config, which is {what};"
+            ' give --model-loader-extra-config \'{"sft": "FOLDER", "alpha": 0.5}\''
         )
     unknown = next((name for name in extra if name not in known), None)
     if unknown is not None:

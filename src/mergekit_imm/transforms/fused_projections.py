@@ -51,9 +51,9 @@ def waits_for_others(name: str, base: Collection[str]) -> bool:
     there = [*map(canonical, base)]
     for parts, whole, _, ends in JOINTS:
         for end in ends:
-            if any(_stem(canonical(name), part + end) is not None for part in parts):
-                if any(_stem(other, whole + end) is not None for other in there):
-                    return True
+            is_part = any(_stem(canonical(name), part + end) is not None for part in parts)
+            if is_part and any(_stem(other, whole + end) is not None for other in there):
+                return True
     return False
 
 
