@@ -1,8 +1,8 @@
 """Match the names of a stream to the base's one by one, as they come.
 
 A name that the base has is taken at once. For another, the rules for whole models (`transforms.match_names`) look at it
-together with those of its layer that wait. Parts of a tensor that the base stores fused wait until it is whole. When all
-names are known, the caller matches them together, and compares.
+together with those of its layer that wait. Parts of a tensor that the base stores fused wait until it is whole. When
+all names are known, the caller matches them together, and compares.
 """
 
 from __future__ import annotations

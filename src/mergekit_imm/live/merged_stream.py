@@ -96,9 +96,10 @@ def merged_stream(
     and projections are split where the base has them apart, and the reverse; a tied tensor comes under each name that
     the base stores.
 
-    Memory: the tensor given, its result, and 8 MiB for each worker. These wait, as copies: parts of a tensor that the
-    base stores fused, until it is whole; square stacks of experts, until the other stack of their layer tells which way
-    they lie; a head that may be tied, until its embedding comes, and both, where the base stores both.
+    Memory: the tensor given, its result, and 10 MiB for each worker. These wait, as copies: parts of a tensor that the
+    base stores fused, until it is whole (of experts, all of a layer); square stacks of experts, until the other stack
+    of their layer tells which way they lie; a head that may be tied, until its embedding comes, and both, where the
+    base stores both.
 
     Checked when called: options, and the headers of base and start. At each tensor: its name, shape and dtype, that it
     came only once, and its values: NaN and infinity raise before it is yielded. At the end: that nothing is missing,
@@ -115,10 +116,7 @@ def merged_stream(
     """
     given = locals()
     check_platform()
-    if isinstance(weights, Mapping | torch.nn.Module) or not isinstance(weights, Iterable):
-        cure = {True: "weights.items()", False: "weights.state_dict().items()"}.get(isinstance(weights, Mapping))
-        cure = cure if isinstance(weights, Mapping | torch.nn.Module) else "an iterable of them"
-        raise ArgumentError(f"weights is {described(weights)}; merged_stream takes (name, tensor) pairs: give {cure}")
+    _check_pairs(weights)
     refs = input_refs({"base": base, "start": start})
     options = with_files_read(options_from(given, MergeOptions))
     workers = options_from(given, RunOptions).workers or default_workers()
@@ -311,6 +309,18 @@ def _ready(inputs: dict[str, Checkpoint], options: MergeOptions) -> dict[str, Ch
         before, names = names, apply_rules(names, [rule])
         rules += [rule] if names != before else []
     return matched(models, rules)
+
+
+def _check_pairs(weights: object) -> None:
+    cure = ""
+    if isinstance(weights, Mapping):
+        cure = "weights.items()"
+    elif isinstance(weights, torch.nn.Module):
+        cure = "weights.state_dict().items()"
+    elif not isinstance(weights, Iterable):
+        cure = "an iterable of them"
+    if cure:
+        raise ArgumentError(f"weights is {described(weights)}; merged_stream takes (name, tensor) pairs: give {cure}")
 
 
 def _checked(pair: object) -> tuple[str, torch.Tensor]:
