@@ -18,7 +18,8 @@ from torch import Tensor
 
 import reference
 from checkpoints import State, random_state, read_model, same_bits, write_model
-from mergekit_imm import ArgumentError, MismatchError, merge_checkpoints, merged_stream
+from fp8 import write_fp8
+from mergekit_imm import ArgumentError, CheckpointError, MismatchError, merge_checkpoints, merged_stream
 from models import LAYOUTS, fine_tuned, new_model, untied
 from modules import BASE, OPTIONS, SFT, naive, write_models
 
@@ -324,3 +325,17 @@ def test_a_receiver_that_stops_early_leaves_no_open_file(taken: int, folder: Pat
     merged.close()
     links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.exists()]
     assert [link for link in links if folder in link.parents] == []
+
+
+def test_a_base_in_fp8(tmp_path: Path) -> None:
+    base = new_model("llama")
+    base.save_pretrained(tmp_path / "source")
+    write_fp8(tmp_path / "source", tmp_path / "base", (16, 16))
+    sft = fine_tuned(base, seed=2)
+    sft.save_pretrained(tmp_path / "sft")
+    options: dict[str, Any] = {"drop": 0.5, "dequantize": True}
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", **options)
+    stream = one_buffer(shuffled(dict(sft.state_dict()), 0))
+    assert_same(collected(merged_stream(stream, tmp_path / "base", **options)), read_model(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match=r"dequantize=True"):
+        merged_stream(sft.state_dict().items(), tmp_path / "base")
