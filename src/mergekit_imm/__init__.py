@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .functional.sparsify import della as della
     from .functional.sparsify import trim as trim
     from .live.merge_into import merge_into as merge_into
+    from .live.merged_stream import merged_stream as merged_stream
     from .loop.rounds import Rounds as Rounds
     from .loop.trainer_callback import IMMCallback as IMMCallback
     from .options.layer_factors import group_factors as group_factors
@@ -64,6 +65,7 @@ else:
             ".functional.merge": "dare dare_merge interpolate keep_mask task_vector",
             ".functional.sparsify": "della trim",
             ".live.merge_into": "merge_into",
+            ".live.merged_stream": "merged_stream",
             ".loop.rounds": "Rounds",
             ".options.layer_factors": "group_factors importance_factors lines_factors",
             ".ranks.ranks": "Ranks",

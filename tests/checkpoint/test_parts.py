@@ -20,6 +20,7 @@ from mergekit_imm import (
     iter_merged,
     merge_checkpoints,
     merge_into,
+    merged_stream,
     verify,
 )
 from mergekit_imm.plan.describe import check
@@ -308,8 +309,11 @@ def test_a_model_of_numbered_modules_is_merged_in_memory(tmp_path: Path, root: s
     sft = write_parts(tmp_path / "sft", 11, root=root, head=False)
     prefix = f"{root}/" if root else ""
     model = Numbered({name.removeprefix(prefix): tensor for name, tensor in sft.items()})
-    assert merge_into(model, tmp_path / "base", drop=0.5).tensors == {"merged": len(base)}
     expected = merged_by_formula(base, sft, 0.5)
+    streamed = dict(merged_stream(model.state_dict().items(), tmp_path / "base", drop=0.5))
+    assert streamed.keys() == expected.keys()
+    assert all(same_bits(streamed[name], tensor) for name, tensor in expected.items())
+    assert merge_into(model, tmp_path / "base", drop=0.5).tensors == {"merged": len(base)}
     found = model.state_dict()
     for name, tensor in expected.items():
         inside = name.removeprefix("2_Dense/")

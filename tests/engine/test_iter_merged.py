@@ -11,11 +11,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
 
 from checkpoints import random_state, same_bits, write_model
-from mergekit_imm import ArgumentError, NonFiniteError, dare_merge, iter_merged
+from mergekit_imm import ArgumentError, NonFiniteError, dare_merge, iter_merged, merge_checkpoints
 from mergekit_imm.engine import workers
 from mergekit_imm.plan.plan import Plan
+from models import fine_tuned, load, new_model
 
 LAYERED = [
     "model.embed_tokens.weight",
@@ -111,3 +113,20 @@ def test_failures_of_later_tensors_are_raised(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"'layers\.3\.w' of sft .* has 4160 NaN"):
         list(iter_merged(base, sft, order="layers", workers=1))
     assert merging() == []
+
+
+@pytest.mark.parametrize("layout", ["qwen2", "qwen3_moe", "gemma3"])
+def test_transformers_loads_what_it_yields(layout: str, tmp_path: Path) -> None:
+    """As docs/python.md does, tied and fused: the model is the one that is loaded from a merged folder."""
+    base = new_model(layout)
+    base.save_pretrained(tmp_path / "base")
+    fine_tuned(base, seed=2).save_pretrained(tmp_path / "sft")
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", alpha=0.3, drop=0.5)
+    expected = load(tmp_path / "out", layout, dtype="auto").state_dict()
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "sft")
+    merged = dict(iter_merged(tmp_path / "base", tmp_path / "sft", alpha=0.3, drop=0.5))
+    kind = getattr(transformers, config.architectures[0])
+    model, info = kind.from_pretrained(None, config=config, state_dict=merged, output_loading_info=True)
+    assert not any(info.values()), info
+    found = model.state_dict()
+    assert all(same_bits(found[name], tensor) for name, tensor in expected.items())

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from checkpoints import random_state, write_model
-from mergekit_imm import MergeError, iter_merged, merge_checkpoints, merge_into
+from mergekit_imm import MergeError, iter_merged, merge_checkpoints, merge_into, merged_stream
 from mergekit_imm.cli.loop import loop_command
 from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.engine.merge import _Keywords
@@ -48,6 +48,11 @@ def keywords_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
             merge_into,
             {"sparsify", "dtype", "max_shard_size", "vocab", "copy_code", "as_adapter"}
             | {"device", "overwrite", "restart", "verify", "digests"},
+            {"start"},
+        ),
+        (
+            merged_stream,
+            {"sparsify", "dtype", "max_shard_size", "vocab", "copy_code", *RUN} - {"workers"},
             {"start"},
         ),
     ],

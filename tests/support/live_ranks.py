@@ -1,7 +1,8 @@
 """The ranks of training runs that merge their model in place: `python live_ranks.py FOLDER`, for each size of WORLDS.
 
 FOLDER holds `base`, `start` and `sft.pt`, a state dict of float tensors. For each layout of the model each rank stores
-what it became, as whole tensors, in WORLD-LAYOUT-RANK.pt, and the errors of refused merges.
+what it became, as whole tensors, in WORLD-LAYOUT-RANK.pt; merged as a stream, in WORLD-LAYOUT stream-RANK.pt; and the
+errors of refused merges.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mergekit_imm import MergeError, merge_into
+from mergekit_imm import MergeError, merge_into, merged_stream
 from mergekit_imm.checkpoint.reader import Files
 from mergekit_imm.live.local_shards import is_distributed
 from modules import OPTIONS, Model, put
@@ -61,6 +62,15 @@ def _cut(mesh: Any, dim: int, _: str, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor, mesh, [Shard(dim % tensor.ndim)])
 
 
+def placed(tensor: Tensor) -> object:
+    """How a tensor lies on the ranks; None for a plain one."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+
+
+def whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+
+
 def merge_all(rank: int, world: int, folder: Path) -> None:
     """Act as one rank: merge a model in each layout, and try refused calls."""
     warnings.simplefilter("ignore")
@@ -68,11 +78,13 @@ def merge_all(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
     state: dict[str, Tensor] = torch.load(folder / "sft.pt")
     for name, model in layouts(world, state):
-        merge_into(model, folder / "base", start=folder / "start", workers=1 + rank, **OPTIONS)
-        merged = {}
-        for key, tensor in model.state_dict().items():
-            merged[key] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        torch.save(merged, folder / f"{world}-{name}-{rank}.pt")
+        given: dict[str, Tensor] = model.state_dict()
+        options = {"start": folder / "start", "workers": 1 + rank, **OPTIONS}
+        streamed = dict(merged_stream(given.items(), folder / "base", **options))
+        assert [placed(given[key]) for key in given] == [placed(streamed[key]) for key in given]
+        torch.save(whole(streamed), folder / f"{world}-{name} stream-{rank}.pt")
+        merge_into(model, folder / "base", **options)
+        torch.save(whole(model.state_dict()), folder / f"{world}-{name}-{rank}.pt")
     torch.save(refusals(rank, world, folder, state), folder / f"{world}-refused-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

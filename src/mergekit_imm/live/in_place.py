@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -124,6 +124,19 @@ def _span(update: TensorUpdate, first: int, end: int) -> _Span | None:
     return _Span(update, found, np.flatnonzero(edges.cumsum()) + low)
 
 
+_Process = Callable[[_Span, Raw, Files], int]  # of a span, with a worker's buffers; returns the bytes it read
+
+
+def _worker(process: _Process, files: Files) -> Callable[[_Range], int]:
+    buffers = np.empty((5, STEP + 16 * BLOCK), np.uint8)
+
+    def of_range(task: _Range) -> int:
+        span = _span(*task)
+        return 0 if span is None else process(span, buffers, files)
+
+    return of_range
+
+
 class InPlaceMerge:
     """The work of this process, run twice: first to check every value, then to write."""
 
@@ -152,24 +165,25 @@ class InPlaceMerge:
         """Compare what is in memory with the input it must equal. Raises MismatchError, CheckpointError."""
         self._each(self._compare_frozen)
 
-    def _each(self, process: Callable[[_Span, Raw, Files], int]) -> None:
+    def _each(self, process: _Process) -> None:
         with Files(self.inputs) as files:
-
-            def worker() -> Callable[[_Range], int]:
-                buffers = np.empty((5, STEP + 16 * BLOCK), np.uint8)
-
-                def of_task(task: _Range) -> int:
-                    span = _span(*task)
-                    return 0 if span is None else process(span, buffers, files)
-
-                return of_task
-
-            with closing(in_threads(_ranges(self.updates), worker, self.workers)) as results:
-                for nbytes in results:
-                    self.done += nbytes or 0
-                    if self.progress is not None:
-                        self.progress(self.done, self.total)
+            self._in_threads(_ranges(self.updates), self.workers, files, process)
         check_inputs(self.inputs)
+
+    def merge(self, update: TensorUpdate, files: Files) -> None:
+        """Compute and write one tensor. Raises as `run`; a part of it may be written then."""
+        ranges, process = list(_ranges([update])), partial(self._process, write=True)
+        if len(ranges) == 1:  # a thread would take longer to start
+            _worker(process, files)(ranges[0])
+        else:
+            self._in_threads(ranges, min(self.workers, len(ranges)), files, process)
+
+    def _in_threads(self, ranges: Iterable[_Range], workers: int, files: Files, process: _Process) -> None:
+        with closing(in_threads(ranges, lambda: _worker(process, files), workers)) as results:
+            for nbytes in results:
+                self.done += nbytes or 0
+                if self.progress is not None:
+                    self.progress(self.done, self.total)
 
     def _compare_frozen(self, span: _Span, buffers: Raw, files: Files) -> int:
         from ..numerics.cpu import merge_span

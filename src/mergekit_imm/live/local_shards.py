@@ -100,7 +100,7 @@ def live(state: Mapping[str, object]) -> dict[str, Live]:
     for name, tensor in state.items():
         check_tensor(name, tensor)
         assert isinstance(tensor, Tensor)
-        parts = _parts(name, tensor)
+        parts = parts_of(name, tensor)
         memory = _memory(parts) or id(tensor)
         if memory not in known:
             known[memory] = Live(name, tuple(tensor.shape), HEADER_DTYPES[tensor.dtype], parts, memory)
@@ -172,6 +172,16 @@ def check_tensor(name: str, tensor: object) -> None:
         raise MismatchError(
             f"the model's state holds '{shown(name)}', a {type(tensor).__name__}, not a tensor; {_SAVE}"
         )
+    check_kind(name, tensor, "the model")
+    if tensor.is_inference():
+        raise MismatchError(
+            f"tensor '{shown(name)}' of the model was made in inference mode and cannot be written; load the model"
+            " outside torch.inference_mode()"
+        )
+
+
+def check_kind(name: str, tensor: Tensor, owner: str) -> None:
+    """Raise MismatchError for a tensor whose values cannot be merged: quantised, sparse, on the meta device."""
     inner = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     plain = (Tensor, nn.Parameter, nn.Buffer)
     what = ""
@@ -181,18 +191,13 @@ def check_tensor(name: str, tensor: object) -> None:
         what = str(tensor.dtype if inner.layout == torch.strided else inner.layout)
     if what:
         raise MismatchError(
-            f"tensor '{shown(name)}' of the model is {what}; quantised, float8, complex and sparse tensors are not"
+            f"tensor '{shown(name)}' of {owner} is {what}; quantised, float8, complex and sparse tensors are not"
             " merged: train an unquantised model, or merge checkpoints of one"
         )
     if inner.is_meta:
         raise MismatchError(
-            f"tensor '{shown(name)}' of the model is on the meta device and has no values (offloaded?); load the whole"
+            f"tensor '{shown(name)}' of {owner} is on the meta device and has no values (offloaded?); load the whole"
             " model, or use merge_checkpoints on disk"
-        )
-    if tensor.is_inference():
-        raise MismatchError(
-            f"tensor '{shown(name)}' of the model was made in inference mode and cannot be written; load the model"
-            " outside torch.inference_mode()"
         )
 
 
@@ -224,12 +229,18 @@ def _check_apart(tensors: Mapping[str, Live]) -> None:
             )
 
 
-def _parts(name: str, tensor: Tensor) -> tuple[Part, ...]:
-    """Return the non-empty boxes of a tensor that this process holds."""
+def local_of(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def parts_of(name: str, tensor: Tensor, local: Tensor | None = None) -> tuple[Part, ...]:
+    """Return the non-empty boxes of a tensor that this process holds; views of `local`, a copy of what it holds."""
+    local = local_of(tensor) if local is None else local
     if not isinstance(tensor, DTensor):
-        local, spans = tensor.detach(), [[(0, size)] for size in tensor.shape]
+        spans = [[(0, size)] for size in tensor.shape]
     else:
-        local, spans = tensor.to_local().detach(), _spans(name, tensor)
+        spans = _spans(name, tensor)
         sizes = tuple(sum(count for _, count in each) for each in spans)
         if local.numel() == 0 and 0 in sizes:
             return ()

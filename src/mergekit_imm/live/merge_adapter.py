@@ -118,12 +118,12 @@ def merge_adapter(
     # PEFT may train copies of modules in float32 where the model has 16 bits.
     narrowed = {path: tensor.detach().to(dtype) for path, tensor, dtype in kept if tensor.dtype != dtype}
 
-    def opened() -> tuple[dict[str, Live], Checkpoint]:
+    def held() -> tuple[dict[str, Live], Checkpoint]:
         adapter = Checkpoint("sft", label, None, {}, _tensors(wrapped, name), adapter=config)
         return live({path: narrowed.get(path, tensor) for path, tensor, _ in kept}), adapter
 
     given = {**_defaults(), **options, "base": base, "model": inner, "dry_run": dry_run}
-    report = merged_into(given, opened)
+    report = merged_into(given, held)
     if not dry_run:
         wrapped.base_model.unload()
         for path, tensor in narrowed.items():

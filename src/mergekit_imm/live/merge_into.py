@@ -22,13 +22,12 @@ from torch import nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor as LazyTensor
 from ..checkpoint.lazy_tensor import is_stored
-from ..checkpoint.open_checkpoint import is_hub_id, open_checkpoint
+from ..checkpoint.open_checkpoint import is_hub_id
 from ..checkpoint.safetensors_file import fingerprint
-from ..common.json_files import parse_json, read_small
 from ..common.messages import shown
 from ..common.notes import note
 from ..common.threads import default_workers
-from ..errors import CheckpointError, MismatchError, PartialMergeError
+from ..errors import MismatchError, PartialMergeError
 from ..model.tensor_names import is_embedding_or_head, ready_option, tied_key, unwrapped
 from ..numerics.dtypes import MERGED
 from ..options.options import MergeOptions, Progress, RunOptions, options_from, with_files_read
@@ -36,7 +35,6 @@ from ..plan.accounts import check_tensors
 from ..plan.decide import Decided, decide
 from ..plan.make_plan import comparer
 from ..plan.open_inputs import (
-    check_left_out,
     check_platform,
     input_refs,
     prepared,
@@ -46,6 +44,7 @@ from ..plan.open_inputs import (
 from ..plan.plan import Item
 from ..ranks.ranks import ALONE, Ranks, together
 from .in_place import InPlaceMerge, TensorUpdate
+from .inputs import check_vocabularies, opened, placer
 from .local_shards import Live, Part, is_distributed, live_tensors
 
 COMPARED = 1 << 18  # elements per comparison
@@ -121,9 +120,9 @@ def merge_into(
 
 
 def merged_into(
-    given: Mapping[str, Any], opened: Callable[[], tuple[dict[str, Live], Checkpoint | None]]
+    given: Mapping[str, Any], held: Callable[[], tuple[dict[str, Live], Checkpoint | None]]
 ) -> LiveReport:
-    """Merge as `merge_into` does with these arguments. `opened` returns the tensors to write, and an adapter or None.
+    """Merge as `merge_into` does with these arguments. `held` returns the tensors to write, and an adapter or None.
 
     The adapter, trained on the model, is then the sft, and the model's tensors must be the start's, or the adapter's.
     """
@@ -134,7 +133,7 @@ def merged_into(
         check_platform()
         refs = input_refs({"base": given["base"], "start": given["start"]})
         options = with_files_read(options_from(given, MergeOptions))
-        return refs, options, options_from(given, RunOptions).workers or default_workers(), *opened()
+        return refs, options, options_from(given, RunOptions).workers or default_workers(), *held()
 
     refs, options, threads, state, adapter = together(ranks, checked)
     places = {id(live): number for number, live in enumerate(state.values())}
@@ -143,9 +142,9 @@ def merged_into(
 
     def planned() -> tuple[dict[str, Checkpoint], MergeOptions, Decided, list[TensorUpdate]]:
         if any(is_hub_id(ref) for ref in refs.values()):  # check the headers before hours of downloading
-            there = _opened(refs, options, dry_run=True)
+            there = opened(refs, options, dry_run=True)
             _plan(there, model, state, adapter, equal, options)
-        inputs = without_same_start(_opened(refs, options, dry_run=dry_run))
+        inputs = without_same_start(opened(refs, options, dry_run=dry_run))
         here = replace(options, iteration=round_of(inputs)) if iteration is None else options
         inputs, decided, live = _plan(inputs, model, state, adapter, equal, here)
         return inputs, here, decided, _updates(decided, live, inputs["sft"])
@@ -177,14 +176,6 @@ def _report(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: De
         text = "{broken}: both are merged under their own names"
         notes.append(note("tie broken", text, broken=decided.ties.broken))
     return LiveReport(dict(counts), options.round, list(map(str, notes)))
-
-
-def _opened(refs: Mapping[str, str | Path], options: MergeOptions, *, dry_run: bool = False) -> dict[str, Checkpoint]:
-    found = {
-        role: open_checkpoint(ref, role, dry_run=dry_run, leave_out=options.leave_out) for role, ref in refs.items()
-    }
-    check_left_out(found, options.leave_out)
-    return found
 
 
 def _check_same(ranks: Ranks, data: Callable[[], object]) -> None:
@@ -222,7 +213,9 @@ def _plan(
             return compare(checkpoint, one, other)
         return one.memory == other.memory or frozenset((one.memory, other.memory)) in equal
 
-    _check_vocabularies(inputs["base"], live["sft"])
+    check_vocabularies(
+        inputs["base"], live["sft"], "save it, and use merge_checkpoints with vocab='base' or vocab='sft'"
+    )
     decided = decide(inputs, options, same)
     check_tensors(decided, same)
     return inputs, decided, live["sft"]
@@ -230,7 +223,8 @@ def _plan(
 
 def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -> Checkpoint:
     """Return the model as an input. A shared tensor keeps the names the base stores, or one if it stores none."""
-    state = _by_path(state, base)
+    placed = placer(base)
+    state = {placed(name): live for name, live in state.items()}
     names: dict[int, list[str]] = {}
     for each, live in state.items():
         names.setdefault(id(live), []).append(each)
@@ -246,45 +240,10 @@ def _checkpoint(model: nn.Module, state: Mapping[str, Live], base: Checkpoint) -
     return Checkpoint("sft", f"model {type(model).__name__}", None, {}, tensors, kinds or None, {}, ())
 
 
-def _by_path(state: Mapping[str, Live], base: Checkpoint) -> Mapping[str, Live]:
-    """Return the tensors of a model of numbered modules (sentence-transformers) under their paths in the base.
-
-    The base's modules.json maps numbers to folders. The attribute that holds the inner model is dropped from names.
-    """
-    file = base.side.get("modules.json")
-    if file is None:
-        return state
-    try:
-        modules = parse_json(read_small(file))
-        folders = {str(each["idx"]): f"{each['path']}/" if each["path"] else "" for each in modules}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{shown(file)} is not a list of modules: {shown(error, 200)}; download it again"
-        ) from error
-
-    def placed(name: str) -> str:
-        number, _, rest = unwrapped(name).partition(".")
-        paths = [folders.get(number, "") + each for each in (rest, rest.partition(".")[2]) if number in folders]
-        return next((path for path in paths if path in base.tensors), name)
-
-    return {placed(name): live for name, live in state.items()}
-
-
 def _kinds(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return only the model types of a config and its nested configs."""
     found = {key: _kinds(value) for key, value in config.items() if key.endswith("config") and isinstance(value, dict)}
     return found | ({"model_type": config["model_type"]} if config.get("model_type") else {})
-
-
-def _check_vocabularies(base: Checkpoint, sft: Checkpoint) -> None:
-    for name, tensor in sft.tensors.items():
-        there = base.tensors.get(name)
-        if there is not None and is_embedding_or_head(name) and there.shape != tensor.shape:
-            raise MismatchError(
-                f"tensor '{shown(name)}' is {list(there.shape)} in {base.label} and {list(tensor.shape)} in"
-                f" {sft.label}; a model in memory needs a base of the same vocabulary: save it, and use"
-                " merge_checkpoints with vocab='base' or vocab='sft'"
-            )
 
 
 _Equal = frozenset[frozenset[Hashable]]  # pairs of memory keys with the same values

@@ -153,6 +153,25 @@ def carried(name: str, pairs: Mapping[str, str]) -> str | None:
     return rules.pop() if len(rules) == 1 else None
 
 
+def rule_of(old: str, new: str) -> tuple[str, str]:
+    """Return the prefix that one name has in place of the other's, with * for numbers; for `by_rule`.
+
+    >>> rule_of("model.language_model.layers.3.w", "model.layers.3.w")
+    ('model.language_model.', 'model.')
+    """
+    one, other = _differing(old, new)
+    return tuple(blanked("".join(f"{part}." for part in each)) for each in (one, other))  # type: ignore[return-value]
+
+
+def by_rule(name: str, rule: tuple[str, str]) -> str | None:
+    """Return a name with the prefix of a rule replaced, numbers kept; None if the rule is not for this name.
+
+    >>> by_rule("model.language_model.layers.3.w", ("model.language_model.", "model."))
+    'model.layers.3.w'
+    """
+    return _moved(name, *rule) if blanked(name).startswith(rule[0]) else None
+
+
 def _differing(old: str, new: str) -> tuple[list[str], list[str]]:
     """Split two names, and drop the components they share at the end."""
     one, other = old.split("."), new.split(".")

@@ -24,6 +24,11 @@ def is_fused(name: str) -> bool:
     return _FUSED.fullmatch(name) is not None
 
 
+def is_single(name: str) -> bool:
+    """Whether a name is that of a tensor of one expert."""
+    return _EXPERT.fullmatch(name) is not None
+
+
 def fused_path(name: str) -> str | None:
     """Return the module of a fused tensor of all experts; None for other names."""
     found = _FUSED.fullmatch(name)

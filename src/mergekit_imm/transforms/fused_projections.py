@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ..checkpoint.lazy_tensor import Piece, Pieces, Tensor, sliced
 from ..model.layout_names import JOINTS, canonical
@@ -40,6 +40,21 @@ def split_or_fuse(
                     found[name], names[name] = tensor, old
             unmatched = {name: spelling for name, spelling in unmatched.items() if name not in gone}
     return found, names
+
+
+def waits_for_others(name: str, base: Collection[str]) -> bool:
+    """Whether a tensor is a part of one that the base stores fused, under any of these names.
+
+    >>> waits_for_others("layers.0.self_attn.q_proj.weight", ["h.0.attn.qkv.weight"])
+    True
+    """
+    there = [*map(canonical, base)]
+    for parts, whole, _, ends in JOINTS:
+        for end in ends:
+            is_part = any(_stem(canonical(name), part + end) is not None for part in parts)
+            if is_part and any(_stem(other, whole + end) is not None for other in there):
+                return True
+    return False
 
 
 Module = dict[str, Tensor]  # tensors of a module of the base, by name suffix

@@ -43,7 +43,7 @@ def matched(inputs: Mapping[str, Checkpoint], rules: Sequence[str]) -> dict[str,
     if rules:
         _check_rules(rules, base, others.values())
     return {"base": base} | {
-        role: each if each.adapter is not None else _with_base_names(each, base, rules) for role, each in others.items()
+        role: each if each.adapter is not None else with_base_names(each, base, rules) for role, each in others.items()
     }
 
 
@@ -58,7 +58,8 @@ def _check_rules(rules: Sequence[str], base: Checkpoint, others: Iterable[Checkp
             )
 
 
-def _with_base_names(checkpoint: Checkpoint, base: Checkpoint, rules: Sequence[str]) -> Checkpoint:
+def with_base_names(checkpoint: Checkpoint, base: Checkpoint, rules: Sequence[str] = ()) -> Checkpoint:
+    """Return a model with its tensors under the base's names, where a match is found. Raises MismatchError."""
     original_names = {name: name for name in checkpoint.tensors}  # new name -> name in the file
     tensors: dict[str, Tensor] = dict(checkpoint.tensors)
 

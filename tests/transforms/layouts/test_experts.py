@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import State, random_state, read_model, same_bits, write_model
-from mergekit_imm import MismatchError, dare_merge, merge_checkpoints, merge_into, verify
+from mergekit_imm import MismatchError, dare_merge, merge_checkpoints, merge_into, merged_stream, verify
 from mergekit_imm.checkpoint.lazy_tensor import sliced, transposed
 from mergekit_imm.checkpoint.open_checkpoint import open_checkpoint
 from mergekit_imm.checkpoint.reader import Files
@@ -113,6 +113,9 @@ def test_a_model_in_memory_has_them_the_other_way_round(inner: int, tmp_path: Pa
     sft.save_pretrained(tmp_path / "sft")
     write_model(tmp_path / "base", turned(read_model(tmp_path / "base")))
     merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", drop=0.5)
+    for names in (sorted(sft.state_dict()), sorted(sft.state_dict(), reverse=True)):
+        stream = ((name, sft.state_dict()[name]) for name in names)
+        assert_same(dict(merged_stream(stream, tmp_path / "base", drop=0.5)), read_model(tmp_path / "out"))
     merge_into(sft, tmp_path / "base", drop=0.5)
     sft.save_pretrained(tmp_path / "live")
     assert_same(turned(read_model(tmp_path / "live")), read_model(tmp_path / "out"))

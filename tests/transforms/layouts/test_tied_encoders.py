@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from checkpoints import read_model, same_bits
 from encoders import ENCODERS, SMALL
 from loading import config_of
-from mergekit_imm import merge_checkpoints, merge_into
+from mergekit_imm import merge_checkpoints, merge_into, merged_stream
 from reference import merge_tensors
 
 
@@ -76,12 +76,20 @@ def test_heads_by_any_name_are_one_tensor_with_the_embedding(
         assert all(same_bits(held[0], other) for other in held)
 
 
+@pytest.mark.parametrize("form", ["every name", "once"])
 @pytest.mark.parametrize("kind", ["bert", "t5"])
-def test_a_live_model_is_merged_as_its_file_is(tmp_path: Path, kind: str) -> None:
-    base = write(new(kind), tmp_path / "base", "every name")
+def test_a_live_model_is_merged_as_its_file_is(tmp_path: Path, kind: str, form: str) -> None:
+    base = write(new(kind), tmp_path / "base", form)
     sft = write(new(kind, 1), tmp_path / "sft", "once")
     merge_checkpoints(base, sft, tmp_path / "out", drop=0.5)
     model = new(kind, 1)
+    expected = read_model(tmp_path / "out")
+    state = model.state_dict()
+    for names in ([*state], [*reversed(state)], [name for name, _ in model.named_parameters()]):
+        names += [name for name in expected if name in state and "position_ids" in name and name not in names]
+        streamed = dict(merged_stream(((name, state[name]) for name in names), base, drop=0.5))
+        assert sorted(streamed) == sorted(expected)
+        assert [name for name in expected if not same_bits(streamed[name], expected[name])] == []
     merge_into(model, base, drop=0.5)
     loaded = type(model).from_pretrained(tmp_path / "out").state_dict()
     assert [name for name, tensor in model.state_dict().items() if not same_bits(tensor, loaded[name])] == []
