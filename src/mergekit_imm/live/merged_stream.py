@@ -91,10 +91,10 @@ def merged_stream(
             leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`.
 
     The bits are those that `merge_checkpoints` writes from the saved model, in the dtype of each given tensor, on its
-    device (computed on the CPU); a DTensor stays one, and each rank merges what it holds. Names and shapes are the
-    base's, as `iter_merged` yields them and loaders take them: wrappers and other spellings are mapped, fused experts
-    and projections are split where the base has them apart, and the reverse; a tied tensor comes under each name that
-    the base stores.
+    device (computed on the CPU). A DTensor stays one: each rank merges what it holds, and all give the same tensors in
+    the same order. Names and shapes are the base's, as `iter_merged` yields them and loaders take them: wrappers and
+    other spellings are mapped, fused experts and projections are split where the base has them apart, and the reverse;
+    a tied tensor comes under each name that the base stores.
 
     Memory: the tensor given, its result, and 10 MiB for each worker. These wait, as copies: parts of a tensor that the
     base stores fused, until it is whole (of experts, all of a layer); square stacks of experts, until the other stack
@@ -250,7 +250,8 @@ class _Stream:
         decided = self._planned_whole()
         values = Values(self._held)
         records = {item.name: _record(item) for item in decided.items}
-        wrong = next((name for name, record in self._done.items() if records.get(name) != record), None)
+        gone = (i.name for i in decided.items if i.name not in self._done and not self._holds(i.sides.get("sft")))
+        wrong = next((name for name, record in self._done.items() if records.get(name) != record), next(gone, None))
         if wrong is not None:
             raise MismatchError(
                 f"tensor '{shown(wrong)}' was merged from '{shown(self._made_of.get(wrong, wrong))}' of the stream, but"
@@ -260,6 +261,9 @@ class _Stream:
         for item in decided.items:
             if item.name not in self._done:
                 yield from self._done_with(item, item.sides.get("sft"), values, merge, files)
+
+    def _holds(self, side: Tensor | None) -> bool:
+        return side is None or all(part.given in self._held for part in givens(side))
 
     def _done_with(self, item: Item, side: Tensor | None, values: Values, merge: InPlaceMerge, files: Files) -> Named:
         """Yield a planned tensor, merged with what the stream gave for it, under each name that the base stores."""
