@@ -120,6 +120,9 @@ def _counted(batch: Any, where: str) -> tuple[list[Tensor], int]:
         shapes = f"{list(batch['input_ids'].shape)} and {list(labels.shape)}"
         raise ArgumentError(f"input_ids and labels of {where} have shapes {shapes}; give both (texts, tokens)")
     counts = (labels[:, 1:] != IGNORED).cpu()
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:
+        counts &= (mask[:, :-1] != 0).cpu()  # the first token after padding has no context
     empty = next((row for row, each in enumerate(counts) if not each.any()), None)
     if empty is not None:
         raise ArgumentError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..output.direct_io import replace_file
 from ..output.paths import expanded
 from ..output.write_errors import output_errors
 from ..plan.make_plan import recipe_entry
-from ..transforms.tokenizer_files import check_tokens
+from ..transforms.tokenizer_files import check_tokens, token_table
 from .calibration import batches, read_lines, tokenised
 from .loading import check_complete, check_device_exists, check_fit, load_model, load_tokenizer, loading, running
 
@@ -59,6 +60,7 @@ def measure_kl(
     lines = read_lines(data, samples)
     origin = open_checkpoint(base, "base")
     check_complete(origin)
+    ids = 1 + max(token_table(origin), default=0)
     notes = []
     opened = {}
     for ref in dict.fromkeys(models):
@@ -69,8 +71,8 @@ def measure_kl(
         if checkpoint.adapter is not None:
             notes.append(f"note: {checkpoint.label} is an adapter, and is added to {start.label}")
         cure = "the KL of different tokens has no meaning; give models with the same tokenizer"
-        if checkpoint.adapter is None and (found := check_tokens(origin, checkpoint, 1 << 40, cure)):
-            notes.append(f"note: {found}")
+        if checkpoint.adapter is None and (found := check_tokens(origin, checkpoint, ids, cure)):
+            notes.append(str(found))
     check_device_exists(device)
     tokenizer = load_tokenizer(origin)
     with loading(f"{lines.name} by the tokenizer of {origin.label}"):
@@ -92,7 +94,6 @@ def measure_kl(
         report(0)
         with running(checkpoint, device):
             network = _load(checkpoint, start, dtype).to(device)
-            check_fit(network, sequences, checkpoint)
             rows = _rows(network)
             if left_out := max(0, _rows(reference) - rows):
                 _check_padding(tokenizer, rows, checkpoint)
@@ -100,6 +101,7 @@ def measure_kl(
                     f"note: {checkpoint.label} has {rows} rows for tokens, base {left_out} more, which are padding:"
                     " they are left out"
                 )
+            check_fit(network, sequences, checkpoint)
             vocabulary = rows if left_out else None
             measured[ref] = mean_kl(
                 reference, network, batches(sequences, batch_size), vocabulary=vocabulary, progress=report
@@ -173,7 +175,8 @@ def _load(checkpoint: Checkpoint, start: Checkpoint, dtype: str) -> nn.Module:
         if error.name != "peft":
             raise
         raise ExtraError(f"{checkpoint.label} is an adapter; adding it needs peft: pip install peft") from error
-    with loading(checkpoint.label):
+    with loading(checkpoint.label), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what peft calls in transformers
         whole: nn.Module = PeftModel.from_pretrained(network, checkpoint.folder).merge_and_unload()
     return whole
 
