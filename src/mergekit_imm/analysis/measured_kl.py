@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ def measure_kl(
     notes = []
     opened = {}
     for ref in dict.fromkeys(models):
-        checkpoint = open_checkpoint(ref, "model")
+        checkpoint = replace(open_checkpoint(ref, "sft"), role="model")  # as an sft, it may be an adapter
         start = _start_of(checkpoint, origin)
         check_complete(start)
         opened[ref] = (checkpoint, start)
@@ -160,7 +160,8 @@ def _start_of(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
     if checkpoint.adapter is None:
         return checkpoint
     named = checkpoint.trained_on
-    if not isinstance(named, str) or not Path(named).is_dir() or Path(named).resolve() == base.folder:
+    assert base.folder is not None
+    if not isinstance(named, str) or not Path(named).is_dir() or Path(named).samefile(base.folder):
         return base
     return open_checkpoint(named, "start")
 
