@@ -13,8 +13,8 @@ from .options import data_options
 kl_epilog = """\b
 Examples:
   imm-analyze kl base/ sft/ merged/ --data task.jsonl
-  imm-loop base/ ... --gate -kl --tolerance 0.1 --evaluate \\
-    'python eval.py {model} {json} && imm-analyze kl {base} {model} --data task.jsonl --add-to {json}'
+  imm-loop base/ ... --gate -kl --tolerance 0.1 --evaluate 'python eval.py {model} {json} \\
+    && imm-analyze kl {base} {model} --data task.jsonl --add-to {json}'
 """
 
 
@@ -37,7 +37,7 @@ def kl_command(
     """Measure how far the predictions of MODELs are from those of BASE: the measure that forgetting follows.
 
     \b
-      KL(base || model) = mean over tokens t of sum_v p(v) (log p(v) - log q(v)),   p of base, q of model, after x_<t
+      kl = mean over tokens of sum_v p(v) * (log p(v) - log q(v)),    p: BASE, q: MODEL
 
     BASE and MODELs are folders or hub ids (org/name[@revision]) that transformers can load; a MODEL may be an adapter.
     The texts are those of --data: prompts of the task, with responses of BASE.
