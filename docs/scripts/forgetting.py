@@ -3,7 +3,7 @@
     python docs/scripts/forgetting.py [--check]                    renews table and picture of docs/kl.md
     python docs/scripts/forgetting.py --measure FOLDER SEED...     trains and measures again: minutes for each seed
 
-For each seed a base learns all eight skills, and is fine-tuned on its own right answers to additions in several ways, or
+For each seed a base learns all eight skills, is fine-tuned in several ways on its own right answers to additions, and
 merged. Each model's weights are compared with the base's, its predictions on the base's own answers to other additions,
 and its accuracy in the seven other skills.
 """

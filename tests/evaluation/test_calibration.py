@@ -164,6 +164,23 @@ def test_what_chance_alone_shows() -> None:
     assert f"note: ECE (sampled): by chance alone, a calibrated model with these confidences shows {chance}" in shown
 
 
+def test_an_interval_that_lies_above_the_error_is_left_out() -> None:
+    """The share of right answers is exactly the confidence in each bin; in a resample it hardly ever is."""
+    shares = [(1, 5), (1, 4), (2, 5), (1, 2), (3, 5), (3, 4), (4, 5)]
+    lines = [
+        {"problem": f"q{number}-{n}", "response": "r", "correct": n < 2 * right, "confidence": right / of}
+        for number, (right, of) in enumerate(shares)
+        for n in range(2 * of)
+    ]
+    error = report(lines).calibrations["f0"][0].error
+    assert error.value == pytest.approx(0, abs=1e-12)
+    assert error.n == 60
+    assert math.isnan(error.low)
+    assert math.isnan(error.high)
+    sure = report([line | {"confidence": 0.95} for line in lines]).calibrations["f0"][0].error
+    assert sure.low < sure.value < sure.high
+
+
 def test_confidences_of_one_model_alone() -> None:
     without = [{key: value for key, value in line.items() if key != "confidence"} for line in made("other", 1)]
     found = report(made("one", 1), without)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ class Calibration:
 
     `of`: the answers that count, "greedy" or "sampled". `by_chance`: the error to expect if the model were perfectly
     calibrated, its answers being right by chance with the probabilities that it states. Near that, the error says
-    nothing, and its interval, which chance shifts upwards as well, is too high.
+    nothing, and its interval is too high, as resampling adds chance once more; an interval without the error itself is
+    left out.
     """
 
     error: Interval
@@ -85,6 +86,8 @@ def calibration(model: Model, problems: Sequence[str], of: str, *, resamples: in
     if sums is None:
         return None
     error = bootstrap(lambda i: error_of(sums, i), len(sums), resamples=resamples)
+    if not error.low <= error.value <= error.high:
+        error = replace(error, low=math.nan, high=math.nan)
     return Calibration(error, filled_bins(sums), of, by_chance(sums))
 
 
