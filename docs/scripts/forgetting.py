@@ -147,8 +147,8 @@ def draw() -> None:
         for kind, marker in zip(kinds, "^so", strict=True):
             points = [(each[label][key], lost(each, label)) for each in seeds.values() for label in kinds[kind]]
             axes.scatter(*zip(*points, strict=True), marker=marker, s=22, label=kind)
-        if key == "kl":
-            axes.set_xscale("log")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
         axes.set_xlabel(title)
         axes.set_ylabel("points lost out of domain")
         axes.grid(alpha=0.3)

@@ -20,7 +20,7 @@ Examples:
 
 @click.command(
     "kl",
-    short_help="How far predictions are from the base's: what forgetting follows.",
+    short_help="How far predictions are from the base's.",
     context_settings=CONTEXT,
     epilog=kl_epilog,
 )
@@ -34,7 +34,7 @@ Examples:
 def kl_command(
     base: str, models: tuple[str, ...], data: str, add_to: str | None, quiet: bool, as_json: bool, **options: Any
 ) -> None:
-    """Measure how far the predictions of MODELs are from those of BASE: the measure that forgetting follows.
+    """Measure how far the predictions of MODELs are from those of BASE, as a sign of forgetting (arXiv 2509.04259).
 
     \b
       kl = mean over tokens of sum_v p(v) * (log p(v) - log q(v)),    p: BASE, q: MODEL
