@@ -35,6 +35,7 @@ docs: .venv/ready
 	$(BIN)/python docs/scripts/self_improvement.py --check
 	$(BIN)/python docs/scripts/crescent.py --check
 	$(BIN)/python docs/scripts/superficial.py --check
+	$(BIN)/python docs/scripts/forgetting.py --check
 	$(BIN)/python docs/scripts/results.py --check
 	$(BIN)/python docs/scripts/lost.py --check
 	$(BIN)/python docs/scripts/architectures.py --check

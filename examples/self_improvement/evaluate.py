@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch.nn.utils import parameters_to_vector
-from toy import IN_DOMAIN, NAMES, OUT_OF_DOMAIN, SKILLS, Example, distinct, load, respond, same_result
+from toy import IN_DOMAIN, NAMES, OUT_OF_DOMAIN, SKILLS, Example, distinct, encode, load, respond, same_result
 
+from mergekit_imm.analysis import mean_kl
 from mergekit_imm.evaluation import mean_pass_at_k
 
 TEMPERATURE = 0.6  # of the answers that are sampled for pass@k
+KL_QUESTIONS = 100  # that the base answers, to compare what both models predict there
 FEWER = 4  # each of these is answered several times, so a quarter of the questions
 
 
@@ -60,10 +62,19 @@ def sampled(model: Any, tokenizer: Any, asked: dict[str, list[Example]], samples
     return {f"pass@{k}": summary(percent) for k, percent in chances.items()}
 
 
+def divergence(base: Any, model: Any, tokenizer: Any) -> float:
+    """Measure KL(base || model) per token in domain, on answers of the base at temperature 1, right or wrong."""
+    prompts = [example.prompt for example in questions("test", KL_QUESTIONS, 1)[IN_DOMAIN]]
+    torch.manual_seed(0)
+    answers = respond(base, tokenizer, prompts, temperature=1.0)
+    ids, labels = encode(tokenizer, list(map(Example, prompts, answers)))
+    return mean_kl(base, model, [{"input_ids": ids, "labels": labels}]).kl.value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--base", required=True, help="to measure the distance from it")
+    parser.add_argument("--base", required=True, help="to measure the distance from it, of weights and of predictions")
     parser.add_argument("--json", required=True, help="where the numbers go")
     parser.add_argument("--part", choices=["test", "held-out"], nargs="+", default=["test"])
     parser.add_argument("--questions", type=int, nargs=2, default=[400, 100], help="in domain, and of each other skill")
@@ -81,7 +92,9 @@ def main() -> None:
     if "held-out" in arguments.part:
         held = summary(accuracy(model, tokenizer, questions("held-out", *arguments.questions)))
         found["held-out"] = held["in"] + held["out"]
-    theta = parameters_to_vector(load(arguments.base)[0].parameters()).detach()
+    base = load(arguments.base)[0]
+    found["kl"] = round(divergence(base, model, tokenizer), 6)
+    theta = parameters_to_vector(base.parameters()).detach()
     moved = parameters_to_vector(model.parameters()).detach() - theta
     found["moved"] = round(float(moved.norm() / theta.norm()), 5)
     Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -76,15 +76,18 @@ def average(found: Iterable[float], digits: int = 1) -> str:
 
 
 def arms_table(results: Results) -> str:
-    """Show the last model of every arm: scores, change from its own base, distance from the base."""
+    """Show the last model of every arm: scores, change from its own base, distance and KL from the base."""
+    has_kl = all("kl" in final for final in finals(results, BASE).values())  # earlier results have none
     rows = []
     for arm, label in {BASE: "base", **labels(results, results["questions"])}.items():
         found = finals(results, arm).values()
         row = [label, str(len(found)), average(f["in"] for f in found), average(f["out"] for f in found)]
         changes = [spread(differences(results, arm, BASE, MEASURES[part])) for part in ("in", "out", "average")]
         row += [""] * 3 if arm == BASE else changes
-        rows.append([*row, average((f["moved"] for f in found), 3)])
-    return markdown(["", "seeds", "in", "out", "in: change", "out: change", "average: change", "moved"], rows)
+        row.append(average((f["moved"] for f in found), 3))
+        rows.append([*row, average((f["kl"] for f in found), 3)] if has_kl else row)
+    head = ["", "seeds", "in", "out", "in: change", "out: change", "average: change", "moved"]
+    return markdown([*head, "KL"] if has_kl else head, rows)
 
 
 def gentle_table(results: Results) -> str:

@@ -64,12 +64,15 @@ def test_it_runs_from_the_base_to_the_report(example: Any, tmp_path: Path) -> No
     assert set(state["metrics"]) == {"base", "0/sft", "0/merged", "1/sft", "1/merged", "1/baseline"}
     results = json.loads((tmp_path / "results.json").read_text())
     found = results["seeds"]["0"]["arms"]["imm"]
-    assert 0 < found["final"]["moved"] < found["final STaR"]["moved"]
+    for distance in ("moved", "kl"):
+        assert results["seeds"]["0"]["base"][distance] == 0
+        assert 0 < found["final"][distance] < found["final STaR"][distance]
     assert found["final"]["in"] == found["metrics"]["1/merged"]["in"]
 
     report = example("report")
     tables = {name: make(results) for name, make in report.TABLES.items()}
     assert tables["arms"].splitlines()[3].startswith("| STaR | 1 |")
+    assert tables["arms"].splitlines()[0].endswith("| moved | KL |")
     for name, draw in report.PICTURES.items():
         draw(results, tmp_path / f"{name}.png")
 

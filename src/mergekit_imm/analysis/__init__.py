@@ -1,4 +1,4 @@
-"""Diagnosis: where the weights of a model changed, and where they matter."""
+"""Diagnosis: where the weights of a model changed, where they matter, and how far its predictions moved."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from ..options.layer_factors import Importance as Importance
     from .change import WeightChange as WeightChange
     from .change import weight_change as weight_change
+    from .divergence import Divergence as Divergence
+    from .divergence import mean_kl as mean_kl
     from .gradients import layer_importance as layer_importance
     from .verdict import Mismatch as Mismatch
     from .verdict import mismatch as mismatch
@@ -19,6 +21,7 @@ else:
         {
             "..options.layer_factors": "Importance",
             ".change": "WeightChange weight_change",
+            ".divergence": "Divergence mean_kl",
             ".gradients": "layer_importance",
             ".verdict": "Mismatch mismatch",
         },

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.open_checkpoint import open_checkpoint
-from ..common.json_files import parse_json, read_small
 from ..common.messages import shown
-from ..errors import (
-    ArgumentError,
-    CheckpointError,
-    MergeError,
-    MismatchError,
-    OutputError,
-    extra_error,
-)
+from ..errors import ArgumentError, MismatchError, OutputError
 from ..model.config import quantisation
 from ..model.rename_rules import by_prefix
 from ..model.tensor_names import layer_key, resolve_layers, unwrapped, weight_kind
@@ -31,12 +22,8 @@ from ..output.paths import expanded
 from ..output.result_folder import is_result
 from ..output.write_errors import output_errors
 from ..plan.make_plan import recipe_entry
-from .calibration import Lines, Tokens, batches, read_lines, tokenised
-
-if TYPE_CHECKING:
-    from torch import nn
-
-_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+from .calibration import Lines, batches, read_lines, tokenised
+from .loading import check_complete, check_device_exists, check_fit, load_model, load_tokenizer, loading, running
 
 
 @dataclass(frozen=True)
@@ -71,17 +58,16 @@ def measure_importance(
     _check_output(target, out)
     lines = read_lines(data, samples)
     checkpoint = open_checkpoint(model, "model")
-    if checkpoint.config is None or checkpoint.folder is None:
-        raise CheckpointError(f"{checkpoint.label} has no config.json; give the folder of a complete model")
+    check_complete(checkpoint)
     if quantisation(checkpoint.config) is not None:
         raise MismatchError(f"{checkpoint.label} is quantised and has no gradients; give the unquantised model")
-    _check_device(device)
-    tokenizer, loaded = _transformers(checkpoint, dtype)
-    with _loading(f"{lines.name} by the tokenizer of {checkpoint.label}"):  # its own errors name no file
+    check_device_exists(device)
+    tokenizer = load_tokenizer(checkpoint)
+    with loading(f"{lines.name} by the tokenizer of {checkpoint.label}"):  # its own errors name no file
         sequences = tokenised(lines, tokenizer, max_length)
-    with _running(checkpoint, device):
-        network = loaded().to(device)
-    _check_fit(network, sequences, checkpoint)
+    with running(checkpoint, device):
+        network = load_model(checkpoint, dtype).to(device)
+    check_fit(network, sequences, checkpoint)
     keys = file_keys({name: tuple(w.shape) for name, w in network.named_parameters()}, checkpoint)
 
     from .gradients import layer_importance
@@ -91,7 +77,7 @@ def measure_importance(
             progress(done, len(sequences))
 
     report(0)
-    with _running(checkpoint, device):
+    with running(checkpoint, device):
         found = layer_importance(
             network,
             batches(sequences, batch_size),
@@ -179,109 +165,3 @@ def _check_output(target: Path, typed: str) -> None:
             pass
         if target.exists() and not is_result(target, IMPORTANCE_FORMAT):
             raise OutputError(f"output {shown(typed)} exists and is not an importance file; choose another name")
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        asked = torch.device(device)
-    except RuntimeError as error:
-        raise ArgumentError(f"device is {shown(repr(device))}; it must be cpu or cuda") from error
-    if asked.type != "cpu" and (asked.type != "cuda" or (asked.index or 0) >= torch.cuda.device_count()):
-        available = "cpu or cuda" if torch.cuda.device_count() else "cpu, as torch finds no usable GPU"
-        raise ArgumentError(f"device {shown(device)} does not exist; give {available}")
-
-
-def _transformers(checkpoint: Checkpoint, dtype: str) -> tuple[Any, Callable[[], nn.Module]]:
-    """The tokenizer, and a function that loads the model. Any failure is a CheckpointError of one line."""
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        raise extra_error("loading a model", "transformers", "analyze") from error
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-    def load() -> nn.Module:
-        with _loading(checkpoint.label):
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise CheckpointError(
-                f"{checkpoint.label} lacks {len(missing)} of the weights that its config requires, first"
-                f" '{shown(missing[0])}'; is it the complete model?"
-            )
-        network: nn.Module = model
-        return network
-
-    with _loading(f"the tokenizer of {checkpoint.label}"):
-        tokenizer = _tokenizer_class(checkpoint, transformers).from_pretrained(checkpoint.folder, local_files_only=True)
-    return tokenizer, load
-
-
-def _tokenizer_class(checkpoint: Checkpoint, transformers: Any) -> Any:
-    """The class that loads the tokenizer exactly as stored.
-
-    Even if the files name a generic class, so that tokenizer.json is complete, AutoTokenizer may silently build the
-    architecture's own tokenizer, as transformers 5 does for Qwen2, with other tokens.
-    """
-    assert checkpoint.folder is not None
-    about = checkpoint.folder / "tokenizer_config.json"
-    if about.exists() and (checkpoint.folder / "tokenizer.json").exists():
-        content = parse_json(read_small(about))
-        if isinstance(content, dict) and content.get("tokenizer_class") in _GENERIC:
-            return transformers.PreTrainedTokenizerFast
-    return transformers.AutoTokenizer
-
-
-@contextmanager
-def _loading(what: str) -> Any:
-    try:
-        yield
-    except MergeError:
-        raise
-    except Exception as error:  # transformers and its dependencies raise all kinds
-        raise CheckpointError(f"{what} cannot be loaded: {_text(error)}; check that transformers loads it") from error
-
-
-@contextmanager
-def _running(checkpoint: Checkpoint, device: str) -> Any:
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ArgumentError(
-            f"{shown(device)} does not have enough memory; use a smaller --batch-size or --max-length, or"
-            " --dtype bfloat16"
-        ) from error
-    except RuntimeError as error:  # from the model's code, or out of CPU memory
-        raise CheckpointError(
-            f"{checkpoint.label} fails to run: {_text(error)}; check that transformers runs it"
-        ) from error
-
-
-def _text(error: Exception) -> str:
-    return shown(" ".join(str(error).split()) or type(error).__name__, 300)
-
-
-def _check_fit(network: Any, sequences: list[Tokens], checkpoint: Checkpoint) -> None:
-    """Raise MismatchError for tokens or positions that the model lacks."""
-    rows = network.get_input_embeddings().num_embeddings
-    largest = max(max(each.ids) for each in sequences)
-    if largest >= rows:
-        raise MismatchError(
-            f"{checkpoint.label}: its tokenizer produces token {largest}, but its embedding has {rows} rows; restore"
-            " the model's own tokenizer"
-        )
-    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(each.ids) for each in sequences)
-    if positions and longest > positions:
-        raise MismatchError(
-            f"{checkpoint.label} has {positions} positions, but the longest sequence has {longest} tokens; give"
-            f" --max-length {positions}"
-        )

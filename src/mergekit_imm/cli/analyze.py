@@ -8,12 +8,14 @@ from ..common.version import __version__
 from .change import change_command
 from .console import CONTEXT
 from .importance import importance_command
+from .kl import kl_command
 from .samples import samples_command
 
 epilog = """\b
 Examples:
   imm-analyze importance base/ --data train.jsonl -o importance.json      where do weights matter?
   imm-analyze change base/ sft/ --importance importance.json -o report/   where did they change?
+  imm-analyze kl base/ sft/ --data task.jsonl                             how far are its predictions from the base's?
   imm-analyze samples base.jsonl round-1.jsonl                            did the model get better?
 """
 
@@ -24,5 +26,5 @@ def analyze_command() -> None:
     """Diagnose self-improvement: where weights matter, where they changed, and whether the gain is real."""
 
 
-for _command in (importance_command, change_command, samples_command):
+for _command in (importance_command, change_command, kl_command, samples_command):
     analyze_command.add_command(_command)

@@ -9,7 +9,7 @@ import click
 
 from ..common.messages import shown
 from .console import CONTEXT, progress_bar, say, tell, values_checked
-from .options import DtypeChoice
+from .options import data_options
 
 importance_epilog = """\b
 Examples:
@@ -25,12 +25,7 @@ Examples:
     epilog=importance_epilog,
 )
 @click.argument("model")
-@click.option(
-    "--data",
-    required=True,
-    metavar="FILE",
-    help='JSONL: one {"text": ...} or {"prompt": ..., "response": ...} per line; prompts do not count in the loss.',
-)
+@data_options
 @click.option(
     "-o", "--out", required=True, metavar="FILE", help="Importance file to write, for imm-merge --importance."
 )
@@ -40,31 +35,6 @@ Examples:
     default="first",
     show_default=True,
     help="Summand: |G W| (the paper's Eq. 3), |W F W|, |G W - W F W / 2|, or |g W| of each sample.",
-)
-@click.option("--samples", type=click.IntRange(1), metavar="N", help="Use the first N examples.  [default: all]")
-@click.option(
-    "--max-length",
-    type=click.IntRange(2),
-    default=1024,
-    show_default=True,
-    metavar="N",
-    help="Truncate sequences to N tokens, with a note.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Sequences per forward pass; the result is the same.",
-)
-@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Device to compute on.")
-@click.option(
-    "--dtype",
-    type=DtypeChoice(["float32", "bfloat16", "auto"]),
-    default="float32",
-    show_default=True,
-    help="Dtype of weights and gradients; auto: as stored.",
 )
 @click.option(
     "--accumulate",

@@ -56,3 +56,48 @@ def _option(name: str, changes: dict[str, Any]) -> Callable[[Command], Command]:
         settings |= {"type": int}
     settings |= {"show_default": True} if declared.default not in (None, ()) else {}
     return click.option(f"--{name.replace('_', '-')}", **{**settings, **changes})
+
+
+def data_options(command: Command) -> Command:
+    """Add the options of commands that run models on a file of texts."""
+    for option in reversed(
+        (
+            click.option(
+                "--data",
+                required=True,
+                metavar="FILE",
+                help='JSONL: one {"text": ...} or {"prompt": ..., "response": ...} per line; prompts do not count.',
+            ),
+            click.option(
+                "--samples", type=click.IntRange(1), metavar="N", help="Use the first N examples.  [default: all]"
+            ),
+            click.option(
+                "--max-length",
+                type=click.IntRange(2),
+                default=1024,
+                show_default=True,
+                metavar="N",
+                help="Truncate sequences to N tokens, with a note.",
+            ),
+            click.option(
+                "--batch-size",
+                type=click.IntRange(1),
+                default=1,
+                show_default=True,
+                metavar="N",
+                help="Sequences per forward pass; the result is the same.",
+            ),
+            click.option(
+                "--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Device to compute on."
+            ),
+            click.option(
+                "--dtype",
+                type=DtypeChoice(["float32", "bfloat16", "auto"]),
+                default="float32",
+                show_default=True,
+                help="Dtype of the weights in memory; auto: as stored.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 samples_epilog = """\b
 A line of FILE; problem, response, and correct or answer are required:
-  {"problem": "gsm8k-17", "response": "...", "correct": true, "model": "round 1",
-   "greedy": false, "level": 3, "ood": false}
+  {"problem": "gsm8k-17", "response": "...", "correct": true, "confidence": 0.8,
+   "model": "round 1", "greedy": false, "level": 3, "ood": false}
 
 \b
 Example:
@@ -46,7 +46,8 @@ Example:
 def samples_command(
     files: tuple[str, ...], reference: str | None, encoder: str | None, out: str | None, as_json: bool, quiet: bool
 ) -> None:
-    """Compare models by their samples, to see whether a gain is real: pass@k, diversity, gains and losses, OOD.
+    """Compare models by their samples, to see whether a gain is real: pass@k, diversity, gains and losses, OOD,
+    calibration.
 
     Each number has a bootstrap interval over problems. The verdict says whether pass@1 rose while something else got
     worse. Samples are JSON lines; "greedy": true marks a problem's greedy answer.

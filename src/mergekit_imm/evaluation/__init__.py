@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .answers import is_correct as is_correct
     from .answers import same_answer as same_answer
     from .bootstrap import Interval as Interval
+    from .calibration import Calibration as Calibration
+    from .calibration import expected_calibration_error as expected_calibration_error
     from .comparison import Comparison as Comparison
     from .comparison import Measure as Measure
     from .comparison import Report as Report
@@ -36,6 +38,7 @@ else:
         {
             ".answers": "final_answer is_correct same_answer",
             ".bootstrap": "Interval",
+            ".calibration": "Calibration expected_calibration_error",
             ".comparison": "Comparison Measure Report compare",
             ".diversity": "cosine_diversity distinct_equations distinct_n expectation_adjusted_distinct mean_distinct",
             ".passk": "mean_pass_at_k pass_at_k",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ..common.messages import shown
 from ..errors import ArgumentError, MismatchError
 from .bootstrap import RESAMPLES, Indices, Interval, bootstrap
+from .calibration import KINDS, Calibration, by_chance, calibration, error_of, problem_sums
 from .diversity import (
     cosine_diversity,
     distinct_equations,
@@ -68,13 +69,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `compare`: pass@k of each model, and each model compared with the reference."""
+    """The result of `compare`: pass@k and calibration of each model, and each model compared with the reference."""
 
     reference: str
     problems: int
     ood_problems: int
     curves: Mapping[str, Mapping[int, Interval]]
     comparisons: tuple[Comparison, ...]
+    calibrations: Mapping[str, tuple[Calibration, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, with None for undefined values."""
@@ -94,6 +96,7 @@ class Report:
             "problems": self.problems,
             "ood_problems": self.ood_problems,
             "pass_at_k": {name: plain(curve) for name, curve in self.curves.items()},
+            "calibration": {name: [each.to_dict() for each in found] for name, found in self.calibrations.items()},
             "comparisons": [
                 {
                     "model": each.model,
@@ -176,7 +179,14 @@ def compare(
             vocabulary = len({token for text in texts for token in text.split()})
             pair = _Pair(base, model, inside, outside, ks, vocabulary, embedded, resamples)
             comparisons.append(pair.compare())
-    return Report(base.name, len(inside), len(outside), curves, tuple(comparisons))
+    calibrations = {m.name: _calibrations(m, inside, resamples) for m in models}
+    calibrations = {name: found for name, found in calibrations.items() if found}
+    return Report(base.name, len(inside), len(outside), curves, tuple(comparisons), calibrations)
+
+
+def _calibrations(model: Model, names: Sequence[str], resamples: int) -> tuple[Calibration, ...]:
+    found = (calibration(model, names, of, resamples=resamples) for of in KINDS)
+    return tuple(each for each in found if each is not None)
 
 
 def _refuse_others(base: Model, model: Model) -> None:
@@ -244,6 +254,7 @@ class _Pair:
         ood = self.solved(self.outside, "OOD pass@1", notes) if self.outside else None
         disparity = self.disparity(notes)
         measures += [each for each in (ood, disparity) if each]
+        measures += self.calibration(notes)
         gained, lost = self.sets(notes)
         signs = {"pass_1": first, "diversity": diversity, "ood": ood, "disparity": disparity, "pass_k": pass_k}
         verdict = judge(
@@ -318,6 +329,20 @@ class _Pair:
         if np.isnan(measured.difference.value):
             notes.append(f"{title}: undefined: there is only one level, or no problem of the lowest level is solved")
         return measured
+
+    def calibration(self, notes: list[str]) -> list[Measure]:
+        """The expected calibration error, of greedy answers and of samples, where both models give confidences."""
+        measures = []
+        for of in KINDS:
+            base, model = (problem_sums(m, self.inside, of) for m in (self.base, self.model))
+            if base is not None and model is not None:
+                measures.append(self.measure(f"ECE ({of})", base, model, error_of))
+                chance = f"{by_chance(base):.3f} and {by_chance(model):.3f}"
+                notes.append(f"ECE ({of}): by chance alone, calibrated models with these confidences show {chance}")
+            elif base is not None or model is not None:
+                lacking = self.base.name if base is None else self.model.name
+                notes.append(f"ECE ({of}): not measured: '{shown(lacking)}' has no such answers with a confidence")
+        return measures
 
     def diversity(self, right: bool, notes: list[str]) -> dict[str, Measure]:
         """Measures of diversity of the right responses, or of the wrong ones."""

@@ -14,15 +14,16 @@ from ..common.json_files import parse_json, plain_size, without_duplicates
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MismatchError
 
-KEYS = ("problem", "response", "correct", "answer", "model", "greedy", "level", "ood")
+KEYS = ("problem", "response", "correct", "answer", "confidence", "model", "greedy", "level", "ood")
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response of a model, and whether it is right."""
+    """One response of a model, whether it is right, and how probable the model held that to be, from 0 to 1."""
 
     text: str
     correct: bool
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ class _Line:
 def read_samples(paths: Sequence[str | Path]) -> tuple[Model, ...]:
     """Read samples of models from files of JSON lines, one sample per line.
 
-        {"problem": "gsm8k-17", "response": "...", "correct": true, "model": "round 1",
+        {"problem": "gsm8k-17", "response": "...", "correct": true, "confidence": 0.8, "model": "round 1",
          "greedy": false, "level": 3, "ood": false}
 
     Required are `problem`, `response`, and either `correct` or `answer`, the right answer to judge the response by.
     `model` defaults to the file's name without suffix, `greedy` to false, `level` (an integer) to none, `ood` (outside
-    the training's domain) to false. Other keys are ignored, unless they look like misspellings of these. Empty lines
-    are skipped.
+    the training's domain) to false, `confidence` (from 0 to 1) to none: all responses of a model have one, or none has.
+    Other keys are ignored, unless they look like misspellings of these. Empty lines are skipped.
 
     Returns the models in the order of their first lines. Raises CheckpointError, with file and line, for invalid lines,
     and MismatchError for lines that contradict each other. The format is ours.
@@ -106,6 +107,12 @@ def read_samples(paths: Sequence[str | Path]) -> tuple[Model, ...]:
 
 def _problems(lines: Sequence[_Line]) -> dict[str, Problem]:
     """The lines of one model, by problem."""
+    lacking = [line for line in lines if line.response.confidence is None]
+    if lacking and len(lacking) < len(lines):
+        raise MismatchError(
+            f"{len(lacking)} of {len(lines)} responses of one model have no confidence, first {lacking[0].where}; give"
+            " all of them one, or none"
+        )
     grouped: dict[str, list[_Line]] = {}
     for line in lines:
         first = grouped.setdefault(line.problem, [line])[0]
@@ -187,11 +194,22 @@ def _line(content: bytes, where: str) -> _Line:
         where,
         problem,
         value("model", str),
-        Response(response, correct),
+        Response(response, correct, _confidence(line, where)),
         value("greedy", bool, False),
         value("level", int),
         value("ood", bool, False),
     )
+
+
+def _confidence(line: Mapping[str, Any], where: str) -> float | None:
+    value = line.get("confidence")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise CheckpointError(
+            f"{where}: confidence is {shown(repr(value), 60)}; it must be a number from 0 to 1 (80 % is 0.8)"
+        )
+    return float(value)
 
 
 @lru_cache(maxsize=1024)

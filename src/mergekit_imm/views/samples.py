@@ -1,15 +1,18 @@
-"""A comparison of samples: tables, and two figures."""
+"""A comparison of samples: tables, and three figures."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from ..common.messages import shown
 from ..evaluation.bootstrap import Interval
+from ..evaluation.calibration import KINDS
 from ..evaluation.comparison import Comparison, Report
 from .tables import aligned, saved
 
-FILES = ("samples.json", "pass-at-k.png", "pass-at-k.svg", "differences.png", "differences.svg")
+FIGURES = ("pass-at-k", "differences", "calibration")
+FILES = ("samples.json", *(f"{name}.{form}" for name in FIGURES for form in ("png", "svg")))
 
 
 def table(report: Report) -> str:
@@ -18,7 +21,12 @@ def table(report: Report) -> str:
         rows = [["measure", shown(report.reference, 24), "95 % interval", "n"]]
         for k, each in report.curves[report.reference].items():
             rows.append([f"pass@{k} (sampled)", _number(each.value), _range(each), str(each.n)])
-        return "\n".join([*aligned(rows), "one model: nothing to compare it with"])
+        found = report.calibrations.get(report.reference, ())
+        errors = [(f"ECE ({each.of})", each.error) for each in found]
+        rows += [[name, _number(error.value), _range(error), str(error.n)] for name, error in errors]
+        by_chance = "by chance alone, a calibrated model with these confidences shows"
+        lines = [f"note: ECE ({each.of}): {by_chance} {each.by_chance:.3f}" for each in found]
+        return "\n".join([*aligned(rows), *lines, "one model: nothing to compare it with"])
     return "\n\n".join(_comparison(report.reference, each) for each in report.comparisons)
 
 
@@ -56,7 +64,7 @@ def _range(each: Interval, sign: str = "") -> str:
 
 
 def pictures(report: Report) -> dict[str, bytes]:
-    """Draw pass@k with bands, and the differences to the reference, as PNG and SVG.
+    """Draw pass@k with bands, the differences to the reference, and reliability diagrams, as PNG and SVG.
 
     Returns file name -> content, only for what was measured. Raises ImportError without matplotlib.
     """
@@ -117,7 +125,36 @@ def pictures(report: Report) -> dict[str, bytes]:
             axes.grid(alpha=0.3, axis="x")
             axes.legend(fontsize=8)
             found |= saved(figure, "differences")
+        if report.calibrations:
+            found |= saved(_reliability(report, Figure), "calibration")
     return found
+
+
+def _reliability(report: Report, figure_class: Any) -> Any:
+    """Accuracy against confidence in each bin; the area of a point grows with its share of the answers."""
+    kinds = [of for of in KINDS if any(each.of == of for found in report.calibrations.values() for each in found)]
+    figure = figure_class(figsize=(3.8 * len(kinds), 3.9), layout="constrained")
+    names = list(report.curves)
+    for column, of in enumerate(kinds):
+        axes = figure.add_subplot(1, len(kinds), column + 1)
+        axes.plot([0, 1], [0, 1], color="0.5", linewidth=1, linestyle=":")
+        for number, name in enumerate(names):
+            for each in report.calibrations.get(name, ()):
+                if each.of == of:
+                    stated, right = ([getattr(b, key) for b in each.bins] for key in ("confidence", "accuracy"))
+                    total = sum(b.answers for b in each.bins)
+                    label = f"{_label(name)}, ECE {each.error.value:.3f}"
+                    axes.plot(stated, right, color=f"C{number}", linewidth=1, label=label)
+                    axes.scatter(stated, right, [8 + 250 * b.answers / total for b in each.bins], color=f"C{number}")
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_aspect("equal")
+        axes.set_xlabel("confidence")
+        axes.set_ylabel("share of right answers")
+        axes.set_title(f"{of} answers; area: share of the answers", fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
 
 
 def _label(name: str) -> str:
