@@ -1,0 +1,346 @@
+"""What an audit found, as lines: each finding of one kind, what it means and what to do, from plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from ..common.messages import shown
+from ..model.tensor_names import is_embedding_or_head, is_output_head, layer_order
+from .audit_sums import Sums
+from .audit_tensors import ERRORS, RIGHT, TensorAudit
+
+SHOWN = 4  # kinds of modules in a line
+LEAST = 20  # elements that 16 bits cannot hold, to judge by
+AS_CLAIMED, UNTOLD = "as claimed", "untold"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the merged model is said to be: p base + q (sft - base)."""
+
+    method: str  # lora, imm or linear
+    p: float
+    q: float
+    adapter: Mapping[str, Any] | None = None  # the adapter's settings; None for a full sft
+    estimated: bool = False  # alpha was not given
+
+    @property
+    def formula(self) -> str:
+        """The claim in words."""
+        if self.method == "linear":
+            return f"{self.p - self.q:g} BASE + {self.q:g} SFT"
+        if self.q == 1:
+            return "the SFT" if self.adapter is None else "BASE + the adapter's change"
+        return f"{1 - self.q:g} BASE + {self.q:g} SFT"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What was found beside the weights."""
+
+    factors: Sequence[str] = ()  # of an adapter among the merged tensors
+    tokenizer: str = ""  # how it differs from what was trained; "" if it does not
+    untied: str = ""  # a head that the config ties away
+    rows: str = ""  # how the vocabulary differs
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as claimed: its kind, one line that says what, and what it means or cures it."""
+
+    kind: str
+    line: str
+    cure: str
+    tensors: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a merge is as claimed, in one line, and everything that is not, the worst first."""
+
+    kind: str
+    line: str
+    findings: tuple[Finding, ...] = field(default=())
+
+    @property
+    def is_as_claimed(self) -> bool:
+        """Whether nothing is wrong, and it could be seen."""
+        return self.kind == AS_CLAIMED
+
+
+def judge(tensors: Sequence[TensorAudit], claim: Claim, beside: Beside) -> Verdict:
+    """Return the verdict on a merged model from what was found of its tensors, and beside them."""
+    changed = [each for each in tensors if each.changed]
+    findings = [
+        *_apart(beside.factors),
+        *_as_base(changed),
+        *_scaled(changed, claim),
+        *_dropped(changed, claim),
+        *_exchanged(changed),
+        *_narrowed(tensors),
+        *_others(changed, tensors),
+        *_lost(tensors),
+        *_beside(beside),
+    ]
+    seen = [each for each in changed if each.state == AS_CLAIMED]
+    if findings:
+        return Verdict(findings[0].kind, findings[0].line, tuple(findings))
+    if not seen:
+        what = "nothing can be told: " + (
+            "what SFT changes is smaller than the steps of the dtype that MERGED is stored in"
+            if any(each.state == "hidden" for each in changed)
+            else "SFT changes nothing"
+        )
+        cure = "was it trained? An adapter begins with lora_B = 0" if "nothing" in what[20:] else "compare in float32"
+        return Verdict(UNTOLD, what, (Finding(UNTOLD, what, cure),))
+    dtypes = " and ".join(sorted({str(each.dtype) for each in seen}))
+    rough = sum(each.is_rough for each in seen)
+    how = f", {rough} of them computed less precisely" if rough else ""
+    guess = f" (alpha {1 - claim.q:g} fits best; none was given)" if claim.estimated else ""
+    line = f"merged as claimed: {_count(seen)} {_are(seen)} {claim.formula}{guess}, within rounding of {dtypes}{how}"
+    return Verdict(AS_CLAIMED, line)
+
+
+def _apart(factors: Sequence[str]) -> list[Finding]:
+    if not factors:
+        return []
+    return [
+        Finding(
+            "adapter apart",
+            f"not merged: the adapter lies beside the weights, in {len(factors)} tensors such as '{shown(factors[0])}'",
+            "it was saved without merging; save what merge_and_unload() returns",
+            len(factors),
+        )
+    ]
+
+
+def _as_base(changed: Sequence[TensorAudit]) -> list[Finding]:
+    lacking = [each for each in changed if each.state == "base"]
+    if not lacking:
+        return []
+    if all(each.state in ("base", "hidden") for each in changed):
+        line = f"not merged: all {_count(lacking)} that SFT changes are BASE's"
+        return [Finding("not merged", line, "save the merged model, not the one that was loaded", len(lacking))]
+    line = f"merged in part: of what SFT changes, {places(lacking, changed)} {_are(lacking)} BASE's"
+    return [Finding("merged in part", line, "were these modules among those that were merged?", len(lacking))]
+
+
+def _scaled(changed: Sequence[TensorAudit], claim: Claim) -> list[Finding]:
+    found = [each for each in changed if each.state == "scaled"]
+    if not found:
+        return []
+    reasons = [text for text, factor in _factors(claim).items() if all(_fits(each, factor(each)) for each in found)]
+    factors = [each.factor or 0.0 for each in found]
+    middle = median(factors)
+    where = places(found, changed)
+    if all(_fits(each, middle) for each in found):
+        size = f"{middle:.4g} times what is claimed"
+    else:
+        size = f"{min(factors):.4g} to {max(factors):.4g} times what is claimed"
+    twice = [reason for reason in reasons if "twice" in reason]
+    why = f": {', or '.join([*twice, *(r for r in reasons if r not in twice)])}" if reasons else _fitting(middle, claim)
+    kind = "merged twice" if twice else "scaled"
+    line = f"{'merged twice' if twice else 'scaled'}: the change of {where} is {size}{why}"
+    return [Finding(kind, line, "merge BASE again, once, with the numbers that the training used", len(found))]
+
+
+def _factors(claim: Claim) -> dict[str, Callable[[TensorAudit], float | None]]:
+    """Return what makes a change larger or smaller, and by which factor."""
+    if claim.adapter is None or claim.method != "lora":
+        return {
+            "merged twice, the result as SFT of another merge": lambda _: claim.q,
+            "MERGED is SFT itself": lambda _: 1 / claim.q if claim.q else None,
+            "added twice": lambda _: 2.0,
+            "alpha was taken as the weight of SFT": lambda _: (1 - claim.q) / claim.q if claim.q else None,
+        }
+    rank, alpha = claim.adapter["r"], claim.adapter["lora_alpha"]
+    by_root = bool(claim.adapter.get("use_rslora"))
+    default = alpha / math.sqrt(rank) if by_root else alpha / rank
+
+    def of_rank(factor: Callable[[float], float]) -> Callable[[TensorAudit], float | None]:
+        return lambda each: None if each.rank is None or each.rank == 1 else factor(each.rank)
+
+    def over_scaling(value: Callable[[TensorAudit], float]) -> Callable[[TensorAudit], float | None]:
+        return lambda each: None if not each.scaling or not each.rank else value(each) / each.scaling
+
+    patterns = bool(claim.adapter.get("rank_pattern") or claim.adapter.get("alpha_pattern"))
+    return {
+        "merged twice": lambda _: 2.0,
+        **(
+            {"alpha / r was used, though use_rslora asks for alpha / sqrt(r)": of_rank(lambda r: 1 / math.sqrt(r))}
+            if by_root
+            else {"alpha / sqrt(r) was used, though use_rslora is off: it asks for alpha / r": of_rank(math.sqrt)}
+        ),
+        "B A was added without its scaling": over_scaling(lambda _: 1.0),
+        "alpha was not divided by r": of_rank(math.sqrt if by_root else float),
+        **({"rank_pattern and alpha_pattern were left out": over_scaling(lambda _: default)} if patterns else {}),
+        "it was subtracted": lambda _: -1.0,
+    }
+
+
+def _fits(each: TensorAudit, factor: float | None) -> bool:
+    """Whether a factor is the one found, within its error."""
+    if factor is None or each.factor is None or not each.coefficient:
+        return False
+    loose = 0.02 if each.sums.clear >= 64 else 0.1  # small changes are lost in rounding, and more so if smaller
+    error = ERRORS * each.sums.error(each.sums.left_by(each.coefficient)) / abs(each.expected or 1.0)
+    return abs(each.factor - factor) <= loose * abs(factor) + error
+
+
+def _fitting(factor: float, claim: Claim) -> str:
+    """Return which alpha would give such a change."""
+    if claim.method == "lora" and claim.adapter is not None:
+        return f": as lora_alpha {claim.adapter['lora_alpha'] * factor:.4g} in place of {claim.adapter['lora_alpha']:g}"
+    found = 1 - claim.q * factor
+    if claim.method == "imm":
+        return f": as of alpha {found:.4g}, not {1 - claim.q:g}"
+    return f": as {found:.4g} BASE + {1 - found:.4g} SFT" if claim.adapter is None else ""
+
+
+def _dropped(changed: Sequence[TensorAudit], claim: Claim) -> list[Finding]:
+    found = [each for each in changed if each.state == "dropped"]
+    if not found:
+        return []
+    kept = sum(each.sums.moved_dd for each in found) / sum(each.sums.dd for each in found)
+    factor = sum(each.sums.md for each in found) / sum(each.sums.moved_dd for each in found) / (claim.q or 1)
+    line = (
+        f"dropped: in {places(found, changed)} about {1 - kept:.0%} of the change is missing, element by element, and the"
+        f" rest is {factor:.4g} times what is claimed: as DARE with drop {1 - kept:.2g}"
+    )
+    return [Finding("dropped", line, "its mask is not known here: ask the tool that merged for its seed", len(found))]
+
+
+def _exchanged(changed: Sequence[TensorAudit]) -> list[Finding]:
+    found = [each for each in changed if each.state == "exchanged"]
+    findings = []
+    for why in dict.fromkeys(each.why for each in found):
+        some = [each for each in found if each.why == why]
+        line = f"exchanged: {places(some, changed)} {_are(some)} as claimed but for their order: {why}"
+        findings.append(Finding("exchanged", line, "convert or merge again with a version that keeps the order", len(some)))
+    return findings
+
+
+def _narrowed(tensors: Sequence[TensorAudit]) -> list[Finding]:
+    """Find values that went through 16 bits, where the claim and the stored dtype hold more."""
+    for name, dtype, holds in (("16", "float16", "F16"), ("_b16", "bfloat16", "BF16")):
+        some = [each for each in tensors if each.dtype not in (None, holds)]
+        lost = sum(getattr(each.sums, f"narrow{name}") for each in some)
+        gone = sum(getattr(each.sums, f"narrowed{name}") for each in some)
+        if lost >= LEAST and gone >= 0.999 * lost:
+            stored = " and ".join(sorted({str(each.dtype) for each in some}))
+            line = (
+                f"rounded through {dtype}: of {lost} elements that {dtype} cannot hold and {stored} can, {gone} are"
+                f" numbers of {dtype}"
+            )
+            cure = f"merge in float32 or {'bfloat16' if holds == 'F16' else 'float16'}: load the model with that dtype"
+            return [Finding(f"rounded through {dtype}", line, cure, len(some))]
+    return []
+
+
+def _others(changed: Sequence[TensorAudit], tensors: Sequence[TensorAudit]) -> list[Finding]:
+    findings = []
+    bad = [each for each in tensors if each.state == "not finite"]
+    if bad:
+        line = f"not finite: {places(bad, tensors)} {_hold(bad)} NaN or infinity where the claim does not"
+        findings.append(Finding("not finite", line, "it overflowed; merge in float32 or bfloat16", len(bad)))
+    other = [each for each in changed if each.state == "other"]
+    if other:
+        k, share = _fit(other)
+        line = (
+            f"not as claimed: {places(other, changed)} {_are(other)} neither BASE's nor the claim; {k:.3g} times the change"
+            f" explains {share:.0%} of the difference from BASE"
+        )
+        cure = "merged with another adapter, into another base, or by another method"
+        findings.append(Finding("not as claimed", line, cure, len(other)))
+    foreign = [each for each in tensors if each.state == "foreign"]
+    if foreign:
+        line = f"changed beyond the claim: {places(foreign, tensors)}, which SFT does not change, {_are(foreign)} not BASE's"
+        findings.append(Finding("another base", line, "was it merged into another BASE?", len(foreign)))
+    return findings
+
+
+def _fit(tensors: Sequence[TensorAudit]) -> tuple[float, float]:
+    """Return the coefficient of all tensors together, and the share that it explains."""
+    total = sum((each.sums for each in tensors), Sums())
+    k = total.md / total.dd if total.dd else 0.0
+    return k, max(0.0, 1 - total.left_by(k) / total.mm) if total.mm else 0.0
+
+
+def _lost(tensors: Sequence[TensorAudit]) -> list[Finding]:
+    findings = []
+    missing = [each for each in tensors if each.state == "missing"]
+    heads = [each for each in missing if is_output_head(each.name)]
+    if heads:
+        line = f"head lost: '{shown(heads[0].name)}' is not in MERGED"
+        cure = "a loader ties it to the embedding or draws it at random; save the head, with tie_word_embeddings false"
+        findings.append(Finding("head lost", line, cure, len(heads)))
+    rest = [each for each in missing if each not in heads]
+    if rest:
+        line = f"lost: {places(rest, tensors)} {_are(rest)} not in MERGED"
+        findings.append(Finding("lost", line, "loaders draw at random what they do not find; copy it from BASE", len(rest)))
+    shapes = [each for each in tensors if each.state == "shape"]
+    if shapes:
+        line = f"of another shape: {places(shapes, tensors)}{f' ({shapes[0].why})' if shapes[0].why else ''}"
+        findings.append(Finding("shape", line, "is this the model that was merged?", len(shapes)))
+    return findings
+
+
+def _beside(beside: Beside) -> list[Finding]:
+    findings = []
+    if beside.rows:
+        cure = "added tokens have no embedding then; save the resized model"
+        findings.append(Finding("rows lost", f"rows lost: {beside.rows}", cure))
+    if beside.untied:
+        cure = "set tie_word_embeddings to false in config.json, or the head is replaced by the embedding"
+        findings.append(Finding("tied away", f"head lost: {beside.untied}", cure))
+    if beside.tokenizer:
+        cure = "copy the tokenizer that SFT was trained with"
+        findings.append(Finding("tokenizer", f"tokenizer: {beside.tokenizer}", cure))
+    return findings
+
+
+def places(some: Sequence[TensorAudit], among: Sequence[TensorAudit]) -> str:
+    """Return where tensors lie: kinds of modules, in how many of the layers that have them."""
+    kinds = list(dict.fromkeys(each.kind for each in some))
+    texts = [_place([each for each in some if each.kind == k], [each for each in among if each.kind == k]) for k in kinds]
+    more = [f"{len(texts) - SHOWN} more kinds"] if len(texts) > SHOWN else []
+    texts = [*texts[:SHOWN], *more]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
+def _place(some: Sequence[TensorAudit], among: Sequence[TensorAudit]) -> str:
+    kind = shown(some[0].kind, 60)
+    layers, every = _layers(some), _layers(among)
+    if not layers:
+        return kind if is_embedding_or_head(f"{some[0].kind}.weight") or len(some) == 1 else f"{kind} ({len(some)})"
+    if len(some) == len(among):
+        return f"{kind} in {f'all {len(layers)} layers' if len(layers) > 1 else shown(layers[0], 60)}"
+    if layers == every:
+        return f"{kind} ({len(some)} of {len(among)}, in all layers)"
+    of = f"{len(layers)} of {len(every)} layers ({', '.join(shown(x, 60) for x in layers[:2])}{', …' * (len(layers) > 2)})"
+    return f"{kind} in {of}"
+
+
+def _layers(tensors: Collection[TensorAudit]) -> list[str]:
+    return sorted({each.layer for each in tensors if each.layer is not None}, key=layer_order)
+
+
+def _count(tensors: Sequence[TensorAudit]) -> str:
+    return "1 tensor" if len(tensors) == 1 else f"{len(tensors)} tensors"
+
+
+def _are(tensors: Sequence[TensorAudit]) -> str:
+    return "is" if len(tensors) == 1 else "are"
+
+
+def _hold(tensors: Sequence[TensorAudit]) -> str:
+    return "holds" if len(tensors) == 1 else "hold"
+
+
+def right(tensors: Sequence[TensorAudit]) -> bool:
+    """Whether all tensors are as claimed."""
+    return all(each.state in RIGHT for each in tensors)
