@@ -1,4 +1,4 @@
-"""Open the three models of an audit, and pair the tensors: what base and sft claim, and what the merged folder stores."""
+"""Open the three models of an audit, and pair their tensors: what base and sft claim, and what is stored."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Extended, Slice, Tensor, renamed, sliced
 from ..checkpoint.open_checkpoint import open_checkpoint
+from ..checkpoint.safetensors_file import ADAPTER_CONFIG
 from ..common.garbage import uncollected
 from ..common.messages import shown
 from ..common.notes import Note
-from ..errors import ArgumentError, CheckpointError, MergeError
-from ..model.config import says_tied
+from ..errors import CheckpointError, MergeError
+from ..model.config import CONFIG, says_tied
 from ..model.tensor_names import is_output_head
 from ..numerics.dtypes import MERGED
 from ..options.options import MergeOptions
@@ -48,6 +49,7 @@ class Claimed:
     scaling: float | None = None
     is_delta: bool = False  # whether `sft` holds the change itself
     origin: Tensor | None = None  # what the sft is the change of, if not `base`
+    rows: tuple[int, int] | None = None  # stored and claimed ones, if they differ
 
     def operands(self) -> tuple[tuple[str, Tensor], ...]:
         """Return what to read: the base, the sft and what it is the change of, each with its input."""
@@ -98,13 +100,10 @@ def open_audit(
     """Open the models, match names, apply an adapter. Raises MergeError for what cannot be compared at all."""
     check_platform()
     refs = input_refs({"merged": merged, "base": base, "sft": sft})
+    _check_no_adapter(merged)
     opened = {role: open_checkpoint(ref, role, leave_out=leave_out) for role, ref in refs.items()}
     check_left_out(opened, leave_out)
     found = opened.pop("merged")
-    if found.adapter is not None:
-        raise CheckpointError(
-            f"{found.label} is an adapter, so nothing is merged there; give the folder of the merged model"
-        )
     check_unquantised(found, copied_by(MergeOptions()))
     models, decided, problems = _base_and_sft(opened, rename, dequantize)
     found, factors = _without_factors(found)
@@ -117,6 +116,15 @@ def open_audit(
     return Audited({**models, "merged": found}, claimed, surplus, factors, notes, problems)
 
 
+def _check_no_adapter(merged: str | Path) -> None:
+    """Refuse a folder with an adapter and no model."""
+    folder = Path(merged).expanduser()
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"merged {shown(merged)} is an adapter: nothing is merged there; give the folder of the merged model"
+        )
+
+
 def _base_and_sft(
     opened: dict[str, Checkpoint], rename: Sequence[str], dequantize: bool
 ) -> tuple[dict[str, Checkpoint], Decided, tuple[str, ...]]:
@@ -126,7 +134,9 @@ def _base_and_sft(
     """
     best: tuple[dict[str, Checkpoint], Decided, tuple[str, ...]] | None = None
     for vocab in ("strict", "sft"):
-        options = MergeOptions(alpha=0.0, drop=0.0, iteration=0, vocab=vocab, rename=tuple(rename), dequantize=dequantize)
+        options = MergeOptions(
+            alpha=0.0, drop=0.0, iteration=0, vocab=vocab, rename=tuple(rename), dequantize=dequantize
+        )
         problems: list[str] = []
 
         def complain(error: MergeError, names: Collection[str], to: list[str] = problems) -> None:
@@ -154,7 +164,7 @@ def _base_and_sft(
 def _without_factors(found: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
     """Return the model without PEFT's wrappers in its names and without factors, and the names of those."""
     factors = tuple(name for name in found.tensors if _FACTORS.search(name))
-    wrapped = [name for name in found.tensors if "base_layer" in name.split(".") or name.startswith("base_model.model.")]
+    wrapped = [n for n in found.tensors if "base_layer" in n.split(".") or n.startswith("base_model.model.")]
     if not factors and not wrapped:
         return found, ()
     tensors: dict[str, Tensor] = {}
@@ -188,14 +198,33 @@ def _claims(item: Item, decided: Decided, models: dict[str, Checkpoint], found: 
             there = sliced(stored, "merged", stored.name, common, rest)
             added = sliced(owner, item.owner, item.name, common, rest)
             claims.append(Claimed(f"{item.name}{ADDED}", added, item.owner, None, there, alias))
-        is_delta = sft is not None and sft.is_delta
-        claims.append(Claimed(item.name, base, "base", sft, whole, alias, _rank(sft), _scaling(sft), is_delta))
+        claims.append(
+            Claimed(
+                item.name,
+                base,
+                "base",
+                sft,
+                whole,
+                alias,
+                _rank(sft),
+                _scaling(sft),
+                is_delta=sft is not None and sft.is_delta,
+                rows=None if stored is None else _rows(stored, item.source),
+            )
+        )
     return claims
 
 
 def _is_tied_head(name: str, base: Checkpoint, found: Checkpoint) -> bool:
     """Whether a head is missing that base and merged tie, by their configs, to an embedding."""
     return is_output_head(name) and name not in base.tensors and says_tied(base.config) and says_tied(found.config)
+
+
+def _rows(stored: Tensor, claimed: Tensor) -> tuple[int, int] | None:
+    """Return the rows of a stored tensor and of the claimed one, if nothing else differs."""
+    if len(stored.shape) != len(claimed.shape) or stored.shape[1:] != claimed.shape[1:]:
+        return None
+    return (stored.shape[0], claimed.shape[0]) if stored.shape != claimed.shape else None
 
 
 def _rank(sft: Tensor | None) -> int | None:
@@ -215,15 +244,3 @@ def _whole(sft: Tensor | None) -> Tensor | None:
     while isinstance(sft, Slice):
         sft = sft.whole
     return sft.change if isinstance(sft, Rescaled) else sft
-
-
-def check_method(method: str | None, alpha: float | None, weights: Sequence[float] | None) -> None:
-    """Raise ArgumentError for a method and numbers that do not go together."""
-    if method not in (None, "lora", "imm", "linear"):
-        raise ArgumentError(f"method is {shown(repr(method), 60)}; it must be 'lora', 'imm' or 'linear'")
-    if alpha is not None and (method not in (None, "imm") or weights is not None):
-        raise ArgumentError("--alpha belongs to method imm; leave it out, or give method imm alone")
-    if weights is not None and method not in (None, "linear"):
-        raise ArgumentError("--weights belong to method linear; leave them out, or give method linear")
-    if method == "linear" and weights is None:
-        raise ArgumentError("method linear needs the weights of BASE and SFT: --weights 0.3,0.7")

@@ -23,10 +23,11 @@ from .audit_inputs import Claimed
 
 QKV = ("qkv", "query_key_value", "c_attn", "attn.Wqkv", "in_proj", "W_pack")
 NEIGHBOURS = 8  # of one shape, in one module, that may have been exchanged
+HOLDS, IN_CHANGE = " holds what belongs to ", "in the change, "
 EXPERTS = 512  # that are told apart by their first elements
 SAMPLED = 4096
 
-View1 = Callable[[str, Tensor], Tensor]  # an input's role and its tensor -> the tensor in another order
+InOrder = Callable[[str, Tensor], Tensor]  # an input's role and its tensor -> the tensor in another order
 
 
 class Order(NamedTuple):
@@ -88,7 +89,8 @@ def orders(
         yield from _both(key, why, claim, view)
     yield from _neighbours(claim, others)
     if isinstance(claim.sft, OfExperts):
-        read_so = ByExpert(**{name: getattr(claim.sft, name) for name in ("name", "shape", "a", "b", "scaling")}, is_transposed=claim.sft.is_transposed)
+        it = claim.sft
+        read_so = ByExpert(it.name, it.shape, it.a, it.b, it.scaling, it.is_transposed)
         why = "the columns of lora_B were taken expert by expert, though PEFT stores them rank by rank"
         yield Order("lora_B", "exchanged", why, replace(claim, sft=read_so))
     if isinstance(claim.sft, Rescaled):
@@ -101,16 +103,16 @@ def orders(
             yield from _both("experts", "the experts are in another order", claim, view)
 
 
-def _both(key: str, why: str, claim: Claimed, view: View1) -> Iterator[Order]:
+def _both(key: str, why: str, claim: Claimed, view: InOrder) -> Iterator[Order]:
     """Yield the order of the whole tensor, and that of the change alone."""
     base = view(claim.base_role, claim.base)
     sft = None if claim.sft is None else view("sft", claim.sft)
     yield Order(key, "exchanged", why, replace(claim, base=base, sft=sft))
     if sft is not None:
-        yield Order(f"{key} of the change", "exchanged", f"in the change, {why}", replace(claim, sft=sft, origin=base))
+        yield Order(f"{key} of the change", "exchanged", f"{IN_CHANGE}{why}", replace(claim, sft=sft, origin=base))
 
 
-def _views(claim: Claimed, config: Mapping[str, Any] | None) -> Iterator[tuple[str, str, View1]]:
+def _views(claim: Claimed, config: Mapping[str, Any] | None) -> Iterator[tuple[str, str, InOrder]]:
     """Yield orders of the parts of one tensor."""
     shape = claim.base.shape
     if len(shape) in (2, 3) and shape[-1] == shape[-2]:
@@ -150,7 +152,7 @@ def _sizes(size: int, config: Mapping[str, Any] | None) -> tuple[int, int, int] 
     return (size // 3, size // 3, size // 3) if size % 3 == 0 else None
 
 
-def _rows(shape: Sequence[int], axis: int, order: Sequence[int]) -> View1:
+def _rows(shape: Sequence[int], axis: int, order: Sequence[int]) -> InOrder:
     """Return the view of a tensor with the indices of one axis in another order."""
     inner = math.prod(shape[axis + 1 :])
 
@@ -171,7 +173,7 @@ def _turned(role: str, tensor: Tensor) -> Tensor:
 def _neighbours(claim: Claimed, others: Mapping[str, Claimed]) -> Iterator[Order]:
     """Yield the claims of tensors of one shape in the same module, and of other experts."""
     module, end = _module_of(claim.name)
-    kind = blanked(claim.name)
+    kind, block = blanked(claim.name), claim.name.split(".experts.")[0]
     found = 0
     for name, other in others.items():
         if name == claim.name or other.base.shape != claim.base.shape:
@@ -179,8 +181,8 @@ def _neighbours(claim: Claimed, others: Mapping[str, Claimed]) -> Iterator[Order
         its_module, its_end = _module_of(name)
         if its_module == module and its_end.split(".")[-1] == end.split(".")[-1] and found < NEIGHBOURS:
             found += 1
-            key, why = f"as {its_end}", f"{_short(end)} holds what belongs to {_short(its_end)}"
-        elif ".experts." in name and blanked(name) == kind and name.split(".experts.")[0] == claim.name.split(".experts.")[0]:
+            key, why = f"as {its_end}", f"{_short(end)}{HOLDS}{_short(its_end)}"
+        elif ".experts." in name and blanked(name) == kind and name.split(".experts.")[0] == block:
             key, why = "experts", "the experts are in another order"
         else:
             continue
@@ -188,7 +190,7 @@ def _neighbours(claim: Claimed, others: Mapping[str, Claimed]) -> Iterator[Order
         yield Order(key, "exchanged", why, moved)
         if other.sft is not None:
             change = replace(claim, sft=other.sft, is_delta=other.is_delta, origin=other.base)
-            yield Order(f"{key}, the change", "exchanged", f"in the change, {why}", change)
+            yield Order(f"{key}, the change", "exchanged", f"{IN_CHANGE}{why}", change)
 
 
 def _module_of(name: str) -> tuple[str, str]:

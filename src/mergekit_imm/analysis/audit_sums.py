@@ -1,7 +1,7 @@
 """The numbers by which an audit judges a tensor: sums over base, claimed delta and merged, in one pass.
 
-With base b, delta d and merged m, the claim is c = p b + q d. Of each span of elements are added up the products of b, d
-and m - b, the rest m - c, and counts of elements: equal to the base's, beyond rounding, not finite.
+With base b, delta d and merged m, the claim is c = p b + q d. Added up are products of b, d, m - b and m - c, and
+counts of elements: equal to the base's, beyond rounding, not finite.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def step_of(size: Values, dtype: str) -> Values:
         power = np.ldexp(1.0, np.frexp(size)[1] - 1)
     else:
         power = (size.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
-    return np.maximum(power * size.dtype.type(2.0 ** -MANTISSA[dtype]), size.dtype.type(max(LEAST[dtype], 1e-45)))
+    kind = size.dtype.type
+    step: Values = np.maximum(power * kind(2.0 ** -MANTISSA[dtype]), kind(max(LEAST[dtype], 1e-45)))
+    return step
 
 
 def rounded(values: Values, dtype: str) -> Values:

@@ -11,10 +11,12 @@ from typing import Any
 from ..common.messages import shown
 from ..model.tensor_names import is_embedding_or_head, is_output_head, layer_order
 from .audit_sums import Sums
-from .audit_tensors import ERRORS, RIGHT, TensorAudit
+from .audit_tensors import ERRORS, TensorAudit
 
 SHOWN = 4  # kinds of modules in a line
+FEW = 0.01  # share of elements that may be off by damage, when the others are right
 LEAST = 20  # elements that 16 bits cannot hold, to judge by
+NARROW = ("BF16", "F16")
 AS_CLAIMED, UNTOLD = "as claimed", "untold"
 
 
@@ -76,8 +78,7 @@ def judge(tensors: Sequence[TensorAudit], claim: Claim, beside: Beside) -> Verdi
     """Return the verdict on a merged model from what was found of its tensors, and beside them."""
     changed = [each for each in tensors if each.changed]
     findings = [
-        *_apart(beside.factors),
-        *_as_base(changed),
+        *(_apart(beside.factors) or _as_base(changed)),
         *_scaled(changed, claim),
         *_dropped(changed, claim),
         *_exchanged(changed),
@@ -123,7 +124,7 @@ def _as_base(changed: Sequence[TensorAudit]) -> list[Finding]:
     if not lacking:
         return []
     if all(each.state in ("base", "hidden") for each in changed):
-        line = f"not merged: all {_count(lacking)} that SFT changes are BASE's"
+        line = f"not merged: {places(lacking, lacking)} that SFT changes {_are(lacking)} BASE's"
         return [Finding("not merged", line, "save the merged model, not the one that was loaded", len(lacking))]
     line = f"merged in part: of what SFT changes, {places(lacking, changed)} {_are(lacking)} BASE's"
     return [Finding("merged in part", line, "were these modules among those that were merged?", len(lacking))]
@@ -208,8 +209,8 @@ def _dropped(changed: Sequence[TensorAudit], claim: Claim) -> list[Finding]:
     kept = sum(each.sums.moved_dd for each in found) / sum(each.sums.dd for each in found)
     factor = sum(each.sums.md for each in found) / sum(each.sums.moved_dd for each in found) / (claim.q or 1)
     line = (
-        f"dropped: in {places(found, changed)} about {1 - kept:.0%} of the change is missing, element by element, and the"
-        f" rest is {factor:.4g} times what is claimed: as DARE with drop {1 - kept:.2g}"
+        f"dropped: in {places(found, changed)} about {1 - kept:.0%} of the change is missing, element by element, and"
+        f" the rest is {factor:.4g} times what is claimed: as DARE with drop {1 - kept:.2g}"
     )
     return [Finding("dropped", line, "its mask is not known here: ask the tool that merged for its seed", len(found))]
 
@@ -219,26 +220,36 @@ def _exchanged(changed: Sequence[TensorAudit]) -> list[Finding]:
     findings = []
     for why in dict.fromkeys(each.why for each in found):
         some = [each for each in found if each.why == why]
-        line = f"exchanged: {places(some, changed)} {_are(some)} as claimed but for their order: {why}"
-        findings.append(Finding("exchanged", line, "convert or merge again with a version that keeps the order", len(some)))
+        kind = "DoRA left out" if "DoRA" in why else "exchanged"
+        line = f"{kind}: {places(some, changed)} {_are(some)} as claimed, but {why}"
+        cure = "merge with a version of the tool that reads the adapter as PEFT does"
+        findings.append(Finding(kind, line, cure, len(some)))
     return findings
+
+
+def is_held_by(tensors: Sequence[TensorAudit], narrow: str) -> bool:
+    """Whether 16 bits hold all values that are stored wider, though they do not hold what is claimed."""
+    lost, gone = _narrow_counts(tensors, narrow)
+    return lost >= LEAST and gone >= 0.999 * lost
+
+
+def _narrow_counts(tensors: Sequence[TensorAudit], narrow: str) -> tuple[int, int]:
+    """Count the elements of the claim that 16 bits do not hold, and of these, those of the merged that they hold."""
+    name = {"F16": "16", "BF16": "_b16"}[narrow]
+    some = [each.sums for each in tensors if each.dtype not in (None, narrow)]
+    return sum(getattr(each, f"narrow{name}") for each in some), sum(getattr(each, f"narrowed{name}") for each in some)
 
 
 def _narrowed(tensors: Sequence[TensorAudit]) -> list[Finding]:
     """Find values that went through 16 bits, where the claim and the stored dtype hold more."""
-    for name, dtype, holds in (("16", "float16", "F16"), ("_b16", "bfloat16", "BF16")):
-        some = [each for each in tensors if each.dtype not in (None, holds)]
-        lost = sum(getattr(each.sums, f"narrow{name}") for each in some)
-        gone = sum(getattr(each.sums, f"narrowed{name}") for each in some)
-        if lost >= LEAST and gone >= 0.999 * lost:
-            stored = " and ".join(sorted({str(each.dtype) for each in some}))
-            line = (
-                f"rounded through {dtype}: of {lost} elements that {dtype} cannot hold and {stored} can, {gone} are"
-                f" numbers of {dtype}"
-            )
-            cure = f"merge in float32 or {'bfloat16' if holds == 'F16' else 'float16'}: load the model with that dtype"
-            return [Finding(f"rounded through {dtype}", line, cure, len(some))]
-    return []
+    narrow = next((each for each in NARROW if is_held_by(tensors, each)), None)
+    if narrow is None:
+        return []
+    lost, gone = _narrow_counts(tensors, narrow)
+    stored = " and ".join(sorted({str(each.dtype) for each in tensors} - {narrow, "None"}))
+    line = f"rounded through {narrow}: of {lost} claimed numbers that {stored} holds and {narrow} does not, {gone} are gone"
+    cure = "merge in float32: load the model with that dtype, and cast the result"
+    return [Finding(f"rounded through {narrow}", line, cure, len(tensors))]
 
 
 def _others(changed: Sequence[TensorAudit], tensors: Sequence[TensorAudit]) -> list[Finding]:
@@ -248,17 +259,26 @@ def _others(changed: Sequence[TensorAudit], tensors: Sequence[TensorAudit]) -> l
         line = f"not finite: {places(bad, tensors)} {_hold(bad)} NaN or infinity where the claim does not"
         findings.append(Finding("not finite", line, "it overflowed; merge in float32 or bfloat16", len(bad)))
     other = [each for each in changed if each.state == "other"]
+    few = [each for each in other if each.beyond <= FEW * each.elements]
+    if few:
+        off, of, worst = sum(e.beyond for e in few), sum(e.elements for e in few), max(e.worst for e in few)
+        line = f"not as claimed: in {places(few, changed)} {off} of {of} elements are off, by up to {worst:.4g} steps"
+        findings.append(
+            Finding("not as claimed", line, "was it written whole? Compare it with another merge", len(few))
+        )
+    other = [each for each in other if each not in few]
     if other:
         k, share = _fit(other)
         line = (
-            f"not as claimed: {places(other, changed)} {_are(other)} neither BASE's nor the claim; {k:.3g} times the change"
-            f" explains {share:.0%} of the difference from BASE"
+            f"not as claimed: {places(other, changed)} {_are(other)} neither BASE's nor the claim; {k:.3g} times the"
+            f" change explains {share:.0%} of the difference from BASE"
         )
         cure = "merged with another adapter, into another base, or by another method"
         findings.append(Finding("not as claimed", line, cure, len(other)))
     foreign = [each for each in tensors if each.state == "foreign"]
     if foreign:
-        line = f"changed beyond the claim: {places(foreign, tensors)}, which SFT does not change, {_are(foreign)} not BASE's"
+        where = places(foreign, tensors)
+        line = f"changed beyond the claim: {where}, which SFT does not change, {_are(foreign)} not BASE's"
         findings.append(Finding("another base", line, "was it merged into another BASE?", len(foreign)))
     return findings
 
@@ -281,7 +301,8 @@ def _lost(tensors: Sequence[TensorAudit]) -> list[Finding]:
     rest = [each for each in missing if each not in heads]
     if rest:
         line = f"lost: {places(rest, tensors)} {_are(rest)} not in MERGED"
-        findings.append(Finding("lost", line, "loaders draw at random what they do not find; copy it from BASE", len(rest)))
+        cure = "loaders draw at random what they do not find; copy it from BASE"
+        findings.append(Finding("lost", line, cure, len(rest)))
     shapes = [each for each in tensors if each.state == "shape"]
     if shapes:
         line = f"of another shape: {places(shapes, tensors)}{f' ({shapes[0].why})' if shapes[0].why else ''}"
@@ -305,8 +326,10 @@ def _beside(beside: Beside) -> list[Finding]:
 
 def places(some: Sequence[TensorAudit], among: Sequence[TensorAudit]) -> str:
     """Return where tensors lie: kinds of modules, in how many of the layers that have them."""
+    if len(some) == len(among) > 1:
+        return f"all {len(some)} tensors"
     kinds = list(dict.fromkeys(each.kind for each in some))
-    texts = [_place([each for each in some if each.kind == k], [each for each in among if each.kind == k]) for k in kinds]
+    texts = [_place([x for x in some if x.kind == kind], [x for x in among if x.kind == kind]) for kind in kinds]
     more = [f"{len(texts) - SHOWN} more kinds"] if len(texts) > SHOWN else []
     texts = [*texts[:SHOWN], *more]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
@@ -318,11 +341,12 @@ def _place(some: Sequence[TensorAudit], among: Sequence[TensorAudit]) -> str:
     if not layers:
         return kind if is_embedding_or_head(f"{some[0].kind}.weight") or len(some) == 1 else f"{kind} ({len(some)})"
     if len(some) == len(among):
-        return f"{kind} in {f'all {len(layers)} layers' if len(layers) > 1 else shown(layers[0], 60)}"
+        of = {1: shown(layers[0], 60), 2: "both layers"}
+        return f"{kind} in {of.get(len(layers), f'all {len(layers)} layers')}"
     if layers == every:
         return f"{kind} ({len(some)} of {len(among)}, in all layers)"
-    of = f"{len(layers)} of {len(every)} layers ({', '.join(shown(x, 60) for x in layers[:2])}{', …' * (len(layers) > 2)})"
-    return f"{kind} in {of}"
+    first = ", ".join([*(shown(each, 60) for each in layers[:2]), *(["…"] if len(layers) > 2 else [])])
+    return f"{kind} in {len(layers)} of {len(every)} layers ({first})"
 
 
 def _layers(tensors: Collection[TensorAudit]) -> list[str]:
@@ -339,8 +363,3 @@ def _are(tensors: Sequence[TensorAudit]) -> str:
 
 def _hold(tensors: Sequence[TensorAudit]) -> str:
     return "holds" if len(tensors) == 1 else "hold"
-
-
-def right(tensors: Sequence[TensorAudit]) -> bool:
-    """Whether all tensors are as claimed."""
-    return all(each.state in RIGHT for each in tensors)

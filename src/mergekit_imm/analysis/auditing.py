@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.lazy_tensor import Tensor, fill_as
-from ..checkpoint.reader import Files, check_inputs
+from ..checkpoint.reader import Files, check_inputs, same_bytes
 from ..common.checks import is_number
 from ..common.messages import shown
 from ..common.threads import default_workers, in_threads
@@ -26,10 +25,10 @@ from ..options.options import Progress, RunOptions
 from ..transforms.lora_config import read_settings
 from ..transforms.tokenizer_files import token_differences, token_table
 from .audit_inputs import Audited, Claimed, open_audit
-from .audit_orders import orders
+from .audit_orders import HOLDS, IN_CHANGE, orders
 from .audit_sums import Sums, Values, measure
 from .audit_tensors import RIGHT, State, TensorAudit, state_of
-from .audit_verdict import Beside, Claim, Verdict, judge
+from .audit_verdict import NARROW, Beside, Claim, Verdict, is_held_by, judge
 
 SPAN = 1 << 18  # elements at a time
 TRIED = 1 << 15  # elements at the begin, in the middle and at the end of a tensor, for what is only tried
@@ -105,18 +104,19 @@ def audit(
         weights: of base and sft, for linear.
         rename, leave_out, dequantize, workers, progress: as in `merge_checkpoints`, for base and sft.
 
-    Returns an AuditReport. As claimed means: of each tensor that the sft changes no element is off by more than rounding
-    in its dtype, twice over, or than four roundings of the change; and the coefficient k of merged - base = k (sft -
-    base), by least squares, is the claimed one within 1 % and four standard errors. A change computed in bfloat16 and
-    added in float32 passes, with a remark. Raises CheckpointError and MismatchError for models that do not belong
-    together, ArgumentError for options that do not.
+    Returns an AuditReport. As claimed means: in each tensor that the sft changes, no element is off by more than two
+    steps of its dtype and two of the change; and the coefficient k of merged - base = k (sft - base), by least squares,
+    is the claimed one within 1 % and four standard errors. A change computed in bfloat16 and added in float32 passes,
+    with a remark. Tensors that the sft does not change are the base's.
+    Raises CheckpointError and MismatchError for models that do not belong together, ArgumentError for options that do
+    not.
 
     >>> from mergekit_imm import merge_checkpoints
     >>> report = merge_checkpoints(base_folder, sft_folder, out_folder, alpha=0.3, drop=0)
     >>> print(audit(out_folder, base_folder, sft_folder, alpha=0.3).verdict.line)
     merged as claimed: 1 tensor is 0.3 BASE + 0.7 SFT, within rounding of BF16
     """
-    _check(method, alpha, weights)
+    check_method(method, alpha, weights)
     threads = RunOptions(workers=workers).workers or default_workers()
     found = open_audit(merged, base, sft, rename=rename, leave_out=leave_out, dequantize=dequantize)
     with Files(found.models) as files:
@@ -125,11 +125,11 @@ def audit(
         tensors = _narrower(found, claim, tensors, files)
         tensors = _reordered(found, claim, tensors, files)
     check_inputs(found.models)
-    verdict = judge(tensors, claim, _beside(found, tensors))
+    verdict = judge(tensors, claim, _beside(found))
     return AuditReport(str(merged), str(base), str(sft), claim, verdict, tuple(tensors), tuple(_notes(found)))
 
 
-def _check(method: str | None, alpha: float | None, weights: Sequence[float] | None) -> None:
+def check_method(method: str | None, alpha: float | None, weights: Sequence[float] | None) -> None:
     """Raise ArgumentError for a method and numbers that do not go together."""
     if method is not None and method not in METHODS:
         raise ArgumentError(f"method is {shown(repr(method), 60)}; it must be one of {', '.join(METHODS)}")
@@ -137,12 +137,12 @@ def _check(method: str | None, alpha: float | None, weights: Sequence[float] | N
         if not is_number(alpha) or not 0 <= alpha <= 1:
             raise ArgumentError(f"alpha is {shown(repr(alpha), 60)}; it is the weight of the base, 0 <= alpha <= 1")
         if weights is not None or method not in (None, "imm"):
-            raise ArgumentError("alpha is of method imm; give it with no other method, and without weights")
+            raise ArgumentError("--alpha is of method imm; give it with no other method, and without --weights")
     if weights is not None:
         if isinstance(weights, str) or len(weights) != 2 or not all(map(is_number, weights)):
             raise ArgumentError(f"weights is {shown(repr(weights), 60)}; give two numbers, of base and sft")
         if method not in (None, "linear"):
-            raise ArgumentError("weights are of method linear; give them with no other method")
+            raise ArgumentError("--weights are of method linear; give them with no other method")
     if method == "linear" and weights is None:
         raise ArgumentError("method linear needs the weights of base and sft: --weights 0.3,0.7")
 
@@ -179,9 +179,7 @@ def _spans(claims: Sequence[Claimed]) -> Iterator[tuple[int, int, int]]:
                 yield number, first, min(SPAN, each.count - first)
 
 
-def _measured(
-    found: Audited, claim: Claim, files: Files, threads: int, progress: Progress | None
-) -> list[TensorAudit]:
+def _measured(found: Audited, claim: Claim, files: Files, threads: int, progress: Progress | None) -> list[TensorAudit]:
     """Measure every tensor, once."""
     claims = found.claimed
     sums: dict[int, dict[int, Sums]] = defaultdict(dict)
@@ -199,9 +197,7 @@ def _measured(
             done += count
             if progress is not None:
                 progress(done, total)
-    return [
-        _judged(each, sum((sums[n][at] for at in sorted(sums[n])), Sums()), claim) for n, each in enumerate(claims)
-    ]
+    return [_judged(each, sum((sums[n][at] for at in sorted(sums[n])), Sums()), claim) for n, each in enumerate(claims)]
 
 
 def _of_span(each: Claimed, first: int, count: int, p: float, q: float, files: Files, dtype: str = "") -> Sums:
@@ -287,18 +283,17 @@ def _judged(each: Claimed, sums: Sums, claim: Claim, state: State | None = None,
 
 
 def _narrower(found: Audited, claim: Claim, tensors: list[TensorAudit], files: Files) -> list[TensorAudit]:
-    """Judge float32 tensors again whose values are all numbers of bfloat16, as are the base's: stored wider, no more."""
+    """Judge tensors again by the steps of 16 bits if all their values have those, though they are stored wider.
+
+    Where the base is no wider, they were merged so and stored wider, and nothing is wrong with that.
+    """
+    narrow = next((dtype for dtype in NARROW if is_held_by(tensors, dtype)), None)
     result = []
     for each, one in zip(found.claimed, tensors, strict=True):
         again = one
-        if one.state not in RIGHT and one.dtype == "F32" and each.base.dtype in ("BF16", "F16") and each.is_comparable:
-            sums, narrow = one.sums, str(each.base.dtype)
-            lost, gone = (
-                (sums.narrow_b16, sums.narrowed_b16) if narrow == "BF16" else (sums.narrow16, sums.narrowed16)
-            )
-            if lost and gone == lost:
-                sums = replace(_whole(each, claim.p, claim.q, files, narrow), narrow_b16=0, narrow16=0)
-                again = replace(_judged(each, sums, claim), dtype=narrow)
+        if narrow is not None and each.is_comparable and one.dtype in ("F32", "F64"):
+            again = _judged(each, _whole(each, claim.p, claim.q, files, narrow), claim)
+            again = replace(again, dtype=narrow) if each.base.dtype == narrow else replace(again, sums=one.sums)
         result.append(again)
     return result
 
@@ -332,13 +327,31 @@ def _reordered(found: Audited, claim: Claim, tensors: list[TensorAudit], files: 
                     )
                     break
         result.append(again)
+    return _both_ways(result)
+
+
+def _both_ways(tensors: Sequence[TensorAudit]) -> list[TensorAudit]:
+    """Say of two modules of which each holds what belongs to the other that they are exchanged."""
+    whys = {(each.layer, each.why) for each in tensors}
+    result = []
+    for each in tensors:
+        prefix = IN_CHANGE if each.why.startswith(IN_CHANGE) else ""
+        one, holds, other = each.why.removeprefix(prefix).partition(HOLDS)
+        if holds and (each.layer, f"{prefix}{other}{HOLDS}{one}") in whys:
+            first, second = sorted((one, other))
+            result.append(replace(each, why=f"{prefix}{first} and {second} are exchanged"))
+        else:
+            result.append(each)
     return result
 
 
-def _beside(found: Audited, tensors: Iterable[TensorAudit]) -> Beside:
+def _beside(found: Audited) -> Beside:
     """Return what is wrong beside the weights."""
-    models = found.models
-    return Beside(found.factors, _tokenizer(found), _tied_away(found, tensors), _rows(found))
+    lost = next((each for each in found.claimed if each.rows is not None and each.rows[0] < each.rows[1]), None)
+    rows = (
+        "" if lost is None or lost.rows is None else f"'{shown(lost.name)}' has {lost.rows[0]} of {lost.rows[1]} rows"
+    )
+    return Beside(found.factors, _tokenizer(found), _tied_away(found), rows)
 
 
 def _tokenizer(found: Audited) -> str:
@@ -361,28 +374,17 @@ def _tokens(model: Any) -> dict[int, str]:
         return {}
 
 
-def _tied_away(found: Audited, tensors: Iterable[TensorAudit]) -> str:
+def _tied_away(found: Audited) -> str:
     """Say if a stored head differs from the embedding to which the config ties it."""
     merged = found.models["merged"]
-    if stated_tie(merged.config) is not True:
+    heads = [name for name in merged.tensors if is_output_head(name) and name in found.models["base"].tensors]
+    embeddings = [name for name in merged.tensors if is_input_embedding(name)]
+    if stated_tie(merged.config) is not True or len(heads) != 1 or len(embeddings) != 1:
         return ""
-    ends = {each.name: each for each in tensors if is_output_head(each.name) or is_input_embedding(each.name)}
-    names = {each.alias or each.name: each.name for each in found.claimed if (each.alias or each.name) in ends}
-    heads = [name for name in ends if is_output_head(name) and name in merged.tensors]
-    if not heads or len({names.get(name) for name in ends}) < 2 or stated_tie(found.models["base"].config) is True and stated_tie(found.models["sft"].config) is True:
+    head, embedding = (merged.tensors[name] for name in (*heads, *embeddings))
+    if head.shape != embedding.shape or same_bytes(found.models, ("merged", head), ("merged", embedding)):
         return ""
-    return f"config.json of MERGED ties '{shown(heads[0])}' to the embedding, but it was trained apart"
-
-
-def _rows(found: Audited) -> str:
-    for each in found.claimed:
-        if each.merged is not None and each.is_comparable and each.merged.count < each.base.count:
-            return f"'{shown(each.name)}' has {each.merged.shape[0]} rows, claimed are {each.base.shape[0]}"
-    for role in ("base", "sft"):
-        model = found.models[role]
-        if model.rows and any(n in found.models["merged"].tensors and found.models["merged"].tensors[n].shape[:1] < t.shape[:1] for n, t in model.tensors.items()):
-            return f"MERGED has fewer than the {model.rows[1]} rows of SFT"
-    return ""
+    return f"config.json of MERGED ties '{shown(heads[0])}' to the embedding, though they differ"
 
 
 def _notes(found: Audited) -> list[str]:
@@ -391,6 +393,11 @@ def _notes(found: Audited) -> list[str]:
     if found.surplus:
         notes.append(f"note: {len(found.surplus)} tensors are in MERGED only, '{shown(found.surplus[0])}' first")
     merged = found.models["merged"]
+    notes += [
+        f"note: '{shown(each.name)}' has {each.rows[0]} rows, {each.rows[0] - each.rows[1]} more than claimed"
+        for each in found.claimed
+        if each.rows is not None and each.rows[0] > each.rows[1]
+    ]
     if merged.adapters:
         notes.append(f"note: an adapter lies in {shown(merged.adapters[0])} of MERGED")
     return notes
