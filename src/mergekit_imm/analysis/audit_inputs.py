@@ -197,7 +197,7 @@ def _claims(item: Item, decided: Decided, models: dict[str, Checkpoint], found: 
             rest = (min(owner.count, stored.count) - common,)
             there = sliced(stored, "merged", stored.name, common, rest)
             added = sliced(owner, item.owner, item.name, common, rest)
-            claims.append(Claimed(f"{item.name}{ADDED}", added, item.owner, None, there, alias))
+            claims.append(Claimed(f"{item.name}{ADDED}", added, item.owner, None, there, f"{name}{ADDED}"))
         claims.append(
             Claimed(
                 item.name,

@@ -96,7 +96,8 @@ def orders(
     if isinstance(claim.sft, Rescaled):
         why = "the magnitudes of DoRA were left out"
         yield Order("DoRA", "DoRA left out", why, replace(claim, sft=claim.sft.change, is_delta=True))
-    if len(claim.base.shape) == 3 and claim.base.shape[0] <= EXPERTS:
+    stacked = len(claim.base.shape) == 3 or (len(claim.base.shape) == 2 and ".experts." in claim.name)
+    if stacked and 1 < claim.base.shape[0] <= EXPERTS:
         found = _order_of_experts(claim, first_of)
         if found is not None:
             view = _rows(claim.base.shape, 0, found)

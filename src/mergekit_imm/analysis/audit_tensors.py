@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..model.tensor_names import layer_key
+from .audit_inputs import ADDED
 from .audit_sums import ROUGH, Sums
 from .change import module_kind
 
@@ -37,9 +38,9 @@ class TensorAudit:
     elements: int
     dtype: str | None  # as stored; None if it is missing
     changed: bool  # by the sft
-    coefficient: float | None = None  # k of merged - base = k (sft - base), by least squares
+    coefficient: float | None = None  # k of merged - p base = k (sft - base), by least squares
     expected: float | None = None  # the k that is claimed
-    explained: float | None = None  # share of |merged - base|^2
+    explained: float | None = None  # share of |merged - p base|^2
     beyond: int = 0  # elements off by more than rounding
     worst: float = 0.0  # the largest difference from the claim, in steps of the dtype
     why: str = ""  # of an exchange: what was exchanged
@@ -49,14 +50,18 @@ class TensorAudit:
 
     @property
     def kind(self) -> str:
-        """The module that it belongs to; experts are a kind of their own."""
-        kind = module_kind(self.name.removesuffix(" (added rows)"))
-        kind += ".bias" if kind == self.name.rpartition(".")[2] == "bias" else ""
-        if kind in ("bias", "bias.bias"):
-            kind = ".".join(self.name.split(".")[-2:])
-        inside = ".experts." in self.name and kind != "experts"
-        kind += " (added rows)" if self.name.endswith(" (added rows)") else ""
-        return f"experts.{kind}" if inside else kind
+        """The module that it belongs to, with its parameter if that is not the weight."""
+        name, added, _ = self.name.partition(ADDED)
+        kind = module_kind(name)
+        if kind == "bias":
+            kind = ".".join(name.split(".")[-2:])
+        inside = ".experts." in name and kind != "experts"
+        return f"{'experts.' if inside else ''}{kind}{added}"
+
+    @property
+    def is_added(self) -> bool:
+        """Whether it is the rows of a tensor that only the sft has."""
+        return self.name.endswith(ADDED)
 
     @property
     def layer(self) -> str | None:
@@ -106,8 +111,9 @@ def state_of(sums: Sums, p: float, q: float) -> State:
     if sums.as_base == sums.count:
         return "base"
     k = sums.coefficient or 0.0
-    if p == 1 and sums.left_by(k) <= _allowed(sums, k, ROUGH / 4):
-        return "base" if abs(k) <= max(ERRORS * sums.error(sums.left_by(k)), LOOSE / 2) else "scaled"
+    if sums.left_by(k) <= _allowed(sums, k, ROUGH / 4):
+        is_base = p == 1 and abs(k) <= max(ERRORS * sums.error(sums.left_by(k)), LOOSE / 2)
+        return "base" if is_base else "scaled"
     if p == 1 and 0 < sums.moved_dd < 0.999 * sums.dd:
         k = sums.md / sums.moved_dd
         if abs(sums.mm - k * sums.md) <= _allowed(sums, k, ROUGH / 4):

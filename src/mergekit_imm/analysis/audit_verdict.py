@@ -16,6 +16,7 @@ from .audit_tensors import ERRORS, TensorAudit
 SHOWN = 4  # kinds of modules in a line
 FEW = 0.01  # share of elements that may be off by damage, when the others are right
 LEAST = 20  # elements that 16 bits cannot hold, to judge by
+TWICE = "merged twice"
 NARROW = ("BF16", "F16")
 AS_CLAIMED, UNTOLD = "as claimed", "untold"
 
@@ -81,9 +82,9 @@ def judge(tensors: Sequence[TensorAudit], claim: Claim, beside: Beside) -> Verdi
         *(_apart(beside.factors) or _as_base(changed)),
         *_scaled(changed, claim),
         *_dropped(changed, claim),
-        *_exchanged(changed),
+        *_exchanged(tensors),
         *_narrowed(tensors),
-        *_others(changed, tensors),
+        *_others(changed, tensors, claim),
         *_lost(tensors),
         *_beside(beside),
     ]
@@ -134,18 +135,20 @@ def _scaled(changed: Sequence[TensorAudit], claim: Claim) -> list[Finding]:
     found = [each for each in changed if each.state == "scaled"]
     if not found:
         return []
-    reasons = [text for text, factor in _factors(claim).items() if all(_fits(each, factor(each)) for each in found)]
+    reasons = [text for text, factor in _factors(claim).items() if _explains(factor, found)]
     factors = [each.factor or 0.0 for each in found]
     middle = median(factors)
     where = places(found, changed)
-    if all(_fits(each, middle) for each in found):
+    if _explains(lambda _: middle, found):
         size = f"{middle:.4g} times what is claimed"
     else:
         size = f"{min(factors):.4g} to {max(factors):.4g} times what is claimed"
-    twice = [reason for reason in reasons if "twice" in reason]
-    why = f": {', or '.join([*twice, *(r for r in reasons if r not in twice)])}" if reasons else _fitting(middle, claim)
-    kind = "merged twice" if twice else "scaled"
-    line = f"{'merged twice' if twice else 'scaled'}: the change of {where} is {size}{why}"
+    kind = next((reason for reason in reasons if reason.startswith(TWICE)), "scaled")
+    rest = [reason for reason in reasons if reason != kind]
+    why = (f"; or {', or '.join(rest)}" if kind != "scaled" else f": {', or '.join(rest)}") if rest else ""
+    why = why or (_fitting(middle, claim) if kind == "scaled" else "")
+    line = f"{kind}: the change of {where} is {size}{why}"
+    kind = TWICE if kind != "scaled" else kind
     return [Finding(kind, line, "merge BASE again, once, with the numbers that the training used", len(found))]
 
 
@@ -153,7 +156,7 @@ def _factors(claim: Claim) -> dict[str, Callable[[TensorAudit], float | None]]:
     """Return what makes a change larger or smaller, and by which factor."""
     if claim.adapter is None or claim.method != "lora":
         return {
-            "merged twice, the result as SFT of another merge": lambda _: claim.q,
+            f"{TWICE}, the first result as the SFT of the second": lambda _: claim.q,
             "MERGED is SFT itself": lambda _: 1 / claim.q if claim.q else None,
             "added twice": lambda _: 2.0,
             "alpha was taken as the weight of SFT": lambda _: (1 - claim.q) / claim.q if claim.q else None,
@@ -170,7 +173,7 @@ def _factors(claim: Claim) -> dict[str, Callable[[TensorAudit], float | None]]:
 
     patterns = bool(claim.adapter.get("rank_pattern") or claim.adapter.get("alpha_pattern"))
     return {
-        "merged twice": lambda _: 2.0,
+        TWICE: lambda _: 2.0,
         **(
             {"alpha / r was used, though use_rslora asks for alpha / sqrt(r)": of_rank(lambda r: 1 / math.sqrt(r))}
             if by_root
@@ -183,13 +186,28 @@ def _factors(claim: Claim) -> dict[str, Callable[[TensorAudit], float | None]]:
     }
 
 
-def _fits(each: TensorAudit, factor: float | None) -> bool:
-    """Whether a factor is the one found, within its error."""
-    if factor is None or each.factor is None or not each.coefficient:
-        return False
-    loose = 0.02 if each.sums.clear >= 64 else 0.1  # small changes are lost in rounding, and more so if smaller
-    error = ERRORS * each.sums.error(each.sums.left_by(each.coefficient)) / abs(each.expected or 1.0)
-    return abs(each.factor - factor) <= loose * abs(factor) + error
+def _explains(factor: Callable[[TensorAudit], float | None], found: Sequence[TensorAudit]) -> bool:
+    """Whether a factor is the one found: in each tensor, and more exactly in all together."""
+    clear = any(each.sums.clear >= 64 for each in found)
+    total_md = total_dd = left = 0.0
+    for each in found:
+        x, k = factor(each), each.coefficient
+        if x is None or k is None or not each.expected:
+            return False
+        of_claim = x * each.expected
+        error = ERRORS * each.sums.error(each.sums.left_by(k))
+        if abs(k - of_claim) > (0.02 if each.sums.clear >= 64 else 0.1) * abs(of_claim) + error:
+            return False
+        if clear and each.sums.clear < 64:
+            continue
+        md, dd = (each.sums.clear_md, each.sums.clear_dd) if clear else (each.sums.md, each.sums.dd)
+        total_md += of_claim * md
+        total_dd += of_claim**2 * dd
+        left += of_claim**2 * dd * error**2
+    # A change that is small is lost in rounding, and a smaller one more so.
+    return abs(total_md / total_dd - 1) <= (0.005 if clear else 0.1) + math.sqrt(left / total_dd) / math.sqrt(
+        len(found)
+    )
 
 
 def _fitting(factor: float, claim: Claim) -> str:
@@ -215,13 +233,13 @@ def _dropped(changed: Sequence[TensorAudit], claim: Claim) -> list[Finding]:
     return [Finding("dropped", line, "its mask is not known here: ask the tool that merged for its seed", len(found))]
 
 
-def _exchanged(changed: Sequence[TensorAudit]) -> list[Finding]:
-    found = [each for each in changed if each.state == "exchanged"]
+def _exchanged(tensors: Sequence[TensorAudit]) -> list[Finding]:
+    found = [each for each in tensors if each.state == "exchanged"]
     findings = []
     for why in dict.fromkeys(each.why for each in found):
         some = [each for each in found if each.why == why]
         kind = "DoRA left out" if "DoRA" in why else "exchanged"
-        line = f"{kind}: {places(some, changed)} {_are(some)} as claimed, but {why}"
+        line = f"{kind}: {places(some, tensors)} {_are(some)} as claimed, but {why}"
         cure = "merge with a version of the tool that reads the adapter as PEFT does"
         findings.append(Finding(kind, line, cure, len(some)))
     return findings
@@ -247,12 +265,13 @@ def _narrowed(tensors: Sequence[TensorAudit]) -> list[Finding]:
         return []
     lost, gone = _narrow_counts(tensors, narrow)
     stored = " and ".join(sorted({str(each.dtype) for each in tensors} - {narrow, "None"}))
-    line = f"rounded through {narrow}: of {lost} claimed numbers that {stored} holds and {narrow} does not, {gone} are gone"
+    what = f"of {lost} claimed numbers that {stored} holds and {narrow} does not, {gone} are gone"
+    line = f"rounded through {narrow}: {what}"
     cure = "merge in float32: load the model with that dtype, and cast the result"
     return [Finding(f"rounded through {narrow}", line, cure, len(tensors))]
 
 
-def _others(changed: Sequence[TensorAudit], tensors: Sequence[TensorAudit]) -> list[Finding]:
+def _others(changed: Sequence[TensorAudit], tensors: Sequence[TensorAudit], claim: Claim) -> list[Finding]:
     findings = []
     bad = [each for each in tensors if each.state == "not finite"]
     if bad:
@@ -268,14 +287,15 @@ def _others(changed: Sequence[TensorAudit], tensors: Sequence[TensorAudit]) -> l
         )
     other = [each for each in other if each not in few]
     if other:
-        k, share = _fit(other)
-        line = (
-            f"not as claimed: {places(other, changed)} {_are(other)} neither BASE's nor the claim; {k:.3g} times the"
-            f" change explains {share:.0%} of the difference from BASE"
-        )
+        where = places(other, changed)
+        line = f"not as claimed: {where} {_are(other)} neither BASE's nor the claim; {_fit(other, claim)}"
         cure = "merged with another adapter, into another base, or by another method"
         findings.append(Finding("not as claimed", line, cure, len(other)))
-    foreign = [each for each in tensors if each.state == "foreign"]
+    added = [each for each in tensors if each.state == "foreign" and each.is_added]
+    if added:
+        line = f"rows not taken: {places(added, tensors)} are not SFT's"
+        findings.append(Finding("rows lost", line, "merge into a BASE resized with SFT's embeddings", len(added)))
+    foreign = [each for each in tensors if each.state == "foreign" and not each.is_added]
     if foreign:
         where = places(foreign, tensors)
         line = f"changed beyond the claim: {where}, which SFT does not change, {_are(foreign)} not BASE's"
@@ -283,11 +303,19 @@ def _others(changed: Sequence[TensorAudit], tensors: Sequence[TensorAudit]) -> l
     return findings
 
 
-def _fit(tensors: Sequence[TensorAudit]) -> tuple[float, float]:
-    """Return the coefficient of all tensors together, and the share that it explains."""
+def _fit(tensors: Sequence[TensorAudit], claim: Claim) -> str:
+    """Return the weighted sum of base and sft that comes nearest to all tensors, and how near."""
     total = sum((each.sums for each in tensors), Sums())
     k = total.md / total.dd if total.dd else 0.0
-    return k, max(0.0, 1 - total.left_by(k) / total.mm) if total.mm else 0.0
+    share = max(0.0, 1 - total.left_by(k) / total.mm) if total.mm else 0.0
+    determinant = total.bb * total.dd - total.bd**2
+    if determinant > 1e-12 * total.bb * total.dd:
+        x = (total.mb * total.dd - total.md * total.bd) / determinant
+        y = (total.md * total.bb - total.mb * total.bd) / determinant
+        both = max(0.0, min(1.0, (x * total.mb + y * total.md) / total.mm)) if total.mm else 0.0
+        if both > 0.99 > share:
+            return f"{claim.p + x - y:.3g} BASE + {y:.3g} SFT fits them"
+    return f"{k:.3g} times the change explains {share:.0%} of the difference from BASE"
 
 
 def _lost(tensors: Sequence[TensorAudit]) -> list[Finding]:

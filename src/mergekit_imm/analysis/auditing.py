@@ -134,13 +134,13 @@ def check_method(method: str | None, alpha: float | None, weights: Sequence[floa
     if method is not None and method not in METHODS:
         raise ArgumentError(f"method is {shown(repr(method), 60)}; it must be one of {', '.join(METHODS)}")
     if alpha is not None:
-        if not is_number(alpha) or not 0 <= alpha <= 1:
-            raise ArgumentError(f"alpha is {shown(repr(alpha), 60)}; it is the weight of the base, 0 <= alpha <= 1")
+        if not is_number(alpha) or not 0 <= alpha < 1:
+            raise ArgumentError(f"alpha is {shown(repr(alpha), 60)}; it is the weight of the base, 0 <= alpha < 1")
         if weights is not None or method not in (None, "imm"):
             raise ArgumentError("--alpha is of method imm; give it with no other method, and without --weights")
     if weights is not None:
-        if isinstance(weights, str) or len(weights) != 2 or not all(map(is_number, weights)):
-            raise ArgumentError(f"weights is {shown(repr(weights), 60)}; give two numbers, of base and sft")
+        if isinstance(weights, str) or len(weights) != 2 or not all(map(is_number, weights)) or not weights[1]:
+            raise ArgumentError(f"weights is {shown(repr(weights), 60)}; give two numbers, of base and of sft, not 0")
         if method not in (None, "linear"):
             raise ArgumentError("--weights are of method linear; give them with no other method")
     if method == "linear" and weights is None:
@@ -158,7 +158,10 @@ def _claim_of(
         return Claim("lora", 1.0, 1.0, settings)
     if alpha is not None:
         return Claim("imm", 1.0, 1.0 - alpha, settings)
-    return Claim("imm", 1.0, _estimated(found, files), settings, estimated=True)
+    estimated = _estimated(found, files)
+    if not estimated:  # nothing of the sft is there: claim it all
+        return Claim("lora", 1.0, 1.0, settings)
+    return Claim("imm", 1.0, estimated, settings, estimated=True)
 
 
 def _estimated(found: Audited, files: Files) -> float:

@@ -48,7 +48,9 @@ class Weights(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.
     "  [default: lora for an adapter, else imm]",
 )
 @click.option(
-    "--alpha", type=click.FloatRange(0, 1), help="Audit: weight of BASE, for imm.  [default: the one that fits best]"
+    "--alpha",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Audit: weight of BASE, for imm.  [default: the one that fits best]",
 )
 @click.option("--weights", type=Weights(), metavar="W,W", help="Audit: weights of BASE and SFT, for linear.")
 @click.option(

@@ -20,7 +20,7 @@ _WORDS = {
     "scaled": "scaled",
     "dropped": "partly dropped",
     "other": "not as claimed",
-    "foreign": "not BASE's, as claimed",
+    "foreign": "changed, though SFT does not",
     "not finite": "NaN or infinity",
     "shape": "of another shape",
     "missing": "missing",
