@@ -1,4 +1,4 @@
-"""Diagnosis: where the weights of a model changed, and where they matter."""
+"""Diagnosis: where the weights of a model changed, where they matter, and whether a merge is what it claims to be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..options.layer_factors import Importance as Importance
+    from .auditing import AuditReport as AuditReport
+    from .auditing import audit as audit
     from .change import WeightChange as WeightChange
     from .change import weight_change as weight_change
     from .gradients import layer_importance as layer_importance
@@ -18,6 +20,7 @@ else:
         __name__,
         {
             "..options.layer_factors": "Importance",
+            ".auditing": "AuditReport audit",
             ".change": "WeightChange weight_change",
             ".gradients": "layer_importance",
             ".verdict": "Mismatch mismatch",
