@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -250,7 +251,7 @@ def test_an_adapter_of_several_ranks_scaled_by_their_roots_and_by_the_defaults(t
     assert case.audit().is_as_claimed
     report = case.merged_with(tmp_path / "a", setting(use_rslora=False))
     assert report.verdict.line.endswith("alpha / r was used, though use_rslora asks for alpha / sqrt(r)")
-    assert "0.3536 to 0.7071 times" in report.verdict.line
+    assert re.search(r"0\.35\d to 0\.70\d times", report.verdict.line)
     report = case.merged_with(tmp_path / "b", setting(alpha_pattern={}))
     assert "the change of up_proj in both layers is 3.2 times what is claimed" in report.verdict.line
 
@@ -314,9 +315,9 @@ def test_halves_of_a_fused_projection_are_exchanged(tmp_path: Path) -> None:
             merged[name] = torch.cat([q, v, k])
     write_model(tmp_path / "out", merged, config=config)
     report = audit(tmp_path / "out", tmp_path / "base", tmp_path / "sft", method="lora")
-    lines = [each.line for each in report.verdict.findings]
-    assert "gate_up_proj in both layers are as claimed, but its halves (gate and up) are exchanged" in lines[1]
-    assert "qkv_proj in both layers are as claimed, but its parts are in the order q, v, k" in lines[0]
+    lines = sorted(each.line for each in report.verdict.findings)
+    assert "gate_up_proj in both layers are as claimed, but its halves (gate and up) are exchanged" in lines[0]
+    assert "qkv_proj in both layers are as claimed, but its parts are in the order q, v, k" in lines[1]
 
 
 def expert_major(_: Any, tensors: State) -> None:
@@ -536,7 +537,7 @@ def test_an_adapter_in_place_of_a_merge_is_refused(llama: Case) -> None:
         ({"alpha": 0.5, "method": "lora"}, "alpha is of method imm"),
         ({"weights": (0.5,)}, "give two numbers"),
         ({"weights": (1, 0)}, "not 0"),
-        ({"method": "linear"}, "needs the weights"),
+        ({"method": "linear"}, "needs weights"),
         ({"method": "imm", "weights": (0.5, 0.5)}, "weights are of method linear"),
     ],
 )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import State, read_model
+from end_to_end import zoo
 from models import LAYOUTS, new_model, save
 
 ADAPTER = "adapter_model.safetensors"
@@ -80,3 +81,32 @@ def rewritten(folder: Path, out: Path, change: Callable[[State], None]) -> Path:
 def halves_exchanged(tensor: Tensor, axis: int) -> Tensor:
     first, second = tensor.chunk(2, axis)
     return torch.cat([second, first], axis)
+
+
+def write_small(folder: Path, name: str, dtype: torch.dtype) -> None:
+    """Write a small model of an architecture, a full fine-tuning of it, and an adapter."""
+    base = zoo.new_model(name, tied=False).to(dtype)
+    base.save_pretrained(folder / "base")
+    zoo.moved(base, seed=3, size=0.01).save_pretrained(folder / "sft")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = zoo.auto_of(name).from_pretrained(folder / "base", dtype=dtype)
+        settings = peft.LoraConfig(
+            task_type=zoo.ARCHITECTURES[name].task,
+            r=4,
+            lora_alpha=8,
+            target_modules=list(zoo.linear_leaves(name)),
+            target_parameters=list(zoo.ARCHITECTURES[name].experts) or None,
+        )
+        wrapped = peft.get_peft_model(model, settings)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_((torch.randn(parameter.shape) * 0.05).to(parameter.dtype))
+        wrapped.save_pretrained(folder / "adapter")
+
+
+def peft_merge_of(name: str, base: Path, adapter: Path, out: Path, dtype: str) -> None:
+    """Merge an adapter of an architecture with PEFT."""
+    model = zoo.auto_of(name).from_pretrained(base, dtype=getattr(torch, dtype))
+    peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)

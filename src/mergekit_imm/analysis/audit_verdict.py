@@ -140,9 +140,9 @@ def _scaled(changed: Sequence[TensorAudit], claim: Claim) -> list[Finding]:
     middle = median(factors)
     where = places(found, changed)
     if _explains(lambda _: middle, found):
-        size = f"{middle:.4g} times what is claimed"
+        size = f"{middle:.3g} times what is claimed"
     else:
-        size = f"{min(factors):.4g} to {max(factors):.4g} times what is claimed"
+        size = f"{min(factors):.3g} to {max(factors):.3g} times what is claimed"
     kind = next((reason for reason in reasons if reason.startswith(TWICE)), "scaled")
     rest = [reason for reason in reasons if reason != kind]
     why = (f"; or {', or '.join(rest)}" if kind != "scaled" else f": {', or '.join(rest)}") if rest else ""
@@ -228,7 +228,7 @@ def _dropped(changed: Sequence[TensorAudit], claim: Claim) -> list[Finding]:
     factor = sum(each.sums.md for each in found) / sum(each.sums.moved_dd for each in found) / (claim.q or 1)
     line = (
         f"dropped: in {places(found, changed)} about {1 - kept:.0%} of the change is missing, element by element, and"
-        f" the rest is {factor:.4g} times what is claimed: as DARE with drop {1 - kept:.2g}"
+        f" the rest is {factor:.3g} times what is claimed: as DARE with drop {1 - kept:.2g}"
     )
     return [Finding("dropped", line, "its mask is not known here: ask the tool that merged for its seed", len(found))]
 

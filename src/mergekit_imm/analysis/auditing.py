@@ -137,14 +137,14 @@ def check_method(method: str | None, alpha: float | None, weights: Sequence[floa
         if not is_number(alpha) or not 0 <= alpha < 1:
             raise ArgumentError(f"alpha is {shown(repr(alpha), 60)}; it is the weight of the base, 0 <= alpha < 1")
         if weights is not None or method not in (None, "imm"):
-            raise ArgumentError("--alpha is of method imm; give it with no other method, and without --weights")
+            raise ArgumentError("alpha is of method imm; give it with no other method, and without weights")
     if weights is not None:
         if isinstance(weights, str) or len(weights) != 2 or not all(map(is_number, weights)) or not weights[1]:
             raise ArgumentError(f"weights is {shown(repr(weights), 60)}; give two numbers, of base and of sft, not 0")
         if method not in (None, "linear"):
-            raise ArgumentError("--weights are of method linear; give them with no other method")
+            raise ArgumentError("weights are of method linear; give them with no other method")
     if method == "linear" and weights is None:
-        raise ArgumentError("method linear needs the weights of base and sft: --weights 0.3,0.7")
+        raise ArgumentError("method linear needs weights: two numbers, of base and of sft")
 
 
 def _claim_of(
@@ -364,9 +364,9 @@ def _tokenizer(found: Audited) -> str:
     if not wanted:
         return ""
     if not there:
-        return f"MERGED has none, {trained.label} has {len(wanted)} tokens"
+        return f"MERGED has none, {trained.role.upper()} has one of {len(wanted)} tokens"
     if wanted != there:
-        return f"it is not that of {trained.label}: {token_differences(trained, merged)}"
+        return f"it is not that of {trained.role.upper()}: {token_differences(trained, merged)}"
     return ""
 
 
