@@ -36,7 +36,7 @@ RIGHT = {
     "mergekit linear": {"weights": WEIGHTS},
     "mergekit linear, not normalised": {"weights": (0.6, 0.7)},
     "mergekit task_arithmetic": {"alpha": 0.3},
-    "mergekit slerp, as base": {"method": "lora"},
+    "mergekit slerp, t = 1": {"method": "lora"},
     "PEFT": {},
 }
 

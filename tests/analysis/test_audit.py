@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 import warnings
@@ -141,8 +142,8 @@ def test_no_right_merge_of_any_architecture_alarms(tmp_path: Path, name: str, dt
 @pytest.mark.parametrize("alpha", [0.5, *others(0.3, 0.9)])
 def test_weighted_sums_are_as_claimed_and_the_alpha_is_found(full: Path, tmp_path: Path, alpha: float) -> None:
     merged = summed(full, tmp_path / "out", lambda b, s: alpha * b + (1 - alpha) * s)
-    for given_ in ({"alpha": alpha}, {"weights": (alpha, 1 - alpha)}):
-        assert audit(merged, full / "base", full / "sft", **given_).is_as_claimed  # type: ignore[arg-type]
+    assert audit(merged, full / "base", full / "sft", alpha=alpha).is_as_claimed
+    assert audit(merged, full / "base", full / "sft", weights=(alpha, 1 - alpha)).is_as_claimed
     report = audit(merged, full / "base", full / "sft")
     assert report.is_as_claimed
     assert f"alpha {alpha:g} fits best" in report.verdict.line
@@ -206,11 +207,11 @@ def test_merged_twice(llama: Case, tmp_path: Path) -> None:
 
 
 def test_part_of_the_modules_was_merged(llama: Case, tmp_path: Path) -> None:
-    def without(_: dict[str, Any], tensors: State) -> None:
+    def fewer(_: dict[str, Any], tensors: State) -> None:
         for name in [n for n in tensors if "v_proj" in n or "layers.1.mlp.up_proj" in n]:
             del tensors[name]
 
-    report = llama.merged_with(tmp_path, without)
+    report = llama.merged_with(tmp_path, fewer)
     assert report.verdict.kind == "merged in part"
     assert "v_proj in both layers and up_proj in 1 of 2 layers (model.layers.1) are BASE's" in report.verdict.line
 
@@ -311,7 +312,7 @@ def test_halves_of_a_fused_projection_are_exchanged(tmp_path: Path) -> None:
         if "gate_up_proj" in name:
             merged[name] = halves_exchanged(tensor, 0)
         if "qkv_proj" in name:  # 4 heads of queries, 2 of keys and of values, of 4 elements
-            q, k, v = tensor.split([16, 8, 8])
+            q, k, v = tensor[:16], tensor[16:24], tensor[24:]
             merged[name] = torch.cat([q, v, k])
     write_model(tmp_path / "out", merged, config=config)
     report = audit(tmp_path / "out", tmp_path / "base", tmp_path / "sft", method="lora")
@@ -436,14 +437,18 @@ def test_one_damaged_element_is_counted(llama: Case, tmp_path: Path) -> None:
     assert "norm, which SFT does not change, is not BASE's" in report.verdict.findings[1].line
 
 
+def without(name: str) -> Callable[[State], None]:
+    return lambda state: state.__delitem__(name)
+
+
 def test_nan_and_what_is_missing(llama: Case, tmp_path: Path) -> None:
     def nan(state: State) -> None:
         state["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
 
     assert llama.rewritten(tmp_path / "a", nan).verdict.kind == "not finite"
-    report = llama.rewritten(tmp_path / "b", lambda state: [state.pop("lm_head.weight")])  # type: ignore[arg-type, return-value]
+    report = llama.rewritten(tmp_path / "b", without("lm_head.weight"))
     assert report.verdict.kind == "head lost"
-    report = llama.rewritten(tmp_path / "c", lambda state: [state.pop("model.layers.1.mlp.up_proj.weight")])  # type: ignore[arg-type, return-value]
+    report = llama.rewritten(tmp_path / "c", without("model.layers.1.mlp.up_proj.weight"))
     assert report.verdict.line == "lost: up_proj in 1 of 2 layers (model.layers.1) is not in MERGED"
 
 
@@ -451,7 +456,7 @@ def test_a_head_trained_apart_is_lost_or_tied_away(tmp_path: Path) -> None:
     case = Case(tmp_path, "qwen2", target_modules=["k_proj"], modules_to_save=["lm_head"])
     report = case.audit()
     assert report.is_as_claimed, report.verdict
-    lost = case.rewritten(tmp_path / "a", lambda state: [state.pop("lm_head.weight")])  # type: ignore[arg-type, return-value]
+    lost = case.rewritten(tmp_path / "a", without("lm_head.weight"))
     assert lost.verdict.kind == "head lost"
 
 
@@ -580,11 +585,8 @@ def naive(b: np.ndarray, d: np.ndarray, m: np.ndarray, p: float, q: float, dtype
 
 
 def _step(size: float, dtype: torch.dtype) -> float:
-    value = torch.tensor(size, dtype=torch.float64)
-    below = torch.floor(torch.log2(value)) if size > 0 else torch.tensor(-2000.0)
-    return max(
-        2.0 ** float(below) * torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    )
+    info = torch.finfo(dtype)
+    return float(max(2.0 ** math.floor(math.log2(size)) * info.eps if size else 0.0, info.smallest_normal * info.eps))
 
 
 @given(

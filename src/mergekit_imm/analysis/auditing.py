@@ -122,7 +122,7 @@ def audit(
     with Files(found.models) as files:
         claim = _claim_of(found, method, alpha, weights, files)
         tensors = _measured(found, claim, files, threads, progress)
-        tensors = _narrower(found, claim, tensors, files)
+        tensors = _narrower(found, claim, tensors, files, threads)
         tensors = _reordered(found, claim, tensors, files)
     check_inputs(found.models)
     verdict = judge(tensors, claim, _beside(found))
@@ -182,16 +182,21 @@ def _spans(claims: Sequence[Claimed]) -> Iterator[tuple[int, int, int]]:
                 yield number, first, min(SPAN, each.count - first)
 
 
-def _measured(found: Audited, claim: Claim, files: Files, threads: int, progress: Progress | None) -> list[TensorAudit]:
-    """Measure every tensor, once."""
+def _measured(
+    found: Audited, claim: Claim, files: Files, threads: int, progress: Progress | None, narrow: str = ""
+) -> list[TensorAudit]:
+    """Measure every tensor, once; those stored in more than 16 bits by the steps of `narrow`, if given."""
     claims = found.claimed
     sums: dict[int, dict[int, Sums]] = defaultdict(dict)
     total, done = sum(each.count for each in claims if each.is_comparable), 0
 
-    def worker() -> Callable[[tuple[int, int, int]], tuple[int, int, int, Sums]]:
-        return lambda task: (*task, _of_span(claims[task[0]], task[1], task[2], claim.p, claim.q, files))
+    def measured(task: tuple[int, int, int]) -> tuple[int, int, int, Sums]:
+        number, first, count = task
+        each = claims[number]
+        dtype = narrow if _is_wide(each) else ""
+        return number, first, count, _of_span(each, first, count, claim.p, claim.q, files, dtype)
 
-    with closing(in_threads(_spans(claims), worker, threads)) as results:
+    with closing(in_threads(_spans(claims), lambda: measured, threads)) as results:
         for result in results:
             if result is None:
                 continue
@@ -255,9 +260,9 @@ def _tried(each: Claimed, p: float, q: float, files: Files) -> Sums:
     return sum((_of_span(each, first, count, p, q, files) for first in sorted(firsts)), Sums())
 
 
-def _whole(each: Claimed, p: float, q: float, files: Files, dtype: str = "") -> Sums:
+def _whole(each: Claimed, p: float, q: float, files: Files) -> Sums:
     spans = range(0, each.count, SPAN)
-    return sum((_of_span(each, at, min(SPAN, each.count - at), p, q, files, dtype) for at in spans), Sums())
+    return sum((_of_span(each, at, min(SPAN, each.count - at), p, q, files) for at in spans), Sums())
 
 
 def _judged(each: Claimed, sums: Sums, claim: Claim, state: State | None = None, why: str = "") -> TensorAudit:
@@ -285,20 +290,26 @@ def _judged(each: Claimed, sums: Sums, claim: Claim, state: State | None = None,
     )
 
 
-def _narrower(found: Audited, claim: Claim, tensors: list[TensorAudit], files: Files) -> list[TensorAudit]:
+def _narrower(
+    found: Audited, claim: Claim, tensors: list[TensorAudit], files: Files, threads: int
+) -> list[TensorAudit]:
     """Judge tensors again by the steps of 16 bits if all their values have those, though they are stored wider.
 
     Where the base is no wider, they were merged so and stored wider, and nothing is wrong with that.
     """
     narrow = next((dtype for dtype in NARROW if is_held_by(tensors, dtype)), None)
-    result = []
-    for each, one in zip(found.claimed, tensors, strict=True):
-        again = one
-        if narrow is not None and each.is_comparable and one.dtype in ("F32", "F64"):
-            again = _judged(each, _whole(each, claim.p, claim.q, files, narrow), claim)
-            again = replace(again, dtype=narrow) if each.base.dtype == narrow else replace(again, sums=one.sums)
-        result.append(again)
-    return result
+    if narrow is None:
+        return tensors
+    again = _measured(found, claim, files, threads, None, narrow)
+    return [
+        replace(new, dtype=narrow) if each.base.dtype == narrow and _is_wide(each) else replace(new, sums=old.sums)
+        for each, old, new in zip(found.claimed, tensors, again, strict=True)
+    ]
+
+
+def _is_wide(each: Claimed) -> bool:
+    """Whether a tensor is stored in more than 16 bits."""
+    return each.merged is not None and each.is_comparable and each.merged.dtype in ("F32", "F64")
 
 
 def _reordered(found: Audited, claim: Claim, tensors: list[TensorAudit], files: Files) -> list[TensorAudit]:
