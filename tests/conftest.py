@@ -56,6 +56,9 @@ for dtype, width in (("F32", 4), ("BF16", 2)):
     for begin in (base, start):
         for drop in (0.5, 0):
             merge_span(base, begin, sft, out, 1024, 0, (0, 0), arithmetic(alpha=0.5, drop=drop), new_tally())
+from mergekit_imm.analysis.audit_sums import measure
+zeros = np.zeros(8, np.float32)
+measure(zeros, zeros, zeros, 1.0, 1.0, "BF16")
 """
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from .common.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .analysis.auditing import AuditReport as AuditReport
+    from .analysis.auditing import audit as audit
     from .analysis.change import weight_change as weight_change
     from .analysis.gradients import layer_importance as layer_importance
     from .engine.merge import iter_merged as iter_merged
@@ -53,6 +55,7 @@ else:
     __getattr__, __dir__, __all__ = lazy(
         __name__,
         {
+            ".analysis.auditing": "AuditReport audit",
             ".analysis.change": "weight_change",
             ".analysis.gradients": "layer_importance",
             ".engine.merge": "iter_merged merge_checkpoints",

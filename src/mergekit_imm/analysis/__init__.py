@@ -1,4 +1,4 @@
-"""Diagnosis: where the weights of a model changed, where they matter, and how far its predictions moved."""
+"""Diagnosis: which weights changed and which matter, how far predictions moved, and whether a merge is what it claims."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..options.layer_factors import Importance as Importance
+    from .auditing import AuditReport as AuditReport
+    from .auditing import audit as audit
     from .change import WeightChange as WeightChange
     from .change import weight_change as weight_change
     from .divergence import Divergence as Divergence
@@ -20,6 +22,7 @@ else:
         __name__,
         {
             "..options.layer_factors": "Importance",
+            ".auditing": "AuditReport audit",
             ".change": "WeightChange weight_change",
             ".divergence": "Divergence mean_kl",
             ".gradients": "layer_importance",

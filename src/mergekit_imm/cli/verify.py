@@ -1,22 +1,63 @@
-"""The command `imm-verify`: parse, call `verify`, print."""
+"""The command `imm-verify`: parse, call `verify`, or `audit` for what other tools merged, print."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ..common.messages import bytes_text, shown
 from ..common.version import __version__
-from .console import CONTEXT, progress_bar, say, values_checked
+from ..errors import MergeError
+from .console import CONTEXT, progress_bar, say, tell, values_checked
+
+verify_epilog = """\b
+Examples:
+  imm-verify merged/                                         our own merge, byte for byte
+  imm-verify merged/ --base base/ --sft adapter/             was this adapter merged, by whatever tool?
+  imm-verify merged/ --base base/ --sft sft/ --alpha 0.5     are these the weights that were merged?
+"""
+AUDIT = ("method", "alpha", "weights", "rename", "leave_out", "dequantize")
 
 
-@click.command("imm-verify", context_settings=CONTEXT)
-@click.argument("out")
-@click.option("--base", metavar="DIR", help="Where BASE is now, if it moved.")
+class Weights(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.2 only
+    """Two numbers, separated by a comma."""
+
+    name = "weights"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return them as floats."""
+        try:
+            base, sft = map(float, str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not two numbers such as 0.3,0.7", param, ctx)
+        return base, sft
+
+
+@click.command("imm-verify", context_settings=CONTEXT, epilog=verify_epilog)
+@click.argument("out", metavar="OUT")
+@click.option("--base", metavar="DIR", help="BASE; of our own merge, where it is now, if it moved.")
 @click.option("--start", metavar="DIR", help="Where START is now, if it moved.")
-@click.option("--sft", metavar="DIR", help="Where SFT is now, if it moved.")
+@click.option("--sft", metavar="DIR", help="SFT or its adapter; of our own merge, where it is now, if it moved.")
+@click.option(
+    "--method",
+    type=click.Choice(["lora", "imm", "linear"]),
+    help="Audit: what OUT should be: BASE + B A (or SFT); alpha BASE + (1 - alpha) SFT; a weighted sum."
+    "  [default: lora for an adapter, else imm]",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Audit: weight of BASE, for imm.  [default: the one that fits best]",
+)
+@click.option("--weights", type=Weights(), metavar="W,W", help="Audit: weights of BASE and SFT, for linear.")
+@click.option(
+    "--rename", metavar="REGEX=REPL", multiple=True, help="Audit: rename tensors of SFT to BASE's names; repeatable."
+)
+@click.option("--leave-out", metavar="FILE", multiple=True, help="Audit: ignore a file or folder; repeatable.")
+@click.option("--dequantize", is_flag=True, help="Audit: multiply FP8 weights of BASE and SFT by their scales.")
 @click.option(
     "--sample",
     type=click.FloatRange(0, 1, min_open=True),
@@ -36,17 +77,66 @@ from .console import CONTEXT, progress_bar, say, values_checked
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 @click.version_option(__version__, prog_name="imm-verify")
-def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> None:
-    """Recompute a merge from the recipe in OUT and compare every byte.
+def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> int:
+    """Recompute a merge and compare: our own by the recipe in OUT, others' by what they claim.
 
-    Compares all tensors (or a --sample of them), headers, configs and every other file of the merge. Exit status 0
-    if all are equal; 1, with the first difference, if not.
+    With a recipe in OUT, every byte is compared: tensors (or a --sample of them), headers, configs and every other
+    file. Exit status 0 if all are equal; 1, with the first difference, if not.
+
+    Without one, or with an option of an audit, OUT is audited: whether it is what another tool claims to have made of
+    --base and --sft, within rounding, and if not, what it is. Exit status 0 if it is as claimed, 1 if not, 2 if it
+    cannot be told from these inputs.
     """
-    from ..engine.verify import verify
     from ..options.options import check_device
 
     with values_checked():
         check_device(options["device"])
+    audited = {name: options.pop(name) for name in AUDIT}
+    asked = any(each not in (None, (), False) for each in audited.values())
+    if asked or (options["base"] and options["sft"] and not _has_recipe(out)):
+        return _audit(out, options, audited, quiet=quiet, as_json=as_json)
+    _verify(out, options, quiet=quiet, as_json=as_json)
+    return 0
+
+
+def _has_recipe(out: str) -> bool:
+    from ..options.recipe import RECIPE_FILE
+
+    try:
+        return (Path(out).expanduser() / RECIPE_FILE).exists()
+    except (OSError, RuntimeError):
+        return False
+
+
+def _audit(out: str, options: dict[str, Any], audited: dict[str, Any], *, quiet: bool, as_json: bool) -> int:
+    base, sft = options["base"], options["sft"]
+    if base is None or sft is None:
+        raise click.UsageError("an audit needs --base and --sft, the models that OUT is said to be made of")
+    if options["start"] is not None or options["sample"] != 1 or options["device"] != "cpu":
+        raise click.UsageError("--start, --sample and --device are of our own merges; an audit has none of them")
+    from ..analysis.auditing import audit, check_method
+    from ..views.audit import render
+
+    with values_checked():
+        check_method(audited["method"], audited["alpha"], audited["weights"])
+    try:
+        with progress_bar("auditing", shown=not quiet, rate=lambda x: f"{x / 1e6:.0f} M elements/s") as progress:
+            report = audit(out, base, sft, workers=options["workers"], progress=progress, **audited)
+    except MergeError as error:
+        error.status = 2  # type: ignore[attr-defined]  # it cannot be told
+        raise
+    for note in () if quiet else report.notes:
+        tell(note)
+    if as_json:
+        say(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        say(render(report))
+    return 0 if report.is_as_claimed else 1
+
+
+def _verify(out: str, options: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
+    from ..engine.verify import verify
+
     with progress_bar("verifying", shown=not quiet) as progress:
         report = verify(out, progress=progress, **options)
     if as_json:
