@@ -273,7 +273,7 @@ def _check_room(settings: Settings, folder: Path) -> None:
     if choice is None:
         return
     size = output_bytes(settings.base, settings.options)
-    lacking = lack_of_space({folder / candidate(0, alpha): size for alpha in choice.alphas[: choice.at_once]})
+    lacking = lack_of_space({folder / f"alpha-{alpha}": size for alpha in choice.alphas[: choice.at_once]})
     if lacking:
         fewer = "" if choice.is_search else "; choose among fewer alphas, or by choose:auto, which keeps two at a time"
         raise OutputError(f"the models to choose from: {lacking}{fewer}")

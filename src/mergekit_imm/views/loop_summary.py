@@ -6,29 +6,62 @@ from pathlib import Path
 from typing import Any
 
 from ..common.messages import shown
-from ..loop.state import State
+from ..loop.choice import dip_in, parse_choice
+from ..loop.state import State, candidate, measured, without_sign
 from ..output.direct_io import replace_file
 from ..output.write_errors import output_errors
 from .tables import aligned, saved
 
-KINDS = (("sft", "SFT"), ("merged", "Merge"), ("baseline", "SFT without merges"))
+KINDS = (("sft", "SFT"), ("candidate", "Candidate"), ("merged", "Merge"), ("baseline", "SFT without merges"))
 PANELS = 60  # more take minutes to draw, and nobody reads them
-_STYLES = {"sft": "^-", "merged": "o-", "baseline": "s--"}
+_STYLES = {"sft": "^-", "candidate": "x", "merged": "o-", "baseline": "s--"}
 
 
 def rows(state: State) -> list[dict[str, Any]]:
-    """Return a row for each evaluated model: round, kind, alpha if it is a merge, metrics."""
+    """Return a row for each evaluated model: round, kind, alpha if it is a merge, metrics.
+
+    Where alpha was chosen, the candidates that were not kept stand with the merged model in the order of their alphas.
+    """
     found: list[dict[str, Any]] = []
-    if "base" in state.metrics:
-        found.append({"round": None, "kind": "base", "alpha": None, "metrics": state.metrics["base"]})
+
+    def add(number: int | None, kind: str, alpha: float | None, name: str) -> None:
+        if name in state.metrics:
+            found.append({"round": number, "kind": kind, "alpha": alpha, "metrics": state.metrics[name]})
+
+    add(None, "base", None, "base")
     for number in range(state.settings.rounds):
-        for kind, _ in KINDS:
-            metrics = state.metrics.get(f"{number}/{kind}")
-            if metrics is None and (kind, number) == ("baseline", 0) and state.settings.baseline:
-                metrics = state.metrics.get("0/sft")  # round 0 has one sft
-            if metrics is not None:
-                alpha = state.alphas.get(str(number)) if kind == "merged" else None
-                found.append({"round": number, "kind": kind, "alpha": alpha, "metrics": metrics})
+        add(number, "sft", None, f"{number}/sft")
+        kept = state.alphas.get(str(number))
+        tried = [(alpha, "candidate", candidate(number, alpha)) for alpha in measured(state, number) if alpha != kept]
+        for alpha, kind, name in sorted([*tried, *([] if kept is None else [(kept, "merged", f"{number}/merged")])]):
+            add(number, kind, alpha, name)
+        shared = "0/sft" if number == 0 and state.settings.baseline else ""  # round 0 has one sft
+        add(number, "baseline", None, shared or f"{number}/baseline")
+    return found
+
+
+def notes(state: State) -> list[str]:
+    """Return what should be known about the alphas that were chosen: a line for each round, or none."""
+    choice, found = parse_choice(state.settings.alpha), []
+    if choice is None:
+        return []
+    name, sign = without_sign(state.settings.metric or "")
+    for number, kept in ((int(key), alpha) for key, alpha in state.alphas.items()):
+        seen, said = measured(state, number), []
+        dip = dip_in(seen) if choice.is_search else None
+        if choice.is_search:
+            said.append(f"{len(seen)} of {len(choice.alphas)} alphas were measured")
+        if dip:
+            low, middle, high = (f"{alpha:g} ({sign * seen[alpha]:.4g})" for alpha in dip)
+            said.append(
+                f"{shown(name)} does not rise to one peak: it is worse at {middle} than at {low} and {high}, so the"
+                " best may be one that was not measured; choose:0.1,0.2,... measures all"
+            )
+        ends = {choice.alphas[0]: "smallest", choice.alphas[-1]: "largest"}
+        if kept in ends and kept not in (0.0, 1.0):
+            said.append(f"the best alpha is the {ends[kept]} of the list; one beyond it may be better")
+        if said:
+            found.append(f"round {number}: {'; '.join(said)}")
     return found
 
 
