@@ -25,5 +25,5 @@ def help_of(command: str) -> str:
 
 
 if __name__ == "__main__":
-    names = ("merge", "verify", "loop", "analyze importance", "analyze change", "analyze samples")
+    names = ("merge", "verify", "loop", "analyze importance", "analyze change", "analyze samples", "analyze pareto")
     update("cli.md", {f"imm-{name} --help": help_of(name) for name in names}, __doc__)

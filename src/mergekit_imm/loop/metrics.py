@@ -1,14 +1,24 @@
-"""The numbers that an evaluate command writes, and what a gate says to them."""
+"""The numbers that evaluate commands write: read, listed by model, and judged by a gate."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from ..common.json_files import numbers_in, parse_json, read_small
 from ..common.messages import shown
 from ..errors import CheckpointError
-from .state import Settings, State, without_sign
+from .state import Settings, State, candidate, measured, without_sign
+
+# What the rows of a loop are called.
+TITLES = {
+    "base": "base",
+    "sft": "SFT",
+    "candidate": "Candidate",
+    "merged": "Merge",
+    "baseline": "SFT without merges",
+}
 
 
 def read_metrics(path: Path, settings: Settings) -> dict[str, float]:
@@ -52,3 +62,29 @@ def gate_refusal(state: State, number: int) -> str:
     if sign * (now - before) >= -state.settings.tolerance:
         return ""
     return f"{shown(name)} is {now:g} after {before:g}"
+
+
+def rows(state: State) -> list[dict[str, Any]]:
+    """Return a row for each evaluated model: round, kind, title, alpha if it is a merge, metrics.
+
+    Where alpha was chosen, the candidates that were not kept stand with the merged model in the order of their alphas.
+    """
+    found: list[dict[str, Any]] = []
+
+    def add(number: int | None, kind: str, alpha: float | None, name: str) -> None:
+        if name in state.metrics:
+            title = TITLES[kind] + ("" if number is None else f" {number}")
+            found.append(
+                {"round": number, "kind": kind, "title": title, "alpha": alpha, "metrics": state.metrics[name]}
+            )
+
+    add(None, "base", None, "base")
+    for number in range(state.settings.rounds):
+        add(number, "sft", None, f"{number}/sft")
+        kept = state.alphas.get(str(number))
+        tried = [(alpha, "candidate", candidate(number, alpha)) for alpha in measured(state, number) if alpha != kept]
+        for alpha, kind, name in sorted([*tried, *([] if kept is None else [(kept, "merged", f"{number}/merged")])]):
+            add(number, kind, alpha, name)
+        shared = "0/sft" if number == 0 and state.settings.baseline else ""  # round 0 has one sft
+        add(number, "baseline", None, shared or f"{number}/baseline")
+    return found

@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ..common.messages import shown
 from ..loop.choice import dip_in, parse_choice
-from ..loop.state import State, candidate, measured, without_sign
+from ..loop.metrics import TITLES, rows
+from ..loop.state import State, measured, without_sign
 from ..output.direct_io import replace_file
 from ..output.write_errors import output_errors
 from .tables import aligned, saved
 
-KINDS = (("sft", "SFT"), ("candidate", "Candidate"), ("merged", "Merge"), ("baseline", "SFT without merges"))
 PANELS = 60  # more take minutes to draw, and nobody reads them
 _STYLES = {"sft": "^-", "candidate": "x", "merged": "o-", "baseline": "s--"}
-
-
-def rows(state: State) -> list[dict[str, Any]]:
-    """Return a row for each evaluated model: round, kind, alpha if it is a merge, metrics.
-
-    Where alpha was chosen, the candidates that were not kept stand with the merged model in the order of their alphas.
-    """
-    found: list[dict[str, Any]] = []
-
-    def add(number: int | None, kind: str, alpha: float | None, name: str) -> None:
-        if name in state.metrics:
-            found.append({"round": number, "kind": kind, "alpha": alpha, "metrics": state.metrics[name]})
-
-    add(None, "base", None, "base")
-    for number in range(state.settings.rounds):
-        add(number, "sft", None, f"{number}/sft")
-        kept = state.alphas.get(str(number))
-        tried = [(alpha, "candidate", candidate(number, alpha)) for alpha in measured(state, number) if alpha != kept]
-        for alpha, kind, name in sorted([*tried, *([] if kept is None else [(kept, "merged", f"{number}/merged")])]):
-            add(number, kind, alpha, name)
-        shared = "0/sft" if number == 0 and state.settings.baseline else ""  # round 0 has one sft
-        add(number, "baseline", None, shared or f"{number}/baseline")
-    return found
 
 
 def notes(state: State) -> list[str]:
@@ -72,13 +48,11 @@ def table(state: State) -> str:
         alphas = (f"  round {number}: alpha {alpha:g}" for number, alpha in state.alphas.items())
         return "\n".join(["no evaluate command, so nothing was measured", *alphas])
     names = list(dict.fromkeys(name for row in found for name in row["metrics"]))
-    titles = dict(KINDS)
     cells = [["model", "alpha", *map(shown, names)]]
     for row in found:
-        title = "base" if row["kind"] == "base" else f"{titles[row['kind']]} {row['round']}"
         alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
         cells.append(
-            [title, alpha, *(f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "" for name in names)]
+            [row["title"], alpha, *(f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "" for name in names)]
         )
     return "\n".join(aligned(cells))
 
@@ -105,10 +79,10 @@ def plot(state: State, folder: Path) -> list[Path]:
             base = [value for kind, _, value in measured if kind == "base"]
             if base:
                 axes.axhline(base[0], color="0.5", linewidth=1, linestyle=":", label="base")
-            for kind, title in KINDS:
+            for kind, style in _STYLES.items():
                 points = [(at, value) for each, at, value in measured if each == kind]
                 if points:
-                    axes.plot(*zip(*points, strict=True), _STYLES[kind], label=title, markersize=4)
+                    axes.plot(*zip(*points, strict=True), style, label=TITLES[kind], markersize=4)
             axes.set_xticks(range(state.settings.rounds))
             axes.set_xlabel("round")
             axes.set_title(shown(name, 60), parse_math=False)
