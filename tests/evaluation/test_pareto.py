@@ -136,7 +136,7 @@ def test_places_without_numbers_are_refused(folder: Path) -> None:
         read_results(["nowhere.json"])
 
 
-@pytest.mark.parametrize(("inside", "outside"), [("x", "x"), ("-", "x"), ("x", "")])
+@pytest.mark.parametrize(("inside", "outside"), [("x", "-x"), ("-", "x"), ("x", "")])
 def test_two_metrics_are_asked_for(inside: str, outside: str) -> None:
     with pytest.raises(ArgumentError, match="give two different metrics"):
         tradeoff([], inside, outside)

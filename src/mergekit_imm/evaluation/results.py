@@ -73,7 +73,7 @@ def read_results(places: Sequence[str | Path]) -> list[Result]:
 def tradeoff(results: Sequence[Result], inside: str, outside: str) -> Tradeoff:
     """Return results with their Pareto front in two metrics. Raises CheckpointError for one that lacks a metric."""
     names = [without_sign(name) for name in (inside, outside)]
-    if not all(name for name, _ in names) or inside == outside:
+    if not all(name for name, _ in names) or names[0][0] == names[1][0]:
         raise ArgumentError("give two different metrics, each with a leading - if less is better")
     points = []
     for each in results:
