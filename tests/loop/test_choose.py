@@ -59,6 +59,7 @@ def results(run: Path) -> dict[str, bytes]:
         {"metric": "-loss", "drop": "0.5", "seed": 3},
         {"anchor": "previous", "importance": {"0": 1.0, "1": 3.0}},
         {"layer_factors": "lines:1,0.5", "keep": ("embed",)},
+        {"sparsify": "trim", "drop": "0.5"},
         {"gate": "-score", "tolerance": 9.0, "keep_rounds": 1, "baseline": True},
     ],
 )
