@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoints import random_state, write_model
 from mergekit_imm import ArgumentError, CheckpointError
 from mergekit_imm.evaluation import pareto_front
 from mergekit_imm.evaluation.results import read_results, tradeoff
@@ -130,10 +132,31 @@ def test_a_number_that_does_not_matter_may_be_anything(folder: Path) -> None:
 
 def test_places_without_numbers_are_refused(folder: Path) -> None:
     model("out-0.3", 0.3)
-    with pytest.raises(CheckpointError, match=r"out-0\.3 has no metrics\.json, and there is no out-0\.3\.json; give"):
+    with pytest.raises(CheckpointError, match=r"out-0\.3 has no metrics\.json, and no out-0\.3\.json beside it; give"):
         read_results(["out-0.3"])
     with pytest.raises(CheckpointError, match=r"nowhere\.json cannot be read: No such file"):
         read_results(["nowhere.json"])
+
+
+def test_numbers_that_came_along_with_a_merge_are_refused(folder: Path) -> None:
+    """A merge copies what lies beside the weights, and numbers of the base are none of the merged model."""
+    from mergekit_imm import merge_checkpoints
+
+    for name in ("base", "sft"):
+        write_model(Path(name), random_state({"w": (8, 8)}, seed=len(name)), config={"model_type": "tiny"})
+    numbers("base/metrics.json", 1, 2)
+    merge_checkpoints("base", "sft", "out-1.0", alpha=1.0)
+    assert Path("out-1.0/metrics.json").exists()
+    with pytest.raises(
+        CheckpointError, match=r"out-1\.0/metrics\.json is a copy of base/metrics\.json, which the merge took"
+    ):
+        read_results(["out-1.0"])
+    numbers("out-1.0/metrics.json", 1, 2)  # the same numbers, measured later
+    later = Path("out-1.0/imm_recipe.json").stat().st_mtime + 1
+    os.utime("out-1.0/metrics.json", (later, later))
+    assert read_results(["out-1.0"])[0].alpha == 1.0
+    numbers("out-1.0.json", 3, 4)
+    assert read_results(["out-1.0"])[0].metrics["loss"] == 4
 
 
 @pytest.mark.parametrize(("inside", "outside"), [("x", "-x"), ("-", "x"), ("x", "")])

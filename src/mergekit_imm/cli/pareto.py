@@ -14,13 +14,13 @@ FORMAT = "mergekit_imm pareto"
 pareto_epilog = """\b
 A RESULT is one of these; alpha and drop are those of the model's recipe:
   run/                  the folder of a loop: every model that it measured
-  out-0.3/metrics.json  the JSON file of numbers of the model in that folder
-  out-0.3.json          the same, of the model in out-0.3/
-  out-0.3/              that model: whichever of these two files exists
+  out-0.3.json          a JSON file of numbers, of the model in out-0.3/
+  out-0.3/metrics.json  the same, of the model in that folder
+  out-0.3/              that model: the first of these two files that exists
 
 \b
 Example:
-  imm-analyze pareto out-*/ --in gsm8k.accuracy --out -wikitext.perplexity -o report/
+  imm-analyze pareto out-*.json --in gsm8k.accuracy --out -wikitext.perplexity -o report/
 """
 
 

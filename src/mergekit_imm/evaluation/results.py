@@ -50,8 +50,9 @@ def read_results(places: Sequence[str | Path]) -> list[Result]:
     """Return the results in files and folders, series by series, by alpha; models without alpha come first.
 
     A place is the folder of a loop; a JSON file of numbers, in the folder of a model or beside it under its name
-    (out-0.3/metrics.json, out-0.3.json); or the folder of a model, for the file of these two that exists. Alpha and
-    drop are those of the model's recipe. Raises CheckpointError for what cannot be read.
+    (out-0.3/metrics.json, out-0.3.json); or the folder of a model, for the file of these two that exists, first that
+    beside it. Alpha and drop are those of the model's recipe. Raises CheckpointError for what cannot be read, and for
+    numbers of an input that the merge took along.
     """
     found: list[Result] = []
     several = len(places) > 1
@@ -112,12 +113,12 @@ def _of_loop(folder: Path, prefix: str) -> list[Result]:
 def _of_model(place: Path) -> Result:
     """Return the result in a file, or of a model's folder."""
     if place.is_dir():
-        files = [place / METRICS, place.with_name(f"{place.resolve().name}.json")]
+        files = [place.parent / f"{place.resolve().name}.json", place / METRICS]
         file = next((each for each in files if each.is_file()), None)
         if file is None:
             raise CheckpointError(
-                f"{shown(place)} has no {METRICS}, and there is no {shown(files[1])}; give the file that holds its"
-                " numbers"
+                f"{shown(place)} has no {METRICS}, and no {shown(files[0].name)} beside it; give the file that holds"
+                " its numbers"
             )
     else:
         file = place
@@ -137,5 +138,22 @@ def _of_model(place: Path) -> Result:
         model = around if (around / RECIPE_FILE).exists() and (around / CARD_FILE).exists() else None
     name = around.name if file.name == METRICS or model is around else file.stem
     recipe = None if model is None else read_recipe(model)
+    if recipe is not None and model is around:
+        _refuse_copy(file, around / RECIPE_FILE, [Path(each["path"]) for each in recipe["inputs"].values()])
     parameters = {} if recipe is None else recipe["parameters"]
     return Result(name, str(file), metrics, parameters.get("alpha"), parameters.get("drop"))
+
+
+def _refuse_copy(file: Path, recipe: Path, inputs: Sequence[Path]) -> None:
+    """Raise CheckpointError for a file of an input, which a merge copies like any other file beside the weights."""
+    for source in (each / file.name for each in inputs):
+        # An evaluation of the merged model is later than the merge, even if it finds the same numbers.
+        if (
+            source.is_file()
+            and file.stat().st_mtime_ns <= recipe.stat().st_mtime_ns
+            and file.read_bytes() == source.read_bytes()
+        ):
+            raise CheckpointError(
+                f"{shown(file)} is a copy of {shown(source)}, which the merge took along: it says nothing of the merged"
+                " model; evaluate that, and remove this file"
+            )

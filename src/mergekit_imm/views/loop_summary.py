@@ -82,7 +82,8 @@ def plot(state: State, folder: Path) -> list[Path]:
             for kind, style in _STYLES.items():
                 points = [(at, value) for each, at, value in measured if each == kind]
                 if points:
-                    axes.plot(*zip(*points, strict=True), style, label=TITLES[kind], markersize=4)
+                    grey = "0.55" if kind == "candidate" else None
+                    axes.plot(*zip(*points, strict=True), style, color=grey, label=TITLES[kind], markersize=4)
             axes.set_xticks(range(state.settings.rounds))
             axes.set_xlabel("round")
             axes.set_title(shown(name, 60), parse_math=False)
