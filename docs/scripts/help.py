@@ -25,5 +25,6 @@ def help_of(command: str) -> str:
 
 
 if __name__ == "__main__":
-    names = ("merge", "verify", "loop", "analyze importance", "analyze change", "analyze kl", "analyze samples")
+    analyses = ("importance", "change", "kl", "samples", "pareto")
+    names = ("merge", "verify", "loop", *(f"analyze {each}" for each in analyses))
     update("cli.md", {f"imm-{name} --help": help_of(name) for name in names}, __doc__)

@@ -50,7 +50,13 @@ Example:
     default="0.5",
     show_default=True,
     metavar="SCHEDULE",
-    help="Weight of the anchor: 0.5; one value per round, 0.3,0.5,0.7; linear:0.3,0.7; cosine:0.3,0.7.",
+    help="Weight of the anchor: 0.5; one value per round, 0.3,0.5,0.7; linear:0.3,0.7; cosine:0.3,0.7; or in each"
+    " round the best by --metric, choose:0.2,0.4,0.6,0.8 or choose:auto.",
+)
+@click.option(
+    "--metric",
+    metavar="METRIC",
+    help="Choose alpha by METRIC, on held-out data; write -METRIC if lower is better.",
 )
 @click.option(
     "--drop",
@@ -115,7 +121,7 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
     from ..loop.commands import CommandError, to_stdout
     from ..loop.run import run_loop
     from ..loop.state import from_dict
-    from ..views.loop_summary import plot, table
+    from ..views.loop_summary import notes, plot, table
 
     try:
         alphas = tuple(float(part) for part in retry.split(",")) if retry else ()
@@ -131,9 +137,11 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
             tell(shown(line, 500))
         raise
     if as_json:
-        say(json.dumps(state.to_dict(), indent=2))
+        say(json.dumps({**state.to_dict(), "notes": notes(state)}, indent=2))
     else:
         say(table(state))
+        for note in notes(state):
+            say(note)
     pictures = pictures_or_note(lambda: plot(state, Path(run).expanduser()), quiet=quiet) or []
     if not as_json:
         if pictures:

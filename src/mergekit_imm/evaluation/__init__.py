@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .diversity import distinct_n as distinct_n
     from .diversity import expectation_adjusted_distinct as expectation_adjusted_distinct
     from .diversity import mean_distinct as mean_distinct
+    from .pareto import pareto_front as pareto_front
     from .passk import mean_pass_at_k as mean_pass_at_k
     from .passk import pass_at_k as pass_at_k
     from .reversal import Reversal as Reversal
@@ -41,6 +42,7 @@ else:
             ".calibration": "Calibration expected_calibration_error",
             ".comparison": "Comparison Measure Report compare",
             ".diversity": "cosine_diversity distinct_equations distinct_n expectation_adjusted_distinct mean_distinct",
+            ".pareto": "pareto_front",
             ".passk": "mean_pass_at_k pass_at_k",
             ".reversal": "Reversal group_disparity improvement_set judge",
             ".samples": "Model Problem Response read_samples",

@@ -14,6 +14,7 @@ from ..checkpoint.open_checkpoint import open_checkpoint
 from ..common.messages import shown
 from ..errors import ArgumentError
 from ..model.rename_rules import parse_rename
+from ..numerics.dtypes import DTYPE_BITS, MERGED, TORCH_NAMES
 from ..numerics.mask import arithmetic
 from ..options.options import MergeOptions, RunOptions, layer_factors_of, options_from, with_files_read
 from ..plan.compatibility import selector
@@ -46,6 +47,17 @@ def check_options(
     factors = layer_factors_of(p, opened.tensors)
     for each in several:
         arithmetic(alpha=each.alpha, drop=each.drop, factor=max(factors.values(), default=1.0))
+
+
+def output_bytes(base: str | Path, options: Mapping[str, Any]) -> int:
+    """Return the bytes of all tensors that a merge with this base writes, if the trained model adds none."""
+    p = options_from(options, MergeOptions)
+    tensors = open_checkpoint(base, "base", dry_run=True, leave_out=p.leave_out).tensors.values()
+    dtype = TORCH_NAMES.get(p.dtype)  # None: each its own
+    return sum(
+        each.count * DTYPE_BITS[dtype if dtype and each.output_dtype in MERGED else each.output_dtype] // 8
+        for each in tensors
+    )
 
 
 def _check_last_rename(rules: Sequence[str], base: Checkpoint) -> None:

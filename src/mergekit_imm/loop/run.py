@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import math
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.open_checkpoint import open_checkpoint
-from ..common.json_files import is_utf8, parse_json, read_small
+from ..common.json_files import is_utf8
 from ..common.messages import shown
 from ..engine.merge import merged
-from ..engine.report import MergeReport
 from ..errors import CheckpointError, MergeError, OutputError
 from ..options.options import MERGE_DEFAULTS
 from ..options.recipe import RECIPE_FILE, REPORT_FILE
 from ..output import direct_io
 from ..output.paths import expanded, locked
-from ..output.write_errors import output_errors
+from ..output.write_errors import lack_of_space, output_errors
 from ..schedules import parse_schedule
+from .choice import Choice, best_of, next_alphas, parse_choice
 from .commands import Echo, filled, run_command
-from .early_checks import check_options
+from .early_checks import check_options, output_bytes
+from .metrics import gate_refusal, read_metrics
 from .next_anchor import NextAnchor
+from .progress import Loop, Tell
 from .state import (
     EVALUATE_MERGED,
     LOCK,
@@ -34,51 +36,17 @@ from .state import (
     alphas_of,
     anchor_decay,
     begin_or_resume,
+    candidate,
     check_commands,
     load,
+    measured,
     refuse_others,
-    save,
     step_of,
-    with_step,
+    without_sign,
 )
 
-Tell = Callable[[str], None]
 BASELINE = "baseline"  # the same rounds without merges
 _BUSY = "is in use: a loop runs there, or a command that it started still does; wait for it, or end it"
-
-
-class _Loop:
-    """A loop in progress: its folder, its state, and its output callbacks."""
-
-    def __init__(self, folder: Path, held: int | None, state: State, echo: Echo | None, tell: Tell | None) -> None:
-        self.folder, self.held, self.state, self.echo = folder, held, state, echo
-        self.tell: Tell = tell or (lambda _: None)
-        self.settings = state.settings
-
-    def has(self, step: str) -> bool:
-        """Whether a step is done."""
-        return step in self.state.done
-
-    def finish(self, step: str, **changes: Any) -> None:
-        """Record on disk that a step is done."""
-        self.state = with_step(self.state, step, **changes)
-        save(self.state, self.folder)
-
-    def place(self, number: int, name: str = "", chain: str = "") -> Path:
-        """Return the folder of a round, or a path in it."""
-        folder = self.folder / chain / f"round-{number}"
-        return folder / name if name else folder
-
-    def start(self, number: int) -> str:
-        """Return the model that a round starts from."""
-        return str(self.place(number - 1, "merged")) if number else self.settings.base
-
-    def anchor(self, number: int) -> str:
-        """Return the model that a round is pulled back to."""
-        kept = anchor_decay(self.settings.anchor)
-        if kept == 1 or number == 0:
-            return self.settings.base
-        return self.start(number) if kept == 0 else str(self.place(number, "anchor"))
 
 
 def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, tell: Tell | None = None) -> State:
@@ -89,26 +57,32 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
 
     The anchor is the base in every round (the paper), `previous` (start_t), or `ema:d`: anchor_t+1 = d * anchor_t +
     (1 - d) * merged_t. Finished steps are recorded in RUN/loop.json; called again with the same settings, the loop
-    resumes at the first unfinished step. With a gate, a round is accepted if its metric is at most `tolerance` below
-    that of the last accepted model (prefix the name with - if less is better); else it is merged again with each alpha
-    of `retry`, and the loop stops if none is accepted. `echo` receives the commands' output, `tell` a line per step.
-    Returns the final state. Raises CommandError if a command fails, and whatever merges raise.
+    resumes at the first unfinished step. If alpha is a choice, a round is merged with each alpha to choose from, and
+    the one with the best metric is kept (of equals, the largest alpha). With a gate, a round is accepted if its metric
+    is at most `tolerance` below that of the last accepted model; else it is merged again with each alpha of `retry`,
+    and the loop stops if none is accepted. Prefix either name with - if less is better. `echo` receives the commands'
+    output, `tell` a line per step. Returns the final state. Raises CommandError if a command fails, and whatever merges
+    raise.
     """
     folder = expanded(run)
     if settings.base.startswith("~"):  # commands get it quoted
         settings = replace(settings, base=str(Path(settings.base).expanduser()))
     if not is_utf8(str(folder)):
         raise OutputError(f"the path {shown(folder)} is not valid UTF-8; give another folder")
+    filled_in = re.search(r"\{(alpha|drop|seed)\}", str(folder))
+    if filled_in:
+        raise OutputError(f"the path {shown(folder)} has {filled_in[0]}, which merges fill in; give another folder")
     # Refuse now, not after hours of training.
     if load(folder) is None:
         check_commands(settings)
+        _check_room(settings, folder)
     _check_merges(settings)
     with output_errors(folder):
         direct_io.make_folder(folder)
         refuse_others(folder)
         (folder / LOCK).touch()
         with locked(folder / LOCK, _BUSY) as held:
-            loop = _Loop(folder, held, begin_or_resume(folder, settings), echo, tell)
+            loop = Loop(folder, held, begin_or_resume(folder, settings), echo, tell)
             if held is None:
                 loop.tell(
                     f"note: the filesystem of {shown(folder)} has no locks: make sure that no other loop runs there"
@@ -117,7 +91,7 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
             return loop.state
 
 
-def _run_steps(loop: _Loop) -> None:
+def _run_steps(loop: Loop) -> None:
     """Run the remaining steps."""
     if loop.settings.evaluate is not None and not loop.has("base/evaluate"):
         _evaluate(loop, "base/evaluate", "base", loop.settings.base, 0, loop.folder / "base.json")
@@ -132,26 +106,22 @@ def _run_steps(loop: _Loop) -> None:
             loop.finish(f"{number}/remove")
 
 
-def _round(loop: _Loop, number: int) -> None:
+def _round(loop: Loop, number: int) -> None:
     """Run the unfinished steps of a round: generate, train, merge, evaluate; with a gate, until a merge is accepted."""
     settings = loop.settings
     if loop.has(f"{number}/accept") or loop.has(f"{number}/stop"):
         return
+    if not loop.has(f"{number}/train"):
+        _check_room(settings, loop.folder)
     _train(loop, number, loop.start(number), "")
     if settings.evaluate is not None and not loop.has(f"{number}/evaluate sft"):
         place = loop.place(number, "sft.json")
         _evaluate(loop, f"{number}/evaluate sft", f"{number}/sft", str(loop.place(number, "sft")), number, place)
     refusal = ""
-    for alpha in alphas_of(settings, number):
-        if not loop.has(step_of(number, MERGE, alpha)):
-            _merge(loop, number, alpha)
-            loop.finish(step_of(number, MERGE, alpha), alphas={**loop.state.alphas, str(number): alpha})
-        model, step = loop.place(number, "merged"), step_of(number, EVALUATE_MERGED, alpha)
-        if settings.evaluate is not None and not loop.has(step):
-            _evaluate(loop, step, f"{number}/merged", str(model), number, loop.place(number, "merged.json"))
-        refusal = _gate_refusal(loop.state, number)
+    for alpha in _merges(loop, number):
+        refusal = gate_refusal(loop.state, number)
         if not refusal:
-            loop.finish(f"{number}/accept", model=str(model))
+            loop.finish(f"{number}/accept", model=str(loop.place(number, "merged")))
             return
         loop.tell(f"round {number}: not accepted with alpha {alpha:g}: {refusal}")
     loop.finish(
@@ -164,7 +134,100 @@ def _round(loop: _Loop, number: int) -> None:
         following.parent.rmdir()
 
 
-def _baseline_round(loop: _Loop, number: int) -> None:
+def _merges(loop: Loop, number: int) -> Iterator[float]:
+    """Merge and measure a round with each of its alphas in turn, or with the one that is chosen; yield the alpha."""
+    choice = parse_choice(loop.settings.alpha)
+    if choice is not None:
+        yield _choose(loop, number, choice)
+        return
+    for alpha in alphas_of(loop.settings, number):
+        if not loop.has(step_of(number, MERGE, alpha)):
+            _merge(loop, number, alpha, "merged")
+            loop.finish(step_of(number, MERGE, alpha), alphas={**loop.state.alphas, str(number): alpha})
+        step, model = step_of(number, EVALUATE_MERGED, alpha), str(loop.place(number, "merged"))
+        if loop.settings.evaluate is not None and not loop.has(step):
+            _evaluate(loop, step, f"{number}/merged", model, number, loop.place(number, "merged.json"))
+        yield alpha
+
+
+def _choose(loop: Loop, number: int, choice: Choice) -> float:
+    """Merge and measure the candidates of a round, keep the best as its merged model, and return its alpha.
+
+    A candidate that is not the best so far is removed once that is recorded. What is done next follows from what was
+    measured, so a killed loop measures nothing again.
+    """
+    while not loop.has(f"{number}/choose"):
+        seen = measured(loop.state, number)
+        _remove_candidates(loop, number, set(seen) - {best_of(seen)} if seen else set())
+        asked = next_alphas(choice, seen)
+        if not asked:
+            _record_choice(loop, number, seen)
+            break
+        lacking = [alpha for alpha in asked if not loop.has(step_of(number, MERGE, alpha))]
+        if lacking:
+            _merge(loop, number, lacking, "alpha-{alpha}")
+            loop.finish(*(step_of(number, MERGE, alpha) for alpha in lacking))
+        for alpha in asked:
+            key, model = candidate(number, alpha), _candidate_place(loop, number, alpha)
+            _evaluate(
+                loop,
+                step_of(number, EVALUATE_MERGED, alpha),
+                key,
+                str(model),
+                number,
+                model.with_name(f"{model.name}.json"),
+            )
+    alpha = loop.state.alphas[str(number)]
+    if not loop.has(f"{number}/keep"):
+        _keep(loop, number, alpha)
+    return alpha
+
+
+def _candidate_place(loop: Loop, number: int, alpha: float) -> Path:
+    return loop.place(number) / candidate(number, alpha).rpartition("/")[2]
+
+
+def _record_choice(loop: Loop, number: int, seen: Mapping[float, float]) -> None:
+    """Record which candidate of a round is the best; from now on its numbers are those of the merged model."""
+    alpha = best_of(seen)
+    metrics = loop.state.metrics[candidate(number, alpha)]
+    name = without_sign(loop.settings.metric or "")[0]
+    loop.tell(f"round {number}: alpha {alpha:g} of {len(seen)} measured, with {shown(name)} {metrics[name]:g}")
+    loop.finish(
+        f"{number}/choose",
+        alphas={**loop.state.alphas, str(number): alpha},
+        metrics={**loop.state.metrics, f"{number}/merged": metrics},
+    )
+
+
+def _keep(loop: Loop, number: int, alpha: float) -> None:
+    """Put the chosen candidate in the place of the round's merged model."""
+    merged, chosen = loop.place(number, "merged"), _candidate_place(loop, number, alpha)
+    if not merged.is_dir():  # cut off before
+        if not chosen.is_dir():
+            raise OutputError(f"{shown(chosen)}, the best of round {number}, is gone; put it back and run again")
+        chosen.rename(merged)
+        direct_io.sync_folder(merged.parent)
+    _copy_records(loop, number)
+    direct_io.write_file(loop.place(number, "merged.json"), chosen.with_name(f"{chosen.name}.json").read_bytes())
+    loop.finish(f"{number}/keep")
+
+
+def _remove_candidates(loop: Loop, number: int, alphas: Iterable[float]) -> None:
+    for alpha in sorted(alphas):
+        place = _candidate_place(loop, number, alpha)
+        if place.is_dir():
+            loop.tell(f"removing {place}")
+            shutil.rmtree(place)
+
+
+def _copy_records(loop: Loop, number: int) -> None:
+    """Copy a round's recipe and report, which outlive its model."""
+    for name in (RECIPE_FILE, REPORT_FILE):
+        direct_io.write_file(loop.place(number, name), (loop.place(number, "merged") / name).read_bytes())
+
+
+def _baseline_round(loop: Loop, number: int) -> None:
     """Run a round of the baseline, which has no merges: it starts from the sft of the round before."""
     if number == 0:  # the same as the first round of the loop
         return
@@ -175,7 +238,7 @@ def _baseline_round(loop: _Loop, number: int) -> None:
         _evaluate(loop, step, f"{number}/{BASELINE}", str(sft), number, loop.place(number, "sft.json", BASELINE))
 
 
-def _train(loop: _Loop, number: int, start: str, chain: str) -> None:
+def _train(loop: Loop, number: int, start: str, chain: str) -> None:
     """Generate data and train, starting from a model."""
     settings, of = loop.settings, f" {chain}" if chain else ""
     data, sft = loop.place(number, "data", chain), loop.place(number, "sft", chain)
@@ -204,7 +267,19 @@ def _check_merges(settings: Settings) -> None:
     check_options(settings.base, settings.options, points=points)
 
 
-def _command(loop: _Loop, template: str, values: Mapping[str, str], what: str, number: int, place: Path) -> None:
+def _check_room(settings: Settings, folder: Path) -> None:
+    """Raise OutputError if the disk cannot hold the candidates of a round."""
+    choice = parse_choice(settings.alpha)
+    if choice is None:
+        return
+    size = output_bytes(settings.base, settings.options)
+    lacking = lack_of_space({folder / f"alpha-{alpha}": size for alpha in choice.alphas[: choice.at_once]})
+    if lacking:
+        fewer = "" if choice.is_search else "; choose among fewer alphas, or by choose:auto, which keeps two at a time"
+        raise OutputError(f"the models to choose from: {lacking}{fewer}")
+
+
+def _command(loop: Loop, template: str, values: Mapping[str, str], what: str, number: int, place: Path) -> None:
     """Run one of the user's commands; its log goes next to its output."""
     command = filled(template, values)
     loop.tell(f"round {number}: {what}: {command}")
@@ -214,7 +289,7 @@ def _command(loop: _Loop, template: str, values: Mapping[str, str], what: str, n
     run_command(name, command, log, held=loop.held, echo=loop.echo)
 
 
-def _anchor_merge(loop: _Loop, number: int) -> dict[str, Any]:
+def _anchor_merge(loop: Loop, number: int) -> dict[str, Any]:
     """Return the arguments of the merge that makes a round's anchor, which moves."""
     kept = anchor_decay(loop.settings.anchor)
     return {
@@ -231,8 +306,11 @@ def _anchor_merge(loop: _Loop, number: int) -> dict[str, Any]:
     }
 
 
-def _merge(loop: _Loop, number: int, alpha: float) -> None:
-    """Merge a round; first update a moving anchor, if the round before has not, and then begin the next."""
+def _merge(loop: Loop, number: int, alpha: float | Sequence[float], name: str) -> None:
+    """Merge a round; first update a moving anchor, if the round before has not, and then begin the next.
+
+    Several alphas are merged from one reading. The next anchor then waits: it follows from the one that is chosen.
+    """
     settings = loop.settings
     kept = anchor_decay(settings.anchor)
     moves = kept not in (0, 1)
@@ -242,7 +320,9 @@ def _merge(loop: _Loop, number: int, alpha: float) -> None:
         merged(_anchor_merge(loop, number))
     anchor, start = loop.anchor(number), loop.start(number)
     drop = parse_schedule(settings.drop, settings.rounds)(number)
-    loop.tell(f"round {number}: merge: alpha {alpha:g}, drop {drop:g}, anchor {anchor}")
+    alphas = alpha if isinstance(alpha, Sequence) else [alpha]
+    text = ", ".join(f"{each:g}" for each in alphas)
+    loop.tell(f"round {number}: merge: alpha {text}, drop {drop:g}, anchor {anchor}")
     dtype = settings.options.get("dtype", "base")
     if dtype == "base" and anchor not in (settings.base, start):
         dtype = "start"  # the previous merged model, which has the base's dtypes
@@ -251,7 +331,7 @@ def _merge(loop: _Loop, number: int, alpha: float) -> None:
         **settings.options,
         "base": anchor,
         "sft": loop.place(number, "sft"),
-        "out": loop.place(number, "merged"),
+        "out": loop.place(number, name),
         "start": start if start != anchor else None,
         "iteration": number,
         "alpha": alpha,
@@ -260,16 +340,16 @@ def _merge(loop: _Loop, number: int, alpha: float) -> None:
         "overwrite": True,
     }
     following = None
-    if moves and number + 1 < settings.rounds:
+    if moves and alphas is not alpha and number + 1 < settings.rounds:
         with suppress(MergeError):  # its own merge says so
             following = NextAnchor(_anchor_merge(loop, number + 1), like=start)
     try:
-        report = merged(given, None if following is None else following.add)
-        assert isinstance(report, MergeReport)
-        for note in report.notes:
+        reports = merged(given, None if following is None else following.add)
+        reports = reports if isinstance(reports, list) else [reports]
+        for note in dict.fromkeys(note for report in reports for note in report.notes):
             loop.tell(note)
-        for name in (RECIPE_FILE, REPORT_FILE):  # they outlive the model
-            direct_io.write_file(loop.place(number, name), (loop.place(number, "merged") / name).read_bytes())
+        if alphas is not alpha:
+            _copy_records(loop, number)
         if following is not None:
             following.hand_over(lambda: merged(_anchor_merge(loop, number + 1)))
     finally:
@@ -277,7 +357,7 @@ def _merge(loop: _Loop, number: int, alpha: float) -> None:
             following.discard()
 
 
-def _evaluate(loop: _Loop, step: str, key: str, model: str, number: int, path: Path) -> None:
+def _evaluate(loop: Loop, step: str, key: str, model: str, number: int, path: Path) -> None:
     """Evaluate a model and record the numbers that the command writes; nested ones under dotted names."""
     settings = loop.settings
     assert settings.evaluate is not None
@@ -288,63 +368,10 @@ def _evaluate(loop: _Loop, step: str, key: str, model: str, number: int, path: P
     loop.tell(f"round {number}: evaluate: {command}")
     log = path.with_name(f"evaluate-{path.stem}.log")
     run_command(f"the evaluate command of {key}", command, log, held=loop.held, echo=loop.echo)
-    metrics = _metrics(path)
-    wanted = (settings.gate or "").removeprefix("-")
-    if wanted and wanted not in metrics:
-        raise CheckpointError(
-            f"{shown(path)} has no '{shown(wanted)}', which the gate asks for, but {', '.join(map(shown, metrics))}"
-        )
-    loop.finish(step, metrics={**loop.state.metrics, key: metrics})
+    loop.finish(step, metrics={**loop.state.metrics, key: read_metrics(path, settings)})
 
 
-def _metrics(path: Path) -> dict[str, float]:
-    try:
-        content = parse_json(read_small(path))
-    except OSError as error:
-        raise CheckpointError(
-            f"the evaluate command ended with status 0, but {shown(path)} cannot be read: {error.strerror}; it must"
-            " write its numbers to {json}"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{shown(path)}, which the evaluate command wrote, is not JSON: {error}") from error
-    found: dict[str, float] = {}
-
-    def collect(value: Any, place: str) -> None:
-        if isinstance(value, dict):
-            for key, each in value.items():
-                collect(each, f"{place}.{key}" if place else str(key))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            try:
-                found[place] = float(value)
-            except OverflowError:
-                found[place] = math.inf
-
-    collect(content, "")
-    if not isinstance(content, dict) or not found:
-        raise CheckpointError(
-            f"{shown(path)}, which the evaluate command wrote, is not a JSON object with numbers in it"
-        )
-    wrong = next((key for key, value in found.items() if not math.isfinite(value)), None)
-    if wrong is not None:
-        raise CheckpointError(f"{shown(path)}: '{shown(wrong)}' is {found[wrong]}, which cannot be compared")
-    return found
-
-
-def _gate_refusal(state: State, number: int) -> str:
-    """Return why the gate refuses a round; "" if it accepts."""
-    gate = state.settings.gate
-    if gate is None:
-        return ""
-    name = gate.removeprefix("-")
-    sign = -1 if gate.startswith("-") else 1
-    last = "base" if number == 0 else f"{number - 1}/merged"
-    before, now = state.metrics[last][name], state.metrics[f"{number}/merged"][name]
-    if sign * (now - before) >= -state.settings.tolerance:
-        return ""
-    return f"{shown(name)} is {now:g} after {before:g}"
-
-
-def _remove(loop: _Loop, last: int) -> None:
+def _remove(loop: Loop, last: int) -> None:
     """Remove the models of all rounds up to `last`; recipes, metrics and logs stay."""
     for number in range(last + 1):
         for chain in ("", BASELINE):

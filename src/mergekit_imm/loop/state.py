@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ..options.options import LOOP_OPTIONS, MERGE_DEFAULTS, MergeOptions, check_
 from ..options.recipe import differences, to_json
 from ..output import direct_io
 from ..schedules import parse_schedule
+from .choice import Choice, parse_choice
 from .commands import check_placeholders, placeholders
 
 STATE = "loop.json"
@@ -29,7 +30,8 @@ MERGE, EVALUATE_MERGED = "merge", "evaluate merged"  # steps repeated for each a
 class Settings:
     """Settings of a loop. Rounds count from 0; `alpha` and `drop` are schedules, see `parse_schedule`.
 
-    `options` are further keyword arguments of `merge_checkpoints`.
+    With `alpha` "choose:0.2,0.4" or "choose:auto" each round keeps the alpha with the best `metric`. `options` are
+    further keyword arguments of `merge_checkpoints`.
     """
 
     base: str
@@ -38,6 +40,7 @@ class Settings:
     generate: str | None = None
     evaluate: str | None = None
     alpha: str = "0.5"
+    metric: str | None = None  # chooses alpha; with a leading - less is better, here and for the gate
     drop: str = "0.2"
     anchor: str = "base"  # what a merge pulls towards: base, previous, ema:DECAY
     keep_rounds: int | None = None
@@ -58,7 +61,7 @@ class Settings:
         for alpha in self.retry:
             merge_options(self, 0, alpha)
         anchor_decay(self.anchor)
-        for text in (self.base, self.train, self.generate, self.evaluate, self.gate):
+        for text in (self.base, self.train, self.generate, self.evaluate, self.metric, self.gate):
             if text is not None and not is_utf8(text):
                 raise ArgumentError(
                     f"'{shown(text)}' is not valid UTF-8 and cannot be written to {STATE}; rename it, or link to it"
@@ -71,16 +74,36 @@ class Settings:
             raise ArgumentError("the generate command has no {output}; it must say where the data goes")
         if self.evaluate is not None and not {"model", "json"} <= placeholders(self.evaluate, EVALUATE):
             raise ArgumentError("the evaluate command needs {model} and {json}: what to measure, and where to write it")
-        if self.gate is not None and not self.gate.removeprefix("-"):
-            raise ArgumentError(f"the gate is {self.gate!r}; name a number that the evaluate command writes")
-        if self.gate is not None and self.evaluate is None:
-            raise ArgumentError(f"the gate is {self.gate!r}, but no evaluate command measures it")
+        for what in ("gate", "metric"):
+            name = getattr(self, what)
+            if name is not None and not name.removeprefix("-"):
+                raise ArgumentError(f"the {what} is {name!r}; name a number that the evaluate command writes")
+            if name is not None and self.evaluate is None:
+                raise ArgumentError(f"the {what} is {name!r}, but no evaluate command measures it")
         if self.retry and self.gate is None:
             raise ArgumentError("retry is given, but no gate; give a gate, or leave retry out")
+        self._check_choice()
         if not 0 <= self.tolerance < float("inf"):
             raise ArgumentError(f"tolerance is {self.tolerance!r}; it must be a number, 0 or more")
         if self.keep_rounds is not None and self.keep_rounds < 1:
             raise ArgumentError(f"keep_rounds is {self.keep_rounds!r}; give at least 1: the last round is always kept")
+
+    def _check_choice(self) -> None:
+        choice = parse_choice(self.alpha)
+        if choice is None and self.metric is not None:
+            raise ArgumentError(
+                f"the metric is {self.metric!r}, but alpha is {self.alpha!r}, which leaves no choice; write"
+                " choose:0.2,0.4,0.6,0.8 or choose:auto, or leave metric out"
+            )
+        if choice is not None and self.metric is None:
+            raise ArgumentError(
+                f"alpha is {self.alpha!r}, but no metric says which is best; name a number that the evaluate command"
+                " writes, with a leading - if less is better"
+            )
+        if choice is not None and self.retry:
+            raise ArgumentError(
+                f"retry is given, but alpha is {self.alpha!r}, which tries several already; leave retry out"
+            )
 
 
 def merge_options(settings: Settings, number: int, alpha: float) -> MergeOptions:
@@ -114,7 +137,10 @@ def check_commands(settings: Settings) -> None:
 
 
 def alphas_of(settings: Settings, number: int) -> list[float]:
-    """Return the alphas to merge a round with, in turn, until the gate accepts one."""
+    """Return the alphas that a round may be merged with: all to choose from, or in turn until the gate accepts one."""
+    choice = parse_choice(settings.alpha)
+    if choice is not None:
+        return list(choice.alphas)
     first = parse_schedule(settings.alpha, settings.rounds)(number)
     return [first, *(alpha for alpha in settings.retry if alpha > first)]
 
@@ -122,6 +148,30 @@ def alphas_of(settings: Settings, number: int) -> list[float]:
 def step_of(number: int, what: str, alpha: float) -> str:
     """Return the name of a step for one alpha; different alphas have different names."""
     return f"{number}/{what} {alpha!r}"
+
+
+def candidate(number: int, alpha: float) -> str:
+    """Return under which name the metrics of a round's candidate are recorded; its folder has the last part."""
+    return f"{number}/alpha-{alpha!r}"
+
+
+def measured(state: State, number: int) -> dict[float, float]:
+    """Return what the candidates of a round measured, by alpha; more is better."""
+    metric = state.settings.metric
+    if metric is None:
+        return {}
+    name, sign = without_sign(metric)
+    found = {alpha: state.metrics.get(candidate(number, alpha)) for alpha in alphas_of(state.settings, number)}
+    return {alpha: sign * metrics[name] for alpha, metrics in found.items() if metrics is not None}
+
+
+def without_sign(metric: str) -> tuple[str, int]:
+    """Return the name of a metric, and -1 if less is better, else 1.
+
+    >>> without_sign("-loss")
+    ('loss', -1)
+    """
+    return metric.removeprefix("-"), -1 if metric.startswith("-") else 1
 
 
 def anchor_decay(anchor: str) -> float:
@@ -155,9 +205,9 @@ class State:
         return {"format": FORMAT, "version": VERSION, **rest, "settings": to_dict(self.settings)}
 
 
-def with_step(state: State, step: str, **changes: Any) -> State:
-    """Return the state with one more step done."""
-    return replace(state, done=(*state.done, step), **changes)
+def with_steps(state: State, steps: Iterable[str], **changes: Any) -> State:
+    """Return the state with more steps done."""
+    return replace(state, done=(*state.done, *steps), **changes)
 
 
 def save(state: State, folder: Path) -> None:
@@ -238,7 +288,7 @@ def begin_or_resume(folder: Path, settings: Settings) -> State:
     if more < 0:
         changes.append(f"rounds: {found.settings.rounds}, now {settings.rounds}")
     for name in ("alpha", "drop"):
-        before, now = (parse_schedule(getattr(each, name), each.rounds) for each in (found.settings, settings))
+        before, now = (_schedule(getattr(each, name), each.rounds) for each in (found.settings, settings))
         if more > 0 and not changes and any(before(t) != now(t) for t in range(found.settings.rounds)):
             changes.append(f"{name} of earlier rounds changes with more rounds")
     if changes:
@@ -247,3 +297,9 @@ def begin_or_resume(folder: Path, settings: Settings) -> State:
             " settings it was started with"
         )
     return replace(found, settings=settings)
+
+
+def _schedule(text: str, rounds: int) -> Callable[[int], float | Choice]:
+    """Return the value of each round: a number, or what there is to choose from."""
+    choice = parse_choice(text)
+    return parse_schedule(text, rounds) if choice is None else lambda _: choice

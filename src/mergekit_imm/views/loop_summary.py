@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ..common.messages import shown
-from ..loop.state import State
+from ..loop.choice import dip_in, parse_choice
+from ..loop.metrics import TITLES, rows
+from ..loop.state import State, measured, without_sign
 from ..output.direct_io import replace_file
 from ..output.write_errors import output_errors
 from .tables import aligned, saved
 
-KINDS = (("sft", "SFT"), ("merged", "Merge"), ("baseline", "SFT without merges"))
 PANELS = 60  # more take minutes to draw, and nobody reads them
-_STYLES = {"sft": "^-", "merged": "o-", "baseline": "s--"}
+_STYLES = {"sft": "^-", "candidate": "x", "merged": "o-", "baseline": "s--"}
 
 
-def rows(state: State) -> list[dict[str, Any]]:
-    """Return a row for each evaluated model: round, kind, alpha if it is a merge, metrics."""
-    found: list[dict[str, Any]] = []
-    if "base" in state.metrics:
-        found.append({"round": None, "kind": "base", "alpha": None, "metrics": state.metrics["base"]})
-    for number in range(state.settings.rounds):
-        for kind, _ in KINDS:
-            metrics = state.metrics.get(f"{number}/{kind}")
-            if metrics is None and (kind, number) == ("baseline", 0) and state.settings.baseline:
-                metrics = state.metrics.get("0/sft")  # round 0 has one sft
-            if metrics is not None:
-                alpha = state.alphas.get(str(number)) if kind == "merged" else None
-                found.append({"round": number, "kind": kind, "alpha": alpha, "metrics": metrics})
+def notes(state: State) -> list[str]:
+    """Return what should be known about the alphas that were chosen: a line for each round, or none."""
+    choice, found = parse_choice(state.settings.alpha), []
+    if choice is None:
+        return []
+    name, sign = without_sign(state.settings.metric or "")
+    for number, kept in ((int(key), alpha) for key, alpha in state.alphas.items()):
+        seen, said = measured(state, number), []
+        dip = dip_in(seen) if choice.is_search else None
+        if choice.is_search:
+            said.append(f"{len(seen)} of {len(choice.alphas)} alphas were measured")
+        if dip:
+            low, middle, high = (f"{alpha:g} ({sign * seen[alpha]:.4g})" for alpha in dip)
+            said.append(
+                f"{shown(name)} does not rise to one peak: it is worse at {middle} than at {low} and {high}, so the"
+                " best may be one that was not measured; choose:0.1,0.2,... measures all"
+            )
+        ends = {choice.alphas[0]: "smallest", choice.alphas[-1]: "largest"}
+        if kept in ends and kept not in (0.0, 1.0):
+            said.append(f"the best alpha is the {ends[kept]} of the list; one beyond it may be better")
+        if said:
+            found.append(f"round {number}: {'; '.join(said)}")
     return found
 
 
@@ -39,13 +48,11 @@ def table(state: State) -> str:
         alphas = (f"  round {number}: alpha {alpha:g}" for number, alpha in state.alphas.items())
         return "\n".join(["no evaluate command, so nothing was measured", *alphas])
     names = list(dict.fromkeys(name for row in found for name in row["metrics"]))
-    titles = dict(KINDS)
     cells = [["model", "alpha", *map(shown, names)]]
     for row in found:
-        title = "base" if row["kind"] == "base" else f"{titles[row['kind']]} {row['round']}"
         alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
         cells.append(
-            [title, alpha, *(f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "" for name in names)]
+            [row["title"], alpha, *(f"{row['metrics'][name]:.4g}" if name in row["metrics"] else "" for name in names)]
         )
     return "\n".join(aligned(cells))
 
@@ -72,10 +79,11 @@ def plot(state: State, folder: Path) -> list[Path]:
             base = [value for kind, _, value in measured if kind == "base"]
             if base:
                 axes.axhline(base[0], color="0.5", linewidth=1, linestyle=":", label="base")
-            for kind, title in KINDS:
+            for kind, style in _STYLES.items():
                 points = [(at, value) for each, at, value in measured if each == kind]
                 if points:
-                    axes.plot(*zip(*points, strict=True), _STYLES[kind], label=title, markersize=4)
+                    grey = "0.55" if kind == "candidate" else None
+                    axes.plot(*zip(*points, strict=True), style, color=grey, label=TITLES[kind], markersize=4)
             axes.set_xticks(range(state.settings.rounds))
             axes.set_xlabel("round")
             axes.set_title(shown(name, 60), parse_math=False)
