@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 
 from ..common.checks import as_text
-from .by_value import check_installed, same_value
+from .by_value import TooLongError, check_installed, same_value
 from .find_answer import final_answer
 from .plain_answer import plain
-from .quantity import date, quantity, ratio, same_date, same_time, time_of_day
+from .quantity import UNIT_AFTER, date, quantity, ratio, same_date, same_time, time_of_day
 
 LONGEST = 2000  # characters of an answer that is read; longer ones are compared as they stand
-MOST = 30  # elements of a list
-_CHOICE = re.compile(r"(?:(?:option|choice|answer)\s+)?(?:\(([A-Za-z])\)|([A-Z])\))(?:\s.*)?|(?:option|choice)\s+([A-Z])", re.I)
+MOST, DEEPEST = 30, 4  # elements of a list, and lists within lists
+_CHOICE = re.compile(r"(?:(?i:option|choice|answer)\s+)?(?:\(([A-Za-z])\)|([A-Z])(?:\)|[.:](?=\s)))(?:\s(?P<text>.*))?|(?i:option|choice)\s+([A-Z])")
 _SPLIT = re.compile(r"(?:,\s+(?:and|or)\b|\b(?:and|or)\b|,(?!\d{3}(?!\d))|;)\s*|,\s+")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d{1,2}")
 _NAME = re.compile(r"[^\d+*/^<>]{1,40}|[A-Za-z]_\{?\w{1,3}\}?|[A-Za-z]\([A-Za-z]\)")
@@ -60,13 +60,19 @@ def same_answer(one: str, other: str) -> bool:
         return True
     if max(len(one), len(other)) > LONGEST:
         return False
-    return _same(*sorted((plain(one), plain(other))))
+    try:
+        return _same(*sorted((plain(one), plain(other))))
+    except TooLongError:
+        return False
 
 
-def _same(one: str, other: str) -> bool:
-    """Whether two answers in plain form are the same."""
+def _same(one: str, other: str, depth: int = 0) -> bool:
+    """Whether two answers in plain form are the same; `depth`, of lists within lists and the like."""
     if one == other:
         return True
+    if depth > DEEPEST:
+        return False
+    depth += 1
     a, b = quantity(one), quantity(other)
     if a is not None and b is not None:
         return a.equals(b)
@@ -76,16 +82,23 @@ def _same(one: str, other: str) -> bool:
             return same(c, d)  # type: ignore[operator]
     if (e := ratio(one)) is not None and (f := ratio(other)) is not None:
         return e == f
-    if _is_choice(one, other) or _is_choice(other, one) or _word(one) == _word(other):
+    if _is_choice(one, other, depth) or _is_choice(other, one, depth) or _word(one) == _word(other):
         return True
     if a is not None and _DECIMAL_COMMA.fullmatch(other) or b is not None and _DECIMAL_COMMA.fullmatch(one):
-        return _same(one.replace(",", "."), other.replace(",", "."))
+        return _same(one.replace(",", "."), other.replace(",", "."), depth)
+    if re.fullmatch(r"\w+_\{?\w+\}?", one) and re.fullmatch(r"\w+_\{?\w+\}?", other):
+        return False  # numbers of different bases, variables
+    if (listed := _same_lists(one, other, depth)) is not None:
+        return listed
     for first, second in ((one, other), (other, one)):
         if "=" in first and (right := _right_side(first)) is not None:
             left = _right_side(second) if "=" in second else second
-            return left is not None and _same_name(first, second) and _same(*sorted((right, left)))
-    listed = _same_lists(one, other)
-    return _same_mathematics(one, other) if listed is None else listed
+            return left is not None and _same_name(first, second) and _same(*sorted((right, left)), depth)
+        if "=" in first and "=" not in second and not any(sign in first for sign in ",;<>\\"):
+            return False  # x + y = 12 is not 12
+        if " or " in first and all(_same(part, second, depth) for part in re.split(r",? or ", first)):
+            return True  # 3/4 or 75 %
+    return _same_mathematics(one, other)
 
 
 def _word(text: str) -> str:
@@ -94,12 +107,15 @@ def _word(text: str) -> str:
     return text if len(text) == 1 else text.lower()
 
 
-def _is_choice(letter: str, choice: str) -> bool:
-    """Whether one is a choice, and the other says the same, bare or with its text: `B`, `(B)`, `(B) 12 apples`."""
-    found = _CHOICE.fullmatch(choice)
-    bare = _CHOICE.fullmatch(letter)
-    mine = (bare[1] or bare[2] or bare[3]) if bare and bare.end() == len(bare[0]) else letter
-    return found is not None and len(mine) == 1 and mine.isalpha() and (found[1] or found[2] or found[3]).upper() == mine.upper()
+def _is_choice(letter: str, choice: str, depth: int) -> bool:
+    """Whether one is a choice, and the other its letter or its text: `(B) 12 apples` is `B`, `(b)` and `12`."""
+    found, bare = _CHOICE.fullmatch(choice), _CHOICE.fullmatch(letter)
+    if found is None:
+        return False
+    mine = (bare[1] or bare[2] or bare[4]) if bare else letter
+    if len(mine) == 1 and mine.isalpha():
+        return (found[1] or found[2] or found[4]).upper() == mine.upper()
+    return bool(found["text"]) and _same(found["text"].strip(), letter, depth)
 
 
 def _right_side(text: str) -> str | None:
@@ -154,7 +170,7 @@ def _both_signs(text: str) -> list[str]:
     return [f"{before} + {after}" if before else after, f"{before} - {after}" if before else f"-{after}"]
 
 
-def _same_lists(one: str, other: str) -> bool | None:
+def _same_lists(one: str, other: str, depth: int) -> bool | None:
     """Whether two lists are the same, in any order without round or square brackets; None unless both are lists."""
     a, b = _elements(one), _elements(other)
     if a is None or b is None:
@@ -163,9 +179,9 @@ def _same_lists(one: str, other: str) -> bool | None:
         return None if "[" in a[0] + b[0] else False
     mine, others = (list(map(_assigned, each[1])) for each in (a, b))
     if {a[0], b[0]} - {"", "{}"}:
-        return all(map(_same, mine, others))
+        return all(_same(*pair, depth) for pair in zip(mine, others, strict=True))
     for each in mine:
-        at = next((at for at, candidate in enumerate(others) if _same(each, candidate)), None)
+        at = next((at for at, candidate in enumerate(others) if _same(each, candidate, depth)), None)
         if at is None:
             return False
         del others[at]
@@ -179,14 +195,15 @@ def _assigned(text: str) -> str:
 
 def _same_mathematics(one: str, other: str) -> bool:
     """Whether two answers that look like mathematics have the same value."""
+    one, other = _exact(one), _exact(other)
     if any(_PROSE.search(each) or not each or each[-1] in "+-=<>" for each in (one, other)):
         return False
     if all(len(each) == 1 for each in (one, other)):
         return False  # x and X, which math-verify takes for one
-    return same_value(_exact(one), _exact(other))
+    return same_value(one, other)
 
 
 def _exact(text: str) -> str:
-    """An expression with fractions for decimals, which math-verify would round."""
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    """An expression without unit, and with fractions for decimals, which math-verify would round."""
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", UNIT_AFTER.sub("", text))
     return _DECIMAL.sub(lambda found: f"\\frac{{{int(found[1] + found[2])}}}{{1{'0' * len(found[2])}}}", text)

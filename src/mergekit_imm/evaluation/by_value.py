@@ -25,6 +25,10 @@ from ..errors import MergeError, extra_error
 WORKER = Path(__file__).with_name("value_worker.py")
 
 
+class TooLongError(Exception):
+    """A comparison took too long, or too much memory."""
+
+
 @lru_cache(maxsize=1)
 def check_installed() -> None:
     """Raise ExtraError unless math-verify is installed."""
@@ -32,7 +36,7 @@ def check_installed() -> None:
         raise extra_error("Judging answers", "math-verify", "judge")
 
 
-LONGEST = 300  # characters of an expression
+LONGEST, DEEPEST = 300, 8  # characters of an expression, and its brackets within brackets
 # Towers of powers, powers, factorials and binomials with millions of digits: refused at once rather than after seconds.
 _EXPENSIVE = re.compile(
     r"\^\s*\{?\s*\d+\s*\^|\^\s*\{?\s*-?\d{5,}|\d{4,}[\s})]*!|!\s*!|\d{100,}|\\d?binom\s*\{?\d{5,}|\\d?binom\{\d+\}\{?\d{5,}"
@@ -43,16 +47,27 @@ _EXPENSIVE = re.compile(
 def same_value(one: str, other: str) -> bool:
     r"""Return whether two TeX expressions have the same value.
 
-    What takes more than three seconds of processor time, or 4 GiB, counts as different, as do expressions of more than
-    300 characters and numbers of thousands of digits. What math-verify cannot read is different from everything.
-    Raises MergeError if its process cannot start.
+    What math-verify cannot read is different from everything, and so are expressions of more than 300 characters, with
+    unbalanced or deeply nested brackets, and with numbers of thousands of digits. Raises TooLongError for what takes
+    more than three seconds of processor time or 4 GiB, MergeError if its process cannot start.
 
     >>> same_value(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt2}{2}"), same_value("x+1", "x-1")
     (True, False)
     """
-    if any(len(each) > LONGEST or _EXPENSIVE.search(each) for each in (one, other)):
+    if any(len(each) > LONGEST or _EXPENSIVE.search(each) or not _is_nested_well(each) for each in (one, other)):
         return False
     return _worker.ask(*sorted((one, other)))
+
+
+def _is_nested_well(text: str) -> bool:
+    """Whether brackets are balanced, `[0, 1)` included, and at most `DEEPEST` deep."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+        if depth < 0:
+            return False
+    return depth == 0 and deepest <= DEEPEST and text.count("|") <= DEEPEST
 
 
 class _Worker:
@@ -77,7 +92,8 @@ class _Worker:
                 self.end()
                 raise
             if not answer:
-                self.end()  # it took too long
+                self.end()
+                raise TooLongError(f"{shown(one, 60)} and {shown(other, 60)} take too long to compare")
             return answer == "same\n"
 
     def end(self) -> None:

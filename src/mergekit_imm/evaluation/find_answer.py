@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from ..common.checks import as_text
 from .plain_answer import plain
-from .quantity import NUMBER, quantity
+from .quantity import NUMBER, date, quantity
 
 LONGEST = 300  # characters of a sentence or formula that is an answer
+TRIED = 20  # places where a response may go on to another question, and marks that may be followed by an answer
 
 Where = Literal["box", "mark", "whole", "last"]
 
@@ -38,6 +40,7 @@ _BARE_BOX = re.compile(r"\\boxed\s{0,8}([-+]?\d[\d.,]{0,40})")
 _JOINED = re.compile(r"[\s$.\\()]{0,9}(?:,|and|or|,\s?and|\\text\{ ?(?:and|or) ?\})[\s$\\()]{0,9}")
 _MARK = re.compile(
     r"(?<!#)####(?!#)|<answer>"
+    r"|\b(?:choose|select|pick)\s+(?=(?:option\s+)?\(?[A-J]\b)|\b(?=(?:option|choice)\s\(?[A-J]\)?\sis\b)"
     r"|\b(?:answer|correct (?:option|choice))[ \t*_)\"]{0,8}"
     r"(?:(?:is|are|was|equals|(?:would|will|should|must) be)(?![a-z])|[:=]|(?=\s*\n))[\s*_]{0,8}(?:[:=])?",
     re.IGNORECASE,
@@ -45,25 +48,24 @@ _MARK = re.compile(
 _HEADING = re.compile(r"\s*(?:Step\b|\d{1,2}[.)]\s+[A-Za-z]|[A-Za-z][A-Za-z ]*:?\s*\n\s*\S)", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"(?:in)?correct\b(?! (?:option|choice))|(?:right|wrong|reasonable|valid|verified|consistent|as follows|below|above)\b", re.I)
 _FORMULAS = ("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$")
-_FORMULA = re.compile(r"\$\$([^$]{1,300})\$\$|\\\[((?:[^\\]|\\(?!\])){1,300})\\\]|\\\(((?:[^\\]|\\(?!\))){1,300})\\\)|\$([^$\n]{1,300})\$")
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?![A-Za-z}])\s+[A-Za-z]|(?<![\\A-Za-z{])(?!(?:sin|cos|tan|log|sqrt)\b)[A-Za-z]{3,}(?![A-Za-z}])")
 _SENTENCE_END = re.compile(r"(?<=[^\s.])[.!?](?=\s+[A-Z\"(*]|\s*$)|\n|</")
 _WRAPPING = " \t*_`\"'“”"
-_CHOICE = re.compile(r"(?:(?:option|choice|letter)\s+)?(?:\(([A-Za-z])\)|([A-Z])(?:[).:](?=\s|$)|(?=\s*$|,|\s\(|\s+(?:because|since|as|which)\b)))", re.I)
-_CASED = re.compile(r"(?:(?i:option|choice|letter)\s+)?(?:\(([A-Za-z])\)|([A-Z])(?:[).:](?=\s|$)|(?=\s*$|,|\s\(|\s+(?:because|since|as|which)\b)))")
+_CASED = re.compile(r"(?:(?i:option|choice|letter)\s+)?(?:\(([A-Za-z])\)|([A-Z])(?:[).:](?=\s|$)|(?=\s*$|,|\s\(|\s+(?:because|since|as|which|is)\b)))")
+_YES = re.compile(r"(?:yes|no|true|false)(?=[,.;!]|$)", re.IGNORECASE)
 _OPTION = re.compile(r"(?i:option|choice|letter)\s+([A-Z])\b")
 _INTRO = re.compile(
     r"(?:(?:about|approximately|roughly|around|exactly|equal to|simply|just|only|then|therefore|thus|the)\s+)+", re.IGNORECASE
 )
-_REJECTED = re.compile(r"\(not [^()]{0,80}\)|\bnot [^,.;]{1,40}?(?:,? but(?: rather)?) ")
-_RESTATED = re.compile(r".*(?:,\s+(?:which|that) (?:is|are|equals|makes|gives)|\bi\.e\.,?|\bthat is,?) ", re.IGNORECASE)
+_REJECTED = re.compile(r"\((?:not|see|step) [^()]{0,80}\)|(?:,| and),? not (?:\$?\d[\d.,]{0,20}|\(?[A-Z]\)?)\W*$|\bnot [^,.;]{1,40}?(?:,? but(?: rather)?) ")
+_RESTATED = re.compile(r".*(?:,\s+(?:but|so|hence|therefore|giving)(?=.*\d)|,\s+(?:which|that) (?:is|are|equals|makes|gives)|\bi\.e\.,?|\bthat is,?) ", re.IGNORECASE)
 _CLAUSE = re.compile(r"[,:]\s+(?=[A-Za-z(])(?!(?:and|or)\s+[-$\d\\])|;|\s\((?=[A-Za-z])|\s(?:because|since|which|so that|as the|where|when|after|who|that)\s|\s[:;]-?[()DP]|\s(?:for|on|by|from|with|until|left|each)\b")
 _BOUNDED = re.compile(r"(?:less|more|fewer|greater|smaller|larger|at least|at most|over|under|between|no more|up to|below|above|nearly all)\b", re.I)
 _BEGINS = re.compile(r"[-+−–]?\s?(?:[$€£]|\\\$)?\s?[-+−]?(?:[\d.½¼¾√π∞]|\\[A-Za-z]|[(\[{][^A-Za-z]|\\[{(\[])|[A-Za-z](?:_\{?\w\}?)?\s?=|\d*[A-Za-z](?:\^|\b\s*[-+*/^=]|$)")
 _OF = re.compile(r"(?<=\d) of (?:the |all |these )?(?:[a-z]+ )?\d[\d,.]*")
 _UNIT_WORD = r"(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)"
 _LAST = re.compile(
-    r"\\frac\s?\{[^{}]{1,40}\}\s?\{[^{}]{1,40}\}"
+    r"(?<=ratio is )\d+ to \d+|\\frac\s?\{[^{}]{1,40}\}\s?\{[^{}]{1,40}\}"
     rf"|(?<![\w.\\^_])(?:(?<![\w)]\s)[-−–](?=[$\d.\\]))?(?:\\?\$|€|£)?[-−]?(?:{NUMBER}|[½¼¾])(?![A-Za-z]*\d)"
     rf"(?:\s\d+/\d+|[½¼¾]|\s?/\s?\d[\d,.]*\d|\s?/\s?\d|:\d+(?::\d+)?|\s?\\d?frac\{{\d+\}}\{{\d+\}})?"
     r"(?:[eE][-+]?\d{1,4}\b|\s?(?:\\times|\\cdot|[x×*])\s?10\s?\^\s?\{?-?\d{1,4}\}?|\s?\^\s?\{?-?\d{1,4}\}?)?"
@@ -88,11 +90,11 @@ def find_answer(response: str, *, cut: bool = True) -> Found | None:
     """
     text = as_text("response", response)
     if cut:
-        for token in (_END, _NEXT):
-            for found in token.finditer(text):
+        for end in (_END, _NEXT):
+            for found in islice(end.finditer(text), TRIED):
                 if _find(text[: found.start()]) is not None:
                     text = text[: found.start()]
-                break
+                    break
     return _find(text)
 
 
@@ -152,13 +154,14 @@ def _boxed(text: str) -> str | None:
 
 def _marked(text: str) -> str | None:
     """What follows the last mark that an answer follows."""
-    for mark in reversed([*_MARK.finditer(text)][-50:]):
+    for mark in reversed([*_MARK.finditer(text)][-TRIED:]):
         rest = text[mark.end() :]
         if mark[0] == "####" and _HEADING.match(rest[:LONGEST]):
             continue
         rest = rest[: 4 * LONGEST].lstrip()
         if mark[0] != "####" and mark[0] != "<answer>":
             rest = rest.lstrip(" \t*_:")
+            rest = re.sub(r"^[-•]\s+", "", rest) if "\n" in text[mark.end() : mark.end() + 4] else rest
         if mark[0] == "####" and "\n" in text[mark.end() : len(text) - len(text[mark.end():].lstrip())]:
             continue
         if not rest or _NO_ANSWER.match(rest):
@@ -202,20 +205,30 @@ def _clause(text: str) -> str | None:
     clause = _CLAUSE.split(sentence, maxsplit=1)[0].strip().rstrip(".,;:!").strip(_WRAPPING)
     if _BOUNDED.match(sentence) or _BEGINS.match(sentence) or not re.search(r"\d", sentence):
         return clause or None
-    if quantity(plain(clause)) is not None:
+    if quantity(plain(clause)) or date(plain(clause)):
         return clause
     return _last(sentence) or clause or None
 
 
 def _choice(text: str) -> str | None:
+    """The choice that a text begins with, with its text."""
+    if found := _YES.match(text):
+        return found[0]
     found = _CASED.match(text) or _OPTION.match(text)
-    return next(filter(None, found.groups())) if found else None
+    if found is None:
+        return None
+    rest = _CLAUSE.split(text[found.end() :], maxsplit=1)[0].strip(" .;!")
+    if rest and rest[0].isalnum() and found[0][-1] in ").:":
+        return f"{found[0]} {rest}"
+    return found[0].strip(" .,:")
 
 
 def _whole(text: str) -> str | None:
     """All of a response, if it is nothing but an answer."""
     if (formula := _formula(text)) is not None and text.rstrip(".").endswith(("$", ")", "]")):
         return formula
+    if choice := _choice(text):
+        return choice
     bare = text.rstrip(".!")
     if re.fullmatch(r"\(?[A-Za-z]\)?|yes|no|true|false", bare, re.IGNORECASE):
         return bare
@@ -225,13 +238,14 @@ def _whole(text: str) -> str | None:
 def _last(text: str) -> str | None:
     """The last formula or number of a text."""
     text = _OF.sub("", _REJECTED.sub("", text)) if len(text) <= 100_000 else text
-    formula = number = None
-    for formula in _FORMULA.finditer(text):  # noqa: B007 - the last one
-        pass
+    number = None
     for number in _LAST.finditer(text):  # noqa: B007 - the last one
         pass
-    if formula is not None and (number is None or number.end() <= formula.end()):
-        inner = next(filter(None, formula.groups())).strip()
-        if re.search(r"\d", inner) and _is_formula(inner):
-            return inner.rstrip(".,")
+    for opening, closing in _FORMULAS:
+        end = text.rfind(closing)
+        begin = text.rfind(opening, 0, max(end, 0))
+        inner = text[begin + len(opening) : end].strip()
+        if 0 <= begin >= end - LONGEST and (number is None or number.end() <= end) and _is_formula(inner):
+            if re.search(r"\d", inner):
+                return inner.rstrip(".,")
     return number[0].strip().rstrip(",") if number else None

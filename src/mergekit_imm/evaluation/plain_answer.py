@@ -29,6 +29,9 @@ _TEX = tuple(
         (r"\\frac\s?(\{[^{}]*\})\s?([0-9A-Za-z])", r"\\frac\1{\2}"),
         (r"\\frac\s?([0-9A-Za-z])\s?(\{[^{}]*\})", r"\\frac{\1}\2"),
         (r"\\sqrt\s?([0-9A-Za-z])", r"\\sqrt{\1}"),
+        (r"\^\s?(-?\d{2,})", r"^{\1}"),
+        (r"\\([lr])brace(?![A-Za-z])", lambda found: "\\{" if found[1] == "l" else "\\}"),
+        (r"\{[bBvV]matrix\}", "{pmatrix}"),
         (r"√\s?\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"√\s?(\d+|[A-Za-z])", r"\\sqrt{\1}"),
         (r"(?<![\\A-Za-z])sqrt\s?\(([^()]*)\)", r"\\sqrt{\1}"),
@@ -50,6 +53,10 @@ _WORDS = tuple(
     (re.compile(pattern, re.IGNORECASE), to)
     for pattern, to in (
         (r"^\s*(?:minus|negative)\s+(?=[\d$.])", "-"),
+        (r"^(?:about|approximately|roughly|around|exactly|nearly|\\approx|~|≈)\s*(?=[-$\d.\\])", ""),
+        (r"^an? (?=dozen|hundred|thousand|million|billion)", "1 "),
+        (r"^half$", "1/2"),
+        (r"(?<=\d) times (?=\d)", r"\\times "),
         (r"\bper\s?cent\b", "%"),
         (r"(?<=\d)\s+and (?:a|one) half\b|(?<=\d)\s+and 1/2", " 1/2"),
         (r"(?<=\d)\s+and (?:a|one) (?:third)\b", " 1/3"),
@@ -77,7 +84,10 @@ _NUMERALS |= {
 }
 _PARTS = {"half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fourth": 4, "fourths": 4}
 _PARTS |= {"fifth": 5, "fifths": 5, "sixth": 6, "sixths": 6, "eighth": 8, "eighths": 8, "tenth": 10, "tenths": 10}
-_PART = re.compile(rf"(?<![\w.])(\d+|a|an)[ -]({'|'.join(_PARTS)})\b", re.I)
+_PART = re.compile(rf"(?<![\w.])(\d+|an?|{'|'.join(_SMALL[1:10])})[ -]({'|'.join(_PARTS)})\b", re.I)
+
+
+_REPEATING = re.compile(r"(?<![\d.])(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot)\s?\{?(\d{1,20})\}?")
 
 
 def plain(text: str) -> str:
@@ -92,7 +102,7 @@ def plain(text: str) -> str:
     text = text.strip(" \t\n\"'“”‘’")
     if len(text) > 1 and text[0] == text[-1] == "$":
         text = text[1:-1].strip()
-    text = _numerals(text)
+    text = _numerals(_REPEATING.sub(_repeating, text))
     for pattern, to in _WORDS:
         text = pattern.sub(to, text)
     text = re.sub(r"\s+", " ", text).strip()
@@ -120,5 +130,11 @@ def _numerals(text: str) -> str:
 
 
 def _part(found: re.Match[str]) -> str:
-    count = found[1] if found[1].isdigit() else "1"
+    count = found[1] if found[1].isdigit() else _NUMERALS.get(found[1].lower(), 1)
     return f"{count}/{_PARTS[found[2].lower()]}"
+
+
+def _repeating(found: re.Match[str]) -> str:
+    whole, fixed, period = found.groups()
+    top = int(whole + fixed + period) - int(whole + fixed or "0")
+    return f"\\frac{{{top}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"

@@ -12,9 +12,9 @@ _RATIO = rf"(?:(?P<a>{NUMBER})\s?/\s?(?P<b>-?(?:{NUMBER}))|\\frac\{{\s?(?P<c>-?(
 _VALUE = re.compile(
     rf"(?P<sign>[-+]?)\s?(?P<money>[$€£]?)\s?(?P<minus>-?)(?:{_RATIO}"
     rf"|(?P<whole>{NUMBER})(?:\s?(?<![.,])(?:(?<=\s)(?P<over>\d+)/(?P<under>\d+)|\\frac\{{(?P<top>\d+)\}}\{{(?P<low>\d+)\}}))?"
-    r"(?:[eE](?P<e>[-+]?\d{1,4})(?![\d.])|\s?(?:\\times|\\cdot|x)\s?10\s?\^\s?\{?\s?(?P<ten>[-+]?\d{1,4})\s?\}?"
-    r"|\s?\^\s?\{?\s?(?P<power>\d{1,3})\s?\}?)?)"
-    r"(?P<unit>\s?(?:%|[$€£]|(?:[A-Za-z²³°][A-Za-z .'-]*)(?:\s?\^\s?\{?[23]\}?)?(?:\s?/\s?[A-Za-z]+)*(?:\s?\^\s?\{?[23]\}?)?)?)\s?(?P<tail>%?[A-Za-z ]*)"
+    r"(?:[eE](?P<e>[-+]?\d{1,4})(?![\d.])|\s?(?:\\times|\\cdot|x)\s?10\s?\^\s?\{?\s?(?P<ten>[-+]?\d{1,4})(?:\s?\})?"
+    r"|\s?\^\s?\{?\s?(?P<power>\d{1,3})(?:\s?\})?)?)"
+    r"(?P<unit>\s?(?:%|[$€£]|/\s?[A-Za-z]+|(?:[A-Za-z²³°][A-Za-z .'-]*)(?:\s?\^\s?\{?[23]\}?)?(?:\s?/\s?[A-Za-z]+)*(?:\s?\^\s?\{?[23]\}?)?)?)\s?(?P<tail>%?[A-Za-z ]*)"
 )
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SCALES |= {"lakh": 10**5, "crore": 10**7}
@@ -35,6 +35,7 @@ _CHANGING = frozenset(
     " lambda least most than between divided multiplied tens".split()
 )
 _SHORT = frozenset("of a an per at is".split())
+UNIT_AFTER = re.compile(rf"\s(?:(?:square|cubic|sq\.?) )?(?:unit|{'|'.join(sorted(_UNITS, key=len, reverse=True))})s?(?:\s?\^\s?\{{?[23]\}}?)?$")
 _TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::00)?\s?(?:([ap])\.?\s?m\b\.?)?(?:\s?o'clock)?", re.IGNORECASE)
 _MONTHS = {name: at for at, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
 _MONTH = r"([A-Za-z]{3})[a-z]{0,6}\.?"
@@ -122,6 +123,8 @@ def _measured(tail: str, money: str) -> tuple[int, str, bool] | None:
         return 1, before[text], False
     glued = not tail[0].isspace()
     text = re.sub(r"\s?\^\s?\{?([23])\}?", r"^\1", text).replace(" per ", "/")
+    if text[0] == "/":
+        text, glued = f"each {text[1:].strip()}", False
     words = [word for word in re.split(r"[\s-]+", text) if word not in ("the",)]
     scale = 1
     while words and words[0].lower() in _SCALES:
@@ -132,6 +135,8 @@ def _measured(tail: str, money: str) -> tuple[int, str, bool] | None:
         name = re.split(r"[./^]", word)[0]
         if name.lower() in _CHANGING or (len(name) < 3 and name.lower() not in _SHORT and not _unit(name)):
             return None
+    if words and all(word.lower() in _SHORT and not _unit(word) for word in words):
+        return None  # 5 a
     if words and scale == 1 and glued and not _unit(re.split(r"[/^]", words[0])[0]):
         return None  # 5ab is a product
     return scale, " ".join(filter(None, map(_named, words))) or before.get(money, ""), False
@@ -146,7 +151,8 @@ def _named(word: str) -> str:
     """A word of a unit in its one form; "" for words that do not count."""
     if word.lower() in _SHORT:
         return ""
-    return re.sub(r"[A-Za-z.]+", lambda found: _unit(found[0]) or found[0].lower().removesuffix("s"), word)
+    named = re.sub(r"[A-Za-z.]+", lambda found: _unit(found[0]) or found[0].lower().removesuffix("s"), word)
+    return "mph" if named == "mi/h" else named
 
 
 def _same_unit(one: str, other: str) -> bool:

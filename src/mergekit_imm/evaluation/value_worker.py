@@ -22,14 +22,20 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that a library prints can pass for an answer
     logging.disable(logging.CRITICAL)
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
+
+    # Without the removal of units, which takes `ab` of `5ab` for one.
+    config = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="all")
+    )
 
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
     def read(tex: str) -> list[object]:
         found: list[object] = parse(
-            f"\\boxed{{{tex}}}", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None
+            f"\\boxed{{{tex}}}", [config], fallback_mode="no_fallback", parsing_timeout=None
         )
         return found
 
