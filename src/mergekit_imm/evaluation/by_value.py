@@ -118,7 +118,9 @@ def _started() -> subprocess.Popen[str]:
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
             process.communicate()
-            raise MergeError(f"math-verify cannot be started: {_last_line(errors)}; see that `import math_verify` works")
+            raise MergeError(
+                f"math-verify cannot be started: {_last_line(errors)}; see that `import math_verify` works"
+            )
     return process
 
 

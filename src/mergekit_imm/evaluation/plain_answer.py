@@ -6,6 +6,7 @@ Only the writing changes, never the value. Everything is done by replacement, in
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _CHARACTERS = str.maketrans(
     {
@@ -90,6 +91,7 @@ _PART = re.compile(rf"(?<![\w.])(\d+|an?|{'|'.join(_SMALL[1:10])})[ -]({'|'.join
 _REPEATING = re.compile(r"(?<![\d.])(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot)\s?\{?(\d{1,20})\}?")
 
 
+@lru_cache(maxsize=1 << 14)
 def plain(text: str) -> str:
     r"""Return an answer in its plain form.
 

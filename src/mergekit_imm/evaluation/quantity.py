@@ -8,34 +8,47 @@ from fractions import Fraction
 
 LONGEST = 1000  # characters of a number, and its largest power of ten; what is longer is compared as text
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?![\d.])|\d+)(?:\.\d*)?|\.\d+"
-_RATIO = rf"(?:(?P<a>{NUMBER})\s?/\s?(?P<b>-?(?:{NUMBER}))|\\frac\{{\s?(?P<c>-?(?:{NUMBER}))\s?\}}\{{\s?(?P<d>-?(?:{NUMBER}))\s?\}})"
+_FRACTION = (
+    rf"(?:(?P<a>{NUMBER})\s?/\s?(?P<b>-?(?:{NUMBER}))"
+    rf"|\\frac\{{\s?(?P<c>-?(?:{NUMBER}))\s?\}}\{{\s?(?P<d>-?(?:{NUMBER}))\s?\}})"
+)
+_PART = r"(?:(?<=\s)(?P<over>\d+)/(?P<under>\d+)|\\frac\{(?P<top>\d+)\}\{(?P<low>\d+)\})"  # of a mixed number
+_POWER = (
+    r"(?:[eE](?P<e>[-+]?\d{1,4})(?![\d.])"
+    r"|\s?(?:\\times|\\cdot|x)\s?10\s?\^\s?\{?\s?(?P<ten>[-+]?\d{1,4})(?:\s?\})?"
+    r"|\s?\^\s?\{?\s?(?P<power>\d{1,3})(?:\s?\})?)"
+)
+_SQUARED = r"(?:\s?\^\s?\{?[23]\}?)"
+_WORDS = rf"[A-Za-z][A-Za-z .'-]*{_SQUARED}?(?:\s?/\s?[A-Za-z]+)*{_SQUARED}?"
 _VALUE = re.compile(
-    rf"(?P<sign>[-+]?)\s?(?P<money>[$€£]?)\s?(?P<minus>-?)(?:{_RATIO}"
-    rf"|(?P<whole>{NUMBER})(?:\s?(?<![.,])(?:(?<=\s)(?P<over>\d+)/(?P<under>\d+)|\\frac\{{(?P<top>\d+)\}}\{{(?P<low>\d+)\}}))?"
-    r"(?:[eE](?P<e>[-+]?\d{1,4})(?![\d.])|\s?(?:\\times|\\cdot|x)\s?10\s?\^\s?\{?\s?(?P<ten>[-+]?\d{1,4})(?:\s?\})?"
-    r"|\s?\^\s?\{?\s?(?P<power>\d{1,3})(?:\s?\})?)?)"
-    r"(?P<unit>\s?(?:%|[$€£]|/\s?[A-Za-z]+|(?:[A-Za-z²³°][A-Za-z .'-]*)(?:\s?\^\s?\{?[23]\}?)?(?:\s?/\s?[A-Za-z]+)*(?:\s?\^\s?\{?[23]\}?)?)?)\s?(?P<tail>%?[A-Za-z ]*)"
+    rf"(?P<sign>[-+]?)\s?(?P<money>[$€£]?)\s?(?P<minus>-?)"
+    rf"(?:{_FRACTION}|(?P<whole>{NUMBER})(?:\s?(?<![.,]){_PART})?{_POWER}?)"
+    rf"(?P<unit>\s?(?:%|[$€£]|/\s?[A-Za-z]+|{_WORDS})?)\s?(?P<tail>%?[A-Za-z ]*)"
 )
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SCALES |= {"lakh": 10**5, "crore": 10**7}
+# Units: each line the names of one, the first of which stands for all.
 _UNITS = {
     name: names.split()[0]
     for names in (
-        "cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|g gram gramme|kg kilogram|mg"
-        " milligram|l liter litre|ml milliliter millilitre|ft foot feet|in inch inche|yd yard|mi mile|lb lbs pound|oz ounce"
-        "|h hr hour|min minute|s sec second|day|week|month|year yr|mph|degree deg C F|dollar usd|cent|euro|rad radian|%"
+        "cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|g gram gramme"
+        "|kg kilogram|mg milligram|l liter litre|ml milliliter millilitre|ft foot feet|in inch inche|yd yard|mi mile"
+        "|lb lbs pound|oz ounce|h hr hour|min minute|s sec second|day|week|month|year yr|mph|degree deg C F|rad radian"
+        "|dollar usd|cent|euro"
     ).split("|")
     for name in names.split()
 }
+UNIT_AFTER = re.compile(
+    rf"\s(?:(?:square|cubic|sq\.?) )?(?:unit|{'|'.join(sorted(_UNITS, key=len, reverse=True))})s?{_SQUARED}?$"
+)
 # Words after a number that change its value, so that they are no unit; of one or two letters only units pass.
 _CHANGING = frozenset(
-    "pi half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths"
-    " ninth ninths tenth tenths hundredth hundredths thousandth thousandths squared cubed sqrt sin cos tan cot sec csc log"
-    " exp mod plus minus over out less more fewer and not or to below above under choose factorial theta alpha beta gamma"
-    " lambda least most than between divided multiplied tens".split()
+    "pi half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth"
+    " eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths squared cubed sqrt sin cos tan cot"
+    " sec csc log exp mod plus minus over out less more fewer and not or to below above under choose factorial theta"
+    " alpha beta gamma lambda least most than between divided multiplied tens".split()
 )
 _SHORT = frozenset("of a an per at is".split())
-UNIT_AFTER = re.compile(rf"\s(?:(?:square|cubic|sq\.?) )?(?:unit|{'|'.join(sorted(_UNITS, key=len, reverse=True))})s?(?:\s?\^\s?\{{?[23]\}}?)?$")
 _TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::00)?\s?(?:([ap])\.?\s?m\b\.?)?(?:\s?o'clock)?", re.IGNORECASE)
 _MONTHS = {name: at for at, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
 _MONTH = r"([A-Za-z]{3})[a-z]{0,6}\.?"
@@ -160,12 +173,21 @@ def _same_unit(one: str, other: str) -> bool:
     return set(a) <= set(b) or set(b) <= set(a)
 
 
-def time_of_day(text: str) -> tuple[int, bool] | None:
-    """Return minutes after midnight, and whether morning or afternoon is known; None for what is no time.
+def same_time(one: str, other: str) -> bool | None:
+    """Return whether two times of day are the same; 3:30 is that of the morning and of the afternoon. None for others.
 
-    >>> time_of_day("3:30 PM"), time_of_day("15:30"), time_of_day("3:30"), time_of_day("3")
-    ((930, True), (930, True), (210, False), None)
+    >>> same_time("3:30 PM", "15:30"), same_time("3:30", "3:30 PM"), same_time("3", "3:30")
+    (True, True, None)
     """
+    a, b = _minutes(one), _minutes(other)
+    if a is None or b is None:
+        return None
+    day = 1440 if a[1] and b[1] else 720
+    return a[0] % day == b[0] % day
+
+
+def _minutes(text: str) -> tuple[int, bool] | None:
+    """Minutes after midnight, and whether morning or afternoon is known."""
     found = _TIME.fullmatch(text)
     if found is None or (found[2] is None and found[3] is None):
         return None
@@ -177,40 +199,52 @@ def time_of_day(text: str) -> tuple[int, bool] | None:
     return 60 * hour + minute, bool(found[3]) or hour > 12 or hour == 0
 
 
-def same_time(one: tuple[int, bool], other: tuple[int, bool]) -> bool:
-    """Whether two times of day are the same; 3:30 is both that of the morning and of the afternoon."""
-    day = 1440 if one[1] and other[1] else 720
-    return one[0] % day == other[0] % day
+def same_date(one: str, other: str) -> bool | None:
+    """Return whether two dates are the same; a year counts if both have one. None for what is no date.
 
-
-def date(text: str) -> tuple[int | None, int, int] | None:
-    """Return year, month and day of a date; the year may be missing.
-
-    >>> date("March 14"), date("14 March 2021"), date("2021-03-14")
-    ((None, 3, 14), (2021, 3, 14), (2021, 3, 14))
+    >>> same_date("March 14", "14 March 2021"), same_date("2021-03-14", "Mar 15, 2021"), same_date("March", "April")
+    (True, False, None)
     """
+    a, b = _date(one), _date(other)
+    if a is None or b is None:
+        return None
+    return a[1:] == b[1:] and (a[0] is None or b[0] is None or a[0] == b[0])
+
+
+def _date(text: str) -> tuple[int | None, int, int] | None:
+    """Year, month and day; the year may be missing."""
     if iso := _ISO.fullmatch(text):
         return int(iso[1]), int(iso[2]), int(iso[3])
     for form in _DATES:
-        found = form.fullmatch(text)
-        month = next((_MONTHS.get(each.lower()) for each in found.groups() if each and each.isalpha()), None) if found else None
-        if found and month:
-            return int(found["year"]) if found["year"] else None, month, int(found["day"])
+        if found := form.fullmatch(text):
+            month = next((_MONTHS[name.lower()] for name in found.groups() if name and name.lower() in _MONTHS), None)
+            if month:
+                return int(found["year"]) if found["year"] else None, month, int(found["day"])
     return None
 
 
-def same_date(one: tuple[int | None, int, int], other: tuple[int | None, int, int]) -> bool:
-    """Whether two dates are the same; a year counts if both have one."""
-    return one[1:] == other[1:] and (one[0] is None or other[0] is None or one[0] == other[0])
+def same_ratio(one: str, other: str) -> bool | None:
+    """Return whether two ratios are the same; None for what is no ratio.
 
-
-def ratio(text: str) -> tuple[Fraction, ...] | None:
-    """Return the parts of a ratio relative to the first; None for what is no ratio.
-
-    >>> ratio("6:8") == ratio("3 to 4"), ratio("3")
-    (True, None)
+    >>> same_ratio("6:8", "3 to 4"), same_ratio("1:2:3", "1:2:4"), same_ratio("3:4", "3")
+    (True, False, None)
     """
+    a, b = _ratio(one), _ratio(other)
+    return None if a is None or b is None else a == b
+
+
+def _ratio(text: str) -> tuple[Fraction, ...] | None:
+    """The parts of a ratio relative to the first."""
     if len(text) > LONGEST or not _PARTS.fullmatch(text):
         return None
     parts = [_fraction(part) for part in re.findall(NUMBER, text)]
     return tuple(part / parts[0] for part in parts) if all(parts) else None
+
+
+def is_value(text: str) -> bool:
+    """Return whether a plain answer is a number, a time of day, a date or a ratio.
+
+    >>> is_value("5 km"), is_value("March 14"), is_value("5 or more")
+    (True, True, False)
+    """
+    return any(read(text) is not None for read in (quantity, _minutes, _date, _ratio))

@@ -34,9 +34,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
     def read(tex: str) -> list[object]:
-        found: list[object] = parse(
-            f"\\boxed{{{tex}}}", [config], fallback_mode="no_fallback", parsing_timeout=None
-        )
+        found: list[object] = parse(f"\\boxed{{{tex}}}", [config], fallback_mode="no_fallback", parsing_timeout=None)
         return found
 
     print("ready", file=answers, flush=True)

@@ -49,7 +49,8 @@ def keep_correct(
 
     Args: `samples`, in any order; `matcher(response, answer)`, whether a response is right; `per_prompt`, the most
     samples to keep of a prompt, the first ones; `duplicates`, whether to keep repeated responses to a prompt. Returns
-    the kept samples, in order, and counts. Raises ArgumentError.
+    the kept samples, in order, and counts. Raises ArgumentError, and ExtraError without math-verify unless `matcher` is
+    given.
 
     Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), section 3; STaR
     (arXiv 2203.14465). The counts and dropping duplicates are ours.
