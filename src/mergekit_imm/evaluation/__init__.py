@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .diversity import distinct_n as distinct_n
     from .diversity import expectation_adjusted_distinct as expectation_adjusted_distinct
     from .diversity import mean_distinct as mean_distinct
-    from .find_answer import Found as Found
-    from .find_answer import final_answer as final_answer
-    from .find_answer import find_answer as find_answer
+    from .extraction import Found as Found
+    from .extraction import final_answer as final_answer
+    from .extraction import find_answer as find_answer
     from .passk import mean_pass_at_k as mean_pass_at_k
     from .passk import pass_at_k as pass_at_k
     from .reversal import Reversal as Reversal
@@ -40,7 +40,7 @@ else:
             ".bootstrap": "Interval",
             ".comparison": "Comparison Measure Report compare",
             ".diversity": "cosine_diversity distinct_equations distinct_n expectation_adjusted_distinct mean_distinct",
-            ".find_answer": "Found final_answer find_answer",
+            ".extraction": "Found final_answer find_answer",
             ".passk": "mean_pass_at_k pass_at_k",
             ".reversal": "Reversal group_disparity improvement_set judge",
             ".samples": "Model Problem Response read_samples",

@@ -7,7 +7,7 @@ import re
 from ..common.checks import as_text
 from .by_value import TooLongError, check_installed, same_value
 from .clause import has_prose
-from .find_answer import final_answer
+from .extraction import final_answer
 from .plain_answer import plain
 from .quantity import UNIT_AFTER, quantity, same_date, same_ratio, same_time
 
@@ -171,7 +171,8 @@ def _elements(text: str) -> tuple[str, list[str]] | None:
         brackets, inner = "{}", text[2:-2]
     elif len(text) > 1 and text[0] + text[-1] in ("()", "[]", "{}", "(]", "[)"):
         brackets, inner = text[0] + text[-1], text[1:-1]
-    parts, depth, begin, at = [], 0, 0, 0
+    parts: list[str] = []
+    depth = begin = at = 0
     while at < len(inner):
         depth += (inner[at] in "([{") - (inner[at] in ")]}")
         if depth < 0:  # of (1, 2), (3, 4) the first bracket does not enclose all

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 LONGEST = 1000  # characters of a number, and its largest power of ten; what is longer is compared as text
-NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?![\d.])|\d+)(?:\.\d*)?|\.\d+"
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?![\d.]|\s?/)|\d+)(?:\.\d*)?|\.\d+"
 _FRACTION = (
     rf"(?:(?P<a>{NUMBER})\s?/\s?(?P<b>-?(?:{NUMBER}))"
     rf"|\\frac\{{\s?(?P<c>-?(?:{NUMBER}))\s?\}}\{{\s?(?P<d>-?(?:{NUMBER}))\s?\}})"

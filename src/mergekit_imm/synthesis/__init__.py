@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..evaluation.answers import is_correct as is_correct
     from ..evaluation.answers import same_answer as same_answer
-    from ..evaluation.find_answer import final_answer as final_answer
+    from ..evaluation.extraction import final_answer as final_answer
     from .crescent_method import Consensus as Consensus
     from .crescent_method import Crescent as Crescent
     from .crescent_method import Pair as Pair
@@ -30,7 +30,7 @@ else:
         __name__,
         {
             "..evaluation.answers": "is_correct same_answer",
-            "..evaluation.find_answer": "final_answer",
+            "..evaluation.extraction": "final_answer",
             ".crescent_method": "Consensus Crescent Pair bait_prompts clean_question consensus crescent",
             ".deduplication": "Deduplicated Discarded deduplicate",
             ".filtering": "Kept Sample keep_correct",

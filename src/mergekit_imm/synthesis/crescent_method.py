@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
-from ..common.checks import as_texts, check_count, is_number
+from ..common.checks import as_text, as_texts, check_callable, check_count, is_number
 from ..common.messages import shown
 from ..errors import ArgumentError
 from ..evaluation.answers import same_answer
 from ..evaluation.by_value import check_installed
-from ..evaluation.find_answer import final_answer
+from ..evaluation.extraction import final_answer
 from .deduplication import Deduplicated, Encode, Rewrite, check_nearness, deduplicate
 
 Generate = Callable[[list[str]], Sequence[str]]  # prompts -> one response per prompt
@@ -31,10 +31,10 @@ _END = re.compile(r"[?？؟]")  # also full-width and Arabic question marks
 class Consensus:
     """The result of a vote.
 
-    answer: the winning answer, in the form that most responses gave; None without a majority. votes: the most votes of an
-    answer, even if it did not win. n: number of responses, with or without an answer. responses: those that gave the winning answer, in
-    order. reason: None, or the first reason that applies: "no answer" (in any response), "tie", "few votes" (fewer than
-    min_votes), "low agreement" (votes / n below min_agreement).
+    answer: the winning answer, in the form that most responses gave; None without a majority. votes: the most votes of
+    an answer, even if it did not win. n: number of responses, with or without an answer. responses: those that gave the
+    winning answer, in order. reason: None, or the first reason that applies: "no answer" (in any response), "tie", "few
+    votes" (fewer than min_votes), "low agreement" (votes / n below min_agreement).
     """
 
     answer: str | None
@@ -105,7 +105,7 @@ def clean_question(text: str) -> str:
     >>> clean_question("Let x - 1 = -5.")
     ''
     """
-    end = _END.search(text)
+    end = _END.search(as_text("text", text))
     if end is None or not text[: end.start()].strip():
         return ""
     return " ".join(text[: end.end()].split())
@@ -142,9 +142,16 @@ def consensus(
     given = as_texts("responses", responses, empty=True)
     if not given:
         raise ArgumentError("responses is empty; give at least one")
+    check_callable("extract", extract, "from a response to its answer, or None")
+    check_callable("same", same, "(one, other) -> bool")
     if same is same_answer:
         check_installed()
     answers = [extract(response) for response in given]
+    for answer, response in zip(answers, given, strict=True):
+        if not isinstance(answer, str | None):
+            raise ArgumentError(
+                f"extract returned {shown(repr(answer), 60)} for '{shown(response)}'; return a text or None"
+            )
     forms = Counter(answer for answer in answers if answer is not None)
     n = len(given)
     if not forms:
@@ -157,9 +164,9 @@ def consensus(
     votes = {form: sum(forms[other] for other in others) for form, others in equal.items()}
     most = max(votes.values())
     best = [form for form in forms if votes[form] == most]
-    answer = min(best, key=lambda form: (-forms[form], len(form), form))
+    winner = min(best, key=lambda form: (-forms[form], len(form), form))
     reason = None
-    if any(form not in equal[answer] for form in best):
+    if any(form not in equal[winner] for form in best):
         reason = "tie"
     elif most < min_votes:
         reason = "few votes"
@@ -167,8 +174,8 @@ def consensus(
         reason = "low agreement"
     if reason:
         return Consensus(None, most, n, (), reason)
-    chosen = tuple(r for r, mine in zip(given, answers, strict=True) if mine in equal[answer])
-    return Consensus(answer, most, n, chosen)
+    chosen = tuple(r for r, mine in zip(given, answers, strict=True) if mine in equal[winner])
+    return Consensus(winner, most, n, chosen)
 
 
 def crescent(
@@ -217,6 +224,10 @@ def crescent(
     """
     check_count("questions", questions, 1)
     check_count("samples", samples, 1)
+    for name, function in (("generate", generate), ("answer", answer)):
+        check_callable(name, function, "from a list of prompts to a list of as many texts")
+    check_callable("encode", encode, "from a list of texts to an array of vectors")
+    check_callable("clean", clean, "from a text to a question")
     check_nearness(threshold, retries)  # check everything before the first call of the model
     _check_vote(min_votes, min_agreement)
     if same is same_answer:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from ..common.checks import as_text
+from ..common.checks import as_text, described
+from ..errors import ArgumentError
 from .clause import LONGEST, answer_of_clause, has_prose, last_value, whole_answer
 
 TRIED = 20  # places where a response may go on to another question, and marks that may be followed by an answer
@@ -70,6 +71,8 @@ def find_answer(response: str, *, cut: bool = True) -> Found | None:
     '7'
     """
     text = as_text("response", response)
+    if not isinstance(cut, bool):
+        raise ArgumentError(f"cut is {described(cut)}; give True or False")
     if cut:
         for end in (_TOKEN, _NEXT):
             for found in islice(end.finditer(text), TRIED):
