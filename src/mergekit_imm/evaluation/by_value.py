@@ -29,17 +29,22 @@ class TooLongError(Exception):
     """A comparison took too long, or too much memory."""
 
 
-@lru_cache(maxsize=1)
 def check_installed() -> None:
-    """Raise ExtraError unless math-verify is installed."""
-    if importlib.util.find_spec("math_verify") is None:
+    """Raise ExtraError unless math-verify is installed; even numbers, so that all installations judge alike."""
+    if sys.modules.get("math_verify", sys) is None or not _is_found():
         raise extra_error("Judging answers", "math-verify", "judge")
+
+
+@lru_cache(maxsize=1)
+def _is_found() -> bool:
+    return importlib.util.find_spec("math_verify") is not None
 
 
 LONGEST, DEEPEST = 300, 8  # characters of an expression, and its brackets within brackets
 # Towers of powers, powers, factorials and binomials with millions of digits: refused at once rather than after seconds.
 _EXPENSIVE = re.compile(
-    r"\^\s*\{?\s*\d+\s*\^|\^\s*\{?\s*-?\d{5,}|\d{4,}[\s})]*!|!\s*!|\d{100,}|\\d?binom\s*\{?\d{5,}|\\d?binom\{\d+\}\{?\d{5,}"
+    r"\^\s*\{?\s*\d+\s*\^|\^\s*\{?\s*-?\d{5,}|[\])}]\s*\^\s*\{?\d{3,}|\d{100,}"
+    r"|\d{4,}[\s})]*!|![\s\])}]*!|\\d?binom\s*\{?\d{5,}|\\d?binom\{\d+\}\{?\d{5,}"
 )
 
 

@@ -51,8 +51,8 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]] | Mapping[str, tuple[int, i
     >>> mean_pass_at_k([(5, 2), (4, 1)], 2)
     0.6
     """
-    is_named = isinstance(counts, Mapping)
-    named = list(counts.items()) if is_named else list(enumerate(as_items("counts", counts, "(n, c)")))
+    pairs = counts if isinstance(counts, Mapping) else dict(enumerate(as_items("counts", counts, "(n, c)")))
+    named = list(pairs.items())
     for name, pair in named:
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not all(map(is_integer, pair)):
             raise ArgumentError(
