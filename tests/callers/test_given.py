@@ -1,7 +1,7 @@
 """Argument types: numpy numbers and all kinds of paths are accepted, others refused in one line."""
 
 # These tests pass wrong types.
-# mypy: disable-error-code="arg-type,call-overload,dict-item,list-item,assignment,operator"
+# mypy: disable-error-code="return-value,arg-type,call-overload,dict-item,list-item,assignment,operator"
 from __future__ import annotations
 
 import json
@@ -33,8 +33,31 @@ from mergekit_imm import (
     verify,
     weight_change,
 )
-from mergekit_imm.evaluation import distinct_n, mean_pass_at_k, pass_at_k
-from mergekit_imm.synthesis import Sample, is_correct, keep_correct, mix, same_answer
+from mergekit_imm.evaluation import (
+    compare,
+    distinct_n,
+    expectation_adjusted_distinct,
+    find_answer,
+    group_disparity,
+    improvement_set,
+    judge,
+    mean_pass_at_k,
+    pass_at_k,
+    read_samples,
+)
+from mergekit_imm.evaluation.bootstrap import bootstrap
+from mergekit_imm.synthesis import (
+    Sample,
+    accumulate,
+    clean_question,
+    consensus,
+    crescent,
+    deduplicate,
+    is_correct,
+    keep_correct,
+    mix,
+    same_answer,
+)
 
 NAME = "model.layers.0.mlp.weight"
 
@@ -244,6 +267,36 @@ def test_states_hold_tensors(here: Path) -> None:
         (lambda: mean_pass_at_k([(5, 2)], 2.5), "^k is 2.5"),
         (lambda: distinct_n("a b a", 1), "^texts: one text 'a b a'; give a list"),
         (lambda: distinct_n(["a b a"], 1.5), "^n is 1.5"),
+        (lambda: distinct_n(["a b a"], 1, tokenizer=None), "^tokenizer is None; give a function from a text"),
+        (lambda: expectation_adjusted_distinct(["a"], vocabulary="x"), "^vocabulary is 'x'"),
+        (lambda: find_answer("5", cut="no"), "^cut is 'no', a str; give True or False"),
+        (lambda: keep_correct(5), "^samples is 5, a int; give a list of Sample"),
+        (lambda: keep_correct([Sample("p", "5", 5)]), "^samples: answer of number 0 is 5"),
+        (lambda: keep_correct([Sample("p", "5", "5")], matcher=None), "^matcher is None; give a function"),
+        (lambda: keep_correct([Sample("p", "5", "5")], matcher=lambda *_: None), "^matcher returned None for number 0"),
+        (lambda: mix(1, [2], share=0.5), "^current is 1, a int; give a list of examples"),
+        (lambda: mix("abc", [2], share=0.5), "^current is 'abc', a str; give a list"),
+        (lambda: accumulate([["a"], 2]), "^round 1 is 2, a int; give a list of examples"),
+        (lambda: accumulate([[{}]]), "^examples must be hashable"),
+        (lambda: mean_pass_at_k([(5,)], 1), r"^counts of problem 0 are \(5,\); give \(n, c\)"),
+        (lambda: mean_pass_at_k(5, 1), "^counts is 5"),
+        (lambda: group_disparity(["a"], [1]), "^solved and levels must be numbers"),
+        (lambda: group_disparity([2.0, 1], [1, 5]), "^solved must hold shares"),
+        (lambda: improvement_set("ab", "cd"), "^model is 'ab'"),
+        (lambda: improvement_set([0.5], [True]), "^model holds 0.5; give True and False"),
+        (lambda: judge(0.5), "^pass_1 is 0.5, a float; give an Interval"),
+        (lambda: compare("a"), "^models is 'a', a str; give a list of models"),
+        (lambda: compare([5]), "^models is a list of 1; give a list of models"),
+        (lambda: read_samples("a.jsonl"), "^paths is 'a.jsonl', a str; give a list of files"),
+        (lambda: read_samples([5]), "^a path is 5"),
+        (lambda: bootstrap(None, 5), "^statistic is None; give a function"),
+        (lambda: bootstrap(lambda _: "a", 5), "^statistic failed: could not convert"),
+        (lambda: bootstrap(lambda _: 1.0, 2.5), "^n is 2.5"),
+        (lambda: consensus(["5"], extract=lambda _: 5), "^extract returned 5 for '5'"),
+        (lambda: consensus(["5"], same=None), "^same is None; give a function"),
+        (lambda: clean_question(5), "^text is 5"),
+        (lambda: crescent(None, len, len, questions=1, samples=2), "^generate is None; give a function"),
+        (lambda: deduplicate(["a"], None), "^encode is None; give a function"),
     ],
 )
 def test_values_of_other_kinds_are_one_line(here: Path, call: Callable[[], object], match: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_imm.evaluation.answers import final_answer, is_correct, same_answer
+from mergekit_imm.evaluation import final_answer, find_answer, is_correct, same_answer
 
 FOUND = [
     (r"so \boxed{12} or rather \boxed{13}", "13"),
@@ -19,7 +19,7 @@ FOUND = [
     (r"never closed \boxed{8, but 9", "9"),
     ("1 + 1 = 2\n#### 1,234", "1,234"),
     ("The answer is 3. No: The answer is -5.", "-5"),
-    ("The answer is 1,234.50 dollars.", "1,234.50"),
+    ("The answer is 1,234.50 dollars.", "1,234.50 dollars"),
     ("The answer is none", "none"),
     ("#### 1\n#### 2", "2"),
     ("The answer is **42**.", "42"),
@@ -27,7 +27,7 @@ FOUND = [
     ("The answer is 42 because there are 3 dogs", "42"),
     ("Answer: (B).", "(B)"),
     ("The answer is Tuesday.", "Tuesday"),
-    (r"The answer is $\frac{3}{4}$.", r"$\frac{3}{4}$"),
+    (r"The answer is $\frac{3}{4}$.", r"\frac{3}{4}"),
     ("It costs $5.50 in all.", "$5.50"),
     ("from 2-3 we get -1", "-1"),
     ("x=−3", "−3"),
@@ -47,9 +47,38 @@ def test_no_answer(text: str) -> None:
     assert not is_correct(text, "5")
 
 
+WHERE = [
+    (r"It is 3, so \boxed{4}.", "box"),
+    ("The answer is 4.", "mark"),
+    (r"2\sqrt{3}", "whole"),
+    ("I count 4 of them.", "last"),
+]
+
+
+@pytest.mark.parametrize(("text", "where"), WHERE)
+def test_where_an_answer_was_found_is_said(text: str, where: str) -> None:
+    found = find_answer(text)
+    assert found is not None
+    assert found.where == where
+
+
+@pytest.mark.parametrize(
+    "end", ["\n\nQuestion: 2 + 2 = ?", "\nQ: 2 + 2?", "\n### Problem 2: 2 + 2", "</s>", "<|im_end|>\nUser:"]
+)
+def test_a_response_ends_where_the_next_question_begins(end: str) -> None:
+    assert final_answer(rf"\boxed{{7}}{end}\nSolution: \boxed{{4}}") == "7"
+    for answer in ("#### 7", "The answer is 7.", "That makes 7"):
+        text = f"{answer}{end}\nAnswer: 2 + 2 = 4\n#### 4"
+        assert final_answer(text) == "7", text
+        assert final_answer(text, cut=False) == "4"
+
+
+def test_a_question_before_any_answer_is_no_end() -> None:
+    assert final_answer("I restate it.\nQuestion: what is 3 + 4?\nAnswer: 7") == "7"
+
+
 SAME = [
     (r"\frac{13}{4}\times 10^2", "325"),
-    ("113/4e2", "2825"),
     ("3 million", "3,000,000"),
     ("2 dozen eggs", "24"),
     ("5cm", "5 cm"),
@@ -72,6 +101,7 @@ SAME = [
     ("5 cm", "5"),
     ("7 apples", "7 apple"),
     ("50%", "50"),
+    ("50%", "0.5"),
     (r"50\%", "50%"),
     ("(B)", "b"),
     ("x = 5", "5"),
@@ -105,7 +135,6 @@ OTHERS = [
     (r"2\sqrt{3}", "2"),
     ("5i", "5"),
     ("5 cm", "5 m"),
-    ("50%", "0.5"),
     ("1,2", "12"),
     ("5", "-5"),
     ("3/4", "4/3"),
@@ -200,12 +229,22 @@ HOSTILE = [
     "$ ",
     "a",
     "°",
+    "#### ",
+    "</s>",
+    "\nQ:",
+    "\\(",
+    "A) ",
+    "=",
+    "not 1 but ",
+    "1 of 2 ",
+    "\\pm",
 ]
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_long_texts_take_linear_time(piece: str) -> None:
-    """A million characters: quadratic time would be hours, and ends in a timeout."""
-    text = piece * (1_000_000 // len(piece))
+    """300,000 characters: quadratic time would be an hour, and ends in a timeout."""
+    text = piece * (300_000 // len(piece))
     final_answer(text)
     same_answer(text, text + "x")
+    is_correct(f"\\boxed{{{text[:1900]}}}", text[1:1900])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from mergekit_imm import ArgumentError, CheckpointError, MergeError, MismatchError
+from mergekit_imm import ArgumentError, CheckpointError, ExtraError, MergeError, MismatchError
 from mergekit_imm.cli.samples import samples_command
 from mergekit_imm.evaluation import Report, read_samples
 from mergekit_imm.evaluation.comparison import compare
@@ -64,12 +63,33 @@ def test_read_samples() -> None:
     assert problem.greedy.text == "g"
 
 
-def test_answers_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = ModuleType("mergekit_imm.evaluation.answers")
-    judge.is_correct = lambda response, answer: response.endswith(answer)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mergekit_imm.evaluation.answers", judge)
-    lines = [{"problem": "p", "response": "it is 7", "answer": answer} for answer in ("7", 7, "8")]
-    assert read_samples([write("a.jsonl", lines)])[0].problems["p"].counts == (3, 2)
+def test_answers_are_judged() -> None:
+    lines = [{"problem": "p", "response": f"it is {given}", "answer": answer} for given, answer in ((7, "7"), (7, 7.0))]
+    lines += [{"problem": "q", "response": r"\boxed{\frac{1}{\sqrt{2}}}", "answer": r"\frac{\sqrt2}{2}"}]
+    lines += [{"problem": "q", "response": "it is 2", "answer": r"\frac{\sqrt2}{2}"}]
+    problems = read_samples([write("a.jsonl", lines)])[0].problems
+    assert (problems["p"].counts, problems["q"].counts) == ((2, 2), (2, 1))
+
+
+def test_a_response_is_judged_up_to_the_next_question() -> None:
+    line = {"problem": "p", "response": "#### 7\n\nQuestion: 2 + 2?\n#### 4", "answer": "7"}
+    path = write("a.jsonl", [line, {**line, "answer": "7.0", "response": "#### 7"}])
+    assert read_samples([path])[0].problems["p"].counts == (2, 2)
+    assert read_samples([path], cut=False)[0].problems["p"].counts == (2, 1)
+
+
+def test_a_problem_with_two_right_answers_is_refused() -> None:
+    line = {"problem": "p", "response": "7", "answer": "7"}
+    first = write("a.jsonl", [line, {**line, "answer": "7.00"}])
+    with pytest.raises(MismatchError, match=r"problem 'p' has the answer '7' in a.jsonl, line 1, but '8' in b.jsonl"):
+        read_samples([first, write("b.jsonl", [{**line, "answer": 8}])])
+
+
+def test_answers_need_the_judge_and_verdicts_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    read_samples([write("a.jsonl", [GOOD])])
+    with pytest.raises(ExtraError, match=r"Judging answers needs math-verify.*pip install 'mergekit-imm\[judge\]'"):
+        read_samples([write("b.jsonl", [{"problem": "p", "response": "7", "answer": "7"}])])
 
 
 @pytest.mark.parametrize(

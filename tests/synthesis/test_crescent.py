@@ -253,3 +253,25 @@ def test_crescent_refuses(change: dict[str, Any], message: str) -> None:
 def test_values_are_checked_before_generation(change: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=rf"^{next(iter(change))}\b"):
         run(generate=lambda _: pytest.fail("it was asked"), **change)
+
+
+FORMS = ["75", "75%", "0.75", "3/4", r"\frac{3}{4}", "7.5", "1 1/2", "1.5", r"2\sqrt{3}", r"\sqrt{12}", None]
+
+
+@given(
+    st.lists(st.sampled_from(FORMS), min_size=1, max_size=8).flatmap(
+        lambda a: st.tuples(st.just(a), st.permutations(a))
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_the_vote_does_not_depend_on_the_order(orders: tuple[list[str | None], list[str | None]]) -> None:
+    """Though `same_answer` is not transitive: 75% is 75 and 0.75."""
+    one, other = (consensus(["none" if a is None else rf"\boxed{{{a}}}" for a in answers]) for answers in orders)
+    assert (one.answer, one.votes, one.n, one.reason) == (other.answer, other.votes, other.n, other.reason)
+    assert sorted(one.responses) == sorted(other.responses)
+
+
+def test_votes_are_those_for_the_winning_form() -> None:
+    found = consensus([f"It is {each}." for each in ("0.75", "75%", "75", "75%", "8")])
+    assert (found.answer, found.votes) == ("75%", 4)
+    assert consensus(["It is 0.75.", "It is 75.", "It is 0.75.", "It is 75."]).reason == "tie"

@@ -64,7 +64,7 @@ def test_all_examples_are_equally_likely() -> None:
 
 
 def test_draws_are_reproducible() -> None:
-    assert mix("abc", "uvwxyz", share=0.5, seed=3) == ["a", "b", "c", "z", "u", "w"]
+    assert mix(list("abc"), list("uvwxyz"), share=0.5, seed=3) == ["a", "b", "c", "z", "u", "w"]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])

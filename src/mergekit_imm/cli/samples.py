@@ -39,18 +39,31 @@ Example:
     metavar="MODULE:FUNCTION",
     help="Function from a list of texts to an array of vectors, for cosine diversity.",
 )
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws for diversity.")
+@click.option(
+    "--cut/--no-cut",
+    default=True,
+    help="End a response that is judged by its answer where it goes on to another question.  [default: --cut]",
+)
 @click.option("-o", "--out", metavar="DIR", help="Write samples.json and pictures to this folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the verdicts only.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def samples_command(
-    files: tuple[str, ...], reference: str | None, encoder: str | None, out: str | None, as_json: bool, quiet: bool
+    files: tuple[str, ...],
+    reference: str | None,
+    encoder: str | None,
+    seed: int,
+    cut: bool,
+    out: str | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Compare models by their samples, to see whether a gain is real: pass@k, diversity, gains and losses, OOD,
     calibration.
 
-    Each number has a bootstrap interval over problems. The verdict says whether pass@1 rose while something else got
-    worse. Samples are JSON lines; "greedy": true marks a problem's greedy answer.
+    Each number has an interval over problems. The verdict says whether pass@1 rose while something else got worse.
+    Samples are JSON lines; "greedy": true marks a problem's greedy answer.
     """
     from ..evaluation.comparison import FORMAT, compare
     from ..evaluation.samples import read_samples
@@ -61,7 +74,7 @@ def samples_command(
         raise click.UsageError(f"--encoder '{shown(encoder)}' is not MODULE:FUNCTION; write my_encoder:encode")
     folder = check_folder(out, FILES, FORMAT) if out else None  # fail before an hour of encoding
     encode = _load(encoder) if encoder else None
-    report = compare(read_samples(files), reference=reference, encoder=encode)
+    report = compare(read_samples(files, cut=cut), reference=reference, encoder=encode, seed=seed)
     plain = report.to_dict()
     if as_json:
         say(json.dumps(plain, indent=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,19 @@ def as_texts(name: str, texts: Sequence[str], *, empty: bool = False) -> list[st
         if not text.strip() and not empty:
             raise ArgumentError(f"{name}: number {i} of {len(found)} is empty; leave it out")
     return found
+
+
+def as_items(name: str, values: Any, what: str = "items") -> list[Any]:
+    """Return a collection as a list. Raises ArgumentError for a text, a mapping, and what is no collection."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ArgumentError(f"{name} is {described(values)}; give a list of {what}")
+    return list(values)
+
+
+def check_callable(name: str, value: Any, call: str) -> None:
+    """Raise ArgumentError unless `value` can be called; `call` says how."""
+    if not callable(value):
+        raise ArgumentError(f"{name} is {described(value)}; give a function {call}")
 
 
 def check_count(name: str, value: Any, least: int) -> None:

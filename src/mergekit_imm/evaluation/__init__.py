@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .answers import final_answer as final_answer
     from .answers import is_correct as is_correct
     from .answers import same_answer as same_answer
     from .bootstrap import Interval as Interval
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
     from .diversity import distinct_n as distinct_n
     from .diversity import expectation_adjusted_distinct as expectation_adjusted_distinct
     from .diversity import mean_distinct as mean_distinct
+    from .extraction import Found as Found
+    from .extraction import final_answer as final_answer
+    from .extraction import find_answer as find_answer
     from .pareto import pareto_front as pareto_front
     from .passk import mean_pass_at_k as mean_pass_at_k
     from .passk import pass_at_k as pass_at_k
@@ -37,11 +39,12 @@ else:
     __getattr__, __dir__, __all__ = lazy(
         __name__,
         {
-            ".answers": "final_answer is_correct same_answer",
+            ".answers": "is_correct same_answer",
             ".bootstrap": "Interval",
             ".calibration": "Calibration expected_calibration_error",
             ".comparison": "Comparison Measure Report compare",
             ".diversity": "cosine_diversity distinct_equations distinct_n expectation_adjusted_distinct mean_distinct",
+            ".extraction": "Found final_answer find_answer",
             ".pareto": "pareto_front",
             ".passk": "mean_pass_at_k pass_at_k",
             ".reversal": "Reversal group_disparity improvement_set judge",

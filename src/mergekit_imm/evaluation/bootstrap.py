@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..common.checks import check_callable, check_count, is_number
+from ..common.messages import shown
 from ..errors import ArgumentError
 
 Indices = npt.NDArray[np.int64]
@@ -18,7 +20,7 @@ RESAMPLES, CONFIDENCE = 2000, 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A number and its bootstrap interval; `n` is the sample size (problems or layers).
+    """A number and its 95 % interval; `n` is the sample size (problems or layers).
 
     `low` and `high` are NaN if there is no interval: n < 2, or the number is undefined in the sample or in too many
     resamples.
@@ -69,13 +71,15 @@ def bootstrap(
     >>> bootstrap(lambda i: solved[i].mean(), len(solved))
     Interval(value=0.625, low=0.25, high=0.875, n=8)
     """
-    if n < 1:
-        raise ArgumentError(f"n is {n}; it must be >= 1")
-    if resamples < 1 or not 0 < confidence < 1:
-        raise ArgumentError(
-            f"resamples is {resamples} and confidence {confidence}; give resamples >= 1 and 0 < confidence < 1"
-        )
-    value = float(statistic(np.arange(n)))
+    check_callable("statistic", statistic, "from an array of indices to a number")
+    for name, count, least in (("n", n, 1), ("resamples", resamples, 1), ("seed", seed, 0)):
+        check_count(name, count, least)
+    if not is_number(confidence) or not 0 < confidence < 1:
+        raise ArgumentError(f"confidence is {shown(repr(confidence), 60)}; it must lie between 0 and 1")
+    try:
+        value = float(statistic(np.arange(n)))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"statistic failed: {shown(error)}; it takes indices and returns a number") from error
     if n < 2 or math.isnan(value):
         return Interval(value, math.nan, math.nan, n)
     generator = np.random.default_rng(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..common.checks import check_count, described
 from ..common.messages import shown
 from ..errors import ArgumentError, MismatchError
 from .bootstrap import RESAMPLES, Indices, Interval, bootstrap
@@ -24,6 +26,7 @@ from .diversity import (
 )
 from .embeddings import unit_rows
 from .passk import pass_at_k, powers_of_two
+from .rates import difference_interval, rate_interval
 from .reversal import FEWEST, UNKNOWN, Reversal, group_disparity, improvement_set, judge
 from .samples import Model, Problem
 
@@ -125,23 +128,26 @@ def compare(
     reference: str | None = None,
     encoder: Encoder | None = None,
     resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Report:
     """Compare each model with a reference by their samples of the same problems.
 
-        difference = mean_j (model_j - reference_j),  interval: paired bootstrap over the problems j
+        difference = mean_j (model_j - reference_j),  interval: paired, over the problems j
 
     Args: `models` from `read_samples`; `reference`, the name of one of them, the first by default; `encoder`, from a
-    list of texts to an array of shape (texts, width), for diversity in meaning.
+    list of texts to an array of shape (texts, width), for diversity in meaning; `resamples`, of the bootstrap; `seed`,
+    of the samples drawn for diversity.
 
     pass@k is given for k = 1, 2, 4, ... up to the fewest samples of a problem. Diversity is measured per problem, for
     right and wrong samples separately, and averaged over problems where both models have at least two. More texts
-    repeat more, so the model with more of them is cut to the number of the other, in the order of the file. V of EAD
-    is the number of distinct tokens in all samples of both models. The verdict comes from `judge`: its diversity is the
-    cosine diversity of right responses, or without an encoder their EAD, unless responses became longer; its pass@k
-    uses the largest k of at most half of the samples.
+    repeat more, so of the model with more of them as many as the other has are drawn, each with the same probability:
+    the first ones would differ from the rest if the file is in an order, such as that of temperature. V of EAD is the
+    number of distinct tokens in all samples of both models. Intervals of rates are those of `rates`, others bootstrap.
+    The verdict comes from `judge`: its diversity is the cosine diversity of right responses, or without an encoder
+    their EAD, unless responses became longer; its pass@k uses the largest k of at most half of the samples.
 
-    Raises MismatchError if the models have different problems, ArgumentError for an unknown reference or a faulty
-    encoder.
+    Raises MismatchError if the models have different problems, ArgumentError for an unknown reference, a faulty encoder
+    or values of other kinds.
 
     Source: "Self-Improvement Reversal", 2024 (arXiv 2407.05013); intervals, equal numbers and the verdict are ours.
 
@@ -152,6 +158,10 @@ def compare(
     >>> report.comparisons[0].measures[0].difference.value, report.comparisons[0].gained.problems
     (0.5555555555555556, 5)
     """
+    if not isinstance(models, Sequence) or not all(isinstance(model, Model) for model in models):
+        raise ArgumentError(f"models is {described(models)}; give a list of models, as read_samples returns it")
+    check_count("resamples", resamples, 1)
+    check_count("seed", seed, 0)
     if not models:
         raise ArgumentError("models is empty; give samples of at least one model")
     names = [model.name for model in models]
@@ -171,13 +181,13 @@ def compare(
     sampled = {m.name: [r.text for name in inside for r in m.problems[name].sampled] for m in models}
     embedded = {name: unit_rows(encoder(t), "the encoder", t) for name, t in sampled.items() if t} if encoder else {}
     ks = powers_of_two(min(len(m.problems[name].sampled) for m in models for name in inside))
-    curves = {m.name: {k: _interval(_pass_k(m, inside, k), resamples) for k in ks} for m in models}
+    curves = {m.name: {k: rate_interval(_pass_k(m, inside, k)) for k in ks} for m in models}
     comparisons = []
     for model in models:
         if model is not base:
             texts = chain(sampled[base.name], sampled[model.name])
             vocabulary = len({token for text in texts for token in text.split()})
-            pair = _Pair(base, model, inside, outside, ks, vocabulary, embedded, resamples)
+            pair = _Pair(base, model, inside, outside, ks, vocabulary, embedded, resamples, seed)
             comparisons.append(pair.compare())
     calibrations = {m.name: _calibrations(m, inside, resamples) for m in models}
     calibrations = {name: found for name, found in calibrations.items() if found}
@@ -211,8 +221,14 @@ def _pass_k(model: Model, names: Sequence[str], k: int) -> Numbers:
     return np.array([pass_at_k(*model.problems[name].counts, k) for name in names])
 
 
-def _interval(values: Numbers, resamples: int) -> Interval:
-    return bootstrap(lambda i: float(values[i].mean()), len(values), resamples=resamples) if len(values) else UNKNOWN
+def _drawn(indices: list[int], count: int, seed: str) -> list[int]:
+    """As many of some indices, each with the same probability, in order."""
+    generator = random.Random(seed)  # not its sample: that may change between versions of Python
+    return sorted(sorted(indices, key=lambda _: generator.random())[:count])
+
+
+def _rate(name: str, base: Numbers, model: Numbers, *, k: int = 1) -> Measure:
+    return Measure(name, rate_interval(base), rate_interval(model), difference_interval(base, model, k=k))
 
 
 @dataclass(frozen=True)
@@ -227,6 +243,7 @@ class _Pair:
     vocabulary: int
     embedded: Mapping[str, npt.NDArray[Any]]
     resamples: int
+    seed: int
 
     def compare(self) -> Comparison:
         """Measure everything that the samples allow."""
@@ -236,7 +253,7 @@ class _Pair:
         measures += [first] if first and "greedy" in first.name else []
         for k in self.ks:
             of = (_pass_k(self.base, self.inside, k), _pass_k(self.model, self.inside, k))
-            measures.append(self.measure(f"pass@{k} (sampled)", *of))
+            measures.append(_rate(f"pass@{k} (sampled)", *of, k=k))
         if not self.ks:
             notes.append("a problem has a greedy answer but no samples: pass@k and diversity are not measured")
         fewest = min(len(m.problems[name].sampled) for m in (self.base, self.model) for name in self.inside)
@@ -303,7 +320,7 @@ class _Pair:
     def solved(self, names: Sequence[str], title: str, notes: list[str]) -> Measure | None:
         """pass@1, greedy or sampled."""
         found = self.rates(names, title, notes)
-        return self.measure(f"{title} ({found[0]})", found[1], found[2]) if found else None
+        return _rate(f"{title} ({found[0]})", found[1], found[2]) if found else None
 
     def disparity(self, notes: list[str]) -> Measure | None:
         """The group disparity on ood problems if they have levels, else on the others."""
@@ -355,9 +372,10 @@ class _Pair:
             count = min(map(len, chosen))
             if count >= 2:
                 compared += 1
+                chosen = [_drawn(indices, count, f"{self.seed} {name}") for indices in chosen]
                 for m, problem, indices in zip((self.base, self.model), both, chosen, strict=True):
-                    rows = [places[m.name] + i for i in indices[:count]]
-                    for title, value in self.values(problem, indices[:count], m.name, rows).items():
+                    rows = [places[m.name] + i for i in indices]
+                    for title, value in self.values(problem, indices, m.name, rows).items():
                         columns.setdefault(title, []).append([value]) if m is self.base else columns[title][-1].append(
                             value
                         )
@@ -401,7 +419,5 @@ class _Pair:
     def on(self, names: list[str]) -> ProblemSet:
         """pass@k of both models on some problems."""
         ks = self.ks if names else ()
-        base, model = (
-            {k: _interval(_pass_k(m, names, k), self.resamples) for k in ks} for m in (self.base, self.model)
-        )
+        base, model = ({k: rate_interval(_pass_k(m, names, k)) for k in ks} for m in (self.base, self.model))
         return ProblemSet(len(names), base, model)

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy.typing as npt
 
-from ..common.checks import as_texts, check_count
+from ..common.checks import as_texts, check_callable, check_count
 from ..errors import ArgumentError
 from .embeddings import unit_rows
 
@@ -71,6 +71,7 @@ def expectation_adjusted_distinct(
     1.1428571428571428
     """
     unique, count = _grams(texts, n, tokenizer)
+    check_count("vocabulary", vocabulary, 0)
     if vocabulary < max(1, unique):
         raise ArgumentError(
             f"vocabulary is {vocabulary}, but {unique} distinct {n}-grams occur; give the number of distinct ones in"
@@ -85,6 +86,7 @@ def expectation_adjusted_distinct(
 def _grams(texts: Sequence[str], n: int, tokenizer: Tokenizer) -> tuple[int, int]:
     """The number of distinct n-grams, and of all."""
     check_count("n", n, 1)
+    check_callable("tokenizer", tokenizer, "from a text to its tokens")
     texts = as_texts("texts", texts, empty=True)
     unique: set[tuple[str, ...]] = set()
     count = 0

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from ..common.checks import check_count, is_integer
+from ..common.checks import as_items, check_count, is_integer
 from ..common.messages import shown
 from ..errors import ArgumentError
 
@@ -51,9 +51,15 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]] | Mapping[str, tuple[int, i
     >>> mean_pass_at_k([(5, 2), (4, 1)], 2)
     0.6
     """
-    if not counts:
+    pairs = counts if isinstance(counts, Mapping) else dict(enumerate(as_items("counts", counts, "(n, c)")))
+    named = list(pairs.items())
+    for name, pair in named:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not all(map(is_integer, pair)):
+            raise ArgumentError(
+                f"counts of problem {shown(name)} are {shown(repr(pair), 60)}; give (n, c), samples and right ones"
+            )
+    if not named:
         raise ArgumentError("counts is empty; give at least one problem")
-    named = counts.items() if isinstance(counts, Mapping) else enumerate(counts)
     check_count("k", k, 1)
     few = [(name, n) for name, (n, _) in named if n < k]
     if few:
@@ -62,8 +68,7 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]] | Mapping[str, tuple[int, i
             f"pass@{k} needs {k} samples of each problem; problem {shown(few[0][0])} has {few[0][1]}{more};"
             " use a smaller k, or sample more"
         )
-    each = counts.values() if isinstance(counts, Mapping) else counts
-    return statistics.fmean(pass_at_k(n, c, k) for n, c in each)
+    return statistics.fmean(pass_at_k(n, c, k) for _, (n, c) in named)
 
 
 def powers_of_two(n: int) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..common.checks import as_items, described
+from ..common.messages import shown
 from ..errors import ArgumentError
 from .bootstrap import Interval
 
@@ -31,6 +33,10 @@ def improvement_set(model: Sequence[bool], reference: Sequence[bool]) -> tuple[l
     >>> improvement_set([True, True, False], [True, False, True])
     ([1], [2])
     """
+    for name, answers in (("model", model), ("reference", reference)):
+        for each in as_items(name, answers, "True and False, one per problem"):
+            if each not in (True, False):
+                raise ArgumentError(f"{name} holds {shown(repr(each), 60)}; give True and False, one per problem")
     if len(model) != len(reference):
         raise ArgumentError(
             f"{len(model)} answers of the model, {len(reference)} of the reference; give one per problem"
@@ -56,9 +62,14 @@ def group_disparity(solved: npt.ArrayLike, levels: npt.ArrayLike) -> float:
     >>> group_disparity([1, 1, 0, 1, 0, 0], [1, 1, 1, 5, 5, 5])
     0.5
     """
-    share, level = np.asarray(solved, np.float64), np.asarray(levels)
+    try:
+        share, level = np.asarray(solved, np.float64), np.asarray(levels, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"solved and levels must be numbers, one per problem: {shown(error)}") from error
     if share.shape != level.shape or share.ndim != 1 or not len(share):
         raise ArgumentError(f"{share.size} problems and {level.size} levels; give one level per problem")
+    if not (np.all((share >= 0) & (share <= 1)) and np.all(np.isfinite(level))):
+        raise ArgumentError("solved must hold shares from 0 to 1, and levels finite numbers")
     easiest, hardest = level.min(), level.max()
     easy, hard = float(share[level == easiest].mean()), float(share[level == hardest].mean())
     return (easy - hard) / easy if easy > 0 and easiest != hardest else math.nan
@@ -129,15 +140,20 @@ def judge(
     'reversal: pass@1 rose by 0.120 [0.050, 0.190] (n = 200), but pass@k fell by 0.080 [0.030, 0.130] (n = 200)'
     """
     called = {"pass_1": "pass@1", "diversity": "diversity", "ood": "OOD pass@1", "disparity": "group disparity"}
+    if not isinstance(names, Mapping | None):
+        raise ArgumentError(f"names is {described(names)}; give a mapping, such as {{'pass_k': 'pass@8'}}")
     called |= {"pass_k": "pass@k", **(names or {})}
     measured = {"pass_1": pass_1, "diversity": diversity, "ood": ood, "disparity": disparity, "pass_k": pass_k}
+    for name, each in measured.items():
+        if not isinstance(each, Interval):
+            raise ArgumentError(f"{name} is {described(each)}; give an Interval, or leave out what was not measured")
     worse = {
         name: None if not _is_usable(each) else each.is_above if name in ("pass_1", "disparity") else each.is_below
         for name, each in measured.items()
     }
     improved = worse.pop("pass_1")
-    described = {name: _described(called[name], each) for name, each in measured.items() if _is_usable(each)}
-    bad = [described[name] for name, sign in worse.items() if sign]
+    stated = {name: _described(called[name], each) for name, each in measured.items() if _is_usable(each)}
+    bad = [stated[name] for name, sign in worse.items() if sign]
     good = [called[name] for name, sign in worse.items() if sign is False]
     unknown = [called[name] for name, sign in worse.items() if sign is None]
     rest = f"; not measured: {', '.join(unknown)}" if unknown else ""
@@ -145,13 +161,13 @@ def judge(
         sentence = f"no verdict: {called['pass_1']} has no interval over at least {FEWEST} problems"
     elif not improved:
         fell = f"; {' and '.join(bad)}" if bad else ""
-        sentence = f"no improvement shown: {described['pass_1']}{fell}"
+        sentence = f"no improvement shown: {stated['pass_1']}{fell}"
     elif bad:
-        sentence = f"reversal: {described['pass_1']}, but {' and '.join(bad)}"
+        sentence = f"reversal: {stated['pass_1']}, but {' and '.join(bad)}"
     elif good:
-        sentence = f"no reversal shown: {described['pass_1']}, and no harm shown in {', '.join(good)}{rest}"
+        sentence = f"no reversal shown: {stated['pass_1']}, and no harm shown in {', '.join(good)}{rest}"
     else:
-        sentence = f"no verdict: {described['pass_1']}, but nothing else was measured"
+        sentence = f"no verdict: {stated['pass_1']}, but nothing else was measured"
     evidence = {name: each for name, each in measured.items() if each.n}
     return Reversal(improved, worse["diversity"], worse["ood"], worse["disparity"], worse["pass_k"], evidence, sentence)
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..common.checks import as_items, as_path
 from ..common.json_files import parse_json, plain_size, without_duplicates
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MismatchError
@@ -61,21 +62,24 @@ class _Line:
     greedy: bool
     level: int | None
     ood: bool
+    answer: str | None
 
 
-def read_samples(paths: Sequence[str | Path]) -> tuple[Model, ...]:
+def read_samples(paths: Sequence[str | Path], *, cut: bool = True) -> tuple[Model, ...]:
     """Read samples of models from files of JSON lines, one sample per line.
 
         {"problem": "gsm8k-17", "response": "...", "correct": true, "confidence": 0.8, "model": "round 1",
          "greedy": false, "level": 3, "ood": false}
 
-    Required are `problem`, `response`, and either `correct` or `answer`, the right answer to judge the response by.
+    Required are `problem`, `response`, and either `correct` or `answer`, the right answer to judge the response by with
+    `is_correct`, which takes `cut`.
     `model` defaults to the file's name without suffix, `greedy` to false, `level` (an integer) to none, `ood` (outside
     the training's domain) to false, `confidence` (from 0 to 1) to none: all responses of a model have one, or none has.
     Other keys are ignored, unless they look like misspellings of these. Empty lines are skipped.
 
     Returns the models in the order of their first lines. Raises CheckpointError, with file and line, for invalid lines,
-    and MismatchError for lines that contradict each other. The format is ours.
+    MismatchError for lines that contradict each other, and ExtraError for an `answer` without math-verify. The format
+    is ours.
 
     >>> _ = Path("base.jsonl").write_text('{"problem": "1+1", "response": "It is 2", "correct": true}')
     >>> read_samples(["base.jsonl"])[0].problems["1+1"].counts
@@ -86,11 +90,14 @@ def read_samples(paths: Sequence[str | Path]) -> tuple[Model, ...]:
     lines: dict[str, list[_Line]] = {}
     unnamed: dict[str, Path] = {}  # model named after a file -> that file
     sources: set[tuple[str, Path]] = set()
-    files = [Path(each).expanduser() for each in paths]
+    files = [
+        Path(as_path("a path", each, "a file of samples")).expanduser()
+        for each in as_items("paths", paths, "files of samples")
+    ]
     for number, path in enumerate(files):
         if path.resolve() in [each.resolve() for each in files[:number]]:
             raise ArgumentError(f"the file {shown(path)} is given twice; leave it out once")
-        for line in _lines(path):
+        for line in _lines(path, cut):
             if line.model is None:
                 unnamed[path.stem] = path
             name = path.stem if line.model is None else line.model
@@ -102,7 +109,23 @@ def read_samples(paths: Sequence[str | Path]) -> tuple[Model, ...]:
                 f"{shown(unnamed[name])} and {shown(path)} would both be the model '{shown(name)}'; "
                 f'give each line a "model", or rename a file'
             )
+    _check_answers([line for found in lines.values() for line in found])
     return tuple(Model(name, _problems(found)) for name, found in lines.items())
+
+
+def _check_answers(lines: Sequence[_Line]) -> None:
+    """Raise MismatchError if a problem has two right answers."""
+    first: dict[str, _Line] = {}
+    for line in lines:
+        other = first.setdefault(line.problem, line) if line.answer is not None else line
+        if line.answer != other.answer:
+            from .answers import same_answer
+
+            if not same_answer(str(line.answer), str(other.answer)):
+                raise MismatchError(
+                    f"problem '{shown(line.problem)}' has the answer '{shown(other.answer, 40)}' in {other.where}, but "
+                    f"'{shown(line.answer, 40)}' in {line.where}; give all its lines the same"
+                )
 
 
 def _problems(lines: Sequence[_Line]) -> dict[str, Problem]:
@@ -142,11 +165,12 @@ def _problems(lines: Sequence[_Line]) -> dict[str, Problem]:
     }
 
 
-def _lines(path: Path) -> list[_Line]:
+def _lines(path: Path, cut: bool) -> list[_Line]:
     try:
         plain_size(path)
         with path.open("rb") as file:
-            found = [_line(content, f"{shown(path)}, line {n}") for n, content in enumerate(file, 1) if content.strip()]
+            lines = [(f"{shown(path)}, line {n}", content) for n, content in enumerate(file, 1) if content.strip()]
+            found = [_line(content, where, cut) for where, content in lines]
     except OSError as error:
         raise CheckpointError(f"the samples {shown(path)} cannot be read: {error.strerror}") from error
     if not found:
@@ -154,7 +178,7 @@ def _lines(path: Path) -> list[_Line]:
     return found
 
 
-def _line(content: bytes, where: str) -> _Line:
+def _line(content: bytes, where: str, cut: bool) -> _Line:
     try:
         line = parse_json(content, without_duplicates)
     except ValueError as error:
@@ -189,7 +213,7 @@ def _line(content: bytes, where: str) -> _Line:
             )
         from .answers import is_correct
 
-        correct = is_correct(response, str(answer))
+        correct = is_correct(response, str(answer), cut=cut)
     return _Line(
         where,
         problem,
@@ -198,6 +222,7 @@ def _line(content: bytes, where: str) -> _Line:
         value("greedy", bool, False),
         value("level", int),
         value("ood", bool, False),
+        None if line.get("answer") is None else str(line["answer"]),
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..evaluation.answers import final_answer as final_answer
     from ..evaluation.answers import is_correct as is_correct
     from ..evaluation.answers import same_answer as same_answer
+    from ..evaluation.extraction import final_answer as final_answer
     from .crescent_method import Consensus as Consensus
     from .crescent_method import Crescent as Crescent
     from .crescent_method import Pair as Pair
@@ -29,7 +29,8 @@ else:
     __getattr__, __dir__, __all__ = lazy(
         __name__,
         {
-            "..evaluation.answers": "final_answer is_correct same_answer",
+            "..evaluation.answers": "is_correct same_answer",
+            "..evaluation.extraction": "final_answer",
             ".crescent_method": "Consensus Crescent Pair bait_prompts clean_question consensus crescent",
             ".deduplication": "Deduplicated Discarded deduplicate",
             ".filtering": "Kept Sample keep_correct",

@@ -8,14 +8,18 @@ majority, and cleaning leaves mathematics alone.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
-from ..common.checks import as_texts, check_count, is_number
+from ..common.checks import as_text, as_texts, check_callable, check_count, is_number
 from ..common.messages import shown
 from ..errors import ArgumentError
-from ..evaluation.answers import final_answer, same_answer
+from ..evaluation.answers import same_answer
+from ..evaluation.by_value import check_installed
+from ..evaluation.extraction import final_answer
 from .deduplication import Deduplicated, Encode, Rewrite, check_nearness, deduplicate
 
 Generate = Callable[[list[str]], Sequence[str]]  # prompts -> one response per prompt
@@ -27,10 +31,10 @@ _END = re.compile(r"[?？؟]")  # also full-width and Arabic question marks
 class Consensus:
     """The result of a vote.
 
-    answer: the winning answer, in its first form; None without a majority. votes: size of the largest group, even if it
-    did not win. n: number of responses, with or without an answer. responses: those that gave the winning answer, in
-    order. reason: None, or the first reason that applies: "no answer" (in any response), "tie", "few votes" (fewer than
-    min_votes), "low agreement" (votes / n below min_agreement).
+    answer: the winning answer, in the form that most responses gave; None without a majority. votes: the most votes of
+    an answer, even if it did not win. n: number of responses, with or without an answer. responses: those that gave the
+    winning answer, in order. reason: None, or the first reason that applies: "no answer" (in any response), "tie", "few
+    votes" (fewer than min_votes), "low agreement" (votes / n below min_agreement).
     """
 
     answer: str | None
@@ -101,7 +105,7 @@ def clean_question(text: str) -> str:
     >>> clean_question("Let x - 1 = -5.")
     ''
     """
-    end = _END.search(text)
+    end = _END.search(as_text("text", text))
     if end is None or not text[: end.start()].strip():
         return ""
     return " ".join(text[: end.end()].split())
@@ -117,11 +121,14 @@ def consensus(
 ) -> Consensus:
     """Let the responses to one question vote on its answer.
 
-        answer = the largest group,   if it is the only largest one, votes >= min_votes and votes / n >= min_agreement
+        votes(a) = |{j : same(a, extract(r_j))}|
+        answer = the a with most votes,   if no other has as many, votes >= min_votes and votes / n >= min_agreement
 
     Args: `extract(response)` returns its answer, or None, which counts in n but never wins. `same(one, other)` tells
-    whether two answers are equal; an answer joins the first group with an equal first answer. Raises ArgumentError for
-    no responses or values out of range.
+    whether two answers are equal; answers with as many votes that are equal are one, and the form that most responses
+    gave stands for it, of several the shortest, then the first in the alphabet. The order of the responses does not
+    matter, not even if `same` is not transitive: 75% is 75 and 0.75, which differ. Raises ArgumentError for no
+    responses or values out of range, ExtraError without math-verify unless `same` is given.
 
     Source: the consensus step of arXiv 2502.13441. The minima, and that a tie is no majority, are ours: the released
     code takes the most frequent answer whatever its share, the first one in a tie, and lets "no answer" win.
@@ -135,29 +142,40 @@ def consensus(
     given = as_texts("responses", responses, empty=True)
     if not given:
         raise ArgumentError("responses is empty; give at least one")
-    groups: list[tuple[str, list[str]]] = []
-    for response in given:
-        answer = extract(response)
-        if answer is None:
-            continue
-        members = next((members for first, members in groups if same(first, answer)), None)
-        if members is None:
-            members = []
-            groups.append((answer, members))
-        members.append(response)
+    check_callable("extract", extract, "from a response to its answer, or None")
+    check_callable("same", same, "(one, other) -> bool")
+    if same is same_answer:
+        check_installed()
+    answers = [extract(response) for response in given]
+    for answer, response in zip(answers, given, strict=True):
+        if not isinstance(answer, str | None):
+            raise ArgumentError(
+                f"extract returned {shown(repr(answer), 60)} for '{shown(response)}'; return a text or None"
+            )
+    forms = Counter(answer for answer in answers if answer is not None)
     n = len(given)
-    if not groups:
+    if not forms:
         return Consensus(None, 0, n, (), "no answer")
-    answer, members = max(groups, key=lambda group: len(group[1]))
-    votes = len(members)
+    equal = {form: {form} for form in forms}
+    for one, other in combinations(sorted(forms), 2):
+        if same(one, other):
+            equal[one].add(other)
+            equal[other].add(one)
+    votes = {form: sum(forms[other] for other in others) for form, others in equal.items()}
+    most = max(votes.values())
+    best = [form for form in forms if votes[form] == most]
+    winner = min(best, key=lambda form: (-forms[form], len(form), form))
     reason = None
-    if sum(len(others) == votes for _, others in groups) > 1:
+    if any(form not in equal[winner] for form in best):
         reason = "tie"
-    elif votes < min_votes:
+    elif most < min_votes:
         reason = "few votes"
-    elif votes / n < min_agreement:
+    elif most / n < min_agreement:
         reason = "low agreement"
-    return Consensus(None, votes, n, (), reason) if reason else Consensus(answer, votes, n, tuple(members))
+    if reason:
+        return Consensus(None, most, n, (), reason)
+    chosen = tuple(r for r, mine in zip(given, answers, strict=True) if mine in equal[winner])
+    return Consensus(winner, most, n, chosen)
 
 
 def crescent(
@@ -206,8 +224,14 @@ def crescent(
     """
     check_count("questions", questions, 1)
     check_count("samples", samples, 1)
+    for name, function in (("generate", generate), ("answer", answer)):
+        check_callable(name, function, "from a list of prompts to a list of as many texts")
+    check_callable("encode", encode, "from a list of texts to an array of vectors")
+    check_callable("clean", clean, "from a text to a question")
     check_nearness(threshold, retries)  # check everything before the first call of the model
     _check_vote(min_votes, min_agreement)
+    if same is same_answer:
+        check_installed()
     history = as_texts("history", history)
     if min_votes > samples:
         raise ArgumentError(f"min_votes is {min_votes} but samples is {samples}: no answer could win; sample more")

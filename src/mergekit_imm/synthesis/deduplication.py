@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..common.checks import as_texts, check_count, is_number
+from ..common.checks import as_texts, check_callable, check_count, is_number
 from ..common.messages import shown
 from ..errors import ArgumentError
 from ..evaluation.embeddings import unit_rows
@@ -82,6 +82,7 @@ def deduplicate(
     import numpy as np
 
     check_nearness(threshold, retries)
+    check_callable("encode", encode, "from a list of texts to an array of vectors")
     questions, texts = as_texts("questions", questions), as_texts("history", history)
     limit = threshold - ROUNDING
     pool: list[Vectors] = []  # vectors of `texts`, in blocks

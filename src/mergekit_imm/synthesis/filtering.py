@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ..common.checks import is_integer
+from ..common.checks import as_items, as_text, check_callable, is_integer
 from ..errors import ArgumentError
 from ..evaluation.answers import is_correct
 
@@ -49,7 +49,8 @@ def keep_correct(
 
     Args: `samples`, in any order; `matcher(response, answer)`, whether a response is right; `per_prompt`, the most
     samples to keep of a prompt, the first ones; `duplicates`, whether to keep repeated responses to a prompt. Returns
-    the kept samples, in order, and counts. Raises ArgumentError.
+    the kept samples, in order, and counts. Raises ArgumentError, and ExtraError without math-verify unless `matcher` is
+    given.
 
     Source: "Superficial Self-Improved Reasoners Benefit from Model Merging" (arXiv 2503.02103), section 3; STaR
     (arXiv 2203.14465). The counts and dropping duplicates are ours.
@@ -60,18 +61,24 @@ def keep_correct(
     """
     if per_prompt is not None and (not is_integer(per_prompt) or per_prompt < 1):
         raise ArgumentError(f"per_prompt is {per_prompt!r}; keep at least one of each prompt, or None for all")
+    check_callable("matcher", matcher, "(response, answer) -> bool")
     found: dict[str, list[Sample]] = {}
     seen: set[tuple[str, str]] = set()
     kept: list[Sample] = []
     wrong = twice = beyond = 0
-    for number, each in enumerate(samples):
+    for number, each in enumerate(as_items("samples", samples, "Sample(prompt, response, answer)")):
         if not isinstance(each, Sample):
             raise ArgumentError(
                 f"samples: number {number} is a {type(each).__name__}; give Sample(prompt, response, answer), or"
                 " Sample(**line) for a line of JSON"
             )
+        for name in ("prompt", "response", "answer"):
+            as_text(f"samples: {name} of number {number}", getattr(each, name))
         mine = found.setdefault(each.prompt, [])
-        if not matcher(each.response, each.answer):
+        right = matcher(each.response, each.answer)
+        if right is None:
+            raise ArgumentError(f"matcher returned None for number {number} of samples; it must return True or False")
+        if not right:
             wrong += 1
         elif not duplicates and (each.prompt, each.response) in seen:
             twice += 1

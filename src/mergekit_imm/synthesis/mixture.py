@@ -6,7 +6,7 @@ import random
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from ..common.checks import is_integer, is_number
+from ..common.checks import as_items, is_integer, is_number
 from ..common.messages import shown
 from ..errors import ArgumentError
 
@@ -16,7 +16,7 @@ T = TypeVar("T", bound=Hashable)
 def mix(current: Sequence[T], previous: Sequence[T], *, share: float, seed: int = 0) -> list[T]:
     """Mix examples of earlier rounds, or of the original data, into those of this round.
 
-        mix = current + m of previous,  m = round(share / (1 - share) * len(current))
+        mix = current + m of previous,  m = round(share / (1 - share) * len(ours))
 
     Args: `share` of earlier data in the result, 0 <= share < 1; `seed` of the draw without replacement. If there are
     fewer than m earlier examples, all are used, shuffled, and the share is smaller. Duplicates are kept. Returns this
@@ -34,11 +34,12 @@ def mix(current: Sequence[T], previous: Sequence[T], *, share: float, seed: int 
         )
     if not is_integer(seed):
         raise ArgumentError(f"seed is {shown(repr(seed), 60)}; it must be an integer")
-    wanted = round(share / (1 - share) * len(current))
+    ours, others = as_items("current", current, "examples"), as_items("previous", previous, "examples")
+    wanted = round(share / (1 - share) * len(ours))
     # Not random.sample: its draws may change between versions of Python.
     generator = random.Random(int(seed))
-    pool = sorted(range(len(previous)), key=lambda _: generator.random())
-    return [*current, *(previous[at] for at in pool[:wanted])]
+    pool = sorted(range(len(others)), key=lambda _: generator.random())
+    return [*ours, *(others[at] for at in pool[:wanted])]
 
 
 def accumulate(rounds: Iterable[Iterable[T]]) -> list[T]:
@@ -54,4 +55,8 @@ def accumulate(rounds: Iterable[Iterable[T]]) -> list[T]:
     >>> accumulate([["a", "b"], ["b", "c"]])
     ['a', 'b', 'c']
     """
-    return list(dict.fromkeys(example for each in rounds for example in each))
+    joined = [as_items(f"round {number}", each, "examples") for number, each in enumerate(as_items("rounds", rounds))]
+    try:
+        return list(dict.fromkeys(example for each in joined for example in each))
+    except TypeError as error:
+        raise ArgumentError(f"examples must be hashable to be joined without duplicates: {shown(error)}") from error

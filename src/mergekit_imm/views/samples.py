@@ -85,7 +85,7 @@ def pictures(report: Report) -> dict[str, bytes]:
             axes.set_xticks(ks, map(str, ks))
             axes.set_xlabel("k")
             axes.set_ylabel("pass@k (sampled)")
-            axes.set_title(f"{report.problems} problems; bands: 95 % bootstrap intervals", fontsize=8)
+            axes.set_title(f"{report.problems} problems; bands: 95 % intervals", fontsize=8)
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
             found |= saved(figure, "pass-at-k")
@@ -121,7 +121,7 @@ def pictures(report: Report) -> dict[str, bytes]:
             left, right = axes.get_xlim()  # rates differ by at most 1, a disparity may differ by more
             axes.set_xlim(max(left, -1.05), min(right, 1.05))
             cut = "; ends beyond 1 are not shown" if left < -1.05 or right > 1.05 else ""
-            axes.set_title(f"95 % paired bootstrap intervals over problems{cut}", fontsize=8)
+            axes.set_title(f"95 % paired intervals over problems{cut}", fontsize=8)
             axes.grid(alpha=0.3, axis="x")
             axes.legend(fontsize=8)
             found |= saved(figure, "differences")
