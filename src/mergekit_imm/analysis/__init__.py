@@ -1,4 +1,4 @@
-"""Diagnosis: which weights changed and which matter, how far predictions moved, and whether a merge is what it claims."""
+"""Diagnosis: which weights changed, which matter, how far predictions moved, whether a merge is what it claims."""
 
 from __future__ import annotations
 

@@ -119,9 +119,7 @@ def merge_into(
     return merged_into(locals(), lambda: (live_tensors(model), None))
 
 
-def merged_into(
-    given: Mapping[str, Any], held: Callable[[], tuple[dict[str, Live], Checkpoint | None]]
-) -> LiveReport:
+def merged_into(given: Mapping[str, Any], held: Callable[[], tuple[dict[str, Live], Checkpoint | None]]) -> LiveReport:
     """Merge as `merge_into` does with these arguments. `held` returns the tensors to write, and an adapter or None.
 
     The adapter, trained on the model, is then the sft, and the model's tensors must be the start's, or the adapter's.
