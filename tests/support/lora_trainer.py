@@ -17,6 +17,9 @@ import peft
 import torch
 import transformers
 import trl
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from checkpoints import write_model
 from mergekit_imm import IMMCallback
@@ -81,17 +84,41 @@ def sft_trainer(model: Any, folder: Path, kind: str, *callbacks: Any, **argument
         )
 
 
+def sharded(folder: Path, callback: IMMCallback) -> None:
+    """Call a callback at the end of a training with FSDP2; accelerate lets a Trainer shard on accelerators only."""
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(3)
+    options = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **(KINDS["lora"] or {}))
+    model = peft.get_peft_model(load(folder / "base", torch.float32), options)
+    if torch.distributed.get_rank() == 0:
+        model.save_pretrained(folder / "fsdp2-sft-0")
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    callback.on_train_begin(None, None, None, model=model)
+    callback.on_train_end(None, None, None, model=model)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, gathered if it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
 def main(folder: Path, kind: str) -> None:
     """Train as one of several ranks, with a callback that merges."""
     warnings.simplefilter("ignore")
     rank = os.environ["RANK"]
     callback = IMMCallback(folder / "base", merge_adapter=True, alpha=ALPHA, drop=DROP, workers=1)
-    seen = Seen(folder / f"{kind}-sft-{rank}")
-    trainer = sft_trainer(load(folder / "base", torch.float32), folder / rank, kind, seen, callback)
-    trainer.train()
+    if kind == "fsdp2":
+        sharded(folder, callback)
+    else:
+        seen = Seen(folder / f"{kind}-sft-{rank}")
+        trainer = sft_trainer(load(folder / "base", torch.float32), folder / rank, kind, seen, callback)
+        trainer.train()
+        trainer.save_model(str(folder / f"{kind}-by-trainer"))  # by rank 0
     assert callback.merges == 1
-    write_model(folder / f"{kind}-{rank}", {n: tensor.clone() for n, tensor in callback.model.state_dict().items()})
-    trainer.save_model(str(folder / f"{kind}-by-trainer"))  # by rank 0
+    write_model(folder / f"{kind}-{rank}", {n: whole(tensor) for n, tensor in callback.model.state_dict().items()})
     torch.distributed.barrier()  # a rank must not exit while another needs it
     torch.distributed.destroy_process_group()
 

@@ -59,7 +59,7 @@ class Held(Computed):
 def peft_model(model: nn.Module) -> Any:
     """Return the PeftModel that a model is, or wraps; None if its adapters, if any, are not a PeftModel's."""
     while True:
-        if type(model).__module__.startswith("peft.") and hasattr(model, "merge_and_unload"):
+        if _is_of_peft(model) and hasattr(model, "merge_and_unload"):
             return model
         inner = next((getattr(model, name) for name in _WRAPPERS if name in model._modules), None)
         if inner is None:
@@ -69,7 +69,11 @@ def peft_model(model: nn.Module) -> Any:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether PEFT wraps a model, or changed its modules."""
-    return any(type(module).__module__.startswith("peft.") for module in model.modules())
+    return any(map(_is_of_peft, model.modules()))
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(base.__module__.startswith("peft.") for base in type(module).__mro__)  # fully_shard makes a subclass
 
 
 def own_tensors(wrapped: Any) -> dict[str, Live]:
