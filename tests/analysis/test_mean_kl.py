@@ -141,6 +141,19 @@ def test_contracts(p: Any, q: Any, sequences: list[list[int]]) -> None:
     assert apart.sums == pytest.approx(wanted, rel=1e-9, abs=1e-12)
 
 
+def test_almost_equal_models() -> None:
+    """Rounding may not make a KL negative."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(50, 50, generator=generator) / 100
+    other = table.clone()
+    other[:, 0] += 1e-9
+    assert not torch.equal(table, other)
+    rows = [torch.tensor([[row, 0]]) for row in range(50)]
+    sums = mean_kl(Bigrams(table), Bigrams(other), [{"input_ids": ids, "labels": ids} for ids in rows]).sums
+    assert min(sums) >= 0
+    assert max(sums) < 1e-15
+
+
 def test_pieces_do_not_matter(pairs: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = mean_kl(*pairs["llama"], batches(texts(), 7))
     monkeypatch.setattr(module, "_PIECE", 2 * 96)
