@@ -14,6 +14,7 @@ from mergekit_imm.cli.loop import loop_command
 from mergekit_imm.cli.pareto import pareto_command
 from mergekit_imm.evaluation.results import Result, tradeoff
 from mergekit_imm.views import pareto as view
+from mergekit_imm.views.tables import saved
 
 METRICS = ("--in", "new", "--out", "-loss")
 
@@ -90,8 +91,12 @@ def test_wrong_usage_and_refusals(swept: None, command: Command) -> None:
 def drawn(results: list[Result], monkeypatch: pytest.MonkeyPatch, outside: str = "-b") -> Any:
     """The axes of a picture."""
     figures: list[Any] = []
-    saved = view.saved
-    monkeypatch.setattr(view, "saved", lambda figure, name: figures.append(figure) or saved(figure, name))
+
+    def keep(figure: Any, name: str) -> dict[str, bytes]:
+        figures.append(figure)
+        return saved(figure, name)
+
+    monkeypatch.setattr(view, "saved", keep)
     view.picture(tradeoff(results, "a", outside))
     (axes,) = figures[0].axes
     return axes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -59,7 +60,7 @@ def model(name: str, alpha: float | None = None, drop: float = 0.2) -> Path:
         from mergekit_imm.options.options import MergeOptions
         from mergekit_imm.options.recipe import make_recipe, to_json
 
-        inputs = {role: {"path": role, "files": {}} for role in ("base", "sft")}
+        inputs: dict[str, dict[str, Any]] = {role: {"path": role, "files": {}} for role in ("base", "sft")}
         recipe = make_recipe(MergeOptions(alpha=alpha, drop=drop, iteration=0), inputs, {}, [])
         (place / "imm_recipe.json").write_bytes(to_json(recipe))
         (place / "README.md").touch()

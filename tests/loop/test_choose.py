@@ -17,11 +17,13 @@ import pytest
 from checkpoints import files_of, read_model, same_bits
 from loops import asked, expected
 from mergekit_imm import ArgumentError, CheckpointError, MergeError, OutputError, merge_checkpoints
+from mergekit_imm.engine.merge import merged
 from mergekit_imm.loop import run as running
+from mergekit_imm.loop.metrics import rows
 from mergekit_imm.loop.run import run_loop
 from mergekit_imm.loop.state import Settings, load
 from mergekit_imm.output import direct_io, write_errors
-from mergekit_imm.views.loop_summary import notes, plot, rows, table
+from mergekit_imm.views.loop_summary import notes, plot, table
 from thorough import others
 
 # The score is that of the alpha in the recipe, less one in each round; every call is noted. In sh, as it runs often.
@@ -90,9 +92,9 @@ def test_an_anchor_that_moves_follows_the_model_that_was_chosen(base: str) -> No
 
 
 def test_all_candidates_come_from_one_reading(base: str) -> None:
-    with patch.object(running, "merged", wraps=running.merged) as merged:
+    with patch.object(running, "merged", wraps=merged) as merges:
         run_loop(choosing(base, rounds=1), "run")
-    assert [call.args[0]["alpha"] for call in merged.call_args_list] == [[0.2, 0.4, 0.8]]
+    assert [call.args[0]["alpha"] for call in merges.call_args_list] == [[0.2, 0.4, 0.8]]
     assert Path("calls").read_text().split() == [
         base, "run/round-0/sft", *(f"run/round-0/alpha-{alpha}" for alpha in (0.2, 0.4, 0.8))
     ]  # fmt: skip

@@ -28,10 +28,10 @@ def notes(state: State) -> list[str]:
         if choice.is_search:
             said.append(f"{len(seen)} of {len(choice.alphas)} alphas were measured")
         if dip:
-            low, middle, high = (f"{alpha:g} ({sign * seen[alpha]:.4g})" for alpha in dip)
+            low, middle, high = (f"{alpha:g} ({sign * seen[alpha]:.6g})" for alpha in dip)
             said.append(
-                f"{shown(name)} does not rise to one peak: it is worse at {middle} than at {low} and {high}, so the"
-                " best may be one that was not measured; choose:0.1,0.2,... measures all"
+                f"{shown(name)} does not rise to one peak: it is worse at {middle} than at {low} and {high}; unless"
+                " that is noise, the best may be one that was not measured, and choose:0.1,0.2,... measures all"
             )
         ends = {choice.alphas[0]: "smallest", choice.alphas[-1]: "largest"}
         if kept in ends and kept not in (0.0, 1.0):
