@@ -21,7 +21,6 @@ import pytest
 import torch
 import transformers
 
-import mergekit_imm
 from checkpoints import State, random_state, read_model, same_bits, write_model
 from commands import HUNG
 from loops import PYTHON, TRAINER
@@ -144,8 +143,6 @@ def test_verl_is_refused_a_missing_base_before_training(verl: Any, models: State
         verl(config=verl_config())
 
 
-# `merged_stream` is not in the library yet: remove this mark when it is.
-@pytest.mark.skipif(not hasattr(mergekit_imm, "merged_stream"), reason="without merged_stream")
 @pytest.mark.parametrize("rank", [0, -1])
 def test_verl_s_engine_sends_the_merged_model_from_the_first_rank_alone(
     monkeypatch: pytest.MonkeyPatch, recipe: Any, models: State, rank: int
