@@ -32,7 +32,7 @@ NAMES = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "olmo2", "gpt2", "mixtral"
 DTYPES = ("bfloat16", "float16", "float32")
 WEIGHTS = (0.3, 0.7)
 # What is made, and as what it is audited: the tool's method, and the options of the audit.
-RIGHT = {
+RIGHT: dict[str, dict[str, Any]] = {
     "mergekit linear": {"weights": WEIGHTS},
     "mergekit linear, not normalised": {"weights": (0.6, 0.7)},
     "mergekit task_arithmetic": {"alpha": 0.3},
@@ -104,9 +104,9 @@ def run(python: Path) -> None:
                 entry["failed"] = failed[str(folder / what)].replace(str(folder), "…")
             else:
                 sft = folder / ("adapter" if what == "PEFT" else "sft")
-                verdict = audit(folder / what, folder / "base", sft, **RIGHT[what]).verdict  # type: ignore[arg-type]
+                verdict = audit(folder / what, folder / "base", sft, **RIGHT[what]).verdict
                 entry |= {"kind": verdict.kind, "line": verdict.line}
-                of_base = audit(folder / "base", folder / "base", sft, **RIGHT[what])  # type: ignore[arg-type]
+                of_base = audit(folder / "base", folder / "base", sft, **RIGHT[what])
                 entry["of base"] = of_base.verdict.kind
                 entry["as alpha 0.8"] = audit(folder / what, folder / "base", sft, alpha=0.8).verdict.kind
             found.append(entry)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checkpoint.lazy_tensor import Matrix, Raw, Reads, Tensor, Transposed, matrix, transposed
+from ..checkpoint.lazy_tensor import Matrix, Raw, Read, Reads, Tensor, Transposed, matrix, transposed
 from ..checkpoint.lazy_tensor import _View as View
 from ..model.config import setting
 from ..model.tensor_names import blanked
@@ -26,6 +26,7 @@ NEIGHBOURS = 8  # of one shape, in one module, that may have been exchanged
 HOLDS, IN_CHANGE = " holds what belongs to ", "in the change, "
 EXPERTS = 512  # that are told apart by their first elements
 SAMPLED = 4096
+SHORT = 64  # elements of a row
 
 InOrder = Callable[[str, Tensor], Tensor]  # an input's role and its tensor -> the tensor in another order
 
@@ -43,26 +44,36 @@ class Order(NamedTuple):
 class Rows(View):
     """A tensor [outer, rows, inner] with the rows in another order: row i is row `order[i]` of the whole."""
 
-    rows_in: int
+    inner: int
     order: tuple[int, ...]
 
     def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
-        """Fill a buffer with the elements from `first` on, run by run."""
+        """Fill a buffer with the elements from `first` on."""
         width = DTYPE_BITS[self.dtype] // 8
-        inner = self.rows_in
+        if self.inner < SHORT:
+            self._fill_by_blocks(reads(self.role), width, first, out)
+            return
         read, height = reads(self.role), len(self.order)
         at, count = 0, len(out) // width
         while at < count:
-            row, inside = divmod(first + at, inner)
+            row, inside = divmod(first + at, self.inner)
             outer, number = divmod(row, height)
-            source, run = self.order[number], inner - inside
-            while run < count - at and number + 1 < height and self.order[number + 1] == self.order[number] + 1:
-                number += 1
-                run += inner
-            run = min(run, count - at)
-            begin = (outer * height + source) * inner + inside
+            run = min(self.inner - inside, count - at)
+            begin = (outer * height + self.order[number]) * self.inner + inside
             read(self.whole, begin * width, out[at * width : (at + run) * width])
             at += run
+
+    def _fill_by_blocks(self, read: Read, width: int, first: int, out: Raw) -> None:
+        """Read all rows of an index of `outer`, and take them in order: rows are too short to be read one by one."""
+        size, order = len(self.order) * self.inner, np.array(self.order)
+        values, at = out.view(f"u{width}"), 0
+        while at < len(values):
+            outer, inside = divmod(first + at, size)
+            block = np.empty((len(order), self.inner), values.dtype)
+            read(self.whole, outer * size * width, block.reshape(-1).view(np.uint8))
+            some = block[order].reshape(-1)[inside : inside + len(values) - at]
+            values[at : at + len(some)] = some
+            at += len(some)
 
 
 @dataclass(frozen=True)

@@ -78,13 +78,18 @@ class Verdict:
 def judge(tensors: Sequence[TensorAudit], claim: Claim, beside: Beside) -> Verdict:
     """Return the verdict on a merged model from what was found of its tensors, and beside them."""
     changed = [each for each in tensors if each.changed]
+    narrowed = _narrowed(tensors)
+
+    def left(some: Sequence[TensorAudit]) -> list[TensorAudit]:
+        return [each for each in some if not (narrowed and _is_excused(each))]
+
     findings = [
         *(_apart(beside.factors) or _as_base(changed)),
         *_scaled(changed, claim),
         *_dropped(changed, claim),
         *_exchanged(tensors),
-        *_narrowed(tensors),
-        *_others(changed, tensors, claim),
+        *narrowed,
+        *_others(left(changed), left(tensors), claim),
         *_lost(tensors),
         *_beside(beside),
     ]
@@ -269,6 +274,11 @@ def _narrowed(tensors: Sequence[TensorAudit]) -> list[Finding]:
     line = f"rounded through {narrow}: {what}"
     cure = "merge in float32: load the model with that dtype, and cast the result"
     return [Finding(f"rounded through {narrow}", line, cure, len(tensors))]
+
+
+def _is_excused(each: TensorAudit) -> bool:
+    """Whether rounding to 16 bits explains how many elements of a tensor are off."""
+    return each.state in ("other", "foreign") and each.beyond <= each.sums.narrow16 + each.sums.narrow_b16
 
 
 def _others(changed: Sequence[TensorAudit], tensors: Sequence[TensorAudit], claim: Claim) -> list[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,22 +13,20 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.lazy_tensor import Tensor, fill_as
-from ..checkpoint.reader import Files, check_inputs, same_bytes
+from ..checkpoint.reader import Files, check_inputs
 from ..common.checks import is_number
 from ..common.messages import shown
 from ..common.threads import default_workers, in_threads
-from ..errors import ArgumentError, CheckpointError
-from ..model.config import stated_tie
-from ..model.tensor_names import is_input_embedding, is_output_head
+from ..errors import ArgumentError
 from ..numerics.dtypes import DTYPE_BITS, MERGED
 from ..options.options import Progress, RunOptions
 from ..transforms.lora_config import read_settings
-from ..transforms.tokenizer_files import token_differences, token_table
+from .audit_beside import beside_of, notes_of
 from .audit_inputs import Audited, Claimed, open_audit
 from .audit_orders import HOLDS, IN_CHANGE, orders
 from .audit_sums import Sums, Values, measure
 from .audit_tensors import RIGHT, State, TensorAudit, state_of
-from .audit_verdict import NARROW, Beside, Claim, Verdict, is_held_by, judge
+from .audit_verdict import NARROW, Claim, Verdict, is_held_by, judge
 
 SPAN = 1 << 18  # elements at a time
 TRIED = 1 << 15  # elements at the begin, in the middle and at the end of a tensor, for what is only tried
@@ -125,8 +123,8 @@ def audit(
         tensors = _narrower(found, claim, tensors, files, threads)
         tensors = _reordered(found, claim, tensors, files)
     check_inputs(found.models)
-    verdict = judge(tensors, claim, _beside(found))
-    return AuditReport(str(merged), str(base), str(sft), claim, verdict, tuple(tensors), tuple(_notes(found)))
+    verdict = judge(tensors, claim, beside_of(found))
+    return AuditReport(str(merged), str(base), str(sft), claim, verdict, tuple(tensors), tuple(notes_of(found)))
 
 
 def check_method(method: str | None, alpha: float | None, weights: Sequence[float] | None) -> None:
@@ -357,61 +355,3 @@ def _both_ways(tensors: Sequence[TensorAudit]) -> list[TensorAudit]:
         else:
             result.append(each)
     return result
-
-
-def _beside(found: Audited) -> Beside:
-    """Return what is wrong beside the weights."""
-    lost = next((each for each in found.claimed if each.rows is not None and each.rows[0] < each.rows[1]), None)
-    rows = (
-        "" if lost is None or lost.rows is None else f"'{shown(lost.name)}' has {lost.rows[0]} of {lost.rows[1]} rows"
-    )
-    return Beside(found.factors, _tokenizer(found), _tied_away(found), rows)
-
-
-def _tokenizer(found: Audited) -> str:
-    base, sft, merged = (found.models[role] for role in ("base", "sft", "merged"))
-    trained = sft if _tokens(sft) else base
-    wanted, there = _tokens(trained), _tokens(merged)
-    if not wanted:
-        return ""
-    if not there:
-        return f"MERGED has none, {trained.role.upper()} has one of {len(wanted)} tokens"
-    if wanted != there:
-        return f"it is not that of {trained.role.upper()}: {token_differences(trained, merged)}"
-    return ""
-
-
-def _tokens(model: Any) -> dict[int, str]:
-    try:
-        return token_table(model)
-    except CheckpointError:
-        return {}
-
-
-def _tied_away(found: Audited) -> str:
-    """Say if a stored head differs from the embedding to which the config ties it."""
-    merged = found.models["merged"]
-    heads = [name for name in merged.tensors if is_output_head(name) and name in found.models["base"].tensors]
-    embeddings = [name for name in merged.tensors if is_input_embedding(name)]
-    if stated_tie(merged.config) is not True or len(heads) != 1 or len(embeddings) != 1:
-        return ""
-    head, embedding = (merged.tensors[name] for name in (*heads, *embeddings))
-    if head.shape != embedding.shape or same_bytes(found.models, ("merged", head), ("merged", embedding)):
-        return ""
-    return f"config.json of MERGED ties '{shown(heads[0])}' to the embedding, though they differ"
-
-
-def _notes(found: Audited) -> list[str]:
-    notes = [str(note) for note in found.notes if note.code not in ("vocabulary", "tie broken")]
-    notes += [f"note: not compared: {problem}" for problem in found.problems]
-    if found.surplus:
-        notes.append(f"note: {len(found.surplus)} tensors are in MERGED only, '{shown(found.surplus[0])}' first")
-    merged = found.models["merged"]
-    notes += [
-        f"note: '{shown(each.name)}' has {each.rows[0]} rows, {each.rows[0] - each.rows[1]} more than claimed"
-        for each in found.claimed
-        if each.rows is not None and each.rows[0] > each.rows[1]
-    ]
-    if merged.adapters:
-        notes.append(f"note: an adapter lies in {shown(merged.adapters[0])} of MERGED")
-    return notes
