@@ -34,6 +34,7 @@ docs: .venv/ready
 	$(BIN)/python docs/scripts/check_values.py --check
 	$(BIN)/python docs/scripts/self_improvement.py --check
 	$(BIN)/python docs/scripts/crescent.py --check
+	$(BIN)/python docs/scripts/judging.py --check
 	$(BIN)/python docs/scripts/superficial.py --check
 	$(BIN)/python docs/scripts/forgetting.py --check
 	$(BIN)/python docs/scripts/results.py --check

@@ -52,7 +52,7 @@ def keywords_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         ),
         (
             merged_stream,
-            {"sparsify", "dtype", "max_shard_size", "vocab", "copy_code", *RUN} - {"workers"},
+            {"sparsify", "dtype", "max_shard_size", "vocab", "copy_code", "as_adapter", *RUN} - {"workers"},
             {"start"},
         ),
     ],

@@ -145,10 +145,10 @@ def whole_answer(text: str) -> str | None:
 
 
 def last_value(text: str) -> str | None:
-    """Return the last formula or number of a text.
+    r"""Return the last formula or number of a text.
 
-    >>> last_value("So she has $5 left."), last_value(r"Hence $x = 2\\sqrt{3}$ for $x$.")
-    ('$5', 'x = 2\\\\sqrt{3}')
+    >>> last_value("So she has $5 left."), last_value(r"Hence $x = \frac{3}{4}$.")
+    ('$5', 'x = \\frac{3}{4}')
     """
     text = _OF.sub("", _REJECTED.sub("", text))
     number = None
