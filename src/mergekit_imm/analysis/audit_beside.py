@@ -56,6 +56,7 @@ def _tied_away(found: Audited) -> str:
 
 
 def notes_of(found: Audited) -> list[str]:
+    """Return what is worth knowing, and no fault."""
     notes = [str(note) for note in found.notes if note.code not in ("vocabulary", "tie broken")]
     notes += [f"note: not compared: {problem}" for problem in found.problems]
     if found.surplus:
