@@ -74,7 +74,8 @@ def parse_schedule(text: str, rounds: int) -> Schedule:
         values = []
     if not values or not all(map(math.isfinite, values)) or kind not in ("", "linear", "cosine"):
         raise ArgumentError(
-            f"'{shown(text)}' is not a schedule; write 0.5, or 0.3,0.5,0.7, or linear:0.3,0.7, or cosine:0.3,0.7"
+            f"'{shown(text)}' is not a schedule; write 0.5, or 0.3,0.5,0.7, or linear:0.3,0.7, or cosine:0.3,0.7; alpha"
+            " may also be choose:0.2,0.4,0.6,0.8 or choose:auto"
         )
     if kind:
         if len(values) != 2:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -88,14 +89,18 @@ def trained(start: str, folder: Path) -> State:
     return state
 
 
-def assert_merged(out: Path, sft: State, start: str, **options: Any) -> None:
-    """Check a merged model against the naive formula, tensor by tensor."""
+def assert_merged(out: Path, sft: State, start: str, *, atol: float = 0.0, **options: Any) -> None:
+    """Check a merged model against the naive formula, tensor by tensor: the same bits, or within `atol`."""
     base, begin, found = (read_model(each) for each in (Path("base"), Path(start), out))
     assert sorted(found) == sorted(base)
     for name, tensor in found.items():
         one, tuned, first = (each[name].float().numpy().ravel() for each in (base, sft, begin))
         expected = naive_merge(one, tuned, first, "F32", name=name, **options)
-        assert same_bits(tensor, torch.from_numpy(expected).view(tensor.shape)), name
+        wanted = torch.from_numpy(expected).view(tensor.shape)
+        if atol:
+            torch.testing.assert_close(tensor, wanted, rtol=0, atol=atol)
+        else:
+            assert same_bits(tensor, wanted), name
 
 
 def verl_config(**changes: Any) -> Any:
@@ -207,23 +212,44 @@ def test_skyrl_saves_and_merges_at_the_end(
         module.run(config, "base", 2)
 
 
+def run_recipe(file: str, *arguments: str) -> None:
+    """Run a recipe in this folder, on the CPU, without network."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(Path("cache").absolute()),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, str(RECIPES / file), *arguments]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=HUNG)
+
+
 def test_trl_trains_and_merges_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoint at the last step, before the merge, is the fine-tuned model."""
     monkeypatch.chdir(tmp_path)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-
-    def python(file: str, *arguments: str) -> None:
-        command = [sys.executable, str(RECIPES / file), *arguments]
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=HUNG)
-
-    python("tiny.py")
+    run_recipe("tiny.py")
     for number, start in enumerate(["base", "round-0"]):
         out = f"round-{number}"
-        python("trl_sft.py", "base", start, "data.jsonl", out, str(number))
+        run_recipe("trl_sft.py", "base", start, "data.jsonl", out, str(number))
         (checkpoint,) = Path(f"{out}-training").glob("checkpoint-*")
         assert_merged(Path(out), read_model(checkpoint), start, alpha=0.5, drop=0.2, iteration=number)
     _, info = transformers.AutoModelForCausalLM.from_pretrained("round-1", output_loading_info=True)
     assert not any(info.values())
+
+
+def test_trl_merges_two_rounds_of_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fine-tuned model is PEFT's own merge of the saved adapter in float32, which rounds once more."""
+    monkeypatch.chdir(tmp_path)
+    run_recipe("tiny.py")
+    for number, start in enumerate(["base", "lora-0"]):
+        out = f"lora-{number}"
+        run_recipe("trl_lora.py", "base", start, "data.jsonl", out, str(number))
+        (checkpoint,) = Path(f"{out}-training").glob("checkpoint-*")
+        model = transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+        peft.PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload().save_pretrained("sft")
+        sft = read_model(Path("sft"))
+        assert not all(same_bits(tensor, read_model(Path(start))[name].float()) for name, tensor in sft.items())
+        assert_merged(Path(out), sft, start, atol=1e-7, alpha=0.5, drop=0.2, iteration=number)
 
 
 FAKE = """#!{python}

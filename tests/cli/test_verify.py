@@ -135,6 +135,7 @@ def test_a_folder_that_is_no_merge_is_refused(rounds: Path, check: Command) -> N
         ended = check(folder)
         assert (ended.status, ended.out) == (1, "")
         assert f"{folder} has no imm_recipe.json" in ended.error
+        assert ended.error.endswith(f"`imm-verify {folder} --base BASE --sft SFT`")
 
 
 def test_a_device_that_is_none_is_refused(rounds: Path, check: Command) -> None:
@@ -181,7 +182,10 @@ def test_a_side_file_of_an_input_that_changed_is_named(here: Path, merge: Comman
     (here / "sft" / "tokenizer.json").write_text("{}")
     ended = check("out")
     assert ended.status == 1
-    assert "out/tokenizer.json differs from the sft's, sft/tokenizer.json; merge again" in ended.error
+    assert (
+        "out/tokenizer.json differs from the sft's, sft/tokenizer.json; remove the folder and merge again"
+        in ended.error
+    )
 
 
 def test_verify_as_a_function_returns_what_it_compared(rounds: Path) -> None:

@@ -93,6 +93,13 @@ def test_a_start_of_another_shape(folder: Path, tmp_path: Path) -> None:
         merged_stream((), folder / "base", start=start, **OPTIONS)
 
 
+def test_a_stream_that_was_read_before(folder: Path) -> None:
+    stream = iter(SFT.items())
+    assert len(list(stream)) == len(SFT)
+    with pytest.raises(MismatchError, match="the stream gave no tensors; give a generator that was not read before"):
+        list(merged_stream(stream, folder / "base", **OPTIONS))
+
+
 # --- at the tensor
 
 FIRST = ("h.0.w", SFT["h.0.w"])

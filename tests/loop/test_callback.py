@@ -148,11 +148,12 @@ def adapted(base: Path) -> Any:
 
 
 def test_adapters_are_left_alone_and_that_is_said(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    callback = IMMCallback(base)
+    callback = IMMCallback(base, start=base, iteration=2)
     model = adapted(base)
     train(trainer(model, tmp_path, callback))
     assert callback.merges == 0
     assert "the model has adapters: IMMCallback merges nothing" in caplog.text
+    assert f"`imm-merge {base} ADAPTER --start {base} --iteration 2 -o OUT`" in caplog.text
     model.save_pretrained(tmp_path / "adapter")  # still an adapter that can be merged
     merge_checkpoints(base, tmp_path / "adapter", tmp_path / "out")
 

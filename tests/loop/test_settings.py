@@ -28,6 +28,7 @@ from mergekit_imm.loop.run import run_loop
         ({"alpha": "0.1,0.2"}, "has 2 values for 3 rounds"),
         ({"alpha": "linear:0.1"}, "linear takes the first and the last"),
         ({"alpha": "square:1,2"}, "is not a schedule"),
+        ({"alpha": "chose:0.2,0.5"}, "is not a schedule; .* may also be choose:0.2,0.4"),
         ({"alpha": "2"}, "alpha is 2.0"),
         ({"drop": "linear:0.5,1"}, "drop is 1.0"),
         ({"anchor": "ema:2"}, "anchor is 'ema:2'"),

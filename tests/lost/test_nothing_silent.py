@@ -131,7 +131,7 @@ def test_a_finished_output_can_be_verified_too(pair: Path) -> None:
     assert merge_checkpoints("base", "sft", "out").status == "already merged"
     ended = subprocess_of("merge", "base", "sft", "-o", "out", "--verify")
     assert ended.status == 1
-    assert ended.error.endswith("of the file); remove it and merge again")
+    assert ended.error.endswith("of the file); remove the folder and merge again")
 
 
 @pytest.mark.parametrize("how", ["header", "name", "shape", "shorter", "gone"])

@@ -43,6 +43,8 @@ from .provenance import file_digests, stated_digests
 from .report import statistics, written_files
 from .workers import run_segments
 
+MERGE_AGAIN = "remove the folder and merge again"  # a finished merge is not written again
+
 
 @dataclass(frozen=True)
 class VerifyReport:
@@ -92,7 +94,10 @@ def verify(
     folder = Path(as_path("out", out, "a folder that imm-merge made")).expanduser()
     recipe = read_recipe(folder)
     if recipe is None:
-        raise CheckpointError(f"{shown(out)} has no {RECIPE_FILE}; give a folder that imm-merge made")
+        raise CheckpointError(
+            f"{shown(out)} has no {RECIPE_FILE}; give a folder that imm-merge made, or audit one that another tool made:"
+            f" `imm-verify {shown(out)} --base BASE --sft SFT`"
+        )
     run_options = RunOptions(device=device, workers=workers, progress=progress)
     given = {"base": base, "start": start, "sft": sft}
     inputs = {role: _reopen(role, entry, given[role], recipe, folder) for role, entry in recipe["inputs"].items()}
@@ -114,7 +119,7 @@ def verify(
     wrong = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
     if wrong:
         raise VerifyError(
-            f"{shown(folder / RECIPE_FILE)}: its {shown(wrong[0])} differs from this merge's; merge again"
+            f"{shown(folder / RECIPE_FILE)}: its {shown(wrong[0])} differs from this merge's; {MERGE_AGAIN}"
         )
 
     workers = run_options.workers or default_workers()
@@ -149,7 +154,7 @@ def compare_folder(
     workers: int,
     device: Device,
     progress: Progress | None,
-    cure: str = "merge again",
+    cure: str = MERGE_AGAIN,
     ranks: Ranks = ALONE,
 ) -> VerifyReport:
     """Recompute a plan and compare it with the bytes in a folder. Raises VerifyError naming the first difference.

@@ -26,7 +26,7 @@ from .job import Job
 from .provenance import file_digests, statement
 from .report import MergeReport, statistics, written_files
 from .stream import stream
-from .verify import compare_folder
+from .verify import MERGE_AGAIN, compare_folder
 from .workers import Also
 
 
@@ -221,7 +221,7 @@ def _state(jobs: Sequence[Job], advance: Callable[[int], None] = lambda _: None)
             if path.exists() and path.read_bytes() != content:
                 raise OutputError(
                     f"{shown(path)} is not the statement of what {shown(folder)} holds; `imm-verify {shown(job.out)}`"
-                    " tells whether the merge is as it was: if so remove the statement, else merge again"
+                    f" tells whether the merge is as it was: if so remove the statement, else {MERGE_AGAIN}"
                 )
             if not path.exists():
                 direct_io.replace_file(path, content)
@@ -282,7 +282,7 @@ def _verify(jobs: Sequence[Job], device: Device, progress: Progress | None, rank
 
         folder, cure = job.partial, "memory or disk has failed; merge again with --restart"
         if not folder.is_dir():
-            folder, cure = job.out, "remove it and merge again"
+            folder, cure = job.out, MERGE_AGAIN
         found = compare_folder(
             job.plan, job.recipe, folder, workers=job.workers, device=device, progress=advance, cure=cure, ranks=ranks
         )

@@ -179,6 +179,8 @@ class _Stream:
             for pair in weights:
                 yield from self._merged(*_checked(pair), merge, files)
                 del pair  # while the next is made, this one is not needed
+            if not self._came:
+                raise MismatchError("the stream gave no tensors; give a generator that was not read before")
             yield from self._rest(merge, files)
         check_inputs(self._models)
 

@@ -87,10 +87,12 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
         if not has_adapters(model):
             merge_into(model, self.base, iteration=self._iteration(), dry_run=True, **self.options)
         elif not self.merge_adapter:
+            given = {"start": self.options.get("start"), "iteration": self._iteration()}
             logger.warning(
-                "the model has adapters: IMMCallback merges nothing. Save the adapter, then `imm-merge %s ADAPTER`; or"
-                " merge_adapter=True",
+                "the model has adapters: IMMCallback merges nothing. Save the adapter, then `imm-merge %s ADAPTER%s"
+                " -o OUT`; or give merge_adapter=True",
                 self.base,
+                "".join(f" --{name} {value}" for name, value in given.items() if value is not None),
             )
         elif peft_model(model) is None:
             raise ArgumentError(
