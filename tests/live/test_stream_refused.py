@@ -93,13 +93,6 @@ def test_a_start_of_another_shape(folder: Path, tmp_path: Path) -> None:
         merged_stream((), folder / "base", start=start, **OPTIONS)
 
 
-def test_a_stream_that_was_read_before(folder: Path) -> None:
-    stream = iter(SFT.items())
-    assert len(list(stream)) == len(SFT)
-    with pytest.raises(MismatchError, match="the stream gave no tensors; give a generator that was not read before"):
-        list(merged_stream(stream, folder / "base", **OPTIONS))
-
-
 # --- at the tensor
 
 FIRST = ("h.0.w", SFT["h.0.w"])
@@ -202,7 +195,7 @@ def test_what_never_came(name: str, folder: Path) -> None:
 
 
 def test_an_empty_stream(folder: Path) -> None:
-    refused([], folder / "base", "5 tensors are in base .* only, not in sft stream", MismatchError)
+    refused([], folder / "base", "the stream gave no tensors; give a generator that was not read before", MismatchError)
 
 
 def test_parts_of_a_fused_tensor_that_never_came(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def verify(
     recipe = read_recipe(folder)
     if recipe is None:
         raise CheckpointError(
-            f"{shown(out)} has no {RECIPE_FILE}; give a folder that imm-merge made, or audit one that another tool made:"
+            f"{shown(out)} has no {RECIPE_FILE}; give a folder that imm-merge made, or audit what another tool made:"
             f" `imm-verify {shown(out)} --base BASE --sft SFT`"
         )
     run_options = RunOptions(device=device, workers=workers, progress=progress)
