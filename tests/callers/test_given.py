@@ -277,7 +277,7 @@ def test_states_hold_tensors(here: Path) -> None:
         (lambda: mix(1, [2], share=0.5), "^current is 1, a int; give a list of examples"),
         (lambda: mix("abc", [2], share=0.5), "^current is 'abc', a str; give a list"),
         (lambda: accumulate([["a"], 2]), "^round 1 is 2, a int; give a list of examples"),
-        (lambda: accumulate([[[1]]]), "^examples must be hashable"),  # type: ignore[type-var]
+        (lambda: accumulate([[[1]]]), "^examples must be hashable"),
         (lambda: mean_pass_at_k([(5,)], 1), r"^counts of problem 0 are \(5,\); give \(n, c\)"),
         (lambda: mean_pass_at_k(5, 1), "^counts is 5"),
         (lambda: group_disparity(["a"], [1]), "^solved and levels must be numbers"),

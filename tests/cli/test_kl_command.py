@@ -93,6 +93,15 @@ def test_the_numbers(here: Path, measure: Command, data: str, with_prompt: bool)
     assert {path.name for path in here.iterdir()} == {"base", "sft", "other", "wider", "pairs.jsonl", "texts.jsonl"}
 
 
+def test_completions_are_responses(here: Path, measure: Command) -> None:
+    """As TRL names them."""
+    text = (here / "pairs.jsonl").read_text()
+    (here / "completions.jsonl").write_text(text.replace('"response"', '"completion"'))
+    assert "completion" in (here / "completions.jsonl").read_text()
+    of_pairs = kl_of(measure("base", "sft", "--data", "pairs.jsonl", "--json"))
+    assert kl_of(measure("base", "sft", "--data", "completions.jsonl", "--json")) == of_pairs
+
+
 def test_the_table(here: Path, measure: Command) -> None:
     value, tokens = expected(loaded("base"), loaded("sft"))
     ended = measure("base", "sft", "--data", "pairs.jsonl")
@@ -241,7 +250,7 @@ def test_files_that_are_not_added_to(here: Path, measure: Command, content: str,
         (("base", "sft", "sft2", "--data", "pairs.jsonl", "--add-to", "x.json"), 2, "--add-to takes the number of one"),
         (("base", "sft", "--data", "pairs.jsonl", "--add-to", "no/x.json"), 1, "its folder no does not exist; create"),
         (("base", "sft", "--data", "no.jsonl"), 1, "data file no.jsonl cannot be read"),
-        (("base", "no", "--data", "pairs.jsonl"), 1, "sft no does not exist"),
+        (("base", "no", "--data", "pairs.jsonl"), 1, "model no does not exist"),
         (("no", "sft", "--data", "pairs.jsonl"), 1, "base no does not exist"),
         (("base", "sft/model.safetensors", "--data", "pairs.jsonl"), 1, "has no config.json; give the folder"),
         (("base", "sft", "--data", "pairs.jsonl", "--device", "tpu"), 2, "device"),

@@ -86,6 +86,11 @@ def test_wrong_usage_and_refusals(swept: None, command: Command) -> None:
     wrong = command(pareto_command, "out-0.9", "--in", "nwe", "--out", "loss")
     assert wrong.status == 1
     assert "out-0.9/metrics.json has no number 'nwe' of out-0.9; did you mean 'new'?" in wrong.err
+    recipe = command(pareto_command, "out-0.9/imm_recipe.json", *METRICS)
+    assert (recipe.status, recipe.err) == (
+        1,
+        "error: out-0.9/imm_recipe.json is no evaluation; leave it out, or give the folder of the loop or model\n",
+    )
 
 
 def drawn(results: list[Result], monkeypatch: pytest.MonkeyPatch, outside: str = "-b") -> Any:

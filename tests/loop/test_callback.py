@@ -286,6 +286,48 @@ def test_a_model_that_is_not_the_base_s_is_refused_before_the_first_step(base: P
     assert each.state.global_step == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_another_start_than_the_model_s_is_refused_before_the_first_step(
+    base: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """A forgotten start would count what earlier rounds learned as this round's."""
+    model = load(base, "llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1
+    model.save_pretrained(tmp_path / "round-0")
+    later = load(tmp_path / "round-0", "llama", dtype=dtype)
+    each = trainer(later, tmp_path, IMMCallback(base, iteration=1))
+    with pytest.raises(
+        MismatchError, match=r"'model\.norm\.weight' of sft model Llama.* is not that of base .*element 3; give as"
+    ):
+        train(each)
+    assert each.state.global_step == 0
+    wrong = trainer(
+        load(base, "llama", dtype=dtype), tmp_path, IMMCallback(base, start=tmp_path / "round-0", iteration=1)
+    )
+    with pytest.raises(MismatchError, match=r"is not that of start .*element 3"):
+        train(wrong)
+    cured = IMMCallback(base, start=tmp_path / "round-0", iteration=1)
+    train(trainer(later, tmp_path, cured))
+    from_base = IMMCallback(base, reference="base", iteration=1)  # the delta is taken from the base: all is well
+    train(trainer(load(tmp_path / "round-0", "llama", dtype=dtype), tmp_path, from_base))
+    assert (cured.merges, from_base.merges) == (1, 1)
+
+
+def test_a_training_that_resumes_is_no_other_start(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = trainer(load(base, "llama"), tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    train(first)
+    callback = IMMCallback(base, drop=0.5)
+    each = trainer(load(base, "llama"), tmp_path, callback)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        each.train(resume_from_checkpoint=str(tmp_path / "trained" / "checkpoint-2"))
+    assert (each.state.global_step, callback.merges) == (4, 1)
+    assert f"merged back towards {base}: " in caplog.text
+
+
 def test_deepspeed_is_refused_by_name(base: Path, tmp_path: Path) -> None:
     callback = IMMCallback(base)
     arguments = trainer(load(base, "llama"), tmp_path).args

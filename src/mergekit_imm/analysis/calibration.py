@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = -100  # label of tokens that do not count in the loss
-_KINDS = (("text",), ("prompt", "response"))
+_KINDS = (("text",), ("prompt", "response"), ("prompt", "completion"))
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Lines:
     """The examples of a file, and the file's name and digest."""
 
     name: str  # as typed
-    kind: tuple[str, ...]  # ("text",) or ("prompt", "response")
+    kind: tuple[str, ...]  # ("text",), ("prompt", "response") or ("prompt", "completion")
     examples: tuple[tuple[int, tuple[str, ...]], ...]  # (line number, values of the keys in `kind`)
     available: int  # number of examples in the whole file
     blake2b: str
@@ -42,9 +42,9 @@ class Tokens:
 def read_lines(path: str | Path, samples: int | None = None) -> Lines:
     """Read the first `samples` examples of a JSONL file, or all: {"text": ...} or {"prompt": ..., "response": ...}.
 
-    All lines of the file are checked; other keys are ignored, and blank lines skipped. Raises ArgumentError, with file
-    and line, for invalid JSON, for an object of neither or both kinds or of another kind than the first, and for empty
-    text.
+    "completion" means the same as "response". All lines of the file are checked; other keys are ignored, and blank
+    lines skipped. Raises ArgumentError, with file and line, for invalid JSON, for an object of no kind or several or of
+    another kind than the first, and for empty text.
     """
     file = shown(path)
     kind: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ def _example(line: bytes, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]
             if isinstance(content, dict)
             else "is not an object"
         )
-        raise ArgumentError(f'{where} {keys}; write an object with either "text", or "prompt" and "response"')
+        raise ArgumentError(f'{where} {keys}; write an object with "text", or "prompt" and "response" or "completion"')
     values = tuple(content[key] for key in kinds[0])
     for key, value in zip(kinds[0], values, strict=True):
         if not isinstance(value, str) or (not value and key != "prompt"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ def measure_kl(
     notes = []
     opened = {}
     for ref in dict.fromkeys(models):
-        checkpoint = replace(open_checkpoint(ref, "sft"), role="model")  # as an sft, it may be an adapter
+        checkpoint = open_checkpoint(ref, "model")
         start = _start_of(checkpoint, origin)
         check_complete(start)
         opened[ref] = (checkpoint, start)

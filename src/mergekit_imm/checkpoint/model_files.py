@@ -120,7 +120,7 @@ def sort_files(
     has_safetensors = any(map(_SAFETENSORS.fullmatch, top))  # others may merely lie beside a model
     if with_torch and not has_safetensors:
         bins = [name for name in (BIN, BIN_INDEX, FSDP_BIN) if name in top][:1]
-    if role == "sft" and ADAPTER_CONFIG in top and MODEL not in top and INDEX not in top:
+    if role in ("sft", "model") and ADAPTER_CONFIG in top and MODEL not in top and INDEX not in top:
         formats = ADAPTERS if with_torch and not bins else (ADAPTER,)
         adapter = next((name for name in formats if name in top), None)
     if with_torch and not (has_safetensors or bins or adapter or "common.pt" in top):  # common.pt: Megatron

@@ -13,7 +13,7 @@ from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError
 from ..loop.metrics import rows
 from ..loop.state import FORMAT, STATE, load, without_sign
-from ..options.recipe import CARD_FILE, RECIPE_FILE, read_recipe
+from ..options.recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, read_recipe
 from ..schedules import parse_schedule
 from .pareto import pareto_front
 
@@ -122,6 +122,8 @@ def _of_model(place: Path) -> Result:
             )
     else:
         file = place
+    if file.name in (RECIPE_FILE, REPORT_FILE):
+        raise CheckpointError(f"{shown(file)} is no evaluation; leave it out, or give the folder of the loop or model")
     try:
         content = parse_json(read_small(file))
     except OSError as error:

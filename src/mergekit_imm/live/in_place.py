@@ -199,11 +199,13 @@ class InPlaceMerge:
         there = self._read("sft", update.target, span, buffers[2:], files)
         differing = (expected[0].view(f"u{width}") != there.view(f"u{width}")) & span.mask
         if differing.any():
-            element = span.element(int(differing.argmax()))
+            element, sft = span.element(int(differing.argmax())), self.inputs["sft"]
+            model, cure = "the model with the adapter", "`start` the model that the adapter is trained on"
+            if sft.adapter is None:
+                model, cure = sft.label, "`start` the model that training starts from"
             raise MismatchError(
-                f"tensor '{shown(update.item.name)}' of the model with the adapter is not that of"
-                f" {self.inputs[update.frozen].label}, first at element {element}; give as `start` the model that the"
-                " adapter is trained on, or load that one"
+                f"tensor '{shown(update.item.name)}' of {model} is not that of {self.inputs[update.frozen].label},"
+                f" first at element {element}; give as {cure}, or load that one"
             )
         return 0
 

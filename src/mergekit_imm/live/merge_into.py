@@ -119,10 +119,27 @@ def merge_into(
     return merged_into(locals(), lambda: (live_tensors(model), None))
 
 
-def merged_into(given: Mapping[str, Any], held: Callable[[], tuple[dict[str, Live], Checkpoint | None]]) -> LiveReport:
+def check_untrained(model: nn.Module, base: str | Path, **options: Any) -> None:
+    """Check what `merge_into` with these options would, before training: the model's values must be the start's.
+
+    They are compared in the model's dtypes, but for an input on the hub that is not here yet, and with
+    reference="base", for which it does not matter where training started. Raises MergeError.
+    """
+    defaults = merge_into.__kwdefaults__ or {}
+    given = {**defaults, **options, "model": model, "base": base, "dry_run": True}
+    merged_into(given, lambda: (live_tensors(model), None), untrained=given["reference"] == "start")
+
+
+def merged_into(
+    given: Mapping[str, Any],
+    held: Callable[[], tuple[dict[str, Live], Checkpoint | None]],
+    *,
+    untrained: bool = False,
+) -> LiveReport:
     """Merge as `merge_into` does with these arguments. `held` returns the tensors to write, and an adapter or None.
 
     The adapter, trained on the model, is then the sft, and the model's tensors must be the start's, or the adapter's.
+    An `untrained` model's must be the start's too.
     """
     model, dry_run, iteration, progress = (given[name] for name in ("model", "dry_run", "iteration", "progress"))
     ranks = Ranks.of_group() if is_distributed(model) and dist.is_initialized() else ALONE
@@ -148,8 +165,11 @@ def merged_into(given: Mapping[str, Any], held: Callable[[], tuple[dict[str, Liv
         return inputs, here, decided, _updates(decided, live, inputs["sft"])
 
     inputs, here, decided, updates = together(ranks, planned)
+    if untrained:
+        updates = [replace(each, frozen=_origin(each.item)) for each in updates]
     merge = InPlaceMerge(inputs, here, updates, threads, progress)
-    if adapter is not None and not any(each.folder is None for each in inputs.values() if each is not inputs["sft"]):
+    here_too = all(each.folder is not None for role, each in inputs.items() if role != "sft")  # not on the hub alone
+    if (untrained or adapter is not None) and here_too:
         together(ranks, merge.check_frozen)
     if dry_run:
         return _report(inputs, here, decided)
@@ -311,11 +331,15 @@ def _of_adapter(item: Item, target: LazyTensor, sft: Checkpoint) -> TensorUpdate
     """Return the update of a tensor of an adapter's model: trained whole, or frozen until the merge."""
     change = item.sides.get("sft")
     if change is None or not is_stored(change):
-        frozen = "start" if "start" in item.sides else "base"
-        return TensorUpdate(item, target, frozen if item.action == "merge" else "")
+        return TensorUpdate(item, target, _origin(item))
     # The adapter's copy may be the target's own memory: of two equal ones each is read where it is written.
     own = sft.tensors.get(target.name, change)
     return TensorUpdate(replace(item, sides={**item.sides, "sft": own}), target)
+
+
+def _origin(item: Item) -> str:
+    """Return the role of the input that a merged tensor was before training; "" of others."""
+    return ("start" if "start" in item.sides else "base") if item.action == "merge" else ""
 
 
 def _memory_of(target: LazyTensor) -> Hashable:

@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 
 from ..checkpoint.open_checkpoint import open_checkpoint
 from ..live.merge_adapter import has_adapters, merge_adapter, peft_model
-from ..live.merge_into import merge_into
+from ..live.merge_into import check_untrained, merge_into
 from ..options.options import check_keywords
 from ..plan.open_inputs import round_of, without_same_start
 from .early_checks import check_options, keywords
@@ -43,8 +43,9 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
     Every rank merges what it holds (single process, DDP, FSDP2), once. The optimizer's state does not change: after a
     merge during training, its moments are still those of the weights before. With "epoch" or steps, every later round
     starts from the previous merged model, which is not on disk, so reference="base" is required. Works with TRL's
-    trainers. Options are checked here, against the headers of `base` and `start`, and against the model before the
-    first training step. Raises MergeError; ArgumentError for DeepSpeed, which keeps master weights in its optimizer.
+    trainers. Options are checked here, against the headers of `base` and `start`. Before the first training step the
+    model is checked too: its values must be the start's, unless reference="base". Raises MergeError; ArgumentError for
+    DeepSpeed, which keeps master weights in its optimizer.
 
     >>> trainer = transformers.Trainer(model, arguments, callbacks=[IMMCallback("base", alpha=0.5)])  # doctest: +SKIP
     """
@@ -76,7 +77,7 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
                 round_of(inputs)
         self.model: Any = None
 
-    def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Check the model and options before the first step."""
         if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
             raise ArgumentError(
@@ -85,7 +86,9 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
             )
         model = kwargs["model"]
         if not has_adapters(model):
-            merge_into(model, self.base, iteration=self._iteration(), dry_run=True, **self.options)
+            resumed = getattr(state, "global_step", 0)  # a loop by hand may have no state
+            check = merge_into if resumed else check_untrained
+            check(model, self.base, **{"iteration": self._iteration(), "dry_run": True, **self.options})
         elif not self.merge_adapter:
             given = {"start": self.options.get("start"), "iteration": self._iteration()}
             logger.warning(
@@ -136,6 +139,8 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
             return
         self.model = model
         self.merges += 1
-        logger.info("merged %s towards %s, round %d", dict(report.tensors), self.base, report.iteration)
+        counts = ", ".join(f"{count} {action}" for action, count in report.tensors.items())
+        # A warning, or nobody would see it: transformers shows no others by default.
+        logger.warning("merged back towards %s: %s; iteration %d", self.base, counts, report.iteration)
         for note in report.notes:
             logger.info(note)

@@ -25,7 +25,7 @@ import numpy as np
 
 from .object_code import Function, function_of, machine_code, target
 
-COMPILING = "note: compiling the loops of a merge for this CPU, once (a few seconds)"
+COMPILING = "note: compiling the loops of this kind of merge for this CPU, once (a few seconds)"
 _FORMAT = "1"
 _DIGEST = 32  # bytes
 _MASK = (1 << 64) - 1
