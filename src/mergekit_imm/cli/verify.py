@@ -10,7 +10,7 @@ import click
 
 from ..common.messages import bytes_text, shown
 from ..common.version import __version__
-from ..errors import CheckpointError, MergeError
+from ..errors import MergeError
 from .console import CONTEXT, progress_bar, say, tell, values_checked
 
 verify_epilog = """\b
@@ -137,13 +137,8 @@ def _audit(out: str, options: dict[str, Any], audited: dict[str, Any], *, quiet:
 def _verify(out: str, options: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     from ..engine.verify import verify
 
-    try:
-        with progress_bar("verifying", shown=not quiet) as progress:
-            report = verify(out, progress=progress, **options)
-    except CheckpointError as error:
-        if _has_recipe(out):
-            raise
-        raise CheckpointError(f"{error}, or for another tool's merge --base and --sft, which it was made of") from error
+    with progress_bar("verifying", shown=not quiet) as progress:
+        report = verify(out, progress=progress, **options)
     if as_json:
         say(json.dumps(report.to_dict(), indent=2))
     elif not quiet:

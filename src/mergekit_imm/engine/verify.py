@@ -139,7 +139,7 @@ def verify(
         if wrong:
             raise VerifyError(
                 f"{shown(folder / STATEMENT_FILE)} has another digest of {shown(wrong[0])} than the file, which is as"
-                " its recipe makes it; remove the statement, and make it again with --digests"
+                " its recipe makes it; remove the statement; the same merge with `digests` makes it again"
             )
         report.files_compared.append(STATEMENT_FILE)
     return replace(report, out=str(out))
