@@ -26,6 +26,7 @@ from checkpoints import State, random_state, read_model, write_model
 from end_to_end import zoo
 from mergekit_imm import ArgumentError, CheckpointError, audit
 from mergekit_imm.analysis.audit_sums import Sums, measure
+from mergekit_imm.analysis.audit_tensors import state_of
 from mergekit_imm.analysis.auditing import AuditReport
 from merges import Edit, edited, halves_exchanged, peft_merge, rewritten, write_adapter, write_base
 from models import LAYOUTS, fine_tuned, save
@@ -616,3 +617,18 @@ def test_sums_are_those_of_the_formulas(
     for name in ("count", "as_base", "visible", "dd", "md", "rest", "worst"):
         assert getattr(halves, name) == pytest.approx(getattr(found, name), rel=1e-9, abs=1e-30), name
     assert Sums() + found == found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rounding_of_a_float32_product_is_no_other_factor(seed: int) -> None:
+    """Its squares are 1e-15 of the change's, which sums in float64 lose if they are subtracted from each other."""
+    draw = np.random.default_rng(seed)
+    b = (draw.normal(size=4096) * 0.02).astype(np.float32)
+    d = draw.normal(size=4096).astype(np.float32) * np.float32(30)
+    error = draw.normal(size=4096) * 30 * 2.0**-25
+    error[:1], d[:1] = 30 * 2.0**-20, 1e-3  # an element near zero that was summed from large ones
+    m = (b + (d + error)).astype(np.float32)
+    found = measure(b, d, m, 1, 1, "F32")
+    assert found.beyond
+    assert state_of(found, 1, 1) == "as claimed"
+    assert state_of(measure(b, d, (b + 0.996 * d).astype(np.float32), 1, 1, "F32"), 1, 1) == "scaled"

@@ -236,6 +236,24 @@ def test_a_start_that_has_a_head_of_its_own(gives: str, tmp_path: Path) -> None:
     assert_same(collected(merged_stream(stream, tmp_path / "base", **options)), read_model(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("first", ["embedding", "head"])
+def test_a_head_that_only_the_start_and_the_stream_store(first: str, tmp_path: Path) -> None:
+    """The base stores the embedding alone; the start has another head, and the stream gives it twice."""
+    base = {"model.embed_tokens.weight": torch.ones(6, 4), "model.norm.weight": torch.ones(4)}
+    ends = ["model.embed_tokens.weight", "lm_head.weight"]
+    models = {"base": base}
+    for number, role in enumerate(("start", "sft"), 1):
+        table = random_state({ends[0]: (6, 4)}, seed=number)[ends[0]].float()
+        models[role] = {**base, ends[0]: table, ends[1]: table + (0.5 if role == "start" else 0)}
+    for role, state in models.items():
+        write_model(tmp_path / role, state, config={"tie_word_embeddings": True} if role != "start" else None)
+    options: dict[str, Any] = {"start": tmp_path / "start", "iteration": 1, "drop": 0.5}
+    merge_checkpoints(tmp_path / "base", tmp_path / "sft", tmp_path / "out", **options)
+    order = ends if first == "embedding" else ends[::-1]
+    stream = one_buffer({name: models["sft"][name] for name in [*order, "model.norm.weight"]})
+    assert_same(collected(merged_stream(stream, tmp_path / "base", **options)), read_model(tmp_path / "out"))
+
+
 # --- kept and taken tensors, integers, the round
 
 
@@ -249,6 +267,19 @@ def test_kept_and_taken_tensors(folder: Path, tmp_path: Path) -> None:
     assert_same(merged, {**expected, **kept, **{name: own[name] for name in ("value.weight", "embed_tokens.weight")}})
     again = collected(merged_stream(SFT.items(), folder / "base", keep=["^norm"], **OPTIONS))
     assert same_bits(again["norm.w"], BASE["norm.w"].float())  # in the dtype that was given
+
+
+def test_what_is_handed_on_unchanged_is_the_receiver_s_own(tmp_path: Path) -> None:
+    """A buffer that comes next does not change it, nor does the receiver change the model that it is from."""
+    write_model(tmp_path / "base", {**BASE, "steps": torch.arange(5)})
+    own = {"steps": torch.arange(5), "value.weight": torch.ones(3), **SFT}
+    options: dict[str, Any] = {"take": ["^value", "embed"]}
+    merged = collected(merged_stream(one_buffer(own), tmp_path / "base", **options))
+    names = ("steps", "value.weight", "embed_tokens.weight")
+    assert_same({name: merged[name] for name in names}, {name: own[name] for name in names})
+    for _, tensor in merged_stream(own.items(), tmp_path / "base", **options):
+        tensor.zero_()
+    assert all(own[name].any() for name in names)
 
 
 def test_integers_are_compared(tmp_path: Path) -> None:

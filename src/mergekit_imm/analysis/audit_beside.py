@@ -60,7 +60,12 @@ def notes_of(found: Audited) -> list[str]:
     notes = [str(note) for note in found.notes if note.code not in ("vocabulary", "tie broken")]
     notes += [f"note: not compared: {problem}" for problem in found.problems]
     if found.surplus:
-        notes.append(f"note: {len(found.surplus)} tensors are in MERGED only, '{shown(found.surplus[0])}' first")
+        first, count = f"'{shown(found.surplus[0])}'", len(found.surplus)
+        notes.append(
+            f"note: {first} is in MERGED only"
+            if count == 1
+            else f"note: {count} tensors are in MERGED only, {first} first"
+        )
     merged = found.models["merged"]
     notes += [
         f"note: '{shown(each.name)}' has {each.rows[0]} rows, {each.rows[0] - each.rows[1]} more than claimed"

@@ -128,7 +128,7 @@ def is_right(sums: Sums, q: float) -> bool:
         return False
     if not sums.beyond:
         return sums.rest <= _allowed(sums, q, ROUGH / 4)
-    off = sums.rest > 4 * sums.left_by(sums.md / sums.dd)  # what is off is the coefficient
+    off = (sums.md / sums.dd - q) ** 2 * sums.dd > 0.75 * sums.rest  # most of what is off is the coefficient
     return not sums.far and not off and sums.rest <= _allowed(sums, q, ROUGH / 4)
 
 

@@ -138,7 +138,7 @@ class _Stream:
         self._made_of: dict[str, str] = {}  # the base's name -> the stream's
         self._done: dict[str, _Record] = {}  # by key
         self._models = _ready(inputs, options)
-        self._ties = StreamTies(self._base)
+        self._ties = StreamTies(self._models)
         self._stand_in, self._plan = self._planned({})
         self._names = StreamNames(self._base, options.rename)
         self._items = {
@@ -229,7 +229,7 @@ class _Stream:
             yield from self._done_with(item, side, values, merge, files)
         elif any(re.search(pattern, name) for pattern in self._options.take):
             self._done[name] = _Record("take", None, (name,), layout(side))
-            yield name, values.of(side)
+            yield name, _copy(values.of(side))
         else:  # raises, unless the base keeps it in another form
             _, decided = self._planned({name: side})
             if any(each.name == name for each in decided.items):
@@ -355,7 +355,7 @@ def _result(item: Item, given: torch.Tensor | None, merge: InPlaceMerge, files: 
     """Return a planned tensor, on the device of the one that the stream gave, which stays as it is."""
     if item.action == "take":
         assert given is not None
-        return given
+        return _copy(given)  # the receiver's own: the giver may use its memory again
     base = item.sides["base"]
     kept = item.action == "keep"
     if kept and (given is None or tuple(given.shape) != base.shape or not _are_floats(given, base)):
@@ -377,7 +377,7 @@ def _result(item: Item, given: torch.Tensor | None, merge: InPlaceMerge, files: 
     sides = item.sides if kept else {**item.sides, "sft": live}
     merge.merge(TensorUpdate(replace(item, sides=sides), live), files)
     if item.action == "copy":
-        return given
+        return _copy(given)
     result = copied.to(local.device)
     if not isinstance(given, DTensor):
         return result

@@ -22,8 +22,9 @@ from .given import Given, digest
 class StreamTies:
     """The tensors that came so far and may be tied, by their names in the base."""
 
-    def __init__(self, base: Checkpoint) -> None:
-        self._base = base
+    def __init__(self, models: Mapping[str, Checkpoint]) -> None:
+        self._base = base = models["base"]
+        self._stored = {name for each in models.values() for name in each.tensors}  # and so in the result
         ends = [tensor.shape for name, tensor in base.tensors.items() if is_embedding_or_head(name)]
         self._shapes = {*ends, *(shape[:1] for shape in ends)}  # of embeddings, heads, and the biases of heads
         self._digests: dict[str, bytes] = {}
@@ -53,10 +54,10 @@ class StreamTies:
             self.pending.add(name)
 
     def settle(self, groups: Mapping[str, Group]) -> None:
-        """No longer wait for tensors that the base stores, where all of them have come."""
+        """No longer wait for tensors that base or start stores, where all of them have come."""
         for name in [*self.pending]:
             names = groups[name].siblings if name in groups else (name,)
-            if all(each in self.came for each in names if each in self._base.tensors):
+            if all(each in self.came for each in names if each in self._stored):
                 self.pending.discard(name)
 
     def same(self, compare: SameBytes) -> SameBytes:
