@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+_RAISED = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")  # one exponent, of several digits
+_LOWERED = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 _CHARACTERS = str.maketrans(
     {
         "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "π": r"\pi ",
         "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
         "∈": r"\in ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "∅": r"\emptyset ", "°": " degrees ",
-        "²": "^{2}", "³": "^{3}", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅕": " 1/5",
+        "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅕": " 1/5",
         "⅛": " 1/8", "。": ".", "，": ",", "：": ":", "（": "(", "）": ")", "％": "%", "\u00a0": " ", "\u202f": " ",
     }
 )  # fmt: skip
@@ -98,7 +100,7 @@ def plain(text: str) -> str:
     >>> plain(r"$\dfrac12$"), plain("3 and a half hours"), plain(r"10,\!000\text{ cm}^2"), plain("twenty-four")
     ('\\frac{1}{2}', '3 1/2 hours', '10,000 cm ^2', '24')
     """
-    text = text.translate(_CHARACTERS)
+    text = _RAISED.sub(lambda found: f"^{{{found[0].translate(_LOWERED)}}}", text).translate(_CHARACTERS)
     for pattern, to in _TEX:
         text = pattern.sub(to, text)
     text = text.strip(" \t\n\"'“”‘’")
