@@ -3,7 +3,7 @@
     python docs/scripts/run_examples.py [--write] [PAGE.md ...]
 
 Each page is run in a folder of its own that begins with the models `base` and `sft` of the tutorial. Blocks of these
-kinds are run, in their order; all others (text, sh, json) are not:
+kinds are run, in their order; all others (text, sh, json) are not. Several pages run at the same time:
 
     ```python title="NAME"   is written to a file
     ```python                is executed
@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import doctest
 import io
+import multiprocessing
 import os
 import re
 import shutil
@@ -129,17 +130,18 @@ def main() -> None:
     os.environ.update(ENVIRONMENT)
     pages = [DOCS / page for page in arguments.pages] or sorted(DOCS.glob("*.md"))
     maker = next(b for b in BLOCK.finditer((DOCS / "tutorial.md").read_text(encoding="utf-8")) if b["title"])
-    wrong = 0
     with tempfile.TemporaryDirectory() as temporary:
         first = Path(temporary) / "first"
         first.mkdir()
         os.chdir(first)
         Path(maker["title"]).write_text(maker["body"], encoding="utf-8")
         print(shell("python tiny.py && python tiny.py base sft"), end="")
-        for page in pages:
-            folder = Path(temporary) / page.stem
+        tasks = [(page, Path(temporary) / page.stem, arguments.write) for page in pages]
+        for _, folder, _ in tasks:
             shutil.copytree(first, folder)
-            wrong += run_page(page, folder, arguments.write)
+        # A process for each page, so that none finds what another has imported; the longest are at the end.
+        with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+            wrong = sum(pool.starmap(run_page, reversed(tasks), chunksize=1))
         os.chdir(DOCS)
     if wrong:
         sys.exit(f"{wrong} outputs differ from those on the pages")
