@@ -172,7 +172,7 @@ def test_what_is_cut_is_told(here: Path, measure: Measure) -> None:
             '{"text": "merge back"}\n{"prompt": "a", "response": "b"}\n',
             "line 2 has prompt and response, but line 1 has",
         ),
-        ('{"prompt": "a", "completion": "b"}\n', "line 1 has prompt, completion; write an object with either"),
+        ('{"prompt": "a", "answer": "b"}\n', 'line 1 has prompt, answer; write an object with "text", or'),
         ('{"prompt": "a", "response": "b", "text": "c"}\n', "line 1 has prompt, response, text; write an object"),
         ("[1]\n", "line 1 is not an object; write an object"),
         ('\n\n{"text": ""}\n', "line 3: text is ''; it must be a non-empty string"),
