@@ -128,7 +128,7 @@ def measure_kl(
     return MeasuredKL(measured, content, tuple(notes))
 
 
-def numbers_in(typed: str) -> dict[str, Any]:
+def numbers_to_extend(typed: str) -> dict[str, Any]:
     """Return the JSON object in a file to which `kl` can be added, {} if there is no file. Raises OutputError."""
     path = expanded(typed)
     with output_errors(path):
@@ -148,7 +148,7 @@ def numbers_in(typed: str) -> dict[str, Any]:
     return found
 
 
-def number_added(typed: str, numbers: Mapping[str, Any], kl: float) -> None:
+def add_kl(typed: str, numbers: Mapping[str, Any], kl: float) -> None:
     """Write the object back with `kl`, whole or not at all."""
     path = expanded(typed)
     with output_errors(path):

@@ -48,10 +48,10 @@ def kl_command(
         check_device(options["device"])
     if add_to is not None and len(models) > 1:
         raise click.UsageError("--add-to takes the number of one MODEL; give one, or leave out --add-to")
-    from ..analysis.measured_kl import measure_kl, number_added, numbers_in
+    from ..analysis.measured_kl import add_kl, measure_kl, numbers_to_extend
     from ..views.divergence import kl_table
 
-    numbers = None if add_to is None else numbers_in(add_to)  # refuse before loading models
+    numbers = None if add_to is None else numbers_to_extend(add_to)  # refuse before loading models
     with progress_bar(
         "measuring", shown=not quiet, rate=lambda per_second: f"{per_second:.2f} sequences/s"
     ) as progress:
@@ -59,7 +59,7 @@ def kl_command(
     for note in measured.notes if not quiet else ():
         tell(note)
     if add_to is not None and numbers is not None:
-        number_added(add_to, numbers, measured.models[models[0]].kl.value)
+        add_kl(add_to, numbers, measured.models[models[0]].kl.value)
     if as_json:
         say(json.dumps(measured.content, indent=2))
     elif not quiet:

@@ -63,7 +63,7 @@ def write(
         if options.verify:
             _verify(done, device, options.progress, ranks)
         if options.digests:
-            on_leader(ranks, lambda: _state(done))
+            on_leader(ranks, lambda: _write_statements(done))
     status = "dry run" if options.dry_run else "merged"
     return [job.report(status, lacking) if job in left else job.report("already merged") for job in jobs]
 
@@ -156,7 +156,7 @@ def _build(jobs: Sequence[Job], device: Device, options: RunOptions, ranks: Rank
         if options.verify:
             _verify(jobs, device, lambda done, _: advance(bytes_to_write + done, 0), ranks)
         if options.digests:
-            on_leader(ranks, lambda: _state(jobs, lambda done: advance(total - bytes_to_write + done, 0)))
+            on_leader(ranks, lambda: _write_statements(jobs, lambda done: advance(total - bytes_to_write + done, 0)))
         on_leader(ranks, lambda: _publish(jobs))
 
 
@@ -204,7 +204,7 @@ def _write_beside(jobs: Sequence[Job], written: Sequence[Job]) -> None:
                 direct_io.write_file(job.partial / path, content)
 
 
-def _state(jobs: Sequence[Job], advance: Callable[[int], None] = lambda _: None) -> None:
+def _write_statements(jobs: Sequence[Job], advance: Callable[[int], None] = lambda _: None) -> None:
     """Hash the files of each folder, published or not, and write its statement; tell `advance` of the bytes."""
     before = 0
 

@@ -16,7 +16,7 @@ T = TypeVar("T", bound=Hashable)
 def mix(current: Sequence[T], previous: Sequence[T], *, share: float, seed: int = 0) -> list[T]:
     """Mix examples of earlier rounds, or of the original data, into those of this round.
 
-        mix = current + m of previous,  m = round(share / (1 - share) * len(ours))
+        mix = current + m of previous,  m = round(share / (1 - share) * len(current))
 
     Args: `share` of earlier data in the result, 0 <= share < 1; `seed` of the draw without replacement. If there are
     fewer than m earlier examples, all are used, shuffled, and the share is smaller. Duplicates are kept. Returns this
