@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checkpoint.lazy_tensor import Matrix, Raw, Read, Reads, Tensor, Transposed, matrix, transposed
-from ..checkpoint.lazy_tensor import _View as View
+from ..checkpoint.lazy_tensor import Matrix, Raw, Read, Reads, Tensor, Transposed, View, matrix, transposed
 from ..model.config import setting
 from ..model.tensor_names import blanked
 from ..numerics.dtypes import DTYPE_BITS, MERGED
 from ..transforms.lora_tensor import OfExperts, Rescaled, tiled
 from .audit_inputs import Claimed
+from .audit_tensors import NO_MAGNITUDES
 
 QKV = ("qkv", "query_key_value", "c_attn", "attn.Wqkv", "in_proj", "W_pack")
 NEIGHBOURS = 8  # of one shape, in one module, that may have been exchanged
@@ -32,10 +32,9 @@ InOrder = Callable[[str, Tensor], Tensor]  # an input's role and its tensor -> t
 
 
 class Order(NamedTuple):
-    """A possibility: a key that is the same for other tensors, its kind, what it means, and the claim."""
+    """A possibility: a key that is the same for other tensors, what it means, and the claim."""
 
     key: str
-    kind: str
     why: str
     claim: Claimed
 
@@ -103,10 +102,9 @@ def orders(
         it = claim.sft
         read_so = ByExpert(it.name, it.shape, it.a, it.b, it.scaling, it.is_transposed)
         why = "the columns of lora_B were taken expert by expert, though PEFT stores them rank by rank"
-        yield Order("lora_B", "exchanged", why, replace(claim, sft=read_so))
+        yield Order("lora_B", why, replace(claim, sft=read_so))
     if isinstance(claim.sft, Rescaled):
-        why = "the magnitudes of DoRA were left out"
-        yield Order("DoRA", "DoRA left out", why, replace(claim, sft=claim.sft.change, is_delta=True))
+        yield Order("DoRA", NO_MAGNITUDES, replace(claim, sft=claim.sft.change, is_delta=True))
     stacked = len(claim.base.shape) == 3 or (len(claim.base.shape) == 2 and ".experts." in claim.name)
     if stacked and 1 < claim.base.shape[0] <= EXPERTS:
         found = _order_of_experts(claim, first_of)
@@ -119,9 +117,9 @@ def _both(key: str, why: str, claim: Claimed, view: InOrder) -> Iterator[Order]:
     """Yield the order of the whole tensor, and that of the change alone."""
     base = view(claim.base_role, claim.base)
     sft = None if claim.sft is None else view("sft", claim.sft)
-    yield Order(key, "exchanged", why, replace(claim, base=base, sft=sft))
+    yield Order(key, why, replace(claim, base=base, sft=sft))
     if sft is not None:
-        yield Order(f"{key} of the change", "exchanged", f"{IN_CHANGE}{why}", replace(claim, sft=sft, origin=base))
+        yield Order(f"{key} of the change", f"{IN_CHANGE}{why}", replace(claim, sft=sft, origin=base))
 
 
 def _views(claim: Claimed, config: Mapping[str, Any] | None) -> Iterator[tuple[str, str, InOrder]]:
@@ -178,8 +176,7 @@ def _turned(role: str, tensor: Tensor) -> Tensor:
     """Return a square matrix, or each of a stack, transposed."""
     if len(tensor.shape) == 3:
         return transposed(tensor, role)
-    stacked = Transposed(tensor.name, (1, *tensor.shape), tensor, role)
-    return replace(stacked, shape=(1, *tensor.shape))
+    return Transposed(tensor.name, (1, *tensor.shape), tensor, role)  # a stack of one
 
 
 def _neighbours(claim: Claimed, others: Mapping[str, Claimed]) -> Iterator[Order]:
@@ -199,10 +196,10 @@ def _neighbours(claim: Claimed, others: Mapping[str, Claimed]) -> Iterator[Order
         else:
             continue
         moved = replace(claim, base=other.base, base_role=other.base_role, sft=other.sft, is_delta=other.is_delta)
-        yield Order(key, "exchanged", why, moved)
+        yield Order(key, why, moved)
         if other.sft is not None:
             change = replace(claim, sft=other.sft, is_delta=other.is_delta, origin=other.base)
-            yield Order(f"{key}, the change", "exchanged", f"{IN_CHANGE}{why}", change)
+            yield Order(f"{key}, the change", f"{IN_CHANGE}{why}", change)
 
 
 def _module_of(name: str) -> tuple[str, str]:

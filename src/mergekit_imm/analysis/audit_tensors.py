@@ -25,6 +25,7 @@ State = Literal[
     "missing",
 ]
 RIGHT = ("as claimed", "unchanged", "hidden")
+NO_MAGNITUDES = "the magnitudes of DoRA were left out"  # why a tensor is as claimed otherwise
 LOOSE = 0.01  # of a coefficient: weights of a merge may themselves be rounded to bfloat16
 ERRORS = 4  # standard errors
 

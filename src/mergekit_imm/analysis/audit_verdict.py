@@ -11,7 +11,7 @@ from typing import Any
 from ..common.messages import shown
 from ..model.tensor_names import is_embedding_or_head, is_output_head, layer_order
 from .audit_sums import Sums
-from .audit_tensors import ERRORS, TensorAudit
+from .audit_tensors import ERRORS, NO_MAGNITUDES, TensorAudit
 
 SHOWN = 4  # kinds of modules in a line
 FEW = 0.01  # share of elements that may be off by damage, when the others are right
@@ -97,12 +97,11 @@ def judge(tensors: Sequence[TensorAudit], claim: Claim, beside: Beside) -> Verdi
     if findings:
         return Verdict(findings[0].kind, findings[0].line, tuple(findings))
     if not seen:
-        what = "nothing can be told: " + (
-            "what SFT changes is smaller than the steps of the dtype that MERGED is stored in"
-            if any(each.state == "hidden" for each in changed)
-            else "SFT changes nothing"
-        )
-        cure = "was it trained? An adapter begins with lora_B = 0" if "nothing" in what[20:] else "compare in float32"
+        why, cure = "SFT changes nothing", "was it trained? An adapter begins with lora_B = 0"
+        if any(each.state == "hidden" for each in changed):
+            why = "what SFT changes is smaller than the steps of the dtype that MERGED is stored in"
+            cure = "compare in float32"
+        what = f"nothing can be told: {why}"
         return Verdict(UNTOLD, what, (Finding(UNTOLD, what, cure),))
     dtypes = " and ".join(sorted({str(each.dtype) for each in seen}))
     rough = sum(each.is_rough for each in seen)
@@ -243,7 +242,7 @@ def _exchanged(tensors: Sequence[TensorAudit]) -> list[Finding]:
     findings = []
     for why in dict.fromkeys(each.why for each in found):
         some = [each for each in found if each.why == why]
-        kind = "DoRA left out" if "DoRA" in why else "exchanged"
+        kind = "DoRA left out" if why == NO_MAGNITUDES else "exchanged"
         line = f"{kind}: {places(some, tensors)} {_are(some)} as claimed, but {why}"
         cure = "merge with a version of the tool that reads the adapter as PEFT does"
         findings.append(Finding(kind, line, cure, len(some)))

@@ -114,7 +114,7 @@ def transposed(tensor: Tensor, role: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _View(Computed):
+class View(Computed):
     """A rearrangement of the elements of one tensor, values unchanged."""
 
     whole: Tensor
@@ -142,7 +142,7 @@ class _View(Computed):
 
 
 @dataclass(frozen=True)
-class Slice(_View):
+class Slice(View):
     """Consecutive elements of a computed tensor, in row-major order."""
 
     first: int
@@ -194,7 +194,7 @@ class Pieces(Computed):
 
 
 @dataclass(frozen=True)
-class Transposed(_View):
+class Transposed(View):
     """A stack of matrices [n, rows, columns], stored as [n, columns, rows]."""
 
     def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002

@@ -11,25 +11,14 @@ import torch
 
 from ..checkpoint.lazy_tensor import Computed, Piece, Pieces, Slice, Tensor, Transposed
 from ..numerics.reference import DTYPES, boxes, in_box
-from .local_shards import HEADER_DTYPES, local_of
+from .local_shards import HEADER_DTYPES, InMemory, local_of
 
 
 @dataclass(frozen=True)
-class Given(Computed):
+class Given(InMemory):
     """The header of a tensor that a stream gave."""
 
-    code: str
     given: str  # its name there
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of its elements."""
-        return self.code
-
-    @property
-    def stored(self) -> int:
-        """Zero: nothing of it is on disk."""
-        return 0
 
 
 def header(name: str, tensor: torch.Tensor) -> Given:

@@ -43,22 +43,28 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Live(Computed):
-    """A tensor of a live model: the whole shape, and the parts that this process holds."""
+class InMemory(Computed):
+    """A tensor that is in memory."""
 
     code: str
-    parts: tuple[Part, ...]
-    memory: Hashable  # equal for tensors in the same memory
 
     @property
     def dtype(self) -> str:
-        """The dtype of the parameter."""
+        """The dtype of its elements."""
         return self.code
 
     @property
     def stored(self) -> int:
         """Zero: nothing of it is on disk."""
         return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Live(InMemory):
+    """A tensor of a live model: the whole shape, and the parts that this process holds."""
+
+    parts: tuple[Part, ...]
+    memory: Hashable  # equal for tensors in the same memory
 
     def transposed(self, role: str) -> Live:  # noqa: ARG002
         """Return it with the last two dimensions swapped: views of the same memory."""

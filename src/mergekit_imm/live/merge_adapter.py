@@ -17,37 +17,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.lazy_tensor import Computed, Raw, Reads
+from ..checkpoint.lazy_tensor import Raw, Reads
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MismatchError
 from ..numerics.dtypes import DTYPE_BITS
 from ..transforms.lora_config import read_settings
-from .local_shards import HEADER_DTYPES, Live, check_tensor, live
+from .local_shards import HEADER_DTYPES, InMemory, Live, check_tensor, live
 from .merge_into import LiveReport, merge_into, merged_into
 
 _WRAPPERS = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile
 
 
 @dataclass(frozen=True, eq=False)
-class Held(Computed):
-    """A tensor of an adapter, in memory."""
+class OfAdapter(InMemory):
+    """A tensor of an adapter, whole."""
 
     tensor: Tensor
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the tensor."""
-        return HEADER_DTYPES[self.tensor.dtype]
 
     @property
     def is_whole(self) -> bool:
         """Always."""
         return True
-
-    @property
-    def stored(self) -> int:
-        """Zero: nothing of it is on disk."""
-        return 0
 
     def fill(self, reads: Reads, shared: Any, first: int, out: Raw) -> None:  # noqa: ARG002
         """Fill a buffer with the elements from `first` on."""
@@ -178,7 +168,7 @@ def _tensors(wrapped: Any, name: str) -> dict[str, Any]:
     for key, tensor in state.items():
         check_tensor(key, tensor)
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        found[key] = Held(key, tuple(whole.shape), whole.detach().contiguous())
+        found[key] = OfAdapter(key, tuple(whole.shape), HEADER_DTYPES[whole.dtype], whole.detach().contiguous())
     for key, parameter in wrapped.named_parameters():
         inside = isinstance(parameter, DTensor) or parameter.data_ptr() in held
         if parameter.requires_grad and not inside:
