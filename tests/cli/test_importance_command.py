@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
+from analysed import RESPONSES, WORDS, jsonl, link_and_write
 from checkpoints import read_model
 from commands import Ended
 from mergekit_imm import ArgumentError, layer_importance, merge_checkpoints
@@ -26,15 +27,7 @@ from mergekit_imm.cli import console
 from mergekit_imm.cli.importance import importance_command
 from models import fine_tuned, new_model, save
 
-WORDS = ["<unk>", "<s>", "</s>", "merge", "back", "base"]  # vocabulary of `models.save`
-RESPONSES = [("merge back", "base merge"), ("back", "merge base back base"), ("base base", "back")]
-
 Measure = Callable[..., Ended]
-
-
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with links to models, and texts."""
     monkeypatch.chdir(tmp_path)
-    for model in models.iterdir():
-        (tmp_path / model.name).symlink_to(model)
-    jsonl(tmp_path / "pairs.jsonl", [{"prompt": p, "response": r, "id": 1} for p, r in RESPONSES])
-    jsonl(tmp_path / "texts.jsonl", [{"text": f"{p} {r}"} for p, r in RESPONSES])
+    link_and_write(models, tmp_path, RESPONSES)
     return tmp_path
 
 

@@ -12,18 +12,14 @@ import pytest
 import torch
 import transformers
 
+from analysed import RESPONSES, WORDS, link_and_write
 from commands import Command, Ended
 from mergekit_imm.cli.kl import kl_command
 from mergekit_imm.loop import Settings, run_loop
 from mergekit_imm.views.loop_summary import table
 from models import fine_tuned, new_model, save
 
-WORDS = ["<unk>", "<s>", "</s>", "merge", "back", "base"]  # vocabulary of `models.save`
-RESPONSES = [("merge back", "base merge"), ("back", "merge base back base"), ("base base", "back")] * 2
-
-
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+TWICE = RESPONSES * 2  # with fewer there is no interval
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with links to models, and texts."""
     monkeypatch.chdir(tmp_path)
-    for model in models.iterdir():
-        (tmp_path / model.name).symlink_to(model)
-    jsonl(tmp_path / "pairs.jsonl", [{"prompt": p, "response": r, "id": 1} for p, r in RESPONSES])
-    jsonl(tmp_path / "texts.jsonl", [{"text": f"{p} {r}"} for p, r in RESPONSES])
+    link_and_write(models, tmp_path, TWICE)
     return tmp_path
 
 
@@ -62,7 +55,7 @@ def loaded(folder: Path | str) -> Any:
 def expected(base: Any, model: Any, with_prompt: bool = False) -> tuple[float, int]:
     """KL(base || model) with transformers and torch, from given token ids; `p` may have fewer tokens than `q`."""
     found = []
-    for prompt, response in RESPONSES:
+    for prompt, response in TWICE:
         words = [WORDS.index(word) for word in f"{prompt} {response}".split()]
         ids = torch.tensor([words if with_prompt else [*words, 2]])
         with torch.no_grad():
