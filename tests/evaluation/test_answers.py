@@ -255,3 +255,19 @@ def test_long_texts_take_linear_time(piece: str) -> None:
     final_answer(text)
     same_answer(text, text + "x")
     is_correct(f"\\boxed{{{text[:1900]}}}", text[1:1900])
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("The answer is (A) and (C).", "A", False),
+        ("The answer is (A) and (C).", "A, C", True),
+        ("The answer is (A), (B) and (D).", "(A)", False),
+        ("The answer is (A), since C is wrong.", "A", True),
+        ("The answer is not 5", "5", False),
+        ("The answer is not 20, it is 30.", "30", True),
+        ("The answer is not 20, it is 30.", "20", False),
+    ],
+)
+def test_several_choices_and_denied_answers(response: str, answer: str, right: bool) -> None:
+    assert is_correct(response, answer) == right

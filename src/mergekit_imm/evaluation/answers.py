@@ -15,7 +15,7 @@ LONGEST = 2000  # characters of an answer that is read; longer ones are compared
 MOST, DEEPEST = 30, 4  # elements of a list, and lists within lists
 
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|answer)\s+)?(?:\((?P<a>[A-Za-z])\)|(?P<b>[A-Z])(?:\)|[.:](?=\s)))(?:\s(?P<text>.*))?"
+    r"(?:(?i:option|choice|answer)\s+)?(?:\((?P<a>[A-Za-z])\)|(?P<b>[A-Z])(?:\)|[.:](?=\s)))(?:\s(?!(?:and|or|&)\s)(?P<text>.*))?"
     r"|(?i:option|choice)\s+(?P<c>[A-Z])"
 )
 _SEPARATOR = re.compile(r"(?:,\s+(?:and|or)\b|\b(?:and|or)\b|,(?!\d{3}(?!\d))|;)\s*|,\s+")

@@ -22,6 +22,7 @@ _CHOICE = re.compile(
     r"(?:\(([A-Za-z])\)|([A-Z])(?:[).:](?=\s|$)|(?=\s*$|,|\s\(|\s+(?:because|since|as|which|is)\b)))"
     r"|(?i:option|choice|letter)\s+([A-Z])\b|(?i:yes|no|true|false)(?=[,.;!]|$)"
 )
+_MORE_CHOICES = re.compile(r"(?:(?:\s*,|\s+and|\s+or|\s*&|\s*,\s*and)\s*(?:\([A-Z]\)|[A-Z]\b))+(?=\W*$)")
 # Words before the answer that say nothing: `about 7`; `not 5 but 6`, `(not 20)`; `20% of 50, which is 10`.
 _INTRO = re.compile(
     r"(?:(?:about|approximately|roughly|around|exactly|equal to|simply|just|only|then|therefore|thus|the)\s+)+(?=.*\d)",
@@ -30,7 +31,7 @@ _INTRO = re.compile(
 _REJECTED = re.compile(
     r"\((?:not|see|step) [^()]{0,80}\)"
     r"|(?:,| and),? not (?:\$?\d[\d.,]{0,20}|\(?[A-Z]\)?)\W*$"
-    r"|\bnot [^,.;]{1,40}?(?:,? but(?: rather)?) "
+    r"|\bnot [^,.;]{1,40}?(?:,? but(?: rather)?|, (?:it is|it's)) "
 )
 _RESTATED = re.compile(
     r".*(?:,\s+(?:but|so|hence|therefore|giving)(?=.*\d)|,\s+(?:which|that) (?:is|are|equals|makes|gives)"
@@ -43,7 +44,7 @@ _CLAUSE_END = re.compile(
     r"|\s(?:for|on|by|from|with|until|left|each)\b"
 )
 _BOUNDED = re.compile(
-    r"(?:less|more|fewer|greater|smaller|larger|at least|at most|over|under|between|no more|up to|below|above)\b",
+    r"(?:not|less|more|fewer|greater|smaller|larger|at least|at most|over|under|between|no more|up to|below|above)\b",
     re.IGNORECASE,
 )
 # A sentence begins with mathematics: a number, TeX, a bracket, `x =`, `5x`.
@@ -116,6 +117,8 @@ def _choice(text: str) -> str | None:
     found = _CHOICE.match(text)
     if found is None:
         return None
+    if more := _MORE_CHOICES.match(text, found.end()):
+        return found[0] + more[0]
     rest = _CLAUSE_END.split(text[found.end() :], maxsplit=1)[0].strip(" .;!")
     if rest and rest[0].isalnum() and found[0][-1] in ").:":
         return f"{found[0]} {rest}"
