@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from controls import KeepBest, PullToStart, with_text
 from datasets import concatenate_datasets, load_dataset
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -25,17 +26,23 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=1024, help="tokens of a row; longer ones are left out")
     parser.add_argument("--lora", type=int, metavar="RANK")
     parser.add_argument("--seed", type=int, default=0)
+    controls = parser.add_argument_group("what one can do instead of merging")
+    controls.add_argument("--pull", action="store_true", help="pull to the start in every step, as strong as alpha .5")
+    controls.add_argument("--text", metavar="FILE", help="a quarter of all rows are lines of this text")
+    controls.add_argument("--keep-best", nargs="+", metavar="NAME=FILE", help="of four moments, the best at these")
+    controls.add_argument("--longest-answer", type=int, default=512, help="tokens of an answer to those")
     arguments = parser.parse_args()
     files = list(dict.fromkeys(str(Path(path).resolve()) for path in arguments.data))
     rows = concatenate_datasets(
         [load_dataset("json", data_files=file, split="train", cache_dir=f"{arguments.output}/cache") for file in files]
     )
+    if arguments.text:
+        rows = with_text(rows, arguments.text, 1 / 4, seed=arguments.seed)
     peft = None
     if arguments.lora:
         from peft import LoraConfig
 
         peft = LoraConfig(r=arguments.lora, lora_alpha=2 * arguments.lora, target_modules="all-linear")
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     config = SFTConfig(
         output_dir=f"{arguments.output}/checkpoints",
         learning_rate=arguments.lr,
@@ -46,9 +53,10 @@ def main() -> None:
         warmup_steps=0.03,  # below 1 it is a share of all steps
         max_length=None,
         completion_only_loss=True,
-        bf16=bf16,
+        bf16=not torch.cuda.is_available() or torch.cuda.is_bf16_supported(),  # products alone; weights are float32
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
-        save_strategy="epoch",
+        save_strategy="epoch" if torch.cuda.is_available() else "no",  # on a CPU only small models are trained
         save_total_limit=1,
         logging_steps=10,
         report_to="none",
@@ -56,6 +64,10 @@ def main() -> None:
         model_init_kwargs={"dtype": "float32"},  # what is trained; the merge rounds to the base's dtype
     )
     trainer = SFTTrainer(arguments.model, args=config, train_dataset=rows, peft_config=peft)
+    if arguments.pull:
+        trainer.add_callback(PullToStart())
+    if arguments.keep_best:
+        trainer.add_callback(KeepBest(trainer.processing_class, arguments.keep_best, arguments.longest_answer))
     long = [number for number, row in enumerate(trainer.train_dataset) if len(row["input_ids"]) > arguments.longest]
     if long:
         print(f"{len(long)} of {len(rows)} rows are longer than {arguments.longest} tokens, and left out")
@@ -65,7 +77,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(arguments.output)  # with the tokenizer
     for name in ("checkpoints", "cache"):
-        shutil.rmtree(Path(arguments.output) / name)
+        shutil.rmtree(Path(arguments.output) / name, ignore_errors=True)
 
 
 if __name__ == "__main__":

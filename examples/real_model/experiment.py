@@ -1,0 +1,234 @@
+"""Run the whole experiment: from one base, for each seed, every arm by `imm-loop`.
+
+    python experiment.py --base base --word-problems FOLDER --text book.txt --mix speeches.txt --seeds 0 1 2
+
+What is done is not done again: run the same command again to resume. Seeds may run at the same time, in processes of
+their own. The results of all seeds that are there are collected in OUTPUT/results.json.
+
+Tasks are those of tasks.py. --text is ordinary text to measure perplexity on, --mix other ordinary text, a quarter of
+the rows in one of the arms.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROUNDS, POOL, EPOCHS, BATCH, LR = 3, 400, 3, 32, 1e-4
+SAMPLES, SAMPLED = 8, 150  # for pass@8: answers to so many questions
+LONGEST = 12  # tokens of an answer
+TASKS = "sums times before smallest digits last capitals json words problems choices".split()  # the first is in domain
+HELD_OUT = "sums times before smallest digits last capitals json".split()
+KL_QUESTIONS = 60
+PLAIN = "--alpha 0 --drop 0"  # nothing is dropped and nothing pulled back: each round starts from the SFT
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train from the base: options of the loop and of training, and a name."""
+
+    label: str
+    loop: str = PLAIN
+    sft: str = ""
+    own_start: bool = True  # its first training is not that of STaR
+    every_round: bool = False  # test the models of all rounds, not only the last
+
+
+def named(folder: str, names: list[str]) -> str:
+    """Name files of questions, as score.py takes them."""
+    return " ".join(f"{name}={folder}/{name}.jsonl" for name in names)
+
+
+BEST = f"--keep-best {named('../questions/held-out', HELD_OUT)} --longest-answer {LONGEST}"
+ARMS = {
+    "star": Arm("STaR", every_round=True),
+    "imm": Arm("IMM, alpha .5, drop .2", "--alpha 0.5 --drop 0.2", own_start=False, every_round=True),
+    "low-lr": Arm("STaR, lr / 5", sft=f"--lr {LR / 5:g}"),
+    "chosen": Arm(
+        "IMM, alpha by held-out score",
+        "--alpha choose:0.2,0.4,0.6,0.8 --drop 0.2 --metric mean.both",
+        own_start=False,
+    ),
+    "best": Arm("STaR, stopped by held-out score", sft=BEST),
+    "no-drop": Arm("IMM, alpha .5, drop 0", "--alpha 0.5 --drop 0", own_start=False),
+    "importance": Arm(
+        "IIMM, by layer importance", "--alpha 0.5 --drop 0.2 --importance importance.json", own_start=False
+    ),
+    "pull": Arm("STaR, pulled to the start", sft="--pull"),
+    "mixture": Arm("STaR, a quarter of ordinary text", sft="--text ../mix.txt"),
+}
+
+
+def script(name: str, arguments: str) -> str:
+    """Make a command that runs a script of this folder."""
+    return f"{shlex.quote(sys.executable)} {HERE / name} {arguments}"
+
+
+def loop_command(name: str, arm: Arm, seed: int) -> list[str]:
+    """Make the command of an arm, to be run in the folder of its seed."""
+    chosen = f"--seed {1000 * seed + 1}{{round}}"
+    answer = f"--questions train.jsonl --limit {POOL} --longest {LONGEST // 2} --batch 128"
+    generate = script("generate.py", f"--model {{model}} --output {{output}} {answer} {chosen}")
+    rate = "" if "--lr" in arm.sft else f"--lr {LR:g} "
+    steps = f"--epochs {EPOCHS} --batch {BATCH} --accumulation 1 {rate}{arm.sft}"
+    train = script("finetune.py", f"--model {{model}} --data {{data}} --output {{output}} {chosen} {steps}".strip())
+    if name != "star":
+        generate = f"if [ {{round}} = 0 ]; then cp star/round-0/data {{output}}; else {generate}; fi"
+    if not arm.own_start:
+        train = f"if [ {{round}} = 0 ]; then cp -r star/round-0/sft {{output}}; else {train}; fi"
+    command = ["imm-loop", "../base", "-o", name, "--rounds", str(ROUNDS), "--seed", str(seed), *arm.loop.split()]
+    command += ["--generate", generate, "--train", train]
+    if "--metric" in arm.loop:
+        files = named("../questions/held-out", HELD_OUT)
+        scores = f"--model {{model}} --json {{json}} --questions {files} --inside sums --longest {LONGEST}"
+        command += ["--evaluate", script("score.py", scores)]
+    return command
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run a command in a folder; what it says goes to a log. Ends the program if it fails."""
+    with (folder / "log").open("a") as log:
+        log.write(f"$ {shlex.join(command)}\n")
+        log.flush()
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # imm-loop stands beside python
+        status = subprocess.run(
+            command, cwd=folder, stdout=log, stderr=log, env={**os.environ, "PATH": path}, check=False
+        ).returncode
+    if status:
+        sys.exit(f"error: a command ended with status {status}; it and what it said are the last in {folder / 'log'}")
+
+
+def test(model: str, place: str, folder: Path, shared: str = "..") -> dict[str, Any]:
+    """Test a model on everything, unless that was done; what all share lies in `shared`."""
+    path = folder / place
+    if not path.exists():
+        files = f"{named(f'{shared}/questions', TASKS)} text={shared}/questions/text.txt"
+        arguments = f"--model {model} --json {place}.part --questions {files} --inside sums --base {shared}/base --batch 128"
+        arguments += f" --samples {SAMPLES} --sampled sums --sampled-limit {SAMPLED} --longest {LONGEST}"
+        run(shlex.split(script("score.py", arguments)), folder)
+        compared = ["imm-analyze", "kl", f"{shared}/base", model, "--data", f"{shared}/kl.jsonl"]
+        run([*compared, "--add-to", f"{place}.part"], folder)
+        path.with_name(f"{path.name}.part").rename(path)
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Write what all seeds share: the base, the questions, texts, and the base's own answers."""
+    output: Path = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / "base").exists():
+        (output / "base").symlink_to(arguments.base.resolve())
+    if not (output / "mix.txt").exists():
+        files = f"--word-problems {arguments.word_problems.resolve()} --text {arguments.text.resolve()}"
+        run(shlex.split(script("tasks.py", f"--output questions {files}")), output)
+        shutil.copy(arguments.mix, output / "mix.txt")
+    if not (output / "kl.jsonl").exists():
+        answer = f"--questions questions/sums.jsonl --limit {KL_QUESTIONS} --longest {LONGEST} --all-at 1"
+        run(shlex.split(script("generate.py", f"--model base --output kl.part {answer} --seed 0")), output)
+        (output / "kl.part").rename(output / "kl.jsonl")
+    test("base", "base.json", output, ".")
+
+
+def prepare_seed(folder: Path, seed: int) -> None:
+    """Write a seed's training questions: the examples, and the pool in another order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    import random
+
+    lines = (folder.parent / "questions" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    examples = [line for line in lines if '"example"' in line]
+    rest = [line for line in lines if '"example"' not in line]
+    random.Random(seed).shuffle(rest)
+    (folder / "train.jsonl").write_text("".join([*examples, *rest[:POOL]]), encoding="utf-8")
+
+
+def run_seed(seed: int, names: list[str], folder: Path) -> None:
+    """Run arms of a seed, and write its results after each."""
+    prepare_seed(folder, seed)
+    begin = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - begin:5.0f} s] seed {seed}: {text}", flush=True)
+
+    path = folder / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"arms": {}}
+    results["base"] = json.loads((folder.parent / "base.json").read_text())
+    for name in names:
+        arm = ARMS[name]
+        say(arm.label)
+        if name == "importance" and not (folder / "importance.json").exists():
+            data = ["--data", "star/round-0/data", "--batch-size", "32", "-o", "importance.json"]
+            run(["imm-analyze", "importance", "../base", *data], folder)
+        if not (folder / name / f"round-{ROUNDS - 1}" / "test.json").exists():
+            run(loop_command(name, arm, seed), folder)
+        state = json.loads((folder / name / "loop.json").read_text())
+        found = {"alphas": state["alphas"], "stopped": state["stopped"], "held-out": state["metrics"], "rounds": {}}
+        for number in range(ROUNDS):
+            if arm.every_round or number == ROUNDS - 1:
+                here = f"{name}/round-{number}"
+                found["rounds"][number] = test(f"{here}/merged", f"{here}/test.json", folder)
+        results["arms"][name] = found
+        last = found["rounds"][ROUNDS - 1]
+        say("  in {in:.1f}, out of domain {out:.1f}".format(**last["mean"]))
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        for number in range(1 if name == "star" else 0, ROUNDS):  # the first of STaR is that of other arms too
+            shutil.rmtree(folder / name / f"round-{number}" / "sft", ignore_errors=True)
+
+
+def processor() -> str:
+    """Name the processor, as far as the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def collect(output: Path) -> Path:
+    """Write the results of all seeds that are there into one file."""
+    paths = sorted(output.glob("seed-*/results.json"), key=lambda path: int(path.parent.name[5:]))
+    seeds = {path.parent.name[5:]: json.loads(path.read_text()) for path in paths}
+    results = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"cpu": processor(), "system": platform.system(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("mergekit-imm", "torch", "transformers", "trl")},
+        "rounds": ROUNDS,
+        "questions": POOL,
+        "training": {"epochs": EPOCHS, "batch": BATCH, "learning rate": LR},
+        "arms": {
+            name: {"label": arm.label, "options": f"{arm.loop} {arm.sft}".strip()} for name, arm in ARMS.items()
+        },
+        "seeds": seeds,
+    }
+    path = output / "results.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="folder of the base, as base_model.py makes it")
+    parser.add_argument("--word-problems", type=Path, required=True, help="folder with both files of tasks.py")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--mix", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("real-model"), help="folder of everything")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="none: only prepare")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    arguments = parser.parse_args()
+    arguments.output = arguments.output.resolve()
+    prepare(arguments)
+    for seed in arguments.seeds:
+        run_seed(seed, arguments.arms, arguments.output / f"seed-{seed}")
+        print(f"all numbers so far: {collect(arguments.output)}")
+
+
+if __name__ == "__main__":
+    main()
