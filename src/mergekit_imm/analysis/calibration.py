@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = -100  # label of tokens that do not count in the loss
+TOGETHER = 1024  # tokens of short texts in one batch
 _KINDS = (("text",), ("prompt", "response"), ("prompt", "completion"))
 
 
@@ -139,12 +140,15 @@ def _without_end(ids: list[int], text: str, tokenizer: Any) -> list[int]:
     return ids[:-1] if is_added else ids
 
 
-def batches(sequences: Sequence[Tokens], size: int, padding: int = 0) -> Iterator[Mapping[str, Tensor]]:
-    """Yield batches of `size` sequences, in order: input_ids padded on the right, attention_mask, labels (int64)."""
+def batches(sequences: Sequence[Tokens], size: int | None, padding: int = 0) -> Iterator[Mapping[str, Tensor]]:
+    """Yield batches of `size` sequences, in order: input_ids padded on the right, attention_mask, labels (int64).
+
+    None: as many as fit into TOGETHER tokens, padding included, so that short texts do not each cost a pass over all
+    weights.
+    """
     import torch
 
-    for begin in range(0, len(sequences), size):
-        group = sequences[begin : begin + size]
+    for group in _groups(sequences, size):
         shape = (len(group), max(len(each.ids) for each in group))
         ids = torch.full(shape, padding)
         mask = torch.zeros(shape, dtype=torch.int64)
@@ -155,3 +159,17 @@ def batches(sequences: Sequence[Tokens], size: int, padding: int = 0) -> Iterato
             mask[row, :count] = 1
             labels[row, each.prompt : count] = ids[row, each.prompt : count]
         yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _groups(sequences: Sequence[Tokens], size: int | None) -> Iterator[list[Tokens]]:
+    group: list[Tokens] = []
+    longest = 0
+    for each in sequences:
+        width = max(longest, len(each.ids))
+        if group and (len(group) == size if size else width * (len(group) + 1) > TOGETHER):
+            yield group
+            group, width = [], len(each.ids)
+        group.append(each)
+        longest = width
+    if group:
+        yield group

@@ -43,7 +43,7 @@ def measure_importance(
     order: str = "first",
     samples: int | None = None,
     max_length: int = 1024,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     accumulate: str = "memory",

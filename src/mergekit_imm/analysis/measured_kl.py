@@ -46,7 +46,7 @@ def measure_kl(
     *,
     samples: int | None = None,
     max_length: int = 1024,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,

@@ -82,10 +82,8 @@ def data_options(command: Command) -> Command:
             click.option(
                 "--batch-size",
                 type=click.IntRange(1),
-                default=1,
-                show_default=True,
                 metavar="N",
-                help="Sequences per forward pass; the result is the same.",
+                help="Sequences per forward pass; the result is the same.  [default: up to 1024 tokens]",
             ),
             click.option(
                 "--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Device to compute on."
