@@ -25,7 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROUNDS, POOL, EPOCHS, BATCH, LR = 3, 400, 3, 32, 1e-4
-SAMPLES, SAMPLED = 8, 150  # for pass@8: answers to so many questions
+SAMPLES, SAMPLED = 8, 100  # for pass@8: answers to so many questions
 LONGEST = 12  # tokens of an answer
 TASKS = "sums times before smallest digits last capitals json words problems choices".split()  # the first is in domain
 HELD_OUT = "sums times before smallest digits last capitals json".split()
@@ -41,7 +41,7 @@ class Arm:
     loop: str = PLAIN
     sft: str = ""
     own_start: bool = True  # its first training is not that of STaR
-    every_round: bool = False  # test the models of all rounds, not only the last
+    every_round: bool = False  # also score the models of earlier rounds, on the held-out questions
 
 
 def named(folder: str, names: list[str]) -> str:
@@ -87,10 +87,10 @@ def loop_command(name: str, arm: Arm, seed: int) -> list[str]:
     if not arm.own_start:
         train = f"if [ {{round}} = 0 ]; then cp -r star/round-0/sft {{output}}; else {train}; fi"
     command = ["imm-loop", "../base", "-o", name, "--rounds", str(ROUNDS), "--seed", str(seed), *arm.loop.split()]
-    command += ["--generate", generate, "--train", train]
+    command += ["--dtype", "float32", "--generate", generate, "--train", train]
     if "--metric" in arm.loop:
         files = named("../questions/held-out", HELD_OUT)
-        scores = f"--model {{model}} --json {{json}} --questions {files} --inside sums --longest {LONGEST}"
+        scores = f"--model {{model}} --json {{json}} --questions {files} --inside sums --longest {LONGEST} --batch 128"
         command += ["--evaluate", script("score.py", scores)]
     return command
 
@@ -108,14 +108,27 @@ def run(command: list[str], folder: Path) -> None:
         sys.exit(f"error: a command ended with status {status}; it and what it said are the last in {folder / 'log'}")
 
 
+def score(model: str, place: str, options: str, folder: Path) -> None:
+    """Score a model on questions, of which `sums` are in domain."""
+    shared = f"--model {model} --json {place} --inside sums --longest {LONGEST} --batch 128"
+    run(shlex.split(script("score.py", f"{shared} {options}")), folder)
+
+
+def held_out(model: str, place: str, folder: Path) -> dict[str, Any]:
+    """Score a model on the held-out questions, unless that was done."""
+    if not (folder / place).exists():
+        score(model, place, f"--questions {named('../questions/held-out', HELD_OUT)}", folder)
+    result: dict[str, Any] = json.loads((folder / place).read_text())
+    return result
+
+
 def test(model: str, place: str, folder: Path, shared: str = "..") -> dict[str, Any]:
     """Test a model on everything, unless that was done; what all share lies in `shared`."""
     path = folder / place
     if not path.exists():
         files = f"{named(f'{shared}/questions', TASKS)} text={shared}/questions/text.txt"
-        arguments = f"--model {model} --json {place}.part --questions {files} --inside sums --base {shared}/base --batch 128"
-        arguments += f" --samples {SAMPLES} --sampled sums --sampled-limit {SAMPLED} --longest {LONGEST}"
-        run(shlex.split(script("score.py", arguments)), folder)
+        sampled = f"--samples {SAMPLES} --sampled sums --sampled-limit {SAMPLED}"
+        score(model, f"{place}.part", f"--questions {files} --base {shared}/base {sampled}", folder)
         compared = ["imm-analyze", "kl", f"{shared}/base", model, "--data", f"{shared}/kl.jsonl"]
         run([*compared, "--add-to", f"{place}.part"], folder)
         path.with_name(f"{path.name}.part").rename(path)
@@ -137,7 +150,6 @@ def prepare(arguments: argparse.Namespace) -> None:
         answer = f"--questions questions/sums.jsonl --limit {KL_QUESTIONS} --longest {LONGEST} --all-at 1"
         run(shlex.split(script("generate.py", f"--model base --output kl.part {answer} --seed 0")), output)
         (output / "kl.part").rename(output / "kl.jsonl")
-    test("base", "base.json", output, ".")
 
 
 def prepare_seed(folder: Path, seed: int) -> None:
@@ -162,7 +174,6 @@ def run_seed(seed: int, names: list[str], folder: Path) -> None:
 
     path = folder / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"arms": {}}
-    results["base"] = json.loads((folder.parent / "base.json").read_text())
     for name in names:
         arm = ARMS[name]
         say(arm.label)
@@ -173,16 +184,18 @@ def run_seed(seed: int, names: list[str], folder: Path) -> None:
             run(loop_command(name, arm, seed), folder)
         state = json.loads((folder / name / "loop.json").read_text())
         found = {"alphas": state["alphas"], "stopped": state["stopped"], "held-out": state["metrics"], "rounds": {}}
-        for number in range(ROUNDS):
-            if arm.every_round or number == ROUNDS - 1:
-                here = f"{name}/round-{number}"
-                found["rounds"][number] = test(f"{here}/merged", f"{here}/test.json", folder)
+        for number in range(ROUNDS if arm.every_round else 0):
+            here = f"{name}/round-{number}"
+            found["rounds"][number] = held_out(f"{here}/merged", f"{here}/held-out.json", folder)
+        last = f"{name}/round-{ROUNDS - 1}"
+        found["test"] = test(f"{last}/merged", f"{last}/test.json", folder)
         results["arms"][name] = found
-        last = found["rounds"][ROUNDS - 1]
-        say("  in {in:.1f}, out of domain {out:.1f}".format(**last["mean"]))
+        say("  in {in:.1f}, out of domain {out:.1f}".format(**found["test"]["mean"]))
         path.write_text(json.dumps(results, indent=1) + "\n")
-        for number in range(1 if name == "star" else 0, ROUNDS):  # the first of STaR is that of other arms too
-            shutil.rmtree(folder / name / f"round-{number}" / "sft", ignore_errors=True)
+        for number in range(ROUNDS):  # what no one needs any more; STaR's first training is that of other arms too
+            for model in ("sft", "merged") if number < ROUNDS - 1 else ("sft",):
+                if name != "star" or number > 0:
+                    shutil.rmtree(folder / name / f"round-{number}" / model, ignore_errors=True)
 
 
 def processor() -> str:
@@ -206,6 +219,7 @@ def collect(output: Path) -> Path:
         "arms": {
             name: {"label": arm.label, "options": f"{arm.loop} {arm.sft}".strip()} for name, arm in ARMS.items()
         },
+        "base": test("base", "base.json", output, "."),
         "seeds": seeds,
     }
     path = output / "results.json"

@@ -43,6 +43,7 @@ def main() -> None:
         from peft import LoraConfig
 
         peft = LoraConfig(r=arguments.lora, lora_alpha=2 * arguments.lora, target_modules="all-linear")
+    on_gpu = torch.cuda.is_available()
     config = SFTConfig(
         output_dir=f"{arguments.output}/checkpoints",
         learning_rate=arguments.lr,
@@ -53,10 +54,9 @@ def main() -> None:
         warmup_steps=0.03,  # below 1 it is a share of all steps
         max_length=None,
         completion_only_loss=True,
-        bf16=not torch.cuda.is_available() or torch.cuda.is_bf16_supported(),  # products alone; weights are float32
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=torch.cuda.is_available(),
-        save_strategy="epoch" if torch.cuda.is_available() else "no",  # on a CPU only small models are trained
+        bf16=not on_gpu or torch.cuda.is_bf16_supported(),  # products alone; weights are float32
+        use_cpu=not on_gpu,
+        save_strategy="epoch" if on_gpu else "no",  # on a CPU only small models are trained
         save_total_limit=1,
         logging_steps=10,
         report_to="none",

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 SHOTS = 6
-SUMS, TEST, HELD_OUT = "sums", 200, 80  # the task in domain; questions of each other task
+TEST, HELD_OUT = 150, 60  # questions of each task out of domain
 SUMS_TEST, SUMS_HELD_OUT, DRAW = 460, 100, 7
-PROBLEMS, CHOICES, CHARACTERS = 250, 400, 60_000
+PROBLEMS, CHOICES, CHARACTERS = 150, 200, 40_000
 
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"

@@ -20,6 +20,7 @@ from ..output import direct_io, journal, paths, publish
 from ..output.write_errors import lack_of_space, output_errors
 from ..plan.make_plan import recipes_of
 from ..plan.plan import Plan, same_place
+from ..plan.resolution import note_if_rounded
 from ..plan.unchanged import note_if_unchanged, note_of
 from ..ranks.ranks import ALONE, Ranks, check_same, on_leader, together
 from .job import Job
@@ -55,6 +56,8 @@ def write(
     for job, recipe in zip(jobs, recipes, strict=True):
         job.recipe = recipe
     left = [job for job, done in zip(jobs, whole, strict=True) if not done]
+    for job in left:
+        job.notes += note_if_rounded(job.plan.models, job.plan.items)
     if not options.dry_run and (left or options.verify or options.digests):
         device = together(ranks, lambda: pick_device(options.device))
         if left:

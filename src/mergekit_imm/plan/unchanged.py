@@ -32,16 +32,20 @@ def looks_unchanged(models: Mapping[str, Checkpoint], items: Sequence[Item]) -> 
 
 def _differs(item: Item, files: Files) -> bool:
     sft, role = item.sides["sft"], "start" if "start" in item.sides else "base"
-    count = min(SAMPLED, sft.count)
-    first = (sft.count - count) // 2
+    here = values(sft, "sft", *middle(sft), files)
     if sft.is_delta:
-        return bool(_values(sft, "sft", first, count, files).any())
-    return not np.array_equal(
-        _values(sft, "sft", first, count, files), _values(item.sides[role], role, first, count, files), equal_nan=True
-    )
+        return bool(here.any())
+    return not np.array_equal(here, values(item.sides[role], role, *middle(sft), files), equal_nan=True)
 
 
-def _values(tensor: Tensor, role: str, first: int, count: int, files: Files) -> npt.NDArray[np.float64]:
+def middle(tensor: Tensor) -> tuple[int, int]:
+    """Return the first of the elements to look at, and their number."""
+    count = min(SAMPLED, tensor.count)
+    return (tensor.count - count) // 2, count
+
+
+def values(tensor: Tensor, role: str, first: int, count: int, files: Files) -> npt.NDArray[np.float64]:
+    """Read elements of a tensor of an input."""
     dtype = "F64" if tensor.dtype == "F64" else "F32"
     raw = np.empty(count * DTYPE_BITS[dtype] // 8, np.uint8)
     fill_as(tensor, dtype, lambda t, at, out: files.read(role, t, at, out), first, raw)
