@@ -32,6 +32,7 @@ docs: .venv/ready
 	$(BIN)/python docs/scripts/help.py --check
 	$(BIN)/python docs/scripts/rooms.py --check
 	$(BIN)/python docs/scripts/check_values.py --check
+	$(BIN)/python docs/scripts/rounding.py --check
 	$(BIN)/python docs/scripts/self_improvement.py --check
 	$(BIN)/python docs/scripts/crescent.py --check
 	$(BIN)/python docs/scripts/judging.py --check

@@ -1,11 +1,11 @@
 """How much of a merge's change 16 bits can hold, on a real model: the table of docs/concepts.md.
 
     python docs/scripts/rounding.py [--check]                   renews the table from rounding.json
-    python docs/scripts/rounding.py --measure BASE SFT [...]    measures models in float32 again, named by their folders
+    python docs/scripts/rounding.py --measure BASE SFT [...]    measures again; SFT is sft-LEARNINGRATE
 
 For every weight matrix of the layers: the merged weights m by the formula in float32, rounded; and the part of the
-change that was asked for which they make, <m - base, sft - base> / ||sft - base||^2. With start = base that is 1 - alpha
-if nothing is rounded.
+change asked for that they make, <m - base, sft - base> / ||sft - base||^2. With start = base that is 1 - alpha if
+nothing is rounded.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class Questions:
 
 def read_questions(path: str, limit: int | None = None) -> Questions:
     """Read the first questions of a file, or all."""
-    asked, examples = [], []
+    asked: list[Question] = []
+    examples: list[Question] = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         if line.strip():
             row = json.loads(line)
@@ -86,8 +87,8 @@ def shown_before(examples: list[Question], tokenizer: Any) -> list[int]:
 def load(model: str) -> tuple[Any, Any]:
     """Load a model and its tokenizer by transformers, on a CPU in float32.
 
-    16 bits would round the weights once more. Fine-tuning moves most of them by less than a step of bfloat16, and a merge
-    by less than that.
+    16 bits would round the weights once more. Fine-tuning moves most of them by less than a step of bfloat16, and a
+    merge by less than that.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -179,7 +180,9 @@ class Generator:
         for row in tokens[:, ids.shape[1] :].tolist():
             end = next((at for at, token in enumerate(row) if token in stops), None)
             text = tokenizer.decode(row[:end], skip_special_tokens=True)
-            answers.append(Answer(text.partition("\n")[0] if line else text, end is not None or (line and "\n" in text)))
+            answers.append(
+                Answer(text.partition("\n")[0] if line else text, end is not None or (line and "\n" in text))
+            )
         return [answers[at : at + count] for at in range(0, len(answers), count)]
 
 

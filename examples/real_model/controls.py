@@ -13,7 +13,7 @@ from score import accuracy, summary
 from transformers import TrainerCallback
 
 
-class PullToStart(TrainerCallback):
+class PullToStart(TrainerCallback):  # type: ignore[misc]
     """Pull the weights to those that training began with, in every step (L2, decoupled from Adam's step sizes).
 
     After each of n steps w becomes w - k (w - start), with k n = 1.59: a steady drift then ends at half of what it
@@ -31,7 +31,7 @@ class PullToStart(TrainerCallback):
             each.lerp_(start, self.strength / state.max_steps)
 
 
-class KeepBest(TrainerCallback):
+class KeepBest(TrainerCallback):  # type: ignore[misc]
     """Score the model after each quarter of the training, and end with the weights that scored best.
 
     The score is `both` of score.py: accuracy in domain (the first file) plus the mean of that of the other files.
@@ -39,7 +39,7 @@ class KeepBest(TrainerCallback):
 
     def __init__(self, tokenizer: Any, files: list[str], longest: int) -> None:
         self.tokenizer, self.longest = tokenizer, longest
-        self.questions = {name: read_questions(path) for name, _, path in (each.partition("=") for each in files)}
+        self.questions = {name: read_questions(path) for name, path in (each.split("=", 1) for each in files)}
         self.scores: dict[int, float] = {}
         self.best: dict[str, torch.Tensor] = {}
 
@@ -62,7 +62,7 @@ class KeepBest(TrainerCallback):
 
 
 def with_text(rows: Dataset, file: str, share: float, seed: int) -> Dataset:
-    """Mix lines of a text, of 200 characters each, into rows of prompts and completions, to be such a share of all; all of a line counts."""
+    """Mix a text into rows of prompts and completions, in lines of 200 characters, to be such a share of all rows."""
     lines = textwrap.wrap(Path(file).read_text(encoding="utf-8"), 200)
     count = round(len(rows) * share / (1 - share))
     chosen = random.Random(seed).sample(lines, count)

@@ -43,9 +43,9 @@ def main() -> None:
     if not kept.samples:
         raise SystemExit("error: no answer was right, so there is nothing to train on")
     with Path(arguments.output).open("w", encoding="utf-8") as file:
-        for each in kept.samples:
-            asked = prompt(each.prompt, questions.examples, generator.tokenizer)
-            row = {"prompt": asked, "completion": completion(each.response, asked)}
+        for sample in kept.samples:
+            asked = prompt(sample.prompt, questions.examples, generator.tokenizer)
+            row = {"prompt": asked, "completion": completion(sample.response, asked)}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -2,10 +2,10 @@
 
     python score.py --model MODEL --json scores.json --questions gsm8k=gsm8k-test.jsonl svamp=svamp.jsonl
 
-Of questions: greedy accuracy in percent; with --samples of those named, pass@k too, and how far the model's confidence
-(the share of samples that agree) is from being right, ECE. Of questions with choices: which has the greatest log-likelihood for each
-of its bytes, and ECE of its share of the likelihood of all. Of a text (*.txt): perplexity. With --base: KL(base || model) on --kl, lines of
-prompts and completions, and the distance of the weights.
+Of questions: greedy accuracy in percent; with --samples of those named, pass@k too, and how far the model's
+confidence (the share of samples that agree) is from being right, ECE. Of questions with choices: which has the
+greatest log-likelihood for each of its bytes, and ECE of its share of the likelihood of all. Of a text (*.txt):
+perplexity. With --base: the distance of the weights.
 
 A gate of `imm-loop` needs questions of its own: `heldout=...`, in no other file.
 """
@@ -18,9 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answers import Generator, Questions, is_right, load, open_generator, prompt, read_questions, shown_before, token_ids
+from answers import (
+    Generator,
+    Questions,
+    is_right,
+    load,
+    open_generator,
+    prompt,
+    read_questions,
+    shown_before,
+    token_ids,
+)
 
-from mergekit_imm.analysis import mean_kl
 from mergekit_imm.evaluation import expected_calibration_error, mean_pass_at_k
 
 WINDOW = 256  # tokens of a text that are seen at once
@@ -34,7 +43,7 @@ def accuracy(generator: Generator, questions: Questions) -> dict[str, float]:
 
 
 def percent(right: list[bool]) -> dict[str, float]:
-    """Sum up what was right: accuracy and its standard error, and which it was, to compare models question by question."""
+    """Sum up what was right: accuracy, its standard error, and which it was, to compare models by question."""
     share = sum(right) / len(right)
     return {
         "accuracy": 100 * share,
@@ -63,8 +72,9 @@ def choose(model: Any, tokenizer: Any, questions: Questions, batch: int) -> dict
     rows = []
     for number, one in enumerate(questions.asked):
         start = before + token_ids(prompt(one.question, [one], tokenizer), tokenizer)
-        for choice in one.choices:
-            rows.append((number, choice, start, tokenizer(f" {choice}", add_special_tokens=False).input_ids))
+        rows += [
+            (number, each, start, tokenizer(f" {each}", add_special_tokens=False).input_ids) for each in one.choices
+        ]
     scores: dict[int, dict[str, float]] = {}
     rows.sort(key=lambda row: len(row[2]) + len(row[3]))
     for at in range(0, len(rows), batch):
@@ -98,27 +108,14 @@ def perplexity(model: Any, tokenizer: Any, text: str, batch: int = 4) -> dict[st
 
 
 @torch.inference_mode()
-def distances(base: Any, model: Any, tokenizer: Any, file: str | None) -> dict[str, float]:
-    """Measure how far a model is from its base: in weights, ||w - base|| / ||base||, and in predictions."""
+def distance(base: Any, model: Any) -> float:
+    """Measure how far a model's weights are from its base's, ||w - base|| / ||base||."""
     theirs = dict(base.named_parameters())
     moved = norm = 0.0
     for name, tensor in model.named_parameters():
         moved += float((tensor.double() - theirs[name].double()).square().sum())
         norm += float(theirs[name].double().square().sum())
-    found = {"moved": math.sqrt(moved / norm)}
-    if file:
-        batches = []
-        for line in Path(file).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            asked, said = (tokenizer(row[key], add_special_tokens=False).input_ids for key in ("prompt", "completion"))
-            batches.append(
-                {
-                    "input_ids": torch.tensor([asked + said], device=model.device),
-                    "labels": torch.tensor([[-100] * len(asked) + said], device=model.device),
-                }
-            )
-        found["kl"] = mean_kl(base, model, batches).kl.value
-    return found
+    return math.sqrt(moved / norm)
 
 
 def summary(scores: dict[str, dict[str, float]], inside: str) -> dict[str, float]:
@@ -149,7 +146,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     if arguments.inside:
         scores["mean"] = summary(scores, arguments.inside)
     if arguments.base:
-        scores["to base"] = distances(load(arguments.base)[0].float(), model.float(), tokenizer, arguments.kl)
+        scores["to base"] = {"moved": distance(load(arguments.base)[0], model)}
     return scores
 
 
@@ -165,7 +162,6 @@ def main() -> None:
     parser.add_argument("--sampled-limit", type=int, help="and of their first so many questions")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--base", help="also measure how far the model is from this one")
-    parser.add_argument("--kl", metavar="FILE", help="JSON lines of prompts and completions, for KL(base || model)")
     parser.add_argument("--longest", type=int, default=512, help="tokens of an answer")
     parser.add_argument("--batch", type=int, default=64, help="questions at once, without vLLM")
     parser.add_argument("--seed", type=int, default=0)

@@ -6,8 +6,8 @@ In domain: the sum of a number from 10 to 149 and one from 2 to 9. Out of domain
 Six examples stand before each question, none before one with choices. Files of each task: NAME.jsonl to test with,
 held-out/NAME.jsonl to choose by; they share no question. train.jsonl has the pool of training questions.
 
-FOLDER has questions that others made: SVAMP.json (Patel et al. 2021, github.com/arkilpatel/SVAMP), of which those of one
-sum or difference are asked, and CommonsenseQA.jsonl, the development split (Talmor et al. 2019). FILE is a text to
+FOLDER has questions that others made: SVAMP.json (Patel et al. 2021, github.com/arkilpatel/SVAMP), of which those of
+one sum or difference are asked, and CommonsenseQA.jsonl, the development split (Talmor et al. 2019). FILE is a text to
 measure perplexity on.
 """
 
@@ -29,42 +29,45 @@ ONES = (
 ).split()
 TENS = "- ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 THINGS = (
-    "cat dog sun box cup hat pen map key tree fish book lamp ship door bird road moon star hand bed car bus egg milk rain"
+    "cat dog sun box cup hat pen map key tree fish book lamp ship door bird road moon star hand bed car "
+    "bus egg milk rain"
 ).split()
 PAST = (
-    "go went, see saw, take took, come came, give gave, find found, tell told, feel felt, leave left, keep kept, begin"
-    " began, write wrote, stand stood, hear heard, meet met, pay paid, sit sat, speak spoke, lead led, grow grew, lose"
-    " lost, fall fell, send sent, build built, understand understood, draw drew, break broke, spend spent, rise rose,"
-    " drive drove, buy bought, wear wore, choose chose, seek sought, throw threw, catch caught, deal dealt, win won,"
-    " forget forgot, lay laid, sing sang, fly flew, teach taught, eat ate, fight fought, hide hid, blow blew, swim swam,"
-    " sleep slept, ride rode, bring brought, think thought, sell sold, drink drank, walk walked, play played, stop"
-    " stopped, try tried, plan planned, carry carried, love loved, study studied, visit visited, cook cooked"
+    "go went, see saw, take took, come came, give gave, find found, tell told, feel felt, leave left, keep kept, "
+    "begin began, write wrote, stand stood, hear heard, meet met, pay paid, sit sat, speak spoke, lead led, grow "
+    "grew, lose lost, fall fell, send sent, build built, understand understood, draw drew, break broke, spend "
+    "spent, rise rose, drive drove, buy bought, wear wore, choose chose, seek sought, throw threw, catch caught, "
+    "deal dealt, win won, forget forgot, lay laid, sing sang, fly flew, teach taught, eat ate, fight fought, hide "
+    "hid, blow blew, swim swam, sleep slept, ride rode, bring brought, think thought, sell sold, drink drank, "
+    "walk walked, play played, stop stopped, try tried, plan planned, carry carried, love loved, study studied, "
+    "visit visited, cook cooked"
 )
 PLURALS = (
-    "mouse mice, child children, foot feet, tooth teeth, man men, woman women, goose geese, knife knives, leaf leaves,"
-    " wolf wolves, city cities, baby babies, box boxes, bus buses, church churches, dish dishes, hero heroes, potato"
-    " potatoes, wife wives, shelf shelves, country countries, story stories, glass glasses, fox foxes, watch watches,"
-    " lady ladies, tomato tomatoes, half halves, loaf loaves, thief thieves, person people, ox oxen, car cars, apple"
-    " apples, table tables, house houses, day days, key keys, boy boys, tree trees, party parties, army armies, berry"
-    " berries, brush brushes, class classes, match matches, kiss kisses, life lives, calf calves, fly flies"
+    "mouse mice, child children, foot feet, tooth teeth, man men, woman women, goose geese, knife knives, leaf "
+    "leaves, wolf wolves, city cities, baby babies, box boxes, bus buses, church churches, dish dishes, hero "
+    "heroes, potato potatoes, wife wives, shelf shelves, country countries, story stories, glass glasses, fox "
+    "foxes, watch watches, lady ladies, tomato tomatoes, half halves, loaf loaves, thief thieves, person people, "
+    "ox oxen, car cars, apple apples, table tables, house houses, day days, key keys, boy boys, tree trees, party "
+    "parties, army armies, berry berries, brush brushes, class classes, match matches, kiss kisses, life lives, "
+    "calf calves, fly flies"
 )
 OPPOSITES = (
-    "hot cold, big small, up down, good bad, old young, fast slow, early late, happy sad, rich poor, high low, hard soft,"
-    " open closed, light dark, wet dry, strong weak, left right, day night, in out, on off, black white, long short, near"
-    " far, full empty, clean dirty, loud quiet, wide narrow, thick thin, true false, first last, push pull, win lose, buy"
-    " sell, begin end, love hate, north south, east west, top bottom, front back, inside outside, before after, above"
-    " below, heavy light, easy difficult, cheap expensive, smooth rough, sharp dull, same different, always never, yes no,"
-    " life death"
+    "hot cold, big small, up down, good bad, old young, fast slow, early late, happy sad, rich poor, high low, "
+    "hard soft, open closed, light dark, wet dry, strong weak, left right, day night, in out, on off, black "
+    "white, long short, near far, full empty, clean dirty, loud quiet, wide narrow, thick thin, true false, first "
+    "last, push pull, win lose, buy sell, begin end, love hate, north south, east west, top bottom, front back, "
+    "inside outside, before after, above below, heavy light, easy difficult, cheap expensive, smooth rough, sharp "
+    "dull, same different, always never, yes no, life death"
 )
 CAPITALS = (
-    "France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, China Beijing, Russia Moscow, Egypt Cairo, Greece"
-    " Athens, Portugal Lisbon, Austria Vienna, Poland Warsaw, Sweden Stockholm, Norway Oslo, Finland Helsinki, Denmark"
-    " Copenhagen, Ireland Dublin, Hungary Budapest, Canada Ottawa, Cuba Havana, Kenya Nairobi, Iran Tehran, Iraq Baghdad,"
-    " Thailand Bangkok, India Delhi, Turkey Ankara, Peru Lima, Chile Santiago, Argentina Buenos-Aires, Australia Canberra,"
-    " Belgium Brussels, Netherlands Amsterdam, Bulgaria Sofia, Romania Bucharest, Lebanon Beirut, Syria Damascus, Nepal"
-    " Kathmandu, Vietnam Hanoi, Philippines Manila, Indonesia Jakarta, Brazil Brasilia, Colombia Bogota, Venezuela Caracas,"
-    " Ethiopia Addis-Ababa, Morocco Rabat, Afghanistan Kabul, Pakistan Islamabad, Jamaica Kingston, Iceland Reykjavik,"
-    " Mongolia Ulaanbaatar"
+    "France Paris, Italy Rome, Spain Madrid, Germany Berlin, Japan Tokyo, China Beijing, Russia Moscow, Egypt "
+    "Cairo, Greece Athens, Portugal Lisbon, Austria Vienna, Poland Warsaw, Sweden Stockholm, Norway Oslo, Finland "
+    "Helsinki, Denmark Copenhagen, Ireland Dublin, Hungary Budapest, Canada Ottawa, Cuba Havana, Kenya Nairobi, "
+    "Iran Tehran, Iraq Baghdad, Thailand Bangkok, India Delhi, Turkey Ankara, Peru Lima, Chile Santiago, "
+    "Argentina Buenos-Aires, Australia Canberra, Belgium Brussels, Netherlands Amsterdam, Bulgaria Sofia, Romania "
+    "Bucharest, Lebanon Beirut, Syria Damascus, Nepal Kathmandu, Vietnam Hanoi, Philippines Manila, Indonesia "
+    "Jakarta, Brazil Brasilia, Colombia Bogota, Venezuela Caracas, Ethiopia Addis-Ababa, Morocco Rabat, "
+    "Afghanistan Kabul, Pakistan Islamabad, Jamaica Kingston, Iceland Reykjavik, Mongolia Ulaanbaatar"
 )
 Made = tuple[str, str]  # a question and its answer
 
@@ -150,7 +153,7 @@ def write(path: Path, examples: list[Made], questions: list[Made]) -> None:
 
 
 def write_sums(output: Path) -> None:
-    """Write the task in domain. Its examples are one of ten draws, the one with which the base solves most of `train`."""
+    """Write the task in domain. Its examples are that of ten draws with which the base solves most of other sums."""
     pairs = [(large, small) for large in range(10, 150) for small in range(2, 10)]
     random.Random("sums").shuffle(pairs)
     sums = [(f"{large} + {small}", str(large + small)) for large, small in pairs]

@@ -15,7 +15,7 @@ from ..model.tensor_names import weight_kind
 from ..numerics.dtypes import TORCH_NAMES
 from ..numerics.mask import KEEP_ALL
 from .plan import Item
-from .unchanged import SAMPLED, middle, values
+from .unchanged import middle, values
 
 TENSORS = 64  # are looked at, spread over the model
 NAMES = {code: name for name, code in TORCH_NAMES.items()}

@@ -1,6 +1,6 @@
 """Run the whole experiment: from one base, for each seed, every arm by `imm-loop`.
 
-    python experiment.py --base base --word-problems FOLDER --text book.txt --mix speeches.txt --seeds 0 1 2
+    python arms.py --base base --word-problems FOLDER --text book.txt --mix speeches.txt --seeds 0 1 2
 
 What is done is not done again: run the same command again to resume. Seeds may run at the same time, in processes of
 their own. The results of all seeds that are there are collected in OUTPUT/results.json.
@@ -122,7 +122,7 @@ def held_out(model: str, place: str, folder: Path) -> dict[str, Any]:
     return result
 
 
-def test(model: str, place: str, folder: Path, shared: str = "..") -> dict[str, Any]:
+def final(model: str, place: str, folder: Path, shared: str = "..") -> dict[str, Any]:
     """Test a model on everything, unless that was done; what all share lies in `shared`."""
     path = folder / place
     if not path.exists():
@@ -188,7 +188,7 @@ def run_seed(seed: int, names: list[str], folder: Path) -> None:
             here = f"{name}/round-{number}"
             found["rounds"][number] = held_out(f"{here}/merged", f"{here}/held-out.json", folder)
         last = f"{name}/round-{ROUNDS - 1}"
-        found["test"] = test(f"{last}/merged", f"{last}/test.json", folder)
+        found["test"] = final(f"{last}/merged", f"{last}/test.json", folder)
         results["arms"][name] = found
         say("  in {in:.1f}, out of domain {out:.1f}".format(**found["test"]["mean"]))
         path.write_text(json.dumps(results, indent=1) + "\n")
@@ -216,10 +216,8 @@ def collect(output: Path) -> Path:
         "rounds": ROUNDS,
         "questions": POOL,
         "training": {"epochs": EPOCHS, "batch": BATCH, "learning rate": LR},
-        "arms": {
-            name: {"label": arm.label, "options": f"{arm.loop} {arm.sft}".strip()} for name, arm in ARMS.items()
-        },
-        "base": test("base", "base.json", output, "."),
+        "arms": {name: {"label": arm.label, "options": f"{arm.loop} {arm.sft}".strip()} for name, arm in ARMS.items()},
+        "base": final("base", "base.json", output, "."),
         "seeds": seeds,
     }
     path = output / "results.json"
