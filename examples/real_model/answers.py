@@ -118,23 +118,29 @@ class Generator:
         prompts = [prompt(each.question, questions.examples, self.tokenizer) for each in questions.asked]
         asked = [token_ids(each, self.tokenizer) for each in prompts]
         line = any(isinstance(each, str) for each in prompts)  # and not a chat: an answer ends with its line
+        longest = self.longest
+        if questions.examples:  # no right answer is longer than this, and its end
+            right = [f" {each.answer}\n" for each in (*questions.asked, *questions.examples)]
+            longest = min(longest, 1 + max(len(token_ids(each, self.tokenizer)) for each in right))
         if self.by_vllm:
-            return self._by_vllm([before + ids for ids in asked], count, temperature, line)
+            return self._by_vllm([before + ids for ids in asked], count, temperature, longest, line)
         order = sorted(range(len(asked)), key=lambda at: len(asked[at]))  # little padding
         found: dict[int, list[Answer]] = {}
         for start in range(0, len(order), self.batch):
             part = order[start : start + self.batch]
-            answered = self._by_transformers(before, [asked[at] for at in part], count, temperature, line)
+            answered = self._by_transformers(before, [asked[at] for at in part], count, temperature, longest, line)
             found.update(zip(part, answered, strict=True))
         return [found[at] for at in range(len(asked))]
 
-    def _by_vllm(self, asked: list[list[int]], count: int, temperature: float, line: bool) -> list[list[Answer]]:
+    def _by_vllm(
+        self, asked: list[list[int]], count: int, temperature: float, longest: int, line: bool
+    ) -> list[list[Answer]]:
         import vllm
 
         sampling = vllm.SamplingParams(
             n=count,
             temperature=temperature,
-            max_tokens=self.longest,
+            max_tokens=longest,
             seed=self.seed,
             stop=["\n"] if line else None,
         )
@@ -142,7 +148,7 @@ class Generator:
         return [[Answer(o.text, o.finish_reason == "stop") for o in output.outputs] for output in outputs]
 
     def _by_transformers(
-        self, before: list[int], asked: list[list[int]], count: int, temperature: float, line: bool
+        self, before: list[int], asked: list[list[int]], count: int, temperature: float, longest: int, line: bool
     ) -> list[list[Answer]]:
         import torch
         from transformers import DynamicCache
@@ -163,7 +169,9 @@ class Generator:
             cache = DynamicCache(config=model.config)
             if before:  # computed once, and copied to each row
                 first = torch.tensor([before], device=model.device)
-                cache = copy.deepcopy(model(first, past_key_values=cache, logits_to_keep=1).past_key_values)
+                cache = copy.deepcopy(
+                    model(first, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+                )
                 cache.batch_repeat_interleave(len(ids))
                 ids = torch.cat([first.expand(len(ids), -1), ids], dim=1)
                 mask = torch.cat([torch.ones_like(first).expand(len(ids), -1), mask], dim=1)
@@ -171,7 +179,8 @@ class Generator:
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=cache,
-                max_new_tokens=self.longest,
+                use_cache=True,  # training turns it off in the config
+                max_new_tokens=longest,
                 eos_token_id=sorted(stops),
                 pad_token_id=tokenizer.pad_token_id,
                 **how,

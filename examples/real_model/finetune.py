@@ -56,6 +56,7 @@ def main() -> None:
         completion_only_loss=True,
         bf16=not on_gpu or torch.cuda.is_bf16_supported(),  # products alone; weights are float32
         use_cpu=not on_gpu,
+        gradient_checkpointing=on_gpu,
         save_strategy="epoch" if on_gpu else "no",  # on a CPU only small models are trained
         save_total_limit=1,
         logging_steps=10,

@@ -1,0 +1,305 @@
+"""Tables and pictures of what arms.py found: `python evidence.py results.json --pictures FOLDER`.
+
+All models are tested on the same questions, so a difference of two arms is paired: by seed, and by question. Its 95 %
+interval has both sources of chance: SE^2 = var(differences of the seeds) / seeds + sum over tasks of var(differences of
+the questions, mean over the seeds) / questions, and Student's t with the degrees of freedom of Welch and Satterthwaite.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+Results = Mapping[str, Any]
+Values = npt.NDArray[np.float64]
+BASE, STAR, IMM, GENTLE = "base", "star", "imm", "low-lr"
+INSIDE = "sums"
+_INK = "#808080"  # can be read on light and on dark pages
+MERGED, TRAINED, PLAIN = "#3584d6", "#dd7b33", "#808080"
+
+
+class Difference(NamedTuple):
+    mean: float
+    half: float  # of its 95 % interval
+
+    def __str__(self) -> str:
+        text = f"{self.mean:+.1f} [{self.mean - self.half:+.1f}, {self.mean + self.half:+.1f}]"
+        return f"**{text}**" if abs(self.mean) > self.half else text
+
+
+def models(results: Results, arm: str) -> list[Mapping[str, Any]]:
+    """Return the scores of an arm's last model, for each seed; of the base, the same for all."""
+    if arm == BASE:
+        return [results["base"]] * len(complete(results))
+    return [results["seeds"][seed]["arms"][arm]["test"] for seed in complete(results)]
+
+
+def complete(results: Results) -> list[str]:
+    """Return the seeds that have all arms."""
+    return [seed for seed, found in results["seeds"].items() if set(results["arms"]) <= set(found["arms"])]
+
+
+def outside(results: Results) -> list[str]:
+    """Return the tasks out of domain that are scored in percent."""
+    return [
+        name
+        for name, found in results["base"].items()
+        if isinstance(found, dict) and "right" in found and name != INSIDE
+    ]
+
+
+def right(found: Mapping[str, Any], task: str) -> Values:
+    """Return which questions a model answers, as 0 and 100."""
+    return 100 * (np.frombuffer(found[task]["right"].encode(), np.uint8) - ord("0")).astype(np.float64)
+
+
+def difference(results: Results, arm: str, other: str, tasks: Iterable[str]) -> Difference:
+    """Return arm - other in percent, a plain mean over tasks."""
+    pairs = list(zip(models(results, arm), models(results, other), strict=True))
+    each = [np.array([right(one, task) - right(two, task) for one, two in pairs]) for task in tasks]
+    by_seed = np.mean([task.mean(axis=1) for task in each], axis=0)
+    seeds, count = len(pairs), sum(task.shape[1] for task in each)
+    of_seeds = float(by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
+    of_questions = sum(float(task.mean(axis=0).var(ddof=1)) / task.shape[1] for task in each) / len(each) ** 2
+    total = of_seeds + of_questions
+    spread = (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0) + of_questions**2 / (count - 1)
+    return Difference(float(by_seed.mean()), t95(total**2 / spread) * math.sqrt(total) if total else 0.0)
+
+
+def t95(freedom: float) -> float:
+    """Return the two-sided 95 % point of Student's t."""
+    x = np.linspace(0, 100, 200_001)
+    log = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+    density = np.exp(log - (freedom + 1) / 2 * np.log1p(x * x / freedom))
+    below = (np.cumsum(density) - (density + density[0]) / 2) * (x[1] - x[0])
+    return float(x[np.searchsorted(below, 0.475)])
+
+
+def mean(results: Results, arm: str, value: Callable[[Mapping[str, Any]], float]) -> float:
+    return float(np.mean([value(found) for found in models(results, arm)]))
+
+
+def labels(results: Results) -> dict[str, str]:
+    return {name: arm["label"] for name, arm in results["arms"].items()}
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def arms_table(results: Results) -> str:
+    """Show each arm's last model: change from the base, and how far it went."""
+    tasks = outside(results)
+    base = models(results, BASE)[0]
+    rows = [
+        ["base", f"{base[INSIDE]['accuracy']:.1f}", f"{np.mean([base[t]['accuracy'] for t in tasks]):.1f}", "", "", ""]
+    ]
+    for arm, label in labels(results).items():
+        inside, out = (difference(results, arm, BASE, part) for part in ([INSIDE], tasks))
+        far = mean(results, arm, lambda found: 1000 * found["to base"]["moved"])
+        kl = mean(results, arm, lambda found: found["kl"])
+        both = difference(results, arm, BASE, [INSIDE]).mean + out.mean
+        rows.append([label, str(inside), str(out), f"{both / 2:+.1f}", f"{far:.2f}", f"{kl:.3f}"])
+    return markdown(["", "in domain", "out of domain", "average", "moved, ‰", "KL"], rows)
+
+
+def against_table(results: Results) -> str:
+    """Show the difference between each arm and STaR, gentle training, and IMM."""
+    tasks = outside(results)
+    known = labels(results)
+    columns = [(other, part) for other in (GENTLE, IMM) for part in ("in", "out")]
+    rows = []
+    for arm, label in known.items():
+        row = [label]
+        for other, part in columns:
+            found = difference(results, arm, other, [INSIDE] if part == "in" else tasks)
+            row.append("" if arm == other else str(found))
+        rows.append(row)
+    return markdown(["", *(f"{part}: less {known[other]}" for other, part in columns)], rows)
+
+
+def tasks_table(results: Results) -> str:
+    """Show every task: accuracy in percent, a mean over the seeds, and perplexity."""
+    tasks = [INSIDE, *outside(results)]
+    rows = []
+    for arm, label in {BASE: "base", **labels(results)}.items():
+        row = [f"{np.mean([found[task]['accuracy'] for found in models(results, arm)]):.0f}" for task in tasks]
+        rows.append([label, *row, f"{mean(results, arm, lambda found: found['text']['perplexity']):.1f}"])
+    return markdown(["", *tasks, "perplexity"], rows)
+
+
+def pass_table(results: Results) -> str:
+    """Show pass@1, pass@8 and calibration."""
+    rows = []
+    many = next(key for key in results["base"][INSIDE] if key.startswith("pass@") and key != "pass@1")
+    for arm, label in {BASE: "base", **labels(results)}.items():
+        found = models(results, arm)
+        row = [np.mean([each[INSIDE][key] for each in found]) for key in ("pass@1", many, "ece")]
+        row.append(np.mean([each["choices"]["ece"] for each in found]))
+        rows.append([label, f"{row[0]:.1f}", f"{row[1]:.1f}", f"{100 * row[2]:.1f}", f"{100 * row[3]:.1f}"])
+    return markdown(["", "pass@1", many, "calibration error", "the same, multiple choice"], rows)
+
+
+def rounds_table(results: Results) -> str:
+    """Show accuracy on the held-out questions over the rounds."""
+    rows = []
+    for arm, label in labels(results).items():
+        each = [results["seeds"][seed]["arms"][arm]["rounds"] for seed in complete(results)]
+        if each and each[0]:
+            cells = [
+                f"{np.mean([one[number]['mean'][part] for one in each]):.1f}"
+                for part in ("in", "out")
+                for number in each[0]
+            ]
+            rows.append([label, *cells])
+    return markdown(["", *(f"{part}, round {n}" for part in ("in", "out") for n in range(results["rounds"]))], rows)
+
+
+def alphas_table(results: Results) -> str:
+    """Show which alphas the held-out score chose."""
+    rows = []
+    for seed in complete(results):
+        alphas = results["seeds"][seed]["arms"]["chosen"]["alphas"]
+        rows.append([seed, ", ".join(f"{alpha:g}" for alpha in alphas.values())])
+    return markdown(["seed", "alpha of each round"], rows)
+
+
+def points(results: Results) -> list[tuple[str, float, float, float, float]]:
+    """Return for each model of each arm and seed: arm, loss out of domain, gain in domain, KL, distance."""
+    tasks = outside(results)
+    base = models(results, BASE)[0]
+    found = []
+    for arm in labels(results):
+        for each in models(results, arm):
+            out = float(np.mean([each[task]["accuracy"] - base[task]["accuracy"] for task in tasks]))
+            gain = each[INSIDE]["accuracy"] - base[INSIDE]["accuracy"]
+            found.append((arm, out, gain, each["kl"], each["to base"]["moved"]))
+    return found
+
+
+def rank_correlation(one: Iterable[float], two: Iterable[float]) -> float:
+    """Return Spearman's rank correlation of values without ties."""
+    x, y = (np.argsort(np.argsort(np.array(list(values)))).astype(np.float64) for values in (one, two))
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def predictors_table(results: Results) -> str:
+    """Show what predicts the loss out of domain, over all last models."""
+    found = points(results)
+    lost = [-out for _, out, *_ in found]
+    rows = [
+        ["KL to the base, in domain", f"{rank_correlation([kl for *_, kl, _ in found], lost):.2f}"],
+        ["distance of the weights", f"{rank_correlation([far for *_, far in found], lost):.2f}"],
+        ["gain in domain", f"{rank_correlation([gain for _, _, gain, *_ in found], lost):.2f}"],
+    ]
+    return markdown(["", f"rank correlation with the loss out of domain, {len(found)} models"], rows)
+
+
+def where(results: Results) -> str:
+    """Say when, on what, with which versions and seeds."""
+    machine, versions = results["machine"], results["versions"]
+    named = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return (
+        f"{results['date']}. {machine['cpu']}, one thread for each seed, {machine['system']}; Python"
+        f" {machine['python']}, {named}. Seeds: {', '.join(complete(results))}."
+    )
+
+
+def new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure.patch.set_alpha(0)
+    return figure
+
+
+def plain_axes(axes: Any) -> None:
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=_INK, alpha=0.2)
+    axes.set_axisbelow(True)
+
+
+def draw_arms(results: Results) -> Figure:
+    """Plot each arm's change in domain against that out of domain, with the line of training alone."""
+    figure = new_figure(7.5, 5)
+    axes = figure.add_subplot()
+    tasks = outside(results)
+    at = {arm: tuple(difference(results, arm, BASE, part) for part in ([INSIDE], tasks)) for arm in labels(results)}
+    path = [(0.0, 0.0), *((at[arm][0].mean, at[arm][1].mean) for arm in (GENTLE, STAR))]
+    axes.plot(*zip(*path, strict=True), ":", color=TRAINED, lw=1, zorder=1)
+    axes.plot(0, 0, "o", color=PLAIN, label="base")
+    for number, (arm, label) in enumerate(labels(results).items(), start=1):
+        x, y = at[arm]
+        color = MERGED if "IMM" in label else TRAINED
+        axes.errorbar(x.mean, y.mean, y.half, x.half, fmt="o" if color == MERGED else "s", ms=5, color=color, lw=0.5)
+        axes.annotate(str(number), (x.mean, y.mean), (5, 5), textcoords="offset points", color=color)
+        axes.plot([], [], "o" if color == MERGED else "s", color=color, label=f"{number}  {label}")
+    axes.set_xlabel("in domain: change from the base, points")
+    axes.set_ylabel("out of domain: change from the base, points")
+    plain_axes(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def draw_predictors(results: Results) -> Figure:
+    """Plot the loss out of domain against KL and against the distance of the weights."""
+    figure = new_figure(8, 3.6)
+    found = points(results)
+    axis = (("KL to the base, nats per token", 3), ("distance of the weights, ‰", 4))
+    for column, (title, index) in enumerate(axis, start=1):
+        axes = figure.add_subplot(1, 2, column)
+        for merged in (True, False):
+            some = [each for each in found if ("IMM" in labels(results)[each[0]]) == merged]
+            scale = 1000 if index == 4 else 1
+            x = [scale * float(each[index]) for each in some]
+            look = ("o", MERGED, "merged") if merged else ("s", TRAINED, "trained alone")
+            axes.plot(x, [each[1] for each in some], look[0], ms=4, color=look[1], label=look[2])
+        axes.set_xlabel(title)
+        axes.set_title("out of domain: change, points" if column == 1 else "", loc="left", fontsize=10)
+        plain_axes(axes)
+        if column == 1:
+            axes.legend(frameon=False)
+    return figure
+
+
+TABLES = {
+    "real-arms": arms_table,
+    "real-against": against_table,
+    "real-tasks": tasks_table,
+    "real-pass": pass_table,
+    "real-rounds": rounds_table,
+    "real-alphas": alphas_table,
+    "real-predictors": predictors_table,
+    "real-where": where,
+}
+PICTURES = {"arms": draw_arms, "predictors": draw_predictors}
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Draw all pictures into a folder."""
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
+    with mpl.rc_context(ink):
+        for name, make in PICTURES.items():
+            make(results).savefig(folder / f"real-model-{name}.png", metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="where to draw pictures")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text())
+    print("\n\n".join(f"{name}\n{make(results)}" for name, make in TABLES.items()))
+    if arguments.pictures is not None:
+        draw(results, arguments.pictures)
+
+
+if __name__ == "__main__":
+    main()
