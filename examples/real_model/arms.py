@@ -13,10 +13,12 @@ import argparse
 import json
 import os
 import platform
+import random
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -62,7 +64,7 @@ ARMS = {
     "best": Arm("STaR, stopped by held-out score", sft=BEST),
     "no-drop": Arm("IMM, alpha .5, drop 0", "--alpha 0.5 --drop 0", own_start=False),
     "importance": Arm(
-        "IIMM, by layer importance", "--alpha 0.5 --drop 0.2 --importance importance.json", own_start=False
+        "IIMM, by layer importance", "--alpha 0.5 --drop 0.2 --importance importance-answers.json", own_start=False
     ),
     "pull": Arm("STaR, pulled to the start", sft="--pull"),
     "mixture": Arm("STaR, a quarter of ordinary text", sft="--text ../mix.txt"),
@@ -155,13 +157,58 @@ def prepare(arguments: argparse.Namespace) -> None:
 def prepare_seed(folder: Path, seed: int) -> None:
     """Write a seed's training questions: the examples, and the pool in another order."""
     folder.mkdir(parents=True, exist_ok=True)
-    import random
-
     lines = (folder.parent / "questions" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     examples = [line for line in lines if '"example"' in line]
     rest = [line for line in lines if '"example"' not in line]
     random.Random(seed).shuffle(rest)
     (folder / "train.jsonl").write_text("".join([*examples, *rest[:POOL]]), encoding="utf-8")
+
+
+ORDINARY = ("right-answers", "text")  # what the controls of the diagnosis were trained on, for as many steps as a round
+
+
+def diagnosis(folder: Path, seed: int) -> dict[str, Any]:
+    """Compare where weights changed with where they matter: after self-improvement, and after ordinary fine-tuning.
+
+    The controls are one round's training from the base, on the right answers to all questions of the pool as their
+    authors wrote them, and on ordinary text. Importance is measured on the base's own right answers and on text.
+    """
+    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = [line for line in lines if not line.get("example")]
+    rows = {"right-answers": [(f"Q: {each['question']}\nA:", f" {each['answer']}\n") for each in asked]}
+    pieces = textwrap.wrap((folder.parent / "mix.txt").read_text(encoding="utf-8"), 200)
+    rows["text"] = [("", piece) for piece in random.Random(seed).sample(pieces, len(asked))]
+    importances = {}
+    for name in ORDINARY:
+        data, model = folder / f"{name}.jsonl", f"ordinary-{name}"
+        written = [{"prompt": prompt, "completion": completion} for prompt, completion in rows[name]]
+        data.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+        if not (folder / model / "config.json").exists():
+            steps = f"--epochs {EPOCHS} --batch {BATCH} --accumulation 1 --lr {LR:g} --seed {seed}"
+            run(
+                shlex.split(script("finetune.py", f"--model ../base --data {data.name} --output {model} {steps}")),
+                folder,
+            )
+    texts = folder / "text-importance.jsonl"
+    texts.write_text("".join(json.dumps({"text": piece}) + "\n" for _, piece in rows["text"]), encoding="utf-8")
+    models = ["star/round-0/sft", f"star/round-{ROUNDS - 1}/merged", *(f"ordinary-{name}" for name in ORDINARY)]
+    found: dict[str, Any] = {"models": models, "importance": {}, "change": {}}
+    for name, data in (("answers", "star/round-0/data"), ("text", texts.name)):
+        file = f"importance-{name}.json"
+        if not (folder / file).exists():
+            run(["imm-analyze", "importance", "../base", "--data", data, "-o", file], folder)
+        importances[name] = json.loads((folder / file).read_text())["layers"]
+        run(["imm-analyze", "change", "../base", *models, "--importance", file, "-o", f"change-{name}"], folder)
+        found["change"][name] = json.loads((folder / f"change-{name}" / "change.json").read_text())
+    return found | {"importance": importances}
+
+
+def keep(path: Path, found: dict[str, Any]) -> None:
+    """Add results to those in a file, where other processes put theirs."""
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"arms": {}}
+    results["arms"] |= found.pop("arms", {})
+    path.with_suffix(".part").write_text(json.dumps(results | found, indent=1) + "\n")
+    path.with_suffix(".part").rename(path)
 
 
 def run_seed(seed: int, names: list[str], folder: Path) -> None:
@@ -173,12 +220,11 @@ def run_seed(seed: int, names: list[str], folder: Path) -> None:
         print(f"[{time.perf_counter() - begin:5.0f} s] seed {seed}: {text}", flush=True)
 
     path = folder / "results.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"arms": {}}
     for name in names:
         arm = ARMS[name]
         say(arm.label)
-        if name == "importance" and not (folder / "importance.json").exists():
-            data = ["--data", "star/round-0/data", "--batch-size", "32", "-o", "importance.json"]
+        if name == "importance" and not (folder / "importance-answers.json").exists():
+            data = ["--data", "star/round-0/data", "-o", "importance-answers.json"]
             run(["imm-analyze", "importance", "../base", *data], folder)
         if not (folder / name / f"round-{ROUNDS - 1}" / "test.json").exists():
             run(loop_command(name, arm, seed), folder)
@@ -189,13 +235,15 @@ def run_seed(seed: int, names: list[str], folder: Path) -> None:
             found["rounds"][number] = held_out(f"{here}/merged", f"{here}/held-out.json", folder)
         last = f"{name}/round-{ROUNDS - 1}"
         found["test"] = final(f"{last}/merged", f"{last}/test.json", folder)
-        results["arms"][name] = found
         say("  in {in:.1f}, out of domain {out:.1f}".format(**found["test"]["mean"]))
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        keep(path, {"arms": {name: found}})
         for number in range(ROUNDS):  # what no one needs any more; STaR's first training is that of other arms too
             for model in ("sft", "merged") if number < ROUNDS - 1 else ("sft",):
                 if name != "star" or number > 0:
                     shutil.rmtree(folder / name / f"round-{number}" / model, ignore_errors=True)
+    if "star" in names and "diagnosis" not in json.loads(path.read_text()):
+        say("where weights changed")
+        keep(path, {"diagnosis": diagnosis(folder, seed)})
 
 
 def processor() -> str:
