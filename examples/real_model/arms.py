@@ -193,10 +193,10 @@ def diagnosis(folder: Path, seed: int) -> dict[str, Any]:
     texts.write_text("".join(json.dumps({"text": piece}) + "\n" for _, piece in rows["text"]), encoding="utf-8")
     models = ["star/round-0/sft", f"star/round-{ROUNDS - 1}/merged", *(f"ordinary-{name}" for name in ORDINARY)]
     found: dict[str, Any] = {"models": models, "importance": {}, "change": {}}
-    for name, data in (("answers", "star/round-0/data"), ("text", texts.name)):
+    for name, source in (("answers", "star/round-0/data"), ("text", texts.name)):
         file = f"importance-{name}.json"
         if not (folder / file).exists():
-            run(["imm-analyze", "importance", "../base", "--data", data, "-o", file], folder)
+            run(["imm-analyze", "importance", "../base", "--data", source, "-o", file], folder)
         importances[name] = json.loads((folder / file).read_text())["layers"]
         run(["imm-analyze", "change", "../base", *models, "--importance", file, "-o", f"change-{name}"], folder)
         found["change"][name] = json.loads((folder / f"change-{name}" / "change.json").read_text())
