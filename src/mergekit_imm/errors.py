@@ -43,7 +43,7 @@ class ChangedError(CheckpointError):
 
 
 class ExtraError(MergeError, ImportError):
-    """A package from an extra of this library is not installed."""
+    """A package that not everything needs is not installed."""
 
 
 class MismatchError(MergeError, ValueError):
@@ -74,6 +74,27 @@ class VerifyError(MergeError):
     """An output does not match its recipe."""
 
 
-def extra_error(what: str, package: str, extra: str) -> ExtraError:
+def install(package: str) -> str:
+    """Return the command that installs a package in a version that this library works with.
+
+    It names the package, not an extra of this library, so that it works wherever the library came from: an index, a
+    clone or a wheel.
+
+    >>> install("a-package-that-is-not-named")
+    'pip install a-package-that-is-not-named'
+    """
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        named = [each.partition(";")[0].strip() for each in requires("mergekit-imm") or ()]
+    except PackageNotFoundError:
+        named = []
+    found = next(
+        (each for each in named if each.startswith(package) and each[len(package) :][:1] in ("<", ">", "=")), ""
+    )
+    return f"pip install '{found}'" if found else f"pip install {package}"
+
+
+def extra_error(what: str, package: str) -> ExtraError:
     """Return the error for a feature that needs a missing package."""
-    return ExtraError(f"{what} needs {package}, which is not installed; pip install 'mergekit-imm[{extra}]'")
+    return ExtraError(f"{what} needs {package}, which is not installed; {install(package)}")

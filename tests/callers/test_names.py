@@ -164,7 +164,7 @@ def test_a_name_that_needs_an_extra_says_which(place: str) -> None:
     )
     ended = run(code)
     assert ended.stdout == (
-        "True IMMCallback needs transformers, which is not installed; pip install 'mergekit-imm[analyze]'\n"
+        "True IMMCallback needs transformers, which is not installed; pip install 'transformers>=4.56'\n"
     )
     assert ended.stderr == ""
 

@@ -185,7 +185,7 @@ def test_without_matplotlib_everything_else_is_written(
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    note = "note: no pictures, as matplotlib is not installed; pip install 'mergekit-imm[plots]'\n"
+    note = "note: no pictures, as matplotlib is not installed; pip install 'matplotlib>=3.9'\n"
     ended = command(analyze_command, "change", "base", "sft", "-o", "report")
     assert ended.status == 0
     assert note in ended.err

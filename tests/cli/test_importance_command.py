@@ -260,7 +260,7 @@ def test_without_transformers_the_cure_is_named(measure: Measure, monkeypatch: p
     monkeypatch.setitem(sys.modules, "transformers", None)
     ended = measure("llama", "--data", "texts.jsonl", "-o", "o")
     assert ended.error == (
-        "loading a model needs transformers, which is not installed; pip install 'mergekit-imm[analyze]'"
+        "loading a model needs transformers, which is not installed; pip install 'transformers>=4.56'"
     )
 
 

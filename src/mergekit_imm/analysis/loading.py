@@ -67,7 +67,7 @@ def _transformers() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        raise extra_error("loading a model", "transformers", "analyze") from error
+        raise extra_error("loading a model", "transformers") from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from ..common.messages import speaking_of_options
-from ..errors import ArgumentError, MergeError, OutputError
+from ..errors import ArgumentError, MergeError, OutputError, install
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def pictures_or_note(draw: Callable[[], T], *, quiet: bool) -> T | None:
         if error.name != "matplotlib":
             raise
         if not quiet:
-            tell("note: no pictures, as matplotlib is not installed; pip install 'mergekit-imm[plots]'")
+            tell(f"note: no pictures, as matplotlib is not installed; {install('matplotlib')}")
         return None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
+from ..errors import extra_error
+
 
 def lazy(
     package: str, names: Mapping[str, str], extras: Mapping[str, str] | None = None
@@ -33,6 +35,11 @@ def lazy(
     def get(name: str) -> object:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(home[name], package), name)
+        try:
+            return getattr(import_module(home[name], package), name)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":  # which merging folders does not need
+                raise
+            raise extra_error(name, "torch") from error
 
     return get, lambda: sorted(home), public

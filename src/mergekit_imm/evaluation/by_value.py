@@ -32,7 +32,7 @@ class TooLongError(Exception):
 def check_installed() -> None:
     """Raise ExtraError unless math-verify is installed; even numbers, so that all installations judge alike."""
     if sys.modules.get("math_verify", sys) is None or not _is_found():
-        raise extra_error("Judging answers", "math-verify", "judge")
+        raise extra_error("Judging answers", "math-verify")
 
 
 @lru_cache(maxsize=1)

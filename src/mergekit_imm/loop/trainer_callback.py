@@ -13,7 +13,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
-    raise extra_error("IMMCallback", "transformers", "analyze") from error
+    raise extra_error("IMMCallback", "transformers") from error
 
 from ..checkpoint.open_checkpoint import open_checkpoint
 from ..live.merge_adapter import has_adapters, merge_adapter, peft_model
