@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from checkpoints import write_model
-from mergekit_imm import merge_checkpoints
+from mergekit_imm import merge_checkpoints, merge_into
+from models import new_model
 
 NAMES = [f"model.layers.{layer}.mlp.{kind}_proj.weight" for layer in range(3) for kind in ("up", "gate")]
 
@@ -96,3 +97,17 @@ def test_weights_that_are_not_finite_are_refused_as_ever(tmp_path: Path) -> None
     sft = write_model(tmp_path / "sft", broken)
     with pytest.raises(Exception, match="NaN"):
         merge_checkpoints(base, sft, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_in_memory(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = new_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    model.to(dtype)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_((weight.abs() / 200 * torch.randn_like(weight)).to(dtype))
+    report = merge_into(model, tmp_path / "base", alpha=0.8)
+    assert (shares(report.notes) != []) == (dtype == torch.bfloat16)
+    assert dtype == torch.float32 or "load the model in float32" in "".join(report.notes)

@@ -15,6 +15,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -23,9 +25,10 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor as LazyTensor
 from ..checkpoint.lazy_tensor import is_stored
 from ..checkpoint.open_checkpoint import is_hub_id
+from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import fingerprint
 from ..common.messages import shown
-from ..common.notes import note
+from ..common.notes import Note, note
 from ..common.threads import default_workers
 from ..errors import MismatchError, PartialMergeError
 from ..model.tensor_names import is_embedding_or_head, ready_option, tied_key, unwrapped
@@ -42,6 +45,8 @@ from ..plan.open_inputs import (
     without_same_start,
 )
 from ..plan.plan import Item
+from ..plan.resolution import notes_of, sampled
+from ..plan.unchanged import middle, values
 from ..ranks.ranks import ALONE, Ranks, together
 from .in_place import InPlaceMerge, TensorUpdate
 from .inputs import check_vocabularies, opened, placer
@@ -173,6 +178,7 @@ def merged_into(
         together(ranks, merge.check_frozen)
     if dry_run:
         return _report(inputs, here, decided)
+    rounded = _note_if_rounded(inputs, updates)
     files = [file for each in inputs.values() for file in each.files.values()]
     actions = [(update.item.name, update.item.action, update.item.constants) for update in updates]
     _check_same(ranks, lambda: (here, actions, [fingerprint(file) for file in files]))
@@ -184,12 +190,40 @@ def merged_into(
             f"the merge failed after parts of the model were written: {error}; load the model again, from its last"
             " checkpoint, and merge again"
         ) from error
-    return _report(inputs, here, decided)
+    return _report(inputs, here, decided, rounded)
 
 
-def _report(inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided) -> LiveReport:
+def _note_if_rounded(inputs: Mapping[str, Checkpoint], updates: Sequence[TensorUpdate]) -> list[Note]:
+    """Return a note if the model's dtype cannot hold the change, judged by parameters that are whole here."""
+    if inputs["sft"].adapter is not None:  # its changes are not yet in the weights
+        return []
+    targets = {update.item.name: update.target for update in updates if _is_whole(update.target)}
+
+    def read(item: Item, role: str) -> npt.NDArray[np.float64]:
+        side, (first, count) = item.sides[role], middle(item.source)
+        if role != "sft":
+            return values(side, role, first, count, files)
+        assert isinstance(side, Live)
+        return side.parts[0].tensor.detach().view(-1)[first : first + count].double().cpu().numpy()
+
+    with Files(inputs) as files:
+        chosen = sampled([update.item for update in updates if update.item.name in targets])
+        stored = [(item, targets[item.name].dtype) for item in chosen]
+        return notes_of(stored, read, "load the model in float32 to keep all of it")
+
+
+def _is_whole(tensor: LazyTensor) -> bool:
+    if not isinstance(tensor, Live) or len(tensor.parts) != 1:
+        return False
+    part = tensor.parts[0].tensor
+    return part.numel() == tensor.count and part.is_contiguous()
+
+
+def _report(
+    inputs: Mapping[str, Checkpoint], options: MergeOptions, decided: Decided, rounded: Sequence[Note] = ()
+) -> LiveReport:
     counts = Counter({"keep": "kept", "take": "taken", "copy": "copied"}.get(i.action, "merged") for i in decided.items)
-    notes = [note for each in inputs.values() for note in each.notes]
+    notes = [*(note for each in inputs.values() for note in each.notes), *rounded]
     if decided.ties.broken:
         text = "{broken}: both are merged under their own names"
         notes.append(note("tie broken", text, broken=decided.ties.broken))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +12,11 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.reader import Files
 from ..common.notes import Note, note
 from ..model.tensor_names import weight_kind
-from ..numerics.dtypes import TORCH_NAMES
 from ..numerics.mask import KEEP_ALL
 from .plan import Item
 from .unchanged import middle, values
 
 TENSORS = 64  # are looked at, spread over the model
-NAMES = {code: name for name, code in TORCH_NAMES.items()}
 TOLERANCE = 0.1  # of the change that was asked for
 Values = npt.NDArray[np.float64]
 
@@ -31,24 +29,39 @@ def note_if_rounded(models: Mapping[str, Checkpoint], items: Sequence[Item]) -> 
     """
     if any(each.folder is None for each in models.values()):
         return []
-    some = items[:: len(items) // (8 * TENSORS) or 1]  # not all of a million
-    shares: dict[str, float] = {}
-    for dtype in ("BF16", "F16"):
-        typical = [item for item in some if item.outs[0].dtype == dtype and _is_typical(item)]
-        with Files(models) as files, np.errstate(all="ignore"):
-            changes = [_changes(item, files) for item in typical[:: -(-len(typical) // TENSORS) or 1]]
-        wanted = float(sum(np.vdot(asked, asked) for asked, _ in changes))
-        if 0 < wanted < math.inf:
-            shares[dtype] = float(sum(np.vdot(asked, made) for asked, made in changes)) / wanted
-    text = (
-        "stored in {dtype}, the merged weights make {share:.0%} of the change that alpha and drop ask for, judging by a"
-        " sample: much of it is smaller than a step of {dtype}; --dtype float32 keeps all of it"
-    )
-    return [
-        note("rounded", text, dtype=NAMES[dtype], share=share)
-        for dtype, share in shares.items()
-        if abs(share - 1) > TOLERANCE
-    ]
+    with Files(models) as files:
+        return notes_of(
+            [(item, item.outs[0].dtype) for item in sampled(items)],
+            lambda item, role: values(item.sides[role], role, *middle(item.source), files),
+            "--dtype float32 keeps all of it",
+        )
+
+
+def sampled(items: Sequence[Item]) -> list[Item]:
+    """Return weight matrices that are merged, spread over the model; not all of a million."""
+    return [item for item in items[:: len(items) // (8 * TENSORS) or 1] if _is_typical(item)]
+
+
+def notes_of(stored: Sequence[tuple[Item, str]], read: Callable[[Item, str], Values], cure: str) -> list[Note]:
+    """Return a note for each dtype of 16 bits in which less or more than the change is stored.
+
+    `stored` are items and the dtypes of their results; `read(item, role)` returns some of an input's elements, of all
+    roles the same ones.
+    """
+    notes = []
+    for dtype, name in (("BF16", "bfloat16"), ("F16", "float16")):
+        here = [item for item, code in stored if code == dtype]
+        with np.errstate(all="ignore"):
+            changes = [_changes(item, dtype, read) for item in here[:: -(-len(here) // TENSORS) or 1]]
+        asked = float(sum(np.vdot(exact, exact) for exact, _ in changes))
+        share = float(sum(np.vdot(exact, made) for exact, made in changes)) / asked if 0 < asked < math.inf else 1
+        text = (
+            "stored in {dtype}, the merged weights make {share:.0%} of the change that alpha and drop ask for, judging"
+            " by a sample: much of it is smaller than a step of {dtype}; {cure}"
+        )
+        if abs(share - 1) > TOLERANCE:
+            notes.append(note("rounded", text, dtype=name, share=share, cure=cure))
+    return notes
 
 
 def _is_typical(item: Item) -> bool:
@@ -56,10 +69,9 @@ def _is_typical(item: Item) -> bool:
     return changes and weight_kind(item.name, item.source.shape) == "linear"
 
 
-def _changes(item: Item, files: Files) -> tuple[Values, Values]:
-    """Return the exact change of the merged weights from base in the middle of a tensor, and the rounded one."""
-    where = middle(item.source)
-    sides = {role: values(tensor, role, *where, files) for role, tensor in item.sides.items()}
+def _changes(item: Item, dtype: str, read: Callable[[Item, str], Values]) -> tuple[Values, Values]:
+    """Return the exact change of some merged weights from base, and the rounded one."""
+    sides = {role: read(item, role) for role in item.sides}
     base, constants = sides["base"], item.constants
     start = sides.get("start", base)
     delta = sides["sft"] if constants.is_delta else sides["sft"] - start
@@ -67,7 +79,7 @@ def _changes(item: Item, files: Files) -> tuple[Values, Values]:
     kept = np.random.default_rng(0).random(delta.size) * KEEP_ALL < constants.keep16
     tuned = start + np.where(kept, delta * constants.scale, 0.0)
     exact = constants.alpha * base + constants.weight * tuned
-    return exact - base, _rounded(exact, item.outs[0].dtype) - base
+    return exact - base, _rounded(exact, dtype) - base
 
 
 def _rounded(exact: Values, dtype: str) -> Values:
