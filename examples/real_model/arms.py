@@ -150,8 +150,14 @@ def prepare(arguments: argparse.Namespace) -> None:
         shutil.copy(arguments.mix, output / "mix.txt")
     if not (output / "kl.jsonl").exists():
         answer = f"--questions questions/sums.jsonl --limit {KL_QUESTIONS} --longest {LONGEST} --all-at 1"
-        run(shlex.split(script("generate.py", f"--model base --output kl.part {answer} --seed 0")), output)
-        (output / "kl.part").rename(output / "kl.jsonl")
+        run(shlex.split(script("generate.py", f"--model base --output answers.jsonl {answer} --seed 0")), output)
+        # As in the tests: after the examples, and up to the end of the answer.
+        lines = (output / "questions" / "sums.jsonl").read_text(encoding="utf-8").splitlines()
+        examples = [row for row in map(json.loads, lines) if row.get("example")]
+        before = "".join(f"Q: {each['question']}\nA: {each['answer']}\n" for each in examples)
+        rows = [json.loads(line) for line in (output / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        kept = [{"prompt": before + row["prompt"], "completion": row["completion"].rstrip("\n")} for row in rows]
+        (output / "kl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def prepare_seed(folder: Path, seed: int) -> None:
