@@ -124,6 +124,7 @@ def run(script: str, *arguments: object, folder: Path) -> str:
     return ended.stdout
 
 
+@pytest.mark.thorough
 def test_a_round_by_the_loop_with_each_control(model: Path) -> None:
     ask = f"--questions {model / 'sums.jsonl'} --longest 6"
     python = f"{sys.executable} {EXAMPLE}"
