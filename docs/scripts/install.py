@@ -1,7 +1,8 @@
 """What an installation costs, and whether it merges: the tables of docs/install.md.
 
     python docs/scripts/install.py [--check]                  renews the tables from install.json
-    python docs/scripts/install.py --measure PYTHON [...]     measures again, with each of these interpreters
+    python docs/scripts/install.py --measure PYTHON [...]     measures again, with each of these interpreters (pip install
+                                                              build first); others in install.json stay
 
 Builds the sdist, from it the wheel, and installs the wheel alone into empty environments: with the dependencies as pip
 chooses them (torch from the index of CPU builds, if pip is set up so), without torch, and with the oldest versions that
@@ -93,7 +94,7 @@ def size(folder: Path) -> int:
 
 
 def measure(pythons: list[str]) -> None:
-    found: dict[str, Any] = {"environments": {}}
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"environments": {}}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_models(folder)
