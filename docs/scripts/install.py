@@ -1,8 +1,8 @@
 """What an installation costs, and whether it merges: the tables of docs/install.md.
 
     python docs/scripts/install.py [--check]                  renews the tables from install.json
-    python docs/scripts/install.py --measure PYTHON [...]     measures again, with each of these interpreters (pip install
-                                                              build first); others in install.json stay
+    python docs/scripts/install.py --measure PYTHON [...]     measures again, with each of these interpreters; others in
+                                                              install.json stay. It needs the package `build`.
 
 Builds the sdist, from it the wheel, and installs the wheel alone into empty environments: with the dependencies as pip
 chooses them (torch from the index of CPU builds, if pip is set up so), without torch, and with the oldest versions that
