@@ -19,8 +19,6 @@ from ..errors import ArgumentError, MergeError, OutputError
 
 T = TypeVar("T")
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-
 
 class _Stopped(BaseException):
     """A signal asked the process to end. Not a KeyboardInterrupt, which click turns into its own exception."""
