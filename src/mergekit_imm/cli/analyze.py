@@ -14,15 +14,15 @@ from .samples import samples_command
 epilog = """\b
 Examples:
   # where do weights matter?
-  imm-analyze importance base/ --data train.jsonl -o imp.json
+  imm-analyze importance base/ --data qa.jsonl -o imp.json
   # where did they change?
   imm-analyze change base/ sft/ --importance imp.json
   # how far are its predictions from the base's?
-  imm-analyze kl base/ sft/ --data task.jsonl
+  imm-analyze kl base/ sft/ --data qa.jsonl
   # did the model get better?
   imm-analyze samples base.jsonl sft.jsonl
   # which alpha is worth choosing?
-  imm-analyze pareto run/ --in math.accuracy --out qa.accuracy
+  imm-analyze pareto run/ --in math.acc --out qa.acc
 """
 
 

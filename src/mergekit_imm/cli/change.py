@@ -25,7 +25,7 @@ TWO = ("rename", "keep", "take", "leave_out", "dequantize")
 change_epilog = """\b
 Examples:
   imm-analyze change base/ sft/
-  imm-analyze change base/ sft/ --importance imp.json -o report/
+  imm-analyze change base sft --importance imp.json -o out
   imm-analyze change base/ run/round-0/sft run/round-1/sft
   # that round's change, from its report
   imm-analyze change merged/

@@ -44,7 +44,8 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
     try:
         numbers += _signals()
         _listen(numbers, kept)
-        if isinstance(command, click.Group) and not arguments:
+        completing = f"_{command.name}_complete".replace("-", "_").upper() in os.environ
+        if isinstance(command, click.Group) and not arguments and not completing:
             tell(command.get_help(click.Context(command, info_name=command.name)))
             sys.exit(2)
         status = command.main(arguments, prog_name=command.name, standalone_mode=False)

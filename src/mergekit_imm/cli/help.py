@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
@@ -10,7 +10,21 @@ import click
 from ..common.version import __version__
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-_LAST = "Running"  # the heading of --help, --version and the like
+HEADINGS = (  # in the order of every help; --help itself is the last of the last
+    "Commands",
+    "Rounds",
+    "Inputs",
+    "Metrics",
+    "Comparison",
+    "Audit",
+    "Measure",
+    "Merge",
+    "Selection",
+    "Output",
+    "Running",
+)
+_LAST = HEADINGS[-1]
+_WHOLE = "\N{NON-BREAKING HYPHEN}"
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -28,26 +42,52 @@ class Option(click.Option):
         return None if record is None else (record[0], record[1].replace("]  [", "; "))
 
 
+class _Formatter(click.HelpFormatter):
+    """Breaks lines at spaces only, so that `imm-merge` stays one word."""
+
+    def write(self, string: str) -> None:
+        super().write(string.replace(_WHOLE, "-"))
+
+    def write_text(self, text: str) -> None:
+        super().write_text(text.replace("-", _WHOLE))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl([(name, text.replace("-", _WHOLE)) for name, text in rows], col_max, col_spacing)
+
+
+class _Context(click.Context):
+    formatter_class = _Formatter
+
+
 class Command(click.Command):
     """A command whose help has its options under their headings, in the order of their declaration."""
 
+    context_class = _Context
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a list of options for each heading; all have the same columns."""
-        groups: dict[str, list[tuple[str, str]]] = {}
+        groups: dict[str, list[tuple[str, str]]] = {heading: [] for heading in HEADINGS}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
-                groups.setdefault(getattr(param, "heading", _LAST), []).append(record)
+                groups[getattr(param, "heading", _LAST)].append(record)
         most = max(20, min(30, formatter.width // 3))
         names = [name for rows in groups.values() for name, _ in rows]
         width = max(len(name) for name in names if len(name) <= most)
         for heading, rows in groups.items():
-            with formatter.section(heading):
-                formatter.write_dl([(name.ljust(width), text) for name, text in rows], col_max=width)
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl([(name.ljust(width), text) for name, text in rows], width)
 
 
 class Group(click.Group):
-    """A command of commands; their short help is wrapped, not cut."""
+    """A command of commands, in the order of their declaration; their short help is wrapped, not cut."""
+
+    context_class = _Context
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """Return the names of the commands."""
+        return list(self.commands)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a list of the commands."""

@@ -15,7 +15,7 @@ from .options import data_options
 
 importance_epilog = """\b
 Examples:
-  imm-analyze importance base/ --data math.jsonl -o imp.json
+  imm-analyze importance base/ --data qa.jsonl -o imp.json
   imm-merge base/ sft/ --importance imp.json -o merged/
 """
 

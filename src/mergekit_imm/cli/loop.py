@@ -104,19 +104,19 @@ Example:
     rename={"help": "Rename tensors of trained models to BASE's names; repeatable."},
 )
 @option(
-    "Choices",
+    "Selection",
     "--metric",
     metavar="METRIC",
     help="Choose alpha by METRIC, on held-out data; write -METRIC if lower is better.",
 )
 @option(
-    "Choices",
+    "Selection",
     "--gate",
     metavar="METRIC",
     help="Accept a round only if METRIC did not fall; write -METRIC if lower is better.",
 )
 @option(
-    "Choices",
+    "Selection",
     "--tolerance",
     type=click.FloatRange(0),
     default=0.0,
@@ -125,7 +125,7 @@ Example:
     help="How far METRIC may fall.",
 )
 @option(
-    "Choices",
+    "Selection",
     "--retry",
     metavar="A[,A...]",
     help="Larger alphas to try, in order, when the gate rejects a round.",
@@ -148,10 +148,9 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
     """Alternate training and merging, starting from BASE: your commands train, and each round is merged back.
 
     \b
-      start = BASE; in each round: generate, train to sft,
+      start  = BASE in round 0, then the last merged
       tuned  = start + factor * DARE(sft - start)
       merged = alpha * anchor + (1 - alpha) * tuned
-      start  = merged
 
     Commands run under /bin/sh -c. If one fails, so does the loop, with the same exit status. Run the same command
     again to resume an interrupted loop at its unfinished step.

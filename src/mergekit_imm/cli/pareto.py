@@ -16,10 +16,10 @@ FORMAT = "mergekit_imm pareto"
 pareto_epilog = """\b
 A RESULT is one of these; alpha and drop are those of the
 model's recipe:
-  run/                  folder of a loop: all that it measured
-  out-0.3.json          numbers of the model in out-0.3/
+  run/                  folder of a loop: all models in it
+  out-0.3.json          JSON numbers of the model out-0.3/
   out-0.3/metrics.json  the same, in the model's folder
-  out-0.3/              whichever of the two files exists
+  out-0.3/              the first of these two that exists
 
 \b
 Example:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 samples_epilog = """\b
 A line of FILE; problem, response, and correct or answer
 are required:
-  {"problem": "gsm8k-17", "response": "...", "correct": true,
-   "confidence": 0.8, "model": "round 1", "greedy": false,
-   "level": 3, "ood": false}
+  {"problem": "gsm8k-17", "response": "...",
+   "correct": true, "confidence": 0.8, "model": "round 1",
+   "greedy": false, "level": 3, "ood": false}
 
 \b
 Example:
