@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -18,6 +19,7 @@ from ..common.messages import speaking_of_options
 from ..errors import ArgumentError, MergeError, OutputError
 
 T = TypeVar("T")
+SILENT = 30.0  # seconds
 
 
 class _Stopped(BaseException):
@@ -189,11 +191,25 @@ def _written(per_second: float) -> str:
 def progress_bar(
     label: str, *, shown: bool, rate: Callable[[float], str] = _written
 ) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function that draws a bar with the time left and `rate` of the steps in a second; None off a terminal."""
-    if not shown or not sys.stderr.isatty():
+    """Yield a function that shows steps done, `rate` of the steps in a second and the time left, or None.
+
+    On a terminal it draws a bar. Elsewhere, as in a log, it prints lines: one for a tenth of the whole, but none in
+    the first SILENT seconds, nor sooner than that after the last.
+    """
+    on_terminal = sys.stderr.isatty()
+    if not shown or not on_terminal:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads
+    if not shown:
         yield None
-        return
+    elif on_terminal:
+        with _bar(label, rate) as update:
+            yield update
+    else:
+        yield _lines(label, rate)
+
+
+@contextmanager
+def _bar(label: str, rate: Callable[[float], str]) -> Iterator[Callable[[int, int], None]]:
     bar: Any = None
     first, began = 0, 0.0
 
@@ -219,3 +235,22 @@ def progress_bar(
     finally:
         if bar is not None:
             bar.__exit__(None, None, None)
+
+
+def _lines(label: str, rate: Callable[[float], str]) -> Callable[[int, int], None]:
+    first, tenths = -1, 0
+    began = last = 0.0
+
+    def update(done: int, total: int) -> None:
+        nonlocal first, tenths, began, last
+        now = time.perf_counter()
+        if first < 0:
+            first, tenths, began, last = done, 10 * done // max(total, 1), now, now
+        if 10 * done // max(total, 1) == tenths or now - last < SILENT or done >= total:
+            return
+        tenths, last = 10 * done // total, now
+        per_second = (done - first) / (now - began)
+        left = timedelta(seconds=round((total - done) / per_second))
+        tell(f"{label}: {100 * done // total} %, {rate(per_second)}, {left} left")
+
+    return update

@@ -108,12 +108,20 @@ def printing_options(*, quiet: str, as_json: str) -> Decorator:
         for each in (
             option(_LAST, "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
             option(_LAST, "--json", "as_json", is_flag=True, help=as_json),
-            option(_LAST, "-q", "--quiet", is_flag=True, help=quiet),
+            option(_LAST, "-q", "--quiet", is_flag=True, callback=_hush, help=quiet),
         ):
             command = each(command)
         return command
 
     return add
+
+
+def _hush(ctx: click.Context, _param: click.Parameter, quiet: bool) -> bool:
+    if quiet and not ctx.resilient_parsing:
+        from ..numerics.native import hushed
+
+        ctx.with_resource(hushed())
+    return quiet
 
 
 def version_option(program: str) -> Decorator:

@@ -171,9 +171,11 @@ def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json
 def _join(base: str, sft: str, out: str, options: dict[str, Any], ranks: Ranks) -> int:
     """Do the part of a rank other than 0, which prints for all. Returns the exit status."""
     from ..engine.merge import merge_checkpoints
+    from ..numerics.native import hushed
 
     try:
-        reports = merge_checkpoints(base, sft, out, ranks=ranks, **options)
+        with hushed():
+            reports = merge_checkpoints(base, sft, out, ranks=ranks, **options)
     except RankError:
         raise
     except MergeError:
