@@ -11,9 +11,10 @@ import click
 from ..common.messages import shown
 from ..errors import OutputError
 from .completion import files, folders
-from .console import pictures_or_note, progress_bar, say, tell, values_checked
+from .console import pictures_or_note, say, tell, values_checked
 from .help import CONTEXT, Command, option, printing_options
 from .options import options_of
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..analysis.verdict import ModelChange

@@ -1,4 +1,4 @@
-"""What all commands share: one-line errors, exit statuses, signals, progress, printing."""
+"""What all commands share: one-line errors, exit statuses, signals, printing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -19,7 +17,6 @@ from ..common.messages import speaking_of_options
 from ..errors import ArgumentError, MergeError, OutputError
 
 T = TypeVar("T")
-SILENT = 30.0  # seconds
 
 
 class _Stopped(BaseException):
@@ -181,76 +178,3 @@ def _listen(numbers: Sequence[int], kept: str) -> None:
 def _fail(message: str, status: int, before: str = "") -> NoReturn:
     tell(f"{before}error: {' '.join(message.split())}")
     sys.exit(status)
-
-
-def _written(per_second: float) -> str:
-    return f"{per_second / 1e9:.2f} GB/s written"
-
-
-@contextmanager
-def progress_bar(
-    label: str, *, shown: bool, rate: Callable[[float], str] = _written
-) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function that shows steps done, `rate` of the steps in a second and the time left, or None.
-
-    On a terminal it draws a bar. Elsewhere, as in a log, it prints lines: one for a tenth of the whole, but none in
-    the first SILENT seconds, nor sooner than that after the last.
-    """
-    on_terminal = sys.stderr.isatty()
-    if not shown or not on_terminal:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads
-    if not shown:
-        yield None
-    elif on_terminal:
-        with _bar(label, rate) as update:
-            yield update
-    else:
-        yield _lines(label, rate)
-
-
-@contextmanager
-def _bar(label: str, rate: Callable[[float], str]) -> Iterator[Callable[[int, int], None]]:
-    bar: Any = None
-    first, began = 0, 0.0
-
-    def update(done: int, total: int) -> None:
-        nonlocal bar, first, began
-        if bar is None:
-            first, began = done, time.perf_counter()
-            bar = click.progressbar(
-                length=total,
-                label=label,
-                file=sys.stderr,
-                show_eta=True,
-                width=30,
-                item_show_func=lambda item: item,
-                update_min_steps=max(1, total // 500),
-            )
-            bar.__enter__()
-        elapsed = time.perf_counter() - began
-        bar.update(max(0, done - bar.pos), rate((done - first) / max(elapsed, 1e-9)))
-
-    try:
-        yield update
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
-
-
-def _lines(label: str, rate: Callable[[float], str]) -> Callable[[int, int], None]:
-    first, tenths = -1, 0
-    began = last = 0.0
-
-    def update(done: int, total: int) -> None:
-        nonlocal first, tenths, began, last
-        now = time.perf_counter()
-        if first < 0:
-            first, tenths, began, last = done, 10 * done // max(total, 1), now, now
-        if 10 * done // max(total, 1) == tenths or now - last < SILENT or done >= total:
-            return
-        tenths, last = 10 * done // total, now
-        per_second = (done - first) / (now - began)
-        left = timedelta(seconds=round((total - done) / per_second))
-        tell(f"{label}: {100 * done // total} %, {rate(per_second)}, {left} left")
-
-    return update

@@ -9,9 +9,10 @@ import click
 
 from ..common.messages import shown
 from .completion import files
-from .console import progress_bar, say, tell, values_checked
+from .console import say, tell, values_checked
 from .help import CONTEXT, Command, option, printing_options
 from .options import data_options
+from .progress import progress_bar
 
 importance_epilog = """\b
 Examples:

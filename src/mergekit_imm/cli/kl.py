@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from .completion import files
-from .console import progress_bar, say, tell, values_checked
+from .console import say, tell, values_checked
 from .help import CONTEXT, Command, option, printing_options
 from .options import data_options
+from .progress import progress_bar
 
 kl_epilog = """\b
 Examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .completion import files, folders, words
 from .console import pictures_or_note, say, tell, values_checked
 from .help import CONTEXT, Command, option, printing_options, version_option
 from .options import DtypeChoice, options_of
+from .progress import LogLines
 
 loop_epilog = """\b
 Placeholders, each filled in as one shell word
@@ -167,12 +169,22 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
     with values_checked():
         settings = from_dict({**options, "base": base, "retry": alphas})
     speak = not (quiet or as_json)
+    lines = None if not speak or sys.stdout.isatty() else LogLines(to_stdout)
+
+    def told(text: str) -> None:
+        if lines:
+            lines.flush()
+        tell(text)
+
     try:
-        state = run_loop(settings, run, echo=to_stdout if speak else None, tell=tell if not quiet else None)
+        state = run_loop(settings, run, echo=(lines or to_stdout) if speak else None, tell=told if not quiet else None)
     except CommandError as error:
         for line in () if speak else error.lines:  # not shown yet
             tell(shown(line, 500))
         raise
+    finally:
+        if lines:
+            lines.flush()
     if as_json:
         say(json.dumps({**state.to_dict(), "notes": notes(state)}, indent=2))
     else:

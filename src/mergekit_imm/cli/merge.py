@@ -11,9 +11,10 @@ import click
 from ..common.messages import shown
 from ..errors import MergeError, MismatchError, OutputError, RankError
 from .completion import files, folders
-from .console import progress_bar, say, tell, values_checked
+from .console import say, tell, values_checked
 from .help import CONTEXT, Command, option, printing_options, version_option
 from .options import options_of
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..ranks.ranks import Ranks

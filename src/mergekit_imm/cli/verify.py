@@ -11,9 +11,10 @@ import click
 from ..common.messages import bytes_text, shown
 from ..errors import MergeError
 from .completion import files
-from .console import progress_bar, say, tell, values_checked
+from .console import say, tell, values_checked
 from .help import CONTEXT, Command, option, printing_options, version_option
 from .options import options_of
+from .progress import progress_bar
 
 verify_epilog = """\b
 Examples:
@@ -159,7 +160,7 @@ def _audit(out: str, options: dict[str, Any], audited: dict[str, Any], *, quiet:
 def _verify(out: str, options: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     from ..engine.verify import verify
 
-    with progress_bar("verifying", shown=not quiet) as progress:
+    with progress_bar("verifying", shown=not quiet, rate=lambda x: f"{x / 1e9:.2f} GB/s compared") as progress:
         report = verify(out, progress=progress, **options)
     if as_json:
         say(json.dumps(report.to_dict(), indent=2))
