@@ -21,7 +21,7 @@ samples_epilog = """\b
 A line of FILE; problem, response, and correct or answer
 are required:
   {"problem": "gsm8k-17", "response": "...",
-   "correct": true, "confidence": 0.8, "model": "round 1",
+   "correct": true, "confidence": 0.8, "model": "round 0",
    "greedy": false, "level": 3, "ood": false}
 
 \b
