@@ -45,7 +45,7 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
         _listen(numbers, kept)
         completing = f"_{command.name}_complete".replace("-", "_").upper() in os.environ
         if isinstance(command, click.Group) and not arguments and not completing:
-            tell(command.get_help(click.Context(command, info_name=command.name)))
+            tell(command.make_context(command.name, [], resilient_parsing=True).get_help())
             sys.exit(2)
         status = command.main(arguments, prog_name=command.name, standalone_mode=False)
         sys.stdout.flush()
