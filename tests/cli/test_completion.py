@@ -116,7 +116,14 @@ class Terminal:
 
     def __init__(self, shell: str, folder: Path, path: str) -> None:
         self.master, slave = pty.openpty()
-        environment = {**os.environ, "PATH": path, "TERM": "xterm", "HOME": str(folder), "HISTFILE": ""}
+        environment = {
+            **os.environ,
+            "PATH": path,
+            "TERM": "xterm",
+            "HOME": str(folder),
+            "HISTFILE": "",
+            "XDG_RUNTIME_DIR": str(folder),
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-c", TERMINAL, *START[shell]],
             stdin=slave,
@@ -183,7 +190,6 @@ def test_the_line_of_the_page_completes_what_is_typed(shell: str, programs: Path
             printed = terminal.until(rf"\n\x1b?[^\n]*?<(imm-[^<>\n]*?)/? +>{number}\r?\n")
             assert printed[1] == whole
     finally:
-        terminal.type("\x03exit\r")
-        terminal.process.terminate()
+        terminal.process.kill()  # an interactive shell ignores SIGTERM
         terminal.process.wait(HUNG)
         os.close(terminal.master)
