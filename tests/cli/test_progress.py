@@ -49,7 +49,7 @@ def test_a_log_gets_a_line_for_a_tenth(clock: Clock, capfd: pytest.CaptureFixtur
 
 
 def test_a_short_run_logs_nothing_and_a_fast_one_is_not_noisy(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
-    for seconds, expected in ((0.2, []), (1.0, ["30", "60", "90"])):
+    for seconds, expected in ((0.25, []), (1.0, ["30", "60", "90"])):
         with progress_bar("merging", shown=True) as update:
             assert update is not None
             for done in range(101):
