@@ -23,9 +23,9 @@ EXAMPLE = SCRIPTS.parents[1] / "examples" / "self_improvement"
 RESULTS = SCRIPTS / "forgetting.json"
 # label -> round of the data and of the start, options of sft.py; or of the merge of the first model with the base
 TRAINED: dict[str, tuple[int, str]] = {
-    "STaR, round 1": (0, ""),
-    "STaR, round 2": (1, ""),
-    "STaR, round 3": (2, ""),
+    "STaR, round 0": (0, ""),
+    "STaR, round 1": (1, ""),
+    "STaR, round 2": (2, ""),
     "lr / 2": (0, "--lr 2.5e-4"),
     "lr / 5": (0, "--lr 1e-4"),
     "steps / 5": (0, "--steps 20"),
@@ -59,7 +59,7 @@ def measure(folder: Path, seed: int) -> dict[str, Any]:
     call("pretrain.py", "--output", base, "--seed", seed)
     models = {"base": base}
     for label, (number, options) in TRAINED.items():
-        start = models[f"STaR, round {number}"] if number else base
+        start = models[f"STaR, round {number - 1}"] if number else base
         own, out = here / f"own-{number}.jsonl", here / label.replace(" / ", "-by-").replace(" ", "-")
         call("sample.py", "--model", start, "--output", own, "--round", number, "--seed", seed)
         at = ("--round", number, "--seed", seed, *options.split())
@@ -68,7 +68,7 @@ def measure(folder: Path, seed: int) -> dict[str, Any]:
     for label, options in MERGED.items():
         out = here / label.replace(" ", "-")
         if not out.exists():
-            merge_checkpoints(base, models["STaR, round 1"], out, seed=seed, **options)
+            merge_checkpoints(base, models["STaR, round 0"], out, seed=seed, **options)
         models[label] = out
     found = {}
     for label, model in models.items():

@@ -23,7 +23,7 @@ SCRIPTS = Path(__file__).resolve().parent
 EXAMPLE = SCRIPTS.parents[1] / "examples" / "self_improvement"
 RESULTS = SCRIPTS / "superficial.json"
 SEEDS, ROUNDS, LAYERS, QUESTIONS = (0, 1, 2), 3, 12, 600
-ARMS = {"own answers, round 1": "sft-0", "own answers, round 3": "sft-2", "all skills, as many steps": "mix"}
+ARMS = {"own answers, round 0": "sft-0", "own answers, round 2": "sft-2", "all skills, as many steps": "mix"}
 DATA = {"additions": "in.jsonl", "all skills": "all.jsonl"}
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import click
 
-from ..common.version import __version__
 from .change import change_command
-from .console import CONTEXT
+from .help import CONTEXT, Group, version_option
 from .importance import importance_command
 from .kl import kl_command
 from .pareto import pareto_command
@@ -14,16 +13,27 @@ from .samples import samples_command
 
 epilog = """\b
 Examples:
-  imm-analyze importance base/ --data train.jsonl -o importance.json      where do weights matter?
-  imm-analyze change base/ sft/ --importance importance.json -o report/   where did they change?
-  imm-analyze kl base/ sft/ --data task.jsonl                             how far are its predictions from the base's?
-  imm-analyze samples base.jsonl round-1.jsonl                            did the model get better?
-  imm-analyze pareto run/ --in math.accuracy --out other.accuracy         which alpha is worth choosing?
+  # where do weights matter?
+  imm-analyze importance base/ --data qa.jsonl -o imp.json
+  # where did they change?
+  imm-analyze change base/ sft/ --importance imp.json
+  # how far are its predictions from the base's?
+  imm-analyze kl base/ sft/ --data qa.jsonl
+  # did the model get better?
+  imm-analyze samples base.jsonl sft.jsonl
+  # which alpha is worth choosing?
+  imm-analyze pareto run/ --in math.acc --out qa.acc
 """
 
 
-@click.group("imm-analyze", context_settings=CONTEXT, epilog=epilog)
-@click.version_option(__version__, prog_name="imm-analyze")
+@click.group(
+    "imm-analyze",
+    cls=Group,
+    short_help="Measure: where weights matter and changed, whether a gain is real.",
+    context_settings=CONTEXT,
+    epilog=epilog,
+)
+@version_option("imm-analyze")
 def analyze_command() -> None:
     """Diagnose self-improvement: where weights matter, where they changed, whether the gain is real, which alpha."""
 

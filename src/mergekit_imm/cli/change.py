@@ -10,7 +10,11 @@ import click
 
 from ..common.messages import shown
 from ..errors import OutputError
-from .console import CONTEXT, pictures_or_note, progress_bar, say, tell, values_checked
+from .completion import files, folders
+from .console import pictures_or_note, say, tell, values_checked
+from .help import CONTEXT, Command, option, printing_options
+from .options import options_of
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..analysis.verdict import ModelChange
@@ -22,39 +26,50 @@ TWO = ("rename", "keep", "take", "leave_out", "dequantize")
 change_epilog = """\b
 Examples:
   imm-analyze change base/ sft/
-  imm-analyze change base/ sft/ --importance importance.json -o report/
+  imm-analyze change base sft --importance imp.json -o out
   imm-analyze change base/ run/round-0/sft run/round-1/sft
-  imm-analyze change merged/         that round's change, from its report
+  # that round's change, from its report
+  imm-analyze change merged/
 """
 
 
 @click.command(
     "change",
+    cls=Command,
     short_help="Where the weights changed, and whether they matter there.",
     context_settings=CONTEXT,
     epilog=change_epilog,
 )
-@click.argument("models", nargs=-1, required=True, metavar="BASE SFT [MORE...] | MERGED")
-@click.option("--importance", metavar="FILE", help="JSON file of layer importances, to compare the change with.")
-@click.option("-o", "--out", metavar="DIR", help="Write report.html, change.json and pictures to this folder.")
-@click.option(
-    "--rename", metavar="REGEX=REPL", multiple=True, help="Rename tensors of SFT to BASE's names; repeatable."
+@click.argument("models", nargs=-1, required=True, metavar="BASE SFT [MORE...] | MERGED", shell_complete=files)
+@options_of(
+    "importance",
+    "rename",
+    "keep",
+    "take",
+    "leave_out",
+    "dequantize",
+    "vocab",
+    importance={"heading": "Inputs", "help": "JSON file of layer importances, to compare the change with."},
+    rename={"help": "Rename tensors of SFT to BASE's names; repeatable."},
+    keep={"heading": "Inputs", "help": "Ignore matching tensors of BASE; repeatable."},
+    take={"heading": "Inputs", "help": "Ignore matching tensors of SFT; repeatable."},
+    leave_out={"help": "Ignore a file or folder, by its path in the model; repeatable."},
+    dequantize={"help": "Multiply FP8 weights by their scales."},
+    vocab={
+        "default": "base",
+        "help": "Vocabularies of different sizes: strict refuses them; base and sft compare the common rows.",
+    },
 )
-@click.option("--keep", metavar="REGEX", multiple=True, help="Ignore matching tensors of BASE; repeatable.")
-@click.option("--take", metavar="REGEX", multiple=True, help="Ignore matching tensors of SFT; repeatable.")
-@click.option("--leave-out", metavar="FILE", multiple=True, help="Ignore a file or folder of a model; repeatable.")
-@click.option("--dequantize", is_flag=True, help="Multiply FP8 weights by their scales.")
-@click.option(
-    "--vocab",
-    type=click.Choice(["strict", "base", "sft"]),
-    default="base",
-    show_default=True,
-    help="Vocabularies of different sizes: strict refuses them; base and sft compare the common rows.",
+@option(
+    "Output",
+    "-o",
+    "--out",
+    metavar="DIR",
+    shell_complete=folders,
+    help="Write report.html, change.json and pictures to this folder.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print only errors (and --json).")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Number of threads.  [default: min(4, 2 x CPUs)]")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@options_of("workers")
+@printing_options(quiet="Print only errors (and --json).", as_json="Print the numbers as JSON.")
 def change_command(
     models: tuple[str, ...], importance: str | None, out: str | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:

@@ -1,4 +1,4 @@
-"""What all commands share: one-line errors, exit statuses, signals, progress, printing."""
+"""What all commands share: one-line errors, exit statuses, signals, printing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
@@ -18,8 +17,6 @@ from ..common.messages import speaking_of_options
 from ..errors import ArgumentError, MergeError, OutputError, install
 
 T = TypeVar("T")
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 class _Stopped(BaseException):
@@ -46,8 +43,9 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
     try:
         numbers += _signals()
         _listen(numbers, kept)
-        if isinstance(command, click.Group) and not arguments:
-            tell(command.get_help(click.Context(command, info_name=command.name)))
+        completing = f"_{command.name}_complete".replace("-", "_").upper() in os.environ
+        if isinstance(command, click.Group) and not arguments and not completing:
+            tell(command.make_context(command.name, [], resilient_parsing=True).get_help())
             sys.exit(2)
         status = command.main(arguments, prog_name=command.name, standalone_mode=False)
         sys.stdout.flush()
@@ -180,43 +178,3 @@ def _listen(numbers: Sequence[int], kept: str) -> None:
 def _fail(message: str, status: int, before: str = "") -> NoReturn:
     tell(f"{before}error: {' '.join(message.split())}")
     sys.exit(status)
-
-
-def _written(per_second: float) -> str:
-    return f"{per_second / 1e9:.2f} GB/s written"
-
-
-@contextmanager
-def progress_bar(
-    label: str, *, shown: bool, rate: Callable[[float], str] = _written
-) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function that draws a bar with the time left and `rate` of the steps in a second; None off a terminal."""
-    if not shown or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads
-        yield None
-        return
-    bar: Any = None
-    first, began = 0, 0.0
-
-    def update(done: int, total: int) -> None:
-        nonlocal bar, first, began
-        if bar is None:
-            first, began = done, time.perf_counter()
-            bar = click.progressbar(
-                length=total,
-                label=label,
-                file=sys.stderr,
-                show_eta=True,
-                width=30,
-                item_show_func=lambda item: item,
-                update_min_steps=max(1, total // 500),
-            )
-            bar.__enter__()
-        elapsed = time.perf_counter() - began
-        bar.update(max(0, done - bar.pos), rate((done - first) / max(elapsed, 1e-9)))
-
-    try:
-        yield update
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)

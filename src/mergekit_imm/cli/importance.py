@@ -8,49 +8,60 @@ from typing import Any
 import click
 
 from ..common.messages import shown
-from .console import CONTEXT, progress_bar, say, tell, values_checked
+from .completion import files
+from .console import say, tell, values_checked
+from .help import CONTEXT, Command, option, printing_options
 from .options import data_options
+from .progress import progress_bar
 
 importance_epilog = """\b
 Examples:
-  imm-analyze importance base/ --data math.jsonl -o importance.json
-  imm-merge base/ sft/ --importance importance.json -o merged/
+  imm-analyze importance base/ --data qa.jsonl -o imp.json
+  imm-merge base/ sft/ --importance imp.json -o merged/
 """
 
 
 @click.command(
     "importance",
+    cls=Command,
     short_help="How much each layer matters to the loss.",
     context_settings=CONTEXT,
     epilog=importance_epilog,
 )
-@click.argument("model")
+@click.argument("model", shell_complete=files)
 @data_options
-@click.option(
-    "-o", "--out", required=True, metavar="FILE", help="Importance file to write, for imm-merge --importance."
-)
-@click.option(
+@option(
+    "Measure",
     "--order",
     type=click.Choice(["first", "second", "mix", "per-sample"]),
     default="first",
     show_default=True,
     help="Summand: |G W| (the paper's Eq. 3), |W F W|, |G W - W F W / 2|, or |g W| of each sample.",
 )
-@click.option(
+@option(
+    "Output",
+    "-o",
+    "--out",
+    required=True,
+    metavar="FILE",
+    shell_complete=files,
+    help="Importance file to write, for imm-merge --importance.",
+)
+@option(
+    "Running",
     "--accumulate",
     type=click.Choice(["memory", "disk"]),
     default="memory",
     show_default=True,
     help="Where to sum gradients, 4 bytes per parameter; disk: next to the file of -o.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Hide the progress bar, notes and the table.")
-@click.option("--json", "as_json", is_flag=True, help="Print the content of the file.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@printing_options(quiet="Hide the progress, notes and the table.", as_json="Print the content of the file.")
 def importance_command(model: str, data: str, out: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Measure how much each layer of MODEL matters to its loss on a data set.
 
     \b
-      I_n = sum of |G * W| over the linear weights W of layer n, G the gradient of the mean loss
+      I_n = sum of |G * W| over the linear weights W
+            of layer n; G: gradient of the mean loss
 
     MODEL is a folder or a hub id (org/name[@revision]) that transformers can load.
     """

@@ -7,37 +7,49 @@ from typing import Any
 
 import click
 
-from .console import CONTEXT, progress_bar, say, tell, values_checked
+from .completion import files
+from .console import say, tell, values_checked
+from .help import CONTEXT, Command, option, printing_options
 from .options import data_options
+from .progress import progress_bar
 
 kl_epilog = """\b
 Examples:
   imm-analyze kl base/ sft/ merged/ --data task.jsonl
-  imm-loop base/ ... --gate -kl --tolerance 0.1 --evaluate 'python eval.py {model} {json} \\
-    && imm-analyze kl {base} {model} --data task.jsonl --add-to {json}'
+  imm-loop base/ ... --gate -kl --tolerance 0.1 \\
+    --evaluate 'python eval.py {model} {json} &&
+      imm-analyze kl {base} {model} --data task.jsonl \\
+        --add-to {json}'
 """
 
 
 @click.command(
     "kl",
+    cls=Command,
     short_help="How far predictions are from the base's.",
     context_settings=CONTEXT,
     epilog=kl_epilog,
 )
-@click.argument("base")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("base", shell_complete=files)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", shell_complete=files)
 @data_options
-@click.option("--add-to", metavar="FILE", help="Add the number `kl` to a JSON object in FILE, or create it; one MODEL.")
-@click.option("-q", "--quiet", is_flag=True, help="Hide the progress bar, notes and the table.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@option(
+    "Output",
+    "--add-to",
+    metavar="FILE",
+    shell_complete=files,
+    help="Add the number `kl` to a JSON object in FILE, or create it; one MODEL.",
+)
+@printing_options(quiet="Hide the progress, notes and the table.", as_json="Print the report as JSON.")
 def kl_command(
     base: str, models: tuple[str, ...], data: str, add_to: str | None, quiet: bool, as_json: bool, **options: Any
 ) -> None:
     """Measure how far the predictions of MODELs are from those of BASE, as a sign of forgetting (arXiv 2509.04259).
 
     \b
-      kl = mean over tokens of sum_v p(v) * (log p(v) - log q(v)),    p: BASE, q: MODEL
+      kl = mean over tokens of
+           sum_v p(v) * (log p(v) - log q(v))
+      p: BASE, q: MODEL
 
     BASE and MODELs are folders or hub ids (org/name[@revision]) that transformers can load; a MODEL may be an adapter.
     The texts are those of --data: prompts of the task, with responses of BASE.

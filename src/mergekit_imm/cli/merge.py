@@ -9,16 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..common.messages import shown
-from ..common.version import __version__
 from ..errors import MergeError, MismatchError, OutputError, RankError
-from .console import (
-    CONTEXT,
-    progress_bar,
-    say,
-    tell,
-    values_checked,
-)
+from .completion import files, folders
+from .console import say, tell, values_checked
+from .help import CONTEXT, Command, option, printing_options, version_option
 from .options import options_of
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..ranks.ranks import Ranks
@@ -27,9 +23,12 @@ if TYPE_CHECKING:
 merge_epilog = """\b
 Examples:
   imm-merge base/ sft/ --alpha 0.5 --drop 0.2 -o merged/
-  imm-merge base/ sft2/ --start merged/ -o merged2/        the next round
-  imm-merge org/base@main sft/ --dry-run -o merged/        print the plan
-  imm-merge base/ sft/ --alpha 0.3,0.5,0.7 -o 'merged-{alpha}'     three merges; inputs are read once
+  # the next round
+  imm-merge base/ sft2/ --start merged/ -o merged2/
+  # print the plan
+  imm-merge org/base@main sft/ --dry-run -o merged/
+  # three merges; inputs are read once
+  imm-merge base/ sft/ --alpha 0.3,0.5,0.7 -o 'm-{alpha}'
 """
 
 
@@ -48,54 +47,66 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
         return typed
 
 
-@click.command("imm-merge", context_settings=CONTEXT, epilog=merge_epilog)
-@click.argument("base")
-@click.argument("sft", nargs=-1, required=True, metavar="SFT")
-@click.option("-o", "--out", metavar="OUT", help="Folder to create; it appears only when complete.  [required]")
-@click.option("--start", metavar="DIR", help="Model that SFT was trained from.  [default: BASE]")
+@click.command(
+    "imm-merge",
+    cls=Command,
+    short_help="Merge a fine-tuned model back towards its base.",
+    context_settings=CONTEXT,
+    epilog=merge_epilog,
+)
+@click.argument("base", shell_complete=files)
+@click.argument("sft", nargs=-1, required=True, metavar="SFT", shell_complete=files)
+@option(
+    "Inputs",
+    "--start",
+    metavar="DIR",
+    shell_complete=files,
+    help="Model that SFT was trained from.  [default: BASE]",
+)
 @options_of(
+    "rename",
+    "vocab",
+    "dequantize",
+    "leave_out",
+    "allow_nonfinite",
     "alpha",
     "drop",
+    "sparsify",
     "seed",
     "iteration",
     "importance",
     "shrink",
     "clip",
     "layer_factors",
-    "sparsify",
     "reference",
-    "dtype",
-    "max_shard_size",
-    "vocab",
-    "rename",
-    "dequantize",
-    "as_adapter",
     "keep",
     "take",
     "no_drop",
-    "leave_out",
-    "device",
-    "workers",
     alpha={"type": _Several(click.FloatRange(0, 1)), "default": "0.5", "metavar": "A[,A...]"},
     drop={"type": _Several(click.FloatRange(0, 1, max_open=True)), "default": "0.2", "metavar": "P[,P...]"},
     seed={"type": _Several(click.INT), "default": "0", "metavar": "N[,N...]"},
 )
-@click.option(
+@option(
+    "Output",
+    "-o",
+    "--out",
+    metavar="OUT",
+    shell_complete=folders,
+    help="Folder to create; it appears only when complete.  [required]",
+)
+@options_of(
+    "dtype", "max_shard_size", "as_adapter", "copy_code", "digests", "verify", "overwrite", "restart", "dry_run"
+)
+@option("Running", "--check", is_flag=True, help="Report whether each SFT can be merged into BASE; needs no OUT.")
+@options_of("device", "workers")
+@option(
+    "Running",
     "--ranks",
     type=click.Choice(["torchrun", "slurm"]),
     help="Share the merge among processes.  [default: torchrun, if it started `-m mergekit_imm -- merge`]",
 )
-@options_of("allow_nonfinite", "copy_code", "dry_run")
-@click.option(
-    "--check",
-    is_flag=True,
-    help="Report whether each SFT can be merged into BASE; needs no OUT.",
-)
-@options_of("overwrite", "restart", "verify", "digests")
-@click.option("-q", "--quiet", is_flag=True, help="Hide the progress bar, notes and the final line.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-@click.version_option(__version__, prog_name="imm-merge")
+@printing_options(quiet="Hide the progress, notes and the final line.", as_json="Print the report as JSON.")
+@version_option("imm-merge")
 def merge_command(
     quiet: bool, as_json: bool, base: str, sft: tuple[str, ...], out: str | None, check: bool, **options: Any
 ) -> int | None:
@@ -161,9 +172,11 @@ def _check(base: str, sfts: tuple[str, ...], options: dict[str, Any], *, as_json
 def _join(base: str, sft: str, out: str, options: dict[str, Any], ranks: Ranks) -> int:
     """Do the part of a rank other than 0, which prints for all. Returns the exit status."""
     from ..engine.merge import merge_checkpoints
+    from ..numerics.native import hushed
 
     try:
-        reports = merge_checkpoints(base, sft, out, ranks=ranks, **options)
+        with hushed():
+            reports = merge_checkpoints(base, sft, out, ranks=ranks, **options)
     except RankError:
         raise
     except MergeError:

@@ -1,4 +1,4 @@
-"""Make command-line options from merge options, which declare name, type, default and help."""
+"""Make command-line options from merge options, which declare name, type, default, heading and help."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import click
 
 from ..numerics.dtypes import SHORT_NAMES
 from ..options.options import MergeOptions, RunOptions
+from .completion import files, words
+from .help import option
 
 _FIELDS: dict[str, Field[Any]] = {each.name: each for each in (*fields(MergeOptions), *fields(RunOptions))}
 Command = Callable[..., Any]
@@ -24,7 +26,7 @@ class DtypeChoice(click.Choice):  # type: ignore[type-arg]  # generic in click 8
 
 
 def options_of(*names: str, **changes: dict[str, Any]) -> Callable[[Command], Command]:
-    """Add these options to a command, in this order; `changes` are arguments of click.option by option name."""
+    """Add these options to a command, in this order; `changes` are arguments of `option` by option name."""
 
     def add(command: Command) -> Command:
         for name in reversed(names):
@@ -37,12 +39,12 @@ def options_of(*names: str, **changes: dict[str, Any]) -> Callable[[Command], Co
 def _option(name: str, changes: dict[str, Any]) -> Callable[[Command], Command]:
     declared = _FIELDS[name]
     metadata = declared.metadata
-    settings: dict[str, Any] = {"help": metadata["help"], "default": declared.default}
     assert declared.default is not MISSING
-    if declared.default is False:
-        return click.option(f"--{name.replace('_', '-')}", is_flag=True, help=metadata["help"])
+    settings: dict[str, Any] = {"help": metadata["help"], "default": declared.default}
     settings |= {"metavar": metadata["metavar"]} if "metavar" in metadata else {}
-    if declared.default == ():
+    if declared.default is False:
+        settings = {"help": metadata["help"], "is_flag": True}
+    elif declared.default == ():
         settings |= {"multiple": True}
     elif name == "clip":
         settings |= {"nargs": 2, "type": float}
@@ -54,24 +56,36 @@ def _option(name: str, changes: dict[str, Any]) -> Callable[[Command], Command]:
         settings |= {"type": kind(low, high, max_open=metadata.get("below", False))}
     elif isinstance(declared.default, int):
         settings |= {"type": int}
-    settings |= {"show_default": True} if declared.default not in (None, ()) else {}
-    return click.option(f"--{name.replace('_', '-')}", **{**settings, **changes})
+    if declared.default is not False and declared.default not in (None, ()):
+        settings |= {"show_default": True}
+    if "completes" in metadata:
+        completes = metadata["completes"]
+        settings |= {"shell_complete": files if completes == "files" else words(*completes)}
+    settings = {"heading": metadata["heading"], **settings, **changes}
+    return option(settings.pop("heading"), f"--{name.replace('_', '-')}", **settings)
 
 
 def data_options(command: Command) -> Command:
     """Add the options of commands that run models on a file of texts."""
-    for option in reversed(
+    for each in reversed(
         (
-            click.option(
+            option(
+                "Inputs",
                 "--data",
                 required=True,
                 metavar="FILE",
+                shell_complete=files,
                 help='JSONL: one {"text": ...} or {"prompt": ..., "response": ...} per line; prompts do not count.',
             ),
-            click.option(
-                "--samples", type=click.IntRange(1), metavar="N", help="Use the first N examples.  [default: all]"
+            option(
+                "Inputs",
+                "--samples",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Use the first N examples.  [default: all]",
             ),
-            click.option(
+            option(
+                "Inputs",
                 "--max-length",
                 type=click.IntRange(2),
                 default=1024,
@@ -79,16 +93,16 @@ def data_options(command: Command) -> Command:
                 metavar="N",
                 help="Truncate sequences to N tokens, with a note.",
             ),
-            click.option(
+            option(
+                "Running",
                 "--batch-size",
                 type=click.IntRange(1),
                 metavar="N",
                 help="Sequences per forward pass; the result is the same.  [default: up to 1024 tokens]",
             ),
-            click.option(
-                "--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Device to compute on."
-            ),
-            click.option(
+            options_of("device", device={"help": "Device to compute on."}),
+            option(
+                "Running",
                 "--dtype",
                 type=DtypeChoice(["float32", "bfloat16", "auto"]),
                 default="float32",
@@ -97,5 +111,5 @@ def data_options(command: Command) -> Command:
             ),
         )
     ):
-        command = option(command)
+        command = each(command)
     return command

@@ -7,36 +7,53 @@ import json
 import click
 
 from ..common.messages import shown
-from .console import CONTEXT, pictures_or_note, say
+from .completion import files, folders
+from .console import pictures_or_note, say
+from .help import CONTEXT, Command, option, printing_options
 
 FORMAT = "mergekit_imm pareto"
 
 pareto_epilog = """\b
-A RESULT is one of these; alpha and drop are those of the model's recipe:
-  run/                  the folder of a loop: every model that it measured
-  out-0.3.json          a JSON file of numbers, of the model in out-0.3/
-  out-0.3/metrics.json  the same, of the model in that folder
-  out-0.3/              that model: the first of these two files that exists
+A RESULT is one of these; alpha and drop are those of the
+model's recipe:
+  run/                  folder of a loop: all models in it
+  out-0.3.json          JSON numbers of the model out-0.3/
+  out-0.3/metrics.json  the same, in the model's folder
+  out-0.3/              the first of these two that exists
 
 \b
 Example:
-  imm-analyze pareto out-*.json --in gsm8k.accuracy --out -wikitext.perplexity -o report/
+  imm-analyze pareto out-*.json --in gsm8k.accuracy \\
+    --out -wikitext.perplexity -o report/
 """
 
 
 @click.command(
     "pareto",
+    cls=Command,
     short_help="Which alpha: in- against out-of-domain, with the front.",
     context_settings=CONTEXT,
     epilog=pareto_epilog,
 )
-@click.argument("places", nargs=-1, required=True, metavar="RESULT...")
-@click.option("--in", "inside", required=True, metavar="METRIC", help="In domain; write -METRIC if lower is better.")
-@click.option("--out", "outside", required=True, metavar="METRIC", help="Out of domain; likewise.")
-@click.option("-o", "--report", metavar="DIR", help="Write pareto.json and pictures to this folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the front only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@click.argument("places", nargs=-1, required=True, metavar="RESULT...", shell_complete=files)
+@option(
+    "Metrics",
+    "--in",
+    "inside",
+    required=True,
+    metavar="METRIC",
+    help="In domain; write -METRIC if lower is better.",
+)
+@option("Metrics", "--out", "outside", required=True, metavar="METRIC", help="Out of domain; likewise.")
+@option(
+    "Output",
+    "-o",
+    "--report",
+    metavar="DIR",
+    shell_complete=folders,
+    help="Write pareto.json and pictures to this folder.",
+)
+@printing_options(quiet="Print the front only.", as_json="Print the results as JSON.")
 def pareto_command(
     places: tuple[str, ...], inside: str, outside: str, report: str | None, as_json: bool, quiet: bool
 ) -> None:

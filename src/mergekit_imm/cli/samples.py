@@ -10,47 +10,67 @@ import click
 
 from ..common.messages import shown
 from ..errors import ArgumentError
-from .console import CONTEXT, pictures_or_note, say
+from .completion import files, folders
+from .console import pictures_or_note, say
+from .help import CONTEXT, Command, option, printing_options
 
 if TYPE_CHECKING:
     from ..evaluation.comparison import Encoder
 
 samples_epilog = """\b
-A line of FILE; problem, response, and correct or answer are required:
-  {"problem": "gsm8k-17", "response": "...", "correct": true, "confidence": 0.8,
-   "model": "round 1", "greedy": false, "level": 3, "ood": false}
+A line of FILE; problem, response, and correct or answer
+are required:
+  {"problem": "gsm8k-17", "response": "...",
+   "correct": true, "confidence": 0.8, "model": "round 0",
+   "greedy": false, "level": 3, "ood": false}
 
 \b
 Example:
-  imm-analyze samples base.jsonl round-1.jsonl -o report/
+  imm-analyze samples base.jsonl sft.jsonl -o report/
 """
 
 
 @click.command(
     "samples",
+    cls=Command,
     short_help="Whether a gain is real: pass@k, diversity and a verdict.",
     context_settings=CONTEXT,
     epilog=samples_epilog,
 )
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--reference", metavar="NAME", help="Model to compare the others with.  [default: the first]")
-@click.option(
-    "--encoder",
-    metavar="MODULE:FUNCTION",
-    help="Function from a list of texts to an array of vectors, for cosine diversity.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws for diversity.")
-@click.option(
+@click.argument("samples", nargs=-1, required=True, metavar="FILE...", shell_complete=files)
+@option("Comparison", "--reference", metavar="NAME", help="Model to compare the others with.  [default: the first]")
+@option(
+    "Comparison",
     "--cut/--no-cut",
     default=True,
     help="End a response that is judged by its answer where it goes on to another question.  [default: --cut]",
 )
-@click.option("-o", "--out", metavar="DIR", help="Write samples.json and pictures to this folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the verdicts only.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@option(
+    "Comparison",
+    "--encoder",
+    metavar="MODULE:FUNCTION",
+    help="Function from a list of texts to an array of vectors, for cosine diversity.",
+)
+@option(
+    "Comparison",
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Of the draws for diversity.",
+)
+@option(
+    "Output",
+    "-o",
+    "--out",
+    metavar="DIR",
+    shell_complete=folders,
+    help="Write samples.json and pictures to this folder.",
+)
+@printing_options(quiet="Print the verdicts only.", as_json="Print the report as JSON.")
 def samples_command(
-    files: tuple[str, ...],
+    samples: tuple[str, ...],
     reference: str | None,
     encoder: str | None,
     seed: int,
@@ -74,7 +94,7 @@ def samples_command(
         raise click.UsageError(f"--encoder '{shown(encoder)}' is not MODULE:FUNCTION; write my_encoder:encode")
     folder = check_folder(out, FILES, FORMAT) if out else None  # fail before an hour of encoding
     encode = _load(encoder) if encoder else None
-    report = compare(read_samples(files, cut=cut), reference=reference, encoder=encode, seed=seed)
+    report = compare(read_samples(samples, cut=cut), reference=reference, encoder=encode, seed=seed)
     plain = report.to_dict()
     if as_json:
         say(json.dumps(plain, indent=2))

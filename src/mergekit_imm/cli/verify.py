@@ -9,15 +9,21 @@ from typing import Any
 import click
 
 from ..common.messages import bytes_text, shown
-from ..common.version import __version__
 from ..errors import MergeError
-from .console import CONTEXT, progress_bar, say, tell, values_checked
+from .completion import files
+from .console import say, tell, values_checked
+from .help import CONTEXT, Command, option, printing_options, version_option
+from .options import options_of
+from .progress import progress_bar
 
 verify_epilog = """\b
 Examples:
-  imm-verify merged/                                         our own merge, byte for byte
-  imm-verify merged/ --base base/ --sft adapter/             was this adapter merged, by whatever tool?
-  imm-verify merged/ --base base/ --sft sft/ --alpha 0.5     are these the weights that were merged?
+  # our own merge, byte for byte
+  imm-verify merged/
+  # was this adapter merged, by whatever tool?
+  imm-verify merged/ --base base/ --sft adapter/
+  # are these the weights that were merged?
+  imm-verify merged/ --base base/ --sft sft/ --alpha 0.5
 """
 AUDIT = ("method", "alpha", "weights", "rename", "leave_out", "dequantize")
 
@@ -36,47 +42,64 @@ class Weights(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.
         return base, sft
 
 
-@click.command("imm-verify", context_settings=CONTEXT, epilog=verify_epilog)
-@click.argument("out", metavar="OUT")
-@click.option("--base", metavar="DIR", help="BASE; of our own merge, where it is now, if it moved.")
-@click.option("--start", metavar="DIR", help="Where START is now, if it moved.")
-@click.option("--sft", metavar="DIR", help="SFT or its adapter; of our own merge, where it is now, if it moved.")
-@click.option(
+@click.command(
+    "imm-verify",
+    cls=Command,
+    short_help="Recompute a merge, ours or another tool's, and compare.",
+    context_settings=CONTEXT,
+    epilog=verify_epilog,
+)
+@click.argument("out", metavar="OUT", shell_complete=files)
+@option(
+    "Inputs",
+    "--base",
+    metavar="DIR",
+    shell_complete=files,
+    help="BASE; of our own merge, where it is now, if it moved.",
+)
+@option("Inputs", "--start", metavar="DIR", shell_complete=files, help="Where START is now, if it moved.")
+@option(
+    "Inputs",
+    "--sft",
+    metavar="DIR",
+    shell_complete=files,
+    help="SFT or its adapter; of our own merge, where it is now, if it moved.",
+)
+@option(
+    "Audit",
     "--method",
     type=click.Choice(["lora", "imm", "linear"]),
-    help="Audit: what OUT should be: BASE + B A (or SFT); alpha BASE + (1 - alpha) SFT; a weighted sum."
-    "  [default: lora for an adapter, else imm]",
+    help="What OUT should be: BASE + B A (or SFT); alpha BASE + (1 - alpha) SFT; a weighted sum."
+    "  [default: lora for an adapter, linear with --weights, else imm]",
 )
-@click.option(
+@option(
+    "Audit",
     "--alpha",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Audit: weight of BASE, for imm.  [default: the one that fits best]",
+    metavar="A",
+    help="Weight of BASE, for imm.  [default: the one that fits best]",
 )
-@click.option("--weights", type=Weights(), metavar="W,W", help="Audit: weights of BASE and SFT, for linear.")
-@click.option(
-    "--rename", metavar="REGEX=REPL", multiple=True, help="Audit: rename tensors of SFT to BASE's names; repeatable."
+@option("Audit", "--weights", type=Weights(), metavar="W,W", help="Weights of BASE and SFT, for linear.")
+@options_of(
+    "rename",
+    "leave_out",
+    "dequantize",
+    rename={"heading": "Audit", "help": "Rename tensors of SFT to BASE's names; repeatable."},
+    leave_out={"heading": "Audit", "help": "Ignore a file or folder, by its path in the model; repeatable."},
+    dequantize={"heading": "Audit", "help": "Multiply FP8 weights of BASE and SFT by their scales."},
 )
-@click.option("--leave-out", metavar="FILE", multiple=True, help="Audit: ignore a file or folder; repeatable.")
-@click.option("--dequantize", is_flag=True, help="Audit: multiply FP8 weights of BASE and SFT by their scales.")
-@click.option(
+@option(
+    "Running",
     "--sample",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
+    metavar="F",
     help="Fraction of the tensors' bytes to recompute.",
 )
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    metavar="cpu|cuda",
-    help="Device to compute on; the result is the same.",
-)
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Number of threads.  [default: min(4, 2 x CPUs)]")
-@click.option("-q", "--quiet", is_flag=True, help="Hide the progress bar and the result.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-@click.version_option(__version__, prog_name="imm-verify")
+@options_of("device", "workers")
+@printing_options(quiet="Hide the progress and the result.", as_json="Print the report as JSON.")
+@version_option("imm-verify")
 def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> int:
     """Recompute a merge and compare: our own by the recipe in OUT, others' by what they claim.
 
@@ -137,7 +160,7 @@ def _audit(out: str, options: dict[str, Any], audited: dict[str, Any], *, quiet:
 def _verify(out: str, options: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     from ..engine.verify import verify
 
-    with progress_bar("verifying", shown=not quiet) as progress:
+    with progress_bar("verifying", shown=not quiet, rate=lambda x: f"{x / 1e9:.2f} GB/s compared") as progress:
         report = verify(out, progress=progress, **options)
     if as_json:
         say(json.dumps(report.to_dict(), indent=2))

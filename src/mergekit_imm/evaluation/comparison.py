@@ -153,7 +153,7 @@ def compare(
 
     >>> from mergekit_imm.evaluation.samples import Response
     >>> before = Model("base", {str(i): Problem(str(i), None, False, (), Response("2", i < 3)) for i in range(9)})
-    >>> after = Model("round 1", {str(i): Problem(str(i), None, False, (), Response("2", i < 8)) for i in range(9)})
+    >>> after = Model("round 0", {str(i): Problem(str(i), None, False, (), Response("2", i < 8)) for i in range(9)})
     >>> report = compare([before, after])
     >>> report.comparisons[0].measures[0].difference.value, report.comparisons[0].gained.problems
     (0.5555555555555556, 5)

@@ -68,7 +68,7 @@ class _Line:
 def read_samples(paths: Sequence[str | Path], *, cut: bool = True) -> tuple[Model, ...]:
     """Read samples of models from files of JSON lines, one sample per line.
 
-        {"problem": "gsm8k-17", "response": "...", "correct": true, "confidence": 0.8, "model": "round 1",
+        {"problem": "gsm8k-17", "response": "...", "correct": true, "confidence": 0.8, "model": "round 0",
          "greedy": false, "level": 3, "ood": false}
 
     Required are `problem`, `response`, and either `correct` or `answer`, the right answer to judge the response by with

@@ -13,7 +13,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import blake2b
 from importlib import import_module
@@ -31,6 +31,7 @@ _DIGEST = 32  # bytes
 _MASK = (1 << 64) - 1
 _lock = threading.Lock()
 _said: set[str] = set()
+_hushed = False
 
 
 class Loop:
@@ -89,9 +90,20 @@ def with_digest(code: bytes) -> bytes:
     return blake2b(code, digest_size=_DIGEST).digest() + code
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Say nothing in this block, in no thread."""
+    global _hushed
+    before, _hushed = _hushed, True
+    try:
+        yield
+    finally:
+        _hushed = before
+
+
 def say(line: str) -> None:
     """Say a line on stderr, once in a process."""
-    if line not in _said:
+    if line not in _said and not _hushed:
         _said.add(line)
         with suppress(OSError):
             print(line, file=sys.stderr, flush=True)

@@ -35,14 +35,14 @@ LEAST_BARE_SIZE = 1_000_000  # bytes; a smaller number without a unit probably m
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
-def _option(default: Any, text: str, check: Callable[[Any], Any] | None = None, **how: Any) -> Any:
-    """Declare an option: default, help text, and a check of other values, which returns the value to store.
+def _option(heading: str, default: Any, text: str, check: Callable[[Any], Any] | None = None, **how: Any) -> Any:
+    """Declare an option: its heading in the help, default, help text, and a check, which returns the value to store.
 
-    how: `metavar`, `choices` and `range` (inclusive; `below` excludes the upper end) for the command line; without a
-    check, the value must be one of the `choices`. `late` marks options that the first recipes lack; recipes store them
-    only when used.
+    how: `metavar`, `choices`, `range` (inclusive; `below` excludes the upper end) and `completes` ("files", or words
+    that a shell proposes) for the command line; without a check, the value must be one of the `choices`. `late` marks
+    options that the first recipes lack; recipes store them only when used.
     """
-    return field(default=default, metadata={"help": text, "check": check, **how})
+    return field(default=default, metadata={"heading": heading, "help": text, "check": check, **how})
 
 
 def _patterns(name: str, values: Any) -> tuple[str, ...]:
@@ -157,6 +157,7 @@ class MergeOptions(_Options):
     """Every option that changes the bytes of a merge. Raises ArgumentError for an invalid value."""
 
     alpha: float = _option(
+        "Merge",
         0.5,
         "Weight of BASE, 0 to 1. Comma-separated values (also of --drop, --seed) run a sweep: put {alpha} in OUT.",
         check_alpha,
@@ -164,6 +165,7 @@ class MergeOptions(_Options):
         range=(0, 1),
     )
     drop: float = _option(
+        "Merge",
         0.2,
         "Fraction of the delta's elements to drop, 0 <= P < 1; see --sparsify.",
         check_drop,
@@ -171,8 +173,9 @@ class MergeOptions(_Options):
         range=(0, 1),
         below=True,
     )
-    seed: int = _option(0, "Seed of the drop mask, together with --iteration.", as_number, metavar="N")
+    seed: int = _option("Merge", 0, "Seed of the drop mask, together with --iteration.", as_number, metavar="N")
     iteration: int | None = _option(
+        "Merge",
         None,
         "Round, counted from 0.  [default: START's plus 1; 0 without --start]",
         as_number,
@@ -180,9 +183,15 @@ class MergeOptions(_Options):
         range=(0, None),
     )
     importance: Mapping[str, float] | str | Path | None = _option(
-        None, "JSON file of layer importances, which scale each layer's delta (IIMM).", _importance, metavar="FILE"
+        "Merge",
+        None,
+        "JSON file of layer importances, which scale each layer's delta (IIMM).",
+        _importance,
+        metavar="FILE",
+        completes="files",
     )
     shrink: float = _option(
+        "Merge",
         1.0,
         "Strength of the --importance factors: 1 as computed, 0 all equal to 1.",
         as_number,
@@ -191,52 +200,68 @@ class MergeOptions(_Options):
         late=True,
     )
     clip: tuple[float, float] | None = _option(
-        None, "Clamp the --importance factors to this range.", _clip, metavar="LOW HIGH", late=True
+        "Merge", None, "Clamp the --importance factors to this range.", _clip, metavar="LOW HIGH", late=True
     )
     layer_factors: Mapping[str, float] | str | Path | None = _option(
+        "Merge",
         None,
         "Scale each layer's delta: lines:FIRST,LAST, groups:EARLY,MIDDLE,LATE or a JSON file.",
         _layer_factors,
         metavar="WHAT",
+        completes="files",
         late=True,
     )
     sparsify: str = _option(
+        "Merge",
         "dare",
         "Which elements --drop removes: dare, random ones; trim, the smallest; della[:EPS], small ones more often.",
         metavar="HOW",
+        completes=("dare", "trim", "della"),
         late=True,
     )
-    reference: str = _option("start", "Model subtracted from SFT to get the delta.", choices=("start", "base"))
+    reference: str = _option("Merge", "start", "Model subtracted from SFT to get the delta.", choices=("start", "base"))
     dtype: str = _option(
+        "Output",
         "base",
         "Dtype of float tensors; base, start: that of the same tensor in BASE or START.",
         _dtype,
         choices=("base", "start", *OUTPUT_DTYPES),
     )
     max_shard_size: int | None = _option(
-        None, "Maximum size of an output file, e.g. 5GB.  [default: the files of BASE]", _size, metavar="SIZE"
+        "Output", None, "Maximum size of an output file, e.g. 5GB.  [default: the files of BASE]", _size, metavar="SIZE"
     )
     keep: tuple[str, ...] = _option(
-        (), "Copy matching tensors from BASE; repeatable.", partial(_regexes, "keep"), metavar="REGEX"
+        "Merge", (), "Copy matching tensors from BASE; repeatable.", partial(_regexes, "keep"), metavar="REGEX"
     )
     take: tuple[str, ...] = _option(
-        (), "Copy matching tensors from SFT; repeatable.", partial(_regexes, "take"), metavar="REGEX"
+        "Merge", (), "Copy matching tensors from SFT; repeatable.", partial(_regexes, "take"), metavar="REGEX"
     )
     no_drop: tuple[str, ...] = _option(
-        (), "Merge matching tensors without dropping; repeatable.", partial(_regexes, "no_drop"), metavar="REGEX"
+        "Merge",
+        (),
+        "Merge matching tensors without dropping; repeatable.",
+        partial(_regexes, "no_drop"),
+        metavar="REGEX",
     )
     rename: tuple[str, ...] = _option(
-        (), "Rename tensors of SFT and START to BASE's names; repeatable.", _renames, metavar="REGEX=REPL", late=True
+        "Inputs",
+        (),
+        "Rename tensors of SFT and START to BASE's names; repeatable.",
+        _renames,
+        metavar="REGEX=REPL",
+        late=True,
     )
     vocab: str = _option(
+        "Inputs",
         "strict",
         "Model that sets the vocabulary; strict refuses different sizes.",
         choices=("strict", "base", "sft"),
     )
-    dequantize: bool = _option(False, "Multiply FP8 weights by their scales; write bfloat16.", late=True)
-    allow_nonfinite: bool = _option(False, "Accept NaN and infinity in the inputs.")
-    copy_code: bool = _option(False, "Also copy the model's *.py files.")
+    dequantize: bool = _option("Inputs", False, "Multiply FP8 weights by their scales; write bfloat16.", late=True)
+    allow_nonfinite: bool = _option("Inputs", False, "Accept NaN and infinity in the inputs.")
+    copy_code: bool = _option("Output", False, "Also copy the model's *.py files.")
     leave_out: tuple[str, ...] = _option(
+        "Inputs",
         (),
         "Ignore a file or folder that is not part of the model, by its path there; repeatable.",
         _files,
@@ -245,7 +270,7 @@ class MergeOptions(_Options):
     )
 
     as_adapter: bool = _option(
-        False, "Write an adapter again, not a whole model: SFT is one, --drop is 0, no --start.", late=True
+        "Output", False, "Write an adapter again, not a whole model: SFT is one, --drop is 0, no --start.", late=True
     )
 
     def __post_init__(self) -> None:
@@ -294,20 +319,28 @@ def _check_as_adapter(options: MergeOptions) -> None:
 class RunOptions(_Options):
     """Options that do not change the output bytes."""
 
-    device: str = _option("cpu", "Device to compute on; the result is the same.", check_device, metavar="cpu|cuda")
+    device: str = _option(
+        "Running",
+        "cpu",
+        "Device to compute on; the result is the same.",
+        check_device,
+        metavar="cpu|cuda",
+        completes=("cpu", "cuda"),
+    )
     workers: int | None = _option(
+        "Running",
         None,
         "Number of threads.  [default: min(4, 2 x CPUs)]",
         _workers,
         metavar="N",
         range=(1, None),
     )
-    dry_run: bool = _option(False, "Run all checks and print the plan; write nothing.")
-    overwrite: bool = _option(False, "Replace OUT if it holds something else.")
-    restart: bool = _option(False, "Discard an unfinished merge and start over.")
-    verify: bool = _option(False, "Recompute the merge and compare every byte before OUT appears.")
-    digests: bool = _option(False, "Hash every file of OUT; write an in-toto statement, imm_statement.json.")
-    progress: Progress | None = _option(None, "")
+    dry_run: bool = _option("Running", False, "Run all checks and print the plan; write nothing.")
+    overwrite: bool = _option("Output", False, "Replace OUT if it holds something else.")
+    restart: bool = _option("Output", False, "Discard an unfinished merge and start over.")
+    verify: bool = _option("Output", False, "Recompute the merge and compare every byte before OUT appears.")
+    digests: bool = _option("Output", False, "Hash every file of OUT; write an in-toto statement, imm_statement.json.")
+    progress: Progress | None = _option("", None, "")
 
 
 MERGE_DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(MergeOptions)}
