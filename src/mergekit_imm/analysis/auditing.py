@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ import numpy as np
 from ..checkpoint.lazy_tensor import Tensor, fill_as
 from ..checkpoint.reader import Files, check_inputs
 from ..common.checks import is_number
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..common.threads import default_workers, in_threads
 from ..errors import ArgumentError
@@ -33,8 +34,8 @@ TRIED = 1 << 15  # elements at the begin, in the middle and at the end of a tens
 METHODS = ("lora", "imm", "linear")
 
 
-@dataclass(frozen=True)
-class AuditReport:
+@dataclass(frozen=True, repr=False)
+class AuditReport(Displayed):
     """What `audit` found; `imm-verify --json` prints it."""
 
     merged: str
@@ -70,6 +71,13 @@ class AuditReport:
             "tensors": {each.name: each.to_dict() for each in self.tensors},
             "notes": list(self.notes),
         }
+
+    def _summary(self) -> Summary:
+        counts = Counter(each.state for each in self.tensors)
+        rows = [[state, str(count)] for state, count in counts.most_common()]
+        findings = [each.line for each in self.verdict.findings if each.line != self.verdict.line]
+        line = f"{shown(self.merged)}: {self.verdict.line}"
+        return Summary(line, [*findings, *self.notes], ("what it is", "tensors"), rows)
 
 
 def audit(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..common.checks import check_state
+from ..common.display import Displayed, Summary, bars
 from ..common.messages import shown
 from ..errors import CheckpointError, MismatchError, NonFiniteError
 from ..model.tensor_names import is_embedding_or_head, layer_key, layer_order, only_in, ready_option, weight_kind
@@ -40,8 +41,8 @@ class KindChange(NamedTuple):
     share: float | None
 
 
-@dataclass(frozen=True)
-class WeightChange:
+@dataclass(frozen=True, repr=False)
+class WeightChange(Displayed):
     """The change of each layer, and of tensors outside Eq. 4.
 
     `layers`: Eq. 4 per layer key. `weights`: the same sum of ||W||_F. `kinds`, `kind_weights`: both split by module
@@ -89,6 +90,19 @@ class WeightChange:
             "modules": modules,
             "notes": list(self.notes),
         }
+
+    def _summary(self) -> Summary:
+        total, weight = (math.fsum(of.values()) for of in (self.layers, self.weights))
+        relative = f", {100 * total / weight:.3g} % of the weights' norms" if weight else ""
+        rows = [
+            [shown(kind, 40), f"{each.change:.4g}", *("-" if x is None else f"{100 * x:.3g} %" for x in each[1:])]
+            for kind, each in self.modules.items()
+        ]
+        line = f"{total:.4g} in all, over {len(self.layers)} layers{relative}"
+        return Summary(line, self.notes, ("module", "change", "relative", "share"), rows)
+
+    def _picture(self) -> str:
+        return bars(self.layers, "change by layer") if self.layers else ""
 
 
 def module_kind(name: str) -> str:

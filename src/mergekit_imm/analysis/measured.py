@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.open_checkpoint import open_checkpoint
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..errors import ArgumentError, MismatchError, OutputError
 from ..model.config import quantisation
@@ -26,13 +27,20 @@ from .calibration import Lines, batches, read_lines, tokenised
 from .loading import check_complete, check_device_exists, check_fit, load_model, load_tokenizer, loading, running
 
 
-@dataclass(frozen=True)
-class Measured:
+@dataclass(frozen=True, repr=False)
+class Measured(Displayed):
     """A measured importance, the content of its file, and notes."""
 
     importance: Importance
     content: dict[str, Any]
     notes: tuple[str, ...]
+
+    def _summary(self) -> Summary:
+        found = self.importance._summary()
+        return Summary(found.line, [*found.more, *self.notes], found.head, found.rows)
+
+    def _picture(self) -> str:
+        return self.importance._picture()
 
 
 def measure_importance(

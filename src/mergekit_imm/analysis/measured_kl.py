@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.open_checkpoint import open_checkpoint
+from ..common.display import Displayed, Summary
 from ..common.json_files import parse_json, read_small, without_duplicates
 from ..common.messages import shown
 from ..errors import ExtraError, MismatchError, OutputError
+from ..evaluation.bootstrap import text_of
 from ..options.recipe import to_json
 from ..output.direct_io import replace_file
 from ..output.paths import expanded
@@ -30,13 +32,18 @@ if TYPE_CHECKING:
 FORMAT = "mergekit_imm kl 1"
 
 
-@dataclass(frozen=True)
-class MeasuredKL:
+@dataclass(frozen=True, repr=False)
+class MeasuredKL(Displayed):
     """Models as typed, each with its divergence from the base; the content of the JSON; notes."""
 
     models: dict[str, Divergence]
     content: dict[str, Any]
     notes: tuple[str, ...]
+
+    def _summary(self) -> Summary:
+        rows = [[shown(name, 40), text_of(each.kl, "")] for name, each in self.models.items()]
+        line = "; ".join(f"{shown(name, 40)} {each.kl.value:.3g}" for name, each in self.models.items())
+        return Summary(f"nats per token from the base: {line}", self.notes, ("model", "KL(base || model)"), rows)
 
 
 def measure_kl(

@@ -18,7 +18,8 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.open_checkpoint import open_checkpoint
 from ..checkpoint.safetensors_file import TensorInfo, fingerprint, read_into
 from ..common.checks import as_path, is_number
-from ..common.messages import shown
+from ..common.display import Displayed, Summary
+from ..common.messages import first_few, shown
 from ..common.threads import default_workers
 from ..errors import ArgumentError, CheckpointError, VerifyError
 from ..numerics.devices import Device, pick_device
@@ -46,8 +47,8 @@ from .workers import run_segments
 MERGE_AGAIN = "remove the folder and merge again"  # a finished merge is not written again
 
 
-@dataclass(frozen=True)
-class VerifyReport:
+@dataclass(frozen=True, repr=False)
+class VerifyReport(Displayed):
     """What `verify` compared, all of it equal; `imm-verify --json` prints it."""
 
     out: str
@@ -60,6 +61,12 @@ class VerifyReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
         return asdict(self)
+
+    def _summary(self) -> Summary:
+        pieces = f"{self.segments} of {self.of_segments} pieces"
+        line = f"{shown(self.out)} is this merge: {pieces} and {len(self.files_compared)} files compared, all equal"
+        others = [f"not of the merge: {first_few([*map(shown, self.not_of_the_merge)], ', ')}"]
+        return Summary(line, others if self.not_of_the_merge else ())
 
 
 def verify(

@@ -24,6 +24,7 @@ from ..checkpoint.lazy_tensor import Tensor as LazyTensor
 from ..checkpoint.lazy_tensor import is_stored
 from ..checkpoint.open_checkpoint import is_hub_id
 from ..checkpoint.safetensors_file import fingerprint
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..common.notes import note
 from ..common.threads import default_workers
@@ -50,13 +51,17 @@ from .local_shards import Live, Part, is_distributed, live_tensors
 COMPARED = 1 << 18  # elements per comparison
 
 
-@dataclass(frozen=True)
-class LiveReport:
+@dataclass(frozen=True, repr=False)
+class LiveReport(Displayed):
     """What `merge_into` did: counts of the base's tensors by action, the round, and notes."""
 
     tensors: dict[str, int]  # merged, kept, taken, copied
     iteration: int
     notes: list[str]
+
+    def _summary(self) -> Summary:
+        counts = ", ".join(f"{count} {action}" for action, count in self.tensors.items() if count)
+        return Summary(f"iteration {self.iteration}; {counts}", self.notes)
 
 
 def merge_into(
