@@ -17,10 +17,11 @@ from ..checkpoint.reader import Files, check_inputs
 from ..common.checks import is_number
 from ..common.display import Displayed, Summary
 from ..common.messages import shown
+from ..common.progress import Progress, Watched, check_progress, watched
 from ..common.threads import default_workers, in_threads
 from ..errors import ArgumentError
 from ..numerics.dtypes import DTYPE_BITS, MERGED
-from ..options.options import Progress, RunOptions
+from ..options.options import RunOptions
 from ..transforms.lora_config import read_settings
 from .audit_beside import beside_of, notes_of
 from .audit_inputs import Audited, Claimed, open_audit
@@ -92,7 +93,7 @@ def audit(
     leave_out: Sequence[str] = (),
     dequantize: bool = False,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Watched = None,
 ) -> AuditReport:
     """Compare a merged model with what it is claimed to be made of, whatever tool made it; nothing is written.
 
@@ -123,11 +124,12 @@ def audit(
     merged as claimed: 1 tensor is 0.3 BASE + 0.7 SFT, within rounding of BF16
     """
     check_method(method, alpha, weights)
-    threads = RunOptions(workers=workers).workers or default_workers()
+    threads = RunOptions(workers=workers, progress=check_progress(progress)).workers or default_workers()
     found = open_audit(merged, base, sft, rename=rename, leave_out=leave_out, dequantize=dequantize)
     with Files(found.models) as files:
         claim = _claim_of(found, method, alpha, weights, files)
-        tensors = _measured(found, claim, files, threads, progress)
+        with watched(progress, "auditing", rate=lambda x: f"{x / 1e6:.0f} M elements/s") as update:
+            tensors = _measured(found, claim, files, threads, update)
         tensors = _narrower(found, claim, tensors, files, threads)
         tensors = _reordered(found, claim, tensors, files)
     check_inputs(found.models)

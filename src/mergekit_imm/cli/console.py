@@ -7,14 +7,14 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import click
 
 from ..common.messages import speaking_of_options
+from ..common.progress import Progress, terminal_bar, written
 from ..errors import ArgumentError, MergeError, OutputError
 
 T = TypeVar("T")
@@ -182,41 +182,14 @@ def _fail(message: str, status: int, before: str = "") -> NoReturn:
     sys.exit(status)
 
 
-def _written(per_second: float) -> str:
-    return f"{per_second / 1e9:.2f} GB/s written"
-
-
 @contextmanager
 def progress_bar(
-    label: str, *, shown: bool, rate: Callable[[float], str] = _written
-) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function that draws a bar with the time left and `rate` of the steps in a second; None off a terminal."""
+    label: str, *, shown: bool, rate: Callable[[float], str] = written
+) -> Iterator[Progress | Literal[False]]:
+    """Yield a function that draws a bar with the time left and `rate` of the steps a second; off a terminal False."""
     if not shown or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads
-        yield None
+        yield False
         return
-    bar: Any = None
-    first, began = 0, 0.0
-
-    def update(done: int, total: int) -> None:
-        nonlocal bar, first, began
-        if bar is None:
-            first, began = done, time.perf_counter()
-            bar = click.progressbar(
-                length=total,
-                label=label,
-                file=sys.stderr,
-                show_eta=True,
-                width=30,
-                item_show_func=lambda item: item,
-                update_min_steps=max(1, total // 500),
-            )
-            bar.__enter__()
-        elapsed = time.perf_counter() - began
-        bar.update(max(0, done - bar.pos), rate((done - first) / max(elapsed, 1e-9)))
-
-    try:
+    with terminal_bar(label, rate) as update:
         yield update
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)

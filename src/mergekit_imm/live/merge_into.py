@@ -27,11 +27,12 @@ from ..checkpoint.safetensors_file import fingerprint
 from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..common.notes import note
+from ..common.progress import Watched, check_progress, watched
 from ..common.threads import default_workers
 from ..errors import MismatchError, PartialMergeError
 from ..model.tensor_names import is_embedding_or_head, ready_option, tied_key, unwrapped
 from ..numerics.dtypes import MERGED
-from ..options.options import MergeOptions, Progress, RunOptions, options_from, with_files_read
+from ..options.options import MergeOptions, RunOptions, options_from, with_files_read
 from ..plan.accounts import check_tensors
 from ..plan.decide import Decided, decide
 from ..plan.make_plan import comparer
@@ -87,7 +88,7 @@ def merge_into(
     workers: int | None = None,
     allow_nonfinite: bool = False,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: Watched = None,
 ) -> LiveReport:
     """Merge a model in memory back towards its base, in place: the model is the sft and becomes the merged one.
 
@@ -101,7 +102,7 @@ def merge_into(
         alpha, drop, seed, iteration, importance, shrink, clip, layer_factors, reference, keep, take, no_drop, rename,
             leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`; `take` leaves a tensor as is.
         dry_run: check names, shapes and headers; write nothing.
-        progress: called with (bytes done, total bytes) from time to time, in this thread; inputs are read twice.
+        progress: as in `merge_checkpoints`, on the first rank; inputs are read twice.
 
     The bits are those that `merge_checkpoints` writes from the saved model, in the dtype of each parameter. A first
     pass computes everything and checks names, shapes and values before any element is written; a failure after that
@@ -121,7 +122,10 @@ def merge_into(
     >>> model.w.data
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
-    return merged_into(locals(), lambda: (live_tensors(model), None))
+    given = locals()
+    first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+    with watched(progress, "merging", rate=lambda x: f"{x / 1e9:.2f} GB/s", here=first) as update:
+        return merged_into({**given, "progress": update}, lambda: (live_tensors(model), None))
 
 
 def check_untrained(model: nn.Module, base: str | Path, **options: Any) -> None:
@@ -146,7 +150,8 @@ def merged_into(
     The adapter, trained on the model, is then the sft, and the model's tensors must be the start's, or the adapter's.
     An `untrained` model's must be the start's too.
     """
-    model, dry_run, iteration, progress = (given[name] for name in ("model", "dry_run", "iteration", "progress"))
+    model, dry_run, iteration = (given[name] for name in ("model", "dry_run", "iteration"))
+    progress = check_progress(given["progress"])
     ranks = Ranks.of_group() if is_distributed(model) and dist.is_initialized() else ALONE
 
     def checked() -> tuple[dict[str, str | Path], MergeOptions, int, dict[str, Live], Checkpoint | None]:
