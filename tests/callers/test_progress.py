@@ -165,19 +165,24 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return shown
 
 
+def interrupted() -> None:
+    with watched(None, "x") as update:
+        assert update is not None
+        update(1, 10)
+        raise KeyboardInterrupt
+
+
 def test_a_notebook_shows_a_bar_and_takes_it_away(notebook: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE", 0.0)
-    with watched(None, "<b>", rate=lambda x: "fast") as update:
+    with watched(None, "<b>", rate=str) as update:
         assert update is not None
         update(0, 10)
         update(5, 10)
     assert ['value="0"' in notebook[0], 'value="5" max="10"' in notebook[1], "50 %" in notebook[1]] == [True] * 3
     assert "&lt;b&gt;" in notebook[0]
     assert notebook[2:] == [""]
-    with pytest.raises(KeyboardInterrupt), watched(None, "x") as update:
-        assert update is not None
-        update(1, 10)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert notebook[-1] == ""
 
 

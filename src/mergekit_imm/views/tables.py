@@ -6,6 +6,15 @@ import io
 from collections.abc import Collection, Sequence
 from typing import Any
 
+_INK = "#808080"  # can be read on light and on dark pages
+# Settings of matplotlib for figures without a ground of their own.
+ON_ANY_PAGE = {
+    "font.size": 9,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), "none"),
+    "legend.framealpha": 0,
+}
+
 
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] | None = None) -> list[str]:
     """Return the lines of a table, these columns aligned to the right; by default all but the first.
