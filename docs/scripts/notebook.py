@@ -2,9 +2,9 @@
 
     python docs/scripts/notebook.py [--check]
 
-Cells run in this process, in a temporary folder; what a notebook would show of the last expression is its output: HTML if
-the value has it, else its repr. With --check nothing is written: it fails if a cell fails, if an output differs in more
-than its numbers, or if the page is not that of the notebook. Half a minute on two cores.
+Cells run in this process, in a temporary folder; what a notebook would show of the last expression is its output: HTML
+if the value has it, else its repr. With --check nothing is written: it fails if a cell fails, if an output differs in
+more than its numbers, or if the page is not that of the notebook. Half a minute on two cores.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import click
 
 from ..common.messages import speaking_of_options
 from ..common.progress import Progress, terminal_bar, written
-from ..errors import ArgumentError, MergeError, OutputError
+from ..errors import ArgumentError, ExtraError, MergeError, OutputError
 
 T = TypeVar("T")
 
@@ -90,9 +90,7 @@ def pictures_or_note(draw: Callable[[], T], *, quiet: bool) -> T | None:
     """Return the pictures; without matplotlib print a note and return None, so that the command continues."""
     try:
         return draw()
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
+    except ExtraError:
         if not quiet:
             tell("note: no pictures, as matplotlib is not installed; pip install 'mergekit-imm[plots]'")
         return None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.verdict import LEAST, ModelChange
 from ..common.messages import shown
-from .tables import ON_ANY_PAGE, saved
+from .tables import drawing, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,11 +21,9 @@ PANEL = 4.6  # inches wide: its text can be read on a phone
 def change_picture(found: Sequence[ModelChange], importance: Mapping[str, float] | None) -> dict[str, bytes]:
     """Draw importance (figure 3), change, share (figures 4 and 12) and kinds of modules, layer by layer.
 
-    Returns file name -> content, PNG and SVG. Raises ImportError without matplotlib.
+    Returns file name -> content, PNG and SVG. Raises ExtraError without matplotlib.
     """
-    import matplotlib as mpl
-
-    with mpl.rc_context(ON_ANY_PAGE):
+    with drawing():
         return saved(_change_figure(found, importance), "change")
 
 
@@ -34,9 +32,7 @@ def mismatch_picture(found: Sequence[ModelChange], importance: Mapping[str, floa
 
     They must have enough layers, see `is_enough`. Returns and raises as `change_picture`.
     """
-    import matplotlib as mpl
-
-    with mpl.rc_context(ON_ANY_PAGE):
+    with drawing():
         return saved(_mismatch_figure(found, importance), "mismatch")
 
 
@@ -67,15 +63,14 @@ def panels(found: Sequence[ModelChange], importance: Mapping[str, float] | None)
 
 def panels_of(number: int, one: ModelChange, importance: Mapping[str, float] | None) -> list[bytes]:
     """Draw the panels of one checkpoint: kinds of modules, and change against importance of enough layers."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     keys, kinds = list(one.change.layers), _kinds([one])
     most = max((x for each in one.change.kinds.values() for x in each.values()), default=0.0)
     height = 0.9 + 0.19 * max(3, min(40, len(kinds)))
     found = [_panel(f"kinds {number}", lambda axes: _heat_map(axes, one, kinds, most), keys, 1, height)]
     if importance and is_enough(one):
-        with mpl.rc_context(ON_ANY_PAGE):
+        with drawing():
+            from matplotlib.figure import Figure
+
             figure = Figure(figsize=(PANEL, 3.2), layout="constrained")
             axes = figure.add_subplot()
             _scatter(axes, one, importance)
@@ -90,10 +85,9 @@ def is_enough(one: ModelChange) -> bool:
 
 
 def _panel(name: str, draw: Callable[[Any], Any], keys: Sequence[str], lines: int, height: float = 2.1) -> bytes:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    with drawing():
+        from matplotlib.figure import Figure
 
-    with mpl.rc_context(ON_ANY_PAGE):
         figure = Figure(figsize=(PANEL, height), layout="constrained")
         axes = figure.add_subplot()
         drawn = draw(axes)

@@ -26,7 +26,8 @@ th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align:
 th:first-child, td:first-child, td.text { text-align: left; overflow-wrap: anywhere }
 td.bar { background: linear-gradient(to right, var(--bar) var(--part), transparent var(--part)) }
 .answer { font-size: 1.1rem; background: var(--soft); border-left: 4px solid var(--bar); padding: .6rem 1rem }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: .5rem 1rem }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: .5rem 1rem;
+  margin: 1rem 0 }
 figure { margin: 0; min-width: 0 } figure svg { width: 100%; max-width: 34rem; height: auto; display: block }
 summary { cursor: pointer; font-weight: 600; padding: .35rem 0 } details { border-bottom: 1px solid var(--line) }
 dt { font-weight: 600; margin-top: .6rem } dd { margin-left: 1.2rem }
@@ -77,7 +78,7 @@ def html_page(
     parts += [_models(found)] if several else []
     parts += [_figures(shared)]
     for i, one in enumerate(found):
-        section = _section(one, importance, (own or {}).get(i, ()))
+        section = _section(one, importance, (own or {}).get(i, ()), with_verdict=several)
         title = f"<summary>{i + 1}: {_text(one.label)}</summary>"
         parts.append(f"<details>{title}{section}</details>" if several else section)
     rows = [[_cell(key), f'<td class="text">{_text(value)}</td>'] for key, value in provenance.items()]
@@ -131,12 +132,13 @@ def answer(found: Sequence[ModelChange]) -> str:
     if not any(map(is_enough, found)):
         return first.verdict
     if len(found) > 1:
-        said = ", ".join(f"{count} {_WORDS[word]}" for word, count in sorted(words.items()))
+        said = ", ".join(f"{words[word]} {_WORDS[word][words[word] > 1]}" for word in _WORDS if words[word])
         rhos = sorted(
             one.mismatch.rho.value for one in found if one.mismatch and not math.isnan(one.mismatch.rho.value)
         )
-        between = f" Over {first.rho.n} layers rho is {rhos[0]:+.2f} to {rhos[-1]:+.2f}." if rhos else ""
-        return f"Of {len(found)} models {said}: rho is the rank correlation of importance and change.{between}"
+        what = f"Rho, the rank correlation of importance and change over {first.rho.n} layers"
+        between = f" {what}, is {rhos[0]:+.2f} to {rhos[-1]:+.2f}." if rhos else ""
+        return f"Of {len(found)} models, {said}.{between}"
     name, third = max(first.thirds.items(), key=lambda item: item[1].importance)
     return (
         f"{first.verdict} The {name} third of the layers has {percent(third.importance)} of the importance and"
@@ -144,7 +146,11 @@ def answer(found: Sequence[ModelChange]) -> str:
     )
 
 
-_WORDS = {"superficial": "look superficial", "not superficial": "do not look superficial", "undecided": "are undecided"}
+_WORDS = {  # of one model, of several
+    "superficial": ("looks superficial", "look superficial"),
+    "not superficial": ("does not look superficial", "do not look superficial"),
+    "undecided": ("is undecided", "are undecided"),
+}
 
 
 def _word(one: ModelChange) -> str:
@@ -179,11 +185,14 @@ def _models(found: Sequence[ModelChange]) -> str:
     return _table(head, rows)
 
 
-def _section(one: ModelChange, importance: Mapping[str, float] | None, pictures: Sequence[bytes]) -> str:
+def _section(
+    one: ModelChange, importance: Mapping[str, float] | None, pictures: Sequence[bytes], *, with_verdict: bool
+) -> str:
     """Return pictures and tables of one checkpoint."""
     parts = [_figures(pictures)]
     if one.mismatch is not None:
-        parts += [f"<p>{_text(each)}</p>" for each in (one.mismatch.verdict, relative_line(one)) if each]
+        said = [one.mismatch.verdict if with_verdict else "", relative_line(one)]
+        parts += [f"<p>{_text(each)}</p>" for each in said if each]
         parts += ["<h3>Thirds of the layers</h3>", _thirds(one)]
     parts += ["<h3>Layers</h3>", _layers(one, importance), "<h3>Kinds of modules</h3>", _kinds(one)]
     return "\n".join(parts)
@@ -217,13 +226,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _layers(one: ModelChange, importance: Mapping[str, float] | None) -> str:
     change = one.change
     most = max(change.layers.values()) or 1.0
+    stacks = {key.rpartition(".")[0] for key in change.layers}
     rows = []
     for key, value in change.layers.items():
-        row = [_cell(key), *([_cell(number(importance[key]) if key in importance else "-")] if importance else [])]
+        row = [
+            _cell(key.rpartition(".")[2] if len(stacks) == 1 else key),
+            *([_cell(number(importance[key]) if key in importance else "-")] if importance else []),
+        ]
         row.append(f'<td class="bar" style="--part:{100 * value / most:.1f}%">{number(value)}</td>')
         row += [_cell(percent(change.relative[key])), _cell(percent(change.share[key]))]
         rows.append(row)
-    return _table(["layer", *(["importance"] if importance else []), *MEASURES], rows)
+    stack = f"layer of {shown(*stacks, 40)}" if len(stacks) == 1 and "" not in stacks else "layer"
+    return _table([stack, *(["importance"] if importance else []), *MEASURES], rows)
 
 
 def _kinds(one: ModelChange) -> str:
