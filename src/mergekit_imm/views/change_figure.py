@@ -66,7 +66,9 @@ def panels_of(number: int, one: ModelChange, importance: Mapping[str, float] | N
     keys, kinds = list(one.change.layers), _kinds([one])
     most = max((x for each in one.change.kinds.values() for x in each.values()), default=0.0)
     height = 0.9 + 0.19 * max(3, min(40, len(kinds)))
-    found = [_panel(f"kinds {number}", lambda axes: _heat_map(axes, one, kinds, most), keys, 1, height)]
+    found = (
+        [_panel(f"kinds {number}", lambda axes: _heat_map(axes, one, kinds, most), keys, 1, height)] if kinds else []
+    )
     if importance and is_enough(one):
         with drawing():
             from matplotlib.figure import Figure
