@@ -143,7 +143,7 @@ def displayed() -> set[str]:
 
 def test_every_class_is_seen_here_and_has_no_repr_of_a_dataclass(shown_results: list[Any]) -> None:
     assert displayed() == {type(each).__name__ for each in shown_results}
-    assert all(type(each).__repr__ is Displayed.__repr__ for each in shown_results)
+    assert not [each for each in shown_results if "__repr__" in vars(type(each))]
 
 
 def test_a_repr_is_a_few_lines_without_control_characters(shown_results: list[Any]) -> None:

@@ -221,7 +221,7 @@ def test_inline_svg_has_no_prologue() -> None:
 def changed(values: list[float], label: str = "m", importance: list[float] | None = None) -> ModelChange:
     keys = [f"h.{n}" for n in range(len(values))]
     change = WeightChange(
-        dict(zip(keys, values, strict=True)), dict.fromkeys(keys, 10.0), {key: {} for key in keys}, {}
+        dict(zip(keys, values, strict=True)), dict.fromkeys(keys, 10.0), {key: {"up": 1.0} for key in keys}, {}
     )
     weights = None if importance is None else dict(zip(keys, importance, strict=True))
     return ModelChange(label, change, None if weights is None else mismatch(weights, change))

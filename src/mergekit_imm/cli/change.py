@@ -178,8 +178,10 @@ def _write(
     from ..views.change_figure import pictures_of, svgs_of
     from ..views.change_page import html_page
 
-    drawn = pictures_or_note(lambda: (pictures_of(comparisons, weights), *svgs_of(comparisons, weights)), quiet=quiet)
-    pictures, *svgs = drawn or ({},)
+    def draw() -> tuple[dict[str, bytes], list[bytes], dict[int, list[bytes]]]:
+        return pictures_of(comparisons, weights), *svgs_of(comparisons, weights)
+
+    pictures, shared, own = pictures_or_note(draw, quiet=quiet) or ({}, [], {})
     files = {"change.json": text.encode(), **pictures}
-    files["report.html"] = html_page(comparisons, weights, provenance, *svgs).encode()
+    files["report.html"] = html_page(comparisons, weights, provenance, shared, own).encode()
     return write_folder(folder, files, FILES)

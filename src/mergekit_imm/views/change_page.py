@@ -237,7 +237,7 @@ def _layers(one: ModelChange, importance: Mapping[str, float] | None) -> str:
         row.append(f'<td class="bar" style="--part:{100 * value / most:.1f}%">{number(value)}</td>')
         row += [_cell(percent(change.relative[key])), _cell(percent(change.share[key]))]
         rows.append(row)
-    stack = f"layer of {shown(*stacks, 40)}" if len(stacks) == 1 and "" not in stacks else "layer"
+    stack = f"layer of {shown(next(iter(stacks)), 40)}" if len(stacks) == 1 and "" not in stacks else "layer"
     return _table([stack, *(["importance"] if importance else []), *MEASURES], rows)
 
 
