@@ -17,6 +17,9 @@ from mergekit_imm.cli.analyze import analyze_command
 from mergekit_imm.cli.loop import loop_command
 from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.cli.verify import verify_command
+from mergekit_imm.errors import ExtraError
+from mergekit_imm.evaluation.results import Result, tradeoff
+from mergekit_imm.views.pareto import picture
 
 MERGE, TRAIN = ["base", "sft", "-o", "out"], ["base", "-o", "run", "--train", "true {model} {output}"]
 WRONG: list[tuple[click.Command, list[str], str]] = [
@@ -197,6 +200,9 @@ def test_without_matplotlib_everything_else_is_written(
     assert (ended.status, ended.err) == (0, note)
     assert written(here / "samples") == ["samples.json"]
     assert note not in command(analyze_command, "change", "base", "sft", "-o", "report", "-q").err
+    found = tradeoff([Result("a", "p", {"x": 1.0, "y": 1.0})], "x", "y")
+    with pytest.raises(ExtraError, match=r"a picture needs matplotlib, which is not .*'mergekit-imm\[plots\]'"):
+        picture(found)
     copy = "cp -r {model} {output}"
     measure = "echo '{\"x\": 1}' > {json}; true {model}"
     ended = command(loop_command, "base", "-o", "run", "--rounds", "1", "--train", copy, "--evaluate", measure)

@@ -17,8 +17,8 @@ from mergekit_imm.analysis.change import WeightChange
 from mergekit_imm.analysis.verdict import ModelChange, mismatch
 from mergekit_imm.cli.change import change_command
 from mergekit_imm.errors import MergeError
-from mergekit_imm.views.change_figure import change_picture, mismatch_picture
-from mergekit_imm.views.change_page import html_page, inline_svg
+from mergekit_imm.views.change_figure import pictures_of, svgs_of
+from mergekit_imm.views.change_page import answer, described, html_page, inline_svg
 from mergekit_imm.views.change_terminal import render
 
 N = 7
@@ -202,8 +202,8 @@ def test_hostile_names_are_text() -> None:
         ModelChange(HOSTILE, change, mismatch(importance, change)),
         ModelChange("_", change, mismatch(importance, change)),
     ]
-    svg = [change_picture(found, importance)["change.svg"], mismatch_picture(found, importance)["mismatch.svg"]]
-    page = html_page(found, importance, svg, {HOSTILE: HOSTILE})
+    page = html_page(found, importance, {HOSTILE: HOSTILE}, *svgs_of(found, importance))
+    assert page.count("<svg") == 3 + 2 * 2
     check_page(page)
     assert "\x1b" not in page
     terminal = render(found, importance)
@@ -216,3 +216,61 @@ def test_hostile_names_are_text() -> None:
 def test_inline_svg_has_no_prologue() -> None:
     svg = b'<?xml version="1.0"?><!DOCTYPE svg><svg><metadata>http://x\n</metadata><g/></svg>'
     assert inline_svg(svg) == "<svg><g/></svg>"
+
+
+def changed(values: list[float], label: str = "m", importance: list[float] | None = None) -> ModelChange:
+    keys = [f"h.{n}" for n in range(len(values))]
+    change = WeightChange(
+        dict(zip(keys, values, strict=True)), dict.fromkeys(keys, 10.0), {key: {"up": 1.0} for key in keys}, {}
+    )
+    weights = None if importance is None else dict(zip(keys, importance, strict=True))
+    return ModelChange(label, change, None if weights is None else mismatch(weights, change))
+
+
+def test_the_page_begins_with_the_answer_and_its_numbers() -> None:
+    up, down = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    low = answer([changed(up, importance=down)])
+    assert low.startswith("Looks superficial: the change is where importance is low (rho -1.00 [-1.00, -1.00] over 8 ")
+    # 8 layers: thirds of 2, 3 and 3; the middle ones hold 6 + 5 + 4 of 36, of either
+    assert low.endswith("The early third of the layers has 41.7% of the importance and 8.33% of the change.")
+    several = answer([changed(up, importance=down), changed(down, importance=down), changed(up, importance=down)])
+    assert several == (
+        "Of 3 models, 2 look superficial, 1 does not look superficial. Rho, the rank correlation of importance and"
+        " change over 8 layers, is -1.00 to +1.00."
+    )
+    assert answer([changed(up)]) == (
+        "The weights of the layers moved by 45.0% of their norms, most in h.7: 22.2% of all change. Whether they moved"
+        " where it matters needs --importance FILE."
+    )
+    assert "by 12.5% to 45.0% of their norms. Whether" in answer([changed(up), changed([1.0] * 7 + [3.0])])
+    assert answer([changed([0.0, 0.0])]) == "No weight matrix of a layer changed."
+
+
+def test_fewer_layers_than_the_rule_asks_show_no_correlation() -> None:
+    found, importance = [changed([1.0, 2.0, 3.0], importance=[3.0, 2.0, 1.0])], {f"h.{n}": 3.0 - n for n in range(3)}
+    assert answer(found) == "Undecided: 3 layers are too few (at least 6)."
+    shared, own = svgs_of(found, importance)
+    assert (len(shared), len(own[0])) == (3, 1)
+    assert set(pictures_of(found, importance)) == {"change.png", "change.svg"}
+    page = html_page(found * 2, importance, {}, shared, own)
+    assert "rho -1" not in page
+    assert "-1.00" not in page
+
+
+def test_an_importance_file_is_told_in_words() -> None:
+    about = {
+        "format": "f",
+        "version": 1,
+        "model": {"path": "a<b", "files": [1], "form": "x"},
+        "tokens": 12,
+        "modules": {},
+    }
+    assert described(about) == {"importance: model": "path a<b, form x", "importance: tokens": "12"}
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_no_table_grows_with_the_number_of_models(count: int) -> None:
+    page = html_page([changed([1.0] * 8, f"model {n}", [1.0] * 8) for n in range(count)], None, {})
+    rows = [row.count("<td") for row in page.split("<tr>")]
+    assert max(rows) <= 5
+    assert page.count("<details>") == (0 if count == 1 else count)

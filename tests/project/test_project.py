@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
@@ -112,7 +113,7 @@ def test_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pyte
 
 
 def options() -> list[tuple[str, str]]:
-    commands = {"merge": merge_command, "verify": verify_command, "loop": loop_command}
+    commands: dict[str, click.Command] = {"merge": merge_command, "verify": verify_command, "loop": loop_command}
     commands |= {f"analyze {name}": command for name, command in analyze_command.commands.items()}
     return [(name, o) for name, c in commands.items() for p in c.params for o in p.opts if o.startswith("-")]
 

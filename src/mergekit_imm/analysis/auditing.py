@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,11 +15,13 @@ import numpy as np
 from ..checkpoint.lazy_tensor import Tensor, fill_as
 from ..checkpoint.reader import Files, check_inputs
 from ..common.checks import is_number
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
+from ..common.progress import Progress, Watched, check_progress, watched
 from ..common.threads import default_workers, in_threads
 from ..errors import ArgumentError
 from ..numerics.dtypes import DTYPE_BITS, MERGED
-from ..options.options import Progress, RunOptions
+from ..options.options import RunOptions
 from ..transforms.lora_config import read_settings
 from .audit_beside import beside_of, notes_of
 from .audit_inputs import Audited, Claimed, open_audit
@@ -33,8 +35,8 @@ TRIED = 1 << 15  # elements at the begin, in the middle and at the end of a tens
 METHODS = ("lora", "imm", "linear")
 
 
-@dataclass(frozen=True)
-class AuditReport:
+@dataclass(frozen=True, repr=False)
+class AuditReport(Displayed):
     """What `audit` found; `imm-verify --json` prints it."""
 
     merged: str
@@ -71,6 +73,13 @@ class AuditReport:
             "notes": list(self.notes),
         }
 
+    def _summary(self) -> Summary:
+        counts = Counter(each.state for each in self.tensors)
+        rows = [[state, str(count)] for state, count in counts.most_common()]
+        findings = [each.line for each in self.verdict.findings if each.line != self.verdict.line]
+        line = f"{shown(self.merged)}: {self.verdict.line}"
+        return Summary(line, [*findings, *self.notes], ("what it is", "tensors"), rows)
+
 
 def audit(
     merged: str | Path,
@@ -84,7 +93,7 @@ def audit(
     leave_out: Sequence[str] = (),
     dequantize: bool = False,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Watched = None,
 ) -> AuditReport:
     """Compare a merged model with what it is claimed to be made of, whatever tool made it; nothing is written.
 
@@ -115,11 +124,12 @@ def audit(
     merged as claimed: 1 tensor is 0.3 BASE + 0.7 SFT, within rounding of BF16
     """
     check_method(method, alpha, weights)
-    threads = RunOptions(workers=workers).workers or default_workers()
+    threads = RunOptions(workers=workers, progress=check_progress(progress)).workers or default_workers()
     found = open_audit(merged, base, sft, rename=rename, leave_out=leave_out, dequantize=dequantize)
     with Files(found.models) as files:
         claim = _claim_of(found, method, alpha, weights, files)
-        tensors = _measured(found, claim, files, threads, progress)
+        with watched(progress, "auditing", rate=lambda x: f"{x / 1e6:.0f} M elements/s") as update:
+            tensors = _measured(found, claim, files, threads, update)
         tensors = _narrower(found, claim, tensors, files, threads)
         tensors = _reordered(found, claim, tensors, files)
     check_inputs(found.models)

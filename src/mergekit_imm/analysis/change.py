@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..common.checks import check_state
+from ..common.display import Displayed, Summary, bars
 from ..common.messages import shown
+from ..common.progress import Watched, check_progress, watched
 from ..errors import CheckpointError, MismatchError, NonFiniteError
 from ..model.tensor_names import is_embedding_or_head, layer_key, layer_order, only_in, ready_option, weight_kind
 
 if TYPE_CHECKING:
     import torch
-
-    from ..options.options import Progress
 
 CURE = "give two models of the same finite float tensors"
 MEASURE = "measure it from the models: imm-analyze change START SFT"
@@ -40,8 +40,8 @@ class KindChange(NamedTuple):
     share: float | None
 
 
-@dataclass(frozen=True)
-class WeightChange:
+@dataclass(frozen=True, repr=False)
+class WeightChange(Displayed):
     """The change of each layer, and of tensors outside Eq. 4.
 
     `layers`: Eq. 4 per layer key. `weights`: the same sum of ||W||_F. `kinds`, `kind_weights`: both split by module
@@ -89,6 +89,19 @@ class WeightChange:
             "modules": modules,
             "notes": list(self.notes),
         }
+
+    def _summary(self) -> Summary:
+        total, weight = (math.fsum(of.values()) for of in (self.layers, self.weights))
+        relative = f", {100 * total / weight:.3g} % of the weights' norms" if weight else ""
+        rows = [
+            [shown(kind, 40), f"{each.change:.4g}", *("-" if x is None else f"{100 * x:.3g} %" for x in each[1:])]
+            for kind, each in self.modules.items()
+        ]
+        line = f"{total:.4g} in all, over {len(self.layers)} layers{relative}"
+        return Summary(line, self.notes, ("module", "change", "relative", "share"), rows)
+
+    def _picture(self) -> str:
+        return bars(self.layers, "change by layer") if self.layers else ""
 
 
 def module_kind(name: str) -> str:
@@ -181,7 +194,7 @@ def checkpoint_change(
     leave_out: Sequence[str] = (),
     dequantize: bool = False,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Watched = None,
 ) -> WeightChange:
     """Return the change from one checkpoint to another, read once in constant memory; nothing is written.
 
@@ -209,7 +222,7 @@ def checkpoint_change(
     options = MergeOptions(
         alpha=0.0, drop=0.0, dtype="float32", vocab=vocab, dequantize=dequantize, allow_nonfinite=True, **patterns
     )
-    threads = RunOptions(workers=workers).workers or default_workers()
+    threads = RunOptions(workers=workers, progress=check_progress(progress)).workers or default_workers()
     (plan,) = make_plans(open_inputs({"base": base, "sft": sft}, options))
     # Notes on the merged vocabulary do not apply: nothing is merged.
     notes = [str(note) for note in plan.notes if note.code != "vocabulary"]
@@ -224,13 +237,15 @@ def checkpoint_change(
     records = np.zeros((len(todo), RECORD))
     total, done_bytes = sum(item.source.count * 4 * len(item.outs) for item in measured), 0
     tasks = ((each, (0,)) for each in todo)
-    with closing(run_segments([plan], tasks, lambda *_: None, workers=threads, device=pick_device("cpu"))) as results:
+    results = run_segments([plan], tasks, lambda *_: None, workers=threads, device=pick_device("cpu"))
+    label, rate = f"measuring {shown(sft, 40)}", lambda x: f"{x / 1e9:.2f} GB/s of float32"
+    with closing(results), watched(progress, label, rate=rate) as update:
         for done in results:
             if done is not None:
                 records[done.segment.index] = done.records[0]
                 done_bytes += done.bytes_written
-                if progress is not None:
-                    progress(done_bytes, total)
+                if update is not None:
+                    update(done_bytes, total)
     check_inputs(plan.models)
     found = dict(statistics(plan, records)["tensors"])
     shapes = {item.name: item.source.shape for item in measured}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..errors import ArgumentError, MismatchError, NonFiniteError
 from ..evaluation.bootstrap import Indices, Interval, bootstrap
@@ -22,8 +23,8 @@ from .calibration import IGNORED
 _PIECE = 1 << 22  # logits converted to float64 at a time
 
 
-@dataclass(frozen=True)
-class Divergence:
+@dataclass(frozen=True, repr=False)
+class Divergence(Displayed):
     """KL(base || model) in nats per token, with its interval over texts; and the sum and the tokens of each text."""
 
     kl: Interval
@@ -33,6 +34,12 @@ class Divergence:
     def to_dict(self) -> dict[str, Any]:
         """Return the mean and the totals as plain data."""
         return {"kl": self.kl.to_dict(), "texts": len(self.sums), "tokens": sum(self.tokens)}
+
+    def _summary(self) -> Summary:
+        interval = "" if math.isnan(self.kl.low) else f" [{self.kl.low:.3g}, {self.kl.high:.3g}]"
+        return Summary(
+            f"{self.kl.value:.3g}{interval} nats per token, on {sum(self.tokens)} tokens of {len(self.sums)} texts"
+        )
 
 
 def mean_kl(

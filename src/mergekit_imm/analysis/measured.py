@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.open_checkpoint import open_checkpoint
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
+from ..common.progress import Watched, watched
 from ..errors import ArgumentError, MismatchError, OutputError
 from ..model.config import quantisation
 from ..model.rename_rules import by_prefix
@@ -26,13 +28,20 @@ from .calibration import Lines, batches, read_lines, tokenised
 from .loading import check_complete, check_device_exists, check_fit, load_model, load_tokenizer, loading, running
 
 
-@dataclass(frozen=True)
-class Measured:
+@dataclass(frozen=True, repr=False)
+class Measured(Displayed):
     """A measured importance, the content of its file, and notes."""
 
     importance: Importance
     content: dict[str, Any]
     notes: tuple[str, ...]
+
+    def _summary(self) -> Summary:
+        found = self.importance._summary()
+        return Summary(found.line, [*found.more, *self.notes], found.head, found.rows)
+
+    def _picture(self) -> str:
+        return self.importance._picture()
 
 
 def measure_importance(
@@ -47,7 +56,7 @@ def measure_importance(
     device: str = "cpu",
     dtype: str = "float32",
     accumulate: str = "memory",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Watched = None,
 ) -> Measured:
     """Load a model with transformers, measure its layers on a data file, and write an importance file to `out`.
 
@@ -72,12 +81,13 @@ def measure_importance(
 
     from .gradients import layer_importance
 
-    def report(done: int) -> None:
-        if progress is not None:
-            progress(done, len(sequences))
+    with watched(progress, "measuring", rate=lambda x: f"{x:.2f} sequences/s") as update, running(checkpoint, device):
 
-    report(0)
-    with running(checkpoint, device):
+        def report(done: int) -> None:
+            if update is not None:
+                update(done, len(sequences))
+
+        report(0)
         found = layer_importance(
             network,
             batches(sequences, batch_size),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.open_checkpoint import open_checkpoint
+from ..common.display import Displayed, Summary
 from ..common.json_files import parse_json, read_small, without_duplicates
 from ..common.messages import shown
+from ..common.progress import Watched, watched
 from ..errors import ExtraError, MismatchError, OutputError
+from ..evaluation.bootstrap import text_of
 from ..options.recipe import to_json
 from ..output.direct_io import replace_file
 from ..output.paths import expanded
@@ -30,13 +33,18 @@ if TYPE_CHECKING:
 FORMAT = "mergekit_imm kl 1"
 
 
-@dataclass(frozen=True)
-class MeasuredKL:
+@dataclass(frozen=True, repr=False)
+class MeasuredKL(Displayed):
     """Models as typed, each with its divergence from the base; the content of the JSON; notes."""
 
     models: dict[str, Divergence]
     content: dict[str, Any]
     notes: tuple[str, ...]
+
+    def _summary(self) -> Summary:
+        rows = [[shown(name, 40), text_of(each.kl, "")] for name, each in self.models.items()]
+        line = "; ".join(f"{shown(name, 40)} {each.kl.value:.3g}" for name, each in self.models.items())
+        return Summary(f"nats per token from the base: {line}", self.notes, ("model", "KL(base || model)"), rows)
 
 
 def measure_kl(
@@ -49,7 +57,7 @@ def measure_kl(
     batch_size: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Watched = None,
 ) -> MeasuredKL:
     """Load a base and models with transformers, and measure KL(base || model) of each on a data file.
 
@@ -84,29 +92,30 @@ def measure_kl(
     from .divergence import mean_kl
 
     measured = {}
-    for number, (ref, (checkpoint, start)) in enumerate(opened.items()):
-        done = number * len(sequences)
+    with watched(progress, "measuring", rate=lambda x: f"{x:.2f} sequences/s") as update:
+        for number, (ref, (checkpoint, start)) in enumerate(opened.items()):
+            done = number * len(sequences)
 
-        def report(count: int, done: int = done) -> None:
-            if progress is not None:
-                progress(done + count, len(opened) * len(sequences))
+            def report(count: int, done: int = done) -> None:
+                if update is not None:
+                    update(done + count, len(opened) * len(sequences))
 
-        report(0)
-        with running(checkpoint, device):
-            network = _load(checkpoint, start, dtype).to(device)
-            rows = _rows(network)
-            if left_out := max(0, _rows(reference) - rows):
-                _check_padding(tokenizer, rows, checkpoint)
-                notes.append(
-                    f"note: {checkpoint.label} has {rows} rows for tokens, base {left_out} more, which are padding:"
-                    " they are left out"
+            report(0)
+            with running(checkpoint, device):
+                network = _load(checkpoint, start, dtype).to(device)
+                rows = _rows(network)
+                if left_out := max(0, _rows(reference) - rows):
+                    _check_padding(tokenizer, rows, checkpoint)
+                    notes.append(
+                        f"note: {checkpoint.label} has {rows} rows for tokens, base {left_out} more, which are padding:"
+                        " they are left out"
+                    )
+                check_fit(network, sequences, checkpoint)
+                vocabulary = rows if left_out else None
+                measured[ref] = mean_kl(
+                    reference, network, batches(sequences, batch_size), vocabulary=vocabulary, progress=report
                 )
-            check_fit(network, sequences, checkpoint)
-            vocabulary = rows if left_out else None
-            measured[ref] = mean_kl(
-                reference, network, batches(sequences, batch_size), vocabulary=vocabulary, progress=report
-            )
-            del network
+                del network
     cut = [each.cut for each in sequences if each.cut]
     if cut:
         notes.append(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..errors import MismatchError
 from ..evaluation.bootstrap import Interval, bootstrap
@@ -31,8 +32,8 @@ class Third:
     change: float | None
 
 
-@dataclass(frozen=True)
-class Mismatch:
+@dataclass(frozen=True, repr=False)
+class Mismatch(Displayed):
     """Importance against change over the layers of one stack; `rho` uses Eq. 4, `relative` the relative change."""
 
     rho: Interval
@@ -44,14 +45,33 @@ class Mismatch:
         """Return it as plain data."""
         return {**asdict(self), "rho": self.rho.to_dict(), "relative": self.relative.to_dict()}
 
+    def _summary(self) -> Summary:
+        rows = [
+            [
+                name,
+                str(len(each.layers)),
+                *("-" if x is None else f"{100 * x:.3g} %" for x in (each.importance, each.change)),
+            ]
+            for name, each in self.thirds.items()
+        ]
+        return Summary(self.verdict, (), ("third", "layers", "importance", "change"), rows)
 
-@dataclass(frozen=True)
-class ModelChange:
+
+@dataclass(frozen=True, repr=False)
+class ModelChange(Displayed):
     """One checkpoint in a report: its label, its change, and the mismatch if importance is given."""
 
     label: str
     change: WeightChange
     mismatch: Mismatch | None = None
+
+    def _summary(self) -> Summary:
+        change = self.change._summary()
+        verdict = [] if self.mismatch is None else [self.mismatch.verdict]
+        return Summary(f"{shown(self.label)}: {change.line}", [*verdict, *change.more], change.head, change.rows)
+
+    def _picture(self) -> str:
+        return self.change._picture()
 
 
 def ranks(values: npt.ArrayLike) -> npt.NDArray[np.float64]:

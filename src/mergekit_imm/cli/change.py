@@ -80,6 +80,7 @@ def change_command(
     """
     from ..analysis.verdict import ModelChange, mismatch, same_layers
     from ..options.options import MergeOptions
+    from ..views.change_page import described
 
     if len(models) == 1 and (options["vocab"] != "base" or any(options[x] for x in TWO)):
         raise click.UsageError(f"--{', --'.join(TWO)} and --vocab apply to two models; give BASE and SFT")
@@ -87,6 +88,7 @@ def change_command(
         MergeOptions(rename=options["rename"], keep=options["keep"], take=options["take"])
     folder = None if out is None else _checked(out, models)
     weights, about = _importance(importance)
+    facts = {} if importance is None else {"importance": shown(importance), **described(about)}
     comparisons = []
     for label, change in _changes(models, quiet=quiet, **options):
         compared = None if weights is None else mismatch(weights, change)
@@ -101,7 +103,9 @@ def change_command(
         "format": FORMAT,
         "version": 1,
         "base": base,
-        "importance": None if weights is None else {"file": importance, **about, "layers": weights},
+        "importance": None
+        if weights is None
+        else {"file": importance, **{k: str(v) for k, v in about.items()}, "layers": weights},
         "changes": [
             {
                 "model": one.label,
@@ -113,7 +117,9 @@ def change_command(
     }
     text = json.dumps(content, indent=2) + "\n"
     written = (
-        [] if folder is None else _write(folder, comparisons, weights, text, _provenance(base, content), quiet=quiet)
+        []
+        if folder is None
+        else _write(folder, comparisons, weights, text, _provenance(base, comparisons) | facts, quiet=quiet)
     )
     if as_json:
         say(text.rstrip("\n"))
@@ -156,13 +162,10 @@ def _importance(path: str | None) -> tuple[dict[str, float] | None, dict[str, An
     return values, about
 
 
-def _provenance(base: str | None, content: dict[str, Any]) -> dict[str, str]:
+def _provenance(base: str | None, comparisons: list[ModelChange]) -> dict[str, str]:
     rows = {} if base is None else {"base": base}
-    for i, each in enumerate(content["changes"], 1):
-        rows[f"model {i}" if len(content["changes"]) > 1 else "model"] = each["model"]
-    for key, value in (content["importance"] or {}).items():
-        if key != "layers":
-            rows[f"importance: {key}"] = value if isinstance(value, str) else json.dumps(value)
+    for i, each in enumerate(comparisons, 1):
+        rows[f"model {i}" if len(comparisons) > 1 else "model"] = each.label
     return rows
 
 
@@ -187,16 +190,13 @@ def _write(
 ) -> list[Path]:
     """Write the numbers, the pictures and the page, each file atomically."""
     from ..output.result_folder import write_folder
-    from ..views.change_figure import change_picture, mismatch_picture
+    from ..views.change_figure import pictures_of, svgs_of
     from ..views.change_page import html_page
 
-    def draw() -> dict[str, bytes]:
-        return change_picture(comparisons, weights) | (
-            {} if weights is None else mismatch_picture(comparisons, weights)
-        )
+    def draw() -> tuple[dict[str, bytes], list[bytes], dict[int, list[bytes]]]:
+        return pictures_of(comparisons, weights), *svgs_of(comparisons, weights)
 
-    pictures = pictures_or_note(draw, quiet=quiet) or {}
-    svgs = [content for name, content in pictures.items() if name.endswith(".svg")]
+    pictures, shared, own = pictures_or_note(draw, quiet=quiet) or ({}, [], {})
     files = {"change.json": text.encode(), **pictures}
-    files["report.html"] = html_page(comparisons, weights, svgs, provenance).encode()
+    files["report.html"] = html_page(comparisons, weights, provenance, shared, own).encode()
     return write_folder(folder, files, FILES)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from ..common.messages import speaking_of_options
-from ..errors import ArgumentError, MergeError, OutputError, install
+from ..errors import ArgumentError, ExtraError, MergeError, OutputError, install
 
 T = TypeVar("T")
 
@@ -88,9 +88,7 @@ def pictures_or_note(draw: Callable[[], T], *, quiet: bool) -> T | None:
     """Return the pictures; without matplotlib print a note and return None, so that the command continues."""
     try:
         return draw()
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
+    except ExtraError:
         if not quiet:
             tell(f"note: no pictures, as matplotlib is not installed; {install('matplotlib')}")
         return None

@@ -8,24 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Literal
 
-import click
-
+from ..common.progress import Progress, terminal_bar, written
 from .console import tell
 
 SILENT = 30.0  # seconds between two lines
 
 
-def _written(per_second: float) -> str:
-    return f"{per_second / 1e9:.2f} GB/s written"
-
-
 @contextmanager
 def progress_bar(
-    label: str, *, shown: bool, rate: Callable[[float], str] = _written
-) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function that shows steps done, `rate` of the steps in a second and the time left, or None.
+    label: str, *, shown: bool, rate: Callable[[float], str] = written
+) -> Iterator[Progress | Literal[False]]:
+    """Yield a function that shows steps done, `rate` of the steps in a second and the time left, or False.
 
     On a terminal it draws a bar. Elsewhere, as in a log, it prints lines: one for a tenth of the whole, but none in
     the first SILENT seconds, nor sooner than that after the last.
@@ -34,44 +29,15 @@ def progress_bar(
     if not shown or not on_terminal:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads
     if not shown:
-        yield None
+        yield False
     elif on_terminal:
-        with _bar(label, rate) as update:
+        with terminal_bar(label, rate) as update:
             yield update
     else:
         yield _lines(label, rate)
 
 
-@contextmanager
-def _bar(label: str, rate: Callable[[float], str]) -> Iterator[Callable[[int, int], None]]:
-    bar: Any = None
-    first, began = 0, 0.0
-
-    def update(done: int, total: int) -> None:
-        nonlocal bar, first, began
-        if bar is None:
-            first, began = done, time.perf_counter()
-            bar = click.progressbar(
-                length=total,
-                label=label,
-                file=sys.stderr,
-                show_eta=True,
-                width=30,
-                item_show_func=lambda item: item,
-                update_min_steps=max(1, total // 500),
-            )
-            bar.__enter__()
-        elapsed = time.perf_counter() - began
-        bar.update(max(0, done - bar.pos), rate((done - first) / max(elapsed, 1e-9)))
-
-    try:
-        yield update
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
-
-
-def _lines(label: str, rate: Callable[[float], str]) -> Callable[[int, int], None]:
+def _lines(label: str, rate: Callable[[float], str]) -> Progress:
     first, tenths = -1, 0
     began = last = 0.0
 

@@ -75,6 +75,18 @@ def bytes_text(count: int) -> str:
     return f"{count} bytes"
 
 
+def count_text(count: int) -> str:
+    """Return a number of parameters in short.
+
+    >>> count_text(1_540_000_000), count_text(512)
+    ('1.54 B', '512')
+    """
+    for unit, size in ((" B", 1e9), (" M", 1e6), (" k", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(count)
+
+
 def first_few(texts: Sequence[str], between: str = "; ") -> str:
     """Return the first three of some texts, and an ellipsis if there are more.
 

@@ -18,11 +18,12 @@ from ..checkpoint.safetensors_file import TensorInfo
 from ..common.checks import as_path
 from ..common.garbage import uncollected
 from ..common.messages import shown
+from ..common.progress import Watched, watched
 from ..common.threads import default_workers
 from ..errors import ArgumentError, CheckpointError
 from ..model.tensor_names import loading_order
 from ..numerics.devices import Device, pick_device
-from ..options.options import MergeOptions, Progress, RunOptions, files_of, options_from
+from ..options.options import MergeOptions, RunOptions, files_of, options_from
 from ..options.sweep import SWEPT, is_list, sweep
 from ..plan.make_plan import make_plans
 from ..plan.open_inputs import check_platform, open_inputs, places_of
@@ -67,7 +68,7 @@ class _Keywords(TypedDict, total=False):
     allow_nonfinite: bool
     copy_code: bool
     dry_run: bool
-    progress: Progress | None
+    progress: Watched
     ranks: Ranks | None
 
 
@@ -132,7 +133,7 @@ def merge_checkpoints(
     allow_nonfinite: bool = False,
     copy_code: bool = False,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: Watched = None,
     ranks: Ranks | None = None,
 ) -> MergeReport | list[MergeReport]:
     """Merge two checkpoints on disk (three with start) into a new one, streaming, in constant memory.
@@ -175,7 +176,9 @@ def merge_checkpoints(
         allow_nonfinite: accept NaN and infinity in the inputs.
         copy_code: copy *.py files too.
         dry_run: plan and check everything, write nothing. The report's `refused` says if there is too little space.
-        progress: called with (bytes done, total bytes) from time to time, in this thread.
+        progress: None: a bar, where a person watches: in a terminal, after half a second in a notebook; not in a pipe,
+            a log, a test, or with CI set. False: no bar. A function: called with (bytes done, total bytes) from time to
+            time, in this thread.
         ranks: the processes that make this call together and share the work, on a shared filesystem:
             `Ranks.of_group()` for a process group. None: this process alone.
 
@@ -190,7 +193,9 @@ def merge_checkpoints(
     >>> [report.out for report in reports]
     ['out-0.3', 'out-0.7']
     """
-    return merged(locals())
+    given = locals()
+    with watched(progress, "merging", here=ranks is None or ranks.rank == 0) as update:
+        return merged({**given, "progress": update})
 
 
 def merged(given: Mapping[str, Any], also: Also | None = None) -> MergeReport | list[MergeReport]:

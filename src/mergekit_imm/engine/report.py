@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..common.display import Displayed, Summary, bars
+from ..common.json_files import parse_json
+from ..common.messages import bytes_text, count_text, shown
+from ..errors import MergeError
 from ..model.tensor_names import layer_key
-from ..options.recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, to_json
+from ..options.recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, read_recipe, to_json
 from ..plan.plan import Item, Plan
 from .model_card import model_card
 
 OUTSIDE = "outside the layers"
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, repr=False)
+class MergeReport(Displayed):
     """What `merge_checkpoints` did; `imm-merge --json` prints it.
 
     `status`: "merged", "already merged" or "dry run". `tensors`: counts of `merged`, `kept` (base's), `taken` (sft's),
@@ -61,6 +67,39 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
         return asdict(self)
+
+    def _summary(self) -> Summary:
+        given = self.parameters
+        counts = ", ".join(f"{count} {action}" for action, count in self.tensors.items() if count)
+        done = {"dry run": "would merge into", "merged": "merged into"}.get(self.status, f"{self.status}:")
+        what = ", ".join(f"{name} {given[name]}" for name in ("alpha", "drop", "seed", "iteration") if name in given)
+        moved = f"{bytes_text(self.bytes_read)} read, {bytes_text(self.bytes_written)} written"
+        rows = [
+            ["parameters", what],
+            ["tensors", f"{counts}; {count_text(self.parameter_count)} parameters"],
+            ["bytes", moved if self.status == "merged" else f"{moved}, if merged again"],
+            ["time", f"{self.seconds.get('total', 0):.1f} s, {self.workers} workers on {self.device}"],
+            *([["verified", "every byte compared"]] if self.verified else []),
+        ]
+        more = [*([self.refused] if self.refused else []), *self.notes]
+        return Summary(f"{done} {shown(self.out)}, {what}; {counts}", more, (), rows)
+
+    def _picture(self) -> str:
+        """Draw how far each layer is from the base, from the report in `out`, if that still holds this merge."""
+        try:
+            recipe = None if self.status == "dry run" else read_recipe(Path(self.out))
+            given = json.loads(to_json(self.parameters))
+            if recipe is None or any(given[name] != value for name, value in recipe["parameters"].items()):
+                return ""
+            layers = parse_json((Path(self.out) / REPORT_FILE).read_bytes())["layers"]
+            far = {
+                key: 100 * each["change_norm"] / each["base_norm"]
+                for key, each in layers.items()
+                if key != OUTSIDE and each["change_norm"] is not None and each["base_norm"]
+            }
+        except (MergeError, OSError, ValueError, LookupError, TypeError):
+            return ""  # moved, merged anew, or edited since
+        return bars(far, "norm of merged - base in % of the base's, by layer") if far else ""
 
 
 def statistics(plan: Plan, records: npt.NDArray[np.float64]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from ..checkpoint.checkpoint import in_part
 from ..checkpoint.safetensors_file import TensorInfo, open_tensorfile
 from ..common.notes import note
+from ..common.progress import Progress
 from ..common.threads import when_unused
 from ..errors import OutputError
 from ..numerics.devices import Device
-from ..options.options import Progress
 from ..options.recipe import to_json
 from ..output import direct_io, journal
 from ..output.write_errors import output_errors

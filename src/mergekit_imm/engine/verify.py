@@ -18,13 +18,15 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.open_checkpoint import open_checkpoint
 from ..checkpoint.safetensors_file import TensorInfo, fingerprint, read_into
 from ..common.checks import as_path, is_number
-from ..common.messages import shown
+from ..common.display import Displayed, Summary
+from ..common.messages import first_few, shown
+from ..common.progress import Progress, Watched, check_progress, watched
 from ..common.threads import default_workers
 from ..errors import ArgumentError, CheckpointError, VerifyError
 from ..numerics.devices import Device, pick_device
 from ..numerics.dtypes import DTYPE_BITS
 from ..numerics.statistics import RECORD
-from ..options.options import Progress, RunOptions
+from ..options.options import RunOptions
 from ..options.recipe import (
     RECIPE_FILE,
     REPORT_FILE,
@@ -46,8 +48,8 @@ from .workers import run_segments
 MERGE_AGAIN = "remove the folder and merge again"  # a finished merge is not written again
 
 
-@dataclass(frozen=True)
-class VerifyReport:
+@dataclass(frozen=True, repr=False)
+class VerifyReport(Displayed):
     """What `verify` compared, all of it equal; `imm-verify --json` prints it."""
 
     out: str
@@ -61,6 +63,12 @@ class VerifyReport:
         """Return the report as plain data."""
         return asdict(self)
 
+    def _summary(self) -> Summary:
+        pieces = f"{self.segments} of {self.of_segments} pieces"
+        line = f"{shown(self.out)} is this merge: {pieces} and {len(self.files_compared)} files compared, all equal"
+        others = [f"not of the merge: {first_few([*map(shown, self.not_of_the_merge)], ', ')}"]
+        return Summary(line, others if self.not_of_the_merge else ())
+
 
 def verify(
     out: str | Path,
@@ -71,7 +79,7 @@ def verify(
     sample: float = 1.0,
     device: str = "cpu",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Watched = None,
 ) -> VerifyReport:
     """Recompute a merge from the recipe in its folder and compare bytes: tensors, headers and side files.
 
@@ -98,7 +106,7 @@ def verify(
             f"{shown(out)} has no {RECIPE_FILE}; give a folder that imm-merge made, or audit what another tool made:"
             f" `imm-verify {shown(out)} --base BASE --sft SFT`"
         )
-    run_options = RunOptions(device=device, workers=workers, progress=progress)
+    run_options = RunOptions(device=device, workers=workers, progress=check_progress(progress))
     given = {"base": base, "start": start, "sft": sft}
     inputs = {role: _reopen(role, entry, given[role], recipe, folder) for role, entry in recipe["inputs"].items()}
     surplus = [role for role, ref in given.items() if ref is not None and role not in inputs]
@@ -123,15 +131,16 @@ def verify(
         )
 
     workers = run_options.workers or default_workers()
-    report = compare_folder(
-        plan,
-        recipe,
-        folder,
-        sample=sample,
-        workers=workers,
-        device=pick_device(run_options.device),
-        progress=progress,
-    )
+    with watched(progress, "verifying", rate=lambda x: f"{x / 1e9:.2f} GB/s compared") as update:
+        report = compare_folder(
+            plan,
+            recipe,
+            folder,
+            sample=sample,
+            workers=workers,
+            device=pick_device(run_options.device),
+            progress=update,
+        )
     stated = stated_digests(folder) if sample == 1 else None
     if stated is not None:
         found = file_digests(folder, report.files_compared, workers=workers)

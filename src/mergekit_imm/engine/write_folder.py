@@ -12,9 +12,10 @@ from typing import Any
 from ..checkpoint.reader import check_inputs
 from ..common.messages import first_few, shown
 from ..common.notes import note
+from ..common.progress import Progress
 from ..errors import ArgumentError, ChangedError, CheckpointError, MismatchError, NonFiniteError, OutputError
 from ..numerics.devices import Device, pick_device
-from ..options.options import Progress, RunOptions
+from ..options.options import RunOptions
 from ..options.recipe import STATEMENT_FILE, differences, read_recipe, to_json, without_places
 from ..output import direct_io, journal, paths, publish
 from ..output.write_errors import lack_of_space, output_errors

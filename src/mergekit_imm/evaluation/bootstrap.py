@@ -47,6 +47,17 @@ class Interval:
         return {**{key: x if math.isfinite(x) else None for key, x in values.items()}, "n": self.n}
 
 
+def text_of(found: Interval, sign: str = "+") -> str:
+    """Return a number with its interval, if it has one; `sign` "" for numbers that are no differences.
+
+    >>> text_of(Interval(0.1, -0.05, 0.2, 9))
+    '+0.100 [-0.050, +0.200]'
+    """
+    if math.isnan(found.low):
+        return "-" if math.isnan(found.value) else f"{found.value:{sign}.3f}"
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
 def bootstrap(
     statistic: Callable[[Indices], float],
     n: int,

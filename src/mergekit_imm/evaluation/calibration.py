@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.checks import check_count
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..errors import ArgumentError
-from .bootstrap import Indices, Interval, bootstrap
+from .bootstrap import Indices, Interval, bootstrap, text_of
 from .samples import Model
 
 BINS = 10
@@ -30,8 +31,8 @@ class Bin:
     accuracy: float
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Displayed):
     """Expected calibration error of a model, with its interval over problems, and the bins that have answers.
 
     `of`: the answers that count, "greedy" or "sampled". `by_chance`: the error to expect if the model were perfectly
@@ -49,6 +50,11 @@ class Calibration:
         """Return the calibration as plain data."""
         bins = [{"answers": b.answers, "confidence": b.confidence, "accuracy": b.accuracy} for b in self.bins]
         return {"of": self.of, "error": self.error.to_dict(), "by_chance": self.by_chance, "bins": bins}
+
+    def _summary(self) -> Summary:
+        rows = [[str(each.answers), f"{each.confidence:.3f}", f"{each.accuracy:.3f}"] for each in self.bins]
+        line = f"error {text_of(self.error, '')} of {self.of} answers, {self.by_chance:.3f} by chance alone"
+        return Summary(line, (), ("answers", "confidence", "share of right ones"), rows)
 
 
 def expected_calibration_error(confidences: npt.ArrayLike, correct: npt.ArrayLike, *, bins: int = BINS) -> float:

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.checks import check_count, described
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..errors import ArgumentError, MismatchError
-from .bootstrap import RESAMPLES, Indices, Interval, bootstrap
+from .bootstrap import RESAMPLES, Indices, Interval, bootstrap, text_of
 from .calibration import KINDS, Calibration, by_chance, calibration, error_of, problem_sums
 from .diversity import (
     cosine_diversity,
@@ -45,17 +46,21 @@ class Measure:
     difference: Interval
 
 
-@dataclass(frozen=True)
-class ProblemSet:
+@dataclass(frozen=True, repr=False)
+class ProblemSet(Displayed):
     """A subset of the problems: its size, and pass@k of both models on it."""
 
     problems: int
     reference: Mapping[int, Interval]
     model: Mapping[int, Interval]
 
+    def _summary(self) -> Summary:
+        rows = [[f"pass@{k}", f"{each.value:.3f}", f"{self.model[k].value:.3f}"] for k, each in self.reference.items()]
+        return Summary(f"{self.problems} problems", (), ("", "reference", "model"), rows)
 
-@dataclass(frozen=True)
-class Comparison:
+
+@dataclass(frozen=True, repr=False)
+class Comparison(Displayed):
     """A model compared with the reference. `notes` lists what could not be measured, and why.
 
     `gained`: problems that only the model solves greedily; `lost`: those that only the reference solves. None without
@@ -69,9 +74,21 @@ class Comparison:
     verdict: Reversal
     notes: tuple[str, ...]
 
+    def _summary(self) -> Summary:
+        rows = [
+            [
+                each.name,
+                *("-" if math.isnan(x.value) else f"{x.value:.3f}" for x in (each.reference, each.model)),
+                text_of(each.difference),
+            ]
+            for each in self.measures
+        ]
+        line = f"{shown(self.model, 40)}: {self.verdict.sentence}"
+        return Summary(line, self.notes, ("measure", "reference", "model", "difference"), rows)
 
-@dataclass(frozen=True)
-class Report:
+
+@dataclass(frozen=True, repr=False)
+class Report(Displayed):
     """The result of `compare`: pass@k and calibration of each model, and each model compared with the reference."""
 
     reference: str
@@ -120,6 +137,15 @@ class Report:
                 for each in self.comparisons
             ],
         }
+
+    def _summary(self) -> Summary:
+        line = f"{len(self.curves)} models on {self.problems} problems, {shown(self.reference, 40)} the reference"
+        verdicts = [f"{shown(each.model, 40)}: {each.verdict.sentence}" for each in self.comparisons]
+        ks = list(next(iter(self.curves.values()), {}))
+        rows = [
+            [shown(name, 40), *(f"{each.value:.3f}" for each in curve.values())] for name, curve in self.curves.items()
+        ]
+        return Summary(line, verdicts, ("model", *(f"pass@{k}" for k in ks)), rows if ks else ())
 
 
 def compare(

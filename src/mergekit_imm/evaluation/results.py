@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from ..common.display import Displayed, Summary, points
 from ..common.json_files import numbers_in, parse_json, read_small
-from ..common.messages import shown
+from ..common.messages import first_few, shown
 from ..errors import ArgumentError, CheckpointError
 from ..loop.metrics import rows
 from ..loop.state import FORMAT, STATE, load, without_sign
@@ -32,8 +33,8 @@ class Result:
     series: str = ""
 
 
-@dataclass(frozen=True)
-class Tradeoff:
+@dataclass(frozen=True, repr=False)
+class Tradeoff(Displayed):
     """Results by two metrics, each with a leading - if less is better; `front`: the indices of those on it."""
 
     inside: str
@@ -44,6 +45,27 @@ class Tradeoff:
     def point(self, result: Result) -> tuple[float, float]:
         """Return both metrics of a result, as they were measured."""
         return tuple(result.metrics[without_sign(name)[0]] for name in (self.inside, self.outside))  # type: ignore[return-value]
+
+    def _summary(self) -> Summary:
+        names = [shown(without_sign(name)[0], 40) for name in (self.inside, self.outside)]
+        best = first_few([shown(self.results[i].name, 40) for i in self.front], ", ")
+        rows = [
+            [shown(each.name, 40), *(f"{value:.4g}" for value in self.point(each)), "front" if i in self.front else ""]
+            for i, each in enumerate(self.results)
+        ]
+        line = f"{len(self.results)} results by {names[0]} and {names[1]}; on the front: {best}"
+        return Summary(line, (), ("model", *names, ""), rows)
+
+    def _picture(self) -> str:
+        signs = [without_sign(name)[1] for name in (self.inside, self.outside)]
+        places = [(signs[0] * x, signs[1] * y) for x, y in map(self.point, self.results)]
+        labels = [each.name if each.alpha is None else f"alpha {each.alpha:g}" for each in self.results]
+        more = [
+            f"{'more' if sign > 0 else 'less'} {shown(without_sign(name)[0], 40)}"
+            for sign, name in zip(signs, (self.inside, self.outside), strict=True)
+        ]
+        title = f"right: {more[0]}; up: {more[1]}"
+        return points(places, labels, self.front, title) if 1 < len(places) <= 40 else ""
 
 
 def read_results(places: Sequence[str | Path]) -> list[Result]:

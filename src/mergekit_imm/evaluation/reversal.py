@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.checks import as_items, described
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..errors import ArgumentError
-from .bootstrap import Interval
+from .bootstrap import Interval, text_of
 
 FEWEST = 6  # problems: with fewer, a sign test cannot go below 2.5 %, even if all agree (2^-5 > 0.025 > 2^-6)
 UNKNOWN = Interval(math.nan, math.nan, math.nan, 0)
@@ -75,8 +76,8 @@ def group_disparity(solved: npt.ArrayLike, levels: npt.ArrayLike) -> float:
     return (easy - hard) / easy if easy > 0 and easiest != hardest else math.nan
 
 
-@dataclass(frozen=True)
-class Reversal:
+@dataclass(frozen=True, repr=False)
+class Reversal(Displayed):
     """A verdict: whether pass@1 rose, and what got worse. None means unknown.
 
     `evidence` holds the differences, model - reference; `sentence` states the verdict with its numbers.
@@ -109,6 +110,10 @@ class Reversal:
             "evidence": {name: interval.to_dict() for name, interval in self.evidence.items()},
             "sentence": self.sentence,
         }
+
+    def _summary(self) -> Summary:
+        rows = [[shown(name, 40), text_of(each)] for name, each in self.evidence.items()]
+        return Summary(self.sentence, (), ("measure", "difference"), rows)
 
 
 def judge(

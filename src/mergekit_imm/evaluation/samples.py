@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.checks import as_items, as_path
+from ..common.display import Displayed, Summary
 from ..common.json_files import parse_json, plain_size, without_duplicates
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MismatchError
@@ -27,8 +28,8 @@ class Response:
     confidence: float | None = None
 
 
-@dataclass(frozen=True)
-class Problem:
+@dataclass(frozen=True, repr=False)
+class Problem(Displayed):
     """A problem with one model's responses: `sampled`, in the order of the file, and the greedy one, if any."""
 
     name: str
@@ -42,13 +43,23 @@ class Problem:
         """The number of samples, and of right ones."""
         return len(self.sampled), sum(response.correct for response in self.sampled)
 
+    def _summary(self) -> Summary:
+        number, right = self.counts
+        greedy = "" if self.greedy is None else f", greedy {'right' if self.greedy.correct else 'wrong'}"
+        return Summary(f"{shown(self.name)}: {right} of {number} samples right{greedy}")
 
-@dataclass(frozen=True)
-class Model:
+
+@dataclass(frozen=True, repr=False)
+class Model(Displayed):
     """A model with its responses, problem name -> problem."""
 
     name: str
     problems: Mapping[str, Problem]
+
+    def _summary(self) -> Summary:
+        counts = [each.counts for each in self.problems.values()]
+        right, number = (sum(each[i] for each in counts) for i in (1, 0))
+        return Summary(f"{shown(self.name)}: {len(counts)} problems, {right} of {number} samples right")
 
 
 @dataclass(frozen=True)

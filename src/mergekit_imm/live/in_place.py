@@ -16,6 +16,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Raw, Tensor
 from ..checkpoint.reader import Files, check_inputs
 from ..common.messages import shown
+from ..common.progress import Progress
 from ..common.threads import in_threads
 from ..engine.bad_values import check_equal, find_bad_values, or_other
 from ..engine.workers import CONVERT, base_start_sft
@@ -25,7 +26,7 @@ from ..numerics.mask import BLOCK
 from ..numerics.native import Loop
 from ..numerics.reference import DTYPES
 from ..numerics.statistics import is_finite, new_tally
-from ..options.options import MergeOptions, Progress
+from ..options.options import MergeOptions
 from ..plan.advice import Advice
 from ..plan.plan import Item
 from .local_shards import Held, Indices, boxes, held

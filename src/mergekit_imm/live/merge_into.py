@@ -27,13 +27,15 @@ from ..checkpoint.lazy_tensor import is_stored
 from ..checkpoint.open_checkpoint import is_hub_id
 from ..checkpoint.reader import Files
 from ..checkpoint.safetensors_file import fingerprint
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..common.notes import Note, note
+from ..common.progress import Watched, check_progress, watched
 from ..common.threads import default_workers
 from ..errors import MismatchError, PartialMergeError
 from ..model.tensor_names import is_embedding_or_head, ready_option, tied_key, unwrapped
 from ..numerics.dtypes import MERGED
-from ..options.options import MergeOptions, Progress, RunOptions, options_from, with_files_read
+from ..options.options import MergeOptions, RunOptions, options_from, with_files_read
 from ..plan.accounts import check_tensors
 from ..plan.decide import Decided, decide
 from ..plan.make_plan import comparer
@@ -55,13 +57,17 @@ from .local_shards import Live, Part, is_distributed, live_tensors
 COMPARED = 1 << 18  # elements per comparison
 
 
-@dataclass(frozen=True)
-class LiveReport:
+@dataclass(frozen=True, repr=False)
+class LiveReport(Displayed):
     """What `merge_into` did: counts of the base's tensors by action, the round, and notes."""
 
     tensors: dict[str, int]  # merged, kept, taken, copied
     iteration: int
     notes: list[str]
+
+    def _summary(self) -> Summary:
+        counts = ", ".join(f"{count} {action}" for action, count in self.tensors.items() if count)
+        return Summary(f"iteration {self.iteration}; {counts}", self.notes)
 
 
 def merge_into(
@@ -87,7 +93,7 @@ def merge_into(
     workers: int | None = None,
     allow_nonfinite: bool = False,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: Watched = None,
 ) -> LiveReport:
     """Merge a model in memory back towards its base, in place: the model is the sft and becomes the merged one.
 
@@ -101,7 +107,7 @@ def merge_into(
         alpha, drop, seed, iteration, importance, shrink, clip, layer_factors, reference, keep, take, no_drop, rename,
             leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`; `take` leaves a tensor as is.
         dry_run: check names, shapes and headers; write nothing.
-        progress: called with (bytes done, total bytes) from time to time, in this thread; inputs are read twice.
+        progress: as in `merge_checkpoints`, on the first rank; inputs are read twice.
 
     The bits are those that `merge_checkpoints` writes from the saved model, in the dtype of each parameter. A first
     pass computes everything and checks names, shapes and values before any element is written; a failure after that
@@ -121,7 +127,10 @@ def merge_into(
     >>> model.w.data
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
-    return merged_into(locals(), lambda: (live_tensors(model), None))
+    given = locals()
+    first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+    with watched(progress, "merging", rate=lambda x: f"{x / 1e9:.2f} GB/s", here=first) as update:
+        return merged_into({**given, "progress": update}, lambda: (live_tensors(model), None))
 
 
 def check_untrained(model: nn.Module, base: str | Path, **options: Any) -> None:
@@ -146,7 +155,8 @@ def merged_into(
     The adapter, trained on the model, is then the sft, and the model's tensors must be the start's, or the adapter's.
     An `untrained` model's must be the start's too.
     """
-    model, dry_run, iteration, progress = (given[name] for name in ("model", "dry_run", "iteration", "progress"))
+    model, dry_run, iteration = (given[name] for name in ("model", "dry_run", "iteration"))
+    progress = check_progress(given["progress"])
     ranks = Ranks.of_group() if is_distributed(model) and dist.is_initialized() else ALONE
 
     def checked() -> tuple[dict[str, str | Path], MergeOptions, int, dict[str, Live], Checkpoint | None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..common.display import Displayed, Summary
 from ..common.json_files import is_utf8, parse_json, read_small
 from ..common.messages import first_few, shown
 from ..errors import ArgumentError, CheckpointError, OutputError
@@ -188,8 +189,8 @@ def anchor_decay(anchor: str) -> float:
     return value
 
 
-@dataclass(frozen=True)
-class State:
+@dataclass(frozen=True, repr=False)
+class State(Displayed):
     """Progress of a loop. Steps are named "ROUND/WHAT"; `model` is the last accepted one."""
 
     settings: Settings
@@ -203,6 +204,17 @@ class State:
         """Return the state as plain data."""
         rest = {each.name: getattr(self, each.name) for each in fields(self)}
         return {"format": FORMAT, "version": VERSION, **rest, "settings": to_dict(self.settings)}
+
+    def _summary(self) -> Summary:
+        alphas = ", ".join(f"round {number}: alpha {alpha:g}" for number, alpha in self.alphas.items())
+        rounds = f"{len(self.alphas)} of {self.settings.rounds} rounds merged"
+        names = list(dict.fromkeys(name for each in self.metrics.values() for name in each))[:6]
+        rows = [
+            [shown(model, 40), *(f"{each[name]:.4g}" if name in each else "" for name in names)]
+            for model, each in self.metrics.items()
+        ]
+        more = [*([alphas] if alphas else []), *([f"stopped: {self.stopped}"] if self.stopped else [])]
+        return Summary(f"{rounds}; the model is {shown(self.model)}", more, ("model", *map(shown, names)), rows)
 
 
 def with_steps(state: State, steps: Iterable[str], **changes: Any) -> State:

@@ -69,6 +69,7 @@ class IMMCallback(TrainerCallback):  # type: ignore[misc]
         check_options(base, options)
         self.base, self.every, self.merge_adapter, self.options = base, every, merge_adapter, options
         self.iteration = options.pop("iteration", None)
+        options.setdefault("progress", False)  # the trainer has a bar
         self.merges = 0
         if options.get("start") is not None:
             refs = {"base": base, "start": options["start"]}

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.checks import as_number, is_number
+from ..common.display import Displayed, Summary, bars
 from ..common.json_files import parse_json, without_duplicates
-from ..common.messages import shown
+from ..common.messages import first_few, shown
 from ..errors import ArgumentError
 from ..model.tensor_names import layer_order, resolve_layers, stacks, thirds
 from ..numerics.mask import check_factor
@@ -28,8 +29,8 @@ _RULES = {"lines": 2, "groups": 3}
 _RULES_TEXT = "lines:FIRST,LAST and groups:EARLY,MIDDLE,LATE"
 
 
-@dataclass(frozen=True)
-class Importance:
+@dataclass(frozen=True, repr=False)
+class Importance(Displayed):
     """Result of `layer_importance`. All importances are in nats: they estimate changes of the mean loss.
 
     layers: layer key -> I_n, the sum over the layer's linear weights. outside: sums over all other parameters:
@@ -53,6 +54,21 @@ class Importance:
         """Return the content of an importance file, which `imm-merge --importance` reads."""
         content = {"format": IMPORTANCE_FORMAT, "version": IMPORTANCE_VERSION, **asdict(self)}
         return content | {"unused": list(self.unused)}
+
+    def _summary(self) -> Summary:
+        total = math.fsum(self.layers.values()) or 1.0
+        shares = ", ".join(
+            f"{name} {100 * math.fsum(self.layers[key] for key in third) / total:.3g} %"
+            for name, third in zip(("early", "middle", "late"), thirds(list(self.layers)), strict=True)
+        )
+        line = f"{len(self.layers)} layers, order {self.order}; by thirds: {shares}"
+        measured = f"{self.sequences} sequences, {self.tokens} tokens, loss {self.loss:.4f} nats a token"
+        unused = [f"not used by the loss: {first_few([*map(shown, self.unused)], ', ')}"] if self.unused else []
+        rows = [[shown(key, 40), f"{value:.4g}"] for key, value in self.outside.items() if value]
+        return Summary(line, [measured, *unused], ("outside the layers", "nats"), rows)
+
+    def _picture(self) -> str:
+        return bars(self.layers, "importance by layer, nats") if self.layers else ""
 
 
 def importance_factors(

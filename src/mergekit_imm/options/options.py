@@ -17,6 +17,7 @@ from typing import Any
 
 from ..common.checks import as_number, as_path, is_integer
 from ..common.messages import shown
+from ..common.progress import Progress, check_progress
 from ..errors import ArgumentError
 from ..numerics.dtypes import OUTPUT_DTYPES, SHORT_NAMES
 from ..numerics.mask import check_alpha, check_drop, check_round
@@ -31,8 +32,6 @@ from .layer_factors import (
 )
 
 LEAST_BARE_SIZE = 1_000_000  # bytes; a smaller number without a unit probably means GB
-
-Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 def _option(heading: str, default: Any, text: str, check: Callable[[Any], Any] | None = None, **how: Any) -> Any:
@@ -340,7 +339,7 @@ class RunOptions(_Options):
     restart: bool = _option("Output", False, "Discard an unfinished merge and start over.")
     verify: bool = _option("Output", False, "Recompute the merge and compare every byte before OUT appears.")
     digests: bool = _option("Output", False, "Hash every file of OUT; write an in-toto statement, imm_statement.json.")
-    progress: Progress | None = _option("", None, "")
+    progress: Progress | None = _option("", None, "", check_progress)
 
 
 MERGE_DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(MergeOptions)}

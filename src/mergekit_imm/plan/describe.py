@@ -11,6 +11,8 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
+from ..common.display import Displayed, Summary
+from ..common.messages import count_text, shown
 from ..common.notes import Note, note
 from ..errors import MergeError
 from ..model.rename_rules import rules_of
@@ -31,8 +33,8 @@ DEFAULTS = MergeOptions()
 _FORMS = {".distcp": "torch.distributed checkpoint", ".bin": "PyTorch files", ".safetensors": "safetensors"}
 
 
-@dataclass(frozen=True)
-class CheckReport:
+@dataclass(frozen=True, repr=False)
+class CheckReport(Displayed):
     """Result of `check`, printed by `imm-merge --check --json`.
 
     `inputs`: form, files, tensor and parameter counts of each input (of an adapter, its own). `kinds`: what happens to
@@ -54,6 +56,14 @@ class CheckReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
         return asdict(self)
+
+    def _summary(self) -> Summary:
+        can = "cannot" if self.problems else "can"
+        rows = [
+            [each["role"], str(each["tensors"]), count_text(each["parameters"]), each["form"]] for each in self.inputs
+        ]
+        line = f"{shown(self.sft)} {can} be merged into {shown(self.base)}"
+        return Summary(line, [*self.problems, *self.notes], ("input", "tensors", "parameters", "form"), rows)
 
 
 def description(

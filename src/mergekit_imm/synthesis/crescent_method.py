@@ -15,6 +15,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from ..common.checks import as_text, as_texts, check_callable, check_count, is_number
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..errors import ArgumentError
 from ..evaluation.answers import same_answer
@@ -27,8 +28,8 @@ Generate = Callable[[list[str]], Sequence[str]]  # prompts -> one response per p
 _END = re.compile(r"[?？؟]")  # also full-width and Arabic question marks
 
 
-@dataclass(frozen=True)
-class Consensus:
+@dataclass(frozen=True, repr=False)
+class Consensus(Displayed):
     """The result of a vote.
 
     answer: the winning answer, in the form that most responses gave; None without a majority. votes: the most votes of
@@ -43,6 +44,11 @@ class Consensus:
     responses: tuple[str, ...]
     reason: str | None = None
 
+    def _summary(self) -> Summary:
+        answer = "no answer" if self.answer is None else shown(self.answer, 60)
+        why = "" if self.reason is None else f" ({self.reason})"
+        return Summary(f"{answer}{why}, {self.votes} votes of {self.n} responses")
+
 
 class Pair(NamedTuple):
     """A question, and a response to train on."""
@@ -51,8 +57,8 @@ class Pair(NamedTuple):
     response: str
 
 
-@dataclass(frozen=True)
-class Crescent:
+@dataclass(frozen=True, repr=False)
+class Crescent(Displayed):
     """The result of `crescent`.
 
     pairs: each question with a majority, and the first response that gives its answer. questions: the result of
@@ -64,6 +70,12 @@ class Crescent:
     questions: Deduplicated
     votes: tuple[Consensus, ...]
     counts: dict[str, int]
+
+    def _summary(self) -> Summary:
+        rows = [[step, str(count)] for step, count in self.counts.items()]
+        return Summary(
+            f"{len(self.pairs)} pairs from {self.counts.get('asked', 0)} questions", (), ("step", "questions"), rows
+        )
 
 
 def bait_prompts() -> tuple[str, ...]:
@@ -134,7 +146,7 @@ def consensus(
     code takes the most frequent answer whatever its share, the first one in a tie, and lets "no answer" win.
 
     >>> consensus(["3 + 4 = 7", "It is 7.", "It is 8."])
-    Consensus(answer='7', votes=2, n=3, responses=('3 + 4 = 7', 'It is 7.'), reason=None)
+    Consensus: 7, 2 votes of 3 responses
     >>> consensus(["It is 7.", "It is 8.", "I do not know."]).reason
     'tie'
     """

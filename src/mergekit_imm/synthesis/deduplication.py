@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..common.checks import as_texts, check_callable, check_count, is_number
+from ..common.display import Displayed, Summary
 from ..common.messages import shown
 from ..errors import ArgumentError
 from ..evaluation.embeddings import unit_rows
@@ -34,8 +35,8 @@ class Discarded:
     cosine: float
 
 
-@dataclass(frozen=True)
-class Deduplicated:
+@dataclass(frozen=True, repr=False)
+class Deduplicated(Displayed):
     """The result of `deduplicate`.
 
     accepted: questions in order, some rewritten. discarded: all others. rewritten: number of rewritten questions among
@@ -46,6 +47,15 @@ class Deduplicated:
     discarded: tuple[Discarded, ...]
     rewritten: int
     retries: int
+
+    def _summary(self) -> Summary:
+        changed = f"{self.rewritten} of them rewritten in {self.retries} calls"
+        head, rows = (
+            ("discarded", "nearest", "cosine"),
+            [[shown(each.question), shown(each.neighbour), f"{each.cosine:.3f}"] for each in self.discarded],
+        )
+        line = f"{len(self.accepted)} questions accepted, {changed}; {len(self.discarded)} discarded"
+        return Summary(line, (), head, rows)
 
 
 def deduplicate(

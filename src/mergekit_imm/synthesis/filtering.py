@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..common.checks import as_items, as_text, check_callable, is_integer
+from ..common.display import Displayed, Summary
 from ..errors import ArgumentError
 from ..evaluation.answers import is_correct
 
@@ -19,8 +20,8 @@ class Sample:
     answer: str
 
 
-@dataclass(frozen=True)
-class Kept:
+@dataclass(frozen=True, repr=False)
+class Kept(Displayed):
     """The samples that `keep_correct` kept, in order, and what happened to the rest.
 
     wrong, duplicates, beyond: number of samples dropped because they are wrong, repeated, or beyond `per_prompt`.
@@ -34,6 +35,11 @@ class Kept:
     beyond: int
     prompts: int
     unsolved: tuple[str, ...]
+
+    def _summary(self) -> Summary:
+        dropped = f"{self.wrong} wrong, {self.duplicates} repeated, {self.beyond} beyond per_prompt"
+        solved = f"{self.prompts - len(self.unsolved)} of {self.prompts} prompts solved"
+        return Summary(f"{len(self.samples)} samples kept; {dropped}; {solved}")
 
 
 def keep_correct(

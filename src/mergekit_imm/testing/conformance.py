@@ -195,7 +195,7 @@ def check_input(folder: str | Path, state: Mapping[str, Tensor]) -> None:
                 base, sft = (source if role == name else root / "other" for name in ("base", "sft"))
                 out = root / f"{role}-{len(merged)}"
                 start = source if role == "start" else None
-                merge_checkpoints(base, sft, out, start=start, iteration=1, drop=0.5, workers=workers)
+                merge_checkpoints(base, sft, out, start=start, iteration=1, drop=0.5, workers=workers, progress=False)
                 merged.append({n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()})
             expected, got = merged
             if set(expected) != set(got):
@@ -209,4 +209,4 @@ def check_input(folder: str | Path, state: Mapping[str, Tensor]) -> None:
                     )
                 if tensor.numel() and not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, got[name]))):
                     raise AssertionError(f"as {role}: {name} has other bits than from safetensors")
-        verify(root / "sft-1")
+        verify(root / "sft-1", progress=False)

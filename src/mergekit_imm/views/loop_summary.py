@@ -10,7 +10,7 @@ from ..loop.metrics import TITLES, rows
 from ..loop.state import State, measured, without_sign
 from ..output.direct_io import replace_file
 from ..output.write_errors import output_errors
-from .tables import aligned, saved
+from .tables import aligned, drawing, saved
 
 PANELS = 60  # more take minutes to draw, and nobody reads them
 _STYLES = {"sft": "^-", "candidate": "x", "merged": "o-", "baseline": "s--"}
@@ -60,18 +60,17 @@ def table(state: State) -> str:
 def plot(state: State, folder: Path) -> list[Path]:
     """Draw the first PANELS metrics over the rounds, as in figures 6 and 7 of the paper, into metrics.png and .svg.
 
-    Returns the paths of the files, none without metrics. Raises ImportError without matplotlib.
+    Returns the paths of the files, none without metrics. Raises ExtraError without matplotlib.
     """
     found = rows(state)
     names = list(dict.fromkeys(name for row in found for name in row["metrics"]))[:PANELS]
     if not names:
         return []
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    with mpl.rc_context({"font.size": 9}):
+    with drawing():
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(3.4 * columns, 2.7 * lines), layout="constrained")
         for number, name in enumerate(names):
             axes = figure.add_subplot(lines, columns, number + 1)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..common.messages import bytes_text, first_few, shown
+from ..common.messages import bytes_text, count_text, first_few, shown
 from ..engine.report import MergeReport
 from ..options.recipe import STATEMENT_FILE
 from ..plan.describe import CheckReport
@@ -122,15 +122,3 @@ def table(kinds: Sequence[Mapping[str, Any]], with_start: bool) -> list[str]:
         counts = str(kind["tensors"]), count_text(kind["elements"])
         rows.append((shown(kind["name"]), *counts, *read, kind["write"], what))
     return [f"  {line}" for line in aligned(rows, right=(1, 2))]
-
-
-def count_text(count: int) -> str:
-    """Return a number of parameters in short.
-
-    >>> count_text(1_540_000_000), count_text(512)
-    ('1.54 B', '512')
-    """
-    for unit, size in ((" B", 1e9), (" M", 1e6), (" k", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f}{unit}"
-    return str(count)

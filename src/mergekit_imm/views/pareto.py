@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from ..common.messages import shown
 from ..evaluation.results import Result, Tradeoff
 from ..loop.state import without_sign
-from .tables import aligned, saved
+from .tables import INK, aligned, drawing, saved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILES = ("pareto.json", "pareto.png", "pareto.svg")
 LABELS = 60  # beyond the front, more are a cloud
-_INK, _FRONT = "#808080", "#dd7b33"  # tones that can be read on light and on dark pages
+_FRONT = "#dd7b33"  # as INK a tone that can be read on light and on dark pages
 _SERIES = ("#3584d6", "#36a57a", "#a06cc8", "#b8860b", "#c2527a", "#5f9ea0")
 
 
@@ -39,19 +39,15 @@ def front_lines(found: Tradeoff) -> str:
 def picture(found: Tradeoff) -> dict[str, bytes]:
     """Draw the results, better to the right and up, with the front and the results of a series joined by alpha.
 
-    Returns file name -> content, PNG and SVG. Raises ImportError without matplotlib.
+    Returns file name -> content, PNG and SVG. Raises ExtraError without matplotlib.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     points = [found.point(each) for each in found.results]
     signs = [without_sign(name)[1] for name in (found.inside, found.outside)]
-    with mpl.rc_context({"font.size": 9, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK,
-                         "xtick.color": _INK, "ytick.color": _INK}):  # fmt: skip
+    with drawing():
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(6.4, 4.6), layout="constrained")
         axes = figure.add_subplot()
-        for ground in (figure.patch, axes.patch):
-            ground.set_alpha(0)
         names = list(dict.fromkeys(each.series for each in found.results))
         for number, name in enumerate(names):
             own = [i for i, each in enumerate(found.results) if each.series == name]
@@ -70,7 +66,7 @@ def picture(found: Tradeoff) -> dict[str, bytes]:
             axis.set_inverted(sign < 0)
             axis.set_label_text(f"{_plain(without_sign(name)[0])} ({'more' if sign > 0 else 'less'} is better)")
         axes.margins(0.12)
-        axes.grid(alpha=0.25, color=_INK)
+        axes.grid(alpha=0.25, color=INK)
         axes.legend(fontsize=8, loc="best", framealpha=0)
         _annotate(axes, found, points)
         return saved(figure, "pareto")

@@ -9,7 +9,7 @@ from ..common.messages import shown
 from ..evaluation.bootstrap import Interval
 from ..evaluation.calibration import KINDS
 from ..evaluation.comparison import Comparison, Report
-from .tables import aligned, saved
+from .tables import aligned, drawing, saved
 
 FIGURES = ("pass-at-k", "differences", "calibration")
 FILES = ("samples.json", *(f"{name}.{form}" for name in FIGURES for form in ("png", "svg")))
@@ -66,13 +66,12 @@ def _range(each: Interval, sign: str = "") -> str:
 def pictures(report: Report) -> dict[str, bytes]:
     """Draw pass@k with bands, the differences to the reference, and reliability diagrams, as PNG and SVG.
 
-    Returns file name -> content, only for what was measured. Raises ImportError without matplotlib.
+    Returns file name -> content, only for what was measured. Raises ExtraError without matplotlib.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     found: dict[str, bytes] = {}
-    with mpl.rc_context({"font.size": 9}):
+    with drawing():
+        from matplotlib.figure import Figure
+
         if any(report.curves.values()):
             figure = Figure(figsize=(5.2, 3.6), layout="constrained")
             axes = figure.add_subplot()

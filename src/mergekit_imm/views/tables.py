@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from ..errors import extra_error
+
+INK = "#808080"  # can be read on light and on dark pages
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Let figures be drawn without a ground of their own, for light and dark pages. Raises ExtraError."""
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise extra_error("a picture", "matplotlib") from error
+    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    grounds = ("figure.facecolor", "axes.facecolor", "legend.facecolor")
+    settings = {"font.size": 9, "legend.framealpha": 0, **dict.fromkeys(inks, INK), **dict.fromkeys(grounds, "none")}
+    with mpl.rc_context(settings):
+        yield
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] | None = None) -> list[str]:
