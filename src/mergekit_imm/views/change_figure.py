@@ -104,7 +104,7 @@ def _mark_stacks(panels: Sequence[Any], keys: Sequence[str]) -> None:
         return
     for begin in begins:
         for axes in panels:
-            axes.axvline(begin - 0.5, color="0.3", linewidth=0.8, linestyle=":")
+            axes.axvline(begin - 0.5, color="0.5", linewidth=0.8, linestyle=":")
         panels[0].annotate(
             shown(prefixes[begin], 30),
             (begin - 0.4, 1.02),
@@ -132,7 +132,7 @@ def _mismatch_figure(found: Sequence[ModelChange], importance: Mapping[str, floa
             for key, *point in zip(third.layers, x, y, strict=True):
                 if count <= 40:
                     number = key.rpartition(".")[2]
-                    axes.annotate(number, point, (3, 3), textcoords="offset points", fontsize=6, color="0.3")
+                    axes.annotate(number, point, (3, 3), textcoords="offset points", fontsize=6, color="0.5")
         rho = one.mismatch.rho
         interval = f" [{rho.low:+.2f}, {rho.high:+.2f}]" if rho.low == rho.low else ""
         value = f"rho {rho.value:+.2f}{interval}" if rho.value == rho.value else "rho is not defined"
