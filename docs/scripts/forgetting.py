@@ -145,7 +145,9 @@ def draw() -> None:
     with style.context(Path(__file__).with_name("pictures.mplstyle")):
         figure = Figure(figsize=(8, 3.6))
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, key, title in zip(panels, ("kl", "moved"), ("KL(base || model), nats per token", "moved"), strict=True):
+        for axes, key, title in zip(
+            panels, ("kl", "moved"), ("KL(base || model), nats per token", "moved"), strict=True
+        ):
             for kind, marker in zip(kinds, "o^s", strict=True):
                 points = [(each[label][key], lost(each, label)) for each in seeds.values() for label in kinds[kind]]
                 axes.scatter(*zip(*points, strict=True), marker=marker, s=22, label=kind)

@@ -1,7 +1,7 @@
 """What mkdocs does to the pages when it builds the site: a hook, named in mkdocs.yml.
 
-- Links to files outside docs, such as `[the script](../examples/demo.py)`, work on a forge as they are. On the site they
-  lead to the same file below `repo_url`; without one, their text stays.
+- Links to files outside docs, such as `[the script](../examples/demo.py)`, work on a forge as they are. On the site
+  they lead to the same file below `repo_url`; without one, their text stays.
 - The copy button of a session copies what one types, neither prompts nor outputs.
 - Long messages in outputs are wrapped as a terminal would; tables and commands are not.
 """

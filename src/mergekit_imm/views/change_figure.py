@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.verdict import ModelChange
 from ..common.messages import shown
+from .labels import label_points
 from .tables import saved
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"early": "#3b76af", "middle": "#c98a1b", "late": "#b0413e"}
 HEAT_MAPS = 4  # are drawn, of the last checkpoints
+NUMBERED = 40  # layers at most have their numbers beside their points
 
 
 def change_picture(found: Sequence[ModelChange], importance: Mapping[str, float] | None) -> dict[str, bytes]:
@@ -121,18 +123,16 @@ def _mismatch_figure(found: Sequence[ModelChange], importance: Mapping[str, floa
     lines = -(-len(found) // columns)
     size = (max(4.6, 3.6 * columns), 3.5 * lines + 0.3)
     figure = Figure(figsize=size, layout="constrained")
+    numbered: list[tuple[Any, dict[str, tuple[float, float]]]] = []
     for i, one in enumerate(found, 1):
         axes: Any = figure.add_subplot(lines, columns, i)
         assert one.mismatch is not None
-        count = sum(len(third.layers) for third in one.mismatch.thirds.values())
+        points: dict[str, tuple[float, float]] = {}
         for name, third in one.mismatch.thirds.items():
-            x = [importance[key] for key in third.layers]
-            y = [one.change.layers[key] for key in third.layers]
-            axes.scatter(x, y, s=22, color=COLOURS[name], label=name)
-            for key, *point in zip(third.layers, x, y, strict=True):
-                if count <= 40:
-                    number = key.rpartition(".")[2]
-                    axes.annotate(number, point, (3, 3), textcoords="offset points", fontsize=6, color="0.5")
+            points |= {key: (importance[key], one.change.layers[key]) for key in third.layers}
+            axes.scatter(
+                *zip(*(points[key] for key in third.layers), strict=True), s=22, color=COLOURS[name], label=name
+            )
         rho = one.mismatch.rho
         interval = f" [{rho.low:+.2f}, {rho.high:+.2f}]" if rho.low == rho.low else ""
         value = f"rho {rho.value:+.2f}{interval}" if rho.value == rho.value else "rho is not defined"
@@ -144,6 +144,11 @@ def _mismatch_figure(found: Sequence[ModelChange], importance: Mapping[str, floa
         axes.margins(0.1)
         if i == 1:
             axes.legend(fontsize=7, title="layers", title_fontsize=7)
+        numbered.append((axes, points))
+    for axes, points in numbered:  # once all panels have their places
+        if len(points) <= NUMBERED:
+            numbers = {i: key.rpartition(".")[2] for i, key in enumerate(points)}
+            label_points(axes, list(points.values()), numbers, color="0.5")
     return figure
 
 
