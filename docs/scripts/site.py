@@ -3,7 +3,7 @@
 - Links to files outside docs, such as `[the script](../examples/demo.py)`, work on a forge as they are. On the site
   they lead to the same file below `repo_url`; without one, their text stays.
 - The copy button of a session copies what one types, neither prompts nor outputs.
-- Long messages in outputs are wrapped as a terminal would; tables and commands are not.
+- Long messages in outputs are wrapped as a terminal would; tables and commands are not. Options stay on one line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ FENCED = re.compile(r"^(```+).*?^\1$", re.MULTILINE | re.DOTALL)
 OUTSIDE = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\(\.\./(?P<path>[^)#\s]+)\)")
 SESSION = re.compile(r'<div class="language-(?:console|pycon) highlight">(?P<code>.*?)</div>', re.DOTALL)
 PROMPT = re.compile(r'<span class="gp">(?:\$|&gt;&gt;&gt;|\.\.\.|&gt;) ?</span>')
+OPTION = re.compile(r"<code>(?=--[\w-]{1,24}</code>)")
 MESSAGE = re.compile(r'<span class="go">(?=(?:error|note|warning|refused|round \d+): )')
 
 
@@ -43,8 +44,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Tell the copy button what to copy, and mark the lines that may be wrapped."""
-    return SESSION.sub(_session, content)
+    """Tell the copy button what to copy, and mark what may be wrapped, or may not."""
+    return SESSION.sub(_session, OPTION.sub('<code class="option">', content))
 
 
 def _session(block: re.Match[str]) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import markdown
 import pytest
-from mkdocs.exceptions import PluginError
+
+markdown = pytest.importorskip("markdown")
+PluginError = pytest.importorskip("mkdocs.exceptions").PluginError
 
 DOCS = Path(__file__).parents[2] / "docs"
 SITE = runpy.run_path(str(DOCS / "scripts" / "site.py"))
