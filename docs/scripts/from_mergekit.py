@@ -9,7 +9,9 @@ are those of the tutorial, a fine-tuning of the merged one, and an adapter.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -26,12 +28,11 @@ from results import table
 RESULTS = Path(__file__).resolve().with_suffix(".json")
 PEERS = DOCS.parent / ".venv-peers" / "bin" / "python"
 MERGER = """
-import json, logging, sys
+import json, sys
 from importlib.metadata import version
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-logging.disable(logging.CRITICAL)
 for out, content in json.load(open(sys.argv[1])).items():
     options = MergeOptions(quiet=True, lora_merge_cache="cache", random_seed=0)
     run_merge(MergeConfiguration.model_validate(content), out, options)
@@ -82,29 +83,31 @@ EQ_6 = DARE | sft_alone(0.5 / 0.8, density=0.8) | {"parameters": {"rescale": Fal
 
 def run(peers: str) -> None:
     """Make all merges in a folder, and write what was found."""
-    import contextlib
-    import os
-
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         make_models()
         jobs = {f"theirs-{i}": config for i, (_, config, _) in enumerate(SAME)}
         jobs["dare"] = DARE | sft_alone(0.5, density=0.8)
         jobs["dare-eq6"], jobs["dare-again"] = EQ_6, EQ_6
         jobs["dare-shards"] = EQ_6 | {"base_model": "./base-shards", "models": [model("sft", 0.625, density=0.8)]}
-        jobs["unknown"] = {
-            "merge_method": "linear",
-            "models": [model("base-more", 0.5), model("sft-more", 0.5)],
-        } | FLOAT32
-        Path("jobs.json").write_text(json.dumps(jobs))
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        environment.pop("PYTHONPATH", None)
-        done = subprocess.run(
-            [peers, "-c", MERGER, "jobs.json"], env=environment, stdout=subprocess.PIPE, text=True, check=True
-        )
-        version = done.stdout.split()[-1]
+        some = [{"filter": "embed", "value": 1}, {"value": 0.8}]
+        jobs["dare-some"] = EQ_6 | {"models": [model("sft", 0.625, density=some)]}
+        more = [model("base-more", 0.5), model("sft-more", 0.5)]
+        jobs["unknown"] = {"merge_method": "linear", "models": more} | FLOAT32
+        version, said = mergekit(peers, jobs)
+        retrain_adapter()
+        mergekit(peers, {"retrained": SAME[-1][1]})
         same = [compared(i, *case) for i, case in enumerate(SAME)]
-        found = {"mergekit": version, "same": same, "dare": dare(), "files": files()}
+        found = {"mergekit": version, "same": same, "dare": dare(), "rest": rest(said)}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def mergekit(peers: str, jobs: dict[str, Any]) -> tuple[str, str]:
+    """Run mergekit; return its version, and what it said."""
+    Path("jobs.json").write_text(json.dumps(jobs))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    command = [peers, "-c", MERGER, "jobs.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()[-1], done.stderr
 
 
 def ours(arguments: str, out: str) -> None:
@@ -153,32 +156,17 @@ def weights(folder: str) -> dict[str, Any]:
 
 
 def compared(number: int, what: str, config: dict[str, Any], options: str) -> dict[str, Any]:
-    """Merge with ours, and count the elements that differ, and by how many steps of bfloat16 at most."""
-    import torch
-
+    """Merge with ours; count the elements that differ, and by how much at most."""
     sft = "adapter" if "adapter" in json.dumps(config) else "sft"
-    ours(f"base {sft} {options}", f"ours-{number}")
+    command = f"base {sft} {options}"
+    ours(command, f"ours-{number}")
     a, b = weights(f"theirs-{number}"), weights(f"ours-{number}")
     a.pop("lm_head.weight", None)  # tied
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
-    differ = steps = elements = 0
-    for name, tensor in b.items():
-        x, y = (ordered(t.view(torch.int16).to(torch.int64)) for t in (a[name], tensor))
-        elements += x.numel()
-        differ += int((x != y).sum())
-        steps = max(steps, int((x - y).abs().max()))
-    return {
-        "what": what,
-        "ours": f"imm-merge base {sft} {options}",
-        "elements": elements,
-        "differ": differ,
-        "steps": steps,
-    }
-
-
-def ordered(bits: Any) -> Any:
-    """Return integers in the order of the numbers whose bits these are."""
-    return bits.where(bits >= 0, -32768 - bits)
+    differ = sum(int((a[name] != tensor).sum()) for name, tensor in b.items())
+    largest = max(float((a[name].float() - tensor.float()).abs().max()) for name, tensor in b.items())
+    elements = sum(tensor.numel() for tensor in b.values())
+    return {"what": what, "ours": f"imm-merge {command}", "elements": elements, "differ": differ, "largest": largest}
 
 
 def dare() -> dict[str, Any]:
@@ -204,24 +192,36 @@ def dare() -> dict[str, Any]:
     found["tensors"] = len(mine)
     found["again"] = sum(not first[key].equal(again[key]) for key in mine)
     found["shards"] = sum(not first[key].equal(shards[key]) for key in mine)
+    ours("base sft --alpha 0.5 --drop 0.2 --dtype float32 --no-drop embed", "ours-some")
+    for place, whole, other in (("theirs", first, "dare-some"), ("ours", mine, "ours-some")):
+        some = weights(other)
+        found[f"{place} some"] = sum("embed" not in key and not whole[key].equal(some[key]) for key in mine)
     found["ours shards"] = sum(not mine[key].equal(tensor) for key, tensor in weights("ours-shards").items())
     return found
 
 
-def files() -> dict[str, Any]:
-    """What else is in the folders."""
+def retrain_adapter() -> None:
+    """Give the adapter other weights, in the same place."""
+    from safetensors.torch import save_file
+
+    save_file({name: 2 * tensor for name, tensor in weights("adapter").items()}, "adapter/adapter_model.safetensors")
+
+
+def rest(said: str) -> dict[str, Any]:
+    """Look at tensors that have no definition, at other files, and at what becomes of adapters."""
     ours("base-more sft-more --alpha 0.5 --drop 0", "ours-more")
     name = "model.layers.0.self_attn.q_norm.weight"
-    adapter = Path("cache")
+    retrained, before = weights("retrained"), weights(f"theirs-{len(SAME) - 1}")
     return {
-        "theirs": sorted(path.name for path in Path("theirs-3").iterdir()),
-        "ours": sorted(path.name for path in Path("ours-3").iterdir()),
+        "unknown": {place: name in weights(folder) for place, folder in (("theirs", "unknown"), ("ours", "ours-more"))},
+        "said": [line for line in said.splitlines() if "q_norm" in line],
         "length": {
-            place: json.loads(Path(f"{place}-3/tokenizer_config.json").read_text()).get("model_max_length")
-            for place in ("theirs", "ours")
+            folder: json.loads(Path(folder, "tokenizer_config.json").read_text()).get("model_max_length")
+            for folder in ("theirs-3", "ours-3", "base", "sft")
         },
-        "unknown": {"theirs": name in weights("unknown"), "ours": name in weights("ours-more")},
-        "adapter cache MB": sum(p.stat().st_size for p in adapter.rglob("*") if p.is_file()) / 1e6,
+        "cache": sum(path.stat().st_size for path in Path("cache").rglob("*.safetensors")),
+        "model": Path("base/model.safetensors").stat().st_size,
+        "retrained": sum(not before[key].equal(retrained[key]) for key in before),
     }
 
 
@@ -229,11 +229,9 @@ def same_table(found: dict[str, Any]) -> str:
     rows = []
     for case in found["same"]:
         share = 100 * case["differ"] / case["elements"]
-        bits = (
-            "all equal" if case["differ"] == 0 else f"{share:.2g} % of the elements differ, by {case['steps']} at most"
-        )
+        bits = f"{share:.2g} % differ, by {case['largest']:.1g} at most" if case["differ"] else "all equal"
         rows.append([case["what"], f"`{case['ours']}`", bits])
-    return table(["mergekit", "here", "bits"], rows)
+    return table([f"mergekit {found['mergekit']}", "here", "elements"], rows)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ FENCED = re.compile(r"^(```+).*?^\1$", re.MULTILINE | re.DOTALL)
 OUTSIDE = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\(\.\./(?P<path>[^)#\s]+)\)")
 SESSION = re.compile(r'<div class="language-(?:console|pycon) highlight">(?P<code>.*?)</div>', re.DOTALL)
 PROMPT = re.compile(r'<span class="gp">(?:\$|&gt;&gt;&gt;|\.\.\.|&gt;) ?</span>')
-OPTION = re.compile(r"<code>(?=--[\w-]{1,24}</code>)")
+OPTION = re.compile(r"<code>(?=--[\w -]{1,24}</code>)")
 MESSAGE = re.compile(r'<span class="go">(?=(?:error|note|warning|refused|round \d+): )')
 
 
