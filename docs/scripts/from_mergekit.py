@@ -234,6 +234,41 @@ def same_table(found: dict[str, Any]) -> str:
     return table([f"mergekit {found['mergekit']}", "here", "elements"], rows)
 
 
+def dare_table(found: dict[str, Any]) -> str:
+    """The masks and the scale of DARE."""
+    dare, count = found["dare"], found["dare"]["tensors"]
+    rows = [
+        ["the same command again: tensors with another mask", f"{dare['again']} of {count}", f"0 of {count}"],
+        ["the base in other shards: the same", f"{dare['shards']} of {count}", f"{dare['ours shards']} of {count}"],
+        [
+            "nothing dropped from the embedding: the same, of the others",
+            f"{dare['theirs some']} of {count - 1}",
+            f"{dare['ours some']} of {count - 1}",
+        ],
+    ]
+    for what, name in (("as it comes", "dare"), ("`rescale: false`, weight / density", "dare-eq6")):
+        low, high = dare[name]["factor"]
+        rows.append([f"scale of what is kept, of that here: {what}", f"{low:.7g} to {high:.8g}", "1"])
+    return table([f"seen, with mergekit {found['mergekit']}", "mergekit", "here"], rows)
+
+
+def rest_table(found: dict[str, Any]) -> str:
+    """What becomes of other tensors, files and adapters."""
+    rest = found["rest"]
+    copied = {
+        place: "sft" if rest["length"][place] == rest["length"]["sft"] else "base" for place in ("theirs-3", "ours-3")
+    }
+    unknown = {place: "merged" if there else "left out" for place, there in rest["unknown"].items()}
+    rows = [
+        ["a tensor in both models that the definition of Qwen2 lacks", unknown["theirs"], unknown["ours"]],
+        ["a warning of it", "yes" if rest["said"] else "no", ""],
+        ["whose `tokenizer_config.json` the result has", copied["theirs-3"], copied["ours-3"]],
+        ["a merged copy of base and adapter, MB", f"{rest['cache'] / 1e6:.1f}", "none"],
+        ["the adapter trained further, in its folder: is it merged?", "yes" if rest["retrained"] else "no", ""],
+    ]
+    return table([f"seen, with mergekit {found['mergekit']}", "mergekit", "here"], rows)
+
+
 def main() -> None:
     """Run, or renew the page."""
     if "--run" in sys.argv:
@@ -241,7 +276,8 @@ def main() -> None:
         run(sys.argv[at] if at else str(PEERS))
         return
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    update("from-mergekit.md", {"same": same_table(found)}, __doc__)
+    parts = {"same": same_table(found), "dare": dare_table(found), "rest": rest_table(found)}
+    update("from-mergekit.md", parts, __doc__)
 
 
 if __name__ == "__main__":
