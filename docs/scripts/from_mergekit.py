@@ -94,9 +94,9 @@ def run(peers: str) -> None:
         more = [model("base-more", 0.5), model("sft-more", 0.5)]
         jobs["unknown"] = {"merge_method": "linear", "models": more} | FLOAT32
         version, said = mergekit(peers, jobs)
+        same = [compared(i, *case) for i, case in enumerate(SAME)]
         retrain_adapter()
         mergekit(peers, {"retrained": SAME[-1][1]})
-        same = [compared(i, *case) for i, case in enumerate(SAME)]
         found = {"mergekit": version, "same": same, "dare": dare(), "rest": rest(said)}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -246,9 +246,9 @@ def dare_table(found: dict[str, Any]) -> str:
             f"{dare['ours some']} of {count - 1}",
         ],
     ]
-    for what, name in (("as it comes", "dare"), ("`rescale: false`, weight / density", "dare-eq6")):
+    for what, name in (("default", "dare"), ("`rescale: false`, weight / density", "dare-eq6")):
         low, high = dare[name]["factor"]
-        rows.append([f"scale of what is kept, of that here: {what}", f"{low:.7g} to {high:.8g}", "1"])
+        rows.append([f"scale of what is kept, relative to ours: {what}", f"{low:.7g} to {high:.8g}", "1"])
     return table([f"seen, with mergekit {found['mergekit']}", "mergekit", "here"], rows)
 
 
