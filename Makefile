@@ -42,6 +42,7 @@ docs: .venv/ready
 	$(BIN)/python docs/scripts/lost.py --check
 	$(BIN)/python docs/scripts/architectures.py --check
 	$(BIN)/python docs/scripts/audit.py --check
+	$(BIN)/python docs/scripts/from_mergekit.py --check
 	$(BIN)/python docs/scripts/many_machines.py --check
 	$(BIN)/python docs/scripts/notebook.py --check
 	$(BIN)/python docs/scripts/run_examples.py

@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).with_name("self_improvement")))
 
 import torch
 import transformers
+from matplotlib import style
 from matplotlib.figure import Figure
 from torch.nn.utils import parameters_to_vector
 from toy import (
@@ -59,10 +60,10 @@ N_IN, N_OUT = 1000, 300  # test questions in domain, and for each skill out of d
 LR, LOW_LR = 1e-3, 3e-4  # the low one ends about as far from the base as the merge at alpha 0.5
 MERGES = {"merged-0.3": 0.3, "merged": 0.5, "merged-0.7": 0.7}  # folder: alpha
 ROWS = {  # folder: label and colour
-    "base": ("base", "#222222"),
-    "sft": ("SFT", "#c0392b"),
-    "sft-low-lr": ("SFT, low learning rate", "#b9770e"),
-    **{name: (f"merged, alpha {alpha}", "#1f6fb4") for name, alpha in MERGES.items()},
+    "base": ("base", "0.5"),
+    "sft": ("SFT", "C1"),
+    "sft-low-lr": ("SFT, low learning rate", "C2"),
+    **{name: (f"merged, alpha {alpha}", "C0") for name, alpha in MERGES.items()},
 }
 
 READING = """
@@ -148,10 +149,10 @@ def evaluate(name: str, tests: dict[str, list[Example]]) -> Score:
 
 def draw_picture(scores: dict[str, Score], path: Path) -> None:
     """Plot in-domain against out-of-domain accuracy, with a line from the base through the merges to SFT."""
-    figure = Figure(figsize=(8, 5), dpi=200, layout="constrained")
+    figure = Figure(figsize=(8, 4.6))
     axes = figure.add_subplot()
     line = [scores[name] for name in ("base", *reversed(MERGES), "sft")]  # alpha falls
-    axes.plot([s.inside for s in line], [s.outside for s in line], color="#a9c6e3", zorder=1)
+    axes.plot([s.inside for s in line], [s.outside for s in line], color="C0", alpha=0.4, zorder=1)
     for name, s in scores.items():
         label, color = ROWS[name]
         axes.errorbar(s.inside, s.outside, s.outside_error, s.inside_error, fmt="o", color=color, lw=1)
@@ -161,10 +162,7 @@ def draw_picture(scores: dict[str, Score], path: Path) -> None:
         axes.annotate(label, (s.inside, s.outside), offset, textcoords="offset points", color=color, ha=ha, va=va)
     axes.set_xlabel(f"in domain: addition, % right (n = {N_IN})")
     axes.set_ylabel(f"out of domain: other skills, % right (n = {len(OUT_OF_DOMAIN)} x {N_OUT})")
-    axes.set_title("One round of self-improvement on a toy model (bars: one standard error)", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
+    axes.set_title("One round of self-improvement on a toy model (bars: one standard error)")
     axes.margins(0.1)
     figure.savefig(path)
 
@@ -211,7 +209,8 @@ def main() -> None:
 
     say("load and test every model")
     scores = {name: evaluate(name, tests) for name in ROWS}
-    draw_picture(scores, DEMO / "demo.png")
+    with style.context(ROOT / "docs" / "scripts" / "pictures.mplstyle"):
+        draw_picture(scores, DEMO / "demo.png")
     say(f"  picture: {DEMO.name}/demo.png")
     print_table(scores)
 

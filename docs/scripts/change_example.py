@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from matplotlib import style
 
 from mergekit_imm import layer_importance
 from mergekit_imm.analysis.change import checkpoint_change
@@ -50,11 +51,12 @@ def report(folder: Path) -> None:
     for name in ("sft-1", "sft-2"):
         change = checkpoint_change(folder / "base", folder / name)
         found.append(ModelChange(name, change, mismatch(weights, change)))
-    for name, picture in (
-        ("change-layers.png", change_picture(found, weights)),
-        ("change-importance.png", mismatch_picture(found, weights)),
-    ):
-        (DOCS / name).write_bytes(next(iter(picture.values())))
+    with style.context(Path(__file__).with_name("pictures.mplstyle")):
+        for name, picture in (
+            ("change-layers.png", change_picture(found, weights)),
+            ("change-importance.png", mismatch_picture(found, weights)),
+        ):
+            (DOCS / name).write_bytes(next(iter(picture.values())))
     page = DOCS / "change.md"
     before, _, rest = page.read_text().partition("<!-- example -->\n")
     after = rest.partition("<!-- /example -->")[2]

@@ -133,28 +133,30 @@ def correlations() -> str:
 
 def draw() -> None:
     """Draw the loss out of domain against both measures."""
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     seeds = json.loads(RESULTS.read_text(encoding="utf-8"))
     kinds = {
-        "fine-tuned": [label for label in TRAINED if label not in OLD],
-        "with old data": list(OLD),
         "merged": list(MERGED),
+        "fine-tuned": [label for label in TRAINED if label not in OLD],
+        "fine-tuned, with old data": list(OLD),
     }
-    figure = Figure(figsize=(7.6, 3.4), layout="constrained")
-    for number, (key, title) in enumerate((("kl", "KL(base || model), nats per token"), ("moved", "moved"))):
-        axes = figure.add_subplot(1, 2, number + 1)
-        for kind, marker in zip(kinds, "^so", strict=True):
-            points = [(each[label][key], lost(each, label)) for each in seeds.values() for label in kinds[kind]]
-            axes.scatter(*zip(*points, strict=True), marker=marker, s=22, label=kind)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel(title)
-        axes.set_ylabel("points lost out of domain")
-        axes.grid(alpha=0.3)
-        if number == 0:
-            axes.legend(fontsize=8)
-    figure.savefig(DOCS / "kl-forgetting.png", dpi=150, metadata={"Software": None})
+    with style.context(Path(__file__).with_name("pictures.mplstyle")):
+        figure = Figure(figsize=(8, 3.6))
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, key, title in zip(
+            panels, ("kl", "moved"), ("KL(base || model), nats per token", "moved"), strict=True
+        ):
+            for kind, marker in zip(kinds, "o^s", strict=True):
+                points = [(each[label][key], lost(each, label)) for each in seeds.values() for label in kinds[kind]]
+                axes.scatter(*zip(*points, strict=True), marker=marker, s=22, label=kind)
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel(title)
+        panels[0].set_ylabel("points lost out of domain")
+        panels[0].legend()
+        figure.savefig(DOCS / "kl-forgetting.png", metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ kinds are run, in their order; all others (text, sh, json) are not. Several page
     ```pycon                 is executed, and its outputs compared
     ```console               its lines `$ ...` are run by bash, and their outputs compared
     <!-- run: ... -->        is run by bash before what follows it
+    <!-- file NAME of PAGE.md -->   writes the file of that title on another page
 
 Durations, speeds, free space and memory may differ. A line of three dots stands for any number of lines. With --write
 the pages take the outputs of this run.
@@ -36,7 +37,8 @@ from mergekit_imm.numerics.native import COMPILING
 DOCS = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
     r'^```(?P<kind>python|pycon|console)(?: title="(?P<title>[^"]+)")?\n(?P<body>.*?)^```$'
-    r"|^<!-- run: (?P<run>.*?) -->$",
+    r"|^<!-- run: (?P<run>.*?) -->$"
+    r"|^<!-- file (?P<file>\S+) of (?P<page>\S+) -->$",
     re.MULTILINE | re.DOTALL,
 )
 VARYING = re.compile(
@@ -60,6 +62,12 @@ def agree(expected: str, got: str) -> bool:
     expected, got = (VARYING.sub("*", text.rstrip()) for text in (expected, got))
     pattern = ".*".join(map(re.escape, re.split(r"(?:(?<=\n)|^)\.\.\.(?=\n|$)", expected)))
     return re.fullmatch(pattern, got, re.DOTALL) is not None
+
+
+def file_of(page: Path, name: str) -> str:
+    """Return the file of this title on a page."""
+    blocks = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return next(block["body"] for block in blocks if block["title"] == name)
 
 
 def run_console(body: str) -> list[tuple[str, str, str]]:
@@ -100,6 +108,8 @@ def run_page(path: Path, folder: Path, write: bool) -> int:
         body = block["body"]
         if block["run"]:
             print(shell(block["run"]), end="")
+        elif block["file"]:
+            Path(block["file"]).write_text(file_of(path.with_name(block["page"]), block["file"]), encoding="utf-8")
         elif block["title"]:
             Path(block["title"]).write_text(body, encoding="utf-8")
         elif block["kind"] == "python":
@@ -129,12 +139,11 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     pages = [DOCS / page for page in arguments.pages] or sorted(DOCS.glob("*.md"))
-    maker = next(b for b in BLOCK.finditer((DOCS / "tutorial.md").read_text(encoding="utf-8")) if b["title"])
     with tempfile.TemporaryDirectory() as temporary:
         first = Path(temporary) / "first"
         first.mkdir()
         os.chdir(first)
-        Path(maker["title"]).write_text(maker["body"], encoding="utf-8")
+        Path("tiny.py").write_text(file_of(DOCS / "tutorial.md", "tiny.py"), encoding="utf-8")
         print(shell("python tiny.py && python tiny.py base sft"), end="")
         tasks = [(page, Path(temporary) / page.stem, arguments.write) for page in pages]
         for _, folder, _ in tasks:

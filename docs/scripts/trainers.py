@@ -1,4 +1,4 @@
-"""Run the recipes of trainers.md that run on a CPU, and compare the others with the sources of their trainers.
+"""Run the recipes for trainers that run on a CPU, and compare the others with the sources of their trainers.
 
     python docs/scripts/trainers.py [--checkout NAME=FOLDER ...] [NAME ...]
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib import style
 from matplotlib.figure import Figure
 
+STYLE = Path(__file__).resolve().parents[2] / "docs" / "scripts" / "pictures.mplstyle"
 Results = Mapping[str, Any]
 Measure = Callable[[Mapping[str, Any]], float]
 BASE, STAR, IMM, GENTLE, STOPPED = "base", "star", "imm", "low-lr", "stopped"
@@ -210,71 +212,67 @@ def where(results: Results) -> str:
     )
 
 
-def plain_axes(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
+def colour(arm: str, label: str) -> str:
+    """Blue for what merges, green for gentle training, orange for training as it is."""
+    return "C0" if "IMM" in label else "C2" if arm in (GENTLE, STOPPED, "early-stop") else "C1"
 
 
 def draw_arms(results: Results, path: Path) -> None:
-    """Plot every arm's change in domain against that out of domain."""
-    figure = Figure(figsize=(9.5, 5.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(0, 0, "o", color="#222222", label="base")
-    for number, (arm, label) in enumerate(labels(results, results["questions"]).items(), start=1):
-        inside, outside = (differences(results, arm, BASE, MEASURES[part]) for part in ("in", "out"))
-        x, y = statistics.mean(inside), statistics.mean(outside)
-        errors = [
-            statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0 for values in (inside, outside)
-        ]
-        merging = "IMM" in label
-        color = "#1f6fb4" if merging else "#b9770e" if arm in (GENTLE, STOPPED, "early-stop") else "#c0392b"
-        shape = "o" if merging else "s"
-        axes.errorbar(
-            x, y, errors[1], errors[0], fmt=shape, ms=4, color=color, lw=0.6, alpha=0.8, label=f"{number}  {label}"
-        )
-        axes.annotate(str(number), (x, y), (4, 4), textcoords="offset points", color=color, fontsize=9)
-    axes.set_xlabel("in domain: change from the base, points")
-    axes.set_ylabel("out of domain: change from the base, points")
-    axes.set_title("After three rounds (bars: one standard error over the seeds)", loc="left")
-    plain_axes(axes)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    """Plot every arm's change, in domain and out of domain, a row for each."""
+    arms = labels(results, results["questions"])
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(arms)))
+    panels = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.08})
+    for axes, part, title in zip(panels, ("in", "out"), ("in domain", "out of domain"), strict=True):
+        axes.axvline(0, color="0.5", lw=1)
+        for row, (arm, label) in enumerate(arms.items()):
+            values = differences(results, arm, BASE, MEASURES[part])
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
+            shape = "o" if "IMM" in label else "s"
+            axes.errorbar(statistics.mean(values), row, xerr=error, fmt=shape, color=colour(arm, label), capsize=3)
+        axes.set_title(title)
+        axes.set_yticks(range(len(arms)), list(arms.values()))
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.supxlabel(
+        f"change from the base after {results['rounds']} rounds, points (bars: one standard error over the seeds)",
+        fontsize=10,
+    )
     figure.savefig(path, metadata={"Software": None})
 
 
 def draw_rounds(results: Results, path: Path) -> None:
     """Plot STaR and IMM over the rounds, a thin line for each seed."""
-    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 3.6))
     for column, (part, title) in enumerate((("in", "in domain"), ("out", "out of domain")), start=1):
         axes = figure.add_subplot(1, 2, column)
         bases = [seed["base"][part] for seed in results["seeds"].values()]
-        for kind, label, color in (("baseline", "STaR", "#c0392b"), ("merged", "IMM", "#1f6fb4")):
+        for kind, label, tone in (("baseline", "STaR", "C1"), ("merged", "IMM", "C0")):
             each = [
                 [0.0, *(value - base for value in values)]
                 for values, base in zip(rounds_of(results, kind, part), bases, strict=True)
             ]
             for values in each:
-                axes.plot(values, color=color, lw=0.7, alpha=0.4)
-            axes.plot([statistics.mean(c) for c in zip(*each, strict=True)], "o-", color=color, label=label)
+                axes.plot(values, color=tone, lw=0.8, alpha=0.5)
+            axes.plot([statistics.mean(c) for c in zip(*each, strict=True)], "o-", color=tone, label=label)
         axes.set_xticks(range(results["rounds"] + 1))
         axes.set_xlabel("rounds done")
-        axes.set_title(f"{title}: change from the base, points", loc="left", fontsize=10)
-        axes.legend(frameon=False)
-        plain_axes(axes)
+        axes.set_title(f"{title}: change from the base, points")
+        axes.legend()
     figure.savefig(path, metadata={"Software": None})
 
 
 def draw_layers(results: Results, path: Path) -> None:
     """Plot importance and change by layer."""
-    figure = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 3))
     titles = ("share of importance, %", "change by fine-tuning, % of the layer's norm")
     for column, (title, values) in enumerate(zip(titles, layers_of(results), strict=True), start=1):
         axes = figure.add_subplot(1, 2, column)
-        axes.bar(range(len(values)), values, color="#1f6fb4")
+        axes.bar(range(len(values)), values, color="C0")
         axes.set_xticks(range(len(values)))
+        axes.grid(axis="x", visible=False)
         axes.set_xlabel("layer")
-        axes.set_title(title, loc="left", fontsize=10)
-        plain_axes(axes)
+        axes.set_title(title)
     figure.savefig(path, metadata={"Software": None})
 
 
@@ -301,8 +299,9 @@ def main() -> None:
     wanted = ["where", "rounds", "arms"] if list(results["arms"]) == [IMM] else list(TABLES)
     print("\n\n".join(TABLES[name](results) for name in wanted))
     if arguments.pictures is not None:
-        for name, draw in PICTURES.items():
-            draw(results, arguments.pictures / f"self-improvement-{name}.png")
+        with style.context(STYLE):
+            for name, draw in PICTURES.items():
+                draw(results, arguments.pictures / f"self-improvement-{name}.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The recipes of docs/trainers.md: TRL's trains a model; those for GPUs are called as their trainers call them."""
+"""The recipes of the pages on trainers: TRL's trains a model; those for GPUs are called as their trainers call them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mergekit_imm.testing import naive_merge
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples" / "trainers"
-PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+PAGE = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("trainers*.md")))
 TRAINERS: dict[str, dict[str, Any]] = json.loads((ROOT / "docs" / "scripts" / "trainers.json").read_text())
 SHAPES = {"model.embed_tokens.weight": (16, 8), "model.layers.0.mlp.up_proj.weight": (8, 8)}
 
@@ -301,7 +301,7 @@ def test_a_loop_around_a_trainer_gives_it_options_that_it_has(
 def test_the_page_has_the_recipes_as_they_are() -> None:
     for path in RECIPES.iterdir():
         if path.is_file():
-            assert path.read_text(encoding="utf-8") in PAGE, f"{path.name} is not on the page"
+            assert path.read_text(encoding="utf-8") in PAGE, f"{path.name} is not on a page"
 
 
 @pytest.mark.parametrize("name", TRAINERS)

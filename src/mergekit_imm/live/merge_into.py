@@ -104,8 +104,9 @@ def merge_into(
         model: an nn.Module on CPU or GPU with the base's parameters and persistent buffers. Names that transformers
             uses in memory are mapped to the base's, as in `merge_checkpoints`.
         base, start: as in `merge_checkpoints`; read from disk in slices.
-        alpha, drop, seed, iteration, importance, shrink, clip, layer_factors, reference, keep, take, no_drop, rename,
-            leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`; `take` leaves a tensor as is.
+        alpha, drop, seed, iteration, importance, shrink, clip, layer_factors, reference: as in `merge_checkpoints`.
+        keep, take, no_drop, rename, leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`; `take`
+            leaves a tensor as is.
         dry_run: check names, shapes and headers; write nothing.
         progress: as in `merge_checkpoints`, on the first rank; inputs are read twice.
 

@@ -87,8 +87,8 @@ def merged_stream(
             a weight-sync hook, `model.state_dict().items()`. Read once. A tensor is not changed, and no longer needed
             when the next is asked for, so all may share one buffer; those that must wait are copied.
         base, start: as in `merge_checkpoints`; read from disk in slices. The files must stay as they are meanwhile.
-        alpha, drop, seed, iteration, importance, shrink, clip, layer_factors, reference, keep, take, no_drop, rename,
-            leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`.
+        alpha, drop, seed, iteration, importance, shrink, clip, layer_factors, reference: as in `merge_checkpoints`.
+        keep, take, no_drop, rename, leave_out, dequantize, workers, allow_nonfinite: as in `merge_checkpoints`.
 
     The bits are those that `merge_checkpoints` writes from the saved model, in the dtype of each given tensor, on its
     device (computed on the CPU). A DTensor stays one: each rank merges what it holds, and all give the same tensors in

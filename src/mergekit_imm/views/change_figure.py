@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.verdict import LEAST, ModelChange
 from ..common.messages import shown
+from .labels import label_points
 from .tables import drawing, saved
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ COLOURS = {"early": "#3b76af", "middle": "#c98a1b", "late": "#b0413e"}
 HEAT_MAPS = 4  # are drawn in one figure, of the last checkpoints
 PICTURED = 12  # checkpoints with panels of their own, the last
 PANEL = 4.6  # inches wide: its text can be read on a phone
+NUMBERED = 40  # layers at most have their numbers beside their points
 
 
 def change_picture(found: Sequence[ModelChange], importance: Mapping[str, float] | None) -> dict[str, bytes]:
@@ -77,6 +79,7 @@ def panels_of(number: int, one: ModelChange, importance: Mapping[str, float] | N
             axes = figure.add_subplot()
             _scatter(axes, one, importance)
             axes.legend(fontsize=7, title="layers", title_fontsize=7)
+            _number(axes, one, importance)
             found.append(saved(figure, f"against {number}")[f"against {number}.svg"])
     return found
 
@@ -185,7 +188,7 @@ def _mark_stacks(panels: Sequence[Any], keys: Sequence[str]) -> None:
         return
     for begin in begins:
         for axes in panels:
-            axes.axvline(begin - 0.5, color="0.3", linewidth=0.8, linestyle=":")
+            axes.axvline(begin - 0.5, color="0.5", linewidth=0.8, linestyle=":")
         panels[0].annotate(
             shown(prefixes[begin], 30),
             (begin - 0.4, 1.02),
@@ -202,6 +205,7 @@ def _mismatch_figure(found: Sequence[ModelChange], importance: Mapping[str, floa
     lines = -(-len(found) // columns)
     size = (max(4.6, 3.6 * columns), 3.5 * lines + 0.3)
     figure = Figure(figsize=size, layout="constrained")
+    panels = []
     for i, one in enumerate(found, 1):
         axes: Any = figure.add_subplot(lines, columns, i)
         _scatter(axes, one, importance)
@@ -213,25 +217,32 @@ def _mismatch_figure(found: Sequence[ModelChange], importance: Mapping[str, floa
         axes.set_title(title, fontsize=8, parse_math=False)
         if i == 1:
             axes.legend(fontsize=7, title="layers", title_fontsize=7)
+        panels.append(axes)
+    for axes, one in zip(panels, found, strict=True):  # once all panels have their places
+        _number(axes, one, importance)
     return figure
 
 
 def _scatter(axes: Any, one: ModelChange, importance: Mapping[str, float]) -> None:
     """Draw a point for each layer, coloured by its third."""
     assert one.mismatch is not None
-    count = sum(len(third.layers) for third in one.mismatch.thirds.values())
     for name, third in one.mismatch.thirds.items():
         x = [importance[key] for key in third.layers]
         y = [one.change.layers[key] for key in third.layers]
         axes.scatter(x, y, s=22, color=COLOURS[name], label=name)
-        for key, *point in zip(third.layers, x, y, strict=True):
-            if count <= 40:
-                number = key.rpartition(".")[2]
-                axes.annotate(number, point, (3, 3), textcoords="offset points", fontsize=6)
     axes.set_xlabel("importance")
     axes.set_ylabel("change (sum of norms)")
     axes.grid(alpha=0.3)
     axes.margins(0.1)
+
+
+def _number(axes: Any, one: ModelChange, importance: Mapping[str, float]) -> None:
+    """Write the numbers of layers beside their points; the panel has its place by now."""
+    assert one.mismatch is not None
+    layers = [key for third in one.mismatch.thirds.values() for key in third.layers]
+    if len(layers) <= NUMBERED:
+        numbers = {i: key.rpartition(".")[2] for i, key in enumerate(layers)}
+        label_points(axes, [(importance[key], one.change.layers[key]) for key in layers], numbers, color="0.5")
 
 
 def _label(number: int, one: ModelChange, limit: int = 60) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import Any
 
 from ..common.messages import shown
 from ..evaluation.results import Result, Tradeoff
 from ..loop.state import without_sign
+from .labels import label_points
 from .tables import INK, aligned, drawing, saved
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 FILES = ("pareto.json", "pareto.png", "pareto.svg")
 LABELS = 60  # beyond the front, more are a cloud
@@ -68,55 +66,10 @@ def picture(found: Tradeoff) -> dict[str, bytes]:
         axes.margins(0.12)
         axes.grid(alpha=0.25, color=INK)
         axes.legend(fontsize=8, loc="best", framealpha=0)
-        _annotate(axes, found, points)
+        others = [i for i in range(len(points)) if i not in found.front]
+        order = [*found.front, *others][: max(LABELS, len(found.front))]
+        label_points(axes, points, {i: _plain(_label(found.results[i])) for i in order})
         return saved(figure, "pareto")
-
-
-def _annotate(axes: Axes, found: Tradeoff, points: list[tuple[float, float]]) -> None:
-    """Label the points, the front first, where they cover nothing else; leave out what finds no place."""
-    figure: Any = axes.figure
-    figure.draw_without_rendering()
-    unit = figure.dpi / 72
-    taken = [_around(x, y, 5 * unit) for x, y in axes.transData.transform(points)]
-    legend = axes.get_legend()
-    if legend is not None:
-        taken.append(legend.get_window_extent().extents)
-    lines = [line.get_transform().transform(line.get_xydata()) for line in axes.lines if line.get_linestyle() != "None"]
-    on_lines = [
-        _around(at[0], at[1], unit) for line in lines for a, b in pairwise(line) for at in _between(a, b, 3 * unit)
-    ]
-    others = [i for i in range(len(points)) if i not in found.front]
-    for i in [*found.front, *others][: max(LABELS, len(found.front))]:
-        for obstacles, (right, up) in product(([*taken, *on_lines], taken), _AROUND):
-            text = axes.annotate(
-                _plain(_label(found.results[i])),
-                points[i],
-                (7 * right, 7 * up),
-                textcoords="offset points",
-                fontsize=7,
-                ha={1: "left", 0: "center", -1: "right"}[right],
-                va={1: "bottom", 0: "center", -1: "top"}[up],
-            )
-            box: Any = text.get_window_extent().extents
-            inside: Any = axes.bbox.extents
-            apart = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in obstacles)
-            if apart and (box[:2] >= inside[:2]).all() and (box[2:] <= inside[2:]).all():
-                taken.append(box)
-                break
-            text.remove()
-
-
-_AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))  # where a label may be, best first
-
-
-def _around(x: float, y: float, size: float) -> tuple[float, float, float, float]:
-    return x - size, y - size, x + size, y + size
-
-
-def _between(a: Any, b: Any, step: float) -> list[Any]:
-    """Return places on the line from a to b, at most a step apart."""
-    count = 1 + int(max(abs(b - a)) / step)
-    return [a + (b - a) * n / count for n in range(count + 1)]
 
 
 def _label(result: Result) -> str:
