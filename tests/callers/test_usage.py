@@ -201,7 +201,7 @@ def test_without_matplotlib_everything_else_is_written(
     assert written(here / "samples") == ["samples.json"]
     assert note not in command(analyze_command, "change", "base", "sft", "-o", "report", "-q").err
     found = tradeoff([Result("a", "p", {"x": 1.0, "y": 1.0})], "x", "y")
-    with pytest.raises(ExtraError, match=r"a picture needs matplotlib, which is not .*'mergekit-imm\[plots\]'"):
+    with pytest.raises(ExtraError, match=r"a picture needs matplotlib, which is not .*'matplotlib>=3.9'"):
         picture(found)
     copy = "cp -r {model} {output}"
     measure = "echo '{\"x\": 1}' > {json}; true {model}"

@@ -121,7 +121,7 @@ def test_without_it_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: keep_correct([Sample("p", "5", "5")]),
         lambda: crescent(pytest.fail, pytest.fail, pytest.fail, questions=1, samples=2),  # type: ignore[arg-type]
     ):
-        with pytest.raises(ExtraError, match=r"pip install 'mergekit-imm\[judge\]'"):
+        with pytest.raises(ExtraError, match=r"pip install 'math-verify>=0.8'"):
             call()
     assert consensus(["5", "5"], same=str.__eq__).answer == "5"
     assert keep_correct([Sample("p", "5", "5")], matcher=str.__eq__).samples

@@ -88,7 +88,7 @@ def test_a_problem_with_two_right_answers_is_refused() -> None:
 def test_answers_need_the_judge_and_verdicts_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     read_samples([write("a.jsonl", [GOOD])])
-    with pytest.raises(ExtraError, match=r"Judging answers needs math-verify.*pip install 'mergekit-imm\[judge\]'"):
+    with pytest.raises(ExtraError, match=r"Judging answers needs math-verify.*pip install 'math-verify>=0.8'"):
         read_samples([write("b.jsonl", [{"problem": "p", "response": "7", "answer": "7"}])])
 
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .pareto import pareto_front as pareto_front
     from .passk import mean_pass_at_k as mean_pass_at_k
     from .passk import pass_at_k as pass_at_k
+    from .results import Tradeoff as Tradeoff
+    from .results import read_results as read_results
+    from .results import tradeoff as tradeoff
     from .reversal import Reversal as Reversal
     from .reversal import group_disparity as group_disparity
     from .reversal import improvement_set as improvement_set
@@ -47,6 +50,7 @@ else:
             ".extraction": "Found final_answer find_answer",
             ".pareto": "pareto_front",
             ".passk": "mean_pass_at_k pass_at_k",
+            ".results": "Tradeoff read_results tradeoff",
             ".reversal": "Reversal group_disparity improvement_set judge",
             ".samples": "Model Problem Response read_samples",
         },

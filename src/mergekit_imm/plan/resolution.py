@@ -13,6 +13,7 @@ from ..checkpoint.reader import Files
 from ..common.notes import Note, note
 from ..model.tensor_names import weight_kind
 from ..numerics.mask import KEEP_ALL
+from ..transforms.sparsified_delta import Sparsified
 from .plan import Item
 from .unchanged import middle, values
 
@@ -65,8 +66,10 @@ def notes_of(stored: Sequence[tuple[Item, str]], read: Callable[[Item, str], Val
 
 
 def _is_typical(item: Item) -> bool:
-    changes = item.action == "merge" and "sft" in item.sides and item.constants.alpha < 1
-    return changes and weight_kind(item.name, item.source.shape) == "linear"
+    sft = item.sides.get("sft")
+    if item.action != "merge" or sft is None or isinstance(sft, Sparsified):  # whose thresholds take a whole reading
+        return False
+    return item.constants.alpha < 1 and weight_kind(item.name, item.source.shape) == "linear"
 
 
 def _changes(item: Item, dtype: str, read: Callable[[Item, str], Values]) -> tuple[Values, Values]:
