@@ -52,15 +52,20 @@ def read_questions(path: str, limit: int | None = None) -> Questions:
 
 
 def is_right(response: str, answer: str) -> bool:
-    """Whether a response has the right answer: in the same words, or, for a number, of the same value."""
-    said, wanted = response.strip().casefold(), answer.strip().casefold()
-    return said == wanted or (wanted.replace(".", "").lstrip("-").isdigit() and is_correct(response, answer))
+    """Whether a response has the right answer: the same text, or, of a number, the same value."""
+    is_number = any(map(str.isdigit, answer)) and not any(map(str.isalpha, answer))
+    return response.strip() == answer.strip() or (is_number and is_correct(response, answer))
+
+
+def line(question: str) -> str:
+    """Ask a question by a text to continue."""
+    return f"Q: {question}\nA:"
 
 
 def prompt(question: str, examples: list[Question], tokenizer: Any) -> str | list[dict[str, str]]:
     """Ask a question: as a line of examples to continue, or in a chat."""
     if examples or not tokenizer.chat_template:
-        return f"Q: {question}\nA:"
+        return line(question)
     return [{"role": "user", "content": f"{question}\n{INSTRUCTION}"}]
 
 
@@ -80,7 +85,7 @@ def token_ids(asked: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
 
 def shown_before(examples: list[Question], tokenizer: Any) -> list[int]:
     """Make the tokens of the examples, which all prompts begin with."""
-    text = "".join(f"Q: {each.question}\nA: {each.answer}\n" for each in examples)
+    text = "".join(f"{line(each.question)} {each.answer}\n" for each in examples)
     return [*tokenizer("").input_ids, *tokenizer(text, add_special_tokens=False).input_ids] if text else []
 
 
@@ -117,23 +122,23 @@ class Generator:
         before = shown_before(questions.examples, self.tokenizer)
         prompts = [prompt(each.question, questions.examples, self.tokenizer) for each in questions.asked]
         asked = [token_ids(each, self.tokenizer) for each in prompts]
-        line = any(isinstance(each, str) for each in prompts)  # and not a chat: an answer ends with its line
+        is_line = any(isinstance(each, str) for each in prompts)  # and not a chat: an answer ends with its line
         longest = self.longest
         if questions.examples:  # no right answer is longer than this, and its end
             right = [f" {each.answer}\n" for each in (*questions.asked, *questions.examples)]
             longest = min(longest, 1 + max(len(token_ids(each, self.tokenizer)) for each in right))
         if self.by_vllm:
-            return self._by_vllm([before + ids for ids in asked], count, temperature, longest, line)
+            return self._by_vllm([before + ids for ids in asked], count, temperature, longest, is_line)
         order = sorted(range(len(asked)), key=lambda at: len(asked[at]))  # little padding
         found: dict[int, list[Answer]] = {}
         for start in range(0, len(order), self.batch):
             part = order[start : start + self.batch]
-            answered = self._by_transformers(before, [asked[at] for at in part], count, temperature, longest, line)
+            answered = self._by_transformers(before, [asked[at] for at in part], count, temperature, longest, is_line)
             found.update(zip(part, answered, strict=True))
         return [found[at] for at in range(len(asked))]
 
     def _by_vllm(
-        self, asked: list[list[int]], count: int, temperature: float, longest: int, line: bool
+        self, asked: list[list[int]], count: int, temperature: float, longest: int, is_line: bool
     ) -> list[list[Answer]]:
         import vllm
 
@@ -142,13 +147,13 @@ class Generator:
             temperature=temperature,
             max_tokens=longest,
             seed=self.seed,
-            stop=["\n"] if line else None,
+            stop=["\n"] if is_line else None,
         )
         outputs = self.model.generate([{"prompt_token_ids": ids} for ids in asked], sampling)
         return [[Answer(o.text, o.finish_reason == "stop") for o in output.outputs] for output in outputs]
 
     def _by_transformers(
-        self, before: list[int], asked: list[list[int]], count: int, temperature: float, longest: int, line: bool
+        self, before: list[int], asked: list[list[int]], count: int, temperature: float, longest: int, is_line: bool
     ) -> list[list[Answer]]:
         import torch
         from transformers import DynamicCache
@@ -158,7 +163,7 @@ class Generator:
         ids, mask = (padded[key].repeat_interleave(count, dim=0) for key in ("input_ids", "attention_mask"))
         ends = model.generation_config.eos_token_id
         stops = set(ends if isinstance(ends, list) else [ends])
-        if line:  # a model's vocabulary has other tokens with a newline; they only come a little later
+        if is_line:  # a model's vocabulary has other tokens with a newline; they only come a little later
             stops |= {tokenizer.convert_tokens_to_ids(tokenizer.tokenize("\n")[-1])}
         how = (
             {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
@@ -190,7 +195,7 @@ class Generator:
             end = next((at for at, token in enumerate(row) if token in stops), None)
             text = tokenizer.decode(row[:end], skip_special_tokens=True)
             answers.append(
-                Answer(text.partition("\n")[0] if line else text, end is not None or (line and "\n" in text))
+                Answer(text.partition("\n")[0] if is_line else text, end is not None or (is_line and "\n" in text))
             )
         return [answers[at : at + count] for at in range(0, len(answers), count)]
 

@@ -77,8 +77,10 @@ def main() -> None:
     last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(arguments.output)  # with the tokenizer
-    for name in ("checkpoints", "cache"):
-        shutil.rmtree(Path(arguments.output) / name, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        for name in ("checkpoints", "cache"):
+            shutil.rmtree(Path(arguments.output) / name, ignore_errors=True)
 
 
 if __name__ == "__main__":

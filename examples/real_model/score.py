@@ -18,17 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answers import (
-    Generator,
-    Questions,
-    is_right,
-    load,
-    open_generator,
-    prompt,
-    read_questions,
-    shown_before,
-    token_ids,
-)
+from answers import Generator, Questions, is_right, line, load, open_generator, read_questions, shown_before, token_ids
 
 from mergekit_imm.evaluation import expected_calibration_error, mean_pass_at_k
 
@@ -71,7 +61,7 @@ def choose(model: Any, tokenizer: Any, questions: Questions, batch: int) -> dict
     before = shown_before(questions.examples, tokenizer)
     rows = []
     for number, one in enumerate(questions.asked):
-        start = before + token_ids(prompt(one.question, [one], tokenizer), tokenizer)
+        start = before + token_ids(line(one.question), tokenizer)
         rows += [
             (number, each, start, tokenizer(f" {each}", add_special_tokens=False).input_ids) for each in one.choices
         ]

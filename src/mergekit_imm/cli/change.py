@@ -103,9 +103,7 @@ def change_command(
         "format": FORMAT,
         "version": 1,
         "base": base,
-        "importance": None
-        if weights is None
-        else {"file": importance, **{k: str(v) for k, v in about.items()}, "layers": weights},
+        "importance": None if weights is None else {"file": importance, **about, "layers": weights},
         "changes": [
             {
                 "model": one.label,

@@ -65,7 +65,7 @@ def importance_command(model: str, data: str, out: str, quiet: bool, as_json: bo
 
     MODEL is a folder or a hub id (org/name[@revision]) that transformers can load.
     """
-    from ..options.options import check_device
+    from ..options.values import check_device
 
     with values_checked():
         check_device(options["device"])

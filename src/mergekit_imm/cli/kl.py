@@ -54,7 +54,7 @@ def kl_command(
     BASE and MODELs are folders or hub ids (org/name[@revision]) that transformers can load; a MODEL may be an adapter.
     The texts are those of --data: prompts of the task, with responses of BASE.
     """
-    from ..options.options import check_device
+    from ..options.values import check_device
 
     with values_checked():
         check_device(options["device"])

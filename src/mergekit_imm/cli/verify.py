@@ -110,7 +110,7 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> int:
     --base and --sft, within rounding, and if not, what it is. Exit status 0 if it is as claimed, 1 if not, 2 if it
     cannot be told from these inputs.
     """
-    from ..options.options import check_device
+    from ..options.values import check_device
 
     with values_checked():
         check_device(options["device"])

@@ -57,8 +57,9 @@ def write(
     for job, recipe in zip(jobs, recipes, strict=True):
         job.recipe = recipe
     left = [job for job, done in zip(jobs, whole, strict=True) if not done]
-    for job in left:
-        job.notes += note_if_rounded(job.plan.models, job.plan.items)
+    rounded = on_leader(ranks, lambda: [note_if_rounded(job.plan.models, job.plan.items) for job in left])
+    for job, notes in zip(left, rounded, strict=True):
+        job.notes += notes
     if not options.dry_run and (left or options.verify or options.digests):
         device = together(ranks, lambda: pick_device(options.device))
         if left:

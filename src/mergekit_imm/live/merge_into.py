@@ -189,7 +189,7 @@ def merged_into(
         together(ranks, merge.check_frozen)
     if dry_run:
         return _report(inputs, here, decided)
-    rounded = _note_if_rounded(inputs, updates)
+    rounded = together(ranks, lambda: _note_if_rounded(inputs, updates))
     files = [file for each in inputs.values() for file in each.files.values()]
     actions = [(update.item.name, update.item.action, update.item.constants) for update in updates]
     _check_same(ranks, lambda: (here, actions, [fingerprint(file) for file in files]))

@@ -6,32 +6,39 @@ into the recipe) and `RunOptions` (do not). Both check their values when constru
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import as_number, as_path, is_integer
+from ..common.checks import as_number
 from ..common.messages import shown
 from ..common.progress import Progress, check_progress
 from ..errors import ArgumentError
-from ..numerics.dtypes import OUTPUT_DTYPES, SHORT_NAMES
+from ..numerics.dtypes import OUTPUT_DTYPES
 from ..numerics.mask import check_alpha, check_drop, check_round
 from ..numerics.sparsifiers import parse_sparsify
 from .layer_factors import (
-    check_factors,
     importance_factors,
-    is_rule,
     read_importance,
     read_layer_factors,
     resolve_factors,
 )
-
-LEAST_BARE_SIZE = 1_000_000  # bytes; a smaller number without a unit probably means GB
+from .values import (
+    LEAST_BARE_SIZE,
+    as_clip,
+    as_dtype,
+    as_files,
+    as_importance,
+    as_layer_factors,
+    as_regexes,
+    as_renames,
+    as_size,
+    as_workers,
+    check_device,
+    parse_size,
+)
 
 
 def _option(heading: str, default: Any, text: str, check: Callable[[Any], Any] | None = None, **how: Any) -> Any:
@@ -42,96 +49,6 @@ def _option(heading: str, default: Any, text: str, check: Callable[[Any], Any] |
     options that the first recipes lack; recipes store them only when used.
     """
     return field(default=default, metadata={"heading": heading, "help": text, "check": check, **how})
-
-
-def _patterns(name: str, values: Any) -> tuple[str, ...]:
-    """Return the values of a repeatable option as a tuple; reject a bare string."""
-    if isinstance(values, str):
-        raise ArgumentError(f"{name} is a string; give a list of patterns, [{values!r}]")
-    try:
-        return tuple(values)
-    except TypeError as error:
-        raise ArgumentError(f"{name} is {shown(repr(values), 60)}; give a list of patterns") from error
-
-
-def _regexes(name: str, values: Any) -> tuple[str, ...]:
-    patterns = _patterns(name, values)
-    for pattern in patterns:
-        try:
-            if not isinstance(pattern, str):
-                raise TypeError("give a string")
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            given = f"--{name.replace('_', '-')} {shlex.quote(shown(pattern))}"
-            raise ArgumentError(f"{given} is not a regular expression: {error}") from error
-    return patterns
-
-
-def _renames(values: Any) -> tuple[str, ...]:
-    from ..model.rename_rules import parse_rename  # only for who renames: --help must not wait
-
-    rules = _patterns("rename", values)
-    for rule in rules:
-        parse_rename(rule)
-    return rules
-
-
-def _files(values: Any) -> tuple[str, ...]:
-    files = _patterns("leave_out", values)
-    for file in files:
-        if not isinstance(file, str) or not file:
-            raise ArgumentError(f"leave_out holds {file!r}; give files by their path in the model, 'vit.safetensors'")
-    return files
-
-
-def _dtype(value: Any) -> str:
-    """Return "base", "start" or a long dtype name, given None, a long or short name, or a torch.dtype."""
-    text = "base" if value is None else str(value).removeprefix("torch.")
-    text = SHORT_NAMES.get(text, text)
-    if text not in ("base", "start", *OUTPUT_DTYPES):
-        raise ArgumentError(f"dtype is {shown(text, 60)!r}; it must be one of base, start, {', '.join(OUTPUT_DTYPES)}")
-    return text
-
-
-def _size(value: Any) -> int:
-    """Return a size in bytes. Integers pass: `options_from` has checked them, and recipes may hold any."""
-    return value if type(value) is int else parse_size(value)
-
-
-def _importance(value: Any) -> Any:
-    """Return a mapping with Python numbers, or the path of a file."""
-    if isinstance(value, str | os.PathLike):
-        return as_path("importance", value)
-    if not isinstance(value, Mapping):
-        raise ArgumentError(f"importance is {value!r:.60}; give a mapping of layers, or a JSON file that holds one")
-    return {key: as_number(each) for key, each in value.items()}
-
-
-def _layer_factors(value: Any) -> Any:
-    """Return a mapping with Python numbers, a rule, or the path of a file."""
-    if isinstance(value, str | os.PathLike):
-        if isinstance(value, str) and is_rule(value):
-            check_factors(value)
-        return as_path("layer_factors", value)
-    check_factors(value)
-    return {key: as_number(each) for key, each in value.items()}
-
-
-def _clip(value: Any) -> Any:
-    return tuple(map(as_number, value)) if isinstance(value, tuple | list) else value
-
-
-def check_device(device: Any) -> str:
-    """Return a valid device name, or raise ArgumentError. Does not check that the device exists."""
-    if not isinstance(device, str) or (device not in ("cpu", "cuda") and not device.startswith("cuda:")):
-        raise ArgumentError(f"device is {shown(repr(device), 60)}; it must be 'cpu' or 'cuda'")
-    return device
-
-
-def _workers(value: Any) -> int:
-    if not is_integer(value) or value < 1:
-        raise ArgumentError(f"workers is {shown(repr(value), 60)}; it is a number of threads, at least 1")
-    return int(value)
 
 
 @dataclass(frozen=True)
@@ -185,7 +102,7 @@ class MergeOptions(_Options):
         "Merge",
         None,
         "JSON file of layer importances, which scale each layer's delta (IIMM).",
-        _importance,
+        as_importance,
         metavar="FILE",
         completes="files",
     )
@@ -199,13 +116,13 @@ class MergeOptions(_Options):
         late=True,
     )
     clip: tuple[float, float] | None = _option(
-        "Merge", None, "Clamp the --importance factors to this range.", _clip, metavar="LOW HIGH", late=True
+        "Merge", None, "Clamp the --importance factors to this range.", as_clip, metavar="LOW HIGH", late=True
     )
     layer_factors: Mapping[str, float] | str | Path | None = _option(
         "Merge",
         None,
         "Scale each layer's delta: lines:FIRST,LAST, groups:EARLY,MIDDLE,LATE or a JSON file.",
-        _layer_factors,
+        as_layer_factors,
         metavar="WHAT",
         completes="files",
         late=True,
@@ -223,30 +140,34 @@ class MergeOptions(_Options):
         "Output",
         "base",
         "Dtype of float tensors; base, start: that of the same tensor in BASE or START.",
-        _dtype,
+        as_dtype,
         choices=("base", "start", *OUTPUT_DTYPES),
     )
     max_shard_size: int | None = _option(
-        "Output", None, "Maximum size of an output file, e.g. 5GB.  [default: the files of BASE]", _size, metavar="SIZE"
+        "Output",
+        None,
+        "Maximum size of an output file, e.g. 5GB.  [default: the files of BASE]",
+        as_size,
+        metavar="SIZE",
     )
     keep: tuple[str, ...] = _option(
-        "Merge", (), "Copy matching tensors from BASE; repeatable.", partial(_regexes, "keep"), metavar="REGEX"
+        "Merge", (), "Copy matching tensors from BASE; repeatable.", partial(as_regexes, "keep"), metavar="REGEX"
     )
     take: tuple[str, ...] = _option(
-        "Merge", (), "Copy matching tensors from SFT; repeatable.", partial(_regexes, "take"), metavar="REGEX"
+        "Merge", (), "Copy matching tensors from SFT; repeatable.", partial(as_regexes, "take"), metavar="REGEX"
     )
     no_drop: tuple[str, ...] = _option(
         "Merge",
         (),
         "Merge matching tensors without dropping; repeatable.",
-        partial(_regexes, "no_drop"),
+        partial(as_regexes, "no_drop"),
         metavar="REGEX",
     )
     rename: tuple[str, ...] = _option(
         "Inputs",
         (),
         "Rename tensors of SFT and START to BASE's names; repeatable.",
-        _renames,
+        as_renames,
         metavar="REGEX=REPL",
         late=True,
     )
@@ -263,7 +184,7 @@ class MergeOptions(_Options):
         "Inputs",
         (),
         "Ignore a file or folder that is not part of the model, by its path there; repeatable.",
-        _files,
+        as_files,
         metavar="FILE",
         late=True,
     )
@@ -330,7 +251,7 @@ class RunOptions(_Options):
         "Running",
         None,
         "Number of threads.  [default: min(4, 2 x CPUs)]",
-        _workers,
+        as_workers,
         metavar="N",
         range=(1, None),
     )
@@ -362,25 +283,6 @@ LOOP_OPTIONS = (
     "leave_out",
     "vocab",
 )
-
-
-def parse_size(size: int | str) -> int:
-    """Parse a size in bytes: 5000000000, "5GB", "500MB" or "4GiB". Raises ArgumentError.
-
-    >>> parse_size("5GB"), parse_size("4GiB")
-    (5000000000, 4294967296)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
-    if not match:
-        raise ArgumentError(f"size {size!r} is not understood; write it as 5GB, 500MB or 4GiB")
-    number, unit, binary = match.groups()
-    bare = str(size).strip()
-    if bare == number and 0 < float(number) < LEAST_BARE_SIZE:
-        raise ArgumentError(f"size {size!r} is in bytes; write {number}GB, or {number}B if bytes are meant")
-    value = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
-    if value < 1:
-        raise ArgumentError(f"size {size!r} must be at least one byte")
-    return value
 
 
 def options_from(given: Mapping[str, Any], options: type[Any]) -> Any:

@@ -50,12 +50,9 @@ class Deduplicated(Displayed):
 
     def _summary(self) -> Summary:
         changed = f"{self.rewritten} of them rewritten in {self.retries} calls"
-        head, rows = (
-            ("discarded", "nearest", "cosine"),
-            [[shown(each.question), shown(each.neighbour), f"{each.cosine:.3f}"] for each in self.discarded],
-        )
+        rows = [[shown(each.question), shown(each.neighbour), f"{each.cosine:.3f}"] for each in self.discarded]
         line = f"{len(self.accepted)} questions accepted, {changed}; {len(self.discarded)} discarded"
-        return Summary(line, (), head, rows)
+        return Summary(line, (), ("discarded", "nearest", "cosine"), rows)
 
 
 def deduplicate(
