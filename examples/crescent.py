@@ -38,7 +38,7 @@ import numpy.typing as npt
 import torch
 import transformers
 from evaluate import accuracy, questions, summary
-from report import markdown
+from experiments import markdown
 from toy import (
     IN_DOMAIN,
     NAMES,

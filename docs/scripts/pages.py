@@ -19,7 +19,8 @@ def update(page: str, parts: Mapping[str, str], description: str | None) -> None
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is stale")
     arguments = parser.parse_args()
-    path = DOCS / page
+    path = (DOCS / page).resolve()
+    name = path.relative_to(DOCS.parent)
     text = old = path.read_text(encoding="utf-8")
     for name, content in parts.items():
         pattern = f"(<!-- generated {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)"
@@ -29,6 +30,6 @@ def update(page: str, parts: Mapping[str, str], description: str | None) -> None
     if text == old:
         return
     if arguments.check:
-        sys.exit(f"error: docs/{page} is stale; run `python docs/scripts/{Path(sys.argv[0]).name}`")
+        sys.exit(f"error: {name} is stale; run `python docs/scripts/{Path(sys.argv[0]).name}`")
     path.write_text(text, encoding="utf-8")
-    print(f"docs/{page} rewritten")
+    print(f"{name} rewritten")

@@ -1,4 +1,4 @@
-"""Write the newest results of `make bench` into docs/numbers.md.
+"""Write the newest results of `make bench` into docs/numbers.md and the README.
 
 python docs/scripts/results.py [--check]
 """
@@ -194,8 +194,35 @@ def goals(results: Mapping[str, Any]) -> str:
     return table(["goal", "where", "measured", "asked", "met"], rows)
 
 
+# What the README says of each beside its figures: what its mask depends on, and what happens if it is killed.
+BESIDE = {
+    "imm-merge": ("`imm-merge`", "seed, round, tensor name, element", "goes on where it stopped"),
+    "mergekit-same": ("mergekit {mergekit}", "also the set and order of tensors", "starts over"),
+    "sd-mecha": ("sd-mecha {sd-mecha}", "shape: alike in all tensors of one shape", "starts over"),
+    "by-hand": ("a script of twenty lines", "also the order of tensors", "starts over"),
+}
+
+
+def readme(results: Mapping[str, Any]) -> str:
+    """The table of the README: 1.5 B with the inputs in the page cache, and what 7 B takes."""
+    found = results["sizes"]["qwen2.5-1.5b"]["summary"]
+    rows = []
+    for name, (label, mask, killed) in BESIDE.items():
+        it = found[name]["warm"]
+        seconds, memory = it["wall"]["median"], it["peak"]["median"] / 1e9
+        shown = f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"
+        rows.append([label.format(**results["peer_versions"]), shown, f"{memory:.2g} GB", mask, killed])
+    large = results["sizes"]["qwen2.5-7b"]["summary"]["imm-merge"]["cold"]
+    head = ["two 1.5 B checkpoints, two cores, no GPU", "seconds", "memory", "the mask depends on", "if it is killed"]
+    return (
+        f"{table(head, rows)}\n\n7 B takes {large['wall']['median']:.0f} seconds, in"
+        f" {large['peak']['median'] / 1e9:.2g} GB. [Numbers](docs/numbers.md) says how this was measured, and what"
+        " differs."
+    )
+
+
 def main() -> None:
-    """Rewrite the page, or check it."""
+    """Rewrite the pages, or check them."""
     files = sorted(RESULTS.glob("*.json"))
     if not files:
         raise SystemExit("error: benchmarks/results is empty; run `make bench`")
@@ -213,6 +240,7 @@ def main() -> None:
         "goals": goals(results),
     }
     update("numbers.md", parts, __doc__)
+    update("../README.md", {"beside": readme(results)}, __doc__)
 
 
 if __name__ == "__main__":

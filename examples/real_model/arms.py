@@ -11,12 +11,9 @@ the rows in one of the arms.
 
 import argparse
 import json
-import os
-import platform
 import random
 import shlex
 import shutil
-import subprocess
 import sys
 import textwrap
 import time
@@ -26,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from experiments import machine, run  # noqa: E402
+
 ROUNDS, POOL, EPOCHS, BATCH, LR = 3, 400, 3, 32, 1e-4
 SAMPLES, SAMPLED = 8, 100  # for pass@8: answers to so many questions
 LONGEST = 12  # tokens of an answer
@@ -95,19 +96,6 @@ def loop_command(name: str, arm: Arm, seed: int) -> list[str]:
         scores = f"--model {{model}} --json {{json}} --questions {files} --inside sums --longest {LONGEST} --batch 128"
         command += ["--evaluate", script("score.py", scores)]
     return command
-
-
-def run(command: list[str], folder: Path) -> None:
-    """Run a command in a folder; what it says goes to a log. Ends the program if it fails."""
-    with (folder / "log").open("a") as log:
-        log.write(f"$ {shlex.join(command)}\n")
-        log.flush()
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # imm-loop stands beside python
-        status = subprocess.run(
-            command, cwd=folder, stdout=log, stderr=log, env={**os.environ, "PATH": path}, check=False
-        ).returncode
-    if status:
-        sys.exit(f"error: a command ended with status {status}; it and what it said are the last in {folder / 'log'}")
 
 
 def score(model: str, place: str, options: str, folder: Path) -> None:
@@ -252,20 +240,13 @@ def run_seed(seed: int, names: list[str], folder: Path) -> None:
         keep(path, {"diagnosis": diagnosis(folder, seed)})
 
 
-def processor() -> str:
-    """Name the processor, as far as the system tells."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
 def collect(output: Path) -> Path:
     """Write the results of all seeds that are there into one file."""
     paths = sorted(output.glob("seed-*/results.json"), key=lambda path: int(path.parent.name[5:]))
     seeds = {path.parent.name[5:]: json.loads(path.read_text()) for path in paths}
     results = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": processor(), "system": platform.system(), "python": platform.python_version()},
+        "machine": machine(),
         "versions": {name: version(name) for name in ("mergekit-imm", "torch", "transformers", "trl")},
         "rounds": ROUNDS,
         "questions": POOL,

@@ -8,20 +8,24 @@ the questions, mean over the seeds) / questions, and Student's t with the degree
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+from matplotlib import style
 from matplotlib.figure import Figure
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from experiments import STYLE, markdown, where
 
 Results = Mapping[str, Any]
 Values = npt.NDArray[np.float64]
 BASE, STAR, IMM, GENTLE = "base", "star", "imm", "low-lr"
 INSIDE = "sums"
-_INK = "#808080"  # can be read on light and on dark pages
 MERGED, TRAINED, PLAIN = "#3584d6", "#dd7b33", "#808080"
 
 
@@ -88,11 +92,6 @@ def mean(results: Results, arm: str, value: Callable[[Mapping[str, Any]], float]
 
 def labels(results: Results) -> dict[str, str]:
     return {name: arm["label"] for name, arm in results["arms"].items()}
-
-
-def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
 def arms_table(results: Results) -> str:
@@ -203,32 +202,9 @@ def predictors_table(results: Results) -> str:
     return markdown(["", f"rank correlation with the loss out of domain, {len(found)} models"], rows)
 
 
-def where(results: Results) -> str:
-    """Say when, on what, with which versions and seeds."""
-    machine, versions = results["machine"], results["versions"]
-    named = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return (
-        f"{results['date']}. {machine['cpu']}, one thread for each seed, {machine['system']}; Python"
-        f" {machine['python']}, {named}. Seeds: {', '.join(complete(results))}."
-    )
-
-
-def new_figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    figure.patch.set_alpha(0)
-    return figure
-
-
-def plain_axes(axes: Any) -> None:
-    axes.patch.set_alpha(0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_INK, alpha=0.2)
-    axes.set_axisbelow(True)
-
-
 def draw_arms(results: Results) -> Figure:
     """Plot each arm's change in domain against that out of domain, with the line of training alone."""
-    figure = new_figure(7.5, 5)
+    figure = Figure(figsize=(7.5, 5))
     axes = figure.add_subplot()
     tasks = outside(results)
     at = {arm: tuple(difference(results, arm, BASE, part) for part in ([INSIDE], tasks)) for arm in labels(results)}
@@ -243,14 +219,13 @@ def draw_arms(results: Results) -> Figure:
         axes.plot([], [], "o" if color == MERGED else "s", color=color, label=f"{number}  {label}")
     axes.set_xlabel("in domain: change from the base, points")
     axes.set_ylabel("out of domain: change from the base, points")
-    plain_axes(axes)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
 def draw_predictors(results: Results) -> Figure:
     """Plot the loss out of domain against KL and against the distance of the weights."""
-    figure = new_figure(8, 3.6)
+    figure = Figure(figsize=(8, 3.6))
     found = points(results)
     axis = (("KL to the base, nats per token", 3), ("distance of the weights, ‰", 4))
     for column, (title, index) in enumerate(axis, start=1):
@@ -263,13 +238,12 @@ def draw_predictors(results: Results) -> Figure:
             axes.plot(x, [each[1] for each in some], look[0], ms=4, color=look[1], label=look[2])
         axes.set_xlabel(title)
         axes.set_title("out of domain: change, points" if column == 1 else "", loc="left", fontsize=10)
-        plain_axes(axes)
         if column == 1:
-            axes.legend(frameon=False)
+            axes.legend()
     return figure
 
 
-TABLES = {
+TABLES: dict[str, Callable[[Results], str]] = {
     "real-arms": arms_table,
     "real-against": against_table,
     "real-tasks": tasks_table,
@@ -277,15 +251,14 @@ TABLES = {
     "real-rounds": rounds_table,
     "real-alphas": alphas_table,
     "real-predictors": predictors_table,
-    "real-where": where,
+    "real-where": lambda results: where(results, complete(results)),
 }
 PICTURES = {"arms": draw_arms, "predictors": draw_predictors}
 
 
 def draw(results: Results, folder: Path) -> None:
     """Draw all pictures into a folder."""
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
-    with mpl.rc_context(ink):
+    with style.context(STYLE):
         for name, make in PICTURES.items():
             make(results).savefig(folder / f"real-model-{name}.png", metadata={"Software": None})
 

@@ -9,10 +9,7 @@ results of all seeds that are there are collected in OUTPUT/results.json.
 
 import argparse
 import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -23,6 +20,10 @@ from typing import Any
 from warm import serving
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from experiments import machine, run  # noqa: E402
+
 ROUNDS, POOL, SAMPLES = 3, 600, 8
 QUESTIONS = "--questions 400 100"  # to test with: in domain, and of each other skill
 
@@ -96,19 +97,6 @@ def loop_command(name: str, arm: Arm, seed: int) -> list[str]:
     return command
 
 
-def run(command: list[str], folder: Path) -> None:
-    """Run a command in a folder; what it says goes to a log. Ends the program if it fails."""
-    with (folder / "log").open("a") as log:
-        log.write(f"$ {shlex.join(command)}\n")
-        log.flush()
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # imm-loop stands beside python
-        status = subprocess.run(
-            command, cwd=folder, stdout=log, stderr=log, env={**os.environ, "PATH": path}, check=False
-        ).returncode
-    if status:
-        sys.exit(f"error: a command ended with status {status}; it and what it said are the last in {folder / 'log'}")
-
-
 def final(model: str, place: str, folder: Path) -> dict[str, Any]:
     """Test a model at length, with pass@k and each skill, unless that was done."""
     path = folder / place
@@ -158,20 +146,13 @@ def run_seed(seed: int, names: list[str], folder: Path, pretrain: str) -> None:
             path.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def processor() -> str:
-    """Name the processor, as far as the system tells."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
 def collect(output: Path) -> Path:
     """Write the results of all seeds that are there into one file."""
     paths = sorted(output.glob("seed-*/results.json"), key=lambda path: int(path.parent.name[5:]))
     seeds = {path.parent.name[5:]: json.loads(path.read_text()) for path in paths}
     results = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": processor(), "system": platform.system(), "python": platform.python_version()},
+        "machine": machine(),
         "versions": {name: version(name) for name in ("mergekit-imm", "torch", "transformers")},
         "rounds": ROUNDS,
         "questions": POOL,

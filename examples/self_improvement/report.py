@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from typing import Any
 from matplotlib import style
 from matplotlib.figure import Figure
 
-STYLE = Path(__file__).resolve().parents[2] / "docs" / "scripts" / "pictures.mplstyle"
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from experiments import STYLE, markdown, where
+
 Results = Mapping[str, Any]
 Measure = Callable[[Mapping[str, Any]], float]
 BASE, STAR, IMM, GENTLE, STOPPED = "base", "star", "imm", "low-lr", "stopped"
@@ -65,11 +69,6 @@ def interval(values: list[float]) -> str:
     half = T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
     text = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
     return f"**{text}**" if abs(mean) > half else text
-
-
-def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
 def average(found: Iterable[float], digits: int = 1) -> str:
@@ -202,16 +201,6 @@ def held_out_table(results: Results) -> str:
     return markdown(["seed", "alpha of each round", ""], rows)
 
 
-def where(results: Results) -> str:
-    """Say when, on what, with which versions and seeds."""
-    machine, versions = results["machine"], results["versions"]
-    named = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return (
-        f"{results['date']}. {machine['cpu']}, one thread for each seed, {machine['system']}; Python"
-        f" {machine['python']}, {named}. Seeds: {', '.join(results['seeds'])}."
-    )
-
-
 def colour(arm: str, label: str) -> str:
     """Blue for what merges, green for gentle training, orange for training as it is."""
     return "C0" if "IMM" in label else "C2" if arm in (GENTLE, STOPPED, "early-stop") else "C1"
@@ -276,7 +265,7 @@ def draw_layers(results: Results, path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-TABLES = {
+TABLES: dict[str, Callable[[Results], str]] = {
     "arms": arms_table,
     "gentle": gentle_table,
     "rounds": rounds_table,
@@ -285,7 +274,7 @@ TABLES = {
     "pools": pools_table,
     "layers": layers_table,
     "held-out": held_out_table,
-    "where": where,
+    "where": lambda results: where(results, results["seeds"]),
 }
 PICTURES = {"arms": draw_arms, "rounds": draw_rounds, "layers": draw_layers}
 

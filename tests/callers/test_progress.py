@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import subprocess
 import sys
 import types
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from checkpoints import random_state, write_model
-from commands import HUNG
+from commands import seen_on_a_terminal
 from mergekit_imm import ArgumentError, audit, merge_checkpoints, merge_into, verify
 from mergekit_imm.analysis.change import checkpoint_change
 from mergekit_imm.common import progress as module
@@ -39,23 +38,7 @@ def environment(**added: str) -> dict[str, str]:
 
 def on_a_terminal(code: str, cwd: Path, **added: str) -> tuple[str, int]:
     """Return what Python code prints on a terminal, and its status."""
-    master, slave = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=cwd, env=environment(TERM="xterm", **added), stdout=slave, stderr=slave
-    ) as process:
-        os.close(slave)
-        printed = b""
-        while True:
-            try:
-                piece = os.read(master, 1 << 16)
-            except OSError:  # the other end is closed
-                break
-            if not piece:
-                break
-            printed += piece
-        status = process.wait(HUNG)
-    os.close(master)
-    return printed.decode(), status
+    return seen_on_a_terminal([code], cwd, env=environment(TERM="xterm", **added))
 
 
 def test_a_terminal_shows_a_bar_that_leaves_the_cursor(models: Path) -> None:

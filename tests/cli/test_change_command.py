@@ -77,7 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sft[name] = base[name] + (i + 1) * torch.full_like(base[name], 0.5)
     write_model(tmp_path / "base", base)
     write_model(tmp_path / "sft", sft)
-    content = {"data": "of a kind", "layers": {f"model.layers.{i}": float(N - i) for i in range(N)}}
+    content = {"data": "of a kind", "sequences": 40, "layers": {f"model.layers.{i}": float(N - i) for i in range(N)}}
     (tmp_path / "importance.json").write_text(json.dumps(content))
     return tmp_path
 
@@ -101,6 +101,7 @@ def test_all_is_written_and_is_the_same_each_time(folder: Path) -> None:
     assert "of a kind" in page
     content = json.loads(first["change.json"])
     assert content["importance"]["data"] == "of a kind"
+    assert content["importance"]["sequences"] == 40  # as in the file, a number
     assert content["changes"][0]["mismatch"]["rho"]["value"] == -1.0
 
 

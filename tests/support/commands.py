@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,11 +192,19 @@ def subprocess_of(*arguments: object, code: str | None = None, **options: Any) -
 
 
 def on_a_terminal(*arguments: object, cwd: Path) -> str:
-    """What a command prints on a terminal."""
+    """What a command prints on a terminal, on standard error."""
+    printed, status = seen_on_a_terminal([SLOW, *map(str, arguments)], cwd, stdout=subprocess.DEVNULL)
+    assert status == 0
+    return printed
+
+
+def seen_on_a_terminal(
+    code: Sequence[str], cwd: Path, *, env: Mapping[str, str] | None = None, stdout: int | None = None
+) -> tuple[str, int]:
+    """What Python code, with arguments, prints on a terminal, and its status; `stdout` may go elsewhere."""
     master, slave = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, arguments)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=slave
-    ) as process:
+    where = slave if stdout is None else stdout
+    with subprocess.Popen([sys.executable, "-c", *code], cwd=cwd, env=env, stdout=where, stderr=slave) as process:
         os.close(slave)
         printed = b""
         while True:
@@ -207,9 +215,9 @@ def on_a_terminal(*arguments: object, cwd: Path) -> str:
             if not piece:
                 break
             printed += piece
-        assert process.wait(HUNG) == 0
+        status = process.wait(HUNG)
     os.close(master)
-    return printed.decode()
+    return printed.decode(), status
 
 
 @contextmanager

@@ -47,15 +47,24 @@ class Interval:
         return {**{key: x if math.isfinite(x) else None for key, x in values.items()}, "n": self.n}
 
 
+def number_text(value: float, sign: str = "") -> str:
+    """Return a number as tables show it; `sign` "+" for differences."""
+    return "-" if math.isnan(value) else f"{value:{sign}.3f}"
+
+
+def range_text(found: Interval, sign: str = "") -> str:
+    """Return the interval of a number as tables show it."""
+    return "-" if math.isnan(found.low) else f"[{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
 def text_of(found: Interval, sign: str = "+") -> str:
     """Return a number with its interval, if it has one; `sign` "" for numbers that are no differences.
 
     >>> text_of(Interval(0.1, -0.05, 0.2, 9))
     '+0.100 [-0.050, +0.200]'
     """
-    if math.isnan(found.low):
-        return "-" if math.isnan(found.value) else f"{found.value:{sign}.3f}"
-    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+    number = number_text(found.value, sign)
+    return number if math.isnan(found.low) else f"{number} {range_text(found, sign)}"
 
 
 def bootstrap(

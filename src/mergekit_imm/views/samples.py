@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..common.messages import shown
-from ..evaluation.bootstrap import Interval
+from ..evaluation.bootstrap import number_text, range_text
 from ..evaluation.calibration import KINDS
 from ..evaluation.comparison import Comparison, Report
 from .tables import aligned, drawing, saved
@@ -20,10 +20,10 @@ def table(report: Report) -> str:
     if not report.comparisons:
         rows = [["measure", shown(report.reference, 24), "95 % interval", "n"]]
         for k, each in report.curves[report.reference].items():
-            rows.append([f"pass@{k} (sampled)", _number(each.value), _range(each), str(each.n)])
+            rows.append([f"pass@{k} (sampled)", number_text(each.value), range_text(each), str(each.n)])
         found = report.calibrations.get(report.reference, ())
         errors = [(f"ECE ({each.of})", each.error) for each in found]
-        rows += [[name, _number(error.value), _range(error), str(error.n)] for name, error in errors]
+        rows += [[name, number_text(error.value), range_text(error), str(error.n)] for name, error in errors]
         by_chance = "by chance alone, a calibrated model with these confidences shows"
         lines = [f"note: ECE ({each.of}): {by_chance} {each.by_chance:.3f}" for each in found]
         return "\n".join([*aligned(rows), *lines, "one model: nothing to compare it with"])
@@ -38,8 +38,8 @@ def verdicts(report: Report) -> str:
 def _comparison(reference: str, each: Comparison) -> str:
     rows = [["measure", shown(reference, 24), shown(each.model, 24), "difference", "95 % interval", "n"]]
     for m in each.measures:
-        values = [_number(m.reference.value), _number(m.model.value), _number(m.difference.value, "+")]
-        rows.append([m.name, *values, _range(m.difference, "+"), str(m.difference.n)])
+        values = [number_text(m.reference.value), number_text(m.model.value), number_text(m.difference.value, "+")]
+        rows.append([m.name, *values, range_text(m.difference, "+"), str(m.difference.n)])
     lines = [f"{shown(each.model)} against {shown(reference)}", *aligned(rows)]
     if each.gained and each.lost:
         counts = f"{each.gained.problems} problems gained (greedy); regression set: {each.lost.problems} lost"
@@ -50,17 +50,9 @@ def _comparison(reference: str, each: Comparison) -> str:
             for name, curve in ((reference, found.reference), (each.model, found.model))
             if curve
         ]
-        rows = [[title, *(_number(at.value) for at in curve.values())] for title, curve in curves]
+        rows = [[title, *(number_text(at.value) for at in curve.values())] for title, curve in curves]
         lines += aligned([["pass@k there", *map(str, curves[0][1])], *rows]) if curves else []
     return "\n".join([*lines, *(f"note: {note}" for note in each.notes)])
-
-
-def _number(value: float, sign: str = "") -> str:
-    return "-" if math.isnan(value) else f"{value:{sign}.3f}"
-
-
-def _range(each: Interval, sign: str = "") -> str:
-    return "-" if math.isnan(each.low) else f"[{each.low:{sign}.3f}, {each.high:{sign}.3f}]"
 
 
 def pictures(report: Report) -> dict[str, bytes]:
