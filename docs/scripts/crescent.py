@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 
 from pages import DOCS, update
 
@@ -19,6 +20,7 @@ def main() -> None:
     spec = importlib.util.spec_from_file_location("crescent_example", EXAMPLES / "crescent.py")
     assert spec is not None
     assert spec.loader is not None
+    sys.path.append(str(EXAMPLES))  # for what it imports
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     results = json.loads((EXAMPLES / "crescent.json").read_text(encoding="utf-8"))
