@@ -20,7 +20,7 @@ def update(page: str, parts: Mapping[str, str], description: str | None) -> None
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is stale")
     arguments = parser.parse_args()
     path = (DOCS / page).resolve()
-    name = path.relative_to(DOCS.parent)
+    shown = path.relative_to(DOCS.parent)
     text = old = path.read_text(encoding="utf-8")
     for name, content in parts.items():
         pattern = f"(<!-- generated {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)"
@@ -30,6 +30,6 @@ def update(page: str, parts: Mapping[str, str], description: str | None) -> None
     if text == old:
         return
     if arguments.check:
-        sys.exit(f"error: {name} is stale; run `python docs/scripts/{Path(sys.argv[0]).name}`")
+        sys.exit(f"error: {shown} is stale; run `python docs/scripts/{Path(sys.argv[0]).name}`")
     path.write_text(text, encoding="utf-8")
-    print(f"{name} rewritten")
+    print(f"{shown} rewritten")

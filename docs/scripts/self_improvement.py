@@ -1,4 +1,4 @@
-"""Write what examples/self_improvement/experiment.py found into docs/self-improvement.md.
+"""Write what the two experiments found into docs/self-improvement.md: examples/real_model and examples/self_improvement.
 
 python docs/scripts/self_improvement.py [--check]
 """
@@ -10,16 +10,20 @@ import sys
 
 from pages import DOCS, update
 
-EXAMPLE = DOCS.parent / "examples" / "self_improvement"
-sys.path.append(str(EXAMPLE))
+EXAMPLES = DOCS.parent / "examples"
+sys.path += [str(EXAMPLES / "real_model"), str(EXAMPLES / "self_improvement")]
 
-from report import TABLES  # noqa: E402
+import evidence  # noqa: E402
+import report  # noqa: E402
 
 
 def main() -> None:
     """Rewrite the page, or check it."""
-    results = json.loads((EXAMPLE / "results.json").read_text(encoding="utf-8"))
-    update("self-improvement.md", {name: make(results) for name, make in TABLES.items()}, __doc__)
+    blocks: dict[str, str] = {}
+    for folder, tables in (("real_model", evidence.TABLES), ("self_improvement", report.TABLES)):
+        results = json.loads((EXAMPLES / folder / "results.json").read_text(encoding="utf-8"))
+        blocks |= {name: make(results) for name, make in tables.items()}
+    update("self-improvement.md", blocks, __doc__)
 
 
 if __name__ == "__main__":

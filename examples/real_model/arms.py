@@ -186,15 +186,16 @@ def diagnosis(folder: Path, seed: int) -> dict[str, Any]:
     texts = folder / "text-importance.jsonl"
     texts.write_text("".join(json.dumps({"text": piece}) + "\n" for _, piece in rows["text"]), encoding="utf-8")
     models = ["star/round-0/sft", f"star/round-{ROUNDS - 1}/merged", *(f"ordinary-{name}" for name in ORDINARY)]
-    found: dict[str, Any] = {"models": models, "importance": {}, "change": {}}
+    changes: dict[str, Any] = {}
     for name, source in (("answers", "star/round-0/data"), ("text", texts.name)):
         file = f"importance-{name}.json"
         if not (folder / file).exists():
             run(["imm-analyze", "importance", "../base", "--data", source, "-o", file], folder)
         importances[name] = json.loads((folder / file).read_text())["layers"]
         run(["imm-analyze", "change", "../base", *models, "--importance", file, "-o", f"change-{name}"], folder)
-        found["change"][name] = json.loads((folder / f"change-{name}" / "change.json").read_text())
-    return found | {"importance": importances}
+        found = json.loads((folder / f"change-{name}" / "change.json").read_text())["changes"]
+        changes[name] = {each["model"]: {key: each[key] for key in ("layers", "mismatch")} for each in found}
+    return {"importance": importances, "change": changes}
 
 
 def keep(path: Path, found: dict[str, Any]) -> None:

@@ -26,28 +26,34 @@ Results = Mapping[str, Any]
 Values = npt.NDArray[np.float64]
 BASE, STAR, IMM, GENTLE = "base", "star", "imm", "low-lr"
 INSIDE = "sums"
+THIRDS = ("early", "middle", "late")
 MERGED, TRAINED, PLAIN = "#3584d6", "#dd7b33", "#808080"
 
 
 class Difference(NamedTuple):
     mean: float
-    half: float  # of its 95 % interval
+    half: float  # of its 95 % interval; nan with one seed, which does not tell how much seeds differ
 
     def __str__(self) -> str:
+        if math.isnan(self.half):
+            return "" if math.isnan(self.mean) else f"{self.mean:+.1f}"
         text = f"{self.mean:+.1f} [{self.mean - self.half:+.1f}, {self.mean + self.half:+.1f}]"
         return f"**{text}**" if abs(self.mean) > self.half else text
 
 
-def models(results: Results, arm: str) -> list[Mapping[str, Any]]:
+def seeds_with(results: Results, *arms: str) -> list[str]:
+    """Return the seeds that have all of these arms."""
+    return [seed for seed, found in results["seeds"].items() if set(arms) <= {BASE, *found["arms"]}]
+
+
+def models(results: Results, arm: str, seeds: Iterable[str]) -> list[Mapping[str, Any]]:
     """Return the scores of an arm's last model, for each seed; of the base, the same for all."""
-    if arm == BASE:
-        return [results["base"]] * len(complete(results))
-    return [results["seeds"][seed]["arms"][arm]["test"] for seed in complete(results)]
+    return [results[BASE] if arm == BASE else results["seeds"][seed]["arms"][arm]["test"] for seed in seeds]
 
 
-def complete(results: Results) -> list[str]:
-    """Return the seeds that have all arms."""
-    return [seed for seed, found in results["seeds"].items() if set(results["arms"]) <= set(found["arms"])]
+def scores(results: Results, arm: str) -> list[Mapping[str, Any]]:
+    """Return the scores of an arm's last model, for each seed that has it."""
+    return models(results, arm, seeds_with(results, arm))
 
 
 def outside(results: Results) -> list[str]:
@@ -65,15 +71,20 @@ def right(found: Mapping[str, Any], task: str) -> Values:
 
 
 def difference(results: Results, arm: str, other: str, tasks: Iterable[str]) -> Difference:
-    """Return arm - other in percent, a plain mean over tasks."""
-    pairs = list(zip(models(results, arm), models(results, other), strict=True))
+    """Return arm - other in percent, a plain mean over tasks, by the seeds that have both."""
+    seeds_of_both = seeds_with(results, arm, other)
+    pairs = list(zip(models(results, arm, seeds_of_both), models(results, other, seeds_of_both), strict=True))
+    if not pairs:
+        return Difference(math.nan, math.nan)
     each = [np.array([right(one, task) - right(two, task) for one, two in pairs]) for task in tasks]
     by_seed = np.mean([task.mean(axis=1) for task in each], axis=0)
     seeds, count = len(pairs), sum(task.shape[1] for task in each)
-    of_seeds = float(by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
+    if seeds < 2:
+        return Difference(float(by_seed[0]), math.nan)
+    of_seeds = float(by_seed.var(ddof=1)) / seeds
     of_questions = sum(float(task.mean(axis=0).var(ddof=1)) / task.shape[1] for task in each) / len(each) ** 2
     total = of_seeds + of_questions
-    spread = (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0) + of_questions**2 / (count - 1)
+    spread = of_seeds**2 / (seeds - 1) + of_questions**2 / (count - 1)
     return Difference(float(by_seed.mean()), t95(total**2 / spread) * math.sqrt(total) if total else 0.0)
 
 
@@ -87,27 +98,27 @@ def t95(freedom: float) -> float:
 
 
 def mean(results: Results, arm: str, value: Callable[[Mapping[str, Any]], float]) -> float:
-    return float(np.mean([value(found) for found in models(results, arm)]))
+    return float(np.mean([value(found) for found in scores(results, arm)]))
 
 
 def labels(results: Results) -> dict[str, str]:
-    return {name: arm["label"] for name, arm in results["arms"].items()}
+    return {name: arm["label"] for name, arm in results["arms"].items() if seeds_with(results, name)}
 
 
 def arms_table(results: Results) -> str:
     """Show each arm's last model: change from the base, and how far it went."""
     tasks = outside(results)
-    base = models(results, BASE)[0]
-    rows = [
-        ["base", f"{base[INSIDE]['accuracy']:.1f}", f"{np.mean([base[t]['accuracy'] for t in tasks]):.1f}", "", "", ""]
-    ]
+    base = results[BASE]
+    at = (base[INSIDE]["accuracy"], np.mean([base[task]["accuracy"] for task in tasks]))
+    rows = [["base", "", *(f"{value:.1f}" for value in at), "", "", ""]]
     for arm, label in labels(results).items():
         inside, out = (difference(results, arm, BASE, part) for part in ([INSIDE], tasks))
         far = mean(results, arm, lambda found: 1000 * found["to base"]["moved"])
         kl = mean(results, arm, lambda found: found["kl"])
         both = difference(results, arm, BASE, [INSIDE]).mean + out.mean
-        rows.append([label, str(inside), str(out), f"{both / 2:+.1f}", f"{far:.2f}", f"{kl:.3f}"])
-    return markdown(["", "in domain", "out of domain", "average", "moved, ‰", "KL"], rows)
+        seeds = str(len(seeds_with(results, arm)))
+        rows.append([label, seeds, str(inside), str(out), f"{both / 2:+.1f}", f"{far:.2f}", f"{kl:.3f}"])
+    return markdown(["", "seeds", "in domain", "out of domain", "average", "moved, ‰", "KL"], rows)
 
 
 def against_table(results: Results) -> str:
@@ -130,7 +141,7 @@ def tasks_table(results: Results) -> str:
     tasks = [INSIDE, *outside(results)]
     rows = []
     for arm, label in {BASE: "base", **labels(results)}.items():
-        row = [f"{np.mean([found[task]['accuracy'] for found in models(results, arm)]):.0f}" for task in tasks]
+        row = [f"{np.mean([found[task]['accuracy'] for found in scores(results, arm)]):.0f}" for task in tasks]
         rows.append([label, *row, f"{mean(results, arm, lambda found: found['text']['perplexity']):.1f}"])
     return markdown(["", *tasks, "perplexity"], rows)
 
@@ -140,19 +151,20 @@ def pass_table(results: Results) -> str:
     rows = []
     many = next(key for key in results["base"][INSIDE] if key.startswith("pass@") and key != "pass@1")
     for arm, label in {BASE: "base", **labels(results)}.items():
-        found = models(results, arm)
+        found = scores(results, arm)
         row = [np.mean([each[INSIDE][key] for each in found]) for key in ("pass@1", many, "ece")]
         row.append(np.mean([each["choices"]["ece"] for each in found]))
         rows.append([label, f"{row[0]:.1f}", f"{row[1]:.1f}", f"{100 * row[2]:.1f}", f"{100 * row[3]:.1f}"])
-    return markdown(["", "pass@1", many, "calibration error", "the same, multiple choice"], rows)
+    return markdown(["", "pass@1", many, "calibration error, %", "of multiple choice"], rows)
 
 
 def rounds_table(results: Results) -> str:
     """Show accuracy on the held-out questions over the rounds."""
     rows = []
     for arm, label in labels(results).items():
-        each = [results["seeds"][seed]["arms"][arm]["rounds"] for seed in complete(results)]
-        if each and each[0]:
+        each = [results["seeds"][seed]["arms"][arm]["rounds"] for seed in seeds_with(results, arm)]
+        each = [one for one in each if len(one) == results["rounds"]]
+        if each:
             cells = [
                 f"{np.mean([one[number]['mean'][part] for one in each]):.1f}"
                 for part in ("in", "out")
@@ -165,7 +177,7 @@ def rounds_table(results: Results) -> str:
 def alphas_table(results: Results) -> str:
     """Show which alphas the held-out score chose."""
     rows = []
-    for seed in complete(results):
+    for seed in seeds_with(results, "chosen"):
         alphas = results["seeds"][seed]["arms"]["chosen"]["alphas"]
         rows.append([seed, ", ".join(f"{alpha:g}" for alpha in alphas.values())])
     return markdown(["seed", "alpha of each round"], rows)
@@ -174,10 +186,10 @@ def alphas_table(results: Results) -> str:
 def points(results: Results) -> list[tuple[str, float, float, float, float]]:
     """Return for each model of each arm and seed: arm, loss out of domain, gain in domain, KL, distance."""
     tasks = outside(results)
-    base = models(results, BASE)[0]
+    base = results[BASE]
     found = []
     for arm in labels(results):
-        for each in models(results, arm):
+        for each in scores(results, arm):
             out = float(np.mean([each[task]["accuracy"] - base[task]["accuracy"] for task in tasks]))
             gain = each[INSIDE]["accuracy"] - base[INSIDE]["accuracy"]
             found.append((arm, out, gain, each["kl"], each["to base"]["moved"]))
@@ -200,6 +212,37 @@ def predictors_table(results: Results) -> str:
         ["gain in domain", f"{rank_correlation([gain for _, _, gain, *_ in found], lost):.2f}"],
     ]
     return markdown(["", f"rank correlation with the loss out of domain, {len(found)} models"], rows)
+
+
+TRAINED_ON = {
+    "star/round-0/sft": "own right answers, round 0",
+    "star/round-2/merged": "own right answers, round 2",
+    "ordinary-right-answers": "all right answers, as given",
+    "ordinary-text": "ordinary text",
+}
+MEASURED_ON = {"answers": "own right answers", "text": "ordinary text"}
+
+
+def diagnoses(results: Results) -> list[Mapping[str, Any]]:
+    """Return the diagnosis of each seed that has one."""
+    return [found["diagnosis"] for found in results["seeds"].values() if "diagnosis" in found]
+
+
+def mismatch_table(results: Results) -> str:
+    """Show importance against change over the layers, by the data of training and of importance."""
+    rows = []
+    for model, label in TRAINED_ON.items():
+        for data, measured in MEASURED_ON.items():
+            each = [found["change"][data][model]["mismatch"] for found in diagnoses(results)]
+            rhos = [f"{one['rho']['value']:+.2f} [{one['rho']['low']:+.2f}, {one['rho']['high']:+.2f}]" for one in each]
+            thirds = [
+                ", ".join(f"{100 * np.mean([one['thirds'][third][key] for one in each]):.0f} %" for third in THIRDS)
+                for key in ("importance", "change")
+            ]
+            verdicts = ", ".join(sorted({one["verdict"].partition(":")[0] for one in each}))
+            rows.append([label, measured, ", ".join(rhos), *thirds, verdicts])
+    head = ["fine-tuned on", "importance on", "rho, a seed each", "importance, by thirds", "change, by thirds", "verdict"]
+    return markdown(head, rows)
 
 
 def draw_arms(results: Results) -> Figure:
@@ -251,7 +294,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "real-rounds": rounds_table,
     "real-alphas": alphas_table,
     "real-predictors": predictors_table,
-    "real-where": lambda results: where(results, complete(results)),
+    "real-mismatch": mismatch_table,
+    "real-where": lambda results: where(results, results["seeds"]),
 }
 PICTURES = {"arms": draw_arms, "predictors": draw_predictors}
 
