@@ -196,9 +196,9 @@ def goals(results: Mapping[str, Any]) -> str:
 
 # What the README says of each beside its figures: what its mask depends on, and what happens if it is killed.
 BESIDE = {
-    "imm-merge": ("`imm-merge`", "seed, round, tensor name, element", "goes on where it stopped"),
+    "imm-merge": ("`imm-merge`", "seed, round, tensor name, element", "resumes where it stopped"),
     "mergekit-same": ("mergekit {mergekit}", "also the set and order of tensors", "starts over"),
-    "sd-mecha": ("sd-mecha {sd-mecha}", "shape: alike in all tensors of one shape", "starts over"),
+    "sd-mecha": ("sd-mecha {sd-mecha}", "the shape: tensors of one shape share a mask", "starts over"),
     "by-hand": ("a script of twenty lines", "also the order of tensors", "starts over"),
 }
 

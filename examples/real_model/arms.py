@@ -57,6 +57,7 @@ ARMS = {
     "star": Arm("STaR", every_round=True),
     "imm": Arm("IMM, alpha .5, drop .2", "--alpha 0.5 --drop 0.2", own_start=False, every_round=True),
     "low-lr": Arm("STaR, lr / 5", sft=f"--lr {LR / 5:g}"),
+    "half-lr": Arm("STaR, lr / 2", sft=f"--lr {LR / 2:g}"),  # added after results of the others
     "chosen": Arm(
         "IMM, alpha by held-out score",
         "--alpha choose:0.2,0.4,0.6,0.8 --drop 0.2 --metric mean.both",
@@ -118,7 +119,8 @@ def final(model: str, place: str, folder: Path, shared: str = "..") -> dict[str,
     if not path.exists():
         files = f"{named(f'{shared}/questions', TASKS)} text={shared}/questions/text.txt"
         sampled = f"--samples {SAMPLES} --sampled sums --sampled-limit {SAMPLED}"
-        score(model, f"{place}.part", f"--questions {files} --base {shared}/base {sampled}", folder)
+        if not path.with_name(f"{path.name}.part").exists():
+            score(model, f"{place}.part", f"--questions {files} --base {shared}/base {sampled}", folder)
         compared = ["imm-analyze", "kl", f"{shared}/base", model, "--data", f"{shared}/kl.jsonl"]
         run([*compared, "--add-to", f"{place}.part"], folder)
         path.with_name(f"{path.name}.part").rename(path)

@@ -241,7 +241,14 @@ def mismatch_table(results: Results) -> str:
             ]
             verdicts = ", ".join(sorted({one["verdict"].partition(":")[0] for one in each}))
             rows.append([label, measured, ", ".join(rhos), *thirds, verdicts])
-    head = ["fine-tuned on", "importance on", "rho, a seed each", "importance, by thirds", "change, by thirds", "verdict"]
+    head = [
+        "fine-tuned on",
+        "importance on",
+        "rho, a seed each",
+        "importance, by thirds",
+        "change, by thirds",
+        "verdict",
+    ]
     return markdown(head, rows)
 
 

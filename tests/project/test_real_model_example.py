@@ -232,3 +232,28 @@ def test_intervals_of_differences() -> None:
     of_seeds = sum((value - found.mean) ** 2 for value in by_seed) / 2 / 3
     freedom = (of_seeds + of_questions) ** 2 / (of_seeds**2 / 2 + of_questions**2 / 9)
     assert found.half == pytest.approx(evidence.t95(freedom) * math.sqrt(of_seeds + of_questions))
+
+
+def test_differences_are_those_of_seeds_that_have_both_arms() -> None:
+    import evidence
+
+    def arm(right: str) -> dict[str, Any]:
+        return {"test": {"sums": {"right": right}}}
+
+    results: dict[str, Any] = {
+        "arms": {"star": {"label": "STaR"}, "imm": {"label": "IMM"}, "low-lr": {"label": "lr / 5"}},
+        "base": {"sums": {"right": "1000"}},
+        "seeds": {
+            "0": {"arms": {"star": arm("1100"), "imm": arm("1111")}},
+            "1": {"arms": {"star": arm("0000")}},
+            "2": {"arms": {"star": arm("1110"), "imm": arm("1110")}},
+        },
+    }
+    assert evidence.difference(results, "star", "base", ["sums"]).mean == pytest.approx((25 - 25 + 50) / 3)
+    assert evidence.difference(results, "imm", "star", ["sums"]).mean == pytest.approx((50 + 0) / 2)
+    assert list(evidence.labels(results)) == ["star", "imm"]  # what no seed has is not shown
+
+    del results["seeds"]["2"]
+    one = evidence.difference(results, "imm", "star", ["sums"])
+    assert str(one) == "+50.0"  # one seed does not tell how much seeds differ
+    assert str(evidence.difference(results, "imm", "low-lr", ["sums"])) == ""

@@ -43,7 +43,7 @@ Example:
     "Comparison",
     "--cut/--no-cut",
     default=True,
-    help="End a response that is judged by its answer where it goes on to another question.  [default: --cut]",
+    help="Judge each response only up to where it goes on to another question.  [default: --cut]",
 )
 @option(
     "Comparison",
@@ -58,7 +58,7 @@ Example:
     default=0,
     show_default=True,
     metavar="N",
-    help="Of the draws for diversity.",
+    help="Seed of the draws that measure diversity.",
 )
 @option(
     "Output",

@@ -55,7 +55,7 @@ class Weights(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.
     "--base",
     metavar="DIR",
     shell_complete=files,
-    help="BASE; of our own merge, where it is now, if it moved.",
+    help="BASE; for a merge of ours, only if it has moved since.",
 )
 @option("Inputs", "--start", metavar="DIR", shell_complete=files, help="Where START is now, if it moved.")
 @option(
@@ -63,7 +63,7 @@ class Weights(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.
     "--sft",
     metavar="DIR",
     shell_complete=files,
-    help="SFT or its adapter; of our own merge, where it is now, if it moved.",
+    help="SFT or its adapter; for a merge of ours, only if it has moved since.",
 )
 @option(
     "Audit",
@@ -101,7 +101,7 @@ class Weights(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.
 @printing_options(quiet="Hide the progress and the result.", as_json="Print the report as JSON.")
 @version_option("imm-verify")
 def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> int:
-    """Recompute a merge and compare: our own by the recipe in OUT, others' by what they claim.
+    """Recompute a merge and compare: ours by the recipe in OUT, another tool's by what it claims.
 
     With a recipe in OUT, every byte is compared: tensors (or a --sample of them), headers, configs and every other
     file. Exit status 0 if all are equal; 1, with the first difference, if not.
@@ -136,7 +136,7 @@ def _audit(out: str, options: dict[str, Any], audited: dict[str, Any], *, quiet:
     if base is None or sft is None:
         raise click.UsageError("an audit needs --base and --sft, the models that OUT is said to be made of")
     if options["start"] is not None or options["sample"] != 1 or options["device"] != "cpu":
-        raise click.UsageError("--start, --sample and --device are of our own merges; an audit has none of them")
+        raise click.UsageError("--start, --sample and --device apply to merges of ours; an audit has none of them")
     from ..analysis.auditing import audit, check_method
     from ..views.audit import render
 

@@ -94,8 +94,8 @@ def check(
 ) -> CheckReport:
     """Report from headers whether and how base, sft and optionally start can be merged.
 
-    Reads no values except to compare tied tensors, so it does not find NaN or infinity. Problems are in the report,
-    not raised.
+    Reads few values (tied tensors, and a sample to see whether sft differs), so it does not look for NaN or infinity.
+    Problems are in the report, not raised.
     """
     refs = {"base": base, "sft": sft, "start": start}
     report = CheckReport(str(base), str(sft))
