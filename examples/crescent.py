@@ -267,7 +267,7 @@ def steps_table(results: Mapping[str, Any]) -> str:
     }
     rows = [[label, *(found["counts"][name] for found in seeds.values())] for name, label in names.items()]
     rows.append(["drawn again, in place of another", *(found["rewritten"] for found in seeds.values())])
-    rows.append(["asked for that were exact repeats", *(found["repeats"] for found in seeds.values())])
+    rows.append(["of those asked for, exact repeats", *(found["repeats"] for found in seeds.values())])
     rows.append(["accepted, but not an addition as in pretraining", *(found["ill-formed"] for found in seeds.values())])
     return table(["step", *(f"seed {seed}" for seed in seeds)], rows)
 

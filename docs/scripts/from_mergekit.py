@@ -241,7 +241,7 @@ def dare_table(found: dict[str, Any]) -> str:
         ["the same command again: tensors with another mask", f"{dare['again']} of {count}", f"0 of {count}"],
         ["the base in other shards: the same", f"{dare['shards']} of {count}", f"{dare['ours shards']} of {count}"],
         [
-            "nothing dropped from the embedding: the same, of the others",
+            "nothing dropped from the embedding: other tensors with another mask",
             f"{dare['theirs some']} of {count - 1}",
             f"{dare['ours some']} of {count - 1}",
         ],
@@ -261,8 +261,8 @@ def rest_table(found: dict[str, Any]) -> str:
     unknown = {place: "merged" if there else "left out" for place, there in rest["unknown"].items()}
     rows = [
         ["a tensor in both models that the definition of Qwen2 lacks", unknown["theirs"], unknown["ours"]],
-        ["a warning of it", "yes" if rest["said"] else "no", ""],
-        ["whose `tokenizer_config.json` the result has", copied["theirs-3"], copied["ours-3"]],
+        ["a warning about that tensor", "yes" if rest["said"] else "no", ""],
+        ["the result's `tokenizer_config.json` is that of", copied["theirs-3"], copied["ours-3"]],
         ["a merged copy of base and adapter, MB", f"{rest['cache'] / 1e6:.1f}", "none"],
         ["the adapter trained further, in its folder: is it merged?", "yes" if rest["retrained"] else "no", ""],
     ]

@@ -72,7 +72,7 @@ def signals(results: Mapping[str, Any]) -> str:
 def damage(results: Mapping[str, Any]) -> str:
     """Damaged inputs, by how they ended."""
     part = results["damage"]
-    names = {"merged": "merged: it still was a model"}
+    names = {"merged": "merged: it was still a model"}
     rows = [[names.get(kind, f"`{kind}`"), str(count)] for kind, count in part["endings"].items()]
     return f"{table(['how it ended', 'inputs'], [*rows, ['together', str(part['tried'])]])}\n\n{where(part)}"
 
