@@ -1,6 +1,6 @@
 """Draw the picture of docs/alpha.md from the table above it, as `imm-analyze pareto` does.
 
-    python docs/scripts/which_alpha.py
+python docs/scripts/which_alpha.py
 """
 
 from __future__ import annotations
