@@ -16,7 +16,7 @@ PluginError = pytest.importorskip("mkdocs.exceptions").PluginError
 
 DOCS = Path(__file__).parents[2] / "docs"
 SITE = runpy.run_path(str(DOCS / "scripts" / "site.py"))
-EXTENSIONS = ["pymdownx.highlight", "pymdownx.superfences"]
+EXTENSIONS = ["tables", "pymdownx.highlight", "pymdownx.superfences"]
 SETTINGS = {"pymdownx.highlight": {"pygments_lang_class": True}}
 BLOCK = re.compile(r"^```(console|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -50,6 +50,25 @@ def test_messages_may_be_wrapped_and_tables_may_not() -> None:
     text = rendered("```console\n$ imm-merge a b\nerror: no\nmodel  alpha\n```")
     assert '<span class="go message">error: no</span>' in text
     assert '<span class="go">model  alpha</span>' in text
+
+
+def test_messages_alone_may_be_wrapped() -> None:
+    assert "highlight messages" in rendered("```text\nround 0: no\nnote: yes\n```")
+    assert "highlight messages" not in rendered("```text\nround 0: no\nmodel  alpha\n```")
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("`run --in in --out -loss`", ["--in", "--out", "-loss"]),
+        ("`--keep REGEX` or `-NAME`", []),  # are code of the class option
+        ("`imm-merge base/x-y`", []),
+        ("| a | b |\n|-|-|\n| 0.2 (0.1–0.3) | -0.9 [-1.00, +0.54], x |", ["(0.1–0.3)", "[-1.00, +0.54]"]),
+        ("0.2 (0.1–0.3)", []),
+    ],
+)  # fmt: skip
+def test_what_stays_on_one_line(text: str, whole: list[str]) -> None:
+    assert re.findall('<span class="whole">(.*?)</span>', rendered(text)) == whole
 
 
 def linked(text: str, url: str | None) -> str:

@@ -120,11 +120,21 @@ def points(places: Sequence[tuple[float, float]], labels: Sequence[str], ringed:
     """
     parts, height = [f'<text x="0" y="12">{escape(title)}</text>'], 2 * _HEIGHT
     scaled = list(zip(*(_scaled(axis) for axis in zip(*places, strict=True)), strict=True))
+    taken: list[tuple[float, float, int]] = []  # left end, baseline and letters of the labels
     for i, ((right, up), label) in enumerate(zip(scaled, labels, strict=True)):
         x, y = 12 + right * (_WIDTH - 110), height - 10 - up * (height - 40)
         ring = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="currentColor"/>'
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>{ring if i in ringed else ""}')
-        parts.append(f'<text x="{x + 9:.1f}" y="{y + 4:.1f}">{escape(shown(label, 24))}</text>')
+        text = shown(label, 24)
+        free = (
+            y + by
+            for by in (4, -6, 14)
+            if y + by < height
+            and all(abs(y + by - b) >= 10 or abs(x - a) >= 6 * (n if a < x else len(text)) for a, b, n in taken)
+        )
+        base = next(free, y + 4)
+        taken.append((x, base, len(text)))
+        parts.append(f'<text x="{x + 9:.1f}" y="{base:.1f}">{escape(text)}</text>')
     return _svg(title, parts, height)
 
 

@@ -168,6 +168,7 @@ def _lines(axes: Any, found: Sequence[ModelChange], *, share: bool = False) -> l
 def _heat_map(axes: Any, one: ModelChange, kinds: Sequence[str], most: float) -> None:
     rows = [[each.get(kind, float("nan")) for each in one.change.kinds.values()] for kind in kinds]
     image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=most or 1.0, interpolation="nearest")
+    axes.grid(False)  # whatever the style
     axes.set_yticks(range(len(kinds)), [shown(kind, 24) for kind in kinds], fontsize=7, parse_math=False)
     axes.figure.colorbar(image, ax=axes, pad=0.01, label="change")
 

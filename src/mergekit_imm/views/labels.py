@@ -6,22 +6,31 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from .tables import INK
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))  # where a label may be, best first
-_DISTANCES = (7, 14)
+_BESIDE, _AWAY = (7, 14), (24, 36)  # the distances of a label from its point, in points
+_JOINT = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4}
 
 
 def label_points(axes: Axes, points: Sequence[tuple[float, float]], texts: Mapping[int, str], **look: Any) -> None:
     """Label the points with these numbers, the first ones first; leave out what finds no place.
 
-    All points are obstacles, as are the legend, labels that have a place already, and, if possible, lines.
+    All points are obstacles, as are the legend, labels that have a place already, and, if possible, lines. A label
+    without a place beside its point is further away, and joined to it.
     """
+    from matplotlib.text import Text
+
     figure: Any = axes.figure
     figure.draw_without_rendering()
     unit = figure.dpi / 72
-    taken = [_around(x, y, 5 * unit) for x, y in axes.transData.transform(points)]
+    places = axes.transData.transform(points)
+    taken = [_around(x, y, 5 * unit) for x, y in places]
     legend = axes.get_legend()
     if legend is not None:
         taken.append(legend.get_window_extent().extents)
@@ -30,7 +39,9 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float]], texts: Mappi
         _around(at[0], at[1], unit) for line in lines for a, b in pairwise(line) for at in _between(a, b, 3 * unit)
     ]
     for i, label in texts.items():
-        for obstacles, far, (right, up) in product(([*taken, *on_lines], taken), _DISTANCES, _AROUND):
+        free = [*taken, *on_lines]
+        tries = [(free, far) for far in (*_BESIDE, *_AWAY)] + [(taken, far) for far in _BESIDE]
+        for (obstacles, far), (right, up) in product(tries, _AROUND):
             text = axes.annotate(
                 label,
                 points[i],
@@ -39,15 +50,28 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float]], texts: Mappi
                 fontsize=7,
                 ha={1: "left", 0: "center", -1: "right"}[right],
                 va={1: "bottom", 0: "center", -1: "top"}[up],
+                arrowprops=_JOINT if far in _AWAY else None,
                 **look,
             )
-            box: Any = text.get_window_extent().extents
+            text.get_window_extent()  # places the text
+            box: Any = Text.get_window_extent(text).extents  # without the line to its point
+            steps = range(9, far, 3) if far in _AWAY else ()
+            joint = [_around(*(places[i] + unit * step * np.array((right, up))), 0) for step in steps]
             inside: Any = axes.bbox.extents
-            apart = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in obstacles)
-            if apart and (box[:2] >= inside[:2]).all() and (box[2:] <= inside[2:]).all():
+            if (
+                _are_apart([box], obstacles)
+                and _are_apart(joint, taken)
+                and (box[:2] >= inside[:2]).all()
+                and (box[2:] <= inside[2:]).all()
+            ):
                 taken.append(box)
+                on_lines += joint
                 break
             text.remove()
+
+
+def _are_apart(boxes: Sequence[Any], obstacles: Sequence[Any]) -> bool:
+    return all(a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1] for a in boxes for b in obstacles)
 
 
 def _around(x: float, y: float, size: float) -> tuple[float, float, float, float]:
