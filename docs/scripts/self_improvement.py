@@ -1,4 +1,4 @@
-"""Write what the two experiments found into docs/self-improvement.md: examples/real_model and examples/self_improvement.
+"""Write what examples/real_model and examples/self_improvement found into docs/self-improvement.md.
 
 python docs/scripts/self_improvement.py [--check]
 """

@@ -24,7 +24,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
   overflow-wrap: normal }
 th:first-child, td:first-child, td.text { text-align: left; overflow-wrap: anywhere }
-td:first-child { min-width: 5.5em }
+td:first-child { min-width: 6.2em }
 td.bar { background: linear-gradient(to right, var(--bar) var(--part), transparent var(--part)) }
 .answer { font-size: 1.1rem; background: var(--soft); border-left: 4px solid var(--bar); padding: .6rem 1rem }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: .5rem 1rem;
