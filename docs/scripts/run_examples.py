@@ -46,7 +46,12 @@ VARYING = re.compile(
     r'|"(?:disk_free|memory|workers|plan|total|stream)": [\d.]+',
     re.MULTILINE,
 )
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "LC_ALL": "C", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "LC_ALL": "C",
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
 
 
 def shell(command: str) -> str:
