@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     temporary.mkdir()
     os.environ["TMPDIR"] = str(temporary)
     tempfile.tempdir = None
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; more threads would wait for each other
     if "not thorough" in config.option.markexpr:
         thorough.FEWER = 4
     if not hasattr(config, "workerinput"):

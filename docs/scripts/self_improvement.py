@@ -19,10 +19,11 @@ import report  # noqa: E402
 
 def main() -> None:
     """Rewrite the page, or check it."""
-    blocks: dict[str, str] = {}
-    for folder, tables in (("real_model", evidence.TABLES), ("self_improvement", report.TABLES)):
-        results = json.loads((EXAMPLES / folder / "results.json").read_text(encoding="utf-8"))
-        blocks |= {name: make(results) for name, make in tables.items()}
+    real, toy = (
+        json.loads((EXAMPLES / name / "results.json").read_text(encoding="utf-8"))
+        for name in ("real_model", "self_improvement")
+    )
+    blocks = evidence.tables(real) | {name: make(toy) for name, make in report.TABLES.items()}
     update("self-improvement.md", blocks, __doc__)
 
 

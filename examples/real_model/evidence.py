@@ -304,6 +304,17 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "real-mismatch": mismatch_table,
     "real-where": lambda results: where(results, results["seeds"]),
 }
+NEEDS: dict[str, Callable[[Results], Any]] = {
+    "real-alphas": lambda results: seeds_with(results, "chosen"),
+    "real-mismatch": diagnoses,
+}
+
+
+def tables(results: Results) -> dict[str, str]:
+    """Make all tables that there are results for."""
+    return {name: make(results) for name, make in TABLES.items() if name not in NEEDS or NEEDS[name](results)}
+
+
 PICTURES = {"arms": draw_arms, "predictors": draw_predictors}
 
 
@@ -320,7 +331,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="where to draw pictures")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
-    print("\n\n".join(f"{name}\n{make(results)}" for name, make in TABLES.items()))
+    print("\n\n".join(f"{name}\n{text}" for name, text in tables(results).items()))
     if arguments.pictures is not None:
         draw(results, arguments.pictures)
 
