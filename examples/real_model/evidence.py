@@ -264,9 +264,12 @@ def draw_arms(results: Results) -> Figure:
     for number, (arm, label) in enumerate(labels(results).items(), start=1):
         x, y = at[arm]
         color = MERGED if "IMM" in label else TRAINED
-        axes.errorbar(x.mean, y.mean, y.half, x.half, fmt="o" if color == MERGED else "s", ms=5, color=color, lw=0.5)
+        look = {"marker": "o" if color == MERGED else "s", "color": color, "ls": ""}
+        if len(seeds_with(results, arm)) == 1:
+            look["mfc"], label = "none", f"{label} (one seed)"
+        axes.errorbar(x.mean, y.mean, y.half, x.half, **look, lw=0.8)
         axes.annotate(str(number), (x.mean, y.mean), (5, 5), textcoords="offset points", color=color)
-        axes.plot([], [], "o" if color == MERGED else "s", color=color, label=f"{number}  {label}")
+        axes.plot([], [], **look, label=f"{number}  {label}")
     axes.set_xlabel("in domain: change from the base, points")
     axes.set_ylabel("out of domain: change from the base, points")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
