@@ -264,7 +264,7 @@ def draw_arms(results: Results) -> Figure:
     for number, (arm, label) in enumerate(labels(results).items(), start=1):
         x, y = at[arm]
         color = MERGED if "IMM" in label else TRAINED
-        look = {"marker": "o" if color == MERGED else "s", "color": color, "ls": ""}
+        look: dict[str, Any] = {"marker": "o" if color == MERGED else "s", "color": color, "ls": ""}
         if len(seeds_with(results, arm)) == 1:
             look["mfc"], label = "none", f"{label} (one seed)"
         axes.errorbar(x.mean, y.mean, y.half, x.half, **look, lw=0.8)

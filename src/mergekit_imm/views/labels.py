@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .tables import INK
 
 if TYPE_CHECKING:
@@ -56,7 +54,8 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float]], texts: Mappi
             text.get_window_extent()  # places the text
             box: Any = Text.get_window_extent(text).extents  # without the line to its point
             steps = range(9, far, 3) if far in _AWAY else ()
-            joint = [_around(*(places[i] + unit * step * np.array((right, up))), 0) for step in steps]
+            x, y = places[i]
+            joint = [_around(x + unit * step * right, y + unit * step * up, 0) for step in steps]
             inside: Any = axes.bbox.extents
             if (
                 _are_apart([box], obstacles)
