@@ -11,12 +11,14 @@ the documentation of vLLM 0.8 and later; it was not run when this was written, f
 import copy
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergekit_imm.evaluation import is_correct
 
+NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?")
 INSTRUCTION = "Think step by step, and end with: The answer is NUMBER."
 
 
@@ -38,6 +40,16 @@ class Questions:
     asked: list[Question]
     examples: list[Question]
 
+    def is_right(self, response: str, answer: str) -> bool:
+        """Whether a response has the right answer.
+
+        After examples the answer is all there is: the same text or, of a plain number, the same value. Whatever else a
+        line holds (`Q 12`) would be trained on. In a chat a number may stand at the end of a longer response.
+        """
+        one, two = response.strip(), answer.strip()
+        are_numbers = all(NUMBER.fullmatch(text) for text in ((one, two) if self.examples else (two,)))
+        return one == two or (are_numbers and is_correct(one, two))
+
 
 def read_questions(path: str, limit: int | None = None) -> Questions:
     """Read the first questions of a file, or all."""
@@ -49,12 +61,6 @@ def read_questions(path: str, limit: int | None = None) -> Questions:
             found = Question(row["question"], str(row["answer"]), tuple(row.get("choices", ())))
             (examples if row.get("example") else asked).append(found)
     return Questions(asked[:limit], examples)
-
-
-def is_right(response: str, answer: str) -> bool:
-    """Whether a response has the right answer: the same text, or, of a number, the same value."""
-    is_number = any(map(str.isdigit, answer)) and not any(map(str.isalpha, answer))
-    return response.strip() == answer.strip() or (is_number and is_correct(response, answer))
 
 
 def line(question: str) -> str:

@@ -57,7 +57,7 @@ ARMS = {
     "star": Arm("STaR", every_round=True),
     "imm": Arm("IMM, alpha .5, drop .2", "--alpha 0.5 --drop 0.2", own_start=False, every_round=True),
     "low-lr": Arm("STaR, lr / 5", sft=f"--lr {LR / 5:g}"),
-    "half-lr": Arm("STaR, lr / 2", sft=f"--lr {LR / 2:g}"),  # added after results of the others
+    "half-lr": Arm("STaR, lr / 2", sft=f"--lr {LR / 2:g}"),  # added after the first results
     "chosen": Arm(
         "IMM, alpha by held-out score",
         "--alpha choose:0.2,0.4,0.6,0.8 --drop 0.2 --metric mean.both",
@@ -68,7 +68,7 @@ ARMS = {
     "importance": Arm(
         "IIMM, by layer importance", "--alpha 0.5 --drop 0.2 --importance importance-answers.json", own_start=False
     ),
-    "pull": Arm("STaR, pulled to the start", sft="--pull"),
+    "pull": Arm("STaR, pulled to each round's start", sft="--pull"),
     "mixture": Arm("STaR, a quarter of ordinary text", sft="--text ../mix.txt"),
 }
 

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 class PullToStart(TrainerCallback):  # type: ignore[misc]
     """Pull the weights to those that training began with, in every step (L2, decoupled from Adam's step sizes).
 
-    After each of n steps w becomes w - k (w - start), with k n = 1.59: a steady drift then ends at half of what it
-    would have been, as (1 - exp(-1.59)) / 1.59 = 0.5. That is what a merge with alpha .5 does at the end.
+    After each of n steps w becomes w - k (w - start), with k n = 1.59. Of a drift at a constant rate half is left, as
+    (1 - exp(-1.59)) / 1.59 = 0.5, which is what a merge with alpha .5 leaves; with a cosine, a third. A merge pulls to
+    the base, and this to where the round began.
     """
 
     strength = 1.59

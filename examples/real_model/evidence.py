@@ -2,7 +2,8 @@
 
 All models are tested on the same questions, so a difference of two arms is paired: by seed, and by question. Its 95 %
 interval has both sources of chance: SE^2 = var(differences of the seeds) / seeds + sum over tasks of var(differences of
-the questions, mean over the seeds) / questions, and Student's t with the degrees of freedom of Welch and Satterthwaite.
+the questions, mean over the seeds) / questions / tasks^2, and Student's t with the degrees of freedom of Welch and
+Satterthwaite.
 """
 
 import argparse
@@ -125,7 +126,7 @@ def against_table(results: Results) -> str:
     """Show the difference between each arm and STaR, gentle training, and IMM."""
     tasks = outside(results)
     known = labels(results)
-    columns = [(other, part) for other in (GENTLE, IMM) for part in ("in", "out")]
+    columns = [(other, part) for other in (GENTLE, IMM) if other in known for part in ("in", "out")]
     rows = []
     for arm, label in known.items():
         row = [label]
@@ -183,8 +184,8 @@ def alphas_table(results: Results) -> str:
     return markdown(["seed", "alpha of each round"], rows)
 
 
-def points(results: Results) -> list[tuple[str, float, float, float, float]]:
-    """Return for each model of each arm and seed: arm, loss out of domain, gain in domain, KL, distance."""
+def points(results: Results) -> list[tuple[str, float, float, float, float, float]]:
+    """Return for each model of each arm and seed: arm, change out of domain and in it, KL, distance, perplexity."""
     tasks = outside(results)
     base = results[BASE]
     found = []
@@ -192,7 +193,7 @@ def points(results: Results) -> list[tuple[str, float, float, float, float]]:
         for each in scores(results, arm):
             out = float(np.mean([each[task]["accuracy"] - base[task]["accuracy"] for task in tasks]))
             gain = each[INSIDE]["accuracy"] - base[INSIDE]["accuracy"]
-            found.append((arm, out, gain, each["kl"], each["to base"]["moved"]))
+            found.append((arm, out, gain, each["kl"], each["to base"]["moved"], each["text"]["perplexity"]))
     return found
 
 
@@ -207,8 +208,9 @@ def predictors_table(results: Results) -> str:
     found = points(results)
     lost = [-out for _, out, *_ in found]
     rows = [
-        ["KL to the base, in domain", f"{rank_correlation([kl for *_, kl, _ in found], lost):.2f}"],
-        ["distance of the weights", f"{rank_correlation([far for *_, far in found], lost):.2f}"],
+        ["KL to the base, in domain", f"{rank_correlation([kl for *_, kl, _, _ in found], lost):.2f}"],
+        ["distance of the weights", f"{rank_correlation([far for *_, far, _ in found], lost):.2f}"],
+        ["perplexity", f"{rank_correlation([perplexity for *_, perplexity in found], lost):.2f}"],
         ["gain in domain", f"{rank_correlation([gain for _, _, gain, *_ in found], lost):.2f}"],
     ]
     return markdown(["", f"rank correlation with the loss out of domain, {len(found)} models"], rows)
@@ -258,7 +260,7 @@ def draw_arms(results: Results) -> Figure:
     axes = figure.add_subplot()
     tasks = outside(results)
     at = {arm: tuple(difference(results, arm, BASE, part) for part in ([INSIDE], tasks)) for arm in labels(results)}
-    path = [(0.0, 0.0), *((at[arm][0].mean, at[arm][1].mean) for arm in (GENTLE, STAR))]
+    path = [(0.0, 0.0), *((at[arm][0].mean, at[arm][1].mean) for arm in (GENTLE, STAR) if arm in at)]
     axes.plot(*zip(*path, strict=True), ":", color=TRAINED, lw=1, zorder=1)
     axes.plot(0, 0, "o", color=PLAIN, label="base")
     for number, (arm, label) in enumerate(labels(results).items(), start=1):
@@ -309,6 +311,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 NEEDS: dict[str, Callable[[Results], Any]] = {
     "real-alphas": lambda results: seeds_with(results, "chosen"),
+    "real-predictors": lambda results: seeds_with(results, GENTLE),  # else there is nothing between the extremes
     "real-mismatch": diagnoses,
 }
 
@@ -325,6 +328,8 @@ def draw(results: Results, folder: Path) -> None:
     """Draw all pictures into a folder."""
     with style.context(STYLE):
         for name, make in PICTURES.items():
+            if not NEEDS.get(f"real-{name}", bool)(results):
+                continue
             make(results).savefig(folder / f"real-model-{name}.png", metadata={"Software": None})
 
 

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from answers import completion, is_right, open_generator, prompt, read_questions
+from answers import completion, open_generator, prompt, read_questions
 
 from mergekit_imm.synthesis import Sample, keep_correct
 
@@ -35,7 +35,7 @@ def main() -> None:
         answered = generator.answers(questions, arguments.count, temperature)
         for each, answers in zip(questions.asked, answered, strict=True):
             samples += [Sample(each.question, answer.text.strip(), each.answer) for answer in answers if answer.ended]
-    kept = keep_correct(samples, matcher=(lambda *_: True) if everything else is_right)
+    kept = keep_correct(samples, matcher=(lambda *_: True) if everything else questions.is_right)
     print(
         f"{len({each.prompt for each in kept.samples})} of {len(questions.asked)} questions solved, with"
         f" {len(kept.samples)} different answers; {kept.wrong} were wrong"

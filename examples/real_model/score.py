@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answers import Generator, Questions, is_right, line, load, open_generator, read_questions, shown_before, token_ids
+from answers import Generator, Questions, line, load, open_generator, read_questions, shown_before, token_ids
 
 from mergekit_imm.evaluation import expected_calibration_error, mean_pass_at_k
 
@@ -28,7 +28,7 @@ WINDOW = 256  # tokens of a text that are seen at once
 def accuracy(generator: Generator, questions: Questions) -> dict[str, float]:
     """Measure greedy answers."""
     answered = generator.answers(questions, 1, 0.0)
-    right = [is_right(each[0].text, one.answer) for each, one in zip(answered, questions.asked, strict=True)]
+    right = [questions.is_right(each[0].text, one.answer) for each, one in zip(answered, questions.asked, strict=True)]
     return percent(right)
 
 
@@ -47,10 +47,10 @@ def sampled(generator: Generator, questions: Questions, samples: int, temperatur
     answered = generator.answers(questions, samples, temperature)
     counts, confidences, right = [], [], []
     for answers, one in zip(answered, questions.asked, strict=True):
-        counts.append((samples, sum(is_right(each.text, one.answer) for each in answers)))
+        counts.append((samples, sum(questions.is_right(each.text, one.answer) for each in answers)))
         most, times = Counter(each.text.strip() for each in answers).most_common(1)[0]
         confidences.append(times / samples)
-        right.append(is_right(most, one.answer))
+        right.append(questions.is_right(most, one.answer))
     found = {f"pass@{k}": 100 * mean_pass_at_k(counts, k) for k in (1, samples)}
     return found | {"ece": expected_calibration_error(confidences, right)}
 

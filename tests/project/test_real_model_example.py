@@ -66,27 +66,32 @@ def test_answers_are_those_of_generating_one_by_one(model: Path) -> None:
         tokens = network.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
         alone = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
         assert text == alone.partition("\n")[0]
-    assert sum(answers.is_right(text, one.answer) for text, one in zip(found, questions.asked, strict=True)) > 0
+    assert sum(questions.is_right(text, one.answer) for text, one in zip(found, questions.asked, strict=True)) > 0
     several = generator.answers(questions, 3, 1.5)
     assert [len(each) for each in several] == [3] * 14
     assert len({answer.text for each in several for answer in each}) > 5
 
 
 @pytest.mark.parametrize(
-    ("response", "answer", "right"),
+    ("response", "answer", "after_examples", "in_a_chat"),
     [
-        (" 12", "12", True),
-        ("12.0", "12", True),
-        ("The answer is 12.", "12", True),
-        ("13", "12", False),
-        ("70000", "70,000", True),
-        ("cat", "Cat", False),
+        (" 12", "12", True, True),
+        ("12.0", "12", True, True),
+        ("13", "12", False, False),
+        ("70000", "70,000", True, True),
+        ("The answer is 12.", "12", False, True),
+        ("Q 12", "12", False, True),
+        ("12 apples", "12", False, True),
+        ("cat", "Cat", False, False),
+        ('{"a": 1}', '{"a": 1}', True, True),
     ],
 )
-def test_what_is_right(response: str, answer: str, right: bool) -> None:
+def test_what_is_right(response: str, answer: str, after_examples: bool, in_a_chat: bool) -> None:
     import answers
 
-    assert answers.is_right(response, answer) == right
+    one = answers.Question("?", answer)
+    assert answers.Questions([one], [one]).is_right(response, answer) == after_examples
+    assert answers.Questions([one], []).is_right(response, answer) == in_a_chat
 
 
 def test_scores_are_those_of_transformers_losses(model: Path) -> None:
