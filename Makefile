@@ -44,6 +44,7 @@ docs: .venv/ready
 	$(BIN)/python docs/scripts/audit.py --check
 	$(BIN)/python docs/scripts/from_mergekit.py --check
 	$(BIN)/python docs/scripts/many_machines.py --check
+	$(BIN)/python docs/scripts/install.py --check
 	$(BIN)/python docs/scripts/notebook.py --check
 	$(BIN)/python docs/scripts/run_examples.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
