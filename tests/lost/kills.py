@@ -84,7 +84,8 @@ def end_one(folder: Path, moment: float, number: signal.Signals, overwrite: bool
     found = files_of(folder / "out") if (folder / "out").exists() else None
     kind = "the new one" if found == whole else "the old one" if overwrite and found == old else "absent"
     left = f"{kind}{', unfinished' if (folder / 'out.partial').exists() and kind != 'the new one' else ''}"
-    too_early = status == 1 and "Fatal Python error: init_" in output  # while Python itself starts
+    of_python = ("Fatal Python error: init_", "Could not import runpy module")
+    too_early = status == 1 and any(text in output for text in of_python)  # while Python itself starts
     if status not in (wanted, -number, 0) and not too_early:
         return left, f"status {status}: {output[-300:]}"
     if "Traceback" in output and "mergekit_imm/cli" in output:  # before that, it is Python's own
