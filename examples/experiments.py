@@ -1,11 +1,13 @@
-"""What the two experiments share: running commands, and describing what came out."""
+"""What the two experiments share: running commands, and showing what came out."""
 
+import argparse
+import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,23 @@ def where(results: Mapping[str, Any], seeds: Iterable[str]) -> str:
         f"{results['date']}. {host['cpu']}, one thread for each seed, {host['system']}; Python"
         f" {host['python']}, {named}. Seeds: {', '.join(seeds)}."
     )
+
+
+def show(
+    description: str | None, tables: Callable[[Any], Mapping[str, str]], draw: Callable[[Any, Path], None]
+) -> None:
+    """Print the tables of a file of results and, if asked, draw its pictures: what a report does when it is run."""
+    from matplotlib import style
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="where to draw pictures")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text(encoding="utf-8"))
+    print("\n\n".join(f"{name}\n{text}" for name, text in tables(results).items()))
+    if arguments.pictures is not None:
+        with style.context(STYLE):
+            draw(results, arguments.pictures)
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

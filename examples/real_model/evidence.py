@@ -6,8 +6,6 @@ the questions, mean over the seeds) / questions / tasks^2, and Student's t with 
 Satterthwaite.
 """
 
-import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -16,12 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import style
 from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from experiments import STYLE, markdown, where
+from experiments import markdown, show, where
 
 Results = Mapping[str, Any]
 Values = npt.NDArray[np.float64]
@@ -298,6 +295,26 @@ def draw_predictors(results: Results) -> Figure:
     return figure
 
 
+def pilot_table(results: Results) -> str:
+    """Show what one round did at two learning rates, before anything was fixed."""
+    pilot = results["pilot"]
+    base = pilot[BASE]
+    rows = [
+        [f"learning rate {name}", *(f"{found[part] - base[part]:+.1f}" for part in ("in", "out"))]
+        for name, found in pilot.items()
+        if name != BASE
+    ]
+    return markdown(["one round", "in domain", "out of domain, eight tasks"], rows)
+
+
+def left_out_table(results: Results) -> str:
+    """Show how many lines that arms were last trained on are no plain numbers."""
+    rows = [
+        [arm, ", ".join(f"{some} of {count}" for some, count in seeds)] for arm, seeds in results["left out"].items()
+    ]
+    return markdown(["", "malformed lines, in the last round of each seed"], rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "real-arms": arms_table,
     "real-against": against_table,
@@ -307,42 +324,36 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "real-alphas": alphas_table,
     "real-predictors": predictors_table,
     "real-mismatch": mismatch_table,
+    "real-pilot": pilot_table,
+    "real-left-out": left_out_table,
     "real-where": lambda results: where(results, results["seeds"]),
 }
 NEEDS: dict[str, Callable[[Results], Any]] = {
     "real-alphas": lambda results: seeds_with(results, "chosen"),
     "real-predictors": lambda results: seeds_with(results, GENTLE),  # else there is nothing between the extremes
     "real-mismatch": diagnoses,
+    "real-pilot": lambda results: "pilot" in results,
+    "real-left-out": lambda results: "left out" in results,
 }
+PICTURES = {"real-arms": draw_arms, "real-predictors": draw_predictors}
+
+
+def there(results: Results, names: Iterable[str]) -> list[str]:
+    """Return which of these there are results for."""
+    return [name for name in names if name not in NEEDS or NEEDS[name](results)]
 
 
 def tables(results: Results) -> dict[str, str]:
     """Make all tables that there are results for."""
-    return {name: make(results) for name, make in TABLES.items() if name not in NEEDS or NEEDS[name](results)}
-
-
-PICTURES = {"arms": draw_arms, "predictors": draw_predictors}
+    return {name: TABLES[name](results) for name in there(results, TABLES)}
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Draw all pictures into a folder."""
-    with style.context(STYLE):
-        for name, make in PICTURES.items():
-            if not NEEDS.get(f"real-{name}", bool)(results):
-                continue
-            make(results).savefig(folder / f"real-model-{name}.png", metadata={"Software": None})
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="where to draw pictures")
-    arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
-    print("\n\n".join(f"{name}\n{text}" for name, text in tables(results).items()))
-    if arguments.pictures is not None:
-        draw(results, arguments.pictures)
+    """Draw all pictures that there are results for into a folder."""
+    for name in there(results, PICTURES):
+        path = folder / f"{name.replace('real-', 'real-model-')}.png"
+        PICTURES[name](results).savefig(path, metadata={"Software": None})
 
 
 if __name__ == "__main__":
-    main()
+    show(__doc__, tables, draw)

@@ -4,8 +4,6 @@ A difference is always one of two models of the same seed, and so of the same ba
 over the seeds, and brackets hold the 95 % interval of its mean (Student's t).
 """
 
-import argparse
-import json
 import math
 import statistics
 import sys
@@ -13,12 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib import style
 from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from experiments import STYLE, markdown, where
+from experiments import markdown, show, where
 
 Results = Mapping[str, Any]
 Measure = Callable[[Mapping[str, Any]], float]
@@ -279,19 +276,17 @@ TABLES: dict[str, Callable[[Results], str]] = {
 PICTURES = {"arms": draw_arms, "rounds": draw_rounds, "layers": draw_layers}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="where to draw pictures")
-    arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
+def tables(results: Results) -> dict[str, str]:
+    """Make all tables; those of one arm alone if no other was run."""
     wanted = ["where", "rounds", "arms"] if list(results["arms"]) == [IMM] else list(TABLES)
-    print("\n\n".join(TABLES[name](results) for name in wanted))
-    if arguments.pictures is not None:
-        with style.context(STYLE):
-            for name, draw in PICTURES.items():
-                draw(results, arguments.pictures / f"self-improvement-{name}.png")
+    return {name: TABLES[name](results) for name in wanted}
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Draw all pictures into a folder."""
+    for name, make in PICTURES.items():
+        make(results, folder / f"self-improvement-{name}.png")
 
 
 if __name__ == "__main__":
-    main()
+    show(__doc__, tables, draw)
