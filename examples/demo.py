@@ -1,4 +1,4 @@
-"""Train, fine-tune, merge and measure a real but tiny model: `make demo`, about a minute on two cores.
+"""Train, fine-tune, merge and measure a real but tiny model: `make demo`, one to four minutes on two cores.
 
 1. A Qwen2 model of 109 thousand parameters is trained from scratch on eight skills, such as addition
    (`A482+119=` is answered `11,10,6>601.`) and reversal (`R7631=` is answered `1367.`).
