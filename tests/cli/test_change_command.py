@@ -243,6 +243,7 @@ def test_the_page_begins_with_the_answer_and_its_numbers() -> None:
         "The weights of the layers moved by 45.0% of their norms, most in h.7: 22.2% of all change. Whether they moved"
         " where it matters needs --importance FILE."
     )
+    assert "by 10.1% of their norms, all alike. Whether" in answer([changed([1.0, 1.01, 1.02, 1.0])])
     assert "by 12.5% to 45.0% of their norms. Whether" in answer([changed(up), changed([1.0] * 7 + [3.0])])
     assert answer([changed([0.0, 0.0])]) == "No weight matrix of a layer changed."
 

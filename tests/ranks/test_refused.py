@@ -31,7 +31,9 @@ def test_a_refusal_is_that_of_all(case: Path) -> None:
     (case / "out").mkdir()
     (case / "out" / "file").touch()
     failed = merged_by(3)
-    assert {str(each) for each in failed} == {"output out exists and is not empty; give another, or overwrite=True"}
+    assert {str(each) for each in failed} == {
+        "output out exists and is not empty (file); give another, or overwrite=True, which deletes all of it"
+    }
     assert all(isinstance(each, OutputError) for each in failed)
     assert sorted(path.name for path in case.iterdir()) == ["base", "out", "sft"]
 

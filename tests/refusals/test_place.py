@@ -132,9 +132,29 @@ def test_an_output_that_holds_something_is_refused_without_overwrite(models: Mod
     models.out.mkdir()
     assert models.merge(dry_run=True).status == "dry run"
     (models.out / "notes.txt").write_text("mine")
-    models.refused(OutputError, r"output \S+out exists and is not empty; .*--overwrite")
+    models.refused(
+        OutputError, r"output \S+out exists and is not empty \(notes\.txt\); .*--overwrite, which deletes all"
+    )
     assert models.merge(overwrite=True).status == "merged"
     assert "notes.txt" not in files_of(models.out)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "deep/pytorch_model.bin", "pytorch_model_fsdp_0/__0_0.distcp"])
+def test_overwrite_does_not_delete_models_in_sub_folders(models: Models, name: str) -> None:
+    """Such as the checkpoints of a training, days of work, even where a merge lay before."""
+    models.merge()
+    trained = models.out / "checkpoint-20" / name
+    trained.parent.mkdir(parents=True)
+    trained.write_text("days of work")
+    models.refused(
+        OutputError,
+        r"out holds other models, checkpoint-20/: --overwrite would delete it; give another output",
+        overwrite=True,
+        alpha=0.125,
+    )
+    assert trained.read_text() == "days of work"
+    trained.unlink()
+    assert models.merge(overwrite=True, alpha=0.125).status == "merged"
 
 
 def test_an_output_of_another_recipe_is_refused_without_overwrite(models: Models) -> None:

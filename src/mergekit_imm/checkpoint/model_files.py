@@ -55,7 +55,7 @@ FOLDERS = (
     "original onnx openvino coreml runs wandb swanlog mlruns lightning_logs tensorboard logs checkpoint-* global_step*"
     " optimizer_* pytorch_model_fsdp_* __pycache__"
 ).split()
-_WEIGHTS = (  # never copied as they are
+WEIGHTS = (  # never copied as they are
     ".bin .ckpt .distcp .engine .ggml .gguf .h5 .mlmodel .msgpack .nemo .npy .npz .onnx .onnx_data .ot "
     ".pdparams .pickle .pkl .pt .pth .safetensors .tflite"
 ).split()
@@ -191,7 +191,7 @@ def is_side_file(path: str, *, copy_code: bool = False) -> bool:
     if any(fnmatchcase(folder, pattern) for folder in folders for pattern in FOLDERS):
         return False
     suffix = PurePosixPath(name).suffix.lower()
-    if suffix in _WEIGHTS or any(fnmatchcase(name, pattern) for pattern in _LEFTOVERS):
+    if suffix in WEIGHTS or any(fnmatchcase(name, pattern) for pattern in _LEFTOVERS):
         return False
     return copy_code or suffix not in (".py", ".pyc")
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.model_files import WEIGHTS
 from ..checkpoint.reader import check_inputs
 from ..common.messages import first_few, shown
 from ..common.notes import note
@@ -110,7 +111,11 @@ def _check_outputs(jobs: Sequence[Job], options: RunOptions) -> tuple[list[bool]
     for job in left:
         if paths.is_occupied(job.out) and not options.overwrite:
             there = _what_is_there(job)
-            raise OutputError(f"output {shown(job.out)} exists and {there}; give another, or --overwrite")
+            cure = "give another, or --overwrite, which deletes all of it"
+            raise OutputError(f"output {shown(job.out)} exists and {there}; {cure}")
+        if paths.is_occupied(job.out) and (models := _models_inside(job)):
+            cure = f"--overwrite would delete {'them' if len(models) > 1 else 'it'}; give another output"
+            raise OutputError(f"output {shown(job.out)} holds other models, {first_few(models, ', ')}: {cure}")
         if not options.restart:
             check_unfinished(job.partial, job.recipe)
     lacking = lack_of_space({job.out: job.needed for job in left})
@@ -128,7 +133,17 @@ def _what_is_there(job: Job) -> str:
     changes = differences(without_places(found), without_places(job.recipe)) if found else []
     if changes:
         return f"holds another merge ({first_few(changes)})"
-    return "lacks files of this merge" if found else "is not empty"
+    if found:
+        return "lacks files of this merge"
+    holds = sorted(f"{each.name}/" if each.is_dir() else each.name for each in job.out.iterdir())
+    return f"is not empty ({first_few([shown(each) for each in holds], ', ')})"
+
+
+def _models_inside(job: Job) -> list[str]:
+    """Return the sub-folders of an output that hold weights but no part of this model: checkpoints of a training."""
+    parts = {path.partition("/")[0] for path in job.whole}
+    folders = sorted(each for each in job.out.iterdir() if each.is_dir() and each.name not in parts)
+    return [f"{shown(each.name)}/" for each in folders if any(path.suffix in WEIGHTS for path in each.rglob("*"))]
 
 
 def _build(jobs: Sequence[Job], device: Device, options: RunOptions, ranks: Ranks, also: Also | None) -> None:

@@ -256,7 +256,7 @@ class RunOptions(_Options):
         range=(1, None),
     )
     dry_run: bool = _option("Running", False, "Run all checks and print the plan; write nothing.")
-    overwrite: bool = _option("Output", False, "Replace OUT if it holds something else.")
+    overwrite: bool = _option("Output", False, "Replace OUT, deleting all that it holds.")
     restart: bool = _option("Output", False, "Discard an unfinished merge and start over.")
     verify: bool = _option("Output", False, "Recompute the merge and compare every byte before OUT appears.")
     digests: bool = _option("Output", False, "Hash every file of OUT; write an in-toto statement, imm_statement.json.")

@@ -21,7 +21,7 @@ from ..model.config import CONFIG, is_other_class, merged_config
 from ..model.tensor_names import folder_of, is_embedding_or_head, is_input_embedding
 from ..numerics.dtypes import MERGED, TORCH_NAMES
 from ..options.options import MergeOptions
-from ..options.recipe import history_of, make_recipe
+from ..options.recipe import RECIPE_FILE, history_of, make_recipe
 from ..transforms.kept_quantised import intact
 from .accounts import check_adapter, check_plan, check_tensors
 from .as_adapter import adapter_plan
@@ -222,6 +222,17 @@ def _notes(
         )
     if same_place(models["base"], models["sft"]):
         yield note("same model", "BASE and SFT are the same model; the result is that model")
+        return
+    if "start" not in models and not options.iteration and _is_merge(models["base"]):
+        text = "{base} is a merge itself: for its next round give it as --start, and the model it was pulled to as BASE"
+        yield note("base is a merge", text, base=models["base"].label)
+    if _is_merge(models["sft"]):
+        text = "{sft} is a merge itself; this one pulls it back once more"
+        yield note("sft is a merge", text, sft=models["sft"].label)
+
+
+def _is_merge(checkpoint: Checkpoint) -> bool:
+    return checkpoint.folder is not None and (checkpoint.folder / RECIPE_FILE).exists()
 
 
 def _check_paths(plan: Plan) -> None:

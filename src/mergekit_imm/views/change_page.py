@@ -58,7 +58,8 @@ DEFINITIONS = (
     (
         "verdict",
         "Looks superficial: the whole interval of rho lies below 0. Does not look superficial: it lies above 0."
-        " Otherwise, and with fewer than 6 layers, undecided. The rule is ours: the paper compares pictures by eye.",
+        " Otherwise, and with fewer than 6 layers, undecided. The rule is ours: the paper compares pictures by eye."
+        " Ordinary fine-tuning can look superficial too, so measure some beside it.",
     ),
 )
 
@@ -119,11 +120,13 @@ def answer(found: Sequence[ModelChange]) -> str:
     words = Counter(_word(one) for one in found if one.mismatch is not None)
     if not words:
         moved = sorted(x for x in map(_relative, found) if x is not None)
-        most = max(found[0].change.layers, key=found[0].change.layers.__getitem__)
+        shares = {layer: share or 0.0 for layer, share in found[0].change.share.items()}
+        most = max(shares, key=shares.__getitem__)
         if not any(any(one.change.layers.values()) for one in found):
             return "No weight matrix of a layer changed."
         by = f"{percent(moved[0])}" + (f" to {percent(moved[-1])}" if len(found) > 1 else "") if moved else "-"
-        where = f", most in {shown(most, 60)}: {percent(found[0].change.share[most])} of all change"
+        alike = shares[most] - min(shares.values()) < 0.01
+        where = ", all alike" if alike else f", most in {shown(most, 60)}: {percent(shares[most])} of all change"
         return (
             f"The weights of the layers moved by {by} of their norms{where if len(found) == 1 else ''}. Whether they"
             " moved where it matters needs --importance FILE."

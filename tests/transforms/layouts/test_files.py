@@ -180,6 +180,18 @@ def test_a_model_merged_with_itself_is_that_model(pair: Pair, tmp_path: Path, dr
     assert any("same model" in note for note in report.notes)
 
 
+def test_a_merge_as_base_or_sft_is_noted_unless_the_round_says_so(llama: Pair, tmp_path: Path) -> None:
+    """A round whose start was forgotten: nothing else shows that its base has been pulled back before."""
+    merged = tmp_path / "merged"
+    assert merge_checkpoints(llama.base, llama.sft, merged).notes == []
+    (note,) = merge_checkpoints(merged, llama.sft, tmp_path / "forgotten").notes
+    assert note.startswith(f"note: base {merged} is a merge itself: for its next round give it as start, and")
+    (note,) = merge_checkpoints(llama.base, merged, tmp_path / "twice").notes
+    assert note.startswith(f"note: sft {merged} is a merge itself; this one pulls it back once more")
+    assert merge_checkpoints(llama.base, llama.sft, tmp_path / "next", start=merged).notes == []
+    assert merge_checkpoints(merged, llama.sft, tmp_path / "later", iteration=1).notes == []
+
+
 def test_a_round_from_a_merged_model_counts_on(llama: Pair, tmp_path: Path) -> None:
     first, second, third = (tmp_path / f"round{number}" for number in range(3))
     merge_checkpoints(llama.base, llama.sft, first, drop=0.5)
