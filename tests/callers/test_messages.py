@@ -40,6 +40,10 @@ SOURCES = Path(mergekit_imm.__file__).parent
         ("--max-length 512", "max_length=512"),
         ("--rename REGEX=REPLACEMENT", 'rename=["REGEX=REPLACEMENT"]'),
         ("--sft, or the old one", "sft, or the old one"),
+        (
+            "`imm-merge MODEL lora --alpha 0 -o OUT`, or --start OUT",
+            "`imm-merge MODEL lora --alpha 0 -o OUT`, or start=OUT",
+        ),
         ("`zero_to_fp32.py . OUT --safe_serialization` --local-dir DIR", None),
         ("a name such as my--keep or --keeper", None),
     ],

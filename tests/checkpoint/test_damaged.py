@@ -28,6 +28,10 @@ def metadata(folder: Path) -> Any:
     return pickle.loads((folder / ".metadata").read_bytes())
 
 
+def _leave_a_pointer(folder: Path) -> None:
+    (folder / "__1_0.distcp").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+
+
 def _lose_a_file(folder: Path) -> None:
     (folder / "__1_0.distcp").unlink()
 
@@ -66,6 +70,7 @@ def _of_a_piece(**state: Any) -> Callable[[Path], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a pointer": (_leave_a_pointer, r"__1_0\.distcp is a Git LFS pointer, not the file itself; run `git lfs pull` in"),
     "no file": (_lose_a_file, r"__1_0\.distcp is missing or not a plain file"),
     "half a file": (_cut_a_file, r"__1_0\.distcp, tensor '.*', should begin at byte .*cut off"),
     "a path": (_of_a_piece(relative_path="../x"), r"names '\.\./x'; only plain names"),

@@ -221,7 +221,8 @@ def test_offline_a_cached_model_that_lacks_files_is_refused(tmp_path: Path) -> N
 def test_offline_with_nothing_cached_is_one_line(tmp_path: Path) -> None:
     for _, error in refusals(["org/name@v2"], tmp_path, offline=True):
         assert error == (
-            f"org/name@v2 is not in the cache, {tmp_path / 'hub'}; HF_HUB_OFFLINE is set: unset it, or run"
+            "org/name@v2: there is no such folder here, and as a hub id it is not in the cache,"
+            f" {tmp_path / 'hub'}; check the path, or, for a hub id, unset HF_HUB_OFFLINE, or run"
             " `hf download org/name --revision v2` where there is a network"
         )
     assert list(tmp_path.iterdir()) == []
@@ -343,12 +344,14 @@ def test_a_file_that_is_refused_is_one_line_with_the_reason(tmp_path: Path, hub:
     words = {"org/name": "the token may not read it (403)", "org/short": "did not deliver it ("}
     for ref, error in refusals(words, tmp_path, hub=hub.url):
         assert words[ref] in error
+        assert "no such folder" not in error
 
 
 def test_no_network_is_one_line(tmp_path: Path, hub: FakeHub) -> None:
     for _, error in refusals(["org/name"], tmp_path):
-        assert f"{NOWHERE} did not deliver it (Conn" in error
-        assert "HF_HUB_OFFLINE=1" in error
+        start = f"org/name: there is no such folder here, and as a hub id {NOWHERE} did not deliver it (Conn"
+        assert error.startswith(start)
+        assert "check the path, or the network and proxy and try again, or set HF_HUB_OFFLINE=1" in error
     hub.page = b"<html>please log in</html>"
     for _, error in refusals(["org/name"], tmp_path, hub=hub.url):
         assert "did not deliver it (JSONDecodeError" in error
@@ -396,6 +399,8 @@ def test_a_repository_that_is_no_model_is_refused_before_weights_are_downloaded(
             " `hf download org/old --revision ",
         ),
         "org/none": ({"config.json": b"{}"}, "no *.safetensors at its top;"),
+        "org/shards": ({ONE: b"", TWO: b""}, f"lacks {INDEX}, which belongs to its 2 shards; choose another revision"),
+        "org/one": ({ONE: b""}, f"lacks {INDEX}, which belongs to its 2 shards, and 1 of those; choose another"),
         "org/two": ({"a.safetensors": b"", "b.safetensors": b""}, "but 2 other safetensors files; download the one"),
     }
     for name, (files, _) in cases.items():

@@ -91,6 +91,15 @@ def test_a_pair_on_a_hub_is_planned_refused_merged_and_merged_again_offline(
     assert "already merged" in imm_merge(home, None, "org/base", "org/sft@main", "-o", str(out)).stdout
 
 
+def test_a_path_that_does_not_exist_is_named_with_its_role(tmp_path: Path, models: dict[str, Path]) -> None:
+    for dry_run in (["--dry-run"], []):
+        done = imm_merge(tmp_path, None, "models/bse", str(models["sft"]), "-o", str(tmp_path / "out"), *dry_run)
+        assert done.returncode == 1
+        assert done.stderr.startswith(
+            "error: base models/bse: there is no such folder here, and as a hub id it is not in"
+        )
+
+
 def test_what_was_left_out_is_not_missed_in_the_cache(tmp_path: Path, models: dict[str, Path], hub: FakeHub) -> None:
     hub.add("org/headed", {**files_of(models["sft"]), "value_head.bin": b"anything"})
     home = tmp_path / "home"

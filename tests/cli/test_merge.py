@@ -223,7 +223,7 @@ def test_restart_starts_over(here: Path, merge: Command) -> None:
     ("arguments", "words"),
     [
         (["gone", "sft", "-o", "out"], ["base gone does not exist"]),
-        (["base", "sft", "-o", "base"], ["output base is, or contains, base"]),
+        (["base", "sft", "-o", "base"], ["output base would replace an input (base base); give another output"]),
         (["base", "sft", "-o", "out", "--seed", "1", "--keep", "nrom"], ["--keep 'nrom' matches none"]),
         (["base", "sft", "-o", "out", "--start", "sft2"], ["start sft2 does not exist"]),
         (["base", "sft", "-o", "out", "--importance", "gone.json"], ["gone.json", "cannot be read"]),

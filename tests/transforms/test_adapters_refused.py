@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from torch import Tensor
 
 from adapters import KINDS, Options, train
 from checkpoints import read_model, write_model
-from mergekit_imm import ArgumentError, CheckpointError, MergeError, MismatchError, merge_checkpoints
+from commands import subprocess_of
+from mergekit_imm import ArgumentError, CheckpointError, MergeError, MismatchError, audit, merge_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +92,53 @@ def test_an_adapter_of_another_model_is_refused(trained: Path, tmp_path: Path) -
 
 
 def test_an_adapter_is_no_base_and_no_start(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"base .* holds an adapter; .*give the model it was trained on"):
+    with pytest.raises(CheckpointError, match=r"base .* holds an adapter; give the model it was trained on"):
         merge_checkpoints(trained / "adapter", trained / "base", tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"start .* holds an adapter"):
+    with pytest.raises(CheckpointError, match=r"start .* holds an adapter, not a whole model: merge it") as caught:
         merge_checkpoints(trained / "base", trained / "base", tmp_path / "out", start=trained / "adapter", iteration=1)
+    command = re.findall(r"`imm-merge (.*)`", str(caught.value))[0]
+    here = command.replace("MODEL", str(trained / "base")).replace("MERGED", str(tmp_path / "start"))
+    ended = subprocess_of("merge", *shlex.split(here))
+    assert ended.status == 0, ended.error
+    merged, peft = read_model(tmp_path / "start"), read_model(trained / "merged")
+    assert merged.keys() == peft.keys()
+    assert all(torch.equal(tensor, peft[name].to(tensor.dtype)) for name, tensor in merged.items())
+    given = (trained / "base", trained / "base", tmp_path / "out")
+    assert merge_checkpoints(*given, start=tmp_path / "start").status == "merged"
+
+
+def test_a_part_of_an_adapter_is_answered_with_what_is_missing(trained: Path, tmp_path: Path) -> None:
+    lora = shutil.copytree(trained / "adapter", tmp_path / "lora")
+    weights, config = lora / "adapter_model.safetensors", lora / "adapter_config.json"
+
+    def refused(given: Path, match: str, **options: Any) -> None:
+        for dry_run in (True, False):
+            with pytest.raises(CheckpointError, match=match):
+                merge_checkpoints(trained / "base", given, tmp_path / "out", dry_run=dry_run, iteration=1, **options)
+
+    for file in (weights, config):
+        refused(file, rf"sft {file} is a file of an adapter; give its folder, '{lora}'$")
+        with pytest.raises(
+            CheckpointError, match=r"base .* is a file of an adapter; .*give the model it was trained on"
+        ):
+            merge_checkpoints(file, trained / "base", tmp_path / "out")
+    without = r"holds an adapter's weights, adapter_model\.safetensors, without adapter_config\.json, which says how"
+    config.rename(tmp_path / "config.json")
+    refused(lora, rf"sft {lora} {without}")
+    refused(weights, rf"sft {weights} is a file of an adapter; its folder, '{lora}', {without}")
+    refused(trained / "base", rf"start {lora} {without}", start=lora)
+    with pytest.raises(CheckpointError, match=rf"merged {lora} holds an adapter: nothing is merged there"):
+        audit(lora, trained / "base", trained / "base")
+    (tmp_path / "config.json").rename(config)
+    weights.unlink()
+    refused(lora, r"holds adapter_config\.json without the adapter's weights, adapter_model\.safetensors; copy or")
+
+
+def test_a_file_of_an_adapter_beside_a_model_is_not_answered_with_the_model(trained: Path, tmp_path: Path) -> None:
+    both = shutil.copytree(trained / "base", tmp_path / "both")
+    shutil.copytree(trained / "adapter", both, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"is a file of an adapter beside a model, in '\S+both'; move it and its"):
+        merge_checkpoints(trained / "base", both / "adapter_model.safetensors", tmp_path / "out")
 
 
 def test_options_that_need_a_whole_model_are_refused(trained: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..common.checks import check_state
+from ..common.checks import check_state, why_no_folder
 from ..common.display import Displayed, Summary, bars
 from ..common.messages import shown
 from ..common.progress import Watched, check_progress, watched
@@ -277,7 +277,9 @@ def reported_change(merged: str | Path) -> WeightChange:
 
     folder, cure = Path(merged).expanduser(), MEASURE
     if not folder.is_dir():
-        raise CheckpointError(f"{shown(merged)} is not a folder; give BASE and SFT, or a folder made by imm-merge")
+        raise CheckpointError(
+            f"{shown(merged)} {why_no_folder(folder)}; give BASE and SFT, or a folder made by imm-merge"
+        )
     recipe = read_recipe(folder)
     if recipe is None or not (folder / REPORT_FILE).is_file():
         raise CheckpointError(f"{shown(merged)} holds no merge with {REPORT_FILE}; {cure}")

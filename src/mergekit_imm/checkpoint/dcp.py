@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..model.tensor_names import unwrapped
 from ..numerics.dtypes import TORCH_NAMES
 from .lazy_tensor import Tensor
+from .lfs_pointer import check_no_pointer
 from .safe_pickle import AGAIN, Stub, load_pickle, mapping, numbers
 from .safetensors_file import TensorFile, TensorInfo, is_plain_name, open_to_read, stamp
 from .sharded import PlacedTensor, joined_pieces
@@ -92,6 +93,7 @@ def open_dcp(
         content = read_small(path)
     except OSError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror}; {AGAIN}") from error
+    check_no_pointer(path, content)
     found = load_pickle(content, _KNOWN, shown(path))
     try:
         stored, paths, places = _sections(found)
@@ -210,6 +212,7 @@ def _located(
             raise CheckpointError(
                 f"{shown(path)} is missing or not a plain file, though its {METADATA} names it; {AGAIN}"
             )
+        check_no_pointer(path)
         descriptor = open_to_read(path)
         try:
             status = os.fstat(descriptor)

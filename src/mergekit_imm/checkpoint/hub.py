@@ -17,7 +17,18 @@ from ..common.messages import shown
 from ..errors import CheckpointError
 from ..model.config import CONFIG
 from ..options.recipe import RECIPE_FILE
-from .model_files import MAIN, Part, component, holds_parts, is_side_file, matches, parts_below, parts_beside, stem_of
+from .model_files import (
+    MAIN,
+    Part,
+    component,
+    holds_parts,
+    is_side_file,
+    lacks_index,
+    matches,
+    parts_below,
+    parts_beside,
+    stem_of,
+)
 from .safetensors_file import ADAPTER, ADAPTER_CONFIG, HEADER_LIMIT, INDEX, MODEL
 
 # Characters that the hub allows in names, and git in branches and tags.
@@ -224,6 +235,9 @@ def _model_files(repo: _Repo, index: dict[str, Any] | None) -> list[str]:
             f"{where} holds no *.safetensors at its top{f', but {shown(others[0])}' if others else ''}; convert it"
             " (load with transformers, `save_pretrained`), or choose a revision that has been converted"
         )
+    lacking = lacks_index(whole) if index is None else None
+    if lacking is not None:
+        raise CheckpointError(f"{where} {lacking}; choose another revision")
     if index is None and len(whole) > 1:
         raise CheckpointError(
             f"{where} holds neither {MODEL} nor {INDEX}, but {len(whole)} other safetensors files; download the"
@@ -234,12 +248,16 @@ def _model_files(repo: _Repo, index: dict[str, Any] | None) -> list[str]:
 
 def _look_up(ref: str) -> _Repo:
     """Resolve a hub id to a commit and its files, by one request to the hub, or offline in the cache."""
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
-
     parts = split_ref(ref)
     if parts is None:
         raise CheckpointError(f"{shown(ref)} is not a hub id; they have the form org/name[@revision]")
-    repo, revision = parts
+    with _one_line(ref, known=False):
+        return _resolved(ref, *parts)
+
+
+def _resolved(ref: str, repo: str, revision: str | None) -> _Repo:
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
     try:
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
@@ -316,28 +334,34 @@ def _download_command(repo: str, revision: str | None, *files: str) -> str:
 
 
 def _go_online(repo: str, revision: str | None) -> str:
-    return f"HF_HUB_OFFLINE is set: unset it, or run `{_download_command(repo, revision)}` where there is a network"
+    return f"unset HF_HUB_OFFLINE, or run `{_download_command(repo, revision)}` where there is a network"
 
 
 @contextmanager
-def _one_line(ref: str) -> Iterator[None]:
-    """Turn every error of the client, the HTTP library or a JSON parser into a CheckpointError of one line."""
+def _one_line(ref: str, *, known: bool = True) -> Iterator[None]:
+    """Turn every error of the client, the HTTP library or a JSON parser into a CheckpointError of one line.
+
+    Until it is `known` that the hub has it, `ref` may be a path that was mistyped.
+    """
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{ref}{_reason(ref, error)}") from error
+        raise CheckpointError(f"{ref}{_reason(ref, error, known)}") from error
 
 
-def _reason(ref: str, error: BaseException) -> str:
+def _reason(ref: str, error: BaseException, known: bool) -> str:
     from huggingface_hub import constants, errors
 
     repo, revision = split_ref(ref) or (ref, None)
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{repo}"
     if isinstance(error, errors.LocalEntryNotFoundError):
         if error.__cause__ is None:
-            return f" is not in the cache, {constants.HF_HUB_CACHE}; {_go_online(repo, revision)}"
+            return (
+                f": there is no such folder here, and as a hub id it is not in the cache, {constants.HF_HUB_CACHE};"
+                f" check the path, or, for a hub id, {_go_online(repo, revision)}"
+            )
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     login = "`hf auth login` (or set HF_TOKEN)"
@@ -357,7 +381,9 @@ def _reason(ref: str, error: BaseException) -> str:
         cache = constants.HF_HUB_CACHE
         return f": the cache, {cache}, cannot be used: {error.strerror}; make room there, or set HF_HOME elsewhere"
     line = shown(next(iter(str(error).strip().splitlines()), ""), 200)
+    no_path = "" if known else "there is no such folder here, and as a hub id "
     return (
-        f": {hub} did not deliver it ({type(error).__name__}: {line}); check the network and proxy and try again,"
-        " or set HF_HUB_OFFLINE=1 to use what is cached"
+        f": {no_path}{hub} did not deliver it ({type(error).__name__}: {line}); check the"
+        f" {'' if known else 'path, or the '}network and proxy and try again, or set HF_HUB_OFFLINE=1 to use what is"
+        " cached"
     )

@@ -16,11 +16,12 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
 
+from ..common.checks import MODEL_PLACE
 from ..common.messages import shown
 from ..errors import CheckpointError
 from ..options.recipe import CARD_FILE, RECIPE_FILE, REPORT_FILE, STATEMENT_FILE
 from .dcp import FSDP_FOLDER, METADATA
-from .other_formats import no_model
+from .other_formats import adapter_file, no_model, other_form
 from .safetensors_file import ADAPTER, ADAPTER_CONFIG, INDEX, MODEL, is_plain_name
 from .torch_file import ADAPTER_BIN, BIN, BIN_INDEX, FSDP_BIN
 
@@ -44,11 +45,13 @@ _TWIN = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model)(-\d+-
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _RANK_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 _SAFETENSORS = re.compile(r"model\.safetensors(\.index\.json)?|(model|shard)-\d+-.*\.safetensors")
+_NUMBERED = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)\.safetensors|pytorch_model-\d+-of-(?P<bins>\d+)\.bin")
 _VARIANT = re.compile(  # `model.fp16.safetensors`, whole or in shards
     r"(pytorch_model|diffusion_pytorch_model|model)(-\d+-of-\d+)?\.[A-Za-z]\w*(-\d+-of-\d+)?\.(safetensors|bin)"
 )
 _INDEX_OF_VARIANT = re.compile(r"([a-z_]+)\.(?:safetensors|bin)\.index\.(\w+)\.json")
 ADAPTERS = (ADAPTER, ADAPTER_BIN)
+_WHOLE = (BIN, FSDP_BIN, METADATA)  # and safetensors, and indexes: a folder with one of these holds a model
 
 # Folders that hold copies of the weights in other formats, or the state of a training run.
 FOLDERS = (
@@ -107,12 +110,25 @@ class Contents:
 
 
 def sort_files(
-    paths: Sequence[str], read: ReadJson, role: str, ref: str, label: str, *, copy_code: bool, with_torch: bool = True
+    paths: Sequence[str],
+    read: ReadJson,
+    role: str,
+    ref: str,
+    label: str,
+    *,
+    copy_code: bool,
+    with_torch: bool = True,
+    every: Callable[[], Sequence[str]] | None = None,
 ) -> Contents:
     """Say what each file of a model is. Without `with_torch`, files that torch saved are not weights, as on a hub.
 
-    Raises CheckpointError if none is a model, or if it is not clear which is, and for an invalid index.
+    `every` lists the files of other merges in the folder too, for the message if there is no model. Raises
+    CheckpointError if none is a model, or if it is not clear which is, and for an invalid index.
     """
+
+    def nothing() -> CheckpointError:
+        return CheckpointError(f"{label} {no_model(paths if every is None else every(), role, ref)}")
+
     read = functools.cache(read)
     top = [name for name in paths if "/" not in name]
     bins: list[str] = []  # the torch.save file, or the index of several
@@ -132,12 +148,12 @@ def sort_files(
         if adapter is not None:
             names = [adapter]
         else:
-            names = [] if dcp is not None else _own_files(top, bins, index, ref, label, paths)
+            names = [] if dcp is not None else _own_files(top, bins, index, ref, label, nothing)
         own = Part(tuple(names), index=index_path if index is not None and MODEL not in names else None)
     below, adapters = parts_below(paths, read)
     parts = tuple(part for part in (own, *parts_beside(top, own.files), *below) if part.files)
     if not parts and dcp is None:
-        raise CheckpointError(f"{label} {no_model(paths, ref)}")
+        raise nothing()
     of_adapters = tuple(adapters)
     side = (
         path
@@ -150,9 +166,14 @@ def sort_files(
 
 
 def _own_files(
-    top: Sequence[str], bins: list[str], index: dict[str, Any] | None, ref: str, label: str, paths: Sequence[str]
+    top: Sequence[str],
+    bins: list[str],
+    index: dict[str, Any] | None,
+    ref: str,
+    label: str,
+    nothing: Callable[[], CheckpointError],
 ) -> list[str]:
-    """Return the files that are the model, in the order they are read and written."""
+    """Return the files that are the model, in the order they are read and written. Raises `nothing()` for none."""
     if bins and bins != [BIN_INDEX]:
         return bins
     if index is not None:
@@ -164,6 +185,9 @@ def _own_files(
     if holds_parts(top):
         return []  # all weights are in parts
     found = [n for n in top if n.endswith(".safetensors") and n != ADAPTER]
+    lacking = lacks_index(found or top)
+    if lacking is not None:
+        raise CheckpointError(f"{label} {lacking}; copy or download what is missing")
     if len(found) == 1 or are_shards(found):
         return found
     if found:
@@ -171,7 +195,51 @@ def _own_files(
             f"{label} holds neither {MODEL} nor {INDEX}, but {len(found)} other safetensors files"
             f" ({', '.join(map(shown, found[:4]))}{', …' if len(found) > 4 else ''}); give the one to use by its path"
         )
-    raise CheckpointError(f"{label} {no_model(paths, ref)}")
+    raise nothing()
+
+
+def lacks_index(names: Iterable[str]) -> str | None:
+    """Say which index is missing where files are numbered shards of one model; None if they are not.
+
+    >>> lacks_index(["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+    'lacks model.safetensors.index.json, which belongs to its 2 shards'
+    """
+    shards = [found for name in names if is_shard(name) and (found := _NUMBERED.fullmatch(name))]
+    if not shards:
+        return None
+    stem, count = shards[0]["stem"], _count(shards[0])
+    index = index_of("", stem if stem in MAIN else MAIN[0]) if stem else BIN_INDEX
+    others = f", and {count - len(shards)} of those" if len(shards) < count else ""
+    return f"lacks {index}, which belongs to its {count} shards{others}"
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is one of several numbered shards, which an index names.
+
+    >>> is_shard("model-00001-of-00002.safetensors"), is_shard("model-00001-of-00001.safetensors")
+    (True, False)
+    """
+    found = _NUMBERED.fullmatch(name)
+    return found is not None and _count(found) > 1 and not _RANK_SHARD.fullmatch(name)
+
+
+def _count(shard: re.Match[str]) -> int:
+    return int(shard["count"] or shard["bins"])
+
+
+def no_model_file(name: str, beside: Sequence[str], role: str, folder: str) -> str:
+    """Say what to give instead of a file that is not of safetensors; `beside` are the names in its folder.
+
+    >>> no_model_file("config.json", ["config.json", "model.safetensors"], "base", "run")
+    "is not a .safetensors file; give its folder, 'run'"
+    """
+    whole = [each for each in beside if each.endswith((".safetensors", ".index.json")) or each in _WHOLE]
+    if holds_parts(beside) or any(each not in ADAPTERS for each in whole):
+        return f"is not a .safetensors file; give its folder, '{shown(folder, 400)}'"
+    if any(each in beside for each in (*ADAPTERS, ADAPTER_CONFIG)):
+        return adapter_file(beside, role, folder)
+    form = other_form([name], [], folder)
+    return f"is {form}" if form else f"is not a .safetensors file; give {MODEL_PLACE}"
 
 
 def is_side_file(path: str, *, copy_code: bool = False) -> bool:

@@ -21,6 +21,7 @@ from ..options.recipe import RECIPE_FILE, parse_recipe, read_recipe
 from .checkpoint import Checkpoint, assemble, in_part
 from .dcp import open_dcp
 from .lazy_tensor import Tensor
+from .lfs_pointer import check_no_pointer
 from .model_files import (
     ADAPTERS,
     READ,
@@ -31,8 +32,10 @@ from .model_files import (
     is_side_file,
     leave_out_option,
     matches,
+    no_model_file,
     sort_files,
 )
+from .other_formats import adapter_file
 from .safetensors_file import ADAPTER_CONFIG, INDEX, MODEL, Stamp, TensorFile, open_tensorfile, parse_header, stamp
 from .torch_file import BIN, BIN_INDEX, open_torch_file
 
@@ -77,11 +80,8 @@ def open_checkpoint(
     if path.is_dir():
         return _from_folder(path, role, text, copy_code, outs, leave_out, indexes)
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(
-                f"{role} {shown(text)} is not a .safetensors file; convert it: load it with transformers and"
-                " `save_pretrained`"
-            )
+        if path.suffix != ".safetensors" or path.name in ADAPTERS:
+            raise CheckpointError(f"{role} {shown(text)} {_instead_of(path, role, str(PurePath(text).parent))}")
         file = open_tensorfile(path, path.name)
         whole = Contents((path.name,), (Part((path.name,)),), (path.name,))
         return assemble(role, text, path.parent, {path.name: file}, whole)
@@ -89,12 +89,28 @@ def open_checkpoint(
         raise CheckpointError(
             f"{role} {shown(text)} does not exist; give a folder, a .safetensors file or a hub id org/name[@revision]"
         )
+    try:
+        if dry_run:
+            listing = hub.list_remote(text, leave_out)
+        else:
+            snapshot = hub.fetch(text, copy_code=copy_code, leave_out=leave_out)
+    except CheckpointError as error:
+        raise CheckpointError(f"{role} {error.args[0]}") from error
     if dry_run:
-        return _from_listing(hub.list_remote(text, leave_out), role, text, copy_code, leave_out)
-    snapshot = hub.fetch(text, copy_code=copy_code, leave_out=leave_out)
+        return _from_listing(listing, role, text, copy_code, leave_out)
     found = _from_folder(snapshot.folder, role, text, copy_code, leave_out=leave_out)
     left_out = (*found.left_out, *(name for name in snapshot.left_out if name not in found.left_out))
     return replace(found, repo=snapshot.repo, commit=snapshot.commit, left_out=left_out)
+
+
+def _instead_of(path: Path, role: str, folder: str) -> str:
+    """Say what to give instead of a file; `folder` is where it is, as typed."""
+    beside = []
+    with suppress(OSError):
+        beside = [each.name for each in path.parent.iterdir()]
+    if path.name in ADAPTERS:
+        return adapter_file(beside, role, folder)
+    return no_model_file(path.name, beside, role, folder)
 
 
 def _from_folder(
@@ -126,6 +142,7 @@ def _from_folder(
             raise CheckpointError(
                 f"{shown(whole)} cannot be read: {error.strerror}; copy or download it again"
             ) from error
+        check_no_pointer(whole, content)
         if indexes is None or path not in (INDEX, BIN_INDEX):
             return _parse_json_object(content, str(whole))
         digest = blake2b(content).digest()
@@ -134,7 +151,11 @@ def _from_folder(
         return indexes[digest]  # type: ignore[no-any-return]
 
     given = f"{label} without what --leave-out names" if len(paths) < len(listed) else label
-    contents = sort_files(paths, read, role, ref, given, copy_code=copy_code)
+
+    def every() -> list[str]:
+        return [name for name in sorted(_walk(folder, outs, with_merges=True)) if not matches(name, leave_out)]
+
+    contents = sort_files(paths, read, role, ref, given, copy_code=copy_code, every=every)
     for part in contents.parts:
         _check_complete(folder, part, label, leave_out)
     files = {name: _opened(folder / name, name) for name in contents.own}
@@ -218,11 +239,11 @@ def _opened(path: Path, name: str) -> TensorFile:
     return in_part(open_tensorfile(path, name) if name.endswith(".safetensors") else open_torch_file(path, name))
 
 
-def _walk(folder: Path, outs: Sequence[Path], prefix: str = "") -> list[str]:
+def _walk(folder: Path, outs: Sequence[Path], prefix: str = "", *, with_merges: bool = False) -> list[str]:
     """Return the relative paths of all files in a folder and below, with forward slashes.
 
-    Other merges and `outs` are skipped. Hidden and linked folders are not entered; they are listed with a trailing
-    slash.
+    Other merges, unless asked for, and `outs` are skipped. Hidden and linked folders are not entered; they are listed
+    with a trailing slash.
     """
     if prefix.count("/") > _DEPTH:
         raise CheckpointError(f"{shown(folder)} is more than {_DEPTH} folders deep in a model; move it away")
@@ -234,10 +255,10 @@ def _walk(folder: Path, outs: Sequence[Path], prefix: str = "") -> list[str]:
             found.append(f"{prefix}{entry.name}/")
         elif not (
             entry.name.endswith(".partial")
-            or (entry / RECIPE_FILE).exists()
+            or ((entry / RECIPE_FILE).exists() and not with_merges)
             or any(out.exists() and entry.samefile(out) for out in outs)
         ):
-            found += _walk(entry, outs, f"{prefix}{entry.name}/")
+            found += _walk(entry, outs, f"{prefix}{entry.name}/", with_merges=with_merges)
     return found
 
 

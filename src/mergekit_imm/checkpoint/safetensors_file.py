@@ -20,6 +20,7 @@ from ..common.messages import shown
 from ..common.notes import Note
 from ..errors import ChangedError, CheckpointError
 from ..numerics.dtypes import DTYPE_BITS
+from .lfs_pointer import check_no_pointer
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's
@@ -95,6 +96,7 @@ def open_tensorfile(path: Path, name: str) -> TensorFile:
             with safe_open(path, framework="numpy"):
                 pass
     except SafetensorError as error:
+        check_no_pointer(path)
         raise CheckpointError(
             f"{shown(path)} is not a whole safetensors file: {shown(error, 300)}; copy or download it again"
         ) from error

@@ -24,6 +24,7 @@ from ..common.messages import shown
 from ..common.notes import note
 from ..errors import CheckpointError
 from ..numerics.dtypes import DTYPE_BITS, TORCH_NAMES
+from .lfs_pointer import check_no_pointer
 from .safe_pickle import AGAIN, CURE, LIMIT, load_pickle, mapping, numbers
 from .safetensors_file import TensorFile, TensorInfo, open_to_read
 
@@ -268,6 +269,7 @@ def open_torch_file(path: Path, name: str) -> TensorFile:
         size = plain_size(path)
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
+    check_no_pointer(path)
     descriptor = open_to_read(path)
     try:
         status = os.fstat(descriptor)

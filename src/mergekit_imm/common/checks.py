@@ -26,6 +26,11 @@ def as_path(name: str, value: Any, wanted: str = MODEL_PLACE) -> str | Path:
     raise ArgumentError(f"{name} is {described(value)}; give {wanted}")
 
 
+def why_no_folder(path: Path) -> str:
+    """Say why a path is not one of a folder."""
+    return "is not a folder" if path.exists() else "does not exist"
+
+
 def described(value: Any) -> str:
     """Describe a value for a message, with the function that takes such a value if there is one.
 

@@ -14,7 +14,7 @@ _OTHERS = (
     " reference sample seed sft shrink sparsify start vocab workers"
 ).split()
 _OPTION = re.compile(
-    rf"""(?<![\w-])--(?P<option>{"|".join((*_LISTS, *_FLAGS, *_OTHERS))})(?![\w-])
+    rf"""`imm-[^`]*`|(?<![\w-])--(?P<option>{"|".join((*_LISTS, *_FLAGS, *_OTHERS))})(?![\w-])
     (?:[ ](?:
         (?P<quoted>(?:'[^']*'|"[^"]*")+)
         |(?P<place>[A-Z]+(?:=[A-Z]+)?)\b
@@ -40,6 +40,8 @@ def speaking_of_options() -> Iterator[None]:
 def for_caller(text: str) -> str:
     """Return a message unchanged for a user of a command, and with parameters for a caller in Python.
 
+    Commands of ours between backticks keep their options.
+
     >>> for_caller("take it with --take '^h[.]1$', or give --iteration N, --vocab sft or --overwrite")
     'take it with take=[r"^h[.]1$"], or give iteration=N, vocab="sft" or overwrite=True'
     """
@@ -48,6 +50,8 @@ def for_caller(text: str) -> str:
 
 def _parameter(found: re.Match[str]) -> str:
     option, word = found["option"], found["word"]
+    if option is None:  # a whole command
+        return found[0]
     name = option.replace("-", "_")
     if option in _FLAGS:
         return f"{name}=True" + found[0].removeprefix(f"--{option}")

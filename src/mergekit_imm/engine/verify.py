@@ -17,7 +17,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.open_checkpoint import open_checkpoint
 from ..checkpoint.safetensors_file import TensorInfo, fingerprint, read_into
-from ..common.checks import as_path, is_number
+from ..common.checks import as_path, is_number, why_no_folder
 from ..common.display import Displayed, Summary
 from ..common.messages import first_few, shown
 from ..common.progress import Progress, Watched, check_progress, watched
@@ -101,6 +101,8 @@ def verify(
         raise ArgumentError(f"sample is {shown(repr(sample), 60)}; it is the share to recompute, 0 < sample <= 1")
     folder = Path(as_path("out", out, "a folder that imm-merge made")).expanduser()
     recipe = read_recipe(folder)
+    if recipe is None and not folder.is_dir():
+        raise CheckpointError(f"{shown(out)} {why_no_folder(folder)}; give a folder that imm-merge made")
     if recipe is None:
         raise CheckpointError(
             f"{shown(out)} has no {RECIPE_FILE}; give a folder that imm-merge made, or audit what another tool made:"

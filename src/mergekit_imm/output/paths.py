@@ -81,10 +81,12 @@ def check_place(out: Path, inputs: Mapping[str, Path]) -> None:
         for label, path in inputs.items():
             place = path.resolve()
             for ours in (out, partial_of(out)):
-                if ours.exists() and any(ours.samefile(each) for each in (place, *place.parents)):
-                    raise OutputError(
-                        f"output {shown(ours)} is, or contains, {label} ({shown(path)}); give another output"
-                    )
+                if not ours.exists() or not any(ours.samefile(each) for each in (place, *place.parents)):
+                    continue
+                what = "an input" if ours.samefile(place) else "a folder around an input"
+                raise OutputError(
+                    f"output {shown(ours)} would replace {what} ({label} {shown(path)}); give another output"
+                )
 
 
 def is_whole(out: Path, recipe: bytes, sizes: Mapping[str, int | None]) -> bool:

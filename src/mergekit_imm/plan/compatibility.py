@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import PurePath
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
-from ..checkpoint.model_files import SPLIT, leave_out_option
+from ..checkpoint.model_files import SPLIT, is_shard, leave_out_option
 from ..common.messages import shown
 from ..errors import ArgumentError, CheckpointError, MergeError, MismatchError
 from ..model.tensor_names import blanked, folder_of, is_embedding_or_head, matcher, only_in
@@ -50,6 +51,7 @@ def check_names(
     if not others:
         return
     advice = Advice(used, options)
+    whole = _of_lone_shard(used)
     kept, taken = matcher(options.keep), matcher(options.take)
     kept_names = {n for n in base.tensors if kept(n)} | set(groups)
     taken_names = {n for n in sft.tensors if taken(n)} | set(groups)
@@ -65,11 +67,13 @@ def check_names(
         shapes = {base.tensors[name].shape for name in lacking}
         renamed = not shapes.isdisjoint(each.tensors[name].shape for name in surplus)  # perhaps the same tensors
         for file, found in _by_file(base, lacking):
-            cure = _cure(advice, "--keep", found, "base", renamed and not file)
+            cure = whole or _cure(advice, "--keep", found, "base", renamed and not file)
             _complain_of(found, base, each, file, cure, complain)
         for file, found in _by_file(each, surplus):
             folder = folder_of(file)
-            if folder and all(name.removeprefix(folder) in each.tensors for name in found):
+            if whole:
+                cure = whole
+            elif folder and all(name.removeprefix(folder) in each.tensors for name in found):
                 cure = "their names suggest another checkpoint of the same model"
             elif role == "sft":
                 cure = _cure(advice, "--take", found, "sft", renamed and not file)
@@ -78,6 +82,15 @@ def check_names(
                 if sft.adapter is None:
                     cure += ", or take the delta from the base instead (--reference base)"
             _complain_of(found, each, base, file, cure, complain)
+
+
+def _of_lone_shard(used: Mapping[str, Checkpoint]) -> str:
+    """Return the cure if an input is one shard of a model, given by its path; else ""."""
+    for each in used.values():
+        path = PurePath(each.ref)
+        if [*each.files] == [path.name] and is_shard(path.name):
+            return f"{each.label} is one shard of a model: give its folder, '{shown(path.parent, 400)}'"
+    return ""
 
 
 def _by_file(checkpoint: Checkpoint, names: Collection[str]) -> list[tuple[str, set[str]]]:
