@@ -159,15 +159,18 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
     """
     from ..loop.commands import CommandError, to_stdout
     from ..loop.run import run_loop
-    from ..loop.state import from_dict
+    from ..loop.state import check_commands, from_dict, load
+    from ..output.paths import expanded
     from ..views.loop_summary import notes, plot, table
 
     try:
         alphas = tuple(float(part) for part in retry.split(",")) if retry else ()
     except ValueError as error:
         raise click.UsageError(f"--retry '{shown(retry)}' is not a list of numbers; write 0.6,0.7") from error
+    found = load(expanded(run))
     with values_checked():
         settings = from_dict({**options, "base": base, "retry": alphas})
+        check_commands(settings, found)
     speak = not (quiet or as_json)
     lines = None if not speak or sys.stdout.isatty() else LogLines(to_stdout)
 
