@@ -15,7 +15,7 @@ from ..options.options import LOOP_OPTIONS
 from .completion import files, folders, words
 from .console import pictures_or_note, say, tell, values_checked
 from .help import CONTEXT, Command, option, printing_options, version_option
-from .options import DtypeChoice, options_of
+from .options import DtypeChoice, Number, options_of
 from .progress import LogLines
 
 loop_epilog = """\b
@@ -54,7 +54,7 @@ Example:
 @option(
     "Rounds",
     "--rounds",
-    type=click.IntRange(1),
+    type=Number(int, allowed="x>=1"),
     default=3,
     show_default=True,
     metavar="N",
@@ -63,7 +63,7 @@ Example:
 @option(
     "Rounds",
     "--keep-rounds",
-    type=click.IntRange(1),
+    type=Number(int, allowed="x>=1"),
     metavar="N",
     help="Keep the models of the last N rounds; delete older ones.",
 )
@@ -120,7 +120,7 @@ Example:
 @option(
     "Selection",
     "--tolerance",
-    type=click.FloatRange(0),
+    type=Number(float, allowed="x>=0"),
     default=0.0,
     show_default=True,
     metavar="X",
