@@ -42,7 +42,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 VARYING = re.compile(
-    r"in [\d.]+ s(?: \([\d.]+ GB/s read and written\))?$|free [\d.]+ GB|about [\d.]+ MB at its peak, with \d+ workers"
+    r"in [\d.]+ s(?: \([\d.]+ GB/s read and written\))?$|free [\d.]+ GB|at most about [\d.]+ MB, with \d+ workers"
     r'|"(?:disk_free|memory|workers|plan|total|stream)": [\d.]+',
     re.MULTILINE,
 )

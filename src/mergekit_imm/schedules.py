@@ -84,5 +84,8 @@ def parse_schedule(text: str, rounds: int) -> Schedule:
     if len(values) == 1:
         return constant(values[0])
     if len(values) != rounds:
-        raise ArgumentError(f"'{shown(text)}' has {len(values)} values for {rounds} rounds; give one per round")
+        raise ArgumentError(
+            f"'{shown(text)}' has {len(values)} values for {rounds} rounds; give one per round"
+            " (a decimal takes a point)"
+        )
     return listed(values)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -26,13 +28,20 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
     *(
         (merge_command, [*MERGE, *options], said)
         for options, said in [
-            (["--alpha", "2"], "2.0 is not in the range 0<=x<=1"),
+            (["--alpha", "2"], "alpha is 2; it is the weight of the base, a number in 0 <= alpha <= 1"),
             (["--alpha", "nan"], "is not a number"),
-            (["--alpha", "half"], "'half' is not a valid float"),
+            (["--alpha", "50%"], "'50%' is not a number"),
+            (["--alpha", "50"], "alpha is 50; it is the weight of the base"),
+            (
+                ["--alpha", "0,5"],
+                "a number in 0 <= alpha <= 1; commas separate the values of a sweep, a decimal takes a point",
+            ),
+            (["--alpha", "0,1"], "alpha is a list of 2 values (0, 1), but the output out does not contain {alpha}"),
+            (["--alpha", "half"], "'half' is not a number"),
             (["--alpha", "0.1,0.2"], "does not contain"),
-            (["--drop", "1"], "1.0 is not in the range 0<=x<1"),
-            (["--seed", "x"], "'x' is not a valid integer"),
-            (["--iteration", "-1"], "-1 is not in the range"),
+            (["--drop", "1"], "(for no change at all use --alpha 1)"),
+            (["--seed", "x"], "'x' is not a whole number"),
+            (["--iteration", "-1"], "iteration is -1; it must be an integer >= 0"),
             (["--max-shard-size", "5XB"], "size '5XB' is not understood; write it as 5GB"),
             (["--max-shard-size", "5"], "size '5' is in bytes; write 5GB, or 5B if bytes are meant"),
             (["--max-shard-size", "0"], "must be at least one byte"),
@@ -44,17 +53,29 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--sparsify", "nonsense"], "sparsify is 'nonsense'; it must be dare, trim, della"),
             (["--sparsify", "della:0.9"], "epsilon 0.9 does not go with drop 0.2"),
             (["--sparsify", "trim", "--drop", "0.1,0.2", "-o", "out-{drop}"], "several drops or seeds"),
-            (["--workers", "0"], "0 is not in the range x>=1"),
+            (["--workers", "0"], "workers is 0; it is a number of threads, at least 1"),
             (["--layer-factors", "lines:1"], "layer factors 'lines:1' are not understood"),
             (["--layer-factors", "groups:1,2,-3"], "are not understood"),
             (["--layer-factors", "factors.json", "--importance", "importance.json"], "are both given"),
             (["--shrink", "0.5"], "and none is given"),
+            (
+                ["--clip", "0,5", "1", "--importance", "importance.json"],
+                "'0,5' is not a number; a decimal takes a point",
+            ),
+            (["--seed", "1.5"], "'1.5' is not a whole number"),
+            (["--workers", "two"], "'two' is not a whole number"),
+            (["--device", "gpu"], "device is 'gpu'; it must be 'cpu' or 'cuda', or 'cuda:1' for the second GPU"),
+            (["--device", "cuda:x"], "device is 'cuda:x'"),
+            (
+                ["--keep", "*norm*"],
+                "nothing to repeat at position 0; a pattern matches anywhere in the name, so write 'norm'",
+            ),
             (["--clip", "2", "1", "--importance", "importance.json"], "clip is (2.0, 1.0)"),
-            (["--shrink", "2"], "2.0 is not in the range"),
+            (["--shrink", "2"], "shrink is 2; it must be a number from 0 to 1"),
             (["--vocab", "mine"], "'mine' is not one of 'strict', 'base', 'sft'"),
             (["--dtype", "int8"], "'int8' is not one of"),
             (["--reference", "sft"], "'sft' is not one of"),
-            (["--device", "tpu"], "device is 'tpu'; it must be 'cpu' or 'cuda'"),
+            (["--device", "tpu"], "device is 'tpu'; it must be 'cpu' or 'cuda', or 'cuda:1' for the second GPU"),
             (["--ranks", "mpi"], "'mpi' is not one of"),
             (["more"], "Got 2 models"),
             (["--check", "--ranks", "slurm"], "--check reads only headers"),
@@ -62,12 +83,16 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
         ]
     ),
     (merge_command, ["base"], "Missing argument 'SFT'"),
-    (merge_command, ["base", "sft"], "Missing option '-o'"),
+    (merge_command, ["base", "sft"], "Missing option '-o' / '--out': give the folder to create, -o merged"),
+    (merge_command, ["base", "sft", "m1"], "Missing option '-o' / '--out': give the folder to create, -o m1"),
+    (merge_command, ["base", "sft", "sft"], "Missing option '-o' / '--out': give the folder to create, -o merged"),
+    (merge_command, ["base", "sft", "-o"], "Option '-o' requires an argument"),
+    (merge_command, ["base", "sft", "-o", "out", "--alhpa", "1"], "--alpha"),
     *(
         (verify_command, ["out", *options], said)
         for options, said in [
-            (["--sample", "0"], "0.0 is not in the range 0<x<=1"),
-            (["--workers", "0"], "0 is not in the range"),
+            (["--sample", "0"], "sample is 0; it is the share to recompute, 0 < sample <= 1"),
+            (["--workers", "0"], "workers is 0; it is a number of threads, at least 1"),
             (["--device", "tpu"], "device is 'tpu'"),
         ]
     ),
@@ -85,14 +110,31 @@ WRONG: list[tuple[click.Command, list[str], str]] = [
             (["--layer-factors", "lines:1"], "layer factors 'lines:1' are not understood"),
             (["--shrink", "0.5"], "and none is given"),
             (["--train", "true"], "the train command has no {output}"),
-            (["--rounds", "0"], "0 is not in the range"),
+            (["--train", "true {modle} {output}"], "did you mean {model}?"),
+            (["--generate", "true {data} {output}"], "the generate command has {data}"),
+            (["--alpha", "0,5"], "'0,5' has 2 values for 3 rounds; give one per round (a decimal takes a point)"),
+            (["--tolerance", "-1"], "tolerance is -1.0; it must be a number, 0 or more"),
+            (["--tolerance", "0,1"], "'0,1' is not a number; a decimal takes a point"),
+            (["--keep-rounds", "0"], "keep_rounds is 0; give at least 1"),
+            (["--seed", "x"], "'x' is not a whole number"),
+            (["--rounds", "0"], "rounds is 0; give at least 1"),
         ]
     ),
     (analyze_command, ["samples", "a.jsonl", "--encoder", "encode"], "'encode' is not MODULE:FUNCTION"),
     (analyze_command, ["change", "base", "--vocab", "sft"], "apply to two models"),
     (analyze_command, ["change", "base", "sft", "--keep", "("], "--keep '(' is not a regular expression"),
-    (analyze_command, ["importance", "base", "--data", "x", "-o", "y", "--max-length", "1"], "1 is not in the range"),
+    (
+        analyze_command,
+        ["importance", "base", "--data", "x", "-o", "y", "--max-length", "1"],
+        "it must be a whole number, 2 or more",
+    ),
     (analyze_command, ["importance", "base", "--data", "x", "-o", "y", "--device", "tpu"], "device is 'tpu'"),
+    (analyze_command, ["importance", "base", "--data", "x", "-o"], "Option '-o' requires an argument"),
+    (analyze_command, ["importance", "base", "--data", "x", "-o", "y", "--samples", "0"], "samples is 0"),
+    (analyze_command, ["kl", "base", "sft", "--data", "x", "--batch-size", "0"], "batch_size is 0"),
+    (analyze_command, ["samples", "a.jsonl", "--seed", "-1"], "seed is -1; it must be a whole number, 0 or more"),
+    (analyze_command, ["change", "base", "sft", "--workers", "0"], "workers is 0; it is a number of threads"),
+    (analyze_command, ["--version=1"], "does not take a value"),
     (analyze_command, ["nonsense"], "No such command 'nonsense'"),
 ]
 BAD_FILES: list[tuple[click.Command, list[str], str]] = [
@@ -133,7 +175,9 @@ def test_a_wrong_value_is_wrong_usage(
     ended = command(which, *arguments)
     assert ended.status == 2, ended.err
     assert said in ended.error
-    assert ended.err.startswith("Usage: ")
+    usage = re.match(r"Usage: (imm-\w+( (?!nonsense)[a-z]+)?) \[OPTIONS\] ", ended.err)
+    assert usage is not None
+    assert re.search(f"(; see|[?] See) {usage[1]} --help$", ended.error)
     assert (ended.out, written(here)) == ("", before)
 
 
@@ -145,6 +189,23 @@ def test_a_missing_or_bad_file_is_a_failure(
     assert ended.status == 1, ended.err
     assert said in ended.error
     assert "Usage" not in ended.err
+
+
+def test_a_pattern_without_its_stars_is_one(here: Path, command: Command) -> None:
+    said = command(merge_command, *MERGE, "--keep", "*norm*").error
+    cure = re.search(r"so write '(.*?)'", said)
+    assert cure is not None
+    ended = command(merge_command, *MERGE, "--keep", cure[1], "--json")
+    assert json.loads(ended.out)["tensors"]["kept"] == 1  # model.norm.weight
+    assert "so write" not in command(merge_command, *MERGE, "--keep", "*").error
+    assert "so write" not in command(merge_command, *MERGE, "--keep", "*(").error
+
+
+@pytest.mark.parametrize(("options", "name"), [(["m1"], "m1"), (["a b"], "'a b'"), ([], "merged")])
+def test_a_merge_without_out_is_cured_as_said(here: Path, command: Command, options: list[str], name: str) -> None:
+    said = command(merge_command, "base", "sft", *options).error
+    assert said == f"Missing option '-o' / '--out': give the folder to create, -o {name}; see imm-merge --help"
+    assert command(merge_command, "base", "sft", *shlex.split(f"-o {name}")).status == 0
 
 
 def test_dtypes_have_short_names(here: Path, command: Command) -> None:

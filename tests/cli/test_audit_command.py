@@ -68,7 +68,10 @@ def test_what_cannot_be_told_is_status_2_and_one_line(summed: Path, check: Comma
         (["--base", "base", "--sft", "sft", "--alpha", "0.5", "--start", "base"], "an audit has none of them"),
         (["--base", "base", "--sft", "sft", "--alpha", "0.5", "--method", "lora"], "alpha is of method imm"),
         (["--base", "base", "--sft", "sft", "--weights", "0.5"], "not two numbers such as 0.3,0.7"),
-        (["--base", "base", "--sft", "sft", "--alpha", "1"], "1.0 is not in the range 0<=x<1"),
+        (
+            ["--base", "base", "--sft", "sft", "--alpha", "1"],
+            "alpha is 1.0; it is the weight of the base, 0 <= alpha < 1",
+        ),
     ],
 )
 def test_wrong_usage(summed: Path, check: Command, options: list[str], words: str) -> None:

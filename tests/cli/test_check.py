@@ -121,9 +121,13 @@ def test_a_start_is_checked_too_and_needs_no_round(there: Path, merge: Command, 
 
 def test_without_check_there_is_one_sft_and_an_out(there: Path, merge: Command) -> None:
     ended = merge("base", "sft")
-    assert (ended.status, ended.err.splitlines()[-1]) == (2, "error: Missing option '-o' / '--out'.")
+    message = "Missing option '-o' / '--out': give the folder to create, -o merged; see imm-merge --help"
+    assert (ended.status, ended.error) == (2, message)
     ended = merge("base", "sft", "adapter", "-o", "out")
-    assert (ended.status, "Got 2 models to merge into base: sft, adapter; give one, or --check." in ended.err) == (
+    assert (
+        ended.status,
+        "Got 2 models to merge into base: sft, adapter; give one, or --check; see imm-merge --help" in ended.err,
+    ) == (
         2,
         True,
     )

@@ -56,6 +56,22 @@ def test_every_option_stands_once_under_its_heading(which: click.Command, comman
             assert under == [getattr(param, "heading", None)], name
 
 
+@pytest.mark.parametrize(
+    ("which", "usage"),
+    [
+        (merge_command, "imm-merge [OPTIONS] BASE SFT -o OUT"),
+        (verify_command, "imm-verify [OPTIONS] OUT"),
+        (loop_command, "imm-loop [OPTIONS] BASE --train COMMAND -o RUN"),
+        (analyze_command.commands["importance"], "importance [OPTIONS] MODEL --data FILE -o FILE"),
+        (analyze_command.commands["kl"], "kl [OPTIONS] BASE MODEL... --data FILE"),
+        (analyze_command.commands["pareto"], "pareto [OPTIONS] RESULT... --in METRIC --out METRIC"),
+    ],
+    ids=lambda each: getattr(each, "name", ""),
+)
+def test_the_usage_shows_what_is_required(which: click.Command, usage: str, command: Command) -> None:
+    assert command(which, "--help").out.splitlines()[0] == f"Usage: {usage}"
+
+
 def test_the_options_of_a_merge_are_grouped(command: Command) -> None:
     found = sections(command(merge_command, "--help").out)
     assert list(found) == ["Inputs", "Merge", "Output", "Running"]
@@ -92,7 +108,10 @@ def test_the_module_without_arguments_shows_its_commands() -> None:
 def test_what_is_no_command_is_named() -> None:
     ended = subprocess_of("mrege")
     assert (ended.status, ended.out) == (2, "")
-    assert ended.error == "No such command 'mrege'; give one of merge, verify, loop, analyze."
+    assert (
+        ended.error
+        == "No such command 'mrege'; give one of merge, verify, loop, analyze; see python -m mergekit_imm --help"
+    )
 
 
 @pytest.mark.parametrize("name", ["merge", "verify", "loop", "analyze"])

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from mergekit_imm import MergeReport, merge_checkpoints
 from mergekit_imm.cli.main import main
 from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.cli.verify import verify_command
+from mergekit_imm.numerics.native import COMPILING
+from mergekit_imm.views.merge_summary import planned
 
 
 def test_a_merge_ends_with_one_line_and_status_0(here: Path, merge: Command) -> None:
@@ -167,12 +169,21 @@ def test_a_dry_run_writes_nothing_and_prints_what_would_be_read_and_written(here
         "2 other files from sft: templates/chat.jinja, tokenizer.json",
         'config.json: dtype = "float16"',
         "left out of base: optimizer.pt",
-        "memory about",
+        "memory at most about",
         "disk needed",
         "free",
     ]
     assert [words for words in expected if words not in ended.out] == []
     assert ended.out.splitlines()[-1] == "nothing was written"
+
+
+def test_a_dry_run_says_that_its_memory_is_a_bound(here: Path) -> None:
+    """What a first run takes; torch, which only a GPU needs, is not in it."""
+    report = merge_checkpoints("base", "sft", "out", dry_run=True, workers=2)
+    line = f"  memory at most about {report.memory / 1e6:.1f} MB, with 2 workers on cpu"
+    assert line in planned(report, "base", "sft", None).splitlines()
+    on_gpu = line.replace(" MB", " MB and what torch needs").replace("cpu", "cuda:1")
+    assert on_gpu in planned(replace(report, device="cuda:1"), "base", "sft", None).splitlines()
 
 
 def test_what_a_dry_run_says_is_what_happens(here: Path, merge: Command) -> None:
@@ -252,7 +263,7 @@ def test_a_refusal_is_one_line_and_status_1(
         (["base", "sft", "-o", "out", "--alpha", "half"], "half"),
         (["base", "sft", "-o", "out", "--alpha", "nan"], "nan"),
         (["base", "sft", "-o", "out", "--alpha"], "--alpha"),
-        (["base", "sft", "-o", "out", "--drop", "1"], "--drop"),
+        (["base", "sft", "-o", "out", "--drop", "1"], "use --alpha 1"),
         (["base", "sft", "-o", "out", "--seed", "1.5"], "--seed"),
         (["base", "sft", "-o", "out", "--iteration", "-1"], "--iteration"),
         (["base", "sft", "-o", "out", "--dtype", "float8"], "float8"),
@@ -405,7 +416,7 @@ def test_a_read_only_install_without_a_home_works_and_says_so(here: Path) -> Non
     ended = subprocess_of(*arguments, env=environment)
     assert ended.status == 0
     compiles, no_folder = ended.err.splitlines()
-    assert compiles == "note: compiling the loops of this kind of merge for this CPU, once (a few seconds)"
+    assert compiles == COMPILING
     assert no_folder.startswith("note: no folder to keep")
     assert "NUMBA_CACHE_DIR" in no_folder
     merge_checkpoints("base", "sft", "same")

@@ -140,7 +140,10 @@ def test_a_folder_that_is_no_merge_is_refused(rounds: Path, check: Command) -> N
 def test_a_device_that_is_none_is_refused(rounds: Path, check: Command) -> None:
     ended = check(rounds / "second", "--device", "tpu")
     assert ended.status == 2
-    assert ended.error == "device is 'tpu'; it must be 'cpu' or 'cuda'"
+    assert (
+        ended.error
+        == "device is 'tpu'; it must be 'cpu' or 'cuda', or 'cuda:1' for the second GPU; see imm-verify --help"
+    )
 
 
 def test_inputs_that_moved_are_found_with_an_option(here: Path, merge: Command, check: Command) -> None:

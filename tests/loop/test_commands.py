@@ -172,7 +172,7 @@ def test_a_signal_that_comes_while_a_command_is_started_ends_it(
     monkeypatch.setattr(subprocess, "Popen", Begun)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_command("train", "sleep 900", tmp_path / "log", held=None, echo=None)
+            run_command("train", "sleep 900", tmp_path / "log", held=None, echo=None, cure="")
     finally:
         signal.signal(signal.SIGINT, before)
     assert begun[0].returncode is not None

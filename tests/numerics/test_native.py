@@ -75,7 +75,9 @@ def test_later_processes_load_the_code_without_numba(tmp_path: Path) -> None:
     )
     assert first.stdout.split()[0] == "True"
     assert second.stdout.split() == ["False", *first.stdout.split()[1:]]
-    assert first.stderr == "note: compiling the loops of this kind of merge for this CPU, once (a few seconds)\n"
+    assert first.stderr == f"{native.COMPILING}\n"
+    assert "once for each kind of merge" in first.stderr
+    assert "later merges of this kind start at once" in first.stderr
     assert second.stderr == ""
 
 

@@ -73,7 +73,11 @@ def test_values_given_as_text_are_numbers() -> None:
 @pytest.mark.parametrize(
     ("out", "values", "message"),
     [
-        ("o", {"alpha": [0.3, 0.5]}, r"alpha is a list of 2 values, but the output o does not contain.*'o-\{alpha\}'"),
+        (
+            "o",
+            {"alpha": [0.3, 0.5]},
+            r"alpha is a list of 2 values \(0.3, 0.5\), but the output o does not contain.*'o-\{alpha\}'",
+        ),
         ("o-{alpha}", {"alpha": [0.3, 0.5], "seed": [0, 1]}, "seed is a list of 2"),
         ("o-{alpha}", {"alpha": [0.3, 0.3]}, "two merges would go to the output o-0.3"),
         ("o-{alpha}", {"alpha": []}, "alpha is an empty list"),
@@ -254,9 +258,9 @@ def test_the_command_sweeps(pair: tuple[Path, Path], tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--alpha", "0.3,0.5", "-o", "out"], "does not contain"),
-        (["--alpha", "0.3,2", "-o", "o-{alpha}"], "2.0 is not in the range"),
-        (["--alpha", "0.3,", "-o", "o-{alpha}"], "not a valid float"),
-        (["--seed", "1,x", "-o", "o-{seed}"], "not a valid integer"),
+        (["--alpha", "0.3,2", "-o", "o-{alpha}"], "alpha is 2; it is the weight of the base"),
+        (["--alpha", "0.3,", "-o", "o-{alpha}"], "'' is not a number; commas separate the values of a sweep"),
+        (["--seed", "1,x", "-o", "o-{seed}"], "'x' is not a whole number"),
         (["--drop", "0.5,0.5", "-o", "o-{drop}"], "two merges would go to"),
         (["--alpha", "nan,0.5", "-o", "o-{alpha}"], "'nan' is not a number"),
     ],

@@ -52,8 +52,10 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
         _on_signals(numbers, signal.SIG_IGN)  # it is done
         sys.exit(status if isinstance(status, int) else 0)
     except click.UsageError as error:
-        usage = error.ctx.get_usage() if error.ctx else f"Usage: {command.name} --help"
-        _fail(error.format_message(), 2, f"{usage}\n")
+        ctx = error.ctx or command.make_context(command.name, [], resilient_parsing=True)
+        message = error.format_message().rstrip(".")
+        see = f"{' See' if message.endswith('?') else '; see'} {ctx.command_path} --help"
+        _fail(message + see, 2, f"{ctx.get_usage()}\n")
     except MergeError as error:
         if debug:
             raise

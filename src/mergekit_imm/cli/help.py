@@ -31,16 +31,24 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Option(click.Option):
-    """An option under a heading of the help."""
+    """An option under a heading of the help; one that is needed stands in the usage line too."""
 
-    def __init__(self, *names: Any, heading: str = _LAST, **settings: Any) -> None:
+    def __init__(self, *names: Any, heading: str = _LAST, needed: bool = False, **settings: Any) -> None:
         super().__init__(*names, **settings)
-        self.heading = heading
+        self.heading, self.needed = heading, needed or self.required
+
+    def get_usage_pieces(self, _ctx: click.Context) -> list[str]:
+        """Return the option, with its shorter name, if it is needed."""
+        return [f"{min(self.opts, key=len)} {self.metavar}"] if self.needed else []
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Return the option and its help, with one pair of brackets at the end."""
         record = super().get_help_record(ctx)
-        return None if record is None else (record[0], record[1].replace("]  [", "; "))
+        if record is None:
+            return None
+        allowed = getattr(self.type, "allowed", "")
+        text = f"{record[1]}  [{allowed}]" if allowed else record[1]
+        return record[0], text.replace("]  [", "; ")
 
 
 class _Formatter(click.HelpFormatter):
@@ -64,6 +72,14 @@ class Command(click.Command):
     """A command whose help has its options under their headings, in the order of their declaration."""
 
     context_class = _Context
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments. The errors of click's parser do not say for which command; this one is theirs."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a list of options for each heading; all have the same columns."""

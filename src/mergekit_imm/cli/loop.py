@@ -15,7 +15,7 @@ from ..options.options import LOOP_OPTIONS
 from .completion import files, folders, words
 from .console import pictures_or_note, say, tell, values_checked
 from .help import CONTEXT, Command, option, printing_options, version_option
-from .options import DtypeChoice, options_of
+from .options import DtypeChoice, Number, options_of
 from .progress import LogLines
 
 loop_epilog = """\b
@@ -54,7 +54,7 @@ Example:
 @option(
     "Rounds",
     "--rounds",
-    type=click.IntRange(1),
+    type=Number(int, allowed="x>=1"),
     default=3,
     show_default=True,
     metavar="N",
@@ -63,7 +63,7 @@ Example:
 @option(
     "Rounds",
     "--keep-rounds",
-    type=click.IntRange(1),
+    type=Number(int, allowed="x>=1"),
     metavar="N",
     help="Keep the models of the last N rounds; delete older ones.",
 )
@@ -120,7 +120,7 @@ Example:
 @option(
     "Selection",
     "--tolerance",
-    type=click.FloatRange(0),
+    type=Number(float, allowed="x>=0"),
     default=0.0,
     show_default=True,
     metavar="X",
@@ -159,15 +159,18 @@ def loop_command(base: str, run: str, quiet: bool, as_json: bool, retry: str | N
     """
     from ..loop.commands import CommandError, to_stdout
     from ..loop.run import run_loop
-    from ..loop.state import from_dict
+    from ..loop.state import check_commands, from_dict, load
+    from ..output.paths import expanded
     from ..views.loop_summary import notes, plot, table
 
     try:
         alphas = tuple(float(part) for part in retry.split(",")) if retry else ()
     except ValueError as error:
         raise click.UsageError(f"--retry '{shown(retry)}' is not a list of numbers; write 0.6,0.7") from error
+    found = load(expanded(run))
     with values_checked():
         settings = from_dict({**options, "base": base, "retry": alphas})
+        check_commands(settings, found)
     speak = not (quiet or as_json)
     lines = None if not speak or sys.stdout.isatty() else LogLines(to_stdout)
 

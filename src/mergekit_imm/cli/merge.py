@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..common.messages import shown
 from ..errors import MergeError, MismatchError, OutputError, RankError
+from ..numerics.mask import check_alpha, check_drop, check_seed
 from .completion import files, folders
 from .console import say, tell, values_checked
 from .help import CONTEXT, Command, option, printing_options, version_option
-from .options import options_of
+from .options import Number, options_of
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -40,10 +43,15 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
         typed = [part.strip() for part in str(value).split(",")]
-        for part in typed:
-            number = self.each.convert(part, param, ctx)
-            if number != number:
-                self.fail(f"{part!r} is not a number", param, ctx)
+        try:
+            for part in typed:
+                self.each.convert(part, param, ctx)
+        except click.BadParameter as error:
+            if len(typed) > 1:
+                self.fail(
+                    f"{error.message}; commas separate the values of a sweep, a decimal takes a point", param, ctx
+                )
+            raise
         return typed
 
 
@@ -82,15 +90,16 @@ class _Several(click.ParamType):  # type: ignore[type-arg]  # generic in click 8
     "keep",
     "take",
     "no_drop",
-    alpha={"type": _Several(click.FloatRange(0, 1)), "default": "0.5", "metavar": "A[,A...]"},
-    drop={"type": _Several(click.FloatRange(0, 1, max_open=True)), "default": "0.2", "metavar": "P[,P...]"},
-    seed={"type": _Several(click.INT), "default": "0", "metavar": "N[,N...]"},
+    alpha={"type": _Several(Number(float, check_alpha)), "default": "0.5", "metavar": "A[,A...]"},
+    drop={"type": _Several(Number(float, check_drop)), "default": "0.2", "metavar": "P[,P...]"},
+    seed={"type": _Several(Number(int, check_seed)), "default": "0", "metavar": "N[,N...]"},
 )
 @option(
     "Output",
     "-o",
     "--out",
     metavar="OUT",
+    needed=True,  # except by --check
     shell_complete=folders,
     help="Folder to create; it appears only when complete.  [required]",
 )
@@ -126,7 +135,10 @@ def merge_command(
         _check(base, sft, options, as_json=as_json)
         return None
     if out is None:
-        raise click.UsageError("Missing option '-o' / '--out'.")
+        last = sft[-1] if len(sft) > 1 and not Path(sft[-1]).exists() else "merged"  # as the last argument of cp
+        raise click.UsageError(
+            f"Missing option '-o' / '--out': give the folder to create, -o {shlex.quote(shown(last))}"
+        )
     if len(sft) > 1:
         raise click.UsageError(f"Got {len(sft)} models to merge into {base}: {', '.join(sft)}; give one, or --check.")
     from ..ranks.torchrun import connected

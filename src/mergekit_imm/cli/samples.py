@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..common.checks import check_count
 from ..common.messages import shown
 from ..errors import ArgumentError
 from .completion import files, folders
 from .console import pictures_or_note, say
 from .help import CONTEXT, Command, option, printing_options
+from .options import Number
 
 if TYPE_CHECKING:
     from ..evaluation.comparison import Encoder
@@ -54,7 +56,7 @@ Example:
 @option(
     "Comparison",
     "--seed",
-    type=click.IntRange(min=0),
+    type=Number(int, lambda value: check_count("seed", value, 0), "x>=0"),
     default=0,
     show_default=True,
     metavar="N",

@@ -10,10 +10,11 @@ import click
 
 from ..common.messages import bytes_text, shown
 from ..errors import MergeError
+from ..options.values import check_device, check_sample
 from .completion import files
 from .console import say, tell, values_checked
 from .help import CONTEXT, Command, option, printing_options, version_option
-from .options import options_of
+from .options import Number, options_of
 from .progress import progress_bar
 
 verify_epilog = """\b
@@ -75,7 +76,7 @@ class Weights(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.
 @option(
     "Audit",
     "--alpha",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Number(float, allowed="0<=x<1"),
     metavar="A",
     help="Weight of BASE, for imm.  [default: the one that fits best]",
 )
@@ -91,7 +92,7 @@ class Weights(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.
 @option(
     "Running",
     "--sample",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(float, check_sample, "0<x<=1"),
     default=1.0,
     show_default=True,
     metavar="F",
@@ -110,8 +111,6 @@ def verify_command(quiet: bool, as_json: bool, out: str, **options: Any) -> int:
     --base and --sft, within rounding, and if not, what it is. Exit status 0 if it is as claimed, 1 if not, 2 if it
     cannot be told from these inputs.
     """
-    from ..options.values import check_device
-
     with values_checked():
         check_device(options["device"])
     audited = {name: options.pop(name) for name in AUDIT}

@@ -21,7 +21,7 @@ from ..plan.plan import Plan
 from .report import MergeReport, actions
 from .workers import BUFFER, BUFFERS
 
-INTERPRETER = 190 << 20  # bytes, with numba, which only a first run loads; the largest value measured
+INTERPRETER = 190 << 20  # bytes, the most measured: with numba, which only a first run loads, not torch
 PER_TENSOR = 1024  # bytes of metadata
 
 

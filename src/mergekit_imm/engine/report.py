@@ -33,7 +33,7 @@ class MergeReport(Displayed):
     `status`: "merged", "already merged" or "dry run". `tensors`: counts of `merged`, `kept` (base's), `taken` (sft's),
     `copied` (integer and bool). `bytes_read`, `bytes_written`: tensors read and files written by the streaming phase of
     this run; planned bytes if nothing was merged. `disk_needed`, `disk_free`: bytes at the output when planned.
-    `memory`: estimated peak, bytes. `seconds`: plan, total and, of a merge, stream (first read to last sync). The
+    `memory`: bytes at most, about. `seconds`: plan, total and, of a merge, stream (first read to last sync). The
     merges of a sweep share one read and one clock; each report has the whole amounts. `renamed`: renaming rules applied
     to sft and start, with the number of tensors. `notes`: worth knowing, not errors. `refused`: the shortage of space
     that would stop the merge (dry runs). `verified`: every byte was recomputed and compared before the folder appeared.

@@ -17,7 +17,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.open_checkpoint import open_checkpoint
 from ..checkpoint.safetensors_file import TensorInfo, fingerprint, read_into
-from ..common.checks import as_path, is_number, why_no_folder
+from ..common.checks import as_path, why_no_folder
 from ..common.display import Displayed, Summary
 from ..common.messages import first_few, shown
 from ..common.progress import Progress, Watched, check_progress, watched
@@ -37,6 +37,7 @@ from ..options.recipe import (
     read_recipe,
     without_places,
 )
+from ..options.values import check_sample
 from ..plan.make_plan import make_plans
 from ..plan.open_inputs import prepared
 from ..plan.plan import Inputs, Plan, segments
@@ -97,8 +98,7 @@ def verify(
     >>> verify(out_folder).files_compared[0]
     'model.safetensors'
     """
-    if not is_number(sample) or not 0 < sample <= 1:
-        raise ArgumentError(f"sample is {shown(repr(sample), 60)}; it is the share to recompute, 0 < sample <= 1")
+    sample = check_sample(sample)
     folder = Path(as_path("out", out, "a folder that imm-merge made")).expanduser()
     recipe = read_recipe(folder)
     if recipe is None and not folder.is_dir():

@@ -102,11 +102,11 @@ def check_placeholders(what: str, template: str, names: Sequence[str], every: Co
         )
 
 
-def run_command(what: str, command: str, log: Path, *, held: int | None, echo: Echo | None) -> None:
+def run_command(what: str, command: str, log: Path, *, held: int | None, echo: Echo | None, cure: str) -> None:
     """Run a command in /bin/sh; pass its standard output and error to `echo` and append them to a log.
 
     It inherits the environment and the descriptor `held` (a lock that lasts as long as its processes). Raises
-    CommandError with its last lines if it fails. If this process is interrupted, so is the command.
+    CommandError with its last lines and the `cure` if it fails. If this process is interrupted, so is the command.
     """
     with log.open("ab") as file:
         file.write(f"$ {command}\n".encode())
@@ -139,8 +139,7 @@ def run_command(what: str, command: str, log: Path, *, held: int | None, echo: E
         lines = [line for line in (each.decode(errors="replace").strip() for each in last) if line]
         last_line = f"; its last line: {shown(lines[-1], 300)}" if lines else ""
         raise CommandError(
-            f"{what} ended with status {status}{last_line}; its output is in {shown(log, 300)}; run the loop"
-            " again to resume at this step",
+            f"{what} ended with status {status}{last_line}; its output is in {shown(log, 300)}; {cure}",
             status,
             lines,
         )

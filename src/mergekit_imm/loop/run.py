@@ -39,6 +39,7 @@ from .state import (
     candidate,
     check_commands,
     load,
+    may_change,
     measured,
     refuse_others,
     step_of,
@@ -73,8 +74,9 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
     if filled_in:
         raise OutputError(f"the path {shown(folder)} has {filled_in[0]}, which merges fill in; give another folder")
     # Refuse now, not after hours of training.
-    if load(folder) is None:
-        check_commands(settings)
+    found = load(folder)
+    check_commands(settings, found)
+    if found is None or not found.done:
         _check_room(settings, folder)
     _check_merges(settings)
     with output_errors(folder):
@@ -82,7 +84,7 @@ def run_loop(settings: Settings, run: str | Path, *, echo: Echo | None = None, t
         refuse_others(folder)
         (folder / LOCK).touch()
         with locked(folder / LOCK, _BUSY) as held:
-            loop = Loop(folder, held, begin_or_resume(folder, settings), echo, tell)
+            loop = Loop(folder, held, begin_or_resume(folder, settings, tell), echo, tell)
             if held is None:
                 loop.tell(
                     f"note: the filesystem of {shown(folder)} has no locks: make sure that no other loop runs there"
@@ -286,7 +288,14 @@ def _command(loop: Loop, template: str, values: Mapping[str, str], what: str, nu
     kind, _, chain = what.partition(" ")
     name = f"the {kind} command of round {number}{f' ({chain})' if chain else ''}"
     log = place.with_name(f"{kind}.log")
-    run_command(name, command, log, held=loop.held, echo=loop.echo)
+    run_command(name, command, log, held=loop.held, echo=loop.echo, cure=_cure(loop, kind))
+
+
+def _cure(loop: Loop, what: str) -> str:
+    """Return what helps after a command has failed."""
+    if what in may_change(loop.state.done):
+        return "correct the command if it is wrong, and run the loop again to resume at this step"
+    return "run the loop again, with the same command, to resume at this step"
 
 
 def _anchor_merge(loop: Loop, number: int) -> dict[str, Any]:
@@ -367,7 +376,8 @@ def _evaluate(loop: Loop, step: str, key: str, model: str, number: int, path: Pa
     )
     loop.tell(f"round {number}: evaluate: {command}")
     log = path.with_name(f"evaluate-{path.stem}.log")
-    run_command(f"the evaluate command of {key}", command, log, held=loop.held, echo=loop.echo)
+    what = f"the evaluate command of {key}"
+    run_command(what, command, log, held=loop.held, echo=loop.echo, cure=_cure(loop, "evaluate"))
     loop.finish(step, metrics={**loop.state.metrics, key: read_metrics(path, settings)})
 
 

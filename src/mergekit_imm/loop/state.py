@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ GENERATE = ("model", "output", "round", "base")
 TRAIN = ("model", "output", "data", "round", "base")
 EVALUATE = ("model", "json", "round", "base")
 MERGE, EVALUATE_MERGED = "merge", "evaluate merged"  # steps repeated for each alpha tried
+COMMANDS = ("evaluate", "generate", "train")  # in the order of their first steps
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,11 @@ def from_dict(values: Mapping[str, Any]) -> Settings:
     return Settings(**known, options=used)
 
 
-def check_commands(settings: Settings) -> None:
-    """Raise ArgumentError for an unknown placeholder in a command."""
+def check_commands(settings: Settings, found: State | None) -> None:
+    """Raise ArgumentError for an unknown placeholder in a command, unless the loop that was found has this command."""
     for what, names in (("generate", GENERATE), ("train", TRAIN), ("evaluate", EVALUATE)):
         command = getattr(settings, what)
-        if command is not None:
+        if command is not None and (found is None or command != getattr(found.settings, what)):
             check_placeholders(f"the {what} command", command, names, {*GENERATE, *TRAIN, *EVALUATE})
 
 
@@ -278,37 +279,68 @@ def refuse_others(folder: Path) -> None:
         raise OutputError(f"{shown(folder)} exists, is not empty, and has no {STATE}; give another folder")
 
 
-def begin_or_resume(folder: Path, settings: Settings) -> State:
+def may_change(done: Iterable[str]) -> set[str]:
+    """Return the commands that no finished step has run or done without: a loop with these steps may get others.
+
+    >>> sorted(may_change(["base/evaluate"])), may_change(["0/generate"]), may_change(["0/train"])
+    (['generate', 'train'], {'train'}, set())
+    """
+    kinds = {step.partition("/")[2].partition(" ")[0] for step in done}
+    last = max((number for number, what in enumerate(COMMANDS) if what in kinds), default=-1)
+    return set(COMMANDS[last + 1 :])
+
+
+def begin_or_resume(folder: Path, settings: Settings, tell: Callable[[str], None] | None = None) -> State:
     """Return the state in the folder, or create a new one.
 
-    Raises OutputError if the folder holds a loop with other settings. `rounds` may grow, if alpha and drop of the
-    earlier rounds stay the same.
+    Raises OutputError if the folder holds a loop with other settings that a finished step depends on. While no step is
+    done, all may change; then the commands of `may_change`. `tell` receives a note of such changes. `rounds` may grow,
+    if alpha and drop of the earlier rounds stay the same.
     """
     found = load(folder)
     if found is None:
         state = State(settings, settings.base)
         save(state, folder)
         return state
-    old, new = to_dict(found.settings), to_dict(settings)
-    more = new["rounds"] - old["rounds"]
+    if found.done:
+        free = may_change(found.done)
+        changes = _changes(found.settings, settings, free)
+        if changes:
+            raise OutputError(
+                f"{shown(folder)} holds another loop ({first_few(changes)}); give the settings it was started with, or"
+                f" another folder, or delete {shown(folder)} to start over"
+            )
+        state = replace(found, settings=settings)
+    else:
+        free = set(to_dict(settings))
+        state = State(settings, settings.base)
+    old, new = ({k: v for k, v in to_dict(each).items() if k in free} for each in (found.settings, settings))
+    accepted = differences(old, new)
+    if accepted:
+        save(state, folder)
+        if tell is not None:
+            tell(
+                f"note: {shown(folder)} goes on with changed settings ({first_few(accepted)}); what the unfinished"
+                " step has written there is kept"
+            )
+    return state
+
+
+def _changes(before: Settings, now: Settings, free: Collection[str]) -> list[str]:
+    """List in what the settings of a loop and those it is resumed with differ, but for what is free and more rounds."""
+    old, new = ({name: value for name, value in to_dict(each).items() if name not in free} for each in (before, now))
+    more = now.rounds - before.rounds
     for each in (old, new):
-        for name in ("rounds", "alpha", "drop")[
-            : 3 if more > 0 else 1
-        ]:  # with more rounds, the values are compared below
+        for name in ("rounds", "alpha", "drop")[: 3 if more > 0 else 1]:  # with more rounds, compared below
             del each[name]
     changes = differences(old, new)
     if more < 0:
-        changes.append(f"rounds: {found.settings.rounds}, now {settings.rounds}")
+        changes.append(f"rounds: {before.rounds}, now {now.rounds}")
     for name in ("alpha", "drop"):
-        before, now = (_schedule(getattr(each, name), each.rounds) for each in (found.settings, settings))
-        if more > 0 and not changes and any(before(t) != now(t) for t in range(found.settings.rounds)):
+        one, other = (_schedule(getattr(each, name), each.rounds) for each in (before, now))
+        if more > 0 and not changes and any(one(t) != other(t) for t in range(before.rounds)):
             changes.append(f"{name} of earlier rounds changes with more rounds")
-    if changes:
-        raise OutputError(
-            f"{shown(folder)} holds another loop ({first_few(changes)}); give another folder, or the"
-            " settings it was started with"
-        )
-    return replace(found, settings=settings)
+    return changes
 
 
 def _schedule(text: str, rounds: int) -> Callable[[int], float | Choice]:

@@ -105,7 +105,7 @@ def check_drop(drop: float) -> float:
     if not is_number(drop) or not 0 <= drop < 1:
         raise ArgumentError(
             f"drop is {drop!r:.60}; it is the share of delta elements dropped, a number in 0 <= drop < 1"
-            " (for no change at all use alpha=1)"
+            " (for no change at all use --alpha 1)"
         )
     return float(drop)
 
@@ -118,9 +118,21 @@ def check_factor(factor: float) -> float:
     return float(factor)
 
 
-def check_round(seed: int, iteration: int) -> None:
-    """Raise ArgumentError unless seed is an integer and iteration one >= 0."""
+def check_seed(seed: int) -> int:
+    """Return the seed, or raise ArgumentError unless it is an integer."""
     if not is_integer(seed):
         raise ArgumentError(f"seed is {seed!r:.60}; it must be an integer")
+    return int(seed)
+
+
+def check_iteration(iteration: int) -> int:
+    """Return the iteration, or raise ArgumentError unless it is an integer >= 0."""
     if not is_integer(iteration) or iteration < 0:
         raise ArgumentError(f"iteration is {iteration!r:.60}; it must be an integer >= 0")
+    return int(iteration)
+
+
+def check_round(seed: int, iteration: int) -> None:
+    """Raise ArgumentError unless seed is an integer and iteration one >= 0."""
+    check_seed(seed)
+    check_iteration(iteration)

@@ -25,7 +25,10 @@ import numpy as np
 
 from .object_code import Function, function_of, machine_code, target
 
-COMPILING = "note: compiling the loops of this kind of merge for this CPU, once (a few seconds)"
+COMPILING = (
+    "note: compiling for this CPU, once for each kind of merge: a few seconds, up to a minute on a busy machine; later"
+    " merges of this kind start at once"
+)
 _FORMAT = "1"
 _DIGEST = 32  # bytes
 _MASK = (1 << 64) - 1
@@ -70,7 +73,7 @@ class Loop:
         code = machine_code(getattr(import_module(self._module), self._name), arguments)
         if not any(_is_written(folder, name, with_digest(code)) for folder in folders()):
             say(
-                "note: no folder to keep the compiled loops in (a few seconds per run); set NUMBA_CACHE_DIR to a"
+                "note: no folder to keep what was compiled in, so each run compiles again; set NUMBA_CACHE_DIR to a"
                 " writable one"
             )
         return function_of(code)

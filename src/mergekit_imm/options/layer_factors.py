@@ -95,8 +95,7 @@ def importance_factors(
     >>> importance_factors({"model.layers.0": 1.0, "model.layers.1": 3.0}, shrink=0.5, clip=(0.0, 1.2))
     {'model.layers.0': 0.75, 'model.layers.1': 1.2}
     """
-    if not is_number(shrink) or not 0 <= shrink <= 1:
-        raise ArgumentError(f"shrink is {shown(repr(shrink), 60)}; it must be a number from 0 to 1")
+    shrink = check_shrink(shrink)
     if clip is not None:
         pair = list(map(as_number, clip)) if isinstance(clip, (tuple, list)) else []
         is_pair = len(pair) == 2 and all(map(is_number, pair))
@@ -122,7 +121,6 @@ def importance_factors(
         total = math.inf
     if not 0 < total < math.inf:
         raise ArgumentError(f"importances sum to {total}; at least one must be > 0, and the sum finite")
-    shrink = as_number(shrink)
     factors = {key: len(values) * value / total for key, value in values.items()}
     if not all(map(math.isfinite, factors.values())):
         raise ArgumentError("importances are too large to compute factors; only ratios count: divide all by one number")
@@ -132,6 +130,13 @@ def importance_factors(
         low, high = map(float, clip)
         factors = {key: min(max(factor, low), high) for key, factor in factors.items()}
     return factors
+
+
+def check_shrink(shrink: float) -> float:
+    """Return shrink as a Python number, or raise ArgumentError unless 0 <= shrink <= 1."""
+    if not is_number(shrink) or not 0 <= shrink <= 1:
+        raise ArgumentError(f"shrink is {shown(repr(shrink), 60)}; it must be a number from 0 to 1")
+    return as_number(shrink)  # type: ignore[no-any-return]
 
 
 def read_importance(path: str | Path) -> dict[str, float]:

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import as_number
 from ..common.messages import shown
 from ..common.progress import Progress, check_progress
 from ..errors import ArgumentError
 from ..numerics.dtypes import OUTPUT_DTYPES
-from ..numerics.mask import check_alpha, check_drop, check_round
+from ..numerics.mask import check_alpha, check_drop, check_iteration, check_seed
 from ..numerics.sparsifiers import parse_sparsify
 from .layer_factors import (
+    check_shrink,
     importance_factors,
     read_importance,
     read_layer_factors,
@@ -44,9 +44,9 @@ from .values import (
 def _option(heading: str, default: Any, text: str, check: Callable[[Any], Any] | None = None, **how: Any) -> Any:
     """Declare an option: its heading in the help, default, help text, and a check, which returns the value to store.
 
-    how: `metavar`, `choices`, `range` (inclusive; `below` excludes the upper end) and `completes` ("files", or words
-    that a shell proposes) for the command line; without a check, the value must be one of the `choices`. `late` marks
-    options that the first recipes lack; recipes store them only when used.
+    how: `metavar`, `choices`, `range` (of a number, for the help) and `completes` ("files", or words that a shell
+    proposes) for the command line; without a check, the value must be one of the `choices`. `late` marks options that
+    the first recipes lack; recipes store them only when used.
     """
     return field(default=default, metadata={"heading": heading, "help": text, "check": check, **how})
 
@@ -78,7 +78,6 @@ class MergeOptions(_Options):
         "Weight of BASE, 0 to 1. Comma-separated values (also of --drop, --seed) run a sweep: put {alpha} in OUT.",
         check_alpha,
         metavar="A",
-        range=(0, 1),
     )
     drop: float = _option(
         "Merge",
@@ -86,17 +85,15 @@ class MergeOptions(_Options):
         "Fraction of the delta's elements to drop, 0 <= P < 1; see --sparsify.",
         check_drop,
         metavar="P",
-        range=(0, 1),
-        below=True,
     )
-    seed: int = _option("Merge", 0, "Seed of the drop mask, together with --iteration.", as_number, metavar="N")
+    seed: int = _option("Merge", 0, "Seed of the drop mask, together with --iteration.", check_seed, metavar="N")
     iteration: int | None = _option(
         "Merge",
         None,
         "Round, counted from 0.  [default: START's plus 1; 0 without --start]",
-        as_number,
+        check_iteration,
         metavar="N",
-        range=(0, None),
+        range="x>=0",
     )
     importance: Mapping[str, float] | str | Path | None = _option(
         "Merge",
@@ -110,9 +107,9 @@ class MergeOptions(_Options):
         "Merge",
         1.0,
         "Strength of the --importance factors: 1 as computed, 0 all equal to 1.",
-        as_number,
+        check_shrink,
         metavar="S",
-        range=(0, 1),
+        range="0<=x<=1",
         late=True,
     )
     clip: tuple[float, float] | None = _option(
@@ -196,7 +193,6 @@ class MergeOptions(_Options):
     def __post_init__(self) -> None:
         """Check the values, then those that depend on each other."""
         super().__post_init__()
-        check_round(self.seed, self.round)
         if self.sparsify != "dare":
             how = parse_sparsify(self.sparsify, self.drop)
             object.__setattr__(self, "sparsify", how.kind + (f":{how.epsilon!r}" if how.kind == "della" else ""))
@@ -244,7 +240,7 @@ class RunOptions(_Options):
         "cpu",
         "Device to compute on; the result is the same.",
         check_device,
-        metavar="cpu|cuda",
+        metavar="cpu|cuda[:N]",
         completes=("cpu", "cuda"),
     )
     workers: int | None = _option(
@@ -253,7 +249,7 @@ class RunOptions(_Options):
         "Number of threads.  [default: min(4, 2 x CPUs)]",
         as_workers,
         metavar="N",
-        range=(1, None),
+        range="x>=1",
     )
     dry_run: bool = _option("Running", False, "Run all checks and print the plan; write nothing.")
     overwrite: bool = _option("Output", False, "Replace OUT, deleting all that it holds.")

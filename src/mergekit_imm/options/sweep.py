@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.messages import shown
+from ..common.messages import first_few, shown
 from ..errors import ArgumentError
 from .options import MergeOptions, options_from
 
@@ -47,9 +47,10 @@ def points(out: str, values: Mapping[str, Any]) -> list[Point]:
         if not several:
             raise ArgumentError(f"{name} is an empty list; give a value, or several")
         if len(several) > 1 and f"{{{name}}}" not in out:
+            listed = first_few([shown(text, 20) for text, _ in several], ", ")
             raise ArgumentError(
-                f"{name} is a list of {len(several)} values, but the output {shown(out)} does not contain {{{name}}};"
-                f" use a name such as '{shown(out)}-{{{name}}}'"
+                f"{name} is a list of {len(several)} values ({listed}), but the output {shown(out)} does not contain"
+                f" {{{name}}}; use a name such as '{shown(out)}-{{{name}}}'"
             )
     merges: list[Point] = []
     for combination in itertools.product(*lists.values()):

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ..common.checks import as_number, as_path, is_integer
+from ..common.checks import as_number, as_path, is_integer, is_number
 from ..common.messages import shown
 from ..errors import ArgumentError
 from ..numerics.dtypes import OUTPUT_DTYPES, SHORT_NAMES
@@ -37,8 +37,18 @@ def as_regexes(name: str, values: Any) -> tuple[str, ...]:
             re.compile(pattern)
         except (re.error, TypeError) as error:
             given = f"--{name.replace('_', '-')} {shlex.quote(shown(pattern))}"
-            raise ArgumentError(f"{given} is not a regular expression: {error}") from error
+            raise ArgumentError(f"{given} is not a regular expression: {error}{_without_stars(pattern)}") from error
     return patterns
+
+
+def _without_stars(pattern: Any) -> str:
+    """Return what to write in place of a pattern of the shell's, such as '*norm*'; "" if there is nothing to say."""
+    bare = pattern.strip("*") if isinstance(pattern, str) else ""
+    try:
+        re.compile(bare)
+    except re.error:
+        return ""
+    return f"; a pattern matches anywhere in the name, so write '{shown(bare)}'" if bare not in ("", pattern) else ""
 
 
 def as_renames(values: Any) -> tuple[str, ...]:
@@ -100,9 +110,18 @@ def as_clip(value: Any) -> Any:
 
 def check_device(device: Any) -> str:
     """Return a valid device name, or raise ArgumentError. Does not check that the device exists."""
-    if not isinstance(device, str) or (device not in ("cpu", "cuda") and not device.startswith("cuda:")):
-        raise ArgumentError(f"device is {shown(repr(device), 60)}; it must be 'cpu' or 'cuda'")
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
+        raise ArgumentError(
+            f"device is {shown(repr(device), 60)}; it must be 'cpu' or 'cuda', or 'cuda:1' for the second GPU"
+        )
     return device
+
+
+def check_sample(value: Any) -> float:
+    """Return the share of a merge to recompute."""
+    if not is_number(value) or not 0 < value <= 1:
+        raise ArgumentError(f"sample is {shown(repr(value), 60)}; it is the share to recompute, 0 < sample <= 1")
+    return float(value)
 
 
 def as_workers(value: Any) -> int:

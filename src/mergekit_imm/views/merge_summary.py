@@ -39,6 +39,7 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
     given = p["layer_factors"]
     factors = shown(given) if isinstance(given, str) else f"of {len(given or ())} layers"
     counts = ", ".join(f"{count} {action}" for action, count in report.tensors.items() if count)
+    beside = "" if report.device == "cpu" else " and what torch needs"
     inputs = [f"  base   {shown(base)}", f"  sft    {shown(sft)}", *([f"  start  {shown(start)}"] if start else [])]
     lines = [
         f"would merge {count_text(report.parameter_count)} parameters ({counts}) into {shown(report.out)}"
@@ -59,7 +60,7 @@ def planned(report: MergeReport, base: str, sft: str, start: str | None) -> str:
         f" {_files_text(report.files)}",
         *_renamed(report),
         *_beside(report),
-        f"  memory about {bytes_text(report.memory)} at its peak, with {report.workers} workers on {report.device}",
+        f"  memory at most about {bytes_text(report.memory)}{beside}, with {report.workers} workers on {report.device}",
         f"  disk needed {bytes_text(report.disk_needed)}, free {bytes_text(report.disk_free)}",
         "nothing was written",
     ]
