@@ -58,6 +58,7 @@ ARMS = {
     "imm": Arm("IMM, alpha .5, drop .2", "--alpha 0.5 --drop 0.2", own_start=False, every_round=True),
     "low-lr": Arm("STaR, lr / 5", sft=f"--lr {LR / 5:g}"),
     "half-lr": Arm("STaR, lr / 2", sft=f"--lr {LR / 2:g}"),  # added after the first results
+    "from-base": Arm("STaR, each round from the base", sft="--model ../base", own_start=False),
     "chosen": Arm(
         "IMM, alpha by held-out score",
         "--alpha choose:0.2,0.4,0.6,0.8 --drop 0.2 --metric mean.both",
