@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints import random_state, write_model
+from checkpoints import files_of, random_state, write_model
 from mergekit_imm import iter_merged
 from mergekit_imm.engine.workers import run_segments
 from mergekit_imm.errors import CheckpointError, MergeError, MismatchError
@@ -282,6 +282,16 @@ def test_a_pointer_of_git_lfs_is_named_as_such(models: Models, name: str, beside
     models.refused(CheckpointError, match, sft=folder)
     if name == MODEL:
         models.refused(CheckpointError, match, sft=folder / name)
+
+
+def test_a_file_to_be_copied_that_is_a_pointer_is_named_as_such(models: Models) -> None:
+    (models.sft / "tokenizer.json").write_text(POINTER)
+    match = (
+        rf"sft \S+: tokenizer\.json is a Git LFS pointer.*`git lfs pull` in {models.sft}, or leave it out: --leave-out"
+    )
+    models.refused(CheckpointError, match)
+    assert models.merge(leave_out=["tokenizer.json"]).status == "merged"
+    assert "tokenizer.json" not in files_of(models.out)
 
 
 def test_a_shard_that_is_a_pointer_is_named_as_such(models: Models) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
-from ..checkpoint.model_files import SPLIT, is_side_file
+from ..checkpoint.lfs_pointer import is_pointer
+from ..checkpoint.model_files import SPLIT, is_side_file, leave_out_option
 from ..checkpoint.reader import same_bytes
 from ..checkpoint.safetensors_file import TensorInfo, fingerprint
 from ..common.garbage import uncollected
 from ..common.messages import bytes_text, shown
 from ..common.notes import Note, note
-from ..errors import MismatchError
+from ..errors import CheckpointError, MismatchError
 from ..model.config import CONFIG, is_other_class, merged_config
 from ..model.tensor_names import folder_of, is_embedding_or_head, is_input_embedding
 from ..numerics.dtypes import MERGED, TORCH_NAMES
@@ -77,6 +78,8 @@ def unchecked_plan(models: Mapping[str, Checkpoint], options: MergeOptions, deci
     placed, files, indexes = lay_out(outs, models["base"], options.max_shard_size)
     items = _in_order(decided.items, placed, files)
     configs, changes = _configs(items, models, decided, options)
+    side = _side_files(models, configs)
+    _check_downloaded(models, side)
     plan = Plan(
         options=options,
         models=models,
@@ -85,7 +88,7 @@ def unchecked_plan(models: Mapping[str, Checkpoint], options: MergeOptions, deci
         indexes=indexes,
         configs=configs,
         config_changes=changes,
-        side=_side_files(models, configs),
+        side=side,
         notes=tuple(_notes(models, items, decided.ties, options)),
     )
     _check_paths(plan)
@@ -233,6 +236,18 @@ def _notes(
 
 def _is_merge(checkpoint: Checkpoint) -> bool:
     return checkpoint.folder is not None and (checkpoint.folder / RECIPE_FILE).exists()
+
+
+def _check_downloaded(models: Mapping[str, Checkpoint], side: Mapping[str, tuple[str, Path | None]]) -> None:
+    """Raise CheckpointError for a file to be copied that Git LFS has not downloaded: the result might not load."""
+    for role, source in side.values():
+        if source is not None and is_pointer(source):
+            label, folder = models[role].label, models[role].folder or source.parent
+            raise CheckpointError(
+                f"{label}: {shown(source.relative_to(folder))} is a Git LFS pointer, not the file itself; run"
+                f" `git lfs pull` in {shown(folder)}, or leave it out:"
+                f" {leave_out_option(source.relative_to(folder).as_posix())}"
+            )
 
 
 def _check_paths(plan: Plan) -> None:
