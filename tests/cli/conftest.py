@@ -26,6 +26,15 @@ from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.cli.verify import verify_command
 
 
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """A command that ends ignores signals; in this process, later tests and their processes would ignore them too."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with base and sft."""
@@ -34,7 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def command(capfd: pytest.CaptureFixture[str]) -> Command:
     """Run a command in this process, as its console script does."""
 
     def run(which: click.Command, *arguments: object) -> Ended:
@@ -44,10 +53,7 @@ def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
         assert isinstance(ended.value.code, int)
         return Ended(ended.value.code, out, err)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def test_a_merged_folder_alone_is_read(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["base"], "holds no merge with imm_report.json"),
-        (["gone"], "gone is not a folder"),
+        (["gone"], "gone does not exist; give BASE and SFT"),
         (["base", "--take", "x"], "apply to two models"),
         (["base", "gone"], "gone"),
         (["base", "sft", "-o", "sft"], "is the folder of a measured model"),

@@ -47,9 +47,7 @@ def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def measure(here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Measure:
-    monkeypatch.setattr(console, "_on_signals", lambda *_: None)  # signals stay the test's
-
+def measure(here: Path, capfd: pytest.CaptureFixture[str]) -> Measure:
     def run(*arguments: object) -> Ended:
         with pytest.raises(SystemExit) as ended:
             console.run_and_exit(importance_command, list(map(str, arguments)))
