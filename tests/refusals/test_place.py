@@ -153,12 +153,13 @@ def test_overwrite_does_not_delete_models_in_sub_folders(models: Models, name: s
     trained = models.out / "checkpoint-20" / name
     trained.parent.mkdir(parents=True)
     trained.write_text("days of work")
-    models.refused(
-        OutputError,
-        r"out holds other models, checkpoint-20/: --overwrite would delete it; give another output",
-        overwrite=True,
-        alpha=0.125,
-    )
+    for overwrite in (False, True):
+        models.refused(
+            OutputError,
+            r"out holds other models, checkpoint-20/: --overwrite would delete it; give another output",
+            overwrite=overwrite,
+            alpha=0.125,
+        )
     assert trained.read_text() == "days of work"
     trained.unlink()
     assert models.merge(overwrite=True, alpha=0.125).status == "merged"

@@ -109,13 +109,13 @@ def _check_outputs(jobs: Sequence[Job], options: RunOptions) -> tuple[list[bool]
         whole.append(paths.is_whole(job.out, to_json(job.recipe), job.whole))
     left = [job for job, done in zip(jobs, whole, strict=True) if not done]
     for job in left:
-        if paths.is_occupied(job.out) and not options.overwrite:
-            there = _what_is_there(job)
-            cure = "give another, or --overwrite, which deletes all of it"
-            raise OutputError(f"output {shown(job.out)} exists and {there}; {cure}")
-        if paths.is_occupied(job.out) and (models := _models_inside(job)):
-            cure = f"--overwrite would delete {'them' if len(models) > 1 else 'it'}; give another output"
-            raise OutputError(f"output {shown(job.out)} holds other models, {first_few(models, ', ')}: {cure}")
+        if paths.is_occupied(job.out):
+            if models := _models_inside(job):
+                cure = f"--overwrite would delete {'them' if len(models) > 1 else 'it'}; give another output"
+                raise OutputError(f"output {shown(job.out)} holds other models, {first_few(models, ', ')}: {cure}")
+            if not options.overwrite:
+                cure = "give another, or --overwrite, which deletes all of it"
+                raise OutputError(f"output {shown(job.out)} exists and {_what_is_there(job)}; {cure}")
         if not options.restart:
             check_unfinished(job.partial, job.recipe)
     lacking = lack_of_space({job.out: job.needed for job in left})
