@@ -286,9 +286,7 @@ def test_a_pointer_of_git_lfs_is_named_as_such(models: Models, name: str, beside
 
 def test_a_file_to_be_copied_that_is_a_pointer_is_named_as_such(models: Models) -> None:
     (models.sft / "tokenizer.json").write_text(POINTER)
-    match = (
-        rf"sft \S+: tokenizer\.json is a Git LFS pointer.*`git lfs pull` in {models.sft}, or leave it out: --leave-out"
-    )
+    match = r"sft/tokenizer\.json is a Git LFS pointer.*`git lfs pull` in \S+/sft, or .* leave it out: --leave-out"
     models.refused(CheckpointError, match)
     assert models.merge(leave_out=["tokenizer.json"]).status == "merged"
     assert "tokenizer.json" not in files_of(models.out)

@@ -11,16 +11,12 @@ from ..errors import CheckpointError
 _BEGIN = b"version https://git-lfs"
 
 
-def is_pointer(path: Path) -> bool:
-    """Whether a file is a pointer. One that cannot be read is none."""
-    with suppress(OSError), path.open("rb") as file:
-        return file.read(len(_BEGIN)) == _BEGIN
-    return False
-
-
 def check_no_pointer(path: Path, content: bytes | None = None) -> None:
-    """Raise CheckpointError if a file, whose `content` may be known, is a pointer."""
-    if is_pointer(path) if content is None else content.startswith(_BEGIN):
+    """Raise CheckpointError if a file, whose `content` may be known, is a pointer. One that cannot be read is none."""
+    if content is None:
+        with suppress(OSError), path.open("rb") as file:
+            content = file.read(len(_BEGIN))
+    if content is not None and content.startswith(_BEGIN):
         raise CheckpointError(
             f"{shown(path)} is a Git LFS pointer, not the file itself; run `git lfs pull` in {shown(path.parent)}, or"
             " download the model again"

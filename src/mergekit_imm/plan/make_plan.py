@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.lazy_tensor import Tensor
-from ..checkpoint.lfs_pointer import is_pointer
+from ..checkpoint.lfs_pointer import check_no_pointer
 from ..checkpoint.model_files import SPLIT, is_side_file, leave_out_option
 from ..checkpoint.reader import same_bytes
 from ..checkpoint.safetensors_file import TensorInfo, fingerprint
@@ -241,13 +241,13 @@ def _is_merge(checkpoint: Checkpoint) -> bool:
 def _check_downloaded(models: Mapping[str, Checkpoint], side: Mapping[str, tuple[str, Path | None]]) -> None:
     """Raise CheckpointError for a file to be copied that Git LFS has not downloaded: the result might not load."""
     for role, source in side.values():
-        if source is not None and is_pointer(source):
-            label, folder = models[role].label, models[role].folder or source.parent
-            raise CheckpointError(
-                f"{label}: {shown(source.relative_to(folder))} is a Git LFS pointer, not the file itself; run"
-                f" `git lfs pull` in {shown(folder)}, or leave it out:"
-                f" {leave_out_option(source.relative_to(folder).as_posix())}"
-            )
+        if source is None:
+            continue
+        try:
+            check_no_pointer(source)
+        except CheckpointError as error:
+            name = next(name for name, file in models[role].side.items() if file == source)
+            raise CheckpointError(f"{error}, or leave it out: {leave_out_option(name)}") from error
 
 
 def _check_paths(plan: Plan) -> None:
