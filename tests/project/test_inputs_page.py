@@ -11,7 +11,7 @@ PAGE = TESTS.parent / "docs" / "inputs.md"
 
 ROWS = {
     "a folder of safetensors": "transforms/layouts/test_layouts.py::test_every_tensor_has_the_bits_of_dare_merge",
-    "one file": "refusals/test_inputs.py::test_one_of_several_safetensors_files_can_be_given_by_its_path",
+    "one file": "refusals/test_no_model.py::test_one_of_several_safetensors_files_can_be_given_by_its_path",
     "a hub id": "checkpoint/test_hub_merge.py::test_a_pair_on_a_hub_is_planned_refused_merged_and_merged_again_offline",
     "a LoRA adapter, as `SFT`": "transforms/test_adapters.py::test_it_is_what_peft_s_own_merge_gives",
     "another adapter (PiSSA and others that change their base, IA3, …)":
@@ -40,8 +40,8 @@ ROWS = {
     "Megatron; rank files of accelerate": "checkpoint/test_refused.py::test_other_forms_are_refused_with_what_to_run",
     "LitGPT": "checkpoint/test_refused.py::test_other_forms_are_refused_with_what_to_run",
     "GGUF, TensorFlow, Flax, ONNX, other pickles":
-        "refusals/test_inputs.py::test_folders_without_a_model_are_refused_by_name",
-    "a folder above a model": "refusals/test_inputs.py::test_a_folder_above_a_model_is_answered_with_its_place",
+        "refusals/test_no_model.py::test_folders_without_a_model_are_refused_by_name",
+    "a folder above a model": "refusals/test_no_model.py::test_a_folder_above_a_model_is_answered_with_its_place",
 }  # fmt: skip
 
 
