@@ -64,4 +64,4 @@ def test_two_alphas_in_turn(tmp_path: Path) -> None:
             assert "served are [0.1, 0.9]" in json.loads(refused.value.read())["error"]
             refused.value.close()
         finally:
-            server.terminate()
+            server.kill()  # a signal that the runner ignores would be ignored by its children too
