@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,17 @@ from mergekit_imm.analysis.audit_sums import measure
 zeros = np.zeros(8, np.float32)
 measure(zeros, zeros, zeros, 1.0, 1.0, "BF16")
 """
+
+
+_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+
+@pytest.fixture(autouse=True)
+def _same_signals() -> Iterator[None]:
+    """A command that ends ignores signals; in this process, later tests and their processes would ignore them too."""
+    yield
+    for number, handler in _HANDLERS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

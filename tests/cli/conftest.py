@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -24,15 +22,6 @@ from mergekit_imm import merge_checkpoints
 from mergekit_imm.cli import console
 from mergekit_imm.cli.merge import merge_command
 from mergekit_imm.cli.verify import verify_command
-
-
-@pytest.fixture(autouse=True)
-def same_signals() -> Iterator[None]:
-    """A command that ends ignores signals; in this process, later tests and their processes would ignore them too."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
