@@ -22,7 +22,7 @@ from experiments import markdown, show, where
 
 Results = Mapping[str, Any]
 Values = npt.NDArray[np.float64]
-BASE, STAR, IMM, GENTLE = "base", "star", "imm", "low-lr"
+BASE, STAR, IMM, GENTLE, CHOSEN, STOPPED = "base", "star", "imm", "low-lr", "chosen", "best"
 INSIDE = "sums"
 THIRDS = ("early", "middle", "late")
 MERGED, TRAINED, PLAIN = "#3584d6", "#dd7b33", "#808080"
@@ -172,13 +172,32 @@ def rounds_table(results: Results) -> str:
     return markdown(["", *(f"{part}, round {n}" for part in ("in", "out") for n in range(results["rounds"]))], rows)
 
 
+def tried(results: Results) -> dict[str, list[list[Mapping[str, float]]]]:
+    """Return the held-out scores of each alpha of the arm that chooses: for each round, those of its seeds."""
+    found = [results["seeds"][seed]["arms"][CHOSEN]["held-out"] for seed in seeds_with(results, CHOSEN)]
+    names = {"0": "sft"} | {
+        name.partition("/alpha-")[2]: name.partition("/")[2] for one in found for name in one if "/alpha-" in name
+    }
+    rounds = range(results["rounds"])
+    return {
+        alpha: [[one[f"{number}/{name}"] for one in found if f"{number}/{name}" in one] for number in rounds]
+        for alpha, name in sorted(names.items())
+    } | {"1": [[one[BASE] for one in found] for _ in rounds]}
+
+
 def alphas_table(results: Results) -> str:
-    """Show which alphas the held-out score chose."""
+    """Show the held-out scores of every alpha that was tried, and how many seeds chose it."""
+    chosen = [results["seeds"][seed]["arms"][CHOSEN]["alphas"] for seed in seeds_with(results, CHOSEN)]
     rows = []
-    for seed in seeds_with(results, "chosen"):
-        alphas = results["seeds"][seed]["arms"]["chosen"]["alphas"]
-        rows.append([seed, ", ".join(f"{alpha:g}" for alpha in alphas.values())])
-    return markdown(["seed", "alpha of each round"], rows)
+    for alpha, rounds in tried(results).items():
+        row = [{"0": "0: before the merge", "1": "1: the base"}.get(alpha, alpha)]
+        for number, each in enumerate(rounds):
+            row += [f"{np.mean([one[f'mean.{part}'] for one in each]):.1f}" if each else "" for part in ("in", "out")]
+            chose = sum(f"{one.get(str(number))}" == alpha for one in chosen)
+            row[-1] += f" ({chose})" if chose else ""
+        rows.append(row)
+    head = (f"{part}, round {number}" for number in range(results["rounds"]) for part in ("in", "out"))
+    return markdown(["alpha", *head], rows)
 
 
 def points(results: Results) -> list[tuple[str, float, float, float, float, float]]:
@@ -275,6 +294,29 @@ def draw_arms(results: Results) -> Figure:
     return figure
 
 
+def draw_alphas(results: Results) -> Figure:
+    """Plot, for each round, the held-out scores from the model before the merge to the base, by alpha."""
+    figure = Figure(figsize=(8, 3.6))
+    panels = figure.subplots(1, results["rounds"], sharex=True, sharey=True)
+    for number, axes in enumerate(panels):
+        at = {
+            alpha: [float(np.mean([one[f"mean.{part}"] for one in rounds[number]])) for part in ("in", "out")]
+            for alpha, rounds in tried(results).items()
+            if rounds[number]
+        }
+        axes.plot(*zip(*at.values(), strict=True), "-o", ms=4, color=MERGED)
+        for alpha, (color, label) in {"0": (TRAINED, "before the merge"), "1": (PLAIN, "base")}.items():
+            axes.plot(*at[alpha], "o", ms=6, color=color, label=label)
+        for alpha, (x, y) in at.items():
+            if alpha not in ("0", "1"):
+                axes.annotate(alpha, (x, y), (5, 4), textcoords="offset points", color=MERGED, fontsize=8)
+        axes.set_title(f"round {number}", loc="left", fontsize=10)
+        axes.set_xlabel("in domain, %")
+    panels[0].set_ylabel("out of domain, %")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
 def draw_predictors(results: Results) -> Figure:
     """Plot the loss out of domain against KL and against the distance of the weights."""
     figure = Figure(figsize=(8, 3.6))
@@ -326,13 +368,13 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "real-where": lambda results: where(results, results["seeds"]),
 }
 NEEDS: dict[str, Callable[[Results], Any]] = {
-    "real-alphas": lambda results: seeds_with(results, "chosen"),
+    "real-alphas": lambda results: seeds_with(results, CHOSEN),
     "real-predictors": lambda results: seeds_with(results, GENTLE),  # else there is nothing between the extremes
     "real-mismatch": diagnoses,
     "real-pilot": lambda results: "pilot" in results,
     "real-earlier": lambda results: "earlier" in results,
 }
-PICTURES = {"real-arms": draw_arms, "real-predictors": draw_predictors}
+PICTURES = {"real-arms": draw_arms, "real-alphas": draw_alphas, "real-predictors": draw_predictors}
 
 
 def there(results: Results, names: Iterable[str]) -> list[str]:

@@ -262,3 +262,28 @@ def test_differences_are_those_of_seeds_that_have_both_arms() -> None:
     one = evidence.difference(results, "imm", "star", ["sums"])
     assert str(one) == "+50.0"  # one seed does not tell how much seeds differ
     assert str(evidence.difference(results, "imm", "low-lr", ["sums"])) == ""
+
+
+def test_alphas_that_were_tried() -> None:
+    import evidence
+
+    def at(inside: float, out: float) -> dict[str, float]:
+        return {"mean.in": inside, "mean.out": out}
+
+    base = at(40, 50)
+    both = {"base": base, "0/sft": at(60, 30), "0/alpha-0.2": at(62, 40), "0/alpha-0.6": at(50, 48)}
+    more = {
+        "base": base,
+        "0/sft": at(70, 20),
+        "0/alpha-0.2": at(64, 44),
+        "1/sft": at(75, 10),
+        "1/alpha-0.2": at(80, 20),
+    }
+    chosen = [{"alphas": {"0": 0.6}, "held-out": both}, {"alphas": {"0": 0.2, "1": 0.2}, "held-out": more}]
+    results = {"rounds": 2, "seeds": {str(seed): {"arms": {"chosen": one}} for seed, one in enumerate(chosen)}}
+    assert evidence.alphas_table(results).splitlines()[2:] == [
+        "| 0: before the merge | 65.0 | 25.0 | 75.0 | 10.0 |",
+        "| 0.2 | 63.0 | 42.0 (1) | 80.0 | 20.0 (1) |",
+        "| 0.6 | 50.0 | 48.0 (1) |  |  |",  # the second seed did not try it, and only that one went on
+        "| 1: the base | 40.0 | 50.0 | 40.0 | 50.0 |",
+    ]
