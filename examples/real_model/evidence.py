@@ -22,7 +22,12 @@ from experiments import markdown, show, where
 
 Results = Mapping[str, Any]
 Values = npt.NDArray[np.float64]
-BASE, STAR, IMM, GENTLE, CHOSEN, STOPPED = "base", "star", "imm", "low-lr", "chosen", "best"
+BASE, STAR, IMM, GENTLE, CHOSEN = "base", "star", "imm", "low-lr", "chosen"
+COMPARED = (
+    *((IMM, control) for control in (STAR, GENTLE, "half-lr", "pull", "best", "mixture", "from-base")),
+    *((CHOSEN, control) for control in (GENTLE, "pull", "best")),
+    *((kind, IMM) for kind in (CHOSEN, "no-drop", "importance")),
+)
 INSIDE = "sums"
 THIRDS = ("early", "middle", "late")
 MERGED, TRAINED, PLAIN = "#3584d6", "#dd7b33", "#808080"
@@ -120,18 +125,14 @@ def arms_table(results: Results) -> str:
 
 
 def against_table(results: Results) -> str:
-    """Show the difference between each arm and STaR, gentle training, and IMM."""
-    tasks = outside(results)
+    """Show differences of arms: of merging and its controls, and of kinds of merging."""
     known = labels(results)
-    columns = [(other, part) for other in (GENTLE, IMM) if other in known for part in ("in", "out")]
     rows = []
-    for arm, label in known.items():
-        row = [label]
-        for other, part in columns:
-            found = difference(results, arm, other, [INSIDE] if part == "in" else tasks)
-            row.append("" if arm == other else str(found))
-        rows.append(row)
-    return markdown(["", *(f"{part}: less {known[other]}" for other, part in columns)], rows)
+    for arm, other in COMPARED:
+        if seeds_with(results, arm, other):
+            found = (difference(results, arm, other, tasks) for tasks in ([INSIDE], outside(results)))
+            rows.append([known[arm], known[other], str(len(seeds_with(results, arm, other))), *map(str, found)])
+    return markdown(["", "less", "seeds", "in domain", "out of domain"], rows)
 
 
 def tasks_table(results: Results) -> str:
