@@ -1,15 +1,21 @@
 """What the two experiments share: running commands, and showing what came out."""
 
+from __future__ import annotations
+
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLE = Path(__file__).resolve().parents[1] / "docs" / "scripts" / "pictures.mplstyle"  # of all pictures
 
@@ -60,6 +66,35 @@ def show(
     if arguments.pictures is not None:
         with style.context(STYLE):
             draw(results, arguments.pictures)
+
+
+class Row(NamedTuple):
+    """An arm in a picture: its changes in domain and out of domain, each a mean and its error (nan: not known)."""
+
+    label: str
+    color: str
+    changes: tuple[tuple[float, float], tuple[float, float]]
+
+
+def draw_rows(rows: Sequence[Row], title: str) -> Figure:
+    """Plot every arm's change, in domain and out of domain, a row for each; what merges is round."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)))
+    panels = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.08})
+    for part, axes in enumerate(panels):
+        axes.axvline(0, color="0.5", lw=1)
+        for at, row in enumerate(rows):
+            mean, error = row.changes[part]
+            shape = "o" if "IMM" in row.label else "s"
+            axes.errorbar(mean, at, xerr=0 if math.isnan(error) else error, fmt=shape, color=row.color, capsize=3)
+        axes.set_title(("in domain", "out of domain")[part])
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.supxlabel(title, fontsize=10)
+    return figure
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

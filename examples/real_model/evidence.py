@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from experiments import markdown, show, where
+from experiments import Row, draw_rows, markdown, show, where
 
 Results = Mapping[str, Any]
 Values = npt.NDArray[np.float64]
@@ -30,7 +30,8 @@ COMPARED = (
 )
 INSIDE = "sums"
 THIRDS = ("early", "middle", "late")
-MERGED, TRAINED, PLAIN = "#3584d6", "#dd7b33", "#808080"
+GENTLER = (GENTLE, "half-lr", "pull", "best")  # trained so that less is lost
+MERGED, TRAINED, GENTLY, PLAIN = "C0", "C1", "C2", "0.5"  # colours
 
 
 class Difference(NamedTuple):
@@ -271,34 +272,25 @@ def mismatch_table(results: Results) -> str:
     return markdown(head, rows)
 
 
+def colour(arm: str, label: str) -> str:
+    return MERGED if "IMM" in label else GENTLY if arm in GENTLER else TRAINED
+
+
 def draw_arms(results: Results) -> Figure:
-    """Plot each arm's change in domain against that out of domain, with the line of training alone."""
-    figure = Figure(figsize=(7.5, 5))
-    axes = figure.add_subplot()
-    tasks = outside(results)
-    at = {arm: tuple(difference(results, arm, BASE, part) for part in ([INSIDE], tasks)) for arm in labels(results)}
-    path = [(0.0, 0.0), *((at[arm][0].mean, at[arm][1].mean) for arm in (GENTLE, STAR) if arm in at)]
-    axes.plot(*zip(*path, strict=True), ":", color=TRAINED, lw=1, zorder=1)
-    axes.plot(0, 0, "o", color=PLAIN, label="base")
-    for number, (arm, label) in enumerate(labels(results).items(), start=1):
-        x, y = at[arm]
-        color = MERGED if "IMM" in label else TRAINED
-        look: dict[str, Any] = {"marker": "o" if color == MERGED else "s", "color": color, "ls": ""}
-        if len(seeds_with(results, arm)) == 1:
-            look["mfc"], label = "none", f"{label} (one seed)"
-        axes.errorbar(x.mean, y.mean, y.half, x.half, **look, lw=0.8)
-        axes.annotate(str(number), (x.mean, y.mean), (5, 5), textcoords="offset points", color=color)
-        axes.plot([], [], **look, label=f"{number}  {label}")
-    axes.set_xlabel("in domain: change from the base, points")
-    axes.set_ylabel("out of domain: change from the base, points")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    return figure
+    """Plot every arm's change, in domain and out of domain, a row for each."""
+    rows = []
+    for arm, label in labels(results).items():
+        inside, out = (difference(results, arm, BASE, tasks) for tasks in ([INSIDE], outside(results)))
+        rows.append(
+            Row(label if len(seeds_with(results, arm)) > 1 else f"{label} (1 seed)", colour(arm, label), (inside, out))
+        )
+    return draw_rows(rows, f"change from the base after {results['rounds']} rounds, points (bars: 95 % intervals)")
 
 
 def draw_alphas(results: Results) -> Figure:
     """Plot, for each round, the held-out scores from the model before the merge to the base, by alpha."""
     figure = Figure(figsize=(8, 3.6))
-    panels = figure.subplots(1, results["rounds"], sharex=True, sharey=True)
+    panels: Any = figure.subplots(1, results["rounds"], sharex=True, sharey=True)
     for number, axes in enumerate(panels):
         at = {
             alpha: [float(np.mean([one[f"mean.{part}"] for one in rounds[number]])) for part in ("in", "out")]
@@ -306,8 +298,8 @@ def draw_alphas(results: Results) -> Figure:
             if rounds[number]
         }
         axes.plot(*zip(*at.values(), strict=True), "-o", ms=4, color=MERGED)
-        for alpha, (color, label) in {"0": (TRAINED, "before the merge"), "1": (PLAIN, "base")}.items():
-            axes.plot(*at[alpha], "o", ms=6, color=color, label=label)
+        for alpha, (kind, label) in {"0": (TRAINED, "before the merge"), "1": (PLAIN, "base")}.items():
+            axes.plot(*at[alpha], "o", ms=6, color=kind, label=label)
         for alpha, (x, y) in at.items():
             if alpha not in ("0", "1"):
                 axes.annotate(alpha, (x, y), (5, 4), textcoords="offset points", color=MERGED, fontsize=8)
@@ -325,12 +317,11 @@ def draw_predictors(results: Results) -> Figure:
     axis = (("KL to the base, nats per token", 3), ("distance of the weights, ‰", 4))
     for column, (title, index) in enumerate(axis, start=1):
         axes = figure.add_subplot(1, 2, column)
-        for merged in (True, False):
-            some = [each for each in found if ("IMM" in labels(results)[each[0]]) == merged]
+        for kind, name in ((MERGED, "merged"), (GENTLY, "trained gently"), (TRAINED, "trained as it is")):
+            some = [each for each in found if colour(each[0], labels(results)[each[0]]) == kind]
             scale = 1000 if index == 4 else 1
             x = [scale * float(each[index]) for each in some]
-            look = ("o", MERGED, "merged") if merged else ("s", TRAINED, "trained alone")
-            axes.plot(x, [each[1] for each in some], look[0], ms=4, color=look[1], label=look[2])
+            axes.plot(x, [each[1] for each in some], "o" if kind == MERGED else "s", ms=4, color=kind, label=name)
         axes.set_xlabel(title)
         axes.set_title("out of domain: change, points" if column == 1 else "", loc="left", fontsize=10)
         if column == 1:

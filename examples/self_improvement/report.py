@@ -7,7 +7,7 @@ over the seeds, and brackets hold the 95 % interval of its mean (Student's t).
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from experiments import markdown, show, where
+from experiments import Row, draw_rows, markdown, show, where
 
 Results = Mapping[str, Any]
 Measure = Callable[[Mapping[str, Any]], float]
@@ -203,31 +203,24 @@ def colour(arm: str, label: str) -> str:
     return "C0" if "IMM" in label else "C2" if arm in (GENTLE, STOPPED, "early-stop") else "C1"
 
 
-def draw_arms(results: Results, path: Path) -> None:
+def draw_arms(results: Results) -> Figure:
     """Plot every arm's change, in domain and out of domain, a row for each."""
-    arms = labels(results, results["questions"])
-    figure = Figure(figsize=(8, 1.2 + 0.3 * len(arms)))
-    panels = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.08})
-    for axes, part, title in zip(panels, ("in", "out"), ("in domain", "out of domain"), strict=True):
-        axes.axvline(0, color="0.5", lw=1)
-        for row, (arm, label) in enumerate(arms.items()):
-            values = differences(results, arm, BASE, MEASURES[part])
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
-            shape = "o" if "IMM" in label else "s"
-            axes.errorbar(statistics.mean(values), row, xerr=error, fmt=shape, color=colour(arm, label), capsize=3)
-        axes.set_title(title)
-        axes.set_yticks(range(len(arms)), list(arms.values()))
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-    panels[0].invert_yaxis()
-    figure.supxlabel(
-        f"change from the base after {results['rounds']} rounds, points (bars: one standard error over the seeds)",
-        fontsize=10,
+    rows = []
+    for arm, label in labels(results, results["questions"]).items():
+        inside, out = (differences(results, arm, BASE, MEASURES[part]) for part in ("in", "out"))
+        rows.append(Row(label, colour(arm, label), (with_error(inside), with_error(out))))
+    return draw_rows(
+        rows, f"change from the base after {results['rounds']} rounds, points (bars: one standard error over the seeds)"
     )
-    figure.savefig(path, metadata={"Software": None})
 
 
-def draw_rounds(results: Results, path: Path) -> None:
+def with_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def draw_rounds(results: Results) -> Figure:
     """Plot STaR and IMM over the rounds, a thin line for each seed."""
     figure = Figure(figsize=(8, 3.6))
     for column, (part, title) in enumerate((("in", "in domain"), ("out", "out of domain")), start=1):
@@ -245,10 +238,10 @@ def draw_rounds(results: Results, path: Path) -> None:
         axes.set_xlabel("rounds done")
         axes.set_title(f"{title}: change from the base, points")
         axes.legend()
-    figure.savefig(path, metadata={"Software": None})
+    return figure
 
 
-def draw_layers(results: Results, path: Path) -> None:
+def draw_layers(results: Results) -> Figure:
     """Plot importance and change by layer."""
     figure = Figure(figsize=(8, 3))
     titles = ("share of importance, %", "change by fine-tuning, % of the layer's norm")
@@ -259,7 +252,7 @@ def draw_layers(results: Results, path: Path) -> None:
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("layer")
         axes.set_title(title)
-    figure.savefig(path, metadata={"Software": None})
+    return figure
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -285,7 +278,7 @@ def tables(results: Results) -> dict[str, str]:
 def draw(results: Results, folder: Path) -> None:
     """Draw all pictures into a folder."""
     for name, make in PICTURES.items():
-        make(results, folder / f"self-improvement-{name}.png")
+        make(results).savefig(folder / f"self-improvement-{name}.png", metadata={"Software": None})
 
 
 if __name__ == "__main__":
