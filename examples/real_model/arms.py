@@ -56,21 +56,21 @@ BEST = f"--keep-best {named('../questions/held-out', HELD_OUT)} --longest-answer
 ARMS = {
     "star": Arm("STaR", every_round=True),
     "imm": Arm("IMM, alpha .5, drop .2", "--alpha 0.5 --drop 0.2", own_start=False, every_round=True),
-    "low-lr": Arm("STaR, lr / 5", sft=f"--lr {LR / 5:g}"),
-    "half-lr": Arm("STaR, lr / 2", sft=f"--lr {LR / 2:g}"),  # added after the first results
-    "from-base": Arm("STaR, each round from the base", sft="--model ../base", own_start=False),
+    "no-drop": Arm("IMM, alpha .5, drop 0", "--alpha 0.5 --drop 0", own_start=False),
     "chosen": Arm(
         "IMM, alpha by held-out score",
         "--alpha choose:0.2,0.4,0.6,0.8 --drop 0.2 --metric mean.both",
         own_start=False,
     ),
-    "best": Arm("STaR, stopped by held-out score", sft=BEST),
-    "no-drop": Arm("IMM, alpha .5, drop 0", "--alpha 0.5 --drop 0", own_start=False),
     "importance": Arm(
         "IIMM, by layer importance", "--alpha 0.5 --drop 0.2 --importance importance-answers.json", own_start=False
     ),
+    "low-lr": Arm("STaR, lr / 5", sft=f"--lr {LR / 5:g}"),
+    "half-lr": Arm("STaR, lr / 2", sft=f"--lr {LR / 2:g}"),  # added after the first results
     "pull": Arm("STaR, pulled to each round's start", sft="--pull"),
+    "best": Arm("STaR, stopped by held-out score", sft=BEST),
     "mixture": Arm("STaR, a quarter of ordinary text", sft="--text ../mix.txt"),
+    "from-base": Arm("STaR, each round from the base", sft="--model ../base", own_start=False),
 }
 
 
