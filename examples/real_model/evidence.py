@@ -30,8 +30,7 @@ COMPARED = (
 )
 INSIDE = "sums"
 THIRDS = ("early", "middle", "late")
-GENTLER = (GENTLE, "half-lr", "pull", "best")  # trained so that less is lost
-MERGED, TRAINED, GENTLY, PLAIN = "C0", "C1", "C2", "0.5"  # colours
+MERGED, PLAIN, CONTROL, GREY = "C0", "C1", "C2", "0.5"  # colours
 
 
 class Difference(NamedTuple):
@@ -273,7 +272,7 @@ def mismatch_table(results: Results) -> str:
 
 
 def colour(arm: str, label: str) -> str:
-    return MERGED if "IMM" in label else GENTLY if arm in GENTLER else TRAINED
+    return MERGED if "IMM" in label else PLAIN if arm in (STAR, "from-base") else CONTROL
 
 
 def draw_arms(results: Results) -> Figure:
@@ -298,7 +297,7 @@ def draw_alphas(results: Results) -> Figure:
             if rounds[number]
         }
         axes.plot(*zip(*at.values(), strict=True), "-o", ms=4, color=MERGED)
-        for alpha, (kind, label) in {"0": (TRAINED, "before the merge"), "1": (PLAIN, "base")}.items():
+        for alpha, (kind, label) in {"0": (PLAIN, "before the merge"), "1": (GREY, "base")}.items():
             axes.plot(*at[alpha], "o", ms=6, color=kind, label=label)
         for alpha, (x, y) in at.items():
             if alpha not in ("0", "1"):
@@ -317,7 +316,7 @@ def draw_predictors(results: Results) -> Figure:
     axis = (("KL to the base, nats per token", 3), ("distance of the weights, ‰", 4))
     for column, (title, index) in enumerate(axis, start=1):
         axes = figure.add_subplot(1, 2, column)
-        for kind, name in ((MERGED, "merged"), (GENTLY, "trained gently"), (TRAINED, "trained as it is")):
+        for kind, name in ((MERGED, "merged"), (CONTROL, "controls"), (PLAIN, "STaR")):
             some = [each for each in found if colour(each[0], labels(results)[each[0]]) == kind]
             scale = 1000 if index == 4 else 1
             x = [scale * float(each[index]) for each in some]
