@@ -27,6 +27,8 @@ COMPARED = (
     *((IMM, control) for control in (STAR, GENTLE, "half-lr", "pull", "best", "mixture", "from-base")),
     *((CHOSEN, control) for control in (GENTLE, "pull", "best")),
     *((kind, IMM) for kind in (CHOSEN, "no-drop", "importance")),
+    *((control, STAR) for control in (GENTLE, "pull", "best")),
+    ("pull", GENTLE),
 )
 INSIDE = "sums"
 THIRDS = ("early", "middle", "late")
@@ -182,8 +184,8 @@ def tried(results: Results) -> dict[str, list[list[Mapping[str, float]]]]:
     rounds = range(results["rounds"])
     return {
         alpha: [[one[f"{number}/{name}"] for one in found if f"{number}/{name}" in one] for number in rounds]
-        for alpha, name in sorted(names.items())
-    } | {"1": [[one[BASE] for one in found] for _ in rounds]}
+        for alpha, name in sorted(names.items(), key=lambda item: float(item[0]))
+    } | {"1": [[one[BASE] for one in found if f"{number}/sft" in one] for number in rounds]}
 
 
 def alphas_table(results: Results) -> str:
@@ -194,7 +196,7 @@ def alphas_table(results: Results) -> str:
         row = [{"0": "0: before the merge", "1": "1: the base"}.get(alpha, alpha)]
         for number, each in enumerate(rounds):
             row += [f"{np.mean([one[f'mean.{part}'] for one in each]):.1f}" if each else "" for part in ("in", "out")]
-            chose = sum(f"{one.get(str(number))}" == alpha for one in chosen)
+            chose = sum(one.get(str(number)) == float(alpha) for one in chosen)
             row[-1] += f" ({chose})" if chose else ""
         rows.append(row)
     head = (f"{part}, round {number}" for number in range(results["rounds"]) for part in ("in", "out"))
@@ -289,7 +291,7 @@ def draw_arms(results: Results) -> Figure:
 def draw_alphas(results: Results) -> Figure:
     """Plot, for each round, the held-out scores from the model before the merge to the base, by alpha."""
     figure = Figure(figsize=(8, 3.6))
-    panels: Any = figure.subplots(1, results["rounds"], sharex=True, sharey=True)
+    panels: Any = figure.subplots(1, results["rounds"], sharex=True, sharey=True, squeeze=False)[0]
     for number, axes in enumerate(panels):
         at = {
             alpha: [float(np.mean([one[f"mean.{part}"] for one in rounds[number]])) for part in ("in", "out")]
@@ -298,7 +300,8 @@ def draw_alphas(results: Results) -> Figure:
         }
         axes.plot(*zip(*at.values(), strict=True), "-o", ms=4, color=MERGED)
         for alpha, (kind, label) in {"0": (PLAIN, "before the merge"), "1": (GREY, "base")}.items():
-            axes.plot(*at[alpha], "o", ms=6, color=kind, label=label)
+            if alpha in at:
+                axes.plot(*at[alpha], "o", ms=6, color=kind, label=label)
         for alpha, (x, y) in at.items():
             if alpha not in ("0", "1"):
                 axes.annotate(alpha, (x, y), (5, 4), textcoords="offset points", color=MERGED, fontsize=8)
