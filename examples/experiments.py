@@ -72,7 +72,7 @@ class Row(NamedTuple):
     """An arm in a picture: its changes in domain and out of domain, each a mean and its error (nan: not known)."""
 
     label: str
-    color: str
+    colour: str
     changes: tuple[tuple[float, float], tuple[float, float]]
 
 
@@ -87,7 +87,7 @@ def draw_rows(rows: Sequence[Row], title: str) -> Figure:
         for at, row in enumerate(rows):
             mean, error = row.changes[part]
             shape = "o" if "IMM" in row.label else "s"
-            axes.errorbar(mean, at, xerr=0 if math.isnan(error) else error, fmt=shape, color=row.color, capsize=3)
+            axes.errorbar(mean, at, xerr=0 if math.isnan(error) else error, fmt=shape, color=row.colour, capsize=3)
         axes.set_title(("in domain", "out of domain")[part])
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.tick_params(axis="y", length=0)
