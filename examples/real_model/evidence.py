@@ -27,7 +27,7 @@ COMPARED = (
     *((IMM, control) for control in (STAR, GENTLE, "half-lr", "pull", "best", "mixture", "from-base")),
     *((CHOSEN, control) for control in (GENTLE, "pull", "best")),
     *((kind, IMM) for kind in (CHOSEN, "no-drop", "importance")),
-    *((control, STAR) for control in (GENTLE, "pull", "best")),
+    *((control, STAR) for control in (GENTLE, "half-lr", "pull", "best", "mixture")),
     ("pull", GENTLE),
 )
 INSIDE = "sums"
@@ -93,6 +93,11 @@ def difference(results: Results, arm: str, other: str, tasks: Iterable[str]) -> 
     return Difference(float(by_seed.mean()), t95(total**2 / spread) * math.sqrt(total) if total else 0.0)
 
 
+def both_sides(results: Results, arm: str, other: str) -> tuple[Difference, Difference]:
+    """Return arm - other in domain, and out of domain."""
+    return difference(results, arm, other, [INSIDE]), difference(results, arm, other, outside(results))
+
+
 def t95(freedom: float) -> float:
     """Return the two-sided 95 % point of Student's t."""
     x = np.linspace(0, 100, 200_001)
@@ -117,12 +122,13 @@ def arms_table(results: Results) -> str:
     at = (base[INSIDE]["accuracy"], np.mean([base[task]["accuracy"] for task in tasks]))
     rows = [["base", "", *(f"{value:.1f}" for value in at), "", "", ""]]
     for arm, label in labels(results).items():
-        inside, out = (difference(results, arm, BASE, part) for part in ([INSIDE], tasks))
+        inside, out = both_sides(results, arm, BASE)
         far = mean(results, arm, lambda found: 1000 * found["to base"]["moved"])
         kl = mean(results, arm, lambda found: found["kl"])
-        both = difference(results, arm, BASE, [INSIDE]).mean + out.mean
         seeds = str(len(seeds_with(results, arm)))
-        rows.append([label, seeds, str(inside), str(out), f"{both / 2:+.1f}", f"{far:.2f}", f"{kl:.3f}"])
+        rows.append(
+            [label, seeds, str(inside), str(out), f"{(inside.mean + out.mean) / 2:+.1f}", f"{far:.2f}", f"{kl:.3f}"]
+        )
     return markdown(["", "seeds", "in domain", "out of domain", "average", "moved, ‰", "KL"], rows)
 
 
@@ -132,8 +138,8 @@ def against_table(results: Results) -> str:
     rows = []
     for arm, other in COMPARED:
         if seeds_with(results, arm, other):
-            found = (difference(results, arm, other, tasks) for tasks in ([INSIDE], outside(results)))
-            rows.append([known[arm], known[other], str(len(seeds_with(results, arm, other))), *map(str, found)])
+            seeds = str(len(seeds_with(results, arm, other)))
+            rows.append([known[arm], known[other], seeds, *map(str, both_sides(results, arm, other))])
     return markdown(["", "less", "seeds", "in domain", "out of domain"], rows)
 
 
@@ -175,17 +181,22 @@ def rounds_table(results: Results) -> str:
     return markdown(["", *(f"{part}, round {n}" for part in ("in", "out") for n in range(results["rounds"]))], rows)
 
 
-def tried(results: Results) -> dict[str, list[list[Mapping[str, float]]]]:
-    """Return the held-out scores of each alpha of the arm that chooses: for each round, those of its seeds."""
-    found = [results["seeds"][seed]["arms"][CHOSEN]["held-out"] for seed in seeds_with(results, CHOSEN)]
-    names = {"0": "sft"} | {
-        name.partition("/alpha-")[2]: name.partition("/")[2] for one in found for name in one if "/alpha-" in name
-    }
+def tried(results: Results) -> dict[str, list[dict[str, Mapping[str, float]]]]:
+    """Return the held-out scores of each alpha of the arm that chooses: for each round, by the seeds that tried it."""
+    found = {seed: results["seeds"][seed]["arms"][CHOSEN]["held-out"] for seed in seeds_with(results, CHOSEN)}
+    names = {name.partition("/alpha-")[2] for one in found.values() for name in one if "/alpha-" in name}
     rounds = range(results["rounds"])
-    return {
-        alpha: [[one[f"{number}/{name}"] for one in found if f"{number}/{name}" in one] for number in rounds]
-        for alpha, name in sorted(names.items(), key=lambda item: float(item[0]))
-    } | {"1": [[one[BASE] for one in found if f"{number}/sft" in one] for number in rounds]}
+
+    def scored(name: str) -> list[dict[str, Mapping[str, float]]]:
+        return [{seed: one[f"{n}/{name}"] for seed, one in found.items() if f"{n}/{name}" in one} for n in rounds]
+
+    before = scored("sft")
+    bases = [{seed: found[seed][BASE] for seed in each} for each in before]
+    return {"0": before, **{alpha: scored(f"alpha-{alpha}") for alpha in sorted(names, key=float)}, "1": bases}
+
+
+def middle(scores: Mapping[str, Mapping[str, float]], part: str) -> float:
+    return float(np.mean([one[f"mean.{part}"] for one in scores.values()]))
 
 
 def alphas_table(results: Results) -> str:
@@ -195,12 +206,29 @@ def alphas_table(results: Results) -> str:
     for alpha, rounds in tried(results).items():
         row = [{"0": "0: before the merge", "1": "1: the base"}.get(alpha, alpha)]
         for number, each in enumerate(rounds):
-            row += [f"{np.mean([one[f'mean.{part}'] for one in each]):.1f}" if each else "" for part in ("in", "out")]
+            row += [f"{middle(each, part):.1f}" if each else "" for part in ("in", "out")]
             chose = sum(one.get(str(number)) == float(alpha) for one in chosen)
             row[-1] += f" ({chose})" if chose else ""
         rows.append(row)
     head = (f"{part}, round {number}" for number in range(results["rounds"]) for part in ("in", "out"))
     return markdown(["alpha", *head], rows)
+
+
+def beaten_table(results: Results) -> str:
+    """Count the merges, one for each alpha, round and seed, that score better than the model before the merge."""
+    rounds = tried(results)
+    alphas = [alpha for alpha in rounds if 0 < float(alpha) < 1]
+    rows = []
+    for part, label in (("in", "in domain"), ("out", "out of domain")):
+        for alpha in alphas:
+            pairs = [
+                (merged[f"mean.{part}"], before[f"mean.{part}"])
+                for number, each in enumerate(rounds[alpha])
+                for merged, before in ((each[seed], rounds["0"][number][seed]) for seed in each)
+            ]
+            counts = (sum(a > b for a, b in pairs), sum(a == b for a, b in pairs), sum(a < b for a, b in pairs))
+            rows.append([label, alpha, *map(str, counts)])
+    return markdown(["", "alpha", "better", "equal", "worse"], rows)
 
 
 def points(results: Results) -> list[tuple[str, float, float, float, float, float]]:
@@ -281,10 +309,8 @@ def draw_arms(results: Results) -> Figure:
     """Plot every arm's change, in domain and out of domain, a row for each."""
     rows = []
     for arm, label in labels(results).items():
-        inside, out = (difference(results, arm, BASE, tasks) for tasks in ([INSIDE], outside(results)))
-        rows.append(
-            Row(label if len(seeds_with(results, arm)) > 1 else f"{label} (1 seed)", colour(arm, label), (inside, out))
-        )
+        seeds = "" if len(seeds_with(results, arm)) > 1 else " (1 seed)"
+        rows.append(Row(f"{label}{seeds}", colour(arm, label), both_sides(results, arm, BASE)))
     return draw_rows(rows, f"change from the base after {results['rounds']} rounds, points (bars: 95 % intervals)")
 
 
@@ -294,7 +320,7 @@ def draw_alphas(results: Results) -> Figure:
     panels: Any = figure.subplots(1, results["rounds"], sharex=True, sharey=True, squeeze=False)[0]
     for number, axes in enumerate(panels):
         at = {
-            alpha: [float(np.mean([one[f"mean.{part}"] for one in rounds[number]])) for part in ("in", "out")]
+            alpha: [middle(rounds[number], part) for part in ("in", "out")]
             for alpha, rounds in tried(results).items()
             if rounds[number]
         }
@@ -355,6 +381,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "real-pass": pass_table,
     "real-rounds": rounds_table,
     "real-alphas": alphas_table,
+    "real-beaten": beaten_table,
     "real-predictors": predictors_table,
     "real-mismatch": mismatch_table,
     "real-pilot": pilot_table,
@@ -363,6 +390,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 NEEDS: dict[str, Callable[[Results], Any]] = {
     "real-alphas": lambda results: seeds_with(results, CHOSEN),
+    "real-beaten": lambda results: seeds_with(results, CHOSEN),
     "real-predictors": lambda results: seeds_with(results, GENTLE),  # else there is nothing between the extremes
     "real-mismatch": diagnoses,
     "real-pilot": lambda results: "pilot" in results,

@@ -280,10 +280,19 @@ def test_alphas_that_were_tried() -> None:
         "1/alpha-0.2": at(80, 20),
     }
     chosen = [{"alphas": {"0": 0.6}, "held-out": both}, {"alphas": {"0": 0.2, "1": 0.2}, "held-out": more}]
-    results = {"rounds": 2, "seeds": {str(seed): {"arms": {"chosen": one}} for seed, one in enumerate(chosen)}}
+    results: dict[str, Any] = {
+        "rounds": 2,
+        "seeds": {str(seed): {"arms": {"chosen": one}} for seed, one in enumerate(chosen)},
+    }
     assert evidence.alphas_table(results).splitlines()[2:] == [
         "| 0: before the merge | 65.0 | 25.0 | 75.0 | 10.0 |",
         "| 0.2 | 63.0 | 42.0 (1) | 80.0 | 20.0 (1) |",
         "| 0.6 | 50.0 | 48.0 (1) |  |  |",  # the second seed did not try it, and only that one went on
         "| 1: the base | 40.0 | 50.0 | 40.0 | 50.0 |",
+    ]
+    assert evidence.beaten_table(results | {"rounds": 1, "seeds": {"0": results["seeds"]["0"]}}).splitlines()[2:] == [
+        "| in domain | 0.2 | 1 | 0 | 0 |",
+        "| in domain | 0.6 | 0 | 0 | 1 |",
+        "| out of domain | 0.2 | 1 | 0 | 0 |",
+        "| out of domain | 0.6 | 1 | 0 | 0 |",
     ]
