@@ -52,7 +52,7 @@ def where(results: Mapping[str, Any], seeds: Iterable[str]) -> str:
 
 
 def show(
-    description: str | None, tables: Callable[[Any], Mapping[str, str]], draw: Callable[[Any, Path], None]
+    description: str | None, tables: Callable[[Any], Mapping[str, str]], draw: Callable[[Any], Mapping[str, Figure]]
 ) -> None:
     """Print the tables of a file of results and, if asked, draw its pictures: what a report does when it is run."""
     from matplotlib import style
@@ -65,7 +65,8 @@ def show(
     print("\n\n".join(f"{name}\n{text}" for name, text in tables(results).items()))
     if arguments.pictures is not None:
         with style.context(STYLE):
-            draw(results, arguments.pictures)
+            for name, figure in draw(results).items():
+                figure.savefig(arguments.pictures / f"{name}.png", metadata={"Software": None})
 
 
 class Row(NamedTuple):

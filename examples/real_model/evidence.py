@@ -409,11 +409,9 @@ def tables(results: Results) -> dict[str, str]:
     return {name: TABLES[name](results) for name in there(results, TABLES)}
 
 
-def draw(results: Results, folder: Path) -> None:
-    """Draw all pictures that there are results for into a folder."""
-    for name in there(results, PICTURES):
-        path = folder / f"{name.replace('real-', 'real-model-')}.png"
-        PICTURES[name](results).savefig(path, metadata={"Software": None})
+def draw(results: Results) -> dict[str, Figure]:
+    """Draw all pictures that there are results for."""
+    return {name.replace("real-", "real-model-"): PICTURES[name](results) for name in there(results, PICTURES)}
 
 
 if __name__ == "__main__":

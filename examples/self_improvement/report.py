@@ -275,10 +275,9 @@ def tables(results: Results) -> dict[str, str]:
     return {name: TABLES[name](results) for name in wanted}
 
 
-def draw(results: Results, folder: Path) -> None:
-    """Draw all pictures into a folder."""
-    for name, make in PICTURES.items():
-        make(results).savefig(folder / f"self-improvement-{name}.png", metadata={"Software": None})
+def draw(results: Results) -> dict[str, Figure]:
+    """Draw all pictures."""
+    return {f"self-improvement-{name}": make(results) for name, make in PICTURES.items()}
 
 
 if __name__ == "__main__":
